@@ -1,0 +1,219 @@
+"""SQLite index over the store's records, and the lineage walk (level 1).
+
+The store's files are the truth. The index holds nothing that `rebuild` cannot recreate; it lives beside a local store, or
+in the user's cache for a remote one. Workers never open it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from forge_ray.errors import ConfigError, NotFound, PolicyError
+from forge_ray.records import RECORD_TYPES, Event, ModelVersion, Record, canonical_json
+from forge_ray.store import Store
+
+R = TypeVar("R", bound=Record)
+TYPES = {record.prefix: record for record in RECORD_TYPES}
+
+SCHEMA = """
+create table if not exists records (id text primary key, kind text, created_at text, name text, body text);
+create table if not exists edges (child text, parent text, primary key (child, parent));
+create table if not exists events (id text primary key, at text, kind text, subject text, body text);
+create index if not exists edges_parent on edges (parent);
+create index if not exists events_subject on events (kind, subject, at);
+"""
+
+
+class Catalog:
+    """Records and events of one store: write through, read by id, walk."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._db = sqlite3.connect(_index_path(store), timeout=30)
+        self._db.executescript(SCHEMA)
+        self._sync()
+
+    def __enter__(self) -> Catalog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _sync(self) -> None:
+        """Take in what other processes (a job on the cluster) wrote since this index was last open."""
+        known = {row[0] for row in self._db.execute("select id from records union select id from events")}
+        for path in self.store.list("records", recursive=True):
+            if _stem(path) not in known:
+                self._index(_parse(self.store, path))
+        for path in self.store.list("events"):
+            if _stem(path).rsplit("~", 1)[-1] not in known:
+                self._index_event(Event.model_validate(self.store.read_json(path)))
+        self._db.commit()
+
+    def rebuild(self) -> int:
+        """Drop the index and read every record and event again; returns how many."""
+        self._db.executescript("delete from records; delete from edges; delete from events;")
+        self._sync()
+        (count,) = self._db.execute("select (select count(*) from records) + (select count(*) from events)").fetchone()
+        return int(count)
+
+    def put(self, record: R) -> R:
+        """Write `record` to the store, once, and index it. The first of two equal records stays."""
+        path = f"records/{record.kind}/{record.id}.json"
+        if self.store.exists(path):
+            return type(record).model_validate(self.store.read_json(path))
+        self.store.write_once(path, canonical_json(record.model_dump(mode="json")))
+        self._index(record)
+        self._db.commit()
+        return record
+
+    def append(self, event: Event) -> Event:
+        self.store.write_once(f"events/{event.at}~{event.id}.json", canonical_json(event.model_dump(mode="json")))
+        self._index_event(event)
+        self._db.commit()
+        return event
+
+    def _index(self, record: Record) -> None:
+        row = (record.id, record.kind, record.created_at, getattr(record, "name", ""), record.model_dump_json())
+        self._db.execute("insert or replace into records values (?, ?, ?, ?, ?)", row)
+        self._db.executemany("insert or ignore into edges values (?, ?)", [(record.id, p) for p in record.parents()])
+
+    def _index_event(self, event: Event) -> None:
+        row = (event.id, event.at, event.kind, event.subject, event.model_dump_json())
+        self._db.execute("insert or ignore into events values (?, ?, ?, ?, ?)", row)
+
+    def get(self, record_id: str) -> Record:
+        row = self._db.execute("select id, body from records where id = ?", (record_id,)).fetchone()
+        if row is None:
+            raise NotFound(f"no record {record_id!r} in {self.store.uri}", hint="`forge models list`, `forge data list`")
+        return TYPES[row[0].split("_", 1)[0]].model_validate_json(row[1])
+
+    def get_as(self, record_type: type[R], record_id: str) -> R:
+        record = self.get(record_id)
+        if not isinstance(record, record_type):
+            raise NotFound(f"{record_id} is one of {record.kind}, not of {record_type.kind}", hint="check the id")
+        return record
+
+    def has(self, record_id: str) -> bool:
+        return self._db.execute("select 1 from records where id = ?", (record_id,)).fetchone() is not None
+
+    def all(self, record_type: type[R]) -> list[R]:
+        """Records of one kind, oldest first."""
+        rows = self._db.execute("select body from records where kind = ? order by created_at, id", (record_type.kind,))
+        return [record_type.model_validate_json(row[0]) for row in rows]
+
+    def events(self, kind: str, subject: str) -> list[Event]:
+        rows = self._db.execute("select body from events where kind = ? and subject = ? order by at, id", (kind, subject))
+        return [Event.model_validate_json(row[0]) for row in rows]
+
+    def aliases(self) -> dict[str, str]:
+        """alias → model version, after the last move of each."""
+        rows = self._db.execute("select body from events where kind = 'alias' order by at, id")
+        events = (Event.model_validate_json(row[0]) for row in rows)
+        return {event.subject: str(event.data["model_version"]) for event in events}
+
+    def model(self, reference: str) -> ModelVersion:
+        """A model version by id or alias."""
+        aliases = self.aliases()
+        version = aliases.get(reference, reference)
+        if not self.has(version):
+            known = ", ".join(sorted(aliases)) or "none yet"
+            raise NotFound(f"no model version or alias {reference!r} in {self.store.uri}", hint=f"aliases: {known}")
+        return self.get_as(ModelVersion, version)
+
+    def promote(self, reference: str, alias: str) -> ModelVersion:
+        """Point `alias` at a version; a rejected one is refused. Pointing again at the same one writes nothing."""
+        version = self.model(reference)
+        if version.status == "rejected":
+            raise PolicyError(
+                f"{version.id} was rejected: {'; '.join(version.reasons)}",
+                hint="train a better one, or change the gate in the run file and release again",
+            )
+        if self.has(alias):
+            raise ConfigError(f"alias {alias!r} is the id of a record", hint="choose a name")
+        if self.aliases().get(alias) != version.id:
+            self.append(Event(kind="alias", subject=alias, data={"model_version": version.id}))
+        return version
+
+    def parents(self, record_id: str) -> list[str]:
+        return [row[0] for row in self._db.execute("select parent from edges where child = ? order by 1", (record_id,))]
+
+    def children(self, record_id: str) -> list[str]:
+        return [row[0] for row in self._db.execute("select child from edges where parent = ? order by 1", (record_id,))]
+
+
+def tree(catalog: Catalog, record_id: str, towards: str = "origins") -> dict[str, Any]:
+    """The lineage of one record as nested nodes: `origins` follows parents, `uses` follows children."""
+    follow = catalog.parents if towards == "origins" else catalog.children
+
+    def node(identifier: str, path: tuple[str, ...]) -> dict[str, Any]:
+        record = catalog.get(identifier) if catalog.has(identifier) else None
+        below = [node(near, (*path, near)) for near in follow(identifier) if near not in path]
+        return {"id": identifier, "kind": record.kind if record else "missing", "label": _label(record), towards: below}
+
+    return node(record_id, (record_id,))
+
+
+def walk(catalog: Catalog, start: str, goal: str) -> list[str]:
+    """The shortest chain of ids from `start` to `goal`, in either direction; empty when there is none."""
+    frontier, came_from = [start], {start: ""}
+    while frontier and goal not in came_from:
+        reached = []
+        for identifier in frontier:
+            for near in (*catalog.parents(identifier), *catalog.children(identifier)):
+                if near not in came_from:
+                    came_from[near] = identifier
+                    reached.append(near)
+        frontier = reached
+    if goal not in came_from:
+        return []
+    return list(reversed(list(_back(came_from, goal))))
+
+
+def _back(came_from: dict[str, str], identifier: str) -> Iterator[str]:
+    while identifier:
+        yield identifier
+        identifier = came_from[identifier]
+
+
+def _label(record: Record | None) -> str:
+    if record is None:
+        return "not in this store"
+    data = record.model_dump()
+    match record.prefix:
+        case "ds":
+            return f"{data['name']}: {sum(s['num_records'] for s in data['splits'].values())} records"
+        case "run":
+            return f"{data['name']}: {data['method']}, {data['num_steps']} steps, {data['samples_seen']} samples"
+        case "ev":
+            scores = ", ".join(f"{key} {value:.3g}" for key, value in list(data["metrics"].items())[:3])
+            return f"{data['split']} of {data['dataset']}: {scores}"
+        case "mv":
+            return f"{data['name']} ({data['status']}, {data['weights']})"
+        case _:
+            return f"{data['name']} → {data['model']}"
+
+
+def _stem(path: str) -> str:
+    return path.rsplit("/", 1)[-1].removesuffix(".json")
+
+
+def _parse(store: Store, path: str) -> Record:
+    return TYPES[_stem(path).split("_", 1)[0]].model_validate(store.read_json(path))
+
+
+def _index_path(store: Store) -> str:
+    if store.is_local:
+        Path(store.root).mkdir(parents=True, exist_ok=True)
+        return f"{store.root}/catalog.sqlite"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "forge_ray"
+    cache.mkdir(parents=True, exist_ok=True)
+    return str(cache / f"catalog-{hashlib.sha256(store.uri.encode()).hexdigest()[:16]}.sqlite")

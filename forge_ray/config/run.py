@@ -1,0 +1,21 @@
+"""The run file: one YAML that says the whole path from rows to endpoint."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from forge_ray.config.base import Config
+from forge_ray.config.data import DataConfig
+from forge_ray.config.release import NAME, DeployConfig, EvalConfig, ReleaseConfig
+from forge_ray.config.train import TrainConfig
+
+
+class RunConfig(Config):
+    name: str = Field(pattern=NAME)
+    base_model: str = Field(description="alias or model version, or a folder or GGUF file to import first")
+    licence: str = Field("", description="licence of a base model imported from a path (SPDX identifier)")
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    release: ReleaseConfig
+    deploy: DeployConfig | None = None

@@ -1,0 +1,1 @@
+"""Raw rows to a packed, versioned dataset, and from there to batches."""

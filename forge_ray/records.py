@@ -1,0 +1,234 @@
+"""The nouns (level 0): immutable records, canonical JSON, ids that are hashes of their content.
+
+A record is written once, by the stage that made it. Its id is `<prefix>_<16 hex of sha256>` over the canonical JSON of its
+*identity*: all fields but those that say when and how long (`Record.volatile`). What changes over time is an `Event`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ID_HEX = 16
+
+
+def canonical_json(value: Any) -> bytes:
+    """Sorted keys, no spaces, UTF-8, no NaN: equal values give equal bytes on every machine."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """`sha256:<hex>` of the canonical JSON of `value`."""
+    return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def short_id(prefix: str, value: Any) -> str:
+    return f"{prefix}_{digest(value)[len('sha256:') :][:ID_HEX]}"
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class FileEntry(Frozen):
+    """One file of an artefact: `path` is relative to the artefact's directory."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+def files_digest(files: tuple[FileEntry, ...]) -> str:
+    """One digest for a directory: over the sorted (path, sha256) pairs."""
+    return digest(sorted((entry.path, entry.sha256) for entry in files))
+
+
+class Record(Frozen):
+    """Base of the stored nouns; `kind` names the folder, `prefix` the id."""
+
+    kind: ClassVar[str]
+    prefix: ClassVar[str]
+    volatile: ClassVar[frozenset[str]] = frozenset()
+
+    id: str = ""
+    created_at: str = Field(default_factory=utc_now)
+
+    def identity(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"id", "created_at", *self.volatile})
+
+    def sealed(self) -> Self:
+        """The same record with its content-derived id."""
+        return self.model_copy(update={"id": short_id(self.prefix, self.identity())})
+
+    def parents(self) -> tuple[str, ...]:
+        """Ids of the records that this one was made from: the edges of the lineage graph."""
+        return ()
+
+
+class SourceFile(Frozen):
+    """One input file as it was read: `num_records` good rows came from it, `num_rejected` did not survive."""
+
+    path: str
+    sha256: str
+    size: int
+    num_records: int
+    num_rejected: int
+
+
+class SplitStats(Frozen):
+    num_records: int
+    num_rows: int = Field(description="packed rows of `sequence_length` tokens")
+    num_tokens: int
+    num_trained_tokens: int
+    rows_digest: str = Field(description="over the packed rows' content, in order")
+    block_rows: int = Field(description="rows per block (Parquet row group); the last block may be shorter")
+
+
+class DatasetManifest(Record):
+    """A packed, content-addressed dataset: the seam between data and training."""
+
+    kind: ClassVar[str] = "datasets"
+    prefix: ClassVar[str] = "ds"
+    volatile: ClassVar[frozenset[str]] = frozenset({"files", "seconds", "input_digest"})
+
+    name: str
+    format: int
+    input_digest: str = Field(description="config + source bytes + tokenizer: what a second run looks up")
+    config: dict[str, Any]
+    tokenizer_digest: str
+    base_model: str = Field(description="model version whose tokenizer and template were used")
+    sources: tuple[SourceFile, ...]
+    splits: dict[str, SplitStats]
+    num_duplicates: int
+    rejects: dict[str, int] = Field(description="rejected rows per reason")
+    sequence_length: int
+    files: tuple[FileEntry, ...] = ()
+    seconds: float = 0.0
+
+    def identity(self) -> dict[str, Any]:
+        """The content, not the paths: the same rows under another folder name are the same dataset."""
+        value = super().identity()
+        value.pop("name")
+        value.pop("base_model")
+        value["sources"] = sorted(source["sha256"] for source in value["sources"])
+        value["config"] = {key: item for key, item in value["config"].items() if key != "sources"}
+        return value
+
+    def parents(self) -> tuple[str, ...]:
+        return (self.base_model,)
+
+
+class RunRecord(Record):
+    """A finished training run. Its id is known before it starts: `run_id` of what determines the weights."""
+
+    kind: ClassVar[str] = "runs"
+    prefix: ClassVar[str] = "run"
+
+    name: str
+    method: str
+    config: dict[str, Any]
+    config_digest: str
+    dataset: str
+    base_model: str
+    base_digest: str
+    seed: int
+    num_steps: int
+    samples_seen: int
+    order_digest: str = Field(description="over the global row order of the whole run")
+    attempts: tuple[dict[str, Any], ...] = Field(description="one per start: world size, first step, host")
+    code_digest: str
+    environment: dict[str, str] = Field(description="versions of the packages that decide numbers")
+    metrics: dict[str, float]
+    export: tuple[FileEntry, ...]
+    export_kind: Literal["adapter", "full"]
+
+    def sealed(self) -> Self:
+        raise TypeError("a run's id is fixed at its start; build the record with id=run_id(...)")
+
+    def parents(self) -> tuple[str, ...]:
+        return self.dataset, self.base_model
+
+
+class EvalReport(Record):
+    """Scores of one set of weights on one evaluation set."""
+
+    kind: ClassVar[str] = "evals"
+    prefix: ClassVar[str] = "ev"
+    volatile: ClassVar[frozenset[str]] = frozenset({"seconds"})
+
+    subject: str = Field(description="id of the run or model version that was evaluated")
+    subject_digest: str
+    dataset: str
+    split: str
+    config: dict[str, Any]
+    num_examples: int
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    items_sha256: str
+    seconds: float = 0.0
+
+    def parents(self) -> tuple[str, ...]:
+        return self.subject, self.dataset
+
+
+class ModelVersion(Record):
+    """Weights that the store vouches for: imported, or trained and gated."""
+
+    kind: ClassVar[str] = "models"
+    prefix: ClassVar[str] = "mv"
+
+    name: str
+    status: Literal["imported", "accepted", "rejected"]
+    reasons: tuple[str, ...] = ()
+    weights: Literal["full", "adapter"]
+    files: tuple[FileEntry, ...]
+    files_digest: str
+    base_model: str = ""
+    run: str = ""
+    evals: tuple[str, ...] = ()
+    licence: str
+    source: str = Field(default="", description="where imported weights came from: a file name and its sha256")
+
+    def parents(self) -> tuple[str, ...]:
+        return tuple(parent for parent in (self.run, self.base_model, *self.evals) if parent)
+
+
+class Deployment(Record):
+    """A model version behind an endpoint."""
+
+    kind: ClassVar[str] = "deployments"
+    prefix: ClassVar[str] = "dep"
+
+    name: str
+    model: str = Field(description="the name that clients send")
+    model_version: str
+    model_digest: str
+    config: dict[str, Any]
+    config_digest: str
+
+    def parents(self) -> tuple[str, ...]:
+        return (self.model_version,)
+
+
+RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment)
+
+
+class Event(Frozen):
+    """What changes over time: alias moves, run states, deployments going up and down. Appended, never edited."""
+
+    at: str = Field(default_factory=utc_now)
+    kind: Literal["alias", "run", "deployment"]
+    subject: str
+    data: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return short_id("evt", self.model_dump(mode="json"))

@@ -1,0 +1,1 @@
+"""From a dataset and a base model to a checkpoint and an export."""
