@@ -38,6 +38,12 @@ class Store:
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and other.uri == self.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
 
@@ -63,12 +69,12 @@ class Store:
         return Path(self.path(relative))
 
     def exists(self, relative: str) -> bool:
-        return self._fs.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
+        return bool(self._fs.get_file_info(self.path(relative)).type != pafs.FileType.NotFound)
 
     def read(self, relative: str) -> bytes:
         try:
             with self._fs.open_input_stream(self.path(relative)) as stream:
-                return stream.read()
+                return bytes(stream.read())
         except FileNotFoundError:
             raise NotFound(f"{relative!r} is not in the store {self.uri}", hint="check --store and the id") from None
 
@@ -157,6 +163,20 @@ class Store:
             self._fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
             pafs.copy_files(str(staging / entry.path), target, destination_filesystem=self._fs)
         self.write(f"{relative}/{MANIFEST}", manifest)
+
+    def move_dir(self, staging: str, relative: str) -> None:
+        """Make a complete folder of this store, manifest included, into `relative`; what is published there stays."""
+        if self.is_published(relative):
+            return
+        if self.is_local:
+            folder = self.local(staging)
+            sync_tree(folder)
+            replace_dir(folder, self.local(relative))
+            return
+        for entry in (*self.files(staging), FileEntry(path=MANIFEST, size=0, sha256="")):
+            target = self.path(f"{relative}/{entry.path}")
+            self._fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+            self._fs.move(self.path(f"{staging}/{entry.path}"), target)
 
     def files(self, relative: str) -> tuple[FileEntry, ...]:
         """The manifest of a published directory."""

@@ -1,0 +1,134 @@
+"""The order of samples: a pure function of (dataset id, seed, epoch, global index), O(1) memory per index (level 2).
+
+The global batch has a fixed number G of packed rows and is made of G *lanes*. In an epoch of n rows, position p belongs
+to column p mod G; the columns laid end to end are one walk over all blocks in shuffled order, so a lane reads whole blocks
+one after another and nothing is materialised. Epochs run into each other: no row is dropped, each appears once per epoch.
+A rank owns a contiguous N-th of the lanes, so another world size moves lanes between ranks and changes no global batch.
+
+    order = Order("ds_…", seed=0, num_rows=1000, block_rows=64, global_batch=8)
+    [order.row(8 * step + lane) for lane in range(8)]      # the rows of one optimizer step
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+MASK64 = (1 << 64) - 1
+FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Order:
+    """`num_rows` rows in blocks of `block_rows` (the last may be shorter), `global_batch` rows per step."""
+
+    dataset: str
+    seed: int
+    num_rows: int
+    block_rows: int
+    global_batch: int
+
+    def __post_init__(self) -> None:
+        if min(self.num_rows, self.block_rows, self.global_batch) < 1:
+            raise ValueError(f"an order needs at least one row, block row and lane: {self}")
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_rows // self.block_rows)
+
+    def row(self, index: int) -> int:
+        """The dataset row at global index `index` (step * global_batch + lane, epochs concatenated)."""
+        epoch, position = divmod(index, self.num_rows)
+        length, longer = divmod(self.num_rows, self.global_batch)
+        walk_position, column = divmod(position, self.global_batch)
+        return self._walk(epoch, column * length + min(column, longer) + walk_position)
+
+    def _walk(self, epoch: int, place: int) -> int:
+        """The row at `place` of the epoch's walk: blocks shuffled, and the rows inside each block shuffled."""
+        last = self.num_blocks - 1
+        last_rows = self.num_rows - last * self.block_rows
+        last_ordinal = unpermute(last, self.num_blocks, self._key(epoch, -1))
+        boundary = last_ordinal * self.block_rows
+        if place < boundary:
+            ordinal, offset = divmod(place, self.block_rows)
+        elif place < boundary + last_rows:
+            ordinal, offset = last_ordinal, place - boundary
+        else:
+            ordinal, offset = divmod(place - last_rows, self.block_rows)
+            ordinal += 1
+        block = permute(ordinal, self.num_blocks, self._key(epoch, -1))
+        rows = last_rows if block == last else self.block_rows
+        return block * self.block_rows + permute(offset, rows, self._key(epoch, block))
+
+    def _key(self, epoch: int, block: int) -> int:
+        return _key(self.dataset, self.seed, epoch, block)
+
+    def lanes(self, rank: int, world_size: int) -> range:
+        """The lanes that `rank` owns; `global_batch` must divide evenly."""
+        if self.global_batch % world_size:
+            raise ValueError(f"global_batch={self.global_batch} does not divide over {world_size} ranks")
+        share = self.global_batch // world_size
+        return range(rank * share, (rank + 1) * share)
+
+    def rows_of(self, step: int, lanes: range) -> list[int]:
+        return [self.row(step * self.global_batch + lane) for lane in lanes]
+
+    def digest(self, first_step: int, num_steps: int) -> str:
+        """sha256 over every row number of these steps, in order: equal for every world size."""
+        hasher = hashlib.sha256()
+        for row in self.walk(first_step, num_steps):
+            hasher.update(row.to_bytes(8, "little"))
+        return "sha256:" + hasher.hexdigest()
+
+    def walk(self, first_step: int, num_steps: int) -> Iterator[int]:
+        first = first_step * self.global_batch
+        return (self.row(index) for index in range(first, first + num_steps * self.global_batch))
+
+
+@lru_cache(maxsize=4096)
+def _key(dataset: str, seed: int, epoch: int, block: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{dataset}/{seed}/{epoch}/{block}".encode()).digest()[:8], "little")
+
+
+def permute(value: int, size: int, key: int) -> int:
+    """A keyed bijection of range(size): a balanced Feistel network with cycle walking (Black and Rogaway 2002)."""
+    half = _half_bits(size)
+    while True:
+        value = _feistel(value, half, key, range(FEISTEL_ROUNDS))
+        if value < size:
+            return value
+
+
+def unpermute(value: int, size: int, key: int) -> int:
+    """The inverse of `permute`."""
+    half = _half_bits(size)
+    mask = (1 << half) - 1
+    while True:
+        left, right = value >> half, value & mask
+        for round_number in reversed(range(FEISTEL_ROUNDS)):
+            left, right = right ^ (_mix(left, key, round_number) & mask), left
+        value = left << half | right
+        if value < size:
+            return value
+
+
+def _feistel(value: int, half: int, key: int, rounds: range) -> int:
+    mask = (1 << half) - 1
+    left, right = value >> half, value & mask
+    for round_number in rounds:
+        left, right = right, left ^ (_mix(right, key, round_number) & mask)
+    return left << half | right
+
+
+def _half_bits(size: int) -> int:
+    return max(1, ((size - 1).bit_length() + 1) // 2)
+
+
+def _mix(value: int, key: int, round_number: int) -> int:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014) over value, key and round."""
+    x = (value * 0x9E3779B97F4A7C15 + key + round_number * 0xD1B54A32D192ED03) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)

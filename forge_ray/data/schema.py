@@ -1,0 +1,115 @@
+"""What a record may be: a chat (`messages`, `tools`) or plain `text`; validation and identity (level 2)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from forge_ray.records import canonical_json
+
+ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id"}
+RECORD_HEX = 24
+
+
+class Reject(ValueError):
+    """A row that cannot be used; the text is the reason that the quarantine counts."""
+
+
+@dataclass(frozen=True)
+class ChatRecord:
+    """Normalised content of one row; `text` rows have no messages."""
+
+    content: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """`rec_<24 hex>`: a hash of the content, the same wherever the row is found."""
+        return "rec_" + hashlib.sha256(canonical_json(self.content)).hexdigest()[:RECORD_HEX]
+
+    @property
+    def json(self) -> str:
+        return canonical_json(self.content).decode()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = self.content.get("messages", [])
+        return messages
+
+
+def parse_line(raw: bytes) -> ChatRecord:
+    """One JSONL line to a record; raises `Reject`."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise Reject("not UTF-8") from None
+    except Reject:
+        raise
+    except (ValueError, RecursionError):
+        raise Reject("not JSON") from None
+    return parse_record(value)
+
+
+def _no_constant(name: str) -> Any:
+    raise Reject("not JSON")  # NaN and Infinity are Python's, not JSON's
+
+
+def parse_record(value: Any) -> ChatRecord:
+    """A decoded row to a record; columns other than `messages`, `tools` and `text` are metadata and not trained on."""
+    if not isinstance(value, dict):
+        raise Reject("not an object")
+    messages, text = value.get("messages"), value.get("text")
+    if (messages is None) == (text is None):
+        raise Reject("needs either `messages` or `text`")
+    if text is not None:
+        if not isinstance(text, str):
+            raise Reject("`text` is not a string")
+        if not text.strip():
+            raise Reject("`text` is empty")
+        record = ChatRecord({"text": text})
+    else:
+        if not isinstance(messages, list) or not messages:
+            raise Reject("`messages` is not a non-empty list")
+        content: dict[str, Any] = {"messages": [_message(message) for message in messages]}
+        if tools := value.get("tools"):
+            if not isinstance(tools, list):
+                raise Reject("`tools` is not a list")
+            content["tools"] = tools
+        record = ChatRecord(content)
+        if not any(message["role"] == "assistant" and message.get("weight", 1) for message in record.messages):
+            raise Reject("no assistant turn to train on")
+    try:
+        record.json.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Reject("lone surrogate") from None
+    except RecursionError:
+        raise Reject("nested too deeply") from None
+    return record
+
+
+def _message(value: Any) -> dict[str, Any]:
+    """One message without its empty fields, so that a Parquet row and a JSON line of the same chat are the same record."""
+    if not isinstance(value, dict):
+        raise Reject("a message is not an object")
+    message = {key: item for key, item in value.items() if item is not None}
+    if unknown := set(message) - MESSAGE_KEYS:
+        raise Reject(f"a message has an unknown key {sorted(unknown)[0][:40]!r}")
+    if message.get("role") not in ROLES:
+        raise Reject("a message has no known role")
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls is not None and (message["role"] != "assistant" or not isinstance(calls, list)):
+        raise Reject("`tool_calls` is not a list of an assistant turn")
+    if content is None and not calls:
+        raise Reject("a message has no content")
+    if content is not None and not isinstance(content, str):
+        raise Reject("a message's content is not a string")
+    if message["role"] == "assistant" and not calls and not str(content).strip():
+        raise Reject("an assistant turn is empty")
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise Reject("a message's weight is not 0 or 1")
+    if weight == 1:
+        message.pop("weight", None)
+    return message
