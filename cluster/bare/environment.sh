@@ -1,0 +1,52 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by start_head.sh, start_worker.sh and stop.sh: what every Ray process of the cluster inherits.
+
+# Nothing leaves the premises. RAY_USAGE_STATS_ENABLED=0 alone is not enough: Ray then still posts a "disabled" report,
+# so the report goes to a closed loopback port. The bootstrap file keeps Ray from asking cloud metadata addresses.
+export RAY_USAGE_STATS_ENABLED=0
+export RAY_USAGE_STATS_REPORT_URL=http://127.0.0.1:9/
+export RAY_DATA_USAGE_DISABLED=1
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
+if [[ ! -e "$HOME/ray_bootstrap_config.yaml" ]]; then
+    echo '{}' >"$HOME/ray_bootstrap_config.yaml"
+fi
+
+# One shared token guards every port of Ray. The file is the one truth: a token in the environment would show in `ps e`.
+unset RAY_AUTH_TOKEN
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
+
+fail() {
+    printf 'error: %s\nhint: %s\n' "$1" "$2" >&2
+    exit 2
+}
+
+require_private_token() {
+    local mode
+    mode="$(stat -c %a "$RAY_AUTH_TOKEN_PATH")"
+    if [[ "$mode" != 600 && "$mode" != 400 ]]; then
+        fail "the token $RAY_AUTH_TOKEN_PATH has mode $mode: others can read it" "chmod 600 $RAY_AUTH_TOKEN_PATH"
+    fi
+    [[ -s "$RAY_AUTH_TOKEN_PATH" ]] || fail "the token $RAY_AUTH_TOKEN_PATH is empty" "remove it and start the head again"
+}
+
+# Fixed, so that a firewall rule can be written; cluster/README.md lists them. The worker range lies below Linux's
+# ephemeral ports (32768 and up), which NCCL, gloo and outgoing connections take from.
+GCS_PORT=6379
+export AUTOSCALER_METRIC_PORT=6386 DASHBOARD_METRIC_PORT=6387
+NODE_PORTS=(
+    --object-manager-port=6380
+    --node-manager-port=6381
+    --runtime-env-agent-port=6382
+    --dashboard-agent-grpc-port=6383
+    --dashboard-agent-listen-port=6384
+    --metrics-export-port=6385
+    --min-worker-port=20000
+    --max-worker-port=29999
+)
+
+# Ray from PATH, else from the environment that `make venv` made.
+if ! command -v ray >/dev/null; then
+    PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin:$PATH"
+    command -v ray >/dev/null || fail "no ray on PATH and no .venv in the project" "make venv"
+fi
