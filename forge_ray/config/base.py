@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import Frozen, digest
@@ -20,8 +21,18 @@ from forge_ray.records import Frozen, digest
 class Config(Frozen):
     """Base of every section of a run file."""
 
+    model_config = ConfigDict(allow_inf_nan=False)  # they have no canonical JSON, so no digest
+
 
 C = TypeVar("C", bound=Config)
+
+# What a reader of YAML calls the Python types of pydantic's messages.
+KINDS = {
+    "model_type": "must be a section of keys",
+    "dict_type": "must be a section of keys",
+    "tuple_type": "must be a list",
+    "finite_number": "must be a finite number",
+}
 
 
 def load(model: type[C], path: str | Path, overrides: tuple[str, ...] = ()) -> C:
@@ -30,12 +41,24 @@ def load(model: type[C], path: str | Path, overrides: tuple[str, ...] = ()) -> C
     if not file.is_file():
         raise NotFound(f"configuration file {str(path)!r} does not exist", hint="give the path of a YAML file")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}", hint="check the indentation near that line") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping", hint="start with `name: …`")
     return parse(model, apply_overrides(values, overrides), where=str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice in one section; PyYAML would let the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -55,7 +78,9 @@ def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[
         *parents, last = key.split(".")
         try:
             for part in parents:
-                node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+                if isinstance(node, dict) and node.get(part) is None:  # absent, or an empty section in the file
+                    node[part] = {}
+                node = node[int(part)] if isinstance(node, list) else node[part]
             if isinstance(node, list):
                 node[int(last)] = value
             else:
@@ -72,30 +97,43 @@ def parse(model: type[C], values: Any, where: str = "") -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems, hints = [], []
-        for item in error.errors():
-            path = [str(part) for part in item["loc"]]
-            problem, hint = _explain(model, path, item)
-            problems.append(problem)
+        problems: dict[str, str] = {}  # "key=value: " → the rules that it breaks: a value of several kinds has several
+        hints: list[str] = []
+        items = [(tuple(str(part) for part in item["loc"] if not _is_kind(part)), item) for item in error.errors()]
+        for place, item in items:
+            if any(len(other) > len(place) and other[: len(place)] == place for other, _ in items):
+                continue  # a list that is too short, or of the wrong kind, only because one of its items is wrong
+            subject, rule, hint = _explain(model, list(place), item)
+            problems[subject] = f"{problems[subject]}, or {rule}" if subject in problems else rule
             if hint and hint not in hints:
                 hints.append(hint)
         prefix = f"{where}: " if where else ""
-        raise ConfigError(prefix + "; ".join(problems), hint="; ".join(hints)) from None
+        raise ConfigError(
+            prefix + "; ".join(subject + rule for subject, rule in problems.items()), hint="; ".join(hints)
+        ) from None
 
 
-def _explain(model: type[BaseModel], path: list[str], item: Any) -> tuple[str, str]:
+def _is_kind(part: str | int) -> bool:
+    """Where a key may hold values of several kinds, pydantic adds the kind it tried to the path: no key of the file."""
+    return isinstance(part, str) and re.fullmatch(r"(literal|tuple)\[.*\]", part) is not None
+
+
+def _explain(model: type[BaseModel], path: list[str], item: Any) -> tuple[str, str, str]:
+    """What is wrong (`key=value: `), the rule that it breaks, and the hint."""
     key = ".".join(path) or "(top level)"
+    subject = f"{key}={item['input']!r}: "
     if item["type"] == "extra_forbidden":
         known = sorted(_fields_at(model, path[:-1]))
         near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{key}={item['input']!r}: unknown key", hint
+        hint = f"did you mean {'.'.join([*path[:-1], *near])!r}?" if near else f"known keys: {', '.join(known)}"
+        return subject, "unknown key", hint
     if item["type"] == "missing":
-        return f"{key}: required and missing", f"add {key} to the file"
+        return f"{key}: ", "required and missing", f"add {key} to the file"
     rule, _, hint = item["msg"].removeprefix("Value error, ").partition(" hint: ")
     if item["type"] == "value_error":  # raised by a rule over several keys: it names its own values
-        return (f"{key}: {rule}" if path else rule), hint
-    return f"{key}={item['input']!r}: {rule[:1].lower()}{rule[1:]}", hint or f"see {key} in docs/reference.md"
+        return (f"{key}: " if path else ""), rule, hint
+    rule = KINDS.get(item["type"], rule[:1].lower() + rule[1:])
+    return subject, rule, hint or f"see {key} in docs/reference.md"
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> set[str]:

@@ -113,7 +113,7 @@ def version(text: str) -> tuple[int, ...]:
 
 def test_every_ray_version_lies_in_the_range_of_pyproject() -> None:
     low, high = ray_range()
-    found = re.findall(r"(?:ray/ray:|-ray)(\d+\.\d+\.\d+)", (KUBERAY / "Dockerfile").read_text())
+    found = re.findall(r"(?:/ray:|-ray)(\d+\.\d+\.\d+)", (KUBERAY / "Dockerfile").read_text())
     found += re.findall(r"^ray==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     for cluster in CLUSTERS.values():
         found.append(cluster["rayVersion"])
