@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 STAMP := .venv/.installed
 
 .PHONY: help quickstart test check format venv lock clean
@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "error: $(PYTHON) is absent or older than Python 3.11 ($$($(PYTHON) --version 2>&1))"; \
 	    echo "hint: make PYTHON=/path/to/python3.11"; exit 2; } >&2
-	@echo "installing into .venv: some 140 packages, about a gigabyte; minutes, once"
+	@echo "installing into .venv: some 140 packages, 2 GB on disk; takes minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "  1/3 torch"
 	@$(PIP) install -c constraints.txt torch==2.13.0
