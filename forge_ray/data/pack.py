@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,7 @@ def pack(documents: Sequence[Document], sequence_length: int, pad_id: int) -> li
     return rows
 
 
-def positions(segment_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+def positions(segment_ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Position ids that restart with every segment, padding included; [..., sequence_length] like the input."""
     length = segment_ids.shape[-1]
     index = np.broadcast_to(np.arange(length), segment_ids.shape)

@@ -2,8 +2,8 @@
 
 The order names the rows; this module only brings them near. The unit of reading is a *window*: `block_rows` steps of one
 lane, which lie in one or two blocks. Under Ray, each worker runs a small Ray Data pipeline over the windows it will need, so
-reading and decoding happen on the cluster's idle CPUs, ahead of the step and in bounded memory. Without Ray a thread does the
-same with the same function. The whole state is the step: there is nothing to save and nothing to skip.
+reading and decoding happen on idle CPUs, ahead of the step, bounded by Ray Data's back-pressure. Without Ray a thread does
+the same with the same function. The whole state is the step: there is nothing to save and nothing to skip.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from forge_ray.records import DatasetManifest
 from forge_ray.store import Store
 
 COLUMNS = ("input_ids", "loss_mask", "segment_ids")
-Arrays = dict[str, npt.NDArray[np.int64]]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class Rows:
                 result[name][where] = values[name][np.array(rows)[where] - number * self.block_rows]
         return result
 
+    def batch(self, rows: list[int]) -> Arrays:
+        """`take`, as the model wants it: int64, with `position_ids`."""
+        return model_inputs(self.take(rows))
+
     def records(self, rows: list[int]) -> list[list[str]]:
         """The record ids inside each of the rows, in segment order."""
         found = []
@@ -72,6 +76,12 @@ class Rows:
             shard, group = divmod(block, SHARD_BLOCKS)
             found.append(_shard(self, shard).read_row_group(group, columns=["records"])["records"][offset].as_py())
         return found
+
+
+def model_inputs(rows: Arrays) -> Arrays:
+    """int64 copies of the columns, and position ids that restart with every document."""
+    batch = {name: values.astype(np.int64) for name, values in rows.items()}
+    return batch | {"position_ids": positions(batch["segment_ids"])}
 
 
 @lru_cache(maxsize=64)
@@ -113,9 +123,7 @@ class Feed:
         for window in self.windows:
             lanes = list(itertools.islice(items, len(self.lanes)))
             for offset in range(len(self.steps(window))):
-                batch = {name: np.stack([lane[name][offset] for lane in lanes]).astype(np.int64) for name in COLUMNS}
-                batch["position_ids"] = positions(batch["segment_ids"])
-                yield batch
+                yield model_inputs({name: np.stack([lane[name][offset] for lane in lanes]) for name in COLUMNS})
 
 
 def local_batches(feed: Feed) -> Iterator[Arrays]:
@@ -136,7 +144,7 @@ def local_batches(feed: Feed) -> Iterator[Arrays]:
 
 
 def ray_batches(feed: Feed) -> Iterator[Arrays]:
-    """On Ray: the windows stream through Ray Data tasks, in order, at most a few rounds of lanes ahead."""
+    """On Ray: the windows stream through Ray Data tasks, in order."""
     import ray.data
 
     total = len(feed.windows) * len(feed.lanes)

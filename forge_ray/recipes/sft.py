@@ -1,0 +1,226 @@
+"""Supervised fine-tuning; on plain text the same loop is continued pre-training (level 4).
+
+torch alone, on a laptop:   train.engine=torch train.zero_stage=0 train.scaling.num_workers=0
+a cluster:                  train.engine=deepspeed train.zero_stage=3 train.scaling.num_workers=8
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forge_ray.data.order import Order
+from forge_ray.data.stream import Arrays, Feed, Rows, local_batches, ray_batches
+from forge_ray.errors import TrainingError
+from forge_ray.records import canonical_json, utc_now
+from forge_ray.train import checkpoint, launch, metrics
+from forge_ray.train.context import Context, join, sum_over_ranks
+from forge_ray.train.engine import TorchEngine, TrainEngine
+from forge_ray.train.job import TrainJob, identity_digest
+from forge_ray.train.loss import kept_positions, token_cross_entropy
+from forge_ray.train.model import export_adapter, export_full, load_for_training, merge_adapter
+from forge_ray.train.schedule import learning_rate, num_steps
+from forge_ray.train.zero import ZeroEngine
+
+ATTEMPTS = "attempts.jsonl"
+RESULT = "result.json"
+
+
+def train_loop(values: dict[str, Any]) -> None:
+    """One worker's whole life. `values` is `TrainJob.to_json()`."""
+    # 1. config and context
+    job = TrainJob.from_json(values)
+    config, store = job.config, job.store
+    context = join(bool(config.scaling.gpus_per_worker), int(config.scaling.cpus_per_worker), job.under_ray)
+    folder = store.local(f"runs/{job.run}") if store.is_local else Path(tempfile.mkdtemp(prefix="forge-run-"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # 2. the order of samples
+    rows = Rows.of(store, job.dataset, "train")
+    order = Order(job.dataset.id, config.seed, rows.num_rows, rows.block_rows, config.global_batch)
+    lanes = order.lanes(context.rank, context.world_size)
+    total_steps = num_steps(config, rows.num_rows)
+
+    # 3. model
+    base = store.fetch_dir(f"models/{job.base.id}", verify=not store.is_local)
+    model = load_for_training(base, config, job.precision, context.device, context.world_size)
+
+    # 4. engine
+    zero = config.engine == "deepspeed"
+    engine: TrainEngine = ZeroEngine(model, config, job.precision) if zero else TorchEngine(model, config)
+
+    # 5. restore
+    checkpoint.seed_all(config.seed, context.rank)
+    start = _position(job, context, step=0)
+    found = checkpoint.restore(engine, store, start, context)
+    first_step = found.step if found else 0
+    if context.is_first:
+        _log_attempt(folder, context, first_step)
+
+    # 6. steps
+    feed = Feed(rows, order, lanes, first_step, total_steps - first_step)
+    batches = ray_batches(feed) if context.under_ray and feed.num_steps else local_batches(feed)
+    clock, began = metrics.StepClock(), time.perf_counter()
+    for step in range(first_step, total_steps):
+        step_began = time.perf_counter()
+        with clock.measure("wait"):
+            batch = _tensors(next(batches), context)
+        with clock.measure("compute"):
+            trained = int(batch["loss_mask"].sum())
+            used = int((batch["segment_ids"] > 0).sum())
+            num_trained, num_tokens = sum_over_ranks([trained, used], context)
+            loss_sum = 0.0
+            splits = {name: value.split(config.micro_batch_size) for name, value in batch.items()}
+            num_micro = len(lanes) // config.micro_batch_size
+            for micro in range(num_micro):
+                loss = _loss({name: parts[micro] for name, parts in splits.items()}, engine)[0]
+                engine.backward(loss / max(num_trained, 1.0), is_last=micro == num_micro - 1)
+                loss_sum += float(loss.detach())
+            lr = learning_rate(step, total_steps, config.optimizer.lr, config.schedule)
+            grad_norm = engine.step(lr)
+        (loss_sum,) = sum_over_ranks([loss_sum], context)
+        done = step + 1
+        line: dict[str, Any] = {
+            "step": done,
+            "of": total_steps,
+            "loss": loss_sum / max(num_trained, 1.0),
+            "lr": lr,
+            "grad_norm": grad_norm,
+        }
+        if not (line["loss"] < float("inf") and grad_norm < float("inf")):
+            raise TrainingError(
+                f"step {done}: loss={line['loss']}, grad_norm={grad_norm} is not finite",
+                hint=f"lower train.optimizer.lr={config.optimizer.lr}; the last checkpoint is from before this step",
+            )
+        if _due(done, config.validation.every_steps, total_steps) and config.validation.max_rows:
+            with clock.measure("validate"):
+                line |= _validate(job, engine, context)
+        if _due(done, config.checkpoint.every_steps, total_steps):
+            with clock.measure("checkpoint"):
+                position = _position(job, context, done)
+                path = checkpoint.save(engine, store, position, context, config.checkpoint.keep)
+                launch.report({"step": done, "loss": line["loss"]}, job, path)
+        seconds = time.perf_counter() - step_began
+        line |= {"tokens": int(num_tokens), "trained_tokens": int(num_trained), "seconds": seconds}
+        line |= {f"{part}_s": spent for part, spent in clock.take().items()}
+        line |= {"tokens_per_s": num_tokens / seconds, "trained_tokens_per_s": num_trained / seconds}
+        line["eta_s"] = (time.perf_counter() - began) / (done - first_step) * (total_steps - done)
+        if context.is_first:
+            metrics.append(folder, line)
+
+    # 7. export
+    weights = engine.weights(trained_only=config.adapter is not None)
+    if context.is_first:
+        _finish(job, folder, order, total_steps, _export(job, model, weights, base))
+
+
+def _position(job: TrainJob, context: Context, step: int) -> checkpoint.Position:
+    return checkpoint.Position(
+        step=step,
+        samples_seen=step * job.config.global_batch,
+        run=job.run,
+        config_digest=identity_digest(job),
+        dataset=job.dataset.id,
+        base_digest=job.base.files_digest,
+        engine=job.config.engine,
+        zero_stage=job.config.zero_stage,
+        world_size=context.world_size,
+    )
+
+
+def _loss(batch: dict[str, torch.Tensor], engine: TrainEngine) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position ids without an attention mask: that, and no cache, is what isolates the packed documents."""
+    kept = kept_positions(batch["loss_mask"])
+    output = engine.forward(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], logits_to_keep=kept, use_cache=False
+    )
+    return token_cross_entropy(output.logits, batch["input_ids"], batch["loss_mask"], kept)
+
+
+def _due(done: int, every: int, total: int) -> bool:
+    return done == total or (every > 0 and done % every == 0)
+
+
+@torch.no_grad()
+def _validate(job: TrainJob, engine: TrainEngine, context: Context) -> dict[str, float]:
+    """Loss per trained token on the first validation rows; every rank does the same number of passes."""
+    rows = Rows.of(job.store, job.dataset, "validation")
+    count = min(rows.num_rows, job.config.validation.max_rows)
+    if not count:
+        return {}
+    engine.model.eval()
+    total, tokens = 0.0, 0.0
+    size = job.config.micro_batch_size
+    for start in range(0, count, size * context.world_size):
+        mine = range(start + context.rank * size, min(start + (context.rank + 1) * size, count))
+        loss, number = _loss(_tensors(rows.batch(list(mine) or [0]), context), engine)
+        if mine:
+            total, tokens = total + float(loss), tokens + float(number)
+    engine.model.train()
+    total, tokens = sum_over_ranks([total, tokens], context)
+    return {"validation_loss": total / max(tokens, 1.0)}
+
+
+def _tensors(batch: Arrays, context: Context) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array).to(context.device) for name, array in batch.items()}
+
+
+def _log_attempt(folder: Path, context: Context, first_step: int) -> None:
+    attempt = {"at": utc_now(), "host": platform.node(), "world_size": context.world_size, "first_step": first_step}
+    with (folder / ATTEMPTS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(attempt) + "\n")
+
+
+def _export(job: TrainJob, model: Any, weights: dict[str, torch.Tensor], base: Path) -> str:
+    """Plain Hugging Face or PEFT safetensors under `runs/<id>/export`; returns which of the two."""
+    with job.store.staged_dir(f"runs/{job.run}/export") as target:
+        if job.config.adapter is None:
+            export_full(base, weights, target)
+            return "full"
+        if job.config.export == "adapter":
+            export_adapter(model, weights, job.base.id, target)
+            return "adapter"
+        with tempfile.TemporaryDirectory(prefix="forge-adapter-") as adapter:
+            export_adapter(model, weights, job.base.id, Path(adapter))
+            merge_adapter(base, Path(adapter), target)
+        return "full"
+
+
+def _finish(job: TrainJob, folder: Path, order: Order, total_steps: int, export_kind: str) -> None:
+    """The facts of the finished run, for its record; the last thing written."""
+    lines = metrics.read(folder / metrics.METRICS)
+    metrics.plot(lines, folder / metrics.CURVE, f"{job.name} · {job.run}")
+    attempts = [json.loads(text) for text in (folder / ATTEMPTS).read_text(encoding="utf-8").splitlines()]
+    compute = sum(line["compute_s"] for line in lines)
+    summary = {
+        "loss": lines[-1]["loss"],
+        "seconds": sum(line["seconds"] for line in lines),
+        "wait_s": sum(line["wait_s"] for line in lines),
+        "compute_s": compute,
+        "checkpoint_s": sum(line.get("checkpoint_s", 0.0) for line in lines),
+        "tokens": sum(line["tokens"] for line in lines),
+        "trained_tokens": sum(line["trained_tokens"] for line in lines),
+        "tokens_per_s": sum(line["tokens"] for line in lines) / max(compute, 1e-9),
+    }
+    if "validation_loss" in lines[-1]:
+        summary["validation_loss"] = lines[-1]["validation_loss"]
+    result = {
+        "num_steps": total_steps,
+        "samples_seen": total_steps * order.global_batch,
+        "order_digest": order.digest(0, total_steps),
+        "attempts": attempts,
+        "metrics": summary,
+        "export_kind": export_kind,
+    }
+    job.store.write(f"runs/{job.run}/{RESULT}", canonical_json(result))
+    if not job.store.is_local:
+        for name in (metrics.METRICS, metrics.CURVE, ATTEMPTS):
+            job.store.write(f"runs/{job.run}/{name}", (folder / name).read_bytes())
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,62 @@
+"""Who am I among the workers: rank, world size, device; under Ray Train, torchrun or alone (level 3)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Context:
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    under_ray: bool
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def join(use_gpu: bool, num_threads: int, under_ray: bool) -> Context:
+    """Join the process group: the one that Ray Train or torchrun prepared, else a group of one."""
+    rank, world_size, local_rank = 0, 1, 0
+    if under_ray:
+        import ray.train
+
+        ray_context = ray.train.get_context()
+        rank, world_size = ray_context.get_world_rank(), ray_context.get_world_size()
+        local_rank = ray_context.get_local_rank()
+    elif "RANK" in os.environ:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(max(1, num_threads))  # fixed: the number of threads decides the order of sums
+    if not dist.is_initialized():
+        backend = "nccl" if use_gpu else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Context(rank, world_size, local_rank, device, under_ray)
+
+
+def sum_over_ranks(values: list[float], context: Context) -> list[float]:
+    """Element-wise sum, the same on every rank."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=context.device)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor]
+
+
+def agree(value: Any, context: Context) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=context.device)
+    return box[0]

@@ -1,0 +1,67 @@
+"""What a worker is told: one small, picklable value (level 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from forge_ray.config.base import parse
+from forge_ray.config.train import TrainConfig
+from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
+from forge_ray.store import Store
+
+LOOP = 1  # raised when the loop changes what the same settings compute
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training run. `config` has a resolved precision; `base` and `dataset` are complete records."""
+
+    run: str
+    name: str
+    config: TrainConfig
+    store: Store
+    dataset: DatasetManifest
+    base: ModelVersion
+    precision: str
+    under_ray: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """For Ray Train's `train_loop_config`."""
+        return {
+            "run": self.run,
+            "name": self.name,
+            "config": self.config.model_dump(mode="json"),
+            "store": self.store.uri,
+            "dataset": self.dataset.model_dump(mode="json"),
+            "base": self.base.model_dump(mode="json"),
+            "precision": self.precision,
+            "under_ray": self.under_ray,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TrainJob:
+        return cls(
+            run=value["run"],
+            name=value["name"],
+            config=parse(TrainConfig, value["config"]),
+            store=Store(value["store"]),
+            dataset=DatasetManifest.model_validate(value["dataset"]),
+            base=ModelVersion.model_validate(value["base"]),
+            precision=value["precision"],
+            under_ray=value["under_ray"],
+        )
+
+
+def identity(config: TrainConfig, precision: str, dataset: str, base_digest: str) -> dict[str, Any]:
+    """What decides the weights of a run; its hash is the run's id, so the same request finds the same run."""
+    settings = config.identity() | {"precision": precision}
+    return {"loop": LOOP, "config": settings, "dataset": dataset, "base": base_digest}
+
+
+def run_id(config: TrainConfig, precision: str, dataset: DatasetManifest, base: ModelVersion) -> str:
+    return short_id("run", identity(config, precision, dataset.id, base.files_digest))
+
+
+def identity_digest(job: TrainJob) -> str:
+    return digest(identity(job.config, job.precision, job.dataset.id, job.base.files_digest))

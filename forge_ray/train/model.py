@@ -1,0 +1,125 @@
+"""Load a base model, put LoRA on it, export what was trained (level 3)."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forge_ray.config.train import Adapter, TrainConfig
+from forge_ray.data.dataset import TOKENIZER_FILES
+from forge_ray.errors import ConfigError
+from forge_ray.train.zero import prepare_environment, zero_config
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@contextlib.contextmanager
+def _partitioned_while_loading(config: TrainConfig, precision: str, world_size: int) -> Iterator[None]:
+    """ZeRO-3: no rank ever holds the whole model. transformers looks for a live HfDeepSpeedConfig."""
+    if config.engine != "deepspeed" or config.zero_stage != 3:
+        yield
+        return
+    prepare_environment()
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    holder = HfDeepSpeedConfig(zero_config(config, precision, world_size))
+    try:
+        yield
+    finally:
+        del holder
+        unset_hf_deepspeed_config()
+
+
+def load_for_training(folder: Path, config: TrainConfig, precision: str, device: torch.device, world_size: int) -> nn.Module:
+    """The base model with its adapter, ready for an engine; the same weights on every rank for the same seed."""
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with _partitioned_while_loading(config, precision, world_size):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[precision],
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    model.config.use_cache = False  # with a cache the packed documents would see each other
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.adapter:
+        torch.manual_seed(config.seed)
+        model = with_adapter(model, config.adapter)
+        if config.activation_checkpointing:
+            model.enable_input_require_grads()
+    on_device: nn.Module = model.to(device).train()
+    return on_device
+
+
+def with_adapter(model: Any, adapter: Adapter) -> Any:
+    """`model` with LoRA in its own dtype (the fp32 master copy is the optimizer's)."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
+    lora = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ConfigError(
+            f"train.adapter.target_modules={targets!r} matches no layer of this model",
+            hint=f"its linear layers are {', '.join(names)}; or use all-linear",
+        ) from error
+
+
+def export_adapter(model: Any, weights: dict[str, Tensor], base_model: str, folder: Path) -> None:
+    """PEFT's own files; `base_model` is the id of the version that the adapter belongs to, not a path."""
+    model.peft_config["default"].base_model_name_or_path = base_model
+    model.peft_config["default"].inference_mode = True
+    model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT writes a card with placeholders
+
+
+def export_full(base: Path, weights: dict[str, Tensor], folder: Path) -> None:
+    """A plain Hugging Face directory: the trained weights, the base's configuration and tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = next(iter(weights.values())).dtype
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if unexpected or set(missing) - tied:
+        raise ConfigError(f"export: weights do not fit the base: {sorted(unexpected)[:3]} {sorted(missing)[:3]}", hint="")
+    model.save_pretrained(folder)
+    copy_tokenizer(base, folder)
+
+
+def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
+    """Base and adapter as one plain model: the product B A is added in fp32, the sum rounded once."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    source = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True, trust_remote_code=False)
+    dtype = source.dtype
+    merged: Any = PeftModel.from_pretrained(source.float(), str(adapter), local_files_only=True).merge_and_unload()
+    merged.to(dtype).save_pretrained(folder)
+    copy_tokenizer(base, folder)
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
+    for path in base.iterdir():
+        if path.name.startswith((*TOKENIZER_FILES, "generation_config")):
+            shutil.copyfile(path, folder / path.name)
