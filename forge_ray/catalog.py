@@ -10,6 +10,7 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,13 +70,20 @@ class Catalog:
         """Write `record` to the store, once, and index it. The first of two equal records stays."""
         path = f"records/{record.kind}/{record.id}.json"
         if self.store.exists(path):
-            return type(record).model_validate(self.store.read_json(path))
-        self.store.write_once(path, canonical_json(record.model_dump(mode="json")))
+            record = type(record).model_validate(self.store.read_json(path))
+        else:
+            self.store.write_once(path, canonical_json(record.model_dump(mode="json")))
         self._index(record)
         self._db.commit()
         return record
 
     def append(self, event: Event) -> Event:
+        """Write `event`, after all others of its subject: neither a fast hand nor a slow clock makes an older one the last."""
+        query = "select max(at) from events where kind = ? and subject = ?"
+        (last,) = self._db.execute(query, (event.kind, event.subject)).fetchone()
+        if last is not None and event.at <= last:
+            later = datetime.fromisoformat(last) + timedelta(milliseconds=1)
+            event = event.model_copy(update={"at": later.isoformat(timespec="milliseconds")})
         self.store.write_once(f"events/{event.at}~{event.id}.json", canonical_json(event.model_dump(mode="json")))
         self._index_event(event)
         self._db.commit()
@@ -93,7 +101,7 @@ class Catalog:
     def get(self, record_id: str) -> Record:
         row = self._db.execute("select id, body from records where id = ?", (record_id,)).fetchone()
         if row is None:
-            raise NotFound(f"no record {record_id!r} in {self.store.uri}", hint="`forge models list`, `forge data list`")
+            raise NotFound(f"no record {record_id!r} in {self.store.place}", hint="`forge models list`, `forge data list`")
         return TYPES[row[0].split("_", 1)[0]].model_validate_json(row[1])
 
     def get_as(self, record_type: type[R], record_id: str) -> R:
@@ -114,6 +122,11 @@ class Catalog:
         rows = self._db.execute("select body from events where kind = ? and subject = ? order by at, id", (kind, subject))
         return [Event.model_validate_json(row[0]) for row in rows]
 
+    def subjects(self, kind: str) -> list[str]:
+        """Everything that has an event of this kind, by its first one."""
+        rows = self._db.execute("select subject from events where kind = ? group by subject order by min(at)", (kind,))
+        return [row[0] for row in rows]
+
     def aliases(self) -> dict[str, str]:
         """alias → model version, after the last move of each."""
         rows = self._db.execute("select body from events where kind = 'alias' order by at, id")
@@ -126,7 +139,7 @@ class Catalog:
         version = aliases.get(reference, reference)
         if not self.has(version):
             known = ", ".join(sorted(aliases)) or "none yet"
-            raise NotFound(f"no model version or alias {reference!r} in {self.store.uri}", hint=f"aliases: {known}")
+            raise NotFound(f"no model version or alias {reference!r} in {self.store.place}", hint=f"aliases: {known}")
         return self.get_as(ModelVersion, version)
 
     def promote(self, reference: str, alias: str) -> ModelVersion:

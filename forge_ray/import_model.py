@@ -17,8 +17,9 @@ from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import ModelVersion, files_digest
 from forge_ray.store import MANIFEST, hash_dir, sha256_file
 
-CODE_ENDINGS = (".py", ".pyc", ".so", ".sh", ".pth")
+CODE_ENDINGS = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".pth")
 PICKLE_ENDINGS = (".bin", ".pt", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".npy", ".npz", ".joblib")
+PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # the last: torch.save's zip
 MAX_HEADER = 100 << 20  # a safetensors header of more is an attack, not a model
 
 
@@ -28,7 +29,8 @@ def import_model(catalog: Catalog, path: str | Path, name: str, licence: str = "
     if not source.exists():
         raise NotFound(f"no model at {str(path)!r}", hint="give a Hugging Face directory or a .gguf file")
     origin = _origin(source)
-    version = next((known for known in catalog.all(ModelVersion) if known.source == origin), None)
+    same = origin.rpartition(" ")[2]  # the digest; the folder's name may be another
+    version = next((known for known in catalog.all(ModelVersion) if known.source.rpartition(" ")[2] == same), None)
     if version is None:
         version = _import(catalog, source, origin, name, licence)
     if alias:
@@ -56,7 +58,7 @@ def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str
                 shutil.copyfile(source / entry.path, target)
         else:
             convert_gguf(source, folder)
-            refuse_unsafe(folder)
+        refuse_unsafe(folder)  # what was copied, in case the source changed meanwhile
     try:
         files = store.files(staging)
         version = ModelVersion(
@@ -79,8 +81,11 @@ def refuse_unsafe(folder: Path) -> None:
     root = folder.resolve()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.resolve().is_relative_to(root):
-            raise PolicyError(f"{name} is a link that leaves the model's folder", hint="copy the file into the folder")
+        if not _resolves_inside(path, root):
+            raise PolicyError(
+                f"{name} is a link that leaves the model's folder",
+                hint="copy the folder with its links resolved (`cp -rL FOLDER COPY`) and import the copy",
+            )
         if path.is_dir():
             continue
         if not path.is_file():
@@ -88,7 +93,7 @@ def refuse_unsafe(folder: Path) -> None:
         ending = path.suffix.lower()
         if ending in CODE_ENDINGS:
             raise PolicyError(f"{name} is code; a model directory must hold none", hint="remove it; no remote code is run")
-        if ending in PICKLE_ENDINGS:
+        if ending in PICKLE_ENDINGS or _first_bytes(path).startswith(PICKLE_STARTS):
             raise PolicyError(f"{name} may hold pickled objects", hint="convert the weights to safetensors first")
         if ending == ".json" and path.name != MANIFEST:
             _refuse_json(path, name)
@@ -101,12 +106,24 @@ def refuse_unsafe(folder: Path) -> None:
         raise ConfigError(f"{folder.name} has no .safetensors weights", hint="convert the weights to safetensors first")
 
 
+def _resolves_inside(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(4)
+
+
 def _refuse_json(path: Path, name: str) -> None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        names_code = _mentions(json.loads(path.read_text(encoding="utf-8")), "auto_map")
     except (ValueError, RecursionError):
         raise PolicyError(f"{name} is not valid JSON", hint="fetch the file again") from None
-    if _mentions(value, "auto_map"):
+    if names_code:
         raise PolicyError(
             f"{name} has `auto_map`, which names code to run", hint="use a model of an architecture that is built in"
         )
@@ -119,7 +136,7 @@ def _mentions(value: Any, key: str) -> bool:
 
 
 def _check_safetensors(path: Path, name: str) -> None:
-    """The header's length and offsets must fit the file: a torn or forged file is refused before it is mapped."""
+    """The tensors must tile the file: a torn or forged one is refused before it is mapped."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         head = stream.read(8)
@@ -128,8 +145,12 @@ def _check_safetensors(path: Path, name: str) -> None:
             raise PolicyError(f"{name} is not a safetensors file (header of {length} bytes)", hint="fetch the file again")
         try:
             header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            end = 0
+            for first, last in sorted(entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"):
+                if first != end or last < first:
+                    raise ValueError("a gap or an overlap")
+                end = last
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise PolicyError(f"{name} has a malformed safetensors header", hint="fetch the file again") from None
     if end != size - 8 - length:
         raise PolicyError(f"{name}: the header promises {end} bytes, {size - 8 - length} are there", hint="fetch it again")

@@ -11,15 +11,17 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow.fs as pafs
 
-from forge_ray.errors import NotFound, StoreError
+from forge_ray.errors import ConfigError, NotFound, StoreError
 from forge_ray.records import FileEntry, canonical_json
 
 MANIFEST = "MANIFEST.json"
@@ -32,7 +34,12 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
-        self._fs, self.root = pafs.FileSystem.from_uri(self.uri)
+        try:
+            self._fs, self.root = pafs.FileSystem.from_uri(self.uri)
+        except (ValueError, OSError) as error:
+            raise ConfigError(
+                f"store {self.place!r} cannot be opened: {error}", hint="give a folder, or a URI like s3://bucket/folder"
+            ) from None
         self.root = self.root.rstrip("/")
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
@@ -45,7 +52,12 @@ class Store:
         return hash(self.uri)
 
     def __repr__(self) -> str:
-        return f"Store({self.uri!r})"
+        return f"Store({self.place!r})"
+
+    @property
+    def place(self) -> str:
+        """The URI as it may be shown: without the user name and password that it can carry."""
+        return re.sub(r"//[^/?]*@", "//", self.uri)
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -65,7 +77,7 @@ class Store:
     def local(self, relative: str) -> Path:
         """The same place as a local path; only where the store is a file system that this machine mounts."""
         if not self.is_local:
-            raise StoreError(f"{self.uri} is not a local or mounted store", hint="use `Store.fetch_dir`")
+            raise StoreError(f"{self.place} is not a local or mounted store", hint="use `Store.fetch_dir`")
         return Path(self.path(relative))
 
     def exists(self, relative: str) -> bool:
@@ -76,7 +88,7 @@ class Store:
             with self._fs.open_input_stream(self.path(relative)) as stream:
                 return bytes(stream.read())
         except FileNotFoundError:
-            raise NotFound(f"{relative!r} is not in the store {self.uri}", hint="check --store and the id") from None
+            raise NotFound(f"{relative!r} is not in the store {self.place}", hint="check --store and the id") from None
 
     def read_json(self, relative: str) -> Any:
         data = self.read(relative)
@@ -84,7 +96,7 @@ class Store:
             return json.loads(data)
         except ValueError:
             raise StoreError(
-                f"{relative!r} in {self.uri} is not JSON ({len(data)} bytes)", hint="restore the file from a backup"
+                f"{relative!r} in {self.place} is not JSON ({len(data)} bytes)", hint="restore the file from a backup"
             ) from None
 
     def write(self, relative: str, data: bytes) -> None:
@@ -92,9 +104,9 @@ class Store:
         target = self.path(relative)
         self._fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
         if self.is_local:
-            handle, temporary = tempfile.mkstemp(dir=target.rsplit("/", 1)[0], prefix=".tmp-")
+            temporary = f"{target.rsplit('/', 1)[0]}/.tmp-{uuid.uuid4().hex}"
             try:
-                with os.fdopen(handle, "wb") as stream:
+                with open(temporary, "xb") as stream:  # not mkstemp: whoever shares the store may read the record
                     stream.write(data)
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -177,6 +189,16 @@ class Store:
             target = self.path(f"{relative}/{entry.path}")
             self._fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
             self._fs.move(self.path(f"{staging}/{entry.path}"), target)
+
+    def copy_dir(self, source: str, relative: str) -> None:
+        """Publish the published folder `source` under a second name; what is there already stays."""
+        if self.is_published(relative):
+            return
+        with self.staged_dir(relative) as target:
+            folder = self.fetch_dir(source)
+            for entry in self.files(source):
+                (target / entry.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / entry.path, target / entry.path)
 
     def files(self, relative: str) -> tuple[FileEntry, ...]:
         """The manifest of a published directory."""

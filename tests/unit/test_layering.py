@@ -17,16 +17,17 @@ PACKAGE = ROOT / "forge_ray"
 
 # Bottom first. A level has several rows where one of its modules builds on another.
 ROWS: tuple[set[str], ...] = (
-    {"errors"},  # L0
+    {"errors", "offline"},  # L0
     {"records"},
     {"config"},
-    {"store", "hardware"},  # L1
+    {"store", "hardware", "progress", "environment"},  # L1
     {"catalog"},
-    {"data", "inference", "client", "import_model"},  # L2
-    {"train", "evaluate"},  # L3
+    {"data", "inference", "client", "import_model", "cluster"},  # L2
+    {"train", "evaluate", "lineage"},  # L3
     {"recipes", "serve", "control"},  # L4
     {"pipeline"},  # L5
-    {"job", "quickstart"},
+    {"job", "quickstart", "submit"},
+    {"show"},
     {"cli"},  # L6
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -1,0 +1,131 @@
+"""A small Python client of a served model, over REST (level 2; no torch, no ray).
+
+with Client("http://127.0.0.1:8000") as client:
+    print(client.chat("support-bot", [{"role": "user", "content": "Hello"}]).text)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from forge_ray.errors import ConfigError, EngineError, ForgeError, NotFound
+
+TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 10.0
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer, and the model version that gave it."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    model_version: str
+
+
+class Client:
+    """A connection to one endpoint; `base_url` without `/v1`. Options are OpenAI's: temperature, max_tokens, stop, …"""
+
+    def __init__(self, base_url: str, timeout_s: float = TIMEOUT_S) -> None:
+        # trust_env off: an endpoint on the premises is not reached through a proxy
+        timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout, trust_env=False)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def health(self) -> dict[str, Any]:
+        """The replica's state; `EngineError` when it is not healthy or not there."""
+        return self._json("GET", "/health")
+
+    def models(self) -> list[str]:
+        """Names that `chat` accepts."""
+        return [str(card["id"]) for card in self._json("GET", "/v1/models")["data"]]
+
+    def chat(self, model: str, messages: Messages, **options: Any) -> Answer:
+        """The whole answer to `messages`."""
+        response = self._send("POST", "/v1/chat/completions", {"model": model, "messages": list(messages), **options})
+        body = response.json()
+        (choice,) = body["choices"]
+        return Answer(
+            text=choice["message"]["content"],
+            finish_reason=choice["finish_reason"],
+            prompt_tokens=body["usage"]["prompt_tokens"],
+            completion_tokens=body["usage"]["completion_tokens"],
+            model_version=response.headers.get("x-forge-model-version", ""),
+        )
+
+    def stream_chat(self, model: str, messages: Messages, **options: Any) -> Iterator[str]:
+        """The answer piece by piece; closing the iterator cancels the request on the server."""
+        body = {"model": model, "messages": list(messages), "stream": True, **options}
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != httpx.codes.OK:
+                    response.read()
+                    raise _error(response)
+                yield from _pieces(response)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _json(self, method: str, path: str) -> dict[str, Any]:
+        value: dict[str, Any] = self._send(method, path).json()
+        return value
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.status_code != httpx.codes.OK:
+            raise _error(response)
+        return response
+
+    def _unreachable(self, error: httpx.TransportError) -> EngineError:
+        return EngineError(f"{self._http.base_url} does not answer: {error}", hint="is the model deployed there?")
+
+
+def _pieces(response: httpx.Response) -> Iterator[str]:
+    for line in response.iter_lines():
+        if not line.startswith("data: "):
+            continue
+        if line == "data: [DONE]":
+            return
+        chunk = json.loads(line.removeprefix("data: "))
+        if "error" in chunk:
+            raise EngineError(chunk["error"]["message"], hint="send the request again")
+        for choice in chunk["choices"]:
+            if text := choice["delta"].get("content"):
+                yield str(text)
+    raise EngineError("the stream ended before its end was announced", hint="send the request again")
+
+
+def _error(response: httpx.Response) -> ForgeError:
+    """The server's answer as the error that it stands for."""
+    try:
+        body = response.json()
+        message = str(body["error"]["message"] if "error" in body else body["detail"])
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:200]
+    text = f"{response.request.url} answered {response.status_code}: {message}"
+    match response.status_code:
+        case 404:
+            return NotFound(text, hint="ask for a name that `models()` lists")
+        case status if status < 500:
+            return ConfigError(text, hint="change the request")
+        case _:
+            return EngineError(text, hint="send the request again; if it fails again, see the replica's log")

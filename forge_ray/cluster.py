@@ -1,0 +1,61 @@
+"""Join the Ray cluster that is there, or start one in this process's name (level 2)."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from forge_ray.errors import ConfigError
+from forge_ray.offline import SWITCHES, set_offline_switches
+from forge_ray.store import Store
+
+LOCAL_CPUS = 8  # logical: a laptop's workers, data tasks and replicas share the cores
+
+
+def in_ray_job() -> bool:
+    """Inside `ray job submit`: the current folder is a copy that goes away with the job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def connect(address: str | None = None) -> None:
+    """`address`, else RAY_ADDRESS (set inside a job), else a local Ray on loopback that ends with this process."""
+    set_offline_switches()
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if address:
+        ray.init(address=address, runtime_env={"env_vars": dict(SWITCHES)}, logging_level=logging.WARNING)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+    quiet_data()
+
+
+def quiet_data() -> None:
+    """One line per stage is ours; Ray Data's own bars and plans go to its log files."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def open_store(uri: str | None) -> Store:
+    """`uri`, else FORGE_STORE, else `.forge` here; inside a Ray job a relative place would be lost, so it is refused."""
+    uri = uri or os.environ.get("FORGE_STORE") or ".forge"
+    if in_ray_job() and "://" not in uri and not os.path.isabs(os.path.expanduser(uri)):
+        raise ConfigError(
+            f"store {uri!r} is relative, and a Ray job's folder is deleted when it ends",
+            hint="give a shared place: --store /mnt/forge or s3://bucket/forge, or set FORGE_STORE",
+        )
+    return Store(uri)

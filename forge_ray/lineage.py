@@ -1,0 +1,117 @@
+"""From any id to any other: resolve what a person types, walk, draw (level 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forge_ray.catalog import Catalog, tree, walk
+from forge_ray.errors import NotFound
+from forge_ray.records import DatasetManifest, Deployment, ModelVersion
+
+
+def resolve(catalog: Catalog, text: str) -> str:
+    """An id, an alias, or what an answer carries (`system_fingerprint`, `x-forge-model-digest`) → a record's id."""
+    if catalog.has(text):
+        return text
+    if text in catalog.aliases():
+        return catalog.aliases()[text]
+    wanted = text.removeprefix("fp_").removeprefix("sha256:")
+    if len(wanted) >= 8:
+        for record in (*catalog.all(Deployment), *catalog.all(ModelVersion)):
+            digest = record.model_digest if isinstance(record, Deployment) else record.files_digest
+            if digest.removeprefix("sha256:").startswith(wanted):
+                return record.id
+    raise NotFound(f"{text!r} is no id, alias or fingerprint of this store", hint="`forge models list` shows what is there")
+
+
+def lineage(catalog: Catalog, text: str, num_rows: int) -> dict[str, Any]:
+    """Origins (down to rows one can read) and uses of a record; a `rec_…` id is traced to whatever was made of it."""
+    if text.startswith("rec_"):
+        return _of_record(catalog, text)
+    identifier = resolve(catalog, text)
+    origins = tree(catalog, identifier, "origins")
+    _add_rows(catalog, origins, num_rows)
+    uses = tree(catalog, identifier, "uses")
+    return {"id": identifier, "label": origins["label"], "origins": origins["origins"], "uses": uses["uses"]} | (
+        {"rows": origins["rows"]} if "rows" in origins else {}
+    )
+
+
+def _add_rows(catalog: Catalog, node: dict[str, Any], num_rows: int) -> None:
+    """Put the first rows of each dataset into its node, with the file and line they came from."""
+    from forge_ray.data.dataset import first_records
+
+    if node["kind"] == "datasets":
+        manifest = catalog.get_as(DatasetManifest, node["id"])
+        node["sources"] = [source.model_dump() for source in manifest.sources]
+        node["rows"] = first_records(catalog.store, manifest, "train", num_rows)
+        node["num_rows"] = manifest.splits["train"].num_records
+    for below in node["origins"]:
+        _add_rows(catalog, below, num_rows)
+
+
+def _of_record(catalog: Catalog, record: str) -> dict[str, Any]:
+    from forge_ray.data.dataset import find_record
+
+    found: list[dict[str, Any]] = []
+    row: dict[str, Any] = {}
+    for manifest in catalog.all(DatasetManifest):
+        try:
+            row = find_record(catalog.store, manifest, record)
+        except NotFound:
+            continue
+        found.append(tree(catalog, manifest.id, "uses") | {"split": row["split"]})
+    if not found:
+        raise NotFound(f"{record} is in no dataset of this store", hint="`forge data show ds_…` prints record ids")
+    return {"id": record, "label": f"{row['file']}:{row['line']}", "row": row, "uses": found}
+
+
+def path(catalog: Catalog, start: str, goal: str) -> list[str]:
+    """The chain of ids between two things; raises `NotFound` when nothing joins them."""
+    chain = walk(catalog, resolve(catalog, start), resolve(catalog, goal))
+    if not chain:
+        raise NotFound(f"nothing joins {start} and {goal}", hint="`forge lineage` on each shows what they came from")
+    return chain
+
+
+def draw(value: dict[str, Any]) -> list[str]:
+    """The tree as lines of text."""
+    lines = [f"{value['id']}  {value['label']}"]
+    branches: list[tuple[str, dict[str, Any]]] = [("made from", node) for node in value.get("origins", [])]
+    branches += [("used by", node) for node in value.get("uses", [])]
+    if value.get("row"):
+        lines.append(f"│  {_excerpt(value['row']['content'])}")
+    for number, (word, node) in enumerate(branches):
+        lines += _branch(node, word, "", number == len(branches) - 1 and not value.get("rows"))
+    lines += _rows(value, "")
+    return lines
+
+
+def _branch(node: dict[str, Any], word: str, indent: str, is_last: bool) -> list[str]:
+    split = f"  [{node['split']}]" if "split" in node else ""
+    lines = [f"{indent}{'└─' if is_last else '├─'} {word} {node['id']}  {node['label']}{split}"]
+    inner = indent + ("   " if is_last else "│  ")
+    below = node.get("origins", []) + node.get("uses", [])
+    rows = _rows(node, inner)
+    for number, child in enumerate(below):
+        lines += _branch(child, word, inner, number == len(below) - 1 and not rows)
+    return lines + rows
+
+
+def _rows(node: dict[str, Any], indent: str) -> list[str]:
+    rows = node.get("rows", [])
+    lines = [f"{indent}├─ {row['record']}  {row['file']}:{row['line']}  {_excerpt(row['content'])}" for row in rows]
+    if rows:
+        lines.append(f"{indent}└─ … {node['num_rows']} training rows in all" if "num_rows" in node else f"{indent}└─ …")
+    return lines
+
+
+def _excerpt(content: dict[str, Any], width: int = 90) -> str:
+    """A row as one line: what was asked and what it taught."""
+    if "text" in content:
+        text = content["text"]
+    else:
+        spoken = [m for m in content["messages"] if m["role"] in ("user", "assistant")]
+        text = " → ".join(str(message.get("content", "")) for message in spoken[-2:])
+    text = " ".join(text.split())
+    return f"“{text[: width - 1]}…”" if len(text) > width else f"“{text}”"

@@ -1,0 +1,334 @@
+"""The whole product on one page: prepare → train → evaluate → release → deploy (level 5).
+
+Every step looks first whether its result is already in the store (ids are hashes of what decides the result), so a second
+call costs nothing and a call after a crash goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forge_ray.catalog import Catalog
+from forge_ray.cluster import connect, open_store
+from forge_ray.config.base import resolved
+from forge_ray.config.release import DeployConfig, EvalConfig
+from forge_ray.config.run import RunConfig
+from forge_ray.errors import NotFound, TrainingError
+from forge_ray.hardware import resolve_precision
+from forge_ray.progress import Stage, stage
+from forge_ray.records import (
+    DatasetManifest,
+    Deployment,
+    EvalReport,
+    Event,
+    ModelVersion,
+    RunRecord,
+    files_digest,
+)
+from forge_ray.store import Store
+
+if TYPE_CHECKING:
+    from forge_ray.evaluate import Subject
+
+__all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that one run of the pipeline made or found."""
+
+    dataset: DatasetManifest
+    run: RunRecord
+    base_report: EvalReport
+    report: EvalReport
+    version: ModelVersion
+    deployment: Deployment | None
+
+
+def run(config: RunConfig, store: Store) -> Outcome:
+    """All steps of a run file; a version that its gate rejects is registered and not deployed."""
+    dataset = prepare(config, store)
+    record = train(config, store)
+    base_report, report = evaluate(config, store)
+    version = release(config, store)
+    deployment = deploy(config.deploy, store) if config.deploy and version.status == "accepted" else None
+    return Outcome(dataset, record, base_report, report, version, deployment)
+
+
+def import_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
+    """The base model of a run file: a version or alias of the store, else a path that is imported now."""
+    try:
+        return catalog.model(config.base_model)
+    except NotFound:
+        if not Path(config.base_model).expanduser().exists():
+            raise
+    from forge_ray.import_model import import_model
+
+    with stage("import") as it:
+        version = import_model(catalog, config.base_model, Path(config.base_model).stem.lower(), config.licence)
+        it.done(f"{version.id}  {version.name}")
+        return version
+
+
+def prepare(config: RunConfig, store: Store) -> DatasetManifest:
+    """Raw rows → packed dataset version."""
+    with Catalog(store) as catalog:
+        return _prepare(config, catalog)
+
+
+def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
+    base = import_base(config, catalog)
+    connect()
+    from forge_ray.data import dataset
+
+    sources = dataset.index_sources(config.data)
+    wanted = dataset.input_digest(config.data, sources, dataset.tokenizer_digest(base))
+    known = next((found for found in catalog.all(DatasetManifest) if found.input_digest == wanted), None)
+    if known and quiet:
+        return known
+    with stage("prepare") as it:
+        found = known or catalog.put(dataset.build(config.name, config.data, base, catalog.store, sources))
+        counts = ", ".join(f"{name} {stats.num_records}" for name, stats in found.splits.items())
+        bad = f", {sum(found.rejects.values())} quarantined" if found.rejects else ""
+        it.done(f"{found.id}  {'already built' if known else counts + bad}")
+    return found
+
+
+def train(config: RunConfig, store: Store) -> RunRecord:
+    """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
+    from forge_ray.recipes.sft import train_loop
+    from forge_ray.train import launch
+    from forge_ray.train.job import TrainJob, run_id
+
+    loops = {"sft": train_loop}
+    precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
+    with Catalog(store) as catalog:
+        base = import_base(config, catalog)
+        manifest = _prepare(config, catalog, quiet=True)
+        identifier = run_id(config.train, precision, manifest, base)
+        with stage("train") as it:
+            if catalog.has(identifier):
+                it.done(f"{identifier}  already trained")
+                return catalog.get_as(RunRecord, identifier)
+            store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
+            if config.train.scaling.num_workers:
+                connect()
+            job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
+            store.write_once(f"runs/{identifier}/config-{config_key(config)}.json", _pretty(config))
+            if not store.exists(f"runs/{identifier}/result.json"):
+                catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
+                try:
+                    with _followed(it, store, identifier):
+                        launch.fit(loops[config.train.method], job)
+                except TrainingError as error:
+                    catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
+                    raise
+            record = catalog.put(_run_record(job, config))
+            catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
+            speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
+            it.done(f"{record.id}  {record.num_steps} steps, loss {record.metrics['loss']:.3f}, {speed}")
+            return record
+
+
+def config_key(config: RunConfig) -> str:
+    from forge_ray.config.base import config_digest
+
+    return config_digest(config)[len("sha256:") :][:16]
+
+
+def _pretty(config: RunConfig) -> bytes:
+    import json
+
+    return (json.dumps(resolved(config), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
+    """Show the workers' own metrics while they train; only where the store is a folder that this machine sees."""
+    from forge_ray.train import metrics
+
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(0.5):
+            lines = metrics.read(store.local(f"runs/{run}/{metrics.METRICS}"))
+            if lines:
+                last = lines[-1]
+                minutes, seconds = divmod(int(last["eta_s"]), 60)
+                speed = f"{last['tokens_per_s']:.0f} tokens/s"
+                text = f"step {last['step']}/{last['of']}  loss {last['loss']:.3f}  {speed}  {minutes}:{seconds:02d} left"
+                it.update(last["step"], last["of"], text)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    if store.is_local:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if store.is_local:
+            thread.join()
+
+
+def _run_record(job: Any, config: RunConfig) -> RunRecord:
+    """The record of a finished run, from what its workers wrote last."""
+    from forge_ray.environment import code_digest, versions
+    from forge_ray.train.job import identity_digest
+
+    result = job.store.read_json(f"runs/{job.run}/result.json")
+    return RunRecord(
+        id=job.run,
+        name=config.name,
+        method=job.config.method,
+        config=resolved(config),
+        config_digest=identity_digest(job),
+        dataset=job.dataset.id,
+        base_model=job.base.id,
+        base_digest=job.base.files_digest,
+        seed=job.config.seed,
+        num_steps=result["num_steps"],
+        samples_seen=result["samples_seen"],
+        order_digest=result["order_digest"],
+        attempts=tuple(result["attempts"]),
+        code_digest=code_digest(),
+        environment=versions(),
+        metrics=result["metrics"],
+        export=job.store.files(f"runs/{job.run}/export"),
+        export_kind=result["export_kind"],
+    )
+
+
+def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
+    """(base, tuned) on the same held-out rows, under the same scoring."""
+    record = train_record(config, store)
+    with Catalog(store) as catalog:
+        manifest = catalog.get_as(DatasetManifest, record.dataset)
+        base = catalog.get_as(ModelVersion, record.base_model)
+        return (
+            _evaluate(catalog, _model_subject(base), manifest, config.eval, "base"),
+            _evaluate(catalog, _run_subject(record), manifest, config.eval, "tuned"),
+        )
+
+
+def train_record(config: RunConfig, store: Store) -> RunRecord:
+    """The finished run of this run file, without starting one."""
+    from forge_ray.train.job import run_id
+
+    with Catalog(store) as catalog:
+        base = import_base(config, catalog)
+        manifest = _prepare(config, catalog, quiet=True)
+        precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
+        identifier = run_id(config.train, precision, manifest, base)
+        if not catalog.has(identifier):
+            raise NotFound(f"{identifier} of this run file is not finished", hint="run `forge train` on it first")
+        return catalog.get_as(RunRecord, identifier)
+
+
+def _model_subject(version: ModelVersion) -> Subject:
+    from forge_ray.evaluate import Subject
+
+    if version.weights == "adapter":
+        return Subject(version.id, version.files_digest, f"models/{version.base_model}", f"models/{version.id}")
+    return Subject(version.id, version.files_digest, f"models/{version.id}")
+
+
+def _run_subject(record: RunRecord) -> Subject:
+    from forge_ray.evaluate import Subject
+
+    export = f"runs/{record.id}/export"
+    if record.export_kind == "adapter":
+        return Subject(record.id, files_digest(record.export), f"models/{record.base_model}", export)
+    return Subject(record.id, files_digest(record.export), export)
+
+
+def _evaluate(catalog: Catalog, subject: Subject, manifest: DatasetManifest, config: EvalConfig, what: str) -> EvalReport:
+    with stage("evaluate") as it:
+        settings = resolved(config)
+        for known in catalog.all(EvalReport):
+            if (known.subject, known.dataset, known.config) == (subject.id, manifest.id, settings):
+                it.done(f"{known.id}  {what}: already evaluated")
+                return known
+        connect()
+        import ray
+
+        from forge_ray.evaluate import evaluate as run_evaluation
+
+        task = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_retries=1)(run_evaluation)
+        report: EvalReport | None = None
+        updates: Any = task.options(num_returns="streaming").remote(catalog.store, subject, manifest, config)
+        for reference in updates:
+            update = ray.get(reference)
+            if "report" in update:
+                report = EvalReport.model_validate(update["report"])
+            else:
+                it.update(update["done"], update["total"], f"{what}: {update['done']}/{update['total']} examples")
+        assert report is not None
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
+        it.done(f"{report.id}  {what}: {scores}")
+        return catalog.put(report)
+
+
+def release(config: RunConfig, store: Store) -> ModelVersion:
+    """Gate the run's export and register it: accepted and the alias moved, or rejected with the reasons."""
+    from forge_ray.evaluate import judge
+
+    base_report, report = evaluate(config, store)
+    record = train_record(config, store)
+    with Catalog(store) as catalog:
+        manifest = catalog.get_as(DatasetManifest, record.dataset)
+        incumbents: dict[str, EvalReport | None] = {"base": base_report}
+        for rule in config.release.gate.better_than:
+            if rule.incumbent not in incumbents:
+                incumbents[rule.incumbent] = _incumbent(catalog, rule.incumbent, record, manifest, config.eval)
+        with stage("release") as it:
+            reasons = judge(config.release.gate, report, incumbents)
+            version = ModelVersion(
+                name=config.name,
+                status="rejected" if reasons else "accepted",
+                reasons=reasons,
+                weights=record.export_kind,
+                files=record.export,
+                files_digest=files_digest(record.export),
+                base_model=record.base_model,
+                run=record.id,
+                evals=(report.id, base_report.id),
+                licence=catalog.get_as(ModelVersion, record.base_model).licence,
+            ).sealed()
+            store.copy_dir(f"runs/{record.id}/export", f"models/{version.id}")
+            known = catalog.has(version.id)
+            version = catalog.put(version)
+            if reasons:
+                it.done(f"{version.id}  rejected: {'; '.join(reasons)}")
+            else:
+                catalog.promote(version.id, config.release.alias)
+                it.done(f"{version.id}  {'already ' if known else ''}accepted → {config.release.alias}")
+            return version
+
+
+def _incumbent(
+    catalog: Catalog, name: str, record: RunRecord, manifest: DatasetManifest, config: EvalConfig
+) -> EvalReport | None:
+    """The rival's report; None where the alias points nowhere yet, or at this very run."""
+    if name not in catalog.aliases() and not catalog.has(name):
+        return None
+    version = catalog.model(name)
+    if version.run == record.id:
+        return None
+    return _evaluate(catalog, _model_subject(version), manifest, config, name)
+
+
+def deploy(config: DeployConfig, store: Store) -> Deployment:
+    """A released model → an endpoint on the cluster that this process belongs to."""
+    connect()
+    from forge_ray.serve.deploy import deploy as start
+
+    with stage("deploy") as it, Catalog(store) as catalog:
+        deployment = start(config, catalog)
+        it.done(f"{deployment.id}  http://{config.host}:{config.port}/v1  model {config.name!r}")
+        return deployment

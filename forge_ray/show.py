@@ -1,0 +1,147 @@
+"""Print what a person asks to see: token by token rows, tables, the end of the quick start (level 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from forge_ray.catalog import Catalog
+from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord
+from forge_ray.store import Store
+
+if TYPE_CHECKING:
+    from forge_ray.quickstart import Shown
+
+
+def packed_rows(catalog: Catalog, reference: str, split: str, count: int) -> list[dict[str, Any]]:
+    """The first packed rows: per document its record, its text, and the tokens with whether each is trained."""
+    from forge_ray.data.dataset import load_tokenizer
+    from forge_ray.data.stream import Rows
+
+    manifest = catalog.get_as(DatasetManifest, reference)
+    rows = Rows.of(catalog.store, manifest, split)
+    numbers = list(range(min(count, rows.num_rows)))
+    tokenizer = load_tokenizer(catalog.store, manifest.base_model)
+    taken = rows.take(numbers)
+    shown = []
+    for number, records in zip(numbers, rows.records(numbers), strict=True):
+        documents = []
+        for segment, record in enumerate(records, start=1):
+            where = taken["segment_ids"][number] == segment
+            ids, mask = taken["input_ids"][number][where].tolist(), taken["loss_mask"][number][where].tolist()
+            pieces = [tokenizer.decode([token]) for token in ids]
+            documents.append({"record": record, "tokens": pieces, "ids": ids, "trained": [bool(bit) for bit in mask]})
+        used = int((taken["segment_ids"][number] > 0).sum())
+        shown.append({"row": number, "num_tokens": used, "padding": manifest.sequence_length - used, "documents": documents})
+    return shown
+
+
+def print_packed_rows(rows: list[dict[str, Any]]) -> None:
+    """Trained tokens on green, everything else dim; without colour, trained tokens stand in ⟦ ⟧."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for row in rows:
+        console.print(f"[bold]row {row['row']}[/bold]  {row['num_tokens']} tokens, {row['padding']} padding")
+        for document in row["documents"]:
+            console.print(f"  [cyan]{document['record']}[/cyan]")
+            text = Text("    ")
+            for token, trained in zip(document["tokens"], document["trained"], strict=True):
+                shown = token.replace("\n", "⏎\n    ")
+                if not trained:
+                    text.append(shown, style="dim")
+                else:
+                    text.append(shown if console.is_terminal else f"⟦{shown}⟧", style="bold black on green")
+            console.print(text, soft_wrap=True)
+
+
+def comparison(base: EvalReport, tuned: EvalReport) -> list[tuple[str, str, str, str]]:
+    """(metric, base, tuned, change), shares in percent."""
+    rows = []
+    for name in base.metrics:
+        if name in tuned.metrics:
+            before, after = base.metrics[name], tuned.metrics[name]
+            if name in ("loss", "perplexity"):
+                rows.append((name, f"{before:.3g}", f"{after:.3g}", f"{after - before:+.3g}"))
+            else:
+                rows.append((name, f"{before:.1%}", f"{after:.1%}", f"{(after - before) * 100:+.1f} points"))
+    return rows
+
+
+def print_table(title: str, header: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def models(catalog: Catalog) -> list[dict[str, Any]]:
+    """Model versions, oldest first, with the aliases that point at them and the score they were judged by."""
+    aliases: dict[str, list[str]] = {}
+    for alias, version in catalog.aliases().items():
+        aliases.setdefault(version, []).append(alias)
+    found = []
+    for version in catalog.all(ModelVersion):
+        report = catalog.get_as(EvalReport, version.evals[0]) if version.evals and catalog.has(version.evals[0]) else None
+        found.append(
+            version.model_dump(mode="json", exclude={"files"})
+            | {
+                "aliases": sorted(aliases.get(version.id, [])),
+                "size": sum(entry.size for entry in version.files),
+                "metrics": report.metrics if report else {},
+            }
+        )
+    return found
+
+
+def started_runs(catalog: Catalog) -> list[dict[str, Any]]:
+    """One entry per run that has an event, with its last state and, if it finished, its numbers."""
+    found = []
+    for identifier in catalog.subjects("run"):
+        last = catalog.events("run", identifier)[-1]
+        entry = {"id": identifier, "state": last.data["state"], "at": last.at, "name": "", "steps": "", "loss": ""}
+        entry |= {"dataset": "", "why": str(last.data.get("why", ""))}
+        if catalog.has(identifier):
+            record = catalog.get_as(RunRecord, identifier)
+            entry |= {"name": record.name, "steps": str(record.num_steps), "dataset": record.dataset}
+            entry["loss"] = f"{record.metrics['loss']:.4f}"
+        found.append(entry)
+    return found
+
+
+def print_quickstart(shown: Shown, store: Store) -> None:
+    """The end of the quick start: table, answer, lineage, places, what to try next."""
+    from rich.console import Console
+
+    from forge_ray.lineage import draw, lineage
+
+    console = Console(highlight=False)
+    outcome = shown.outcome
+    console.print()
+    title = f"base vs tuned, {outcome.report.num_examples} held-out rows, same prompts and scoring"
+    print_table(title, ("", "base", "tuned", "change"), comparison(outcome.base_report, outcome.report))
+    if outcome.version.status == "rejected":
+        console.print(f"[red]rejected[/red]: {'; '.join(outcome.version.reasons)}")
+    if shown.answer and outcome.deployment:
+        console.print(f"\n[bold]asked[/bold]     {shown.question}", soft_wrap=True)
+        console.print(f"[bold]answered[/bold]  {shown.answer.text}   (expected: {shown.expected})", soft_wrap=True)
+        console.print("\n[bold]where that answer comes from[/bold]")
+        with Catalog(store) as catalog:
+            for line in draw(lineage(catalog, outcome.deployment.id, 3)):
+                console.print(line, soft_wrap=True, markup=False)
+    run = outcome.run.id
+    console.print("\n[bold]written[/bold]")
+    console.print(f"  dataset     {store.uri}/datasets/{outcome.dataset.id}", soft_wrap=True)
+    console.print(f"  run         {store.uri}/runs/{run}  (metrics.jsonl, loss.png, checkpoints, export)", soft_wrap=True)
+    console.print(f"  evaluation  {store.uri}/evals/{outcome.report.id}  (items.jsonl, confusion.png)", soft_wrap=True)
+    console.print(f"  model       {store.uri}/models/{outcome.version.id}", soft_wrap=True)
+    console.print("\n[bold]try next[/bold]  (after `source .venv/bin/activate`)")
+    console.print(f"  forge data show {outcome.dataset.id} --rows 3")
+    console.print("  forge serve jobs/deploy.yaml")
+    console.print(f"  forge lineage {outcome.version.id}")

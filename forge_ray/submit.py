@@ -1,0 +1,74 @@
+"""Send a run file to a Ray cluster as a job, follow it, and tell how it ended (level 5)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from forge_ray.errors import ConfigError, NotFound, TrainingError
+from forge_ray.offline import SWITCHES, set_offline_switches
+
+EXCLUDES = [".venv", ".git", ".forge", "**/__pycache__", "tests", "*.egg-info", ".mypy_cache", ".ruff_cache", ".hypothesis"]
+
+
+def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], wait: bool) -> dict[str, Any]:
+    """Run `forge run FILE` on the cluster with this folder as its working directory; the token is Ray's own
+    (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token). With `wait`, logs go to stderr until the job ends."""
+    set_offline_switches()
+    path = Path(file)
+    if not path.is_file() or not path.resolve().is_relative_to(Path.cwd()):
+        raise NotFound(f"{file!r} is not a file below the current folder", hint="the folder is what the job gets: cd there")
+    if "://" not in store_uri and not Path(store_uri).is_absolute():
+        raise ConfigError(f"store {store_uri!r} is relative", hint="name a place that all nodes share")
+
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    relative = path.resolve().relative_to(Path.cwd()).as_posix()
+    words = ["python", "-m", "forge_ray.cli", "run", relative, "--store", store_uri, "--json"]
+    for override in overrides:
+        words += ["--set", override]
+    environment: dict[str, Any] = {"working_dir": ".", "excludes": EXCLUDES, "env_vars": dict(SWITCHES)}
+    if not Path("forge_ray").is_dir():
+        environment["py_modules"] = [str(Path(__file__).parent)]
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=shlex.join(words), runtime_env=environment)
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NotFound(
+            f"no job could be sent to {address}: {reason}",
+            hint="is the dashboard reachable (http://HEAD:8265), and the token in ~/.ray/auth_token the cluster's?",
+        ) from error
+    if not wait:
+        return {"job": job, "status": "submitted", "address": address, "store": store_uri}
+    logs = asyncio.run(_follow(client, job))
+    status = client.get_job_status(job)
+    if status != JobStatus.SUCCEEDED:
+        raise TrainingError(
+            f"job {job} ended as {status.value}: {client.get_job_info(job).message}",
+            hint=f"its log: ray job logs {job} --address {address}",
+        )
+    return {"job": job, "status": "succeeded", "address": address, "store": store_uri, "result": _result(logs)}
+
+
+async def _follow(client: Any, job: str) -> str:
+    seen = []
+    async for text in client.tail_job_logs(job):
+        seen.append(text)
+        print(text, end="", file=sys.stderr, flush=True)
+    return "".join(seen)
+
+
+def _result(logs: str) -> Any:
+    """The job's own JSON: the last line of its log that is one object."""
+    for line in reversed(logs.splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+    return None
