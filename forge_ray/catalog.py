@@ -78,13 +78,14 @@ class Catalog:
         return record
 
     def append(self, event: Event) -> Event:
-        """Write `event`, after all others of its subject: neither a fast hand nor a slow clock makes an older one the last."""
+        """Write `event` behind all others of its subject, whatever this machine's clock says: the last move wins."""
         query = "select max(at) from events where kind = ? and subject = ?"
         (last,) = self._db.execute(query, (event.kind, event.subject)).fetchone()
         if last is not None and event.at <= last:
             later = datetime.fromisoformat(last) + timedelta(milliseconds=1)
             event = event.model_copy(update={"at": later.isoformat(timespec="milliseconds")})
-        self.store.write_once(f"events/{event.at}~{event.id}.json", canonical_json(event.model_dump(mode="json")))
+        moment = event.at.partition("+")[0].replace(":", "")  # HDFS has no colons in names
+        self.store.write_once(f"events/{moment}~{event.id}.json", canonical_json(event.model_dump(mode="json")))
         self._index_event(event)
         self._db.commit()
         return event

@@ -9,7 +9,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.offline import SWITCHES, set_offline_switches
 from forge_ray.store import Store
 
-LOCAL_CPUS = 8  # logical: a laptop's workers, data tasks and replicas share the cores
+LOCAL_CPUS = 4  # logical: a laptop's workers, data tasks and replicas share the cores
 
 
 def in_ray_job() -> bool:
@@ -18,7 +18,7 @@ def in_ray_job() -> bool:
 
 
 def connect(address: str | None = None) -> None:
-    """`address`, else RAY_ADDRESS (set inside a job), else a local Ray on loopback that ends with this process."""
+    """`address`, else RAY_ADDRESS (set inside a job), else a local Ray that ends with this process."""
     set_offline_switches()
     import ray
 
@@ -29,13 +29,13 @@ def connect(address: str | None = None) -> None:
     if address:
         ray.init(address=address, runtime_env={"env_vars": dict(SWITCHES)}, logging_level=logging.WARNING)
     else:
+        os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
         ray.init(
             address="local",
             num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
         )
     quiet_data()
 

@@ -17,10 +17,11 @@ def resolve(catalog: Catalog, text: str) -> str:
         return catalog.aliases()[text]
     wanted = text.removeprefix("fp_").removeprefix("sha256:")
     if len(wanted) >= 8:
-        for record in (*catalog.all(Deployment), *catalog.all(ModelVersion)):
-            digest = record.model_digest if isinstance(record, Deployment) else record.files_digest
+        digests = {record.id: record.model_digest for record in catalog.all(Deployment)}
+        digests |= {record.id: record.files_digest for record in catalog.all(ModelVersion)}
+        for identifier, digest in digests.items():
             if digest.removeprefix("sha256:").startswith(wanted):
-                return record.id
+                return identifier
     raise NotFound(f"{text!r} is no id, alias or fingerprint of this store", hint="`forge models list` shows what is there")
 
 
@@ -32,9 +33,7 @@ def lineage(catalog: Catalog, text: str, num_rows: int) -> dict[str, Any]:
     origins = tree(catalog, identifier, "origins")
     _add_rows(catalog, origins, num_rows)
     uses = tree(catalog, identifier, "uses")
-    return {"id": identifier, "label": origins["label"], "origins": origins["origins"], "uses": uses["uses"]} | (
-        {"rows": origins["rows"]} if "rows" in origins else {}
-    )
+    return origins | {"uses": uses["uses"]}
 
 
 def _add_rows(catalog: Catalog, node: dict[str, Any], num_rows: int) -> None:
@@ -74,35 +73,49 @@ def path(catalog: Catalog, start: str, goal: str) -> list[str]:
     return chain
 
 
+WORDS = {"evals": "judged by", "runs": "trained by", "datasets": "from rows", "models": "from model"}
+ORDER = ("runs", "datasets", "models", "evals", "deployments", "missing")
+
+
 def draw(value: dict[str, Any]) -> list[str]:
-    """The tree as lines of text."""
+    """The tree as lines of text; what was drawn once is only named again."""
     lines = [f"{value['id']}  {value['label']}"]
-    branches: list[tuple[str, dict[str, Any]]] = [("made from", node) for node in value.get("origins", [])]
-    branches += [("used by", node) for node in value.get("uses", [])]
     if value.get("row"):
         lines.append(f"│  {_excerpt(value['row']['content'])}")
+    drawn: set[str] = set()
+    branches = [("", node) for node in _ordered(value.get("origins", []))]
+    branches += [("used by", node) for node in _ordered(value.get("uses", []))]
+    lines += _rows(value, "", is_last=not branches)
     for number, (word, node) in enumerate(branches):
-        lines += _branch(node, word, "", number == len(branches) - 1 and not value.get("rows"))
-    lines += _rows(value, "")
+        lines += _branch(node, word, "", number == len(branches) - 1, drawn)
     return lines
 
 
-def _branch(node: dict[str, Any], word: str, indent: str, is_last: bool) -> list[str]:
+def _ordered(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(nodes, key=lambda node: (ORDER.index(node["kind"]), node["id"]))
+
+
+def _branch(node: dict[str, Any], word: str, indent: str, is_last: bool, drawn: set[str]) -> list[str]:
+    seen = node["id"] in drawn
+    drawn.add(node["id"])
     split = f"  [{node['split']}]" if "split" in node else ""
-    lines = [f"{indent}{'└─' if is_last else '├─'} {word} {node['id']}  {node['label']}{split}"]
+    head = f"{indent}{'└─' if is_last else '├─'} {word or WORDS.get(node['kind'], 'from')} {node['id']}"
+    if seen:
+        return [f"{head}  ↑"]
+    lines = [f"{head}  {node['label']}{split}"]
     inner = indent + ("   " if is_last else "│  ")
-    below = node.get("origins", []) + node.get("uses", [])
-    rows = _rows(node, inner)
+    below = _ordered(node.get("origins", []) + node.get("uses", []))
+    lines += _rows(node, inner, is_last=not below)
     for number, child in enumerate(below):
-        lines += _branch(child, word, inner, number == len(below) - 1 and not rows)
-    return lines + rows
+        lines += _branch(child, word, inner, number == len(below) - 1, drawn)
+    return lines
 
 
-def _rows(node: dict[str, Any], indent: str) -> list[str]:
+def _rows(node: dict[str, Any], indent: str, is_last: bool) -> list[str]:
     rows = node.get("rows", [])
     lines = [f"{indent}├─ {row['record']}  {row['file']}:{row['line']}  {_excerpt(row['content'])}" for row in rows]
     if rows:
-        lines.append(f"{indent}└─ … {node['num_rows']} training rows in all" if "num_rows" in node else f"{indent}└─ …")
+        lines.append(f"{indent}{'└─' if is_last else '├─'} … {node['num_rows']} training rows in all")
     return lines
 
 

@@ -6,6 +6,7 @@ call costs nothing and a call after a crash goes on where the first one stopped.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from forge_ray.catalog import Catalog
 from forge_ray.cluster import connect, open_store
-from forge_ray.config.base import resolved
+from forge_ray.config.base import config_digest, resolved
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
+from forge_ray.environment import code_digest, versions
 from forge_ray.errors import NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
 from forge_ray.progress import Stage, stage
@@ -120,7 +122,7 @@ def train(config: RunConfig, store: Store) -> RunRecord:
             if config.train.scaling.num_workers:
                 connect()
             job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
-            store.write_once(f"runs/{identifier}/config-{config_key(config)}.json", _pretty(config))
+            store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
             if not store.exists(f"runs/{identifier}/result.json"):
                 catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
                 try:
@@ -136,15 +138,11 @@ def train(config: RunConfig, store: Store) -> RunRecord:
             return record
 
 
-def config_key(config: RunConfig) -> str:
-    from forge_ray.config.base import config_digest
-
+def _config_key(config: RunConfig) -> str:
     return config_digest(config)[len("sha256:") :][:16]
 
 
 def _pretty(config: RunConfig) -> bytes:
-    import json
-
     return (json.dumps(resolved(config), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -178,7 +176,6 @@ def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
 
 def _run_record(job: Any, config: RunConfig) -> RunRecord:
     """The record of a finished run, from what its workers wrote last."""
-    from forge_ray.environment import code_digest, versions
     from forge_ray.train.job import identity_digest
 
     result = job.store.read_json(f"runs/{job.run}/result.json")
@@ -208,12 +205,18 @@ def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
     """(base, tuned) on the same held-out rows, under the same scoring."""
     record = train_record(config, store)
     with Catalog(store) as catalog:
-        manifest = catalog.get_as(DatasetManifest, record.dataset)
-        base = catalog.get_as(ModelVersion, record.base_model)
-        return (
-            _evaluate(catalog, _model_subject(base), manifest, config.eval, "base"),
-            _evaluate(catalog, _run_subject(record), manifest, config.eval, "tuned"),
-        )
+        return _evaluate_both(catalog, record, config.eval)
+
+
+def _evaluate_both(
+    catalog: Catalog, record: RunRecord, config: EvalConfig, quiet: bool = False
+) -> tuple[EvalReport, EvalReport]:
+    manifest = catalog.get_as(DatasetManifest, record.dataset)
+    base = _model_subject(catalog.get_as(ModelVersion, record.base_model))
+    return (
+        _evaluate(catalog, base, manifest, config, "base", quiet),
+        _evaluate(catalog, _run_subject(record), manifest, config, "tuned", quiet),
+    )
 
 
 def train_record(config: RunConfig, store: Store) -> RunRecord:
@@ -247,13 +250,17 @@ def _run_subject(record: RunRecord) -> Subject:
     return Subject(record.id, files_digest(record.export), export)
 
 
-def _evaluate(catalog: Catalog, subject: Subject, manifest: DatasetManifest, config: EvalConfig, what: str) -> EvalReport:
+def _evaluate(
+    catalog: Catalog, subject: Subject, manifest: DatasetManifest, config: EvalConfig, what: str, quiet: bool = False
+) -> EvalReport:
+    wanted = (subject.id, manifest.id, resolved(config))
+    known = next((r for r in catalog.all(EvalReport) if (r.subject, r.dataset, r.config) == wanted), None)
+    if known and quiet:
+        return known
     with stage("evaluate") as it:
-        settings = resolved(config)
-        for known in catalog.all(EvalReport):
-            if (known.subject, known.dataset, known.config) == (subject.id, manifest.id, settings):
-                it.done(f"{known.id}  {what}: already evaluated")
-                return known
+        if known:
+            it.done(f"{known.id}  {what}: already evaluated")
+            return known
         connect()
         import ray
 
@@ -278,9 +285,9 @@ def release(config: RunConfig, store: Store) -> ModelVersion:
     """Gate the run's export and register it: accepted and the alias moved, or rejected with the reasons."""
     from forge_ray.evaluate import judge
 
-    base_report, report = evaluate(config, store)
     record = train_record(config, store)
     with Catalog(store) as catalog:
+        base_report, report = _evaluate_both(catalog, record, config.eval, quiet=True)
         manifest = catalog.get_as(DatasetManifest, record.dataset)
         incumbents: dict[str, EvalReport | None] = {"base": base_report}
         for rule in config.release.gate.better_than:

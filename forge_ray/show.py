@@ -70,22 +70,25 @@ def comparison(base: EvalReport, tuned: EvalReport) -> list[tuple[str, str, str,
 
 
 def print_table(title: str, header: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their content; a pipe gets whole lines too."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    console = Console(highlight=False)
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table, soft_wrap=not console.is_terminal, width=None if console.is_terminal else 160)
 
 
 def models(catalog: Catalog) -> list[dict[str, Any]]:
     """Model versions, oldest first, with the aliases that point at them and the score they were judged by."""
     aliases: dict[str, list[str]] = {}
-    for alias, version in catalog.aliases().items():
-        aliases.setdefault(version, []).append(alias)
+    for alias, target in catalog.aliases().items():
+        aliases.setdefault(target, []).append(alias)
     found = []
     for version in catalog.all(ModelVersion):
         report = catalog.get_as(EvalReport, version.evals[0]) if version.evals and catalog.has(version.evals[0]) else None
@@ -124,7 +127,7 @@ def print_quickstart(shown: Shown, store: Store) -> None:
     console = Console(highlight=False)
     outcome = shown.outcome
     console.print()
-    title = f"base vs tuned, {outcome.report.num_examples} held-out rows, same prompts and scoring"
+    title = f"base vs tuned: {outcome.report.num_examples} held-out rows"
     print_table(title, ("", "base", "tuned", "change"), comparison(outcome.base_report, outcome.report))
     if outcome.version.status == "rejected":
         console.print(f"[red]rejected[/red]: {'; '.join(outcome.version.reasons)}")
