@@ -1,0 +1,100 @@
+"""Fixtures that several folders share: a tiny random model, a store that holds it, one local Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "How do I reset my password? Open the settings and choose reset.",
+    "Paris is the capital of France; Berlin is the capital of Germany.",
+    "Größe, café, naïve, 東京 and 🙂 are words with more than one byte per character.",
+    "one two three four five six seven eight nine ten",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer trained in a moment, with ChatML's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama in fp32 and its tokenizer, as safetensors."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,  # wide, so that the argmax is clear and greedy answers differ between prompts
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Any:
+    """A store that holds the tiny model as a version with the alias `tiny`."""
+    from forge_ray.catalog import Catalog
+    from forge_ray.import_model import import_model
+    from forge_ray.store import Store
+
+    store = Store(str(tmp_path_factory.mktemp("store")))
+    with Catalog(store) as catalog:
+        import_model(catalog, tiny_model_dir, "tiny-llama", licence="apache-2.0", alias="tiny")
+    return store
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local cluster for all tests of a session; more logical CPUs than cores, for tests wait more than they work."""
+    import ray
+
+    ray.init(num_cpus=8, include_dashboard=False, address="local", configure_logging=False)
+    yield
+    ray.shutdown()

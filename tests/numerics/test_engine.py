@@ -1,0 +1,287 @@
+"""The engine against plain transformers: same greedy tokens, exact scores, sampling that belongs to its request."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from forge_ray.config.release import EngineConfig
+from forge_ray.errors import EngineError, PolicyError
+from forge_ray.inference.engine import Generation, GenerationRequest
+from forge_ray.inference.sampling import Sampling, gumbel_noise, nucleus, perturb
+from forge_ray.inference.transformers_engine import TransformersEngine, load_engine
+
+pytestmark = pytest.mark.numerics
+
+CONFIG = EngineConfig(precision="fp32", page_size=16, num_blocks=32, max_batch_tokens=64)
+PROMPTS = [tuple((7 * row + 3 * column) % 250 + 10 for column in range(3 + 5 * row)) for row in range(8)]
+WAIT_S = 120
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model_dir: Path) -> Iterator[TransformersEngine]:
+    engine = load_engine(tiny_model_dir, None, CONFIG, use_gpu=False)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_dir: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def greedy(model: LlamaForCausalLM, prompt: tuple[int, ...], max_new_tokens: int) -> tuple[int, ...]:
+    out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None)
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+def test_one_batch_of_greedy_prompts_equals_generate(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
+    found = engine.generate([GenerationRequest(prompt, 20) for prompt in PROMPTS])
+    expected = [Generation(greedy(reference, prompt, 20), "length") for prompt in PROMPTS]
+    assert found == expected
+    assert len({generation.token_ids for generation in found}) > 1  # else the test would prove little
+
+
+def test_generation_ends_at_a_stop_token_which_is_not_part_of_it(engine: TransformersEngine) -> None:
+    (whole,) = engine.generate([GenerationRequest(PROMPTS[3], 12)])
+    stop = whole.token_ids[5]
+    (cut,) = engine.generate([GenerationRequest(PROMPTS[3], 12, stop_token_ids=(stop, 3))])
+    assert cut == Generation(whole.token_ids[: whole.token_ids.index(stop)], "stop")
+
+
+def test_a_cache_too_small_for_all_still_gives_the_same_answers(tiny_model_dir: Path, reference: LlamaForCausalLM) -> None:
+    small = load_engine(tiny_model_dir, None, CONFIG.model_copy(update={"num_blocks": 8}), use_gpu=False)
+    try:
+        found = small.generate([GenerationRequest(prompt, 40) for prompt in PROMPTS])
+        assert [generation.token_ids for generation in found] == [greedy(reference, prompt, 40) for prompt in PROMPTS]
+        (full,) = small.generate([GenerationRequest(PROMPTS[0], small.max_request_tokens - len(PROMPTS[0]))])
+        assert len(PROMPTS[0]) + len(full.token_ids) == 8 * 16
+    finally:
+        small.close()
+
+
+def test_a_seeded_request_is_the_same_alone_and_in_a_batch(engine: TransformersEngine) -> None:
+    wanted = GenerationRequest(PROMPTS[2], 24, temperature=1.0, top_p=0.9, seed=11)
+    others = [GenerationRequest(p, 30, temperature=0.5 + i / 4, seed=i) for i, p in enumerate(PROMPTS)]
+    (alone,) = engine.generate([wanted])
+    batch = engine.generate([*others[:4], wanted, *others[4:]])
+    assert batch[4] == alone
+    assert engine.generate([wanted]) == [alone]
+    (other_seed,) = engine.generate([GenerationRequest(PROMPTS[2], 24, temperature=1.0, top_p=0.9, seed=12)])
+    assert other_seed != alone
+
+
+def test_requests_of_one_batch_keep_their_own_sampling(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
+    hot, cold, cut = engine.generate(
+        [
+            GenerationRequest(PROMPTS[1], 16, temperature=2.0, seed=5),
+            GenerationRequest(PROMPTS[1], 16),
+            GenerationRequest(PROMPTS[1], 16, temperature=2.0, top_p=0.0, seed=5),
+        ]
+    )
+    assert cold.token_ids == cut.token_ids == greedy(reference, PROMPTS[1], 16)
+    assert hot.token_ids != cold.token_ids
+
+
+def test_without_a_seed_answers_differ(engine: TransformersEngine) -> None:
+    found = engine.generate([GenerationRequest(PROMPTS[1], 16, temperature=1.5)] * 4)
+    assert len({generation.token_ids for generation in found}) > 1
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
+def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+    probs = torch.softmax(logits / temperature, dim=-1)
+    if top_p < 1:
+        kept = nucleus(torch.log(probs), top_p).isfinite()
+        assert probs[kept].sum() >= top_p > probs[kept].sum() - probs[kept].min()
+        probs = torch.where(kept, probs, 0) / probs[kept].sum()
+    num = 4000
+    counts = Counter(int(perturb(logits, Sampling(temperature, top_p, seed), 3).argmax()) for seed in range(num))
+    for token, prob in enumerate(probs.tolist()):
+        sigma = (num * prob * (1 - prob)) ** 0.5
+        assert abs(counts[token] - num * prob) <= 5 * sigma + 1e-9
+
+
+def test_the_first_token_follows_the_models_own_distribution(
+    engine: TransformersEngine, reference: LlamaForCausalLM
+) -> None:
+    prompt, num = PROMPTS[0], 400
+    found = engine.generate([GenerationRequest(prompt, 1, temperature=1.0, seed=seed) for seed in range(num)])
+    counts = Counter(generation.token_ids[0] for generation in found)
+    with torch.inference_mode():
+        probs = torch.softmax(reference(torch.tensor([prompt])).logits[0, -1], dim=-1)
+    for token in probs.topk(5).indices.tolist():
+        expected = num * float(probs[token])
+        assert abs(counts[token] - expected) <= 5 * expected**0.5
+
+
+def test_noise_is_standard_gumbel_and_differs_by_position() -> None:
+    noise = gumbel_noise(1, 0, 200_000, torch.device("cpu"))
+    assert noise.isfinite().all()
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
+    assert float(noise.var()) == pytest.approx(1.6449, abs=0.05)
+    other = gumbel_noise(1, 1, 200_000, torch.device("cpu"))
+    assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.02
+
+
+def test_nucleus_of_a_flat_distribution_needs_the_whole_vocabulary() -> None:
+    kept = nucleus(torch.zeros(4096), 0.75).isfinite()
+    assert int(kept.sum()) == 3072
+
+
+def test_score_equals_teacher_forcing(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
+    prompt = PROMPTS[4]
+    continuations = [(5,), (17, 60, 200), (33, 34), (90, 12, 45, 77, 8), ()]
+    scores = engine.score(prompt, continuations)
+    for ids, score in zip(continuations, scores, strict=True):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([[*prompt, *ids]])).logits[0].float()
+        logprobs = torch.log_softmax(logits, dim=-1)
+        expected = sum(float(logprobs[len(prompt) - 1 + k, token]) for k, token in enumerate(ids))
+        assert score.num_tokens == len(ids)
+        assert score.logprob == pytest.approx(expected, abs=1e-4)
+
+
+def test_scoring_of_many_continuations_goes_in_several_batches(engine: TransformersEngine) -> None:
+    continuations = [(10 + k % 90, 20 + k // 2) for k in range(130)]
+    scores = engine.score(PROMPTS[1], continuations)
+    assert scores[129].logprob == pytest.approx(engine.score(PROMPTS[1], continuations[129:])[0].logprob, abs=1e-4)
+
+
+def test_scoring_while_generating_changes_neither(engine: TransformersEngine) -> None:
+    alone = engine.generate([GenerationRequest(prompt, 60) for prompt in PROMPTS])
+    quiet = engine.score(PROMPTS[0], [(1, 2, 3), (4,)])
+    found: list[Generation] = []
+    thread = threading.Thread(
+        target=lambda: found.extend(engine.generate([GenerationRequest(prompt, 60) for prompt in PROMPTS]))
+    )
+    thread.start()
+    scores = [engine.score(PROMPTS[0], [(1, 2, 3), (4,)]) for _ in range(5)]
+    thread.join(WAIT_S)
+    assert found == alone
+    assert all(score == quiet for score in scores)
+
+
+def test_stream_gives_the_tokens_of_generate_then_the_reason(engine: TransformersEngine) -> None:
+    async def collect() -> list[tuple[int | None, str | None]]:
+        return [(token.token_id, token.finish_reason) async for token in engine.stream(GenerationRequest(PROMPTS[5], 9))]
+
+    (whole,) = engine.generate([GenerationRequest(PROMPTS[5], 9)])
+    assert asyncio.run(collect()) == [*((token_id, None) for token_id in whole.token_ids), (None, "length")]
+
+
+def test_closing_a_stream_frees_its_place(engine: TransformersEngine) -> None:
+    async def take_two() -> None:
+        stream = engine.stream(GenerationRequest(PROMPTS[0], 400))
+        assert (await anext(stream)).token_id is not None
+        assert (await anext(stream)).token_id is not None
+        await stream.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(take_two())
+    deadline = time.monotonic() + WAIT_S
+    while engine.health().num_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.health().num_running == engine.health().num_waiting == 0
+    processor = engine._manager.batch_processor
+    assert processor is not None
+    assert processor.cache.compute_free_capacity() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("request_", "named"),
+    [
+        (GenerationRequest(PROMPTS[0], 600), "3 + max_new_tokens of 600 = 603"),
+        (GenerationRequest((), 5), "0 tokens"),
+        (GenerationRequest(PROMPTS[0], 0), "max_new_tokens=0"),
+        (GenerationRequest(PROMPTS[0], 5, temperature=-1.0), "temperature=-1.0"),
+        (GenerationRequest(PROMPTS[0], 5, temperature=1.0, top_p=1.5), "top_p=1.5"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_with_its_numbers(
+    engine: TransformersEngine, request_: GenerationRequest, named: str
+) -> None:
+    with pytest.raises(EngineError) as caught:
+        engine.generate([GenerationRequest(PROMPTS[0], 2), request_])
+    assert named in caught.value.message
+    assert caught.value.hint
+    assert engine.health().ok
+
+
+def test_scoring_beyond_the_models_positions_is_refused(engine: TransformersEngine) -> None:
+    with pytest.raises(EngineError, match="513 tokens; the model has 512"):
+        engine.score([5] * 510, [(1, 2, 3)])
+
+
+def test_a_dead_generation_thread_fails_requests_instead_of_hanging(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine(tiny_model_dir, None, CONFIG, use_gpu=False)
+    try:
+        engine.generate([GenerationRequest(PROMPTS[0], 2)])
+        assert engine.health().ok
+
+        def explode(*_: object) -> None:
+            raise MemoryError("no memory for the batch")
+
+        monkeypatch.setattr(engine._manager.batch_processor, "_generation_step", explode)
+        with pytest.raises(EngineError, match="no memory for the batch"):
+            engine.generate([GenerationRequest(PROMPTS[0], 5), GenerationRequest(PROMPTS[1], 5)])
+        deadline = time.monotonic() + WAIT_S
+        while engine.health().ok and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not engine.health().ok
+        with pytest.raises(EngineError):
+            engine.generate([GenerationRequest(PROMPTS[0], 2)])
+        with pytest.raises(EngineError):
+            engine.score(PROMPTS[0], [(1,)])
+    finally:
+        engine.close()
+
+
+def test_a_closed_engine_refuses(tiny_model_dir: Path) -> None:
+    engine = load_engine(tiny_model_dir, None, CONFIG, use_gpu=False)
+    engine.close()
+    engine.close()  # twice is fine
+    assert not engine.health().ok
+    with pytest.raises(EngineError, match="closed"):
+        engine.generate([GenerationRequest(PROMPTS[0], 2)])
+
+
+def test_an_adapter_answers_as_it_does_offline(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    torch.manual_seed(3)
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path)
+    offline = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32), tmp_path
+    ).eval()
+    plain = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    engine = load_engine(tiny_model_dir, tmp_path, CONFIG, use_gpu=False)
+    try:
+        found = engine.generate([GenerationRequest(prompt, 16) for prompt in PROMPTS[:4]])
+    finally:
+        engine.close()
+    for prompt, generation in zip(PROMPTS, found, strict=False):
+        out = offline.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=16, eos_token_id=None)
+        assert generation.token_ids == tuple(out[0, len(prompt) :].tolist())
+    assert found[0].token_ids != greedy(plain, PROMPTS[0], 16)
+
+
+def test_pickled_weights_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(PolicyError, match=r"no \.safetensors"):
+        load_engine(tmp_path, None, CONFIG, use_gpu=False)
+    with pytest.raises(PolicyError, match=r"adapter_model\.safetensors"):
+        load_engine(tiny_model_dir, tmp_path, CONFIG, use_gpu=False)
