@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from forge_ray.config.train import Adapter, TrainConfig
 from forge_ray.data.dataset import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
-from forge_ray.train.zero import prepare_environment, zero_config
+from forge_ray.train.zero import open_deepspeed, zero_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -25,7 +25,7 @@ def _partitioned_while_loading(config: TrainConfig, precision: str, world_size: 
     if config.engine != "deepspeed" or config.zero_stage != 3:
         yield
         return
-    prepare_environment()
+    open_deepspeed()
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     holder = HfDeepSpeedConfig(zero_config(config, precision, world_size))

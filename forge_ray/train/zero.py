@@ -50,16 +50,23 @@ def prepare_environment() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
+def open_deepspeed() -> Any:
+    """The library, on the process group that is already there; before anything else of it runs, partitioned loading too:
+    without its own view of the group it takes itself for the only rank."""
+    prepare_environment()
+    import deepspeed
+
+    # an inference-only C++ extension that the CPU backend would compile at start, on every worker
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    return deepspeed
+
+
 class ZeroEngine:
     """Stages 0 to 3 over the process group that is already there."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, precision: str) -> None:
-        prepare_environment()
-        import deepspeed
-
-        # an inference-only C++ extension that the CPU backend would compile at start, on every worker
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        deepspeed = open_deepspeed()
         self.stage = config.zero_stage
         self.world_size = dist.get_world_size()
         options = config.optimizer
@@ -74,8 +81,9 @@ class ZeroEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=zero_config(config, precision, self.world_size)
         )
-
         self.model: nn.Module = self.engine.module
+        # stage 0 in fp32 clips and steps the plain optimizer, and tells nobody the norm
+        self.is_plain = self.optimizer is optimizer
 
     def forward(self, **inputs: Any) -> Any:
         return self.engine(**inputs)
@@ -88,9 +96,10 @@ class ZeroEngine:
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        gradients = [p.grad for _, p in trained(self.model) if p.grad is not None] if self.is_plain else []
+        plain_norm = torch.nn.utils.get_total_norm(gradients)
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return float(plain_norm if self.is_plain else self.engine.get_global_grad_norm())
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
