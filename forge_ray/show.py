@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +76,13 @@ def print_table(title: str, header: tuple[str, ...], rows: Sequence[Sequence[str
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console.print(table, soft_wrap=not console.is_terminal, width=None if console.is_terminal else 160)
+    console.print(table)
 
 
 def models(catalog: Catalog) -> list[dict[str, Any]]:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from forge_ray.errors import ConfigError, NotFound, TrainingError
-from forge_ray.offline import SWITCHES, set_offline_switches
+from forge_ray.errors import (
+    EXIT_POLICY,
+    EXIT_USAGE,
+    ConfigError,
+    ForgeError,
+    NotFound,
+    PolicyError,
+    TrainingError,
+)
+from forge_ray.offline import set_offline_switches
 
-EXCLUDES = [".venv", ".git", ".forge", "**/__pycache__", "tests", "*.egg-info", ".mypy_cache", ".ruff_cache", ".hypothesis"]
+EXCLUDES = [".venv", ".git", ".forge", "**/__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", ".hypothesis"]
 
 
 def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], wait: bool) -> dict[str, Any]:
@@ -25,19 +34,22 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
     if "://" not in store_uri and not Path(store_uri).is_absolute():
         raise ConfigError(f"store {store_uri!r} is relative", hint="name a place that all nodes share")
 
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.WARNING)  # the packing of each file is not news
 
     relative = path.resolve().relative_to(Path.cwd()).as_posix()
     words = ["python", "-m", "forge_ray.cli", "run", relative, "--store", store_uri, "--json"]
     for override in overrides:
         words += ["--set", override]
-    environment: dict[str, Any] = {"working_dir": ".", "excludes": EXCLUDES, "env_vars": dict(SWITCHES)}
+    environment: dict[str, Any] = {"working_dir": ".", "excludes": EXCLUDES}
     if not Path("forge_ray").is_dir():
         environment["py_modules"] = [str(Path(__file__).parent)]
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=shlex.join(words), runtime_env=environment)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise NotFound(
             f"no job could be sent to {address}: {reason}",
@@ -46,13 +58,20 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
     if not wait:
         return {"job": job, "status": "submitted", "address": address, "store": store_uri}
     logs = asyncio.run(_follow(client, job))
-    status = client.get_job_status(job)
-    if status != JobStatus.SUCCEEDED:
-        raise TrainingError(
-            f"job {job} ended as {status.value}: {client.get_job_info(job).message}",
-            hint=f"its log: ray job logs {job} --address {address}",
-        )
-    return {"job": job, "status": "succeeded", "address": address, "store": store_uri, "result": _result(logs)}
+    info = client.get_job_info(job)
+    result = _result(logs)
+    if info.status != JobStatus.SUCCEEDED:
+        raise _failure(job, address, info, result)
+    return {"job": job, "status": "succeeded", "address": address, "store": store_uri, "result": result}
+
+
+def _failure(job: str, address: str, info: Any, result: Any) -> ForgeError:
+    """What the job itself said, with the exit code that its error has."""
+    kind = {EXIT_USAGE: ConfigError, EXIT_POLICY: PolicyError}.get(info.driver_exit_code, TrainingError)
+    told = result.get("error") if isinstance(result, dict) else None
+    reason = told["message"] if told else str(info.message or "").partition("\n")[0]
+    hint = f"its log: ray job logs {job} --address {address}"
+    return kind(f"job {job} {info.status.value.lower()}: {reason}", hint=f"{told['hint']}; {hint}" if told else hint)
 
 
 async def _follow(client: Any, job: str) -> str:

@@ -1,0 +1,182 @@
+"""A real cluster with a token: the pipeline as a Ray job, its logs, the deployed endpoint, and the answer's lineage."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge_ray.store import Store
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+RUN = "tests/e2e/run.yaml"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A started head node; `environment` is what a client of it needs."""
+
+    address: str
+    environment: dict[str, str]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    port, dashboard = free_ports(2)
+    temp = tempfile.mkdtemp(prefix="fr-", dir="/tmp")  # short: Ray's socket paths have a limit
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+    }
+    start = [str(BIN / "ray"), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}"]
+    start += ["--dashboard-host=127.0.0.1", "--num-cpus=4", f"--temp-dir={temp}", "--disable-usage-stats"]
+    subprocess.run(start, env=environment, check=True, capture_output=True, timeout=180)
+    try:
+        yield Cluster(f"http://127.0.0.1:{dashboard}", environment)
+    finally:
+        # by this cluster's folder: `ray stop` would take every cluster of the machine
+        subprocess.run(["pkill", "-9", "-f", temp], check=False)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def call(cluster: Cluster, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(BIN / words[0]), *words[1:]],
+        cwd=ROOT,
+        env={**cluster.environment, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def outcome(cluster: Cluster, store: Store) -> dict[str, Any]:
+    """The pipeline, submitted once; every test below looks at another side of it."""
+    (port,) = free_ports(1)
+    words = ["submit", RUN, "--address", cluster.address, "--store", store.uri, "--set", f"deploy.port={port}", "--json"]
+    done = call(cluster, "forge", *words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout)
+    assert result["status"] == "succeeded"
+    # the logs were followed: one line per stage
+    for name in ("prepare", "train", "evaluate", "release", "deploy"):
+        assert f"✓ {name}" in done.stderr
+    return result["result"]
+
+
+def test_the_deployed_endpoint_answers_through_the_official_client(outcome: dict[str, Any], store: Store) -> None:
+    import openai
+
+    port = outcome["deployment"]["config"]["port"]
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    question = [{"role": "user", "content": "Colour of grass, number 3?"}]
+    raw = client.chat.completions.with_raw_response.create(
+        model="colours",
+        messages=question,  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=6,
+    )
+    answer = raw.parse()
+    assert answer.choices[0].message.content == offline_answer(outcome, store, question)
+    assert raw.headers["x-forge-model-version"] == outcome["version"]["id"]
+    streamed = client.chat.completions.create(
+        model="colours",
+        messages=question,  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=6,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert text == answer.choices[0].message.content
+
+
+def offline_answer(outcome: dict[str, Any], store: Store, messages: list[dict[str, str]]) -> str:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = store.local(f"models/{outcome['version']['id']}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=6, do_sample=False)
+    return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_training_taught_something_and_the_gate_saw_it(outcome: dict[str, Any]) -> None:
+    assert outcome["report"]["metrics"]["loss"] < outcome["base_report"]["metrics"]["loss"] - 0.5
+    assert outcome["version"]["status"] == "accepted"
+
+
+def test_lineage_of_the_answer_ends_at_rows_one_can_read(cluster: Cluster, outcome: dict[str, Any], store: Store) -> None:
+    fingerprint = outcome["version"]["files_digest"]
+    done = call(cluster, "forge", "lineage", fingerprint, "--store", store.uri)
+    assert done.returncode == 0, done.stderr
+    for identifier in (outcome["version"]["id"], outcome["run"]["id"], outcome["dataset"]["id"]):
+        assert identifier in done.stdout
+    assert "tests/e2e/colours.jsonl:" in done.stdout
+    assert "Colour of" in done.stdout
+
+    chain = call(
+        cluster,
+        "forge",
+        "lineage",
+        outcome["deployment"]["id"],
+        "--to",
+        outcome["dataset"]["id"],
+        "--store",
+        store.uri,
+        "--json",
+    )
+    ids = json.loads(chain.stdout)["chain"]
+    assert ids[0] == outcome["deployment"]["id"]
+    assert ids[-1] == outcome["dataset"]["id"]
+
+
+def test_a_job_script_finds_what_is_already_built(cluster: Cluster, outcome: dict[str, Any], store: Store) -> None:
+    words = ["job", "submit", "--address", cluster.address, "--working-dir", ".", "--"]
+    done = call(cluster, "ray", *words, "python", "jobs/train.py", "--config", RUN, "--store", store.uri)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"{outcome['run']['id']}  already trained" in done.stdout + done.stderr
+
+
+def test_a_relative_store_is_refused_inside_a_job(cluster: Cluster) -> None:
+    words = ["job", "submit", "--address", cluster.address, "--working-dir", ".", "--"]
+    done = call(cluster, "ray", *words, "python", "jobs/prepare.py", "--config", RUN)
+    assert done.returncode != 0
+    assert "a Ray job's folder is deleted when it ends" in done.stdout + done.stderr
+
+
+def test_a_wrong_token_is_refused(cluster: Cluster, store: Store) -> None:
+    words = ["submit", RUN, "--address", cluster.address, "--store", store.uri, "--json"]
+    done = call(cluster, "forge", *words, RAY_AUTH_TOKEN="0" * 64)
+    assert done.returncode == 2, done.stderr
+    assert "token" in json.loads(done.stdout)["error"]["hint"]
