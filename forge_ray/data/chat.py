@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from forge_ray.data.schema import ChatRecord, Reject
@@ -65,18 +66,33 @@ def encode(tokenizer: Any, record: ChatRecord, sequence_length: int, overlong: s
 def encode_chat(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None) -> Encoded:
     """Tokenise the whole conversation once and mark the tokens that lie inside a trained answer."""
     text = render(tokenizer, messages, tools, False)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = list(encoding["input_ids"])
+    spans = list(_answer_spans(tokenizer, messages, tools, text))
+    ids, offsets = _tokenise(tokenizer, text, [start for start, _ in spans])
     loss_mask = [0] * len(ids)
     end_id = end_of_turn_id(tokenizer)
-    for start, end in _answer_spans(tokenizer, messages, tools, text):
-        inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if start <= a and b <= end and a < b]
+    for start, end in spans:
+        inside = [i for i, (a, b) in enumerate(offsets) if start <= a and b <= end and a < b]
         last = max((i for i in inside if ids[i] == end_id), default=None)
         if last is None:
             raise Reject("the template closes the answer without the end-of-turn token")
         for i in inside:
             loss_mask[i] = int(i <= last)  # what the template writes after the end of turn is not generated
     return Encoded(ids, loss_mask)
+
+
+def _tokenise(tokenizer: Any, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character offsets. Where a token would join the template's end with an answer's start, the text is cut: an
+    answer that is generated starts behind the prompt's last token, so one that is trained must too."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
+    cuts = [start for start in starts if any(a < start < b for a, b in offsets)]
+    if cuts:
+        ids, offsets = [], []
+        for first, last in pairwise([0, *cuts, len(text)]):
+            encoding = tokenizer(text[first:last], add_special_tokens=False, return_offsets_mapping=True)
+            ids += encoding["input_ids"]
+            offsets += [(first + a, first + b) for a, b in encoding["offset_mapping"]]
+    return ids, offsets
 
 
 def _answer_spans(
@@ -98,5 +114,9 @@ def _encode_text(tokenizer: Any, text: str, sequence_length: int) -> list[Encode
     ids = [*tokenizer(text, add_special_tokens=True)["input_ids"]]
     if ids[-1:] != [end_of_turn_id(tokenizer)]:
         ids.append(end_of_turn_id(tokenizer))
-    pieces = [ids[start : start + sequence_length] for start in range(0, len(ids), sequence_length)]
-    return [Encoded(piece, [0] + [1] * (len(piece) - 1)) for piece in pieces if len(piece) > 1]
+    if len(ids) < 2:
+        raise Reject("no trained token")
+    cuts = [*range(0, len(ids), sequence_length), len(ids)]
+    if cuts[-1] - cuts[-2] == 1:  # one token alone has nothing to be predicted from
+        cuts[-2] -= 1
+    return [Encoded(ids[a:b], [0] + [1] * (b - a - 1)) for a, b in pairwise(cuts)]

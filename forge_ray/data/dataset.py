@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ PACKED = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.int8())),
-        ("segment_ids", pa.list_(pa.int16())),
+        ("segment_ids", pa.list_(pa.int32())),
         ("records", pa.list_(pa.string())),
     ]
 )
@@ -116,8 +117,10 @@ def build(name: str, config: DataConfig, base: ModelVersion, store: Store, sourc
     staging = f"datasets/.building-{inputs[-16:]}-{time.time_ns()}"
     num_partitions = max(1, -(-sum(source.num_lines for source in sources) // PARTITION_LINES))
     chunks = [{"chunk": json.dumps(vars(chunk))} for source in sources for chunk in source.chunks]
+    if not chunks:
+        raise DataError(f"none of {len(sources)} files has a row", hint="check data.sources")
     try:
-        rows = ray.data.from_items(chunks, override_num_blocks=max(1, len(chunks))).map_batches(
+        rows = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
             partial(_encode_chunk, config=config, base=base.id, store=store, num_partitions=num_partitions),
             batch_size=1,
             batch_format="pyarrow",
@@ -158,10 +161,14 @@ def _check_invalid(config: DataConfig, summaries: list[dict[str, Any]]) -> None:
 
 @lru_cache(maxsize=2)
 def load_tokenizer(store: Store, model: str) -> Any:
-    """The tokenizer of a model version, from local files only."""
+    """The tokenizer of a model version."""
+    return load_tokenizer_dir(store.fetch_dir(f"models/{model}", verify=False))
+
+
+def load_tokenizer_dir(folder: Path) -> Any:
+    """From local files only, no remote code."""
     from transformers import AutoTokenizer
 
-    folder = store.fetch_dir(f"models/{model}", verify=False)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -236,7 +243,7 @@ def _packed_table(rows: list[PackedRow]) -> pa.Table:
     columns = {
         "input_ids": [row.input_ids for row in rows],
         "loss_mask": [row.loss_mask for row in rows],
-        "segment_ids": [row.segment_ids.astype(np.int16) for row in rows],
+        "segment_ids": [row.segment_ids for row in rows],
         "records": [row.records for row in rows],
     }
     return pa.table({name: pa.array(value, PACKED.field(name).type) for name, value in columns.items()}, schema=PACKED)
@@ -302,12 +309,12 @@ def _write_shard(row: dict[str, Any], config: DataConfig, store: Store, staging:
 
 
 def _content_digest(table: pa.Table) -> str:
-    """Over the values, not the Parquet bytes: another writer version gives the same digest."""
+    """Over the values, not the Parquet bytes, nor how a reader batches them: another version gives the same digest."""
     hasher = hashlib.sha256()
-    for row in table.to_batches():
-        for name in ("input_ids", "loss_mask", "segment_ids"):
-            hasher.update(np.ascontiguousarray(row.column(name).flatten().to_numpy(zero_copy_only=False)).tobytes())
-        hasher.update(canonical_json(row.column("records").to_pylist()))
+    for name in ("input_ids", "loss_mask", "segment_ids"):
+        for values in table.column(name).chunks:
+            hasher.update(np.ascontiguousarray(values.flatten().to_numpy(zero_copy_only=False)).tobytes())
+    hasher.update(canonical_json(table.column("records").to_pylist()))
     return hasher.hexdigest()
 
 
@@ -367,6 +374,15 @@ def read_records(store: Store, manifest: DatasetManifest, split: str) -> list[di
     for row in rows:
         row["content"] = json.loads(row["content"])
     return sorted(rows, key=lambda row: row["record"])
+
+
+def first_records(store: Store, manifest: DatasetManifest, split: str, count: int) -> list[dict[str, Any]]:
+    """A few records of a split in the order that is on disk, without reading the rest."""
+    for path in store.list(f"datasets/{manifest.id}/records/{split}")[:1]:
+        with store.filesystem.open_input_file(store.path(path)) as stream:
+            rows = pq.ParquetFile(stream).read_row_group(0).slice(0, count).to_pylist()
+        return [{**row, "content": json.loads(row["content"])} for row in rows]
+    return []
 
 
 def find_record(store: Store, manifest: DatasetManifest, record: str) -> dict[str, Any]:

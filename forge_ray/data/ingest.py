@@ -10,6 +10,7 @@ import glob
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from forge_ray.data.schema import ChatRecord, Reject, parse_line, parse_record
 from forge_ray.errors import DataError, NotFound
 
 CHUNK_BYTES = 8 << 20
+COLUMNS = ("messages", "tools", "text")
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,8 @@ def index_file(path: str, name: str, format: str, chunk_bytes: int = CHUNK_BYTES
         return _index_parquet(path, name, size, hasher.hexdigest())
     if line_start < size:
         lines += 1  # the last line has no newline
-    if cuts[-1][0] == size:
-        cuts.pop()
-    ends = [offset for offset, _ in cuts[1:]] + [size]
-    chunks = tuple(Chunk(path, name, format, a, b, line) for (a, line), b in zip(cuts, ends, strict=True))
+    cuts.append((size, lines + 1))
+    chunks = tuple(Chunk(path, name, format, a, b, line) for (a, line), (b, _) in pairwise(cuts) if a < b)
     return IndexedFile(name, size, hasher.hexdigest(), lines, chunks)
 
 
@@ -167,19 +167,26 @@ def _row(chunk: Chunk, line: int, offset: int, raw: bytes) -> Row:
 
 
 def _read_row_group(chunk: Chunk) -> Iterator[Row]:
-    """Rows of a Parquet file have no byte offset of their own: `offset` is -1."""
+    """Rows of a Parquet file have no byte offset of their own: `offset` is -1. Only the columns that count are decoded."""
     try:
         with open_file(chunk.path) as stream:
-            rows = pq.ParquetFile(stream).read_row_group(chunk.start).to_pylist()
+            file = pq.ParquetFile(stream)
+            num_rows = file.metadata.row_group(chunk.start).num_rows
+            table = file.read_row_group(chunk.start, columns=[c for c in file.schema_arrow.names if c in COLUMNS])
     except (pa.ArrowException, OSError) as error:
         yield Row(chunk.name, chunk.first_line, -1, "", None, f"unreadable row group: {type(error).__name__}")
         return
-    for number, value in enumerate(rows):
+    columns = list(zip(table.column_names, table.columns, strict=True))
+    for number in range(num_rows):
         try:
-            record = parse_record({key: _without_nulls(item) for key, item in value.items()})
+            record = parse_record({name: _without_nulls(column[number].as_py()) for name, column in columns})
             yield Row(chunk.name, chunk.first_line + number, -1, "", record)
         except Reject as reason:
             yield Row(chunk.name, chunk.first_line + number, -1, "", None, str(reason))
+        except UnicodeDecodeError:
+            yield Row(chunk.name, chunk.first_line + number, -1, "", None, "not UTF-8")
+        except (ValueError, OverflowError):  # a date that Python cannot hold
+            yield Row(chunk.name, chunk.first_line + number, -1, "", None, "unreadable value")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -12,6 +12,7 @@ from forge_ray.records import canonical_json
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id"}
 RECORD_HEX = 24
+MAX_DEPTH = 64  # of nested lists and objects; Python's own limit depends on the version and on the caller
 
 
 class Reject(ValueError):
@@ -47,8 +48,10 @@ def parse_line(raw: bytes) -> ChatRecord:
         raise Reject("not UTF-8") from None
     except Reject:
         raise
-    except (ValueError, RecursionError):
+    except ValueError:
         raise Reject("not JSON") from None
+    except RecursionError:
+        raise Reject("nested too deeply") from None
     return parse_record(value)
 
 
@@ -80,20 +83,34 @@ def parse_record(value: Any) -> ChatRecord:
         record = ChatRecord(content)
         if not any(message["role"] == "assistant" and message.get("weight", 1) for message in record.messages):
             raise Reject("no assistant turn to train on")
+    if _too_deep(record.content):
+        raise Reject("nested too deeply")
     try:
-        record.json.encode("utf-8")
+        canonical_json(record.content)
     except UnicodeEncodeError:
         raise Reject("lone surrogate") from None
-    except RecursionError:
-        raise Reject("nested too deeply") from None
+    except ValueError:
+        raise Reject("a number is not finite") from None
+    except TypeError:  # a date or bytes in a Parquet column
+        raise Reject("a value is of a type that JSON lacks") from None
     return record
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nested = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = [child for children in nested for child in children]
+        if not level:
+            return False
+    return True
 
 
 def _message(value: Any) -> dict[str, Any]:
     """One message without its empty fields, so that a Parquet row and a JSON line of the same chat are the same record."""
     if not isinstance(value, dict):
         raise Reject("a message is not an object")
-    message = {key: item for key, item in value.items() if item is not None}
+    message = {key: item for key, item in value.items() if item is not None and (key, item) != ("tool_calls", [])}
     if unknown := set(message) - MESSAGE_KEYS:
         raise Reject(f"a message has an unknown key {sorted(unknown)[0][:40]!r}")
     if message.get("role") not in ROLES:
@@ -110,6 +127,5 @@ def _message(value: Any) -> dict[str, Any]:
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise Reject("a message's weight is not 0 or 1")
-    if weight == 1:
-        message.pop("weight", None)
-    return message
+    message.pop("weight", None)
+    return message if weight else {**message, "weight": 0}  # a Parquet column may say 0.0

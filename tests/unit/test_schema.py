@@ -1,0 +1,167 @@
+"""Which rows are records, why the others are not, and what makes two rows the same record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from forge_ray.data.ingest import index_file, read_chunk
+from forge_ray.data.schema import MAX_DEPTH, Reject, parse_line, parse_record
+
+pytestmark = pytest.mark.unit
+USER = {"role": "user", "content": "2+2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+CHAT = {"messages": [USER, ANSWER]}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+REJECTED_LINES: list[tuple[bytes, str]] = [
+    (b"{", "not JSON"),
+    (b"", "not JSON"),
+    (b"\x00", "not JSON"),
+    (b'{"text": "a\x00b"}', "not JSON"),
+    (b'{"text": "a"} {"text": "b"}', "not JSON"),
+    (b'{"text": "a", "score": NaN}', "not JSON"),
+    (b'{"text": "a", "score": -Infinity}', "not JSON"),
+    (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not JSON"),  # more digits than Python turns into a number
+    (b'{"text": "caf\xe9"}', "not UTF-8"),
+    (b"\xff\xfe{\x00}\x00", "not UTF-8"),
+    (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),  # a surrogate in bytes
+    (rb'{"text": "\ud800"}', "lone surrogate"),
+    (rb'{"messages": [{"role": "user", "content": "\udc00"}, {"role": "assistant", "content": "4"}]}', "lone surrogate"),
+    (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+    (json.dumps(CHAT | {"tools": nested(MAX_DEPTH)}).encode(), "nested too deeply"),
+    (json.dumps(CHAT | {"tools": [{"limit": 0}]}).replace("0}", "1e999}").encode(), "a number is not finite"),
+]
+
+REJECTED_RECORDS: list[tuple[Any, str]] = [
+    (None, "not an object"),
+    ([CHAT], "not an object"),
+    ("text", "not an object"),
+    ({}, "needs either `messages` or `text`"),
+    ({"prompt": "2+2?"}, "needs either `messages` or `text`"),
+    (CHAT | {"text": "both"}, "needs either `messages` or `text`"),
+    ({"text": 7}, "`text` is not a string"),
+    ({"text": " \n\t"}, "`text` is empty"),
+    ({"messages": []}, "`messages` is not a non-empty list"),
+    ({"messages": "2+2?"}, "`messages` is not a non-empty list"),
+    ({"messages": {"role": "user"}}, "`messages` is not a non-empty list"),
+    (CHAT | {"tools": {"add": 1}}, "`tools` is not a list"),
+    ({"messages": [USER]}, "no assistant turn to train on"),
+    ({"messages": [USER, ANSWER | {"weight": 0}]}, "no assistant turn to train on"),
+    ({"messages": [USER, "4"]}, "a message is not an object"),
+    ({"messages": [USER, None]}, "a message is not an object"),
+    ({"messages": [USER, ANSWER | {"train": True}]}, "a message has an unknown key 'train'"),
+    ({"messages": [USER, {"content": "4"}]}, "a message has no known role"),
+    ({"messages": [USER | {"role": "human"}, ANSWER]}, "a message has no known role"),
+    ({"messages": [USER | {"role": ["user"]}, ANSWER]}, "a message has no known role"),
+    ({"messages": [USER, {"role": "assistant"}]}, "a message has no content"),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, "a message has no content"),
+    ({"messages": [USER | {"content": ["2+2?"]}, ANSWER]}, "a message's content is not a string"),
+    ({"messages": [USER, ANSWER | {"content": " "}]}, "an assistant turn is empty"),
+    ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, "`tool_calls` is not a list of an assistant turn"),
+    ({"messages": [USER, ANSWER | {"tool_calls": "add"}]}, "`tool_calls` is not a list of an assistant turn"),
+    *[
+        ({"messages": [USER, ANSWER | {"weight": weight}]}, "a message's weight is not 0 or 1")
+        for weight in (2, -1, 0.5, True, False, "1", [1], float("inf"))
+    ],
+    (CHAT | {"tools": [{"limit": float("nan")}]}, "a number is not finite"),
+    (CHAT | {"tools": [{"data": b"bytes"}]}, "a value is of a type that JSON lacks"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), REJECTED_LINES, ids=range(len(REJECTED_LINES)))
+def test_a_line_is_rejected_with_its_reason(line: bytes, reason: str) -> None:
+    with pytest.raises(Reject) as error:
+        parse_line(line)
+    assert str(error.value) == reason
+
+
+@pytest.mark.parametrize(("value", "reason"), REJECTED_RECORDS, ids=range(len(REJECTED_RECORDS)))
+def test_a_record_is_rejected_with_its_reason(value: Any, reason: str) -> None:
+    with pytest.raises(Reject) as error:
+        parse_record(value)
+    assert str(error.value) == reason
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        CHAT,
+        {"text": "a"},
+        {"text": "a\u0000b 🙂"},
+        {"messages": [{"role": "system", "content": ""}, USER, ANSWER | {"weight": 0}, USER, ANSWER]},
+        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, ANSWER]},
+        CHAT | {"tools": [{"limit": 10**4000}]},
+        CHAT | {"tools": nested(MAX_DEPTH - 2)},
+    ],
+    ids=range(7),
+)
+def test_accepted_content_is_kept_as_it_is(value: dict[str, Any]) -> None:
+    assert parse_line(json.dumps(value).encode()).content == value
+
+
+def test_byte_order_mark_and_carriage_return_are_not_content() -> None:
+    line = json.dumps(CHAT).encode()
+    assert parse_line(b"\xef\xbb\xbf" + line + b"\r").id == parse_line(line).id
+
+
+def test_identity_is_the_content_only() -> None:
+    identity = parse_record(CHAT).id
+    same: list[dict[str, Any]] = [
+        {"messages": [{"content": "2+2?", "role": "user"}, {"content": "4", "role": "assistant"}]},
+        CHAT | {"id": 7, "source": "tickets", "text": None, "tools": None, "score": 1e300},
+        CHAT | {"tools": []},
+        {"messages": [USER | {"name": None}, ANSWER | {"weight": 1, "tool_calls": None}]},
+        {"messages": [USER | {"tool_calls": []}, ANSWER | {"weight": 1.0, "tool_calls": []}]},
+    ]
+    assert [parse_record(value).id for value in same] == [identity] * len(same)
+    other: list[dict[str, Any]] = [
+        {"messages": [USER, ANSWER | {"content": "4 "}]},
+        {"messages": [USER | {"weight": 0}, ANSWER]},
+        {"messages": [USER | {"name": "ada"}, ANSWER]},
+        {"messages": [USER, ANSWER, USER, ANSWER]},
+        CHAT | {"tools": [CALL]},
+        {"text": "2+2?4"},
+    ]
+    assert len({identity, *(parse_record(value).id for value in other)}) == len(other) + 1
+    assert parse_record({"messages": [USER, ANSWER | {"weight": 0.0}, USER, ANSWER]}).json.count('"weight":0}') == 1
+
+
+def test_identity_is_pinned() -> None:
+    """Ids live in datasets that people keep: a change here orphans them."""
+    assert parse_record(CHAT).id == "rec_8cc7bc6d1ed4ebf363400a92"
+
+
+def test_parquet_and_jsonl_give_the_same_record(tmp_path: Path) -> None:
+    """A Parquet struct has every key in every row, null where the row has none."""
+    rows: list[dict[str, Any]] = [
+        CHAT | {"tools": [{"type": "function", "function": {"name": "add"}}], "origin": "a"},
+        {"messages": [USER | {"name": "ada"}, ANSWER | {"weight": 0}, USER, ANSWER], "score": 0.5},
+        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, ANSWER]},
+        {"text": "plain"},
+    ]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema(rows)), path)
+    (chunk,) = index_file(str(path), "rows.parquet", "parquet").chunks
+    found = [row.record for row in read_chunk(chunk)]
+    expected = [parse_line(json.dumps(row).encode()) for row in rows]
+    assert found == expected
+    assert [record.id for record in found if record] == [record.id for record in expected]
+
+
+def _schema(rows: list[dict[str, Any]]) -> pa.Schema:
+    """The union over all rows: `pa.Table.from_pylist` would take the columns of the first one."""
+    return pa.unify_schemas([pa.Table.from_pylist([row]).schema for row in rows], promote_options="permissive")
