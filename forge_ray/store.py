@@ -138,6 +138,10 @@ class Store:
         names = (info.path.removeprefix(self.root + "/") for info in found)
         return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith("."))
 
+    def delete(self, relative: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self.path(relative))
+
     def delete_dir(self, relative: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._fs.delete_dir(self.path(relative))

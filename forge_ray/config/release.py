@@ -15,7 +15,7 @@ class EngineConfig(Config):
     """The inference engine: transformers' continuous batching over a paged key-value cache."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    page_size: int = Field(32, ge=1, description="tokens per cache block")
+    page_size: int = Field(32, ge=4, description="tokens per cache block")
     num_blocks: int = Field(512, ge=2, description="cache blocks: page_size * num_blocks tokens in flight")
     max_batch_tokens: int = Field(512, ge=16, description="tokens per forward pass")
 

@@ -15,11 +15,12 @@ from ray.serve import RunTarget
 from ray.serve.schema import ApplicationStatus
 
 from forge_ray.catalog import Catalog
-from forge_ray.config.base import config_digest, resolved
+from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
 from forge_ray.records import Deployment, Event
 from forge_ray.serve.replica import Replica
+from forge_ray.store import Store
 
 POLL_S = 0.5
 TOKENS_PER_REQUEST = 128  # what a request typically holds of the cache: sets how many are let in at once
@@ -55,14 +56,24 @@ def build_app(deployment: Deployment, store_uri: str) -> serve.Application:
     return app
 
 
-def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900) -> Deployment:
-    """Serve what `config.model` names and wait until it answers; the record is written, its state is an event."""
+def app_from_args(args: dict[str, Any]) -> serve.Application:
+    """For a Serve config file (KubeRay's RayService): `args` has `store`, a URI, and `deploy`, a `DeployConfig` mapping.
+
+    Host and port are then Serve's own, from that file.
+    """
+    config = parse(DeployConfig, args["deploy"], where="deploy")
+    with Catalog(Store(args["store"])) as catalog:
+        return build_app(catalog.put(deployment_of(config, catalog)), args["store"])
+
+
+def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
+    """The sealed record of what would be served; a rejected version is refused."""
     version = catalog.model(config.model)
     if version.status == "rejected":
         raise PolicyError(
             f"{version.id} was rejected: {'; '.join(version.reasons)}", hint="deploy another version, or train a better one"
         )
-    deployment = Deployment(
+    return Deployment(
         name=config.name,
         model=config.name,
         model_version=version.id,
@@ -70,6 +81,11 @@ def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900) -> Deplo
         config=resolved(config),
         config_digest=config_digest(config),
     ).sealed()
+
+
+def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900) -> Deployment:
+    """Serve what `config.model` names and wait until it answers; the record is written, its state is an event."""
+    deployment = deployment_of(config, catalog)
     serve.start(http_options={"host": config.host, "port": config.port, "keep_alive_timeout_s": KEEP_ALIVE_S})
     running = set(serve.status().applications)
     if others := sorted(running - {config.name}):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from forge_ray.errors import TrainingError
 from forge_ray.train.job import TrainJob
 
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 Loop = Callable[[dict[str, Any]], None]
 
 
@@ -23,6 +23,8 @@ def fit(loop: Loop, job: TrainJob) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # our verified checkpoints are the state; Ray's snapshot is rewritten in place, and a torn one refuses every start
+    job.store.delete(f"runs/{job.run}/{RAY_SNAPSHOT}")
     scaling = job.config.scaling
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
@@ -37,11 +39,9 @@ def fit(loop: Loop, job: TrainJob) -> None:
             resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
-            # a new name for each start: our verified checkpoints are the state, and Ray's own snapshot of a run is
-            # rewritten in place, so a torn one would refuse every later start
-            name=f"attempt-{time.time_ns()}",
+            name=job.run,  # Ray takes only checkpoints from below its own folder, which is so the run's
             storage_filesystem=job.store.filesystem,
-            storage_path=job.store.path(f"runs/{job.run}/ray"),
+            storage_path=job.store.path("runs"),
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
         ),
     )

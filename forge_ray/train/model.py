@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,10 @@ def export_adapter(model: Any, weights: dict[str, Tensor], base_model: str, fold
     model.peft_config["default"].inference_mode = True
     model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT writes a card with placeholders
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["target_modules"] = sorted(settings["target_modules"])  # a set: its order differs between processes
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def export_full(base: Path, weights: dict[str, Tensor], folder: Path) -> None:

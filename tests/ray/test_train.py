@@ -1,0 +1,129 @@
+"""Training on Ray Train's workers: Ray Data feeds them, ZeRO shards them, and a killed worker changes nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge_ray import pipeline
+from forge_ray.catalog import Catalog
+from forge_ray.config.base import load, parse, resolved
+from forge_ray.config.run import RunConfig
+from forge_ray.data.order import Order
+from forge_ray.errors import TrainingError
+from forge_ray.records import DatasetManifest
+from forge_ray.store import Store
+from forge_ray.train import launch
+from forge_ray.train.job import TrainJob, run_id
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+RUN = Path(__file__).parents[1] / "e2e" / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return load(RunConfig, RUN, ("train.max_steps=6", "train.checkpoint.every_steps=2", "train.adapter={dropout: 0.1}"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loops_travel_by_value(ray_cluster: None) -> None:
+    """Workers cannot import a test module."""
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def manifest(config: RunConfig, store: Store, ray_cluster: None) -> DatasetManifest:
+    return pipeline.prepare(config, store)
+
+
+def job_of(config: RunConfig, store: Store, manifest: DatasetManifest, seed: int) -> TrainJob:
+    train = config.train.model_copy(update={"seed": seed})
+    with Catalog(store) as catalog:
+        base = catalog.model("tiny")
+    identifier = run_id(train, "fp32", manifest, base)
+    return TrainJob(identifier, config.name, train, store, manifest, base, "fp32", under_ray=True)
+
+
+def killed_once(values: dict[str, Any]) -> None:
+    """The real loop, in whose second rank a SIGKILL strikes at the start of the fourth step, the first time."""
+    from forge_ray.recipes import sft
+    from forge_ray.train import context
+
+    job = TrainJob.from_json(values)
+    marker = job.store.local(f"runs/{job.run}/killed")
+    steps = 0
+    real = context.sum_over_ranks
+
+    def counting(numbers: list[float], at: context.Context) -> list[float]:
+        nonlocal steps
+        steps += len(numbers) == 2  # the two counts at the head of each step
+        if steps == 4 and at.rank == 1 and not marker.exists():
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(numbers, at)
+
+    sft.sum_over_ranks = counting
+    sft.train_loop(values)
+
+
+def failing(values: dict[str, Any]) -> None:
+    raise ZeroDivisionError("the worker's own reason")
+
+
+def exported(job: TrainJob) -> dict[str, str]:
+    return {entry.path: entry.sha256 for entry in job.store.files(f"runs/{job.run}/export")}
+
+
+def test_two_workers_survive_a_kill_with_the_same_weights(
+    config: RunConfig, store: Store, manifest: DatasetManifest
+) -> None:
+    from forge_ray.recipes.sft import train_loop
+
+    job = job_of(config, store, manifest, seed=1)
+    launch.fit(killed_once, job)
+    assert store.exists(f"runs/{job.run}/killed")
+    result = store.read_json(f"runs/{job.run}/result.json")
+    assert [attempt["first_step"] for attempt in result["attempts"]] == [0, 2]
+    assert {attempt["world_size"] for attempt in result["attempts"]} == {2}
+    killed = exported(job)
+
+    store.delete_dir(f"runs/{job.run}")
+    launch.fit(train_loop, job)
+    assert len(store.read_json(f"runs/{job.run}/result.json")["attempts"]) == 1
+    assert exported(job) == killed
+
+
+def test_the_pipeline_trains_and_then_finds_the_run(
+    config: RunConfig, store: Store, manifest: DatasetManifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = pipeline.train(config, store)
+    stats = manifest.splits["train"]
+    order = Order(manifest.id, 0, stats.num_rows, stats.block_rows, config.train.global_batch)
+    assert record.order_digest == order.digest(0, 6)
+    assert record.samples_seen == 6 * config.train.global_batch
+    assert record.metrics["trained_tokens"] > 0
+    assert record.config == resolved(config)
+
+    again = pipeline.train(config, store)
+    assert again == record
+    assert "already trained" in capsys.readouterr().err
+    more_workers = parse(
+        RunConfig, resolved(config) | {"train": resolved(config)["train"] | {"scaling": {"num_workers": 4}}}
+    )
+    assert pipeline.train(more_workers, store).id == record.id
+
+
+def test_the_workers_reason_is_what_the_error_says(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+    no_retry = config.train.scaling.model_copy(update={"max_failures": 0, "num_workers": 1})
+    job = job_of(config, store, manifest, seed=2)
+    with pytest.raises(TrainingError, match="the worker's own reason") as caught:
+        launch.fit(failing, TrainJob(**{**vars(job), "config": job.config.model_copy(update={"scaling": no_retry})}))
+    assert "resumes it from its last checkpoint" in caught.value.hint
