@@ -17,6 +17,7 @@ import click
 from forge_ray import __version__
 from forge_ray.errors import ConfigError, ForgeError
 from forge_ray.offline import set_offline_switches
+from forge_ray.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from forge_ray.config.run import RunConfig
@@ -65,6 +66,7 @@ def verb(group: click.Group, name: str) -> Callable[[Callable[..., Any]], Callab
         @functools.wraps(function)
         def command(store: str | None, as_json: bool, **arguments: Any) -> None:
             set_offline_switches()
+            quiet_libraries()
             try:
                 from forge_ray.cluster import open_store
 

@@ -7,6 +7,7 @@ import os
 
 from forge_ray.errors import ConfigError
 from forge_ray.offline import SWITCHES, set_offline_switches
+from forge_ray.quiet import quiet_libraries
 from forge_ray.store import Store
 
 LOCAL_CPUS = 4  # logical: a laptop's workers, data tasks and replicas share the cores
@@ -20,12 +21,12 @@ def in_ray_job() -> bool:
 def connect(address: str | None = None) -> None:
     """`address`, else RAY_ADDRESS (set inside a job), else a local Ray that ends with this process."""
     set_offline_switches()
+    quiet_libraries()
     import ray
 
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if address:
         ray.init(address=address, runtime_env={"env_vars": dict(SWITCHES)}, logging_level=logging.WARNING)
     else:
@@ -47,7 +48,6 @@ def quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def open_store(uri: str | None) -> Store:

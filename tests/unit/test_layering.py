@@ -17,7 +17,7 @@ PACKAGE = ROOT / "forge_ray"
 
 # Bottom first. A level has several rows where one of its modules builds on another.
 ROWS: tuple[set[str], ...] = (
-    {"errors", "offline"},  # L0
+    {"errors", "offline", "quiet"},  # L0
     {"records"},
     {"config"},
     {"store", "hardware", "progress", "environment"},  # L1

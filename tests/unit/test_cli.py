@@ -1,0 +1,148 @@
+"""The command line's contract: one JSON object, honest exit codes, a flag for everything, the surface pinned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from forge_ray.catalog import Catalog
+from forge_ray.cli import cli
+from forge_ray.records import Event, FileEntry, ModelVersion, files_digest
+from forge_ray.store import Store
+
+pytestmark = pytest.mark.unit
+
+SURFACE = {
+    "quickstart": {"--config", "--port", "--set"},
+    "models import": {"--name", "--licence", "--alias"},
+    "models list": set(),
+    "models show": set(),
+    "models promote": {"--alias"},
+    "data prepare": {"--set"},
+    "data list": set(),
+    "data show": {"--rows", "--split"},
+    "runs list": set(),
+    "train": {"--set"},
+    "eval": {"--set"},
+    "release": {"--set"},
+    "run": {"--set"},
+    "submit": {"--address", "--set", "--no-wait"},
+    "deploy": {"--address", "--set"},
+    "serve": {"--set"},
+    "chat": {"--url", "--model", "--system", "--max-tokens", "--temperature"},
+    "lineage": {"--to", "--rows"},
+    "catalog rebuild": set(),
+}
+
+
+def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = command
+    return found
+
+
+def forge(*words: str) -> Result:
+    return CliRunner().invoke(cli, list(words))
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> str:
+    """A store with an accepted and a rejected version."""
+    with Catalog(Store(str(tmp_path / "store"))) as catalog:
+        for status, reasons in (("accepted", ()), ("rejected", ("exact_match=0.1 is below the minimum 0.4",))):
+            files = (FileEntry(path="model.safetensors", size=1, sha256=status),)
+            version = ModelVersion(
+                name=status,
+                status=status,  # type: ignore[arg-type]
+                reasons=reasons,
+                weights="full",
+                files=files,
+                files_digest=files_digest(files),
+                licence="apache-2.0",
+            )
+            catalog.put(version.sealed())
+    return str(tmp_path / "store")
+
+
+def version_of(store: str, name: str) -> str:
+    listed = json.loads(forge("models", "list", "--store", store, "--json").stdout)["results"]
+    return next(str(version["id"]) for version in listed if version["name"] == name)
+
+
+def test_the_surface_is_what_is_promised() -> None:
+    found = {
+        name: {flag for p in command.params for flag in p.opts if isinstance(p, click.Option)}
+        for name, command in commands(cli).items()
+    }
+    assert found == {name: flags | {"--store", "--json"} for name, flags in SURFACE.items()}
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_every_verb_has_help(name: str) -> None:
+    done = forge(*name.split(), "--help")
+    assert done.exit_code == 0
+    assert "--json" in done.output
+
+
+def test_promote_moves_the_alias_and_a_rejected_version_is_refused(filled: str) -> None:
+    good, bad = version_of(filled, "accepted"), version_of(filled, "rejected")
+    done = forge("models", "promote", good, "--alias", "prod", "--store", filled, "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == {"alias": "prod", "model_version": good}
+
+    refused = forge("models", "promote", bad, "--alias", "prod", "--store", filled, "--json")
+    assert refused.exit_code == 3
+    assert json.loads(refused.stdout)["error"]["code"] == "policy"
+    assert "exact_match=0.1 is below the minimum 0.4" in refused.stderr
+    shown = json.loads(forge("models", "show", "prod", "--store", filled, "--json").stdout)
+    assert shown["id"] == good
+
+
+def test_a_mistake_ends_with_2_and_says_key_value_rule_and_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("name: a\nbase_model: b\ndata: {sources: [{path: c}]}\nrelease: {alias: d}\ntrain: {epoch: 1}\n")
+    done = forge("train", str(file), "--store", str(tmp_path / "s"), "--json")
+    assert done.exit_code == 2
+    error = json.loads(done.stdout)["error"]
+    assert error["code"] == "config"
+    assert "train.epoch" in error["message"]
+    assert "epochs" in error["hint"]
+    assert "error: " in done.stderr
+    assert "hint: " in done.stderr
+
+
+def test_unknown_ids_and_missing_clusters_are_mistakes(tmp_path: Path) -> None:
+    store = str(tmp_path / "s")
+    assert forge("lineage", "mv_0000000000000000", "--store", store).exit_code == 2
+    assert forge("data", "show", "ds_0000000000000000", "--store", store).exit_code == 2
+    assert forge("models", "import", str(tmp_path / "absent"), "--store", store).exit_code == 2
+    deploy = tmp_path / "deploy.yaml"
+    deploy.write_text("name: a\nmodel: b\n")
+    done = forge("deploy", str(deploy), "--store", store, "--json")
+    assert done.exit_code == 2
+    assert "--address" in json.loads(done.stdout)["error"]["hint"]
+
+
+def test_rebuild_and_runs_list_come_from_files_alone(filled: str) -> None:
+    with Catalog(Store(filled)) as catalog:
+        catalog.append(Event(kind="run", subject="run_1", data={"state": "running"}))
+        catalog.append(Event(kind="run", subject="run_1", data={"state": "failed", "why": "no disk"}))
+    for file in Path(filled).glob("catalog.sqlite*"):
+        file.unlink()
+    done = forge("catalog", "rebuild", "--store", filled, "--json")
+    assert json.loads(done.stdout) == {"indexed": 4}
+    (run,) = json.loads(forge("runs", "list", "--store", filled, "--json").stdout)["results"]
+    assert (run["id"], run["state"], run["why"]) == ("run_1", "failed", "no disk")
+
+
+def test_the_store_is_named_by_flag_then_environment(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_STORE", filled)
+    assert len(json.loads(forge("models", "list", "--json").stdout)["results"]) == 2
