@@ -1,0 +1,225 @@
+"""Fixtures of the numerics tests: a small packed dataset, training jobs over it, and groups of worker processes.
+
+A worker is forked from a server process that has imported the libraries already, so a group of two costs a second and not
+twenty; it is told its rank by the environment, as torchrun would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import worker
+
+from forge_ray.catalog import Catalog
+from forge_ray.config.base import parse
+from forge_ray.config.train import TrainConfig
+from forge_ray.data.dataset import PACKED
+from forge_ray.data.pack import Document, PackedRow, pack
+from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest
+from forge_ray.store import MANIFEST, Store
+from forge_ray.train.job import TrainJob
+
+SEQUENCE_LENGTH = 48
+BLOCK_ROWS = 4
+PROCESSES = multiprocessing.get_context("forkserver")
+
+
+def documents(seed: int, count: int) -> list[Document]:
+    """Counting up in a random stride: something that a tiny model can learn. The first third is a prompt; every seventh
+    document is all prompt."""
+    random, made = Random(seed), []
+    for number in range(count):
+        length, start, stride = random.randint(5, 30), random.randint(0, 149), random.randint(1, 3)
+        ids = [10 + (start + stride * place) % 150 for place in range(length)]
+        mask = [int(place >= length // 3 and number % 7 > 0) for place in range(length)]
+        made.append(Document(f"rec_{seed}_{number}", ids, mask))
+    return made
+
+
+def _shard(rows: list[PackedRow]) -> bytes:
+    columns = {
+        "input_ids": [row.input_ids for row in rows],
+        "loss_mask": [row.loss_mask for row in rows],
+        "segment_ids": [row.segment_ids for row in rows],
+        "records": [row.records for row in rows],
+    }
+    arrays = {name: pa.array([list(value) for value in values], PACKED.field(name).type) for name, values in columns.items()}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(arrays, schema=PACKED), sink, row_group_size=BLOCK_ROWS)
+    return sink.getvalue()
+
+
+@pytest.fixture(scope="session")
+def dataset(store: Store) -> DatasetManifest:
+    """A dataset version written without Ray Data, in the layout of `data/dataset.py`."""
+    packed = {"train": pack(documents(0, 70), SEQUENCE_LENGTH, 0), "validation": pack(documents(1, 12), SEQUENCE_LENGTH, 0)}
+    shards = {f"packed/{split}/shard-00000.parquet": _shard(rows) for split, rows in packed.items()}
+    with Catalog(store) as catalog:
+        base = catalog.model("tiny")
+    manifest = DatasetManifest(
+        name="counting",
+        format=1,
+        input_digest=digest("counting"),
+        config={},
+        tokenizer_digest="",
+        base_model=base.id,
+        sources=(),
+        splits={
+            split: SplitStats(
+                num_records=sum(len(row.records) for row in rows),
+                num_rows=len(rows),
+                num_tokens=sum(int((row.segment_ids > 0).sum()) for row in rows),
+                num_trained_tokens=sum(int(row.loss_mask.sum()) for row in rows),
+                rows_digest=digest([row.input_ids.tolist() for row in rows]),
+                block_rows=BLOCK_ROWS,
+            )
+            for split, rows in packed.items()
+        },
+        num_duplicates=0,
+        rejects={},
+        sequence_length=SEQUENCE_LENGTH,
+        files=tuple(
+            FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for path, data in shards.items()
+        ),
+    ).sealed()
+    for path, data in shards.items():
+        store.write(f"datasets/{manifest.id}/{path}", data)
+    listed = {"files": [entry.model_dump() for entry in manifest.files]}
+    store.write(f"datasets/{manifest.id}/{MANIFEST}", canonical_json(listed))
+    return manifest
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Makes training jobs: `jobs("name", zero_stage=3, adapter={...})`. The name is the run's folder."""
+
+    store: Store
+    dataset: DatasetManifest
+
+    def __call__(self, run: str, precision: str = "fp32", **settings: Any) -> TrainJob:
+        defaults = {
+            "engine": "deepspeed",
+            "precision": precision,
+            "max_steps": 4,
+            "epochs": 100,
+            "global_batch": 4,
+            "micro_batch_size": 1,
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.01},
+            "validation": {"max_rows": 0},
+        }
+        config = parse(TrainConfig, defaults | settings)
+        with Catalog(self.store) as catalog:
+            base = catalog.model("tiny")
+        return TrainJob(run, run, config, self.store, self.dataset, base, precision, under_ray=False)
+
+    def on_base(self, job: TrainJob, base: ModelVersion) -> TrainJob:
+        """The same job on another model with the same tokenizer."""
+        return replace(job, base=base)
+
+
+@pytest.fixture(scope="session")
+def jobs(store: Store, dataset: DatasetManifest) -> Jobs:
+    return Jobs(store, dataset)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Starts the server process; it finds `worker` by PYTHONPATH, for Python 3.11 does not tell it `sys.path`."""
+    PROCESSES.set_forkserver_preload(["worker"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        forkserver.ensure_running()
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(tmp_path: Path, fork_server: None) -> Run:
+    """`run(job, ranks=2, kill_at=3)`: train in `ranks` processes and return what the first one printed.
+
+    `kill_at=k`: the process that logs step k dies before it does, and the others are killed. The test fails unless the first
+    process ends with the exit code `expect` and printed the words `says`.
+    """
+    groups = 0
+
+    def group(*tasks: TrainJob, ranks: int = 1, kill_at: int = 0, expect: int = 0, says: str = "") -> str:
+        nonlocal groups
+        groups += 1
+        logs = [tmp_path / f"group-{groups}-rank-{rank}.log" for rank in range(ranks)]
+        values = [replace(job, under_ray=False).to_json() for job in tasks]
+        port = _free_port()
+        workers = [
+            PROCESSES.Process(target=worker.main, args=(values, rank, ranks, port, kill_at, str(logs[rank])))
+            for rank in range(ranks)
+        ]
+        for process in workers:
+            process.start()
+        workers[0].join(300)
+        for process in workers[1:]:
+            if workers[0].exitcode == 0:
+                process.join(60)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        codes = [int(process.exitcode if process.exitcode is not None else -1) for process in workers]
+        if workers[0].is_alive():
+            workers[0].kill()
+        printed = [log.read_text(errors="replace") for log in logs if log.is_file()]
+        if codes[0] != expect or says not in printed[0]:
+            pytest.fail(f"exit codes {codes}\n" + "\n".join(text[-6000:] for text in printed))
+        return printed[0]
+
+    return group
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def losses(job: TrainJob, name: str = "loss") -> list[float]:
+    """One value per step, from the run's metrics."""
+    from forge_ray.train import metrics
+
+    lines = metrics.read(job.store.local(f"runs/{job.run}") / metrics.METRICS)
+    return [line[name] for line in lines if name in line]
+
+
+def exported(job: TrainJob) -> dict[str, Any]:
+    """The exported weights, fp32."""
+    from safetensors.torch import load_file
+
+    (path,) = job.store.local(f"runs/{job.run}/export").glob("*.safetensors")
+    return {name: value.float() for name, value in load_file(path).items()}
+
+
+def export_digest(job: TrainJob) -> str:
+    """sha256 of the exported safetensors."""
+    (path,) = job.store.local(f"runs/{job.run}/export").glob("*.safetensors")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def first_steps(job: TrainJob) -> list[int]:
+    """Where each start of the run began."""
+    path = job.store.local(f"runs/{job.run}/attempts.jsonl")
+    return [json.loads(line)["first_step"] for line in path.read_text().splitlines()]
+
+
+def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)

@@ -1,0 +1,279 @@
+"""A run that was killed and started again ends with the very bytes of one that was not."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Jobs, Run, export_digest, exported, first_steps, largest_difference, losses
+from safetensors import safe_open
+
+from forge_ray.errors import TrainingError
+from forge_ray.records import canonical_json
+from forge_ray.store import MANIFEST, hash_dir
+from forge_ray.train import checkpoint
+from forge_ray.train.job import TrainJob
+
+pytestmark = pytest.mark.numerics
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {"engine": "torch", "zero_stage": 0},
+    **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 2, 3)},
+}
+LORA = {"r": 4, "dropout": 0.1}  # dropout: only with the random state of every rank restored do the bytes agree
+CADENCE = {"checkpoint": {"every_steps": 2}, "max_steps": 6}
+
+
+def folder_of(job: TrainJob, step: int) -> Path:
+    return job.store.local(f"runs/{job.run}/checkpoints/step-{step:08d}")
+
+
+def again(job: TrainJob, run: str) -> TrainJob:
+    return replace(job, run=run, name=run)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_equals_uninterrupted_to_the_last_bit(jobs: Jobs, run: Run, ranks: int) -> None:
+    """Killed in the fifth step, resumed from the fourth: every engine, full and LoRA, and one of them in bf16."""
+    kinds = {
+        f"{engine}-{name}": options | {"adapter": adapter}
+        for engine, options in ENGINES.items()
+        for name, adapter in (("full", None), ("lora", LORA))
+        if not (ranks == 1 and engine == "zero2")  # one rank has nothing to shard; stage 3 stands for its code
+    }
+    whole = {kind: jobs(f"whole-{kind}-{ranks}", **options, **CADENCE) for kind, options in kinds.items()}
+    bf16 = "zero2-lora" if ranks == 2 else "torch-lora"
+    whole["bf16"] = jobs(
+        f"whole-bf16-{ranks}", precision="bf16", **(ENGINES[bf16.split("-")[0]] | {"adapter": LORA}), **CADENCE
+    )
+    run(*whole.values(), ranks=ranks)
+
+    broken = {kind: again(job, f"broken-{kind}-{ranks}") for kind, job in whole.items()}
+    for job in broken.values():
+        run(job, ranks=ranks, kill_at=5, expect=worker_killed())
+        assert checkpoint.steps(job.store, job.run) == [4, 2]
+        assert not job.store.exists(f"runs/{job.run}/export")
+    run(*broken.values(), ranks=ranks)
+    for kind, job in broken.items():
+        assert first_steps(job) == [0, 4], kind
+        assert losses(job) == losses(whole[kind]), kind
+        assert export_digest(job) == export_digest(whole[kind]), kind
+
+
+def worker_killed() -> int:
+    import worker
+
+    return worker.KILLED
+
+
+@pytest.fixture(scope="module")
+def finished(jobs: Jobs) -> TrainJob:
+    """The configuration that the tests below break; its first run is not interrupted."""
+    return jobs("finished", zero_stage=2, adapter=LORA, **CADENCE)
+
+
+def stopped_at_four(job: TrainJob, run: Run, name: str) -> TrainJob:
+    """A killed run with checkpoints 2 and 4; made once, copied for each test."""
+    source, target = again(job, "stopped"), again(job, name)
+    if not job.store.exists("runs/stopped"):
+        run(source, kill_at=5, expect=worker_killed())
+    shutil.copytree(job.store.local("runs/stopped"), job.store.local(f"runs/{name}"))
+    for step in (2, 4):  # a checkpoint says whose it is
+        path = folder_of(target, step) / MANIFEST
+        manifest = json.loads(path.read_bytes())
+        path.write_bytes(canonical_json(manifest | {"position": manifest["position"] | {"run": name}}))
+    return target
+
+
+def flip_a_byte(folder: Path) -> str:
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return "sha256"
+
+
+def truncate(folder: Path) -> str:
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-1])
+    return "bytes, its manifest says"
+
+
+def remove_a_file(folder: Path) -> str:
+    (folder / "rng-00000.pt").unlink()
+    return "has -1 bytes"
+
+
+def tear_the_manifest(folder: Path) -> str:
+    path = folder / MANIFEST
+    path.write_bytes(path.read_bytes()[:100])
+    return "is not JSON"
+
+
+def remove_the_manifest(folder: Path) -> str:
+    (folder / MANIFEST).unlink()
+    return ""  # without it there is no checkpoint: nothing to say
+
+
+def test_a_bad_checkpoint_is_skipped_and_the_one_before_gives_the_same_bytes(
+    jobs: Jobs, run: Run, finished: TrainJob
+) -> None:
+    run(finished)
+    harm = (flip_a_byte, truncate, remove_a_file, tear_the_manifest, remove_the_manifest)
+    broken = {way.__name__: stopped_at_four(finished, run, f"bad-{way.__name__}") for way in harm}
+    reasons = [way(folder_of(broken[way.__name__], 4)) for way in harm]
+    printed = run(*broken.values())
+    skipped = [line for line in printed.splitlines() if "is skipped:" in line]
+    assert len(skipped) == 4
+    for way, reason in zip(harm[:4], reasons, strict=False):
+        assert any(f"runs/bad-{way.__name__}/checkpoints/step-00000004 is skipped:" in s and reason in s for s in skipped), (
+            way
+        )
+    for name, job in broken.items():
+        assert first_steps(job) == [0, 2], name
+        assert export_digest(job) == export_digest(finished), name
+
+
+class Plant:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.canary, "this was run")
+
+
+def test_nothing_is_unpickled_before_it_is_verified(run: Run, finished: TrainJob, tmp_path: Path) -> None:
+    job = stopped_at_four(finished, run, "planted")
+    canary = tmp_path / "canary"
+    planted = pickle.dumps(Plant(canary))
+    victims = [path for path in folder_of(job, 4).rglob("*.pt")]
+    assert len(victims) >= 3  # weights, optimizer, random state
+    for path in victims:
+        path.write_bytes(planted)
+    run(job, says="step-00000004 is skipped")
+    assert first_steps(job) == [0, 2]
+    assert not canary.exists()
+    pickle.loads(planted)
+    assert canary.exists()  # the control: it does what it says
+
+
+def test_another_runs_checkpoint_is_refused(run: Run, jobs: Jobs, finished: TrainJob) -> None:
+    job = stopped_at_four(finished, run, "other-config")
+    other = replace(job, config=job.config.model_copy(update={"seed": 7}))
+    printed = run(other, expect=1, says="has config_digest='sha256:")
+    assert "the run folder holds another run's checkpoint" in printed
+
+
+def test_zero_at_another_world_size_is_refused_with_the_way_out(run: Run, finished: TrainJob) -> None:
+    job = stopped_at_four(finished, run, "other-world")
+    printed = run(job, ranks=2, expect=1, says="written by 1 workers at ZeRO stage 2, which cannot be loaded by 2")
+    assert "hint: set train.scaling.num_workers=1; stage 0 resumes on any number" in printed
+
+
+@pytest.mark.parametrize("engine", ["torch", "zero0"])
+def test_stage_0_resumes_at_another_world_size(run: Run, jobs: Jobs, engine: str) -> None:
+    """One rank, then two, then one, without dropout: the same batches, so the same weights to 1e-5."""
+    whole = jobs(f"one-rank-{engine}", **ENGINES[engine], **CADENCE)
+    moved = again(whole, f"moved-{engine}")
+    run(whole)
+    run(moved, kill_at=3, expect=worker_killed())
+    run(moved, ranks=2, kill_at=5, expect=worker_killed())
+    run(moved)
+    assert first_steps(moved) == [0, 2, 4]
+    assert losses(moved) == pytest.approx(losses(whole), rel=2e-6)
+    assert largest_difference(exported(moved), exported(whole)) < 1e-5
+
+
+def test_a_finished_run_starts_no_step_again(run: Run, jobs: Jobs) -> None:
+    job = jobs("twice", zero_stage=2, adapter=LORA, max_steps=2)
+    run(job)
+    before = export_digest(job)
+    run(job)
+    assert first_steps(job) == [0, 2]
+    assert len(losses(job)) == 2
+    assert export_digest(job) == before
+
+
+def test_only_the_newest_checkpoints_stay(run: Run, jobs: Jobs) -> None:
+    job = jobs("keeps", zero_stage=2, adapter=LORA, max_steps=4, checkpoint={"every_steps": 1, "keep": 2})
+    run(job)
+    assert checkpoint.steps(job.store, job.run) == [4, 3]
+    left = [path.name for path in job.store.local(f"runs/{job.run}/checkpoints").iterdir()]
+    assert sorted(left) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("engine", ["torch", "zero0", "zero2", "zero3"])
+def test_a_lora_checkpoint_holds_no_frozen_base(run: Run, jobs: Jobs, engine: str) -> None:
+    job = jobs(f"size-{engine}", **ENGINES[engine], adapter={"r": 1}, max_steps=1)
+    run(job, ranks=2)
+    folder = folder_of(job, 1)
+    numbers = 0
+    for path in folder.rglob("*.pt"):
+        if path.name.startswith("rng"):
+            continue
+        state = torch.load(path, map_location="cpu", weights_only=False)  # written a moment ago, by this test
+        names = [name for name in _keys(state) if "." in name and "layers" in name]
+        assert all("lora_" in name for name in names), (path.name, names[:3])
+        numbers += sum(tensor.numel() for tensor in _tensors(state))
+    (adapter,) = job.store.local(f"runs/{job.run}/export").glob("*.safetensors")
+    with safe_open(adapter, "pt") as file:
+        trained = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    frozen = sum(int(shape_size) for shape_size in _sizes(job.store.local(f"models/{job.base.id}") / "model.safetensors"))
+    assert frozen > 20 * trained
+    assert numbers < 6 * trained + 1000  # weights, master copy, two moments, some of it twice: and no base
+
+
+def _sizes(path: Path) -> list[int]:
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    return [int(torch.Size(entry["shape"]).numel()) for name, entry in header.items() if name != "__metadata__"]
+
+
+def _keys(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [str(key) for key in value] + [name for item in value.values() for name in _keys(item)]
+    return [name for item in value for name in _keys(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def test_positions_that_do_not_fit_say_why() -> None:
+    here = checkpoint.Position(4, 16, "run_a", "sha256:c", "ds_a", "sha256:b", "deepspeed", 2, 2)
+    checkpoint.check_compatible(here, replace(here, step=0, samples_seen=0))
+    for change in ({"dataset": "ds_b"}, {"base_digest": "sha256:x"}, {"engine": "torch"}, {"zero_stage": 3}):
+        (name,) = change
+        with pytest.raises(TrainingError, match=f"has {name}="):
+            checkpoint.check_compatible(here, replace(here, **change))
+    with pytest.raises(TrainingError, match="cannot be loaded by 4"):
+        checkpoint.check_compatible(here, replace(here, world_size=4))
+    stage0 = replace(here, zero_stage=0)
+    checkpoint.check_compatible(stage0, replace(stage0, world_size=4))
+
+
+def test_the_random_state_survives_a_file(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    checkpoint.seed_all(3, 1)
+    random.gauss(0, 1), np.random.normal(), torch.rand(3)
+    torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
+    drawn = [random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.rand(2).tolist()]
+    checkpoint.seed_all(9, 0)
+    checkpoint.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert drawn == [random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.rand(2).tolist()]
+    assert hash_dir(tmp_path)[0].path == "rng.pt"

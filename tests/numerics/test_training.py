@@ -1,0 +1,127 @@
+"""One process: accumulation, the golden trajectory, and what must stop a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Jobs, Run, exported, largest_difference, losses
+
+from forge_ray.errors import TrainingError
+from forge_ray.recipes import sft
+
+pytestmark = pytest.mark.numerics
+GOLDEN = Path(__file__).parent / "golden" / "sft_tiny.json"
+TORCH = {"engine": "torch", "zero_stage": 0}
+
+
+def test_golden_trajectory(jobs: Jobs, run: Run) -> None:
+    """The losses of twelve steps are those of the committed file, on any CPU, to 1e-4.
+
+    After a change that is meant to move them: `FORGE_REGENERATE=1 pytest tests/numerics/test_training.py -k golden`, and say
+    in the commit why they moved.
+    """
+    settings = {"max_steps": 12, "validation": {"every_steps": 6, "max_rows": 3}}
+    full = jobs("golden-full", **TORCH, **settings)
+    lora = jobs("golden-lora", zero_stage=2, adapter={"r": 4}, **settings)
+    run(full, lora)
+    found = {
+        job.run: {name: losses(job, name) for name in ("loss", "grad_norm", "validation_loss", "lr")} for job in (full, lora)
+    }
+    if os.environ.get("FORGE_REGENERATE"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    expected = json.loads(GOLDEN.read_text())
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        for kind, trajectory in values.items():
+            assert found[name][kind] == pytest.approx(trajectory, rel=1e-4), (name, kind)
+
+
+@pytest.mark.parametrize("engine", [TORCH, {"zero_stage": 2}], ids=["torch", "zero2"])
+def test_one_times_eight_equals_eight_times_one(jobs: Jobs, run: Run, engine: dict[str, object]) -> None:
+    """Eight micro-batches of one row equal one micro-batch of eight rows: weights to 1e-6.
+
+    With AdamW's usual eps of 1e-8 they differ by 2e-6: a gradient that is nothing but rounding is divided by its own size.
+    """
+    optimizer = {"lr": 1e-3, "eps": 1e-4}
+    name = f"accumulate-{engine.get('engine', 'zero2')}"
+    made = [
+        jobs(f"{name}-{size}", global_batch=8, micro_batch_size=size, max_steps=3, optimizer=optimizer, **engine)
+        for size in (1, 2, 8)
+    ]
+    run(*made)
+    for other in made[1:]:
+        assert losses(made[0]) == pytest.approx(losses(other), rel=1e-6)
+        assert largest_difference(exported(made[0]), exported(other)) < 1e-6
+
+
+def test_activation_checkpointing_changes_nothing(jobs: Jobs, run: Run) -> None:
+    settings = {"adapter": {"r": 4}, "zero_stage": 2, "max_steps": 3}
+    plain = jobs("activations-kept", **settings)
+    again = jobs("activations-again", activation_checkpointing=True, **settings)
+    run(plain, again)
+    assert largest_difference(exported(plain), exported(again)) < 1e-6
+
+
+def test_clipping_and_schedule_are_those_of_plain_torch(jobs: Jobs, run: Run, tiny_model_dir: Path) -> None:
+    """One step of the run, by hand: AdamW on the gradient scaled to the norm allowed."""
+    from conftest import SEQUENCE_LENGTH
+    from transformers import LlamaForCausalLM
+
+    from forge_ray.data.order import Order
+    from forge_ray.data.stream import Rows
+
+    options = {"lr": 1e-2, "eps": 1.0, "weight_decay": 0.1}  # an eps so large that AdamW feels the scale of the gradient
+    job = jobs("by-hand", max_steps=1, optimizer=options, max_grad_norm=0.5, schedule={"warmup_ratio": 0}, **TORCH)
+    run(job)
+
+    rows = Rows.of(job.store, job.dataset, "train")
+    order = Order(job.dataset.id, 0, rows.num_rows, rows.block_rows, 4)
+    batch = {name: torch.from_numpy(value) for name, value in rows.batch(order.rows_of(0, range(4))).items()}
+    assert batch["input_ids"].shape == (4, SEQUENCE_LENGTH)
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).train()
+    labels = batch["input_ids"].masked_fill(batch["loss_mask"] == 0, -100)
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), **options)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+
+    assert losses(job) == pytest.approx([float(loss.detach())], rel=1e-6)
+    assert losses(job, "grad_norm") == pytest.approx([float(norm)], rel=1e-5)
+    wanted = {name: value.detach() for name, value in model.named_parameters() if name != "lm_head.weight"}
+    found = {name: value for name, value in exported(job).items() if name != "lm_head.weight"}
+    assert largest_difference(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("engine", [TORCH, {"zero_stage": 0}, {"zero_stage": 2}], ids=["torch", "zero0", "zero2"])
+def test_a_loss_that_is_not_finite_stops_the_run(jobs: Jobs, run: Run, engine: dict[str, object]) -> None:
+    job = jobs(f"diverges-{engine}", optimizer={"lr": 1e30}, max_grad_norm=0, max_steps=6, **engine)
+    run(job, expect=1, says="TrainingError: step")
+    assert not job.store.exists(f"runs/{job.run}/export")
+    assert not job.store.list(f"runs/{job.run}/checkpoints", recursive=True)
+
+
+def test_the_loop_runs_in_this_process(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without workers, Ray or DeepSpeed: for a debugger. The error names the step, the values and the remedy."""
+    monkeypatch.delenv("RANK", raising=False)
+    good = jobs("in-process", max_steps=2, scaling={"num_workers": 0}, **TORCH)
+    sft.train_loop(good.to_json())
+    assert len(losses(good)) == 2
+    result = good.store.read_json(f"runs/{good.run}/result.json")
+    assert (result["num_steps"], result["samples_seen"], result["export_kind"]) == (2, 8, "full")
+    assert good.store.exists(f"runs/{good.run}/loss.png")
+
+    bad = replace(good, run="in-process-bad", config=good.config.model_copy(update={"max_grad_norm": 0.0, "max_steps": 6}))
+    bad = replace(
+        bad, config=bad.config.model_copy(update={"optimizer": bad.config.optimizer.model_copy(update={"lr": 1e30})})
+    )
+    with pytest.raises(TrainingError, match=r"step \d: loss=.* is not finite") as raised:
+        sft.train_loop(bad.to_json())
+    assert "train.optimizer.lr=1e+30" in raised.value.hint
