@@ -9,6 +9,7 @@ the same with the same function. The whole state is the step: there is nothing t
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forge_ray.data.dataset import SHARD_BLOCKS
@@ -26,6 +28,7 @@ from forge_ray.records import DatasetManifest
 from forge_ray.store import Store
 
 COLUMNS = ("input_ids", "loss_mask", "segment_ids")
+READING = threading.Lock()  # two threads in one ParquetFile crash the process
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -47,8 +50,7 @@ class Rows:
 
     def block(self, number: int) -> Arrays:
         """Every row of a block: int32 [rows, sequence_length] per column."""
-        shard, group = divmod(number, SHARD_BLOCKS)
-        table = _shard(self, shard).read_row_group(group, columns=list(COLUMNS))
+        table = _read_block(self, number, COLUMNS)
         shape = (table.num_rows, self.sequence_length)
         flat = {name: table.column(name).combine_chunks().flatten().to_numpy() for name in COLUMNS}
         return {name: values.astype(np.int32).reshape(shape) for name, values in flat.items()}
@@ -73,8 +75,7 @@ class Rows:
         found = []
         for row in rows:
             block, offset = divmod(row, self.block_rows)
-            shard, group = divmod(block, SHARD_BLOCKS)
-            found.append(_shard(self, shard).read_row_group(group, columns=["records"])["records"][offset].as_py())
+            found.append(_read_block(self, block, ("records",))["records"][offset].as_py())
         return found
 
 
@@ -82,6 +83,12 @@ def model_inputs(rows: Arrays) -> Arrays:
     """int64 copies of the columns, and position ids that restart with every document."""
     batch = {name: values.astype(np.int64) for name, values in rows.items()}
     return batch | {"position_ids": positions(batch["segment_ids"])}
+
+
+def _read_block(rows: Rows, number: int, columns: tuple[str, ...]) -> pa.Table:
+    shard, group = divmod(number, SHARD_BLOCKS)
+    with READING:
+        return _shard(rows, shard).read_row_group(group, columns=list(columns))
 
 
 @lru_cache(maxsize=64)
