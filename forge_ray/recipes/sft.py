@@ -102,18 +102,18 @@ def train_loop(values: dict[str, Any]) -> None:
         if _due(done, config.validation.every_steps, total_steps) and config.validation.max_rows:
             with clock.measure("validate"):
                 line |= _validate(job, engine, context)
+        line |= {"tokens": int(num_tokens), "trained_tokens": int(num_trained)}
+        line |= _timing(line, clock, step_began)
+        line["eta_s"] = (time.perf_counter() - began) / (done - first_step) * (total_steps - done)
+        if context.is_first:  # before the checkpoint, from which a resumed run would not take this step again
+            metrics.append(folder, line)
         if _due(done, config.checkpoint.every_steps, total_steps):
             with clock.measure("checkpoint"):
                 position = _position(job, context, done)
                 path = checkpoint.save(engine, store, position, context, config.checkpoint.keep)
                 launch.report({"step": done, "loss": line["loss"]}, job, path)
-        seconds = time.perf_counter() - step_began
-        line |= {"tokens": int(num_tokens), "trained_tokens": int(num_trained), "seconds": seconds}
-        line |= {f"{part}_s": spent for part, spent in clock.take().items()}
-        line |= {"tokens_per_s": num_tokens / seconds, "trained_tokens_per_s": num_trained / seconds}
-        line["eta_s"] = (time.perf_counter() - began) / (done - first_step) * (total_steps - done)
-        if context.is_first:
-            metrics.append(folder, line)
+            if context.is_first:  # once more, with the time that it took: a reader keeps the last
+                metrics.append(folder, line | _timing(line, clock, step_began))
 
     # 7. export
     weights = engine.weights(trained_only=config.adapter is not None)
@@ -142,6 +142,12 @@ def _loss(batch: dict[str, torch.Tensor], engine: TrainEngine) -> tuple[torch.Te
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], logits_to_keep=kept, use_cache=False
     )
     return token_cross_entropy(output.logits, batch["input_ids"], batch["loss_mask"], kept)
+
+
+def _timing(line: dict[str, Any], clock: metrics.StepClock, step_began: float) -> dict[str, float]:
+    seconds = time.perf_counter() - step_began
+    rates = {f"{name}_per_s": line[name] / seconds for name in ("tokens", "trained_tokens")}
+    return {"seconds": seconds, **{f"{part}_s": spent for part, spent in clock.take().items()}, **rates}
 
 
 def _due(done: int, every: int, total: int) -> bool:

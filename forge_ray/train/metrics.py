@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,22 +34,28 @@ class StepClock:
 
 
 def append(folder: Path, values: dict[str, Any]) -> None:
-    """One line, one write: a reader never sees half of it."""
+    """One line, one write: a reader never sees half of it. The half line of a killed process is closed first."""
     line = json.dumps(values, separators=(",", ":")) + "\n"
-    with (folder / METRICS).open("a", encoding="utf-8") as stream:
-        stream.write(line)
+    with (folder / METRICS).open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            line = line if stream.read(1) == b"\n" else "\n" + line
+        stream.write(line.encode())
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines. After a resume from step s, the lines of the abandoned steps after s are dropped."""
+    """One line per step, the last that was written. After a resume from step s, the abandoned steps after s are dropped."""
     if not path.is_file():
         return []
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if not text.endswith("\n"):
             break  # being written
-        value = json.loads(text)
-        while lines and value["step"] < lines[-1]["step"]:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            continue  # its writer was killed
+        while lines and value["step"] <= lines[-1]["step"]:
             lines.pop()
         lines.append(value)
     return lines
