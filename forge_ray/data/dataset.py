@@ -119,6 +119,7 @@ def build(name: str, config: DataConfig, base: ModelVersion, store: Store, sourc
     chunks = [{"chunk": json.dumps(vars(chunk))} for source in sources for chunk in source.chunks]
     if not chunks:
         raise DataError(f"none of {len(sources)} files has a row", hint="check data.sources")
+    pad_id = _pad_id(load_tokenizer(store, base.id))
     try:
         rows = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
             partial(_encode_chunk, config=config, base=base.id, store=store, num_partitions=num_partitions),
@@ -126,7 +127,7 @@ def build(name: str, config: DataConfig, base: ModelVersion, store: Store, sourc
             batch_format="pyarrow",
         )
         groups = rows.groupby("group", num_partitions=min(num_partitions * 4, 64)).map_groups(
-            partial(_write_group, config=config, base=base.id, store=store, to=staging), batch_format="pyarrow"
+            partial(_write_group, config=config, pad_id=pad_id, store=store, to=staging), batch_format="pyarrow"
         )
         summaries = [json.loads(row["summary"]) for row in groups.take_all()]
         _check_invalid(config, summaries)
@@ -172,6 +173,10 @@ def load_tokenizer_dir(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def _pad_id(tokenizer: Any) -> int:
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
 def _encode_chunk(batch: pa.Table, config: DataConfig, base: str, store: Store, num_partitions: int) -> Iterator[pa.Table]:
     tokenizer = load_tokenizer(store, base)
     for text in batch.column("chunk").to_pylist():
@@ -202,7 +207,7 @@ def _encode_row(row: Row, tokenizer: Any, config: DataConfig, num_partitions: in
     return value | {"group": f"{QUARANTINE}/{partition:05d}", "key": "", "reason": reason}
 
 
-def _write_group(table: pa.Table, config: DataConfig, base: str, store: Store, to: str) -> dict[str, Any]:
+def _write_group(table: pa.Table, config: DataConfig, pad_id: int, store: Store, to: str) -> dict[str, Any]:
     """One (split, partition): deduplicate, write the records, pack; returns one row with what was counted."""
     table = table.sort_by([("key", "ascending"), ("record", "ascending"), ("file", "ascending"), ("line", "ascending")])
     split, partition = table.column("group")[0].as_py().split("/")
@@ -221,8 +226,6 @@ def _write_group(table: pa.Table, config: DataConfig, base: str, store: Store, t
     documents = [
         Document(row["record"], ids, mask) for row in unique for ids, mask in zip(row["ids"], row["loss_mask"], strict=True)
     ]
-    tokenizer = load_tokenizer(store, base)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     packed = pack(documents, config.sequence_length, pad_id)
     _write_parquet(store, to, f"parts/{split}/{partition}.parquet", _packed_table(packed), 256)
     summary |= {
