@@ -156,17 +156,22 @@ def _due(done: int, every: int, total: int) -> bool:
 
 @torch.no_grad()
 def _validate(job: TrainJob, engine: TrainEngine, context: Context) -> dict[str, float]:
-    """Loss per trained token on the first validation rows; every rank does the same number of passes."""
+    """Loss per trained token on the same validation rows each time; every rank does the same number of passes.
+
+    A shuffled sample, not the first rows: packing puts the longest documents first, and they are not like the others.
+    """
     rows = Rows.of(job.store, job.dataset, "validation")
     count = min(rows.num_rows, job.config.validation.max_rows)
     if not count:
         return {}
+    order = Order(job.dataset.id, 0, rows.num_rows, rows.block_rows, global_batch=1)
+    sample = [order.row(index) for index in range(count)]
     engine.model.eval()
     total, tokens = 0.0, 0.0
     size = job.config.micro_batch_size
     for start in range(0, count, size * context.world_size):
-        mine = range(start + context.rank * size, min(start + (context.rank + 1) * size, count))
-        loss, number = _loss(_tensors(rows.batch(list(mine) or [0]), context), engine)
+        mine = sample[start + context.rank * size : start + (context.rank + 1) * size]
+        loss, number = _loss(_tensors(rows.batch(mine or sample[:1]), context), engine)
         if mine:
             total, tokens = total + float(loss), tokens + float(number)
     engine.model.train()
