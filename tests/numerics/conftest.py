@@ -10,7 +10,9 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
@@ -137,10 +139,10 @@ def jobs(store: Store, dataset: DatasetManifest) -> Jobs:
 
 @pytest.fixture(scope="session")
 def fork_server() -> None:
-    """Starts the server process; it finds `worker` by PYTHONPATH, for Python 3.11 does not tell it `sys.path`."""
-    PROCESSES.set_forkserver_preload(["worker"])
+    """Starts the server process; it gets `sys.path` as PYTHONPATH, for Python 3.11 does not pass it on."""
+    PROCESSES.set_forkserver_preload(["preloaded"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
 
 
@@ -151,19 +153,22 @@ Run = Callable[..., str]
 def run(tmp_path: Path, fork_server: None) -> Run:
     """`run(job, ranks=2, kill_at=3)`: train in `ranks` processes and return what the first one printed.
 
-    `kill_at=k`: the process that logs step k dies before it does, and the others are killed. The test fails unless the first
+    `kill_at=k`: the process that logs step k dies before it does (`kill_in="report"`: when the checkpoint of step k is
+    there), and the others are killed. The test fails unless the first
     process ends with the exit code `expect` and printed the words `says`.
     """
     groups = 0
 
-    def group(*tasks: TrainJob, ranks: int = 1, kill_at: int = 0, expect: int = 0, says: str = "") -> str:
+    def group(
+        *tasks: TrainJob, ranks: int = 1, kill_at: int = 0, kill_in: str = "append", expect: int = 0, says: str = ""
+    ) -> str:
         nonlocal groups
         groups += 1
         logs = [tmp_path / f"group-{groups}-rank-{rank}.log" for rank in range(ranks)]
         values = [replace(job, under_ray=False).to_json() for job in tasks]
         port = _free_port()
         workers = [
-            PROCESSES.Process(target=worker.main, args=(values, rank, ranks, port, kill_at, str(logs[rank])))
+            PROCESSES.Process(target=worker.main, args=(values, rank, ranks, port, kill_at, kill_in, str(logs[rank])))
             for rank in range(ranks)
         ]
         for process in workers:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Jobs, Run, export_digest, exported, first_steps, largest_difference, losses
-from safetensors import safe_open
+from worker import KILLED
 
 from forge_ray.errors import TrainingError
 from forge_ray.records import canonical_json
@@ -56,7 +56,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(jobs: Jobs, run: Run, rank
 
     broken = {kind: again(job, f"broken-{kind}-{ranks}") for kind, job in whole.items()}
     for job in broken.values():
-        run(job, ranks=ranks, kill_at=5, expect=worker_killed())
+        run(job, ranks=ranks, kill_at=5, expect=KILLED)
         assert checkpoint.steps(job.store, job.run) == [4, 2]
         assert not job.store.exists(f"runs/{job.run}/export")
     run(*broken.values(), ranks=ranks)
@@ -64,12 +64,6 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(jobs: Jobs, run: Run, rank
         assert first_steps(job) == [0, 4], kind
         assert losses(job) == losses(whole[kind]), kind
         assert export_digest(job) == export_digest(whole[kind]), kind
-
-
-def worker_killed() -> int:
-    import worker
-
-    return worker.KILLED
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def stopped_at_four(job: TrainJob, run: Run, name: str) -> TrainJob:
     """A killed run with checkpoints 2 and 4; made once, copied for each test."""
     source, target = again(job, "stopped"), again(job, name)
     if not job.store.exists("runs/stopped"):
-        run(source, kill_at=5, expect=worker_killed())
+        run(source, kill_at=5, expect=KILLED)
     shutil.copytree(job.store.local("runs/stopped"), job.store.local(f"runs/{name}"))
     for step in (2, 4):  # a checkpoint says whose it is
         path = folder_of(target, step) / MANIFEST
@@ -154,7 +148,7 @@ def test_nothing_is_unpickled_before_it_is_verified(run: Run, finished: TrainJob
     job = stopped_at_four(finished, run, "planted")
     canary = tmp_path / "canary"
     planted = pickle.dumps(Plant(canary))
-    victims = [path for path in folder_of(job, 4).rglob("*.pt")]
+    victims = list(folder_of(job, 4).rglob("*.pt"))
     assert len(victims) >= 3  # weights, optimizer, random state
     for path in victims:
         path.write_bytes(planted)
@@ -184,8 +178,8 @@ def test_stage_0_resumes_at_another_world_size(run: Run, jobs: Jobs, engine: str
     whole = jobs(f"one-rank-{engine}", **ENGINES[engine], **CADENCE)
     moved = again(whole, f"moved-{engine}")
     run(whole)
-    run(moved, kill_at=3, expect=worker_killed())
-    run(moved, ranks=2, kill_at=5, expect=worker_killed())
+    run(moved, kill_at=3, expect=KILLED)
+    run(moved, ranks=2, kill_at=5, expect=KILLED)
     run(moved)
     assert first_steps(moved) == [0, 2, 4]
     assert losses(moved) == pytest.approx(losses(whole), rel=2e-6)
@@ -202,6 +196,16 @@ def test_a_finished_run_starts_no_step_again(run: Run, jobs: Jobs) -> None:
     assert export_digest(job) == before
 
 
+def test_a_run_killed_after_its_last_checkpoint_finishes_with_all_its_facts(run: Run, jobs: Jobs) -> None:
+    job = jobs("last", zero_stage=2, adapter=LORA, max_steps=1, validation={"max_rows": 2})
+    run(job, kill_at=1, kill_in="report", expect=KILLED)
+    run(job)
+    assert first_steps(job) == [0, 1]
+    facts = job.store.read_json(f"runs/{job.run}/result.json")["metrics"]
+    assert facts["loss"] == losses(job)[0] > 0
+    assert facts["validation_loss"] == losses(job, "validation_loss")[0]
+
+
 def test_only_the_newest_checkpoints_stay(run: Run, jobs: Jobs) -> None:
     job = jobs("keeps", zero_stage=2, adapter=LORA, max_steps=4, checkpoint={"every_steps": 1, "keep": 2})
     run(job)
@@ -210,25 +214,27 @@ def test_only_the_newest_checkpoints_stay(run: Run, jobs: Jobs) -> None:
     assert sorted(left) == ["step-00000003", "step-00000004"]
 
 
-@pytest.mark.parametrize("engine", ["torch", "zero0", "zero2", "zero3"])
-def test_a_lora_checkpoint_holds_no_frozen_base(run: Run, jobs: Jobs, engine: str) -> None:
-    job = jobs(f"size-{engine}", **ENGINES[engine], adapter={"r": 1}, max_steps=1)
-    run(job, ranks=2)
-    folder = folder_of(job, 1)
-    numbers = 0
-    for path in folder.rglob("*.pt"):
-        if path.name.startswith("rng"):
-            continue
-        state = torch.load(path, map_location="cpu", weights_only=False)  # written a moment ago, by this test
-        names = [name for name in _keys(state) if "." in name and "layers" in name]
-        assert all("lora_" in name for name in names), (path.name, names[:3])
-        numbers += sum(tensor.numel() for tensor in _tensors(state))
-    (adapter,) = job.store.local(f"runs/{job.run}/export").glob("*.safetensors")
-    with safe_open(adapter, "pt") as file:
-        trained = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    frozen = sum(int(shape_size) for shape_size in _sizes(job.store.local(f"models/{job.base.id}") / "model.safetensors"))
-    assert frozen > 20 * trained
-    assert numbers < 6 * trained + 1000  # weights, master copy, two moments, some of it twice: and no base
+def test_a_lora_checkpoint_holds_no_frozen_base(run: Run, jobs: Jobs) -> None:
+    """By the names in it and by its numbers, in every engine."""
+    made = [jobs(f"size-{engine}", **options, adapter={"r": 1}, max_steps=1) for engine, options in ENGINES.items()]
+    run(*made, ranks=2)
+    for job in made:
+        numbers = 0
+        for path in folder_of(job, 1).rglob("*.pt"):
+            if path.name.startswith("rng"):
+                continue
+            state = torch.load(path, map_location="cpu", weights_only=False)  # written a moment ago, by this test
+            names = [name for name in _keys(state) if "." in name and "layers" in name]
+            assert all("lora_" in name for name in names), (job.run, path.name, names[:3])
+            numbers += sum(tensor.numel() for tensor in _tensors(state))
+        (adapter,) = job.store.local(f"runs/{job.run}/export").glob("*.safetensors")
+        trained, frozen = (sum(_sizes(path)) for path in (adapter, _base(job) / "model.safetensors"))
+        assert frozen > 20 * trained
+        assert numbers < 6 * trained + 1000, job.run  # weights, master copy, two moments, some of it twice: and no base
+
+
+def _base(job: TrainJob) -> Path:
+    return job.store.local(f"models/{job.base.id}")
 
 
 def _sizes(path: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""One training worker of a numerics test; forked from a process that has imported this module."""
+"""One training worker of a numerics test."""
 
 from __future__ import annotations
 
@@ -7,26 +7,11 @@ import os
 import sys
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-from forge_ray.train.zero import prepare_environment
-
-prepare_environment()
-os.environ.pop("LOCAL_RANK", None)
-
-import deepspeed  # noqa: F401  (imported before the fork, for speed)
-import peft  # noqa: F401
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
-from transformers.integrations.deepspeed import HfDeepSpeedConfig  # noqa: F401
-
-from forge_ray.recipes import sft
-from forge_ray.train import metrics
-
 KILLED = 23
 
 
-def main(jobs: list[dict[str, Any]], rank: int, ranks: int, port: int, kill_at: int, log: str) -> None:
+def main(jobs: list[dict[str, Any]], rank: int, ranks: int, port: int, kill_at: int, kill_in: str, log: str) -> None:
+    """The process: told its rank by the environment, as torchrun would tell it; its output goes to `log`."""
     stream = open(log, "w", buffering=1)  # noqa: SIM115  (open until the process ends)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
@@ -38,19 +23,24 @@ def main(jobs: list[dict[str, Any]], rank: int, ranks: int, port: int, kill_at: 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    from forge_ray.recipes import sft
+
     if kill_at:
-        _die_at(kill_at)
+        _die_at(kill_at, kill_in)
     for job in jobs:
         sft.train_loop(job)
 
 
-def _die_at(step: int) -> None:
-    """The power fails after step `step` was computed and before it is on record."""
-    keep = metrics.append
+def _die_at(step: int, when: str) -> None:
+    """The power fails: in step `step`, computed and not yet on record (`append`), or when its checkpoint is (`report`)."""
+    from forge_ray.train import launch, metrics
 
-    def append(folder: Any, values: dict[str, Any]) -> None:
-        if values["step"] == step:
+    module = metrics if when == "append" else launch
+    keep = getattr(module, when)
+
+    def die(*values: Any) -> None:
+        if any(isinstance(value, dict) and value["step"] == step for value in values):
             os._exit(KILLED)
-        keep(folder, values)
+        keep(*values)
 
-    metrics.append = append
+    setattr(module, when, die)

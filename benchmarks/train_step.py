@@ -1,0 +1,195 @@
+"""How fast one training step is: torch alone, one process, random weights. Needs neither Ray nor DeepSpeed nor data.
+
+    python benchmarks/train_step.py                                       tiny, on the CPU, in seconds
+    python benchmarks/train_step.py --shape 8b --device cuda --precision bf16 --lora 16 --activation-checkpointing
+
+The step is the recipe's: packed rows with restarting positions, logits at trained positions only, the same engine.
+
+Model FLOPs per token, for P weights in matrix products (embedding look-up not counted, output projection counted on the
+trained share s of the positions), L layers, H heads of size D and documents of d tokens:
+
+    forward  = 2 P_layers + 2 s P_output + 4 L H D (d / 2)       causal attention sees half of its document on average
+    step     = 3 × forward for a full fine-tune; 2 × forward for LoRA, whose frozen weights need no gradient
+    MFU      = step × tokens/s ÷ peak                            recomputation is work, not model FLOPs: never counted
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from forge_ray.config.base import parse
+from forge_ray.config.train import TrainConfig
+from forge_ray.data.pack import Document, pack
+from forge_ray.data.stream import COLUMNS, model_inputs
+from forge_ray.train.context import join
+from forge_ray.train.engine import TorchEngine
+from forge_ray.train.loss import kept_positions, token_cross_entropy
+from forge_ray.train.model import DTYPES, with_adapter
+
+# hidden, intermediate, layers, heads, key/value heads, vocabulary
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 512),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "3b": (3072, 8192, 28, 24, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
+PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}  # dense bf16, SXM data sheets
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--document-length", type=int, default=64)
+    parser.add_argument("--trained-share", type=float, default=0.5, help="share of each document's tokens that are trained")
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--num-micro-batches", type=int, default=4, help="per step: gradient accumulation")
+    parser.add_argument("--lora", type=int, default=0, metavar="R", help="0: full fine-tune")
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the clock counts")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peak-tflops", type=float, default=0, help="of the device, for MFU; known for H100, H200 and A100")
+    return parser.parse_args()
+
+
+def random_model(options: argparse.Namespace, device: torch.device) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[options.shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=options.sequence_length,
+        use_cache=False,
+        attn_implementation="sdpa",
+        dtype=DTYPES[options.precision],
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM._from_config(config)
+    return model.train()
+
+
+def random_batch(options: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
+    """One step's rows, filled with documents of one length."""
+    length, vocabulary = min(options.document_length, options.sequence_length), SHAPES[options.shape][-1]
+    rows = options.micro_batch_size * options.num_micro_batches
+    count = rows * (options.sequence_length // length)
+    random = np.random.default_rng(0)
+    trained = max(1, round(length * options.trained_share))
+    mask = [0] * (length - trained) + [1] * trained
+    made = pack(
+        [Document("", random.integers(0, vocabulary, length), mask) for _ in range(count)], options.sequence_length, 0
+    )
+    arrays = {name: np.stack([getattr(row, name) for row in made]) for name in COLUMNS}
+    return {name: torch.from_numpy(value).to(device) for name, value in model_inputs(arrays).items()}
+
+
+def flops_per_token(model: Any, options: argparse.Namespace, trained_share: float) -> float:
+    """By the formula above."""
+    config = model.config
+    head = config.hidden_size // config.num_attention_heads
+    kv_width, width = head * config.num_key_value_heads, head * config.num_attention_heads
+    layer = config.hidden_size * (2 * width + 2 * kv_width) + 3 * config.hidden_size * config.intermediate_size
+    output = trained_share * config.hidden_size * config.vocab_size
+    attention = 4 * config.num_hidden_layers * width * min(options.document_length, options.sequence_length) / 2
+    forward = 2 * (config.num_hidden_layers * layer + output) + attention
+    return forward * (2 if options.lora else 3)
+
+
+def main() -> None:
+    options = arguments()
+    context = join(options.device == "cuda", options.threads, under_ray=False)
+    model = random_model(options, context.device)
+    settings: dict[str, Any] = {"engine": "torch", "zero_stage": 0, "precision": options.precision}
+    if options.lora:
+        settings["adapter"] = {"r": options.lora}
+    config = parse(TrainConfig, settings)
+    if options.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base = model
+    if config.adapter:
+        model = with_adapter(model, config.adapter)
+        if options.activation_checkpointing:
+            model.enable_input_require_grads()
+    engine = TorchEngine(model.to(context.device), config)
+
+    batch = random_batch(options, context.device)
+    parts = [
+        {name: value[start : start + options.micro_batch_size] for name, value in batch.items()}
+        for start in range(0, len(batch["input_ids"]), options.micro_batch_size)
+    ]
+    num_tokens = int((batch["segment_ids"] > 0).sum())
+    num_trained = int(batch["loss_mask"].sum())
+
+    def now() -> float:
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    spent: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(options.warmup + options.steps):
+        seconds = dict.fromkeys(spent, 0.0)
+        for number, part in enumerate(parts):
+            started = now()
+            kept = kept_positions(part["loss_mask"])
+            inputs = {name: part[name] for name in ("input_ids", "position_ids")}
+            logits = engine.forward(**inputs, logits_to_keep=kept, use_cache=False).logits
+            loss, _ = token_cross_entropy(logits, part["input_ids"], part["loss_mask"], kept)
+            middle = now()
+            engine.backward(loss / num_trained, is_last=number == len(parts) - 1)
+            seconds["forward"] += middle - started
+            seconds["backward"] += now() - middle
+        started = now()
+        engine.step(1e-5)
+        seconds["optimizer"] = now() - started
+        if step >= options.warmup:
+            for name, value in seconds.items():
+                spent[name].append(value)
+
+    totals = [sum(values) for values in zip(*spent.values(), strict=True)]
+    median = statistics.median(totals)
+    rate = num_tokens / median
+    per_token = flops_per_token(base, options, num_trained / num_tokens)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    peak = options.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in device), 0.0)
+    result = {
+        "shape": options.shape,
+        "parameters": sum(parameter.numel() for parameter in base.parameters()),
+        "method": f"lora r={options.lora}" if options.lora else "full",
+        "precision": options.precision,
+        "device": device,
+        "torch": torch.__version__,
+        "tokens_per_step": num_tokens,
+        "trained_tokens_per_step": num_trained,
+        "step_s": {"median": median, "min": min(totals), "max": max(totals)},
+        "split_s": {name: statistics.median(values) for name, values in spent.items()},
+        "tokens_per_s": rate,
+        "trained_tokens_per_s": num_trained / median,
+        "model_tflops_per_s": per_token * rate / 1e12,
+        "mfu": per_token * rate / (peak * 1e12) if peak else None,
+        "mfu_formula": f"{per_token:.4g} FLOPs/token × tokens/s ÷ {peak:g} TFLOPS" if peak else "give --peak-tflops",
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else None,
+    }
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""What a training worker imports, imported once by the process from which the workers are forked. No threads start here."""
+
+from __future__ import annotations
+
+import os
+
+from forge_ray.recipes import sft  # noqa: F401
+from forge_ray.train.zero import prepare_environment
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+prepare_environment()
+
+import deepspeed  # noqa: E402, F401
+import peft  # noqa: E402, F401
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402, F401
+from transformers.integrations.deepspeed import HfDeepSpeedConfig  # noqa: E402, F401

@@ -1,0 +1,67 @@
+"""Learning rate and number of steps: pure functions of the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from forge_ray.config.base import parse
+from forge_ray.config.train import Schedule, TrainConfig
+from forge_ray.train.schedule import learning_rate, num_steps
+
+pytestmark = pytest.mark.unit
+
+
+def rates(total: int, peak: float = 1.0, **settings: Any) -> list[float]:
+    schedule = parse(Schedule, settings)
+    return [learning_rate(step, total, peak, schedule) for step in range(total)]
+
+
+def test_warm_up_rises_in_a_line_to_the_peak_and_never_starts_at_zero() -> None:
+    found = rates(100, peak=2.0, warmup_ratio=0.1)
+    assert found[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert max(found) == found[9] == found[10] == 2.0
+
+
+def test_cosine_ends_at_its_floor_and_is_half_way_in_the_middle() -> None:
+    found = rates(101, warmup_ratio=0, min_lr_ratio=0.1)
+    assert (found[0], found[-1]) == (1.0, pytest.approx(0.1))
+    assert found[50] == pytest.approx(0.55)
+    assert found == sorted(found, reverse=True)
+
+
+def test_linear_falls_by_the_same_amount_each_step() -> None:
+    found = rates(11, name="linear", warmup_ratio=0, min_lr_ratio=0.0)
+    assert found == pytest.approx([1 - step / 10 for step in range(11)])
+
+
+def test_constant_stays() -> None:
+    assert set(rates(20, name="constant", warmup_ratio=0)) == {1.0}
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_very_short_runs_have_a_positive_rate(name: str, total: int) -> None:
+    for ratio in (0.0, 0.03, 0.5, 1.0):
+        assert all(0 < rate <= 1 for rate in rates(total, name=name, warmup_ratio=ratio))
+
+
+def test_a_step_past_the_end_keeps_the_floor() -> None:
+    assert learning_rate(500, 100, 1.0, Schedule()) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "steps"),
+    [
+        ({"epochs": 1}, 80, 10),
+        ({"epochs": 1}, 81, 11),  # nothing is dropped: the last batch runs into the next epoch
+        ({"epochs": 0.5}, 80, 5),
+        ({"epochs": 2.5}, 80, 25),
+        ({"epochs": 0.001}, 80, 1),
+        ({"epochs": 3, "max_steps": 4}, 80, 4),
+        ({"epochs": 1, "max_steps": 400}, 80, 10),
+    ],
+)
+def test_number_of_steps(settings: dict[str, Any], rows: int, steps: int) -> None:
+    assert num_steps(parse(TrainConfig, {"global_batch": 8} | settings), rows) == steps
