@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from forge_ray.config.data import DataConfig, Source
 from forge_ray.data.schema import ChatRecord, Reject, parse_line, parse_record
-from forge_ray.errors import DataError, NotFound
+from forge_ray.errors import ConfigError, DataError, NotFound
 
 CHUNK_BYTES = 8 << 20
 COLUMNS = ("messages", "tools", "text")
@@ -72,6 +72,11 @@ def _matches(source: Source) -> list[str]:
     if "://" not in source.path:
         paths = sorted(str(Path(match).absolute()) for match in glob.glob(source.path, recursive=True))
         paths = [path for path in paths if Path(path).is_file()]
+    elif "@" in source.path.split("://")[1].split("/")[0]:
+        raise ConfigError(
+            "data.sources: a URI carries a user name or password, and sources are recorded with the dataset",
+            hint="set them in the environment, for S3 as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
     else:
         filesystem, path = pafs.FileSystem.from_uri(source.path)
         found = filesystem.get_file_info(path).type == pafs.FileType.File

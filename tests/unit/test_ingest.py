@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from forge_ray.config.data import DataConfig
 from forge_ray.data.ingest import Row, expand, index_file, read_chunk
 from forge_ray.data.schema import ChatRecord, parse_record
-from forge_ray.errors import DataError, NotFound
+from forge_ray.errors import ConfigError, DataError, NotFound
 
 pytestmark = pytest.mark.unit
 
@@ -211,5 +211,8 @@ def test_sources_are_files_or_globs_sorted_and_named_once(tmp_path: Path, monkey
     assert names({"path": str(tmp_path / "rows.txt"), "format": "jsonl"}) == [("rows.txt", "jsonl")]
     with pytest.raises(NotFound, match=r"no file matches 'none\*\.jsonl'"):
         names({"path": "none*.jsonl"})
+    with pytest.raises(ConfigError, match="carries a user name or password") as error:
+        names({"path": "s3://user:secret@bucket/rows.jsonl"})
+    assert "secret" not in str(error.value)
     with pytest.raises(DataError, match=r"rows\.txt' ends neither in \.jsonl nor in \.parquet"):
         names({"path": "rows.txt"})

@@ -1,0 +1,183 @@
+"""The store, the catalogue and a dataset in an S3 bucket: a real server in a process of its own, a real client."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forge_ray.catalog import Catalog
+from forge_ray.config.data import DataConfig
+from forge_ray.data import dataset
+from forge_ray.data.ingest import index_file, read_chunk
+from forge_ray.data.order import Order
+from forge_ray.data.stream import Feed, Rows, local_batches, ray_batches
+from forge_ray.errors import NotFound, StoreError
+from forge_ray.import_model import import_model
+from forge_ray.records import ModelVersion
+from forge_ray.store import MANIFEST, Store
+
+pytest.importorskip("moto")
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path_factory.mktemp("s3") / "server.log").open("wb")
+    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, Path(log.name).read_text()
+                assert time.monotonic() < deadline, "the S3 server did not start"
+                time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    options = f"endpoint_override={endpoint}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    uri = f"s3://user:secret@{name}/team/forge?{options}"
+    Store(uri).filesystem.create_dir(name)
+    yield Store(uri)
+    # Ray workers were started with the user's own cache folder
+    for folder in {found.rsplit("/", 1)[0] for found in Store(uri).list("models", recursive=True)}:
+        key = hashlib.sha256(f"{uri}/{folder}".encode()).hexdigest()[:16]
+        shutil.rmtree(Path("~/.cache/forge_ray").expanduser() / key, ignore_errors=True)
+
+
+def test_objects(bucket: Store) -> None:
+    assert not bucket.is_local
+    assert bucket.list("records", recursive=True) == []
+    assert not bucket.exists("records/a.json")
+    bucket.write("records/b/2.json", b"{}")
+    bucket.write_once("records/a.json", b'{"a":1}')
+    bucket.write_once("records/a.json", b'{"a":1}')
+    with pytest.raises(StoreError, match="immutable"):
+        bucket.write_once("records/a.json", b"{}")
+    assert bucket.read_json("records/a.json") == {"a": 1}
+    assert bucket.list("records") == ["records/a.json"]
+    assert bucket.list("records", recursive=True) == ["records/a.json", "records/b/2.json"]
+    with pytest.raises(NotFound, match=r"'records/none\.json' is not in the store s3://bucket-") as error:
+        bucket.read("records/none.json")
+    assert "secret" not in str(error.value)
+    with pytest.raises(StoreError, match="is not a path inside the store"):
+        bucket.read("../other/a.json")
+    assert pickle.loads(pickle.dumps(bucket)).read("records/a.json") == b'{"a":1}'
+    bucket.delete_dir("records")
+    bucket.delete_dir("records")
+    assert not bucket.exists("records/a.json")
+
+
+def test_folders(bucket: Store) -> None:
+    with bucket.staged_dir("models/.one") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep/weights").write_bytes(b"12345678")
+        (folder / "config.json").write_bytes(b"{}")
+        assert not bucket.exists("models")
+    bucket.move_dir("models/.one", "models/mv_x")
+    assert [entry.path for entry in bucket.files("models/mv_x")] == ["config.json", "deep/weights"]
+    local = bucket.fetch_dir("models/mv_x")
+    assert (local / "deep/weights").read_bytes() == b"12345678"
+    with bucket.staged_dir("models/.two") as folder:
+        (folder / "other").write_bytes(b"")
+    bucket.move_dir("models/.two", "models/mv_x")  # what is published stays
+    assert bucket.is_published("models/mv_x")
+    assert [entry.path for entry in bucket.files("models/mv_x")] == ["config.json", "deep/weights"]
+
+    bucket.write("models/mv_x/deep/weights", b"12345679")  # the same size, another byte
+    shutil.rmtree(local)
+    with pytest.raises(StoreError, match="sha256"):
+        bucket.fetch_dir("models/mv_x")
+
+    with contextlib.suppress(RuntimeError), bucket.staged_dir("models/mv_y") as folder:
+        (folder / "a").write_bytes(b"1")
+        raise RuntimeError
+    assert not bucket.exists(f"models/mv_y/{MANIFEST}")
+    assert bucket.list("models/mv_y", recursive=True) == []
+
+
+def test_catalogue(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"status": "imported", "weights": "full", "files": (), "files_digest": "", "licence": "mit"}
+    with Catalog(bucket) as catalog:
+        first, second = (catalog.put(ModelVersion.model_validate(values | {"name": n}).sealed()) for n in "ab")
+        catalog.promote(first.id, "live")
+        catalog.promote(second.id, "live")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    with Catalog(bucket) as catalog:
+        assert catalog.model("live") == second
+        assert catalog.all(ModelVersion) == [first, second]
+        assert catalog.rebuild() == 4
+        assert catalog.model("live") == second
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_dataset_is_built_and_read_in_the_bucket(
+    bucket: Store, store: Store, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The same rows give the same id as on a disk, and the same batches; rows can be read from a bucket, too."""
+    lines = [
+        {"messages": [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"a {n}"}]} for n in range(60)
+    ]
+    data = "\n".join(json.dumps(line) for line in lines).encode()
+    (tmp_path / "rows.jsonl").write_bytes(data)
+    bucket.write("input/rows.jsonl", data)
+    with Catalog(bucket) as catalog:
+        base = import_model(catalog, tiny_model_dir, "tiny-llama", licence="apache-2.0", alias="tiny")
+        assert import_model(catalog, tiny_model_dir, "tiny-llama") == base
+    assert not [name for name in bucket.list("models", recursive=True) if not name.startswith(f"models/{base.id}/")]
+
+    config = DataConfig.model_validate(
+        {"sources": [{"path": str(tmp_path / "rows.jsonl")}], "sequence_length": 64, "block_rows": 2}
+    )
+    sources = dataset.index_sources(config)
+    built = {place: dataset.build("rows", config, base, place, sources) for place in (bucket, store)}
+    assert built[bucket].id == built[store].id
+    manifest = built[bucket]
+    assert "secret" not in manifest.model_dump_json()
+    where, options = bucket.uri.split("?")
+    far_away = index_file(f"{where}/input/rows.jsonl?{options}", "rows.jsonl", "jsonl", chunk_bytes=1000)
+    assert (far_away.sha256, far_away.num_lines) == (sources[0].sha256, 60)
+    assert [row.record.content for chunk in far_away.chunks for row in read_chunk(chunk) if row.record] == lines
+    assert bucket.files(f"datasets/{manifest.id}") == manifest.files
+    assert not [name for name in bucket.list("datasets", recursive=True) if not name.startswith(f"datasets/{manifest.id}/")]
+    assert sum(len(dataset.read_records(bucket, manifest, split)) for split in dataset.SPLITS) == 60
+
+    def feed(place: Store) -> Feed:
+        rows = Rows.of(place, manifest, "train")
+        order = Order(manifest.id, 0, rows.num_rows, rows.block_rows, global_batch=2)
+        return Feed(rows, order, order.lanes(1, 2), 1, 5)
+
+    for disk, near, far in zip(
+        local_batches(feed(store)), local_batches(feed(bucket)), ray_batches(feed(bucket)), strict=True
+    ):
+        for name, values in disk.items():
+            assert np.array_equal(near[name], values)
+            assert np.array_equal(far[name], values)
