@@ -48,6 +48,7 @@ def quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which sets it
 
 
 def open_store(uri: str | None) -> Store:
