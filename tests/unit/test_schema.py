@@ -165,3 +165,9 @@ def test_parquet_and_jsonl_give_the_same_record(tmp_path: Path) -> None:
 def _schema(rows: list[dict[str, Any]]) -> pa.Schema:
     """The union over all rows: `pa.Table.from_pylist` would take the columns of the first one."""
     return pa.unify_schemas([pa.Table.from_pylist([row]).schema for row in rows], promote_options="permissive")
+
+
+def test_every_reason_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for _, reason in [*REJECTED_LINES, *REJECTED_RECORDS]:
+        assert reason.replace("'train'", "'…'") in page
