@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from forge_ray.errors import (
 )
 from forge_ray.offline import set_offline_switches
 
+AGENT_WAIT_S = 90.0
 EXCLUDES = [".venv", ".git", ".forge", "**/__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", ".hypothesis"]
 
 
@@ -48,7 +50,7 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
         environment["py_modules"] = [str(Path(__file__).parent)]
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=shlex.join(words), runtime_env=environment)
+        job = _accepted(client, shlex.join(words), environment)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise NotFound(
@@ -63,6 +65,18 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
     if info.status != JobStatus.SUCCEEDED:
         raise _failure(job, address, info, result)
     return {"job": job, "status": "succeeded", "address": address, "store": store_uri, "result": result}
+
+
+def _accepted(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:
+    """The job's id. A head node that has just started has no agent yet: it is asked again until it has."""
+    deadline = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1)
 
 
 def _failure(job: str, address: str, info: Any, result: Any) -> ForgeError:
