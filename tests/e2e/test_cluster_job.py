@@ -46,7 +46,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    port, dashboard = free_ports(2)
+    port, dashboard, agent, agent_grpc = free_ports(4)
     temp = tempfile.mkdtemp(prefix="fr-", dir="/tmp")  # short: Ray's socket paths have a limit
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -58,6 +58,8 @@ def cluster() -> Iterator[Cluster]:
     }
     start = [str(BIN / "ray"), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}"]
     start += ["--dashboard-host=127.0.0.1", "--num-cpus=4", f"--temp-dir={temp}", "--disable-usage-stats"]
+    # with the default ports a second Ray on this machine would leave this one without the agent that takes jobs
+    start += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
     subprocess.run(start, env=environment, check=True, capture_output=True, timeout=180)
     try:
         yield Cluster(f"http://127.0.0.1:{dashboard}", environment)
