@@ -267,7 +267,7 @@ def train(store: Store, as_json: bool, config: RunConfig) -> Any:
 
     record = pipeline.train(config, store)
     if not as_json:
-        click.echo(f"metrics, loss curve, checkpoints and export: {store.uri}/runs/{record.id}")
+        click.echo(f"metrics, loss curve, checkpoints and export: {store.place}/runs/{record.id}")
     return record
 
 
@@ -296,7 +296,7 @@ def evaluate(store: Store, as_json: bool, config: RunConfig) -> Any:
         from forge_ray.show import comparison, print_table
 
         print_table(f"Held-out {tuned.split} rows: {tuned.num_examples}", ("", "base", "tuned", ""), comparison(base, tuned))
-        click.echo(f"items and confusion matrix: {store.uri}/evals/{tuned.id}")
+        click.echo(f"items and confusion matrix: {store.place}/evals/{tuned.id}")
     return {"base": base, "tuned": tuned}
 
 

@@ -1,7 +1,7 @@
 """The whole product on one page: prepare → train → evaluate → release → deploy (level 5).
 
 Every step looks first whether its result is already in the store (ids are hashes of what decides the result), so a second
-call costs nothing and a call after a crash goes on where the first one stopped.
+call builds nothing again and a call after a crash goes on where the first one stopped.
 """
 
 from __future__ import annotations

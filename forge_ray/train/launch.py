@@ -52,7 +52,7 @@ def fit(loop: Loop, job: TrainJob) -> None:
         cause = _root(error)
         raise TrainingError(
             f"run {job.run} failed: {type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause) else ''}",
-            hint=f"the same command resumes it from its last checkpoint; logs: {job.store.uri}/runs/{job.run}",
+            hint=f"the same command resumes it from its last checkpoint; logs: {job.store.place}/runs/{job.run}",
         ) from error
 
 
