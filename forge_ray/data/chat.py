@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from forge_ray.data.schema import ChatRecord, Reject
+from forge_ray.data.schema import DataRecord, Reject
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def end_of_turn_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def encode(tokenizer: Any, record: ChatRecord, sequence_length: int, overlong: str) -> list[Encoded]:
+def encode(tokenizer: Any, record: DataRecord, sequence_length: int, overlong: str) -> list[Encoded]:
     """One document, or several where a plain text is longer than the sequence; raises `Reject`."""
     if "text" in record.content:
         return _encode_text(tokenizer, record.content["text"], sequence_length)

@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from forge_ray.config.data import DataConfig, Source
-from forge_ray.data.schema import ChatRecord, Reject, parse_line, parse_record
+from forge_ray.data.schema import DataRecord, Reject, parse_line, parse_record
 from forge_ray.errors import ConfigError, DataError, NotFound
 
 CHUNK_BYTES = 8 << 20
@@ -55,7 +55,7 @@ class Row:
     line: int
     offset: int
     raw_sha256: str
-    record: ChatRecord | None
+    record: DataRecord | None
     reason: str = ""
 
 

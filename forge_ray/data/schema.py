@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forge_ray.records import canonical_json
 
+KINDS = ("chat", "text", "preference", "feedback")
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id"}
+LABELS = {"role", "id", "type", "tool_call_id", "name", "tools", "image", "weight"}  # never free text
 RECORD_HEX = 24
 MAX_DEPTH = 64  # of nested lists and objects; Python's own limit depends on the version and on the caller
 
@@ -20,10 +23,13 @@ class Reject(ValueError):
 
 
 @dataclass(frozen=True)
-class ChatRecord:
-    """Normalised content of one row; `text` rows have no messages."""
+class DataRecord:
+    """Normalised content of one row, and `meta`: columns that the run file names (licence, consent, subject), which are
+    neither trained nor part of the record's identity."""
 
     content: dict[str, Any]
+    kind: str = "chat"
+    meta: dict[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -40,7 +46,29 @@ class ChatRecord:
         return messages
 
 
-def parse_line(raw: bytes) -> ChatRecord:
+def texts(record: DataRecord) -> list[str]:
+    """Every string that a person wrote in the record, in order: message contents, answers, tool arguments, plain text."""
+    found: list[str] = []
+    _walk(record.content, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
+    return found
+
+
+def with_texts(record: DataRecord, change: Callable[[str], str]) -> DataRecord:
+    """The same record with each of its `texts` replaced by `change(text)`."""
+    return replace(record, content=_walk(record.content, change))
+
+
+def _walk(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_walk(item, change) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: item if key in LABELS else _walk(item, change) for key, item in value.items()}
+
+
+def parse_line(raw: bytes) -> DataRecord:
     """One JSONL line to a record; raises `Reject`."""
     try:
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
@@ -59,7 +87,7 @@ def _no_constant(name: str) -> Any:
     raise Reject("not JSON")  # NaN and Infinity are Python's, not JSON's
 
 
-def parse_record(value: Any) -> ChatRecord:
+def parse_record(value: Any) -> DataRecord:
     """A decoded row to a record; columns other than `messages`, `tools` and `text` are metadata and not trained on."""
     if not isinstance(value, dict):
         raise Reject("not an object")
@@ -71,7 +99,7 @@ def parse_record(value: Any) -> ChatRecord:
             raise Reject("`text` is not a string")
         if not text.strip():
             raise Reject("`text` is empty")
-        record = ChatRecord({"text": text})
+        record = DataRecord({"text": text}, "text")
     else:
         if not isinstance(messages, list) or not messages:
             raise Reject("`messages` is not a non-empty list")
@@ -80,7 +108,7 @@ def parse_record(value: Any) -> ChatRecord:
             if not isinstance(tools, list):
                 raise Reject("`tools` is not a list")
             content["tools"] = tools
-        record = ChatRecord(content)
+        record = DataRecord(content)
         if not any(message["role"] == "assistant" and message.get("weight", 1) for message in record.messages):
             raise Reject("no assistant turn to train on")
     if _too_deep(record.content):

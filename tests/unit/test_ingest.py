@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from forge_ray.config.data import DataConfig
 from forge_ray.data.ingest import Row, expand, index_file, read_chunk
-from forge_ray.data.schema import ChatRecord, parse_record
+from forge_ray.data.schema import DataRecord, parse_record
 from forge_ray.errors import ConfigError, DataError, NotFound
 
 pytestmark = pytest.mark.unit
@@ -153,9 +153,9 @@ def test_one_bad_value_in_parquet_costs_one_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": texts, "when": far}), path)
     rows = read(path, 1, "parquet")
     assert [(row.record, row.reason) for row in rows] == [
-        (ChatRecord({"text": "a"}), ""),
+        (DataRecord({"text": "a"}, "text"), ""),
         (None, "not UTF-8"),
-        (ChatRecord({"text": "b"}), ""),
+        (DataRecord({"text": "b"}, "text"), ""),
     ]
 
 
