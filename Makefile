@@ -5,11 +5,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 STAMP := .venv/.installed
 
-.PHONY: help quickstart test check format venv lock clean
+.PHONY: help quickstart test test-large check format venv lock clean
 
 help:
 	@echo "make quickstart   raw rows to a served answer, on this machine's CPU"
 	@echo "make test         every test but those that need a GPU"
+	@echo "make test-large  the largest sizes: a million rows, a tenth of them broken"
 	@echo "make check        format, lint, types, unit tests"
 	@echo "make format       put the code in shape"
 	@echo "make lock         write constraints.txt from .venv"
@@ -19,7 +20,10 @@ quickstart: $(STAMP)
 	@$(BIN)/forge quickstart
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -m "not gpu"
+	@$(BIN)/python -m pytest -q -m "not gpu and not large"
+
+test-large: $(STAMP)
+	@$(BIN)/python -m pytest -q -m large
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check .

@@ -6,31 +6,22 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from forge_ray import __version__
-from forge_ray.errors import ConfigError, ForgeError
-from forge_ray.offline import set_offline_switches
-from forge_ray.quiet import quiet_libraries
+from forge_ray.cli_data import data
+from forge_ray.errors import ConfigError
+from forge_ray.verbs import Verbs, load_run_file, run_file, verb
 
 if TYPE_CHECKING:
     from forge_ray.config.run import RunConfig
     from forge_ray.store import Store
 
 EXIT_CODES = "Exit codes: 0 success, 1 the work failed, 2 a mistake in what was asked, 3 refused by policy."
-
-
-class Verbs(click.Group):
-    """Verbs in the order of the data flow, not of the alphabet."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
 
 
 @click.group(cls=Verbs, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,9 +35,7 @@ def models() -> None:
     """Base models and trained versions: import, list, show, promote."""
 
 
-@cli.group(cls=Verbs)
-def data() -> None:
-    """Datasets: prepare, list, show."""
+cli.add_command(data)
 
 
 @cli.group(cls=Verbs)
@@ -59,63 +48,6 @@ def catalog() -> None:
     """The index over the store."""
 
 
-def verb(group: click.Group, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A command with --store and --json; its function returns what --json prints, after printing for people otherwise."""
-
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def command(store: str | None, as_json: bool, **arguments: Any) -> None:
-            set_offline_switches()
-            quiet_libraries()
-            try:
-                from forge_ray.cluster import open_store
-
-                result = function(store=open_store(store), as_json=as_json, **arguments)
-            except ForgeError as error:
-                _fail(error, as_json)
-            else:
-                if as_json:
-                    from forge_ray.job import as_json as plain
-
-                    click.echo(json.dumps(plain(result), ensure_ascii=False))
-
-        command = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(command)
-        store_help = "Folder or URI of the store; else FORGE_STORE, else .forge."
-        command = click.option("--store", metavar="URI", help=store_help)(command)
-        return group.command(name)(command)
-
-    return wrap
-
-
-def _fail(error: ForgeError, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
-    click.secho(f"error: {error.message}", fg="red", err=True)
-    if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
-    sys.exit(error.exit_code)
-
-
-def run_file(function: Callable[..., Any]) -> Callable[..., Any]:
-    """RUN.yaml and its overrides, as `config`."""
-
-    @functools.wraps(function)
-    def command(file: str, overrides: tuple[str, ...], **arguments: Any) -> Any:
-        return function(config=_load(file, overrides), **arguments)
-
-    command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, e.g. train.seed=1.")(
-        command
-    )
-    return click.argument("file", metavar="RUN.yaml")(command)
-
-
-def _load(file: str, overrides: tuple[str, ...]) -> RunConfig:
-    from forge_ray.config.base import load
-    from forge_ray.config.run import RunConfig
-
-    return load(RunConfig, file, overrides)
-
-
 @verb(cli, "quickstart")
 @click.option("--config", "file", default="jobs/quickstart.yaml", show_default=True, help="The run file.")
 @click.option("--port", default=0, help="Port of the endpoint; 0: the run file's, or a free one.")
@@ -124,7 +56,7 @@ def quickstart(store: Store, as_json: bool, file: str, port: int, overrides: tup
     """The whole path on this machine: rows, training, evaluation, endpoint, lineage."""
     from forge_ray import quickstart as quick
 
-    shown = quick.quickstart(_load(file, overrides), store, port)
+    shown = quick.quickstart(load_run_file(file, overrides), store, port)
     if not as_json:
         from forge_ray.show import print_quickstart
 
@@ -201,62 +133,6 @@ def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> A
     if not as_json:
         click.echo(f"{alias} → {version.id}")
     return {"alias": alias, "model_version": version.id}
-
-
-@verb(data, "prepare")
-@run_file
-def data_prepare(store: Store, as_json: bool, config: RunConfig) -> Any:
-    """Rows → a packed, content-addressed dataset version."""
-    from forge_ray import pipeline
-
-    manifest = pipeline.prepare(config, store)
-    if not as_json:
-        from forge_ray.show import print_table
-
-        header = ("split", "records", "packed rows", "tokens", "trained tokens", "fill")
-        rows = []
-        for name, stats in manifest.splits.items():
-            room = max(1, stats.num_rows * manifest.sequence_length)
-            counts = (stats.num_records, stats.num_rows, stats.num_tokens, stats.num_trained_tokens)
-            rows.append((name, *(f"{count:,}" for count in counts), f"{stats.num_tokens / room:.1%}"))
-        print_table(manifest.id, header, rows)
-        for reason, count in manifest.rejects.items():
-            click.echo(f"  {count} × {reason}")
-    return manifest
-
-
-@verb(data, "list")
-def data_list(store: Store, as_json: bool) -> Any:
-    """Every dataset version."""
-    from forge_ray.catalog import Catalog
-    from forge_ray.records import DatasetManifest
-    from forge_ray.show import print_table
-
-    with Catalog(store) as index:
-        found = index.all(DatasetManifest)
-    if not as_json:
-        rows = [
-            (d.id, d.name, *(f"{d.splits[s].num_records:,}" for s in ("train", "validation", "test")), d.created_at[:19])
-            for d in found
-        ]
-        print_table("Datasets", ("dataset", "name", "train", "validation", "test", "created (UTC)"), rows)
-    return [manifest.model_dump(mode="json", exclude={"files"}) for manifest in found]
-
-
-@verb(data, "show")
-@click.argument("dataset", metavar="ds_…")
-@click.option("--rows", default=3, show_default=True, help="How many packed rows.")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="train", show_default=True)
-def data_show(store: Store, as_json: bool, dataset: str, rows: int, split: str) -> Any:
-    """Packed rows token by token, trained tokens coloured, with the records inside."""
-    from forge_ray.catalog import Catalog
-    from forge_ray.show import packed_rows, print_packed_rows
-
-    with Catalog(store) as index:
-        shown = packed_rows(index, dataset, split, rows)
-    if not as_json:
-        print_packed_rows(shown)
-    return {"dataset": dataset, "split": split, "rows": shown}
 
 
 @verb(cli, "train")
@@ -339,7 +215,7 @@ def submit(store: Store, as_json: bool, file: str, address: str, overrides: tupl
     """`forge run` as a Ray job on a cluster; the store must be a place that all nodes share."""
     from forge_ray.submit import submit as send
 
-    _load(file, overrides)  # a mistake is told here, not minutes later on the cluster
+    load_run_file(file, overrides)  # a mistake is told here, not minutes later on the cluster
     result = send(file, address, store.uri, overrides, wait=not no_wait)
     if not as_json:
         click.echo(f"job {result['job']}: {result['status']}")

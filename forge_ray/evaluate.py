@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.config.release import EvalConfig, Gate
-from forge_ray.data.chat import encode_chat, end_of_turn_id, prompt_ids
+from forge_ray.data.chat import chat_tokenizer, encode_chat, prompt_ids
 from forge_ray.data.dataset import read_records
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
@@ -78,7 +78,8 @@ def score_examples(
     engine: Engine, tokenizer: Any, found: Sequence[Example], labels: Sequence[str], config: EvalConfig
 ) -> Iterator[dict[str, Any]]:
     """One item per example, in order: reference, prediction, likeliest label, log-probability of the reference."""
-    stops = (end_of_turn_id(tokenizer),)
+    tokenizer = chat_tokenizer(tokenizer)
+    stops = (tokenizer.end_of_turn_id,)
     label_ids = {label: answer_ids(tokenizer, found[0], label) for label in labels}
     for start in range(0, len(found), BATCH):
         batch = found[start : start + BATCH]
@@ -105,7 +106,8 @@ def answer_ids(tokenizer: Any, example: Example, answer: str) -> list[int]:
     """The ids that training would have as targets for this answer: its text and the end of the turn."""
     messages = [*example.messages, {"role": "assistant", "content": answer}]
     encoded = encode_chat(tokenizer, messages, example.tools)
-    return [token for token, trained in zip(encoded.ids, encoded.loss_mask, strict=True) if trained]
+    found: list[int] = encoded.ids[encoded.loss_mask > 0].tolist()
+    return found
 
 
 def _likeliest(scores: dict[str, Score], labels: Sequence[str]) -> str:
@@ -146,7 +148,7 @@ def evaluate(store: Store, subject: Subject, manifest: DatasetManifest, config: 
 
     import torch
 
-    from forge_ray.data.dataset import load_tokenizer_dir
+    from forge_ray.data.chat import load_tokenizer_dir
     from forge_ray.inference.transformers_engine import load_engine
 
     started = time.monotonic()

@@ -99,7 +99,8 @@ def refuse_unsafe(folder: Path) -> None:
             _refuse_json(path, name)
         if ending == ".safetensors":
             _check_safetensors(path, name)
-    for needed in ("config.json", "tokenizer.json"):
+    own = [*folder.glob("tekken.json"), *folder.glob("tokenizer.model.v*")]  # Mistral's do without a tokenizer.json
+    for needed in ("config.json",) if own else ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
             raise ConfigError(f"{folder.name} has no {needed}", hint="export the model with save_pretrained()")
     if not list(folder.glob("*.safetensors")):

@@ -36,6 +36,7 @@ from forge_ray.records import (
 from forge_ray.store import Store
 
 if TYPE_CHECKING:
+    from forge_ray.data.ingest import IndexedFile
     from forge_ray.evaluate import Subject
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
@@ -87,18 +88,24 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
-    from forge_ray.data import dataset
+    from forge_ray.data.build import build, index_sources, input_digest
+    from forge_ray.data.dataset import tokenizer_digest
 
-    sources = dataset.index_sources(config.data)
-    wanted = dataset.input_digest(config.data, sources, dataset.tokenizer_digest(base))
-    known = next((found for found in catalog.all(DatasetManifest) if found.input_digest == wanted), None)
-    if known and quiet:
+    def known_version(sources: list[IndexedFile]) -> DatasetManifest | None:
+        wanted = input_digest(config.data, sources, tokenizer_digest(base))
+        return next((found for found in catalog.all(DatasetManifest) if found.input_digest == wanted), None)
+
+    if quiet and (known := known_version(index_sources(config.data))):
         return known
     with stage("prepare") as it:
-        found = known or catalog.put(dataset.build(config.name, config.data, base, catalog.store, sources))
+        sources = index_sources(config.data, it.update)
+        known = known_version(sources)
+        found = known or catalog.put(build(config.name, config.data, base, catalog.store, sources, it.update))
         counts = ", ".join(f"{name} {stats.num_records}" for name, stats in found.splits.items())
-        bad = f", {sum(found.rejects.values())} quarantined" if found.rejects else ""
-        it.done(f"{found.id}  {'already built' if known else counts + bad}")
+        counts += f", {sum(found.rejects.values())} quarantined" if found.rejects else ""
+        dropped = sum(step.before - step.after for step in found.curation)
+        counts += f", {dropped} dropped by rules" if dropped else ""
+        it.done(f"{found.id}  {'already built' if known else counts}")
     return found
 
 
@@ -113,6 +120,12 @@ def train(config: RunConfig, store: Store) -> RunRecord:
     with Catalog(store) as catalog:
         base = import_base(config, catalog)
         manifest = _prepare(config, catalog, quiet=True)
+        if not manifest.splits["train"].num_rows:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())
+            raise TrainingError(
+                f"{manifest.id} has no packed rows: it holds {kinds}; {config.train.method} takes chats and texts",
+                hint="give the run file sources of chat or text rows",
+            )
         identifier = run_id(config.train, precision, manifest, base)
         with stage("train") as it:
             if catalog.has(identifier):

@@ -81,6 +81,7 @@ class SourceFile(Frozen):
     size: int
     num_records: int
     num_rejected: int
+    num_dropped: int = 0
 
 
 class SplitStats(Frozen):
@@ -90,6 +91,30 @@ class SplitStats(Frozen):
     num_trained_tokens: int
     rows_digest: str = Field(description="over the packed rows' content, in order")
     block_rows: int = Field(description="rows per block (Parquet row group); the last block may be shorter")
+    shard_rows: tuple[int, ...] = Field(description="rows of each shard file; all but the last are whole blocks")
+
+
+class SourceStats(Frozen):
+    """One source of the mixture: what it gave, and how often its training records are used."""
+
+    name: str
+    num_records: int = Field(description="distinct records of all splits")
+    num_documents: int = Field(description="packed training documents, repeats included")
+    num_tokens: int = Field(description="training tokens, repeats included")
+    num_trained_tokens: int
+    epochs: float = Field(description="times that each training record is used; a fraction takes a part of the records")
+    licences: dict[str, int] = Field(description="records per licence tag; '' where a record has none")
+
+
+class CurationStep(Frozen):
+    """One rule of `data.curate`: records before it, records after it, and what it found."""
+
+    rule: str
+    before: int
+    after: int
+    changed: int = Field(description="records whose text was masked")
+    found: dict[str, int] = Field(description="findings per kind, flagged or masked or dropped")
+    reasons: dict[str, int] = Field(description="dropped records per reason")
 
 
 class DatasetManifest(Record):
@@ -106,6 +131,15 @@ class DatasetManifest(Record):
     tokenizer_digest: str
     base_model: str = Field(description="model version whose tokenizer and template were used")
     sources: tuple[SourceFile, ...]
+    kinds: dict[str, int] = Field(default_factory=dict, description="records per kind: chat, text, preference, feedback")
+    mixture: tuple[SourceStats, ...] = Field(
+        (), description="in the order of the run file; packed rows name their sources by position"
+    )
+    curation: tuple[CurationStep, ...] = ()
+    lengths: dict[str, int] = Field(
+        default_factory=dict, description="documents per length: tokens, each bucket up to its key"
+    )
+    num_truncated: int = 0
     splits: dict[str, SplitStats]
     num_duplicates: int
     rejects: dict[str, int] = Field(description="rejected rows per reason")
@@ -120,6 +154,8 @@ class DatasetManifest(Record):
         value.pop("base_model")
         value["sources"] = sorted(source["sha256"] for source in value["sources"])
         value["config"] = {key: item for key, item in value["config"].items() if key != "sources"}
+        for source in value["mixture"]:
+            source.pop("name")
         return value
 
     def parents(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from forge_ray.config.base import Config
+from forge_ray.config.curate import Rule
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
 
@@ -24,6 +25,11 @@ def rows(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str,
     """(key, type, default, meaning) of every leaf, sections depth first."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
+        if name == "curate":
+            for rule in get_args(get_args(Rule)[0]):
+                yield f"{key}.0.rule: {get_args(rule.model_fields['rule'].annotation)[0]}", "", "", _first_line(rule)
+                yield from (row for row in rows(rule, f"{key}.0.") if not row[0].endswith(".rule"))
+            continue
         section = _section(field.annotation)
         if section:
             inner, between = section
@@ -31,6 +37,10 @@ def rows(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str,
             continue
         default = "required" if field.default is PydanticUndefined else f"`{field.default!r}`"
         yield key, _type(field.annotation), default, (field.description or "").replace("|", "\\|")
+
+
+def _first_line(model: type[Config]) -> str:
+    return (model.__doc__ or "").splitlines()[0].replace("|", "\\|")
 
 
 def _section(annotation: Any) -> tuple[type[Config], str] | None:

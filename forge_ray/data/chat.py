@@ -1,122 +1,141 @@
-"""Chat template → token ids and loss mask (level 2).
+"""Records → token ids and loss mask, with the tokenizer that a model's folder names (level 2).
 
-Only assistant turns of weight 1 are trained: their content and the end-of-turn token, nothing of the template around them.
-`loss_mask[t] = 1` means that token t is a *target* (predicted from the tokens before it).
+Only assistant turns of weight 1 are trained: their content, their tool calls and the end of turn, nothing of the template
+around them. `loss_mask[t] = 1` means that token t is a *target* (predicted from the tokens before it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from forge_ray.data.hf import HfTokenizer
+from forge_ray.data.proof import prove
 from forge_ray.data.schema import DataRecord, Reject
+from forge_ray.data.template import Chat, ChatTokenizer, Encoded
+
+__all__ = [
+    "ChatTokenizer",
+    "Encoded",
+    "chat_tokenizer",
+    "encode",
+    "encode_batch",
+    "encode_chat",
+    "end_of_turn_id",
+    "load_tokenizer_dir",
+    "prompt_ids",
+]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one document and, of the same length, which of them are trained."""
-
-    ids: list[int]
-    loss_mask: list[int]
+NO_DOCUMENT = Reject("neither a chat nor a text")
 
 
-def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the template sees: everything but our own `weight`."""
-    return [{key: item for key, item in message.items() if key != "weight"} for message in messages]
+def load_tokenizer_dir(folder: Path) -> ChatTokenizer:
+    """The tokenizer of a model's folder; from local files only, no remote code.
+
+    Where the folder holds Mistral's own tokenizer file beside a `tokenizer.json`, Mistral's is used: mistral-common is the
+    reference for these models, the chat template a copy of it.
+    """
+    from forge_ray.data.mistral import load_mistral, mistral_file
+
+    if (path := mistral_file(folder)) is not None:
+        return load_mistral(path)
+    return HfTokenizer(_tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, for_answer: bool) -> str:
-    """The template's text (transformers' sandbox); `for_answer` ends where the assistant starts to speak."""
-    try:
-        text = tokenizer.apply_chat_template(
-            template_messages(messages), tools=tools, tokenize=False, add_generation_prompt=for_answer
-        )
-    except Exception as error:  # jinja errors of many kinds: the template refuses these roles
-        raise Reject(f"the chat template refuses the conversation: {str(error)[:80]}") from error
-    return str(text)
+def _tokenizer_class(folder: Path) -> Any:
+    """What `AutoTokenizer` chooses; where the folder itself names the general class, without looking at model
+    configurations, for which transformers imports torch: seconds in every worker of a dataset build."""
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if named.get("tokenizer_class") == "TokenizersBackend" and (folder / "tokenizer.json").is_file():
+        from transformers import TokenizersBackend
+
+        return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
-def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[int]:
+def chat_tokenizer(tokenizer: Any) -> ChatTokenizer:
+    """`tokenizer` itself, or a bare transformers tokenizer wrapped."""
+    found: ChatTokenizer = tokenizer if hasattr(tokenizer, "encode_chats") else HfTokenizer(tokenizer)
+    return found
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None = None) -> list[int]:
     """Ids up to where the assistant answers: what serving and evaluation feed the engine."""
-    return list(tokenizer(render(tokenizer, messages, tools, True), add_special_tokens=False)["input_ids"])
+    return chat_tokenizer(tokenizer).prompt_ids(messages, tools)
 
 
 def end_of_turn_id(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise Reject("the tokenizer has no end-of-sequence token")
-    return int(tokenizer.eos_token_id)
+    return chat_tokenizer(tokenizer).end_of_turn_id
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> Encoded:
+    """One conversation at full length; raises `Reject`."""
+    (encoded,) = chat_tokenizer(tokenizer).encode_chats([(messages, tools)])
+    if isinstance(encoded, Reject):
+        raise encoded
+    return encoded
 
 
 def encode(tokenizer: Any, record: DataRecord, sequence_length: int, overlong: str) -> list[Encoded]:
-    """One document, or several where a plain text is longer than the sequence; raises `Reject`."""
-    if "text" in record.content:
-        return _encode_text(tokenizer, record.content["text"], sequence_length)
-    encoded = encode_chat(tokenizer, record.messages, record.content.get("tools"))
+    """`encode_batch` of one record; raises `Reject`."""
+    (result,) = encode_batch(tokenizer, [record], sequence_length, overlong)
+    if isinstance(result, Reject):
+        raise result
+    return result
+
+
+def encode_batch(
+    tokenizer: Any, records: Sequence[DataRecord], sequence_length: int, overlong: str
+) -> list[list[Encoded] | Reject]:
+    """Per record its document, or several where a plain text is longer than the sequence, or why it cannot be used."""
+    tokenizer = chat_tokenizer(tokenizer)
+    results: list[list[Encoded] | Reject] = [NO_DOCUMENT] * len(records)
+    texts = [i for i, record in enumerate(records) if "text" in record.content]
+    chats = [i for i, record in enumerate(records) if "messages" in record.content]
+    for i, ids in zip(texts, tokenizer.text_ids([records[i].content["text"] for i in texts]), strict=True):
+        results[i] = _text_documents(ids, tokenizer.end_of_turn_id, sequence_length)
+    conversations: list[Chat] = [(records[i].messages, records[i].content.get("tools")) for i in chats]
+    for i, encoded in zip(chats, tokenizer.encode_chats(conversations), strict=True):
+        results[i] = encoded if isinstance(encoded, Reject) else _fitted(encoded, sequence_length, overlong)
+    whose, documents = [], []
+    for i, result in enumerate(results):
+        if not isinstance(result, Reject):
+            whose += [i] * len(result)
+            documents += result
+    for number, reason in prove(tokenizer, documents).items():
+        results[whose[number]] = Reject(reason)
+    return results
+
+
+def _fitted(encoded: Encoded, sequence_length: int, overlong: str) -> list[Encoded] | Reject:
     if len(encoded.ids) > sequence_length:
         if overlong == "reject":
-            raise Reject("longer than sequence_length")
-        encoded = Encoded(encoded.ids[:sequence_length], encoded.loss_mask[:sequence_length])
-    if not any(encoded.loss_mask[1:]):  # the first token has nothing to be predicted from
-        raise Reject("no trained token")
+            return Reject("longer than sequence_length")
+        encoded = Encoded(encoded.ids[:sequence_length], encoded.loss_mask[:sequence_length], truncated=True)
+    if encoded.loss_mask[0]:  # the first token has nothing to be predicted from
+        encoded.loss_mask[0] = 0
     return [encoded]
 
 
-def encode_chat(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None) -> Encoded:
-    """Tokenise the whole conversation once and mark the tokens that lie inside a trained answer."""
-    text = render(tokenizer, messages, tools, False)
-    spans = list(_answer_spans(tokenizer, messages, tools, text))
-    ids, offsets = _tokenise(tokenizer, text, [start for start, _ in spans])
-    loss_mask = [0] * len(ids)
-    end_id = end_of_turn_id(tokenizer)
-    for start, end in spans:
-        inside = [i for i, (a, b) in enumerate(offsets) if start <= a and b <= end and a < b]
-        last = max((i for i in inside if ids[i] == end_id), default=None)
-        if last is None:
-            raise Reject("the template closes the answer without the end-of-turn token")
-        for i in inside:
-            loss_mask[i] = int(i <= last)  # what the template writes after the end of turn is not generated
-    return Encoded(ids, loss_mask)
-
-
-def _tokenise(tokenizer: Any, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character offsets. Where a token would join the template's end with an answer's start, the text is cut: an
-    answer that is generated starts behind the prompt's last token, so one that is trained must too."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
-    cuts = [start for start in starts if any(a < start < b for a, b in offsets)]
-    if cuts:
-        ids, offsets = [], []
-        for first, last in pairwise([0, *cuts, len(text)]):
-            encoding = tokenizer(text[first:last], add_special_tokens=False, return_offsets_mapping=True)
-            ids += encoding["input_ids"]
-            offsets += [(first + a, first + b) for a, b in encoding["offset_mapping"]]
-    return ids, offsets
-
-
-def _answer_spans(
-    tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, text: str
-) -> Iterator[tuple[int, int]]:
-    """Character ranges of the trained answers: from where generation would start to where the next turn would."""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant" or not message.get("weight", 1):
-            continue
-        prefix = render(tokenizer, messages[:number], tools, True)
-        whole = render(tokenizer, messages[: number + 1], tools, False)
-        if not (whole.startswith(prefix) and text.startswith(whole)):
-            raise Reject("the chat template rewrites earlier turns")
-        yield len(prefix), len(whole)
-
-
-def _encode_text(tokenizer: Any, text: str, sequence_length: int) -> list[Encoded]:
+def _text_documents(ids: list[int], end_id: int, sequence_length: int) -> list[Encoded] | Reject:
     """Plain text: every token but a document's first is a target; the end token closes the last piece."""
-    ids = [*tokenizer(text, add_special_tokens=True)["input_ids"]]
-    if ids[-1:] != [end_of_turn_id(tokenizer)]:
-        ids.append(end_of_turn_id(tokenizer))
+    if ids[-1:] != [end_id]:
+        ids = [*ids, end_id]
     if len(ids) < 2:
-        raise Reject("no trained token")
+        return Reject("no trained token")
     cuts = [*range(0, len(ids), sequence_length), len(ids)]
     if cuts[-1] - cuts[-2] == 1:  # one token alone has nothing to be predicted from
         cuts[-2] -= 1
-    return [Encoded(ids[a:b], [0] + [1] * (b - a - 1)) for a, b in pairwise(cuts)]
+    documents = [Encoded(np.array(ids[a:b], np.int32), np.ones(b - a, np.int8)) for a, b in pairwise(cuts)]
+    for document in documents:
+        document.loss_mask[0] = 0
+    return documents

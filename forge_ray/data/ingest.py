@@ -1,203 +1,191 @@
-"""Files → rows with their place (file, line, byte offset), one bad line never costing a good one (level 2).
+"""Source files, and where their rows can be cut (level 2).
 
-Two passes. `index_file` reads a file once: sha256, and the exact byte ranges of chunks of whole lines. `read_chunk` then
-decodes any chunk on any machine, so the parallelism changes nothing.
+`index_file` reads a file once: its sha256, and the exact ranges of chunks, which `readers.read_raw` reads on any machine.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from forge_ray.config.data import DataConfig, Source
-from forge_ray.data.schema import DataRecord, Reject, parse_line, parse_record
-from forge_ray.errors import ConfigError, DataError, NotFound
+from forge_ray.data.documents import DOCUMENTS, require_library
+from forge_ray.data.find import Found, expand
+from forge_ray.data.lines import compression_of, is_outage, open_file
+from forge_ray.data.readers import Chunk, arrow_messages, arrow_start, read_raw
+from forge_ray.errors import DataError
 
-CHUNK_BYTES = 8 << 20
-COLUMNS = ("messages", "tools", "text")
+__all__ = ["CHUNK_BYTES", "Chunk", "Found", "IndexedFile", "expand", "index_file"]
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """Whole lines of a JSONL file (byte range), or one row group of a Parquet file (`start` is its number)."""
-
-    path: str
-    name: str
-    format: str
-    start: int
-    end: int
-    first_line: int
+CHUNK_BYTES = 4 << 20
+MAX_LINE_BYTES = 16 << 20
+READ_BYTES = 4 << 20
+SAMPLE_BYTES = 4 << 20  # from which rows are estimated where only reading them all would count them
 
 
 @dataclass(frozen=True)
 class IndexedFile:
+    """`size` is on disk, `text_bytes` (roughly) uncompressed; `num_lines` of compressed, JSON and CSV files is estimated."""
+
     name: str
     size: int
+    text_bytes: int
     sha256: str
     num_lines: int
     chunks: tuple[Chunk, ...]
+    source: int
 
 
 @dataclass(frozen=True)
-class Row:
-    """One input row where it was found: a record, or the reason why not. Lines count from 1."""
+class _Cut:
+    """Where a chunk begins: byte (or row group), and number of its first line or row."""
 
-    file: str
+    start: int
     line: int
-    offset: int
-    raw_sha256: str
-    record: DataRecord | None
-    reason: str = ""
 
 
-def expand(config: DataConfig) -> list[tuple[str, str, str]]:
-    """(path, name, format) of every source file, sorted; `name` is what the user wrote, for the record."""
-    found: dict[str, tuple[str, str, str]] = {}
-    for source in config.sources:
-        for path in _matches(source):
-            found[path] = (path, _name(path), _format(path, source))
-    return [found[path] for path in sorted(found)]
-
-
-def _matches(source: Source) -> list[str]:
-    if "://" not in source.path:
-        paths = sorted(str(Path(match).absolute()) for match in glob.glob(source.path, recursive=True))
-        paths = [path for path in paths if Path(path).is_file()]
-    elif "@" in source.path.split("://")[1].split("/")[0]:
-        raise ConfigError(
-            "data.sources: a URI carries a user name or password, and sources are recorded with the dataset",
-            hint="set them in the environment, for S3 as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+def index_file(
+    path: str,
+    name: str,
+    format: str,
+    source: int = 0,
+    expected: str = "",
+    chunk_bytes: int = CHUNK_BYTES,
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> IndexedFile:
+    """One sequential read: digest (which must be `expected`, if given), lines, and where the chunks begin."""
+    require_library(format, name)
+    kind = compression_of(path) or ""
+    by_line = format == "jsonl" and not kind
+    size, sha256, cuts = _scan(path, chunk_bytes if by_line else 0)
+    if expected and sha256 != expected:
+        raise DataError(
+            f"data.sources: {name} has sha256 {sha256}, but its checksums file says {expected}",
+            hint="restore the file, or write the checksums again if the change is meant",
         )
-    else:
-        filesystem, path = pafs.FileSystem.from_uri(source.path)
-        found = filesystem.get_file_info(path).type == pafs.FileType.File
-        paths = [source.path] if found else []
-    if not paths:
-        raise NotFound(f"data.sources: no file matches {source.path!r}", hint="globs are relative to the current folder")
-    return paths
-
-
-def _name(path: str) -> str:
-    folder = str(Path.cwd()) + "/"
-    return path.removeprefix(folder)
-
-
-def _format(path: str, source: Source) -> str:
-    if source.format != "auto":
-        return source.format
-    for ending, name in ((".jsonl", "jsonl"), (".ndjson", "jsonl"), (".parquet", "parquet")):
-        if path.endswith(ending):
-            return name
-    raise DataError(f"data.sources: {path!r} ends neither in .jsonl nor in .parquet", hint="say which with `format: jsonl`")
-
-
-def open_file(path: str) -> Any:
-    if "://" in path:
-        filesystem, inner = pafs.FileSystem.from_uri(path)
-        return filesystem.open_input_file(inner)
-    return pafs.LocalFileSystem().open_input_file(path)
-
-
-def index_file(path: str, name: str, format: str, chunk_bytes: int = CHUNK_BYTES) -> IndexedFile:
-    """One sequential read: digest, lines, and where the chunks begin."""
-    hasher = hashlib.sha256()
-    size, lines, line_start = 0, 0, 0
-    cuts = [(0, 1)]  # (byte offset, line number) of each chunk's first line
-    with open_file(path) as stream:
-        while data := stream.read(1 << 20):
-            hasher.update(data)
-            if format == "jsonl":
-                position = data.find(b"\n")
-                while position >= 0:
-                    lines += 1
-                    line_start = size + position + 1
-                    if line_start - cuts[-1][0] >= chunk_bytes:
-                        cuts.append((line_start, lines + 1))
-                    position = data.find(b"\n", position + 1)
-            size += len(data)
     if format == "parquet":
-        return _index_parquet(path, name, size, hasher.hexdigest())
-    if line_start < size:
-        lines += 1  # the last line has no newline
-    cuts.append((size, lines + 1))
-    chunks = tuple(Chunk(path, name, format, a, b, line) for (a, line), (b, _) in pairwise(cuts) if a < b)
-    return IndexedFile(name, size, hasher.hexdigest(), lines, chunks)
+        cuts = _parquet_cuts(path)
+    elif format == "arrow":
+        cuts = _arrow_cuts(path, size, chunk_bytes)
+    elif not by_line:
+        cuts = [_Cut(0, 1), _Cut(size, 1)]
+    if size == 0 and format in ("jsonl", "json", "csv", *DOCUMENTS):
+        cuts = cuts[:1]
+    chunks = tuple(
+        Chunk(path, name, format, a.start, b.start, a.line, source, _key(sha256, format, kind, a.start, b.start))
+        for a, b in pairwise(cuts)
+    )
+    text_bytes = _uncompressed_size(path, kind, size) if kind else size
+    num_lines = cuts[-1].line - 1
+    if chunks and num_lines <= 0:
+        num_lines = 1 if format in DOCUMENTS else _estimate(chunks[0], text_bytes, max_line_bytes)
+    return IndexedFile(name, size, text_bytes, sha256, num_lines, chunks, source)
 
 
-def _index_parquet(path: str, name: str, size: int, sha256: str) -> IndexedFile:
+def _key(*parts: str | int) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _scan(path: str, chunk_bytes: int) -> tuple[int, str, list[_Cut]]:
+    """Size, digest and (unless `chunk_bytes` is 0) the cuts between lines, the end of the file included."""
+    hasher = hashlib.sha256()
+    size, newlines, last = 0, 0, b"\n"
+    cuts = [_Cut(0, 1)]
+    with open_file(path) as stream:
+        while data := stream.read(READ_BYTES):
+            hasher.update(data)
+            if chunk_bytes:
+                counted = 0
+                while (at := data.find(b"\n", max(0, cuts[-1].start + chunk_bytes - 1 - size))) >= 0:
+                    newlines += _newlines(data, counted, at + 1)
+                    counted = at + 1
+                    cuts.append(_Cut(size + counted, newlines + 1))
+                newlines += _newlines(data, counted, len(data))
+            last = data[-1:]
+            size += len(data)
+    if cuts[-1].start < size:
+        cuts.append(_Cut(size, newlines + 1 + (last != b"\n")))
+    return size, hasher.hexdigest(), cuts
+
+
+def _newlines(data: bytes, start: int, end: int) -> int:
+    """Several times as fast as `bytes.count` where lines are short."""
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8, end - start, start) == 10)) if start < end else 0
+
+
+def _parquet_cuts(path: str) -> list[_Cut]:
     try:
         with open_file(path) as stream:
             metadata = pq.ParquetFile(stream).metadata
-    except (pa.ArrowException, OSError):
-        return IndexedFile(name, size, sha256, 1, (Chunk(path, name, "unreadable", 0, 0, 1),))
-    chunks, line = [], 1
-    for group in range(metadata.num_row_groups):
-        chunks.append(Chunk(path, name, "parquet", group, group + 1, line))
-        line += metadata.row_group(group).num_rows
-    return IndexedFile(name, size, sha256, metadata.num_rows, tuple(chunks))
-
-
-def read_chunk(chunk: Chunk) -> Iterator[Row]:
-    """Every row of the chunk, good or rejected; empty lines are skipped."""
-    if chunk.format == "unreadable":
-        yield Row(chunk.name, 1, 0, "", None, "unreadable Parquet file")
-    elif chunk.format == "parquet":
-        yield from _read_row_group(chunk)
-    else:
-        with open_file(chunk.path) as stream:
-            stream.seek(chunk.start)
-            data = stream.read(chunk.end - chunk.start)
-        offset = chunk.start
-        for number, raw in enumerate(data.split(b"\n")):
-            if raw.strip():
-                yield _row(chunk, chunk.first_line + number, offset, raw)
-            offset += len(raw) + 1
-
-
-def _row(chunk: Chunk, line: int, offset: int, raw: bytes) -> Row:
-    sha256 = hashlib.sha256(raw).hexdigest()
-    try:
-        return Row(chunk.name, line, offset, sha256, parse_line(raw))
-    except Reject as reason:
-        return Row(chunk.name, line, offset, sha256, None, str(reason))
-
-
-def _read_row_group(chunk: Chunk) -> Iterator[Row]:
-    """Rows of a Parquet file have no byte offset of their own: `offset` is -1. Only the columns that count are decoded."""
-    try:
-        with open_file(chunk.path) as stream:
-            file = pq.ParquetFile(stream)
-            num_rows = file.metadata.row_group(chunk.start).num_rows
-            table = file.read_row_group(chunk.start, columns=[c for c in file.schema_arrow.names if c in COLUMNS])
     except (pa.ArrowException, OSError) as error:
-        yield Row(chunk.name, chunk.first_line, -1, "", None, f"unreadable row group: {type(error).__name__}")
-        return
-    columns = list(zip(table.column_names, table.columns, strict=True))
-    for number in range(num_rows):
+        if is_outage(error):
+            raise
+        return [_Cut(0, 1), _Cut(0, 2)]  # one chunk without a row group: one row, which says so
+    cuts = [_Cut(0, 1)]
+    for group in range(metadata.num_row_groups):
+        cuts.append(_Cut(group + 1, cuts[-1].line + metadata.row_group(group).num_rows))
+    return cuts
+
+
+def _arrow_cuts(path: str, size: int, chunk_bytes: int) -> list[_Cut]:
+    """Between record batches; not where a dictionary before one chunk would be needed by the next."""
+    with open_file(path) as stream:
         try:
-            record = parse_record({name: _without_nulls(column[number].as_py()) for name, column in columns})
-            yield Row(chunk.name, chunk.first_line + number, -1, "", record)
-        except Reject as reason:
-            yield Row(chunk.name, chunk.first_line + number, -1, "", None, str(reason))
-        except UnicodeDecodeError:
-            yield Row(chunk.name, chunk.first_line + number, -1, "", None, "not UTF-8")
-        except (ValueError, OverflowError):  # a date that Python cannot hold
-            yield Row(chunk.name, chunk.first_line + number, -1, "", None, "unreadable value")
+            start = arrow_start(stream)
+            schema = pa.ipc.open_stream(stream).schema
+            stream.seek(start)
+        except (pa.ArrowException, OSError, EOFError) as error:
+            if is_outage(error):
+                raise
+            return [_Cut(0, 1), _Cut(0, 2)]
+        cuts, line, end = [_Cut(start, 1)], 1, start
+        whole = "dictionary<" in str(schema)
+        batches = pa.ipc.open_stream(stream) if whole else _record_batches(stream, schema, size)
+        try:
+            for batch in batches:
+                end = stream.tell()
+                line += batch.num_rows
+                if not whole and end - cuts[-1].start >= chunk_bytes:
+                    cuts.append(_Cut(end, line))
+        except (pa.ArrowException, OSError, EOFError) as error:
+            if is_outage(error):
+                raise
+            return [*cuts, _Cut(size, line + 1)]  # the last chunk ends in a row that says so
+    if cuts[-1].start < end:
+        cuts.append(_Cut(end, line))
+    return cuts
 
 
-def _without_nulls(value: Any) -> Any:
-    """Parquet gives every struct every key: a null there is a key that the row does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+def _record_batches(stream: Any, schema: pa.Schema, end: int) -> Iterator[pa.RecordBatch]:
+    for message in arrow_messages(stream, end):
+        if message.type == "record batch":
+            yield pa.ipc.read_record_batch(message, schema)
+
+
+def _uncompressed_size(path: str, kind: str, size: int) -> int:
+    """From how far the first bytes spread."""
+    with open_file(path) as file, pa.CompressedInputStream(file, kind) as stream:
+        try:
+            sample = len(stream.read(SAMPLE_BYTES))
+        except OSError as error:
+            if is_outage(error):
+                raise
+            return size
+        return sample if sample < SAMPLE_BYTES else max(size, sample * size // max(1, file.tell()))
+
+
+def _estimate(chunk: Chunk, text_bytes: int, max_line_bytes: int) -> int:
+    """Rows of a file, by reading the first of them; exact in a small one, and never 0."""
+    rows = 0
+    for raw in read_raw(chunk, max_line_bytes):
+        rows += 1
+        if raw.offset >= SAMPLE_BYTES:
+            return max(rows, rows * text_bytes // raw.offset)
+    return max(rows, 1)

@@ -1,4 +1,4 @@
-"""What a record may be: a chat (`messages`, `tools`) or plain `text`; validation and identity (level 2)."""
+"""What a record is: chat, plain text, preference or feedback; its identity and the texts in it (level 2)."""
 
 from __future__ import annotations
 
@@ -6,44 +6,123 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+from forge_ray.config.data import Mapping, Shape
+from forge_ray.data.columns import lookup
+from forge_ray.data.images import Images, ReadImage
+from forge_ray.data.shapes import convert
+from forge_ray.data.strict_json import MAX_DEPTH, Reject, checked, decode
+from forge_ray.data.turns import ROLES, content_of
 from forge_ray.records import canonical_json
 
+__all__ = [
+    "KINDS",
+    "MAX_DEPTH",
+    "RECORD_HEX",
+    "ROLES",
+    "DataRecord",
+    "Reject",
+    "parse_line",
+    "parse_record",
+    "require_mistral_ids",
+    "texts",
+    "with_texts",
+]
+
 KINDS = ("chat", "text", "preference", "feedback")
-ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id"}
 LABELS = {"role", "id", "type", "tool_call_id", "name", "tools", "image", "weight"}  # never free text
 RECORD_HEX = 24
-MAX_DEPTH = 64  # of nested lists and objects; Python's own limit depends on the version and on the caller
-
-
-class Reject(ValueError):
-    """A row that cannot be used; the text is the reason that the quarantine counts."""
 
 
 @dataclass(frozen=True)
 class DataRecord:
     """Normalised content of one row, and `meta`: columns that the run file names (licence, consent, subject), which are
-    neither trained nor part of the record's identity."""
+    neither trained nor part of the record's identity. `images` has the bytes of those that the content names."""
 
     content: dict[str, Any]
     kind: str = "chat"
     meta: dict[str, str] = field(default_factory=dict)
+    images: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """Canonical JSON of the content: checked, hashed and written, so made once. Contents are replaced, never changed."""
+        return canonical_json(self.content)
 
     @property
     def id(self) -> str:
         """`rec_<24 hex>`: a hash of the content, the same wherever the row is found."""
-        return "rec_" + hashlib.sha256(canonical_json(self.content)).hexdigest()[:RECORD_HEX]
+        return "rec_" + hashlib.sha256(self.canonical).hexdigest()[:RECORD_HEX]
 
     @property
     def json(self) -> str:
-        return canonical_json(self.content).decode()
+        return self.canonical.decode()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = self.content.get("messages", [])
         return messages
+
+
+def parse_line(
+    raw: bytes,
+    shape: Shape = "auto",
+    mapping: Mapping | None = None,
+    keep: tuple[str, ...] = (),
+    read_image: ReadImage | None = None,
+) -> DataRecord:
+    """One JSONL line to a record; raises `Reject`."""
+    return parse_record(decode(raw), shape, mapping, keep, read_image)
+
+
+def parse_record(
+    value: Any,
+    shape: Shape = "auto",
+    mapping: Mapping | None = None,
+    keep: tuple[str, ...] = (),
+    read_image: ReadImage | None = None,
+) -> DataRecord:
+    """A decoded row to a record; columns that its shape does not name are metadata, kept only where `keep` says so.
+    `read_image` reads a path relative to the rows' own file."""
+    if not isinstance(value, dict):
+        raise Reject("not an object")
+    images: dict[str, bytes] = {}
+    try:
+        kind, row = convert(value, shape, mapping)
+        content = row if kind == "text" else content_of(kind, row, Images(read_image, images))
+    except RecursionError:  # comparing or printing what the row holds besides its turns
+        raise Reject("nested too deeply") from None
+    record = DataRecord(content, kind, _meta(value, keep) if keep else {}, images)
+    record.__dict__["canonical"] = checked(content)  # the property's own place: what was checked is what is hashed
+    return record
+
+
+def _meta(value: dict[str, Any], keep: tuple[str, ...]) -> dict[str, str]:
+    meta: dict[str, str] = {}
+    for name in keep:
+        found = lookup(value, name)
+        if found is None or isinstance(found, (dict, list, tuple, bytes)):
+            continue
+        meta[name] = ("true" if found else "false") if isinstance(found, bool) else _plain(found)
+    return meta
+
+
+def _plain(value: Any) -> str:
+    try:
+        text = str(value)
+        text.encode()
+    except UnicodeEncodeError:
+        raise Reject("lone surrogate") from None
+    except ValueError:  # more digits than Python writes
+        raise Reject("a number is not finite") from None
+    if "\x00" in text:
+        raise Reject("a NUL character")
+    return text
+
+
+# ---------------------------------------------------------------- texts
 
 
 def texts(record: DataRecord) -> list[str]:
@@ -65,95 +144,38 @@ def _walk(value: Any, change: Callable[[str], str]) -> Any:
         return [_walk(item, change) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: item if key in LABELS else _walk(item, change) for key, item in value.items()}
+    return {
+        key: item if key in LABELS else _arguments(item, change) if key == "arguments" else _walk(item, change)
+        for key, item in value.items()
+    }
 
 
-def parse_line(raw: bytes) -> DataRecord:
-    """One JSONL line to a record; raises `Reject`."""
-    try:
-        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
-    except UnicodeDecodeError:
-        raise Reject("not UTF-8") from None
-    except Reject:
-        raise
-    except ValueError:
-        raise Reject("not JSON") from None
-    except RecursionError:
-        raise Reject("nested too deeply") from None
-    return parse_record(value)
+def _arguments(text: Any, change: Callable[[str], str]) -> Any:
+    """Tool arguments are JSON in a string: only the strings in it are text, and what is not changed keeps its form."""
+    if not isinstance(text, str):
+        return _leaves(text, change)
+    before = json.loads(text)
+    after = _leaves(before, change)
+    return text if after == before else json.dumps(after, ensure_ascii=False)
 
 
-def _no_constant(name: str) -> Any:
-    raise Reject("not JSON")  # NaN and Infinity are Python's, not JSON's
+def _leaves(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_leaves(item, change) for item in value]
+    return {key: _leaves(item, change) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def parse_record(value: Any) -> DataRecord:
-    """A decoded row to a record; columns other than `messages`, `tools` and `text` are metadata and not trained on."""
-    if not isinstance(value, dict):
-        raise Reject("not an object")
-    messages, text = value.get("messages"), value.get("text")
-    if (messages is None) == (text is None):
-        raise Reject("needs either `messages` or `text`")
-    if text is not None:
-        if not isinstance(text, str):
-            raise Reject("`text` is not a string")
-        if not text.strip():
-            raise Reject("`text` is empty")
-        record = DataRecord({"text": text}, "text")
-    else:
-        if not isinstance(messages, list) or not messages:
-            raise Reject("`messages` is not a non-empty list")
-        content: dict[str, Any] = {"messages": [_message(message) for message in messages]}
-        if tools := value.get("tools"):
-            if not isinstance(tools, list):
-                raise Reject("`tools` is not a list")
-            content["tools"] = tools
-        record = DataRecord(content)
-        if not any(message["role"] == "assistant" and message.get("weight", 1) for message in record.messages):
-            raise Reject("no assistant turn to train on")
-    if _too_deep(record.content):
-        raise Reject("nested too deeply")
-    try:
-        canonical_json(record.content)
-    except UnicodeEncodeError:
-        raise Reject("lone surrogate") from None
-    except ValueError:
-        raise Reject("a number is not finite") from None
-    except TypeError:  # a date or bytes in a Parquet column
-        raise Reject("a value is of a type that JSON lacks") from None
-    return record
+# ---------------------------------------------------------------- tokenizers
 
 
-def _too_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        nested = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
-        level = [child for children in nested for child in children]
-        if not level:
-            return False
-    return True
-
-
-def _message(value: Any) -> dict[str, Any]:
-    """One message without its empty fields, so that a Parquet row and a JSON line of the same chat are the same record."""
-    if not isinstance(value, dict):
-        raise Reject("a message is not an object")
-    message = {key: item for key, item in value.items() if item is not None and (key, item) != ("tool_calls", [])}
-    if unknown := set(message) - MESSAGE_KEYS:
-        raise Reject(f"a message has an unknown key {sorted(unknown)[0][:40]!r}")
-    if message.get("role") not in ROLES:
-        raise Reject("a message has no known role")
-    content, calls = message.get("content"), message.get("tool_calls")
-    if calls is not None and (message["role"] != "assistant" or not isinstance(calls, list)):
-        raise Reject("`tool_calls` is not a list of an assistant turn")
-    if content is None and not calls:
-        raise Reject("a message has no content")
-    if content is not None and not isinstance(content, str):
-        raise Reject("a message's content is not a string")
-    if message["role"] == "assistant" and not calls and not str(content).strip():
-        raise Reject("an assistant turn is empty")
-    weight = message.get("weight", 1)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise Reject("a message's weight is not 0 or 1")
-    message.pop("weight", None)
-    return message if weight else {**message, "weight": 0}  # a Parquet column may say 0.0
+def require_mistral_ids(record: DataRecord) -> None:
+    """Mistral's tokenizers take calls only with ids of nine letters and digits; other templates do not care."""
+    turns = [*record.messages, *(turn for key in ("chosen", "rejected", "answer") for turn in record.content.get(key, []))]
+    for turn in turns:
+        names = [call.get("id", "") for call in turn.get("tool_calls", [])]
+        if turn["role"] == "tool":
+            names.append(turn.get("tool_call_id", ""))
+        if any(len(name) != 9 or not (name.isascii() and name.isalnum()) for name in names):
+            raise Reject("a tool call's id is not nine letters or digits")

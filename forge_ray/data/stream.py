@@ -8,6 +8,7 @@ the same with the same function. The whole state is the step: there is nothing t
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from forge_ray.data.dataset import SHARD_BLOCKS
 from forge_ray.data.order import Order
 from forge_ray.data.pack import positions
 from forge_ray.records import DatasetManifest
@@ -42,11 +42,12 @@ class Rows:
     sequence_length: int
     num_rows: int
     block_rows: int
+    shard_rows: tuple[int, ...]
 
     @classmethod
     def of(cls, store: Store, manifest: DatasetManifest, split: str) -> Rows:
         stats = manifest.splits[split]
-        return cls(store, manifest.id, split, manifest.sequence_length, stats.num_rows, stats.block_rows)
+        return cls(store, manifest.id, split, manifest.sequence_length, stats.num_rows, stats.block_rows, stats.shard_rows)
 
     def block(self, number: int) -> Arrays:
         """Every row of a block: int32 [rows, sequence_length] per column."""
@@ -86,9 +87,17 @@ def model_inputs(rows: Arrays) -> Arrays:
 
 
 def _read_block(rows: Rows, number: int, columns: tuple[str, ...]) -> pa.Table:
-    shard, group = divmod(number, SHARD_BLOCKS)
+    starts = _shard_starts(rows)
+    shard = bisect.bisect_right(starts, number) - 1
     with READING:
-        return _shard(rows, shard).read_row_group(group, columns=list(columns))
+        return _shard(rows, shard).read_row_group(number - starts[shard], columns=list(columns))
+
+
+@lru_cache(maxsize=16)
+def _shard_starts(rows: Rows) -> list[int]:
+    """The number of each shard's first block."""
+    blocks = (-(-count // rows.block_rows) for count in rows.shard_rows)
+    return list(itertools.accumulate(blocks, initial=0))[:-1]
 
 
 @lru_cache(maxsize=64)

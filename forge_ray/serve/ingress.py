@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from forge_ray.config.release import DeployConfig
-from forge_ray.data.chat import prompt_ids
+from forge_ray.data.chat import ChatTokenizer
 from forge_ray.data.schema import Reject
 from forge_ray.errors import EngineError
 from forge_ray.inference.engine import Engine, GenerationRequest
@@ -49,7 +49,7 @@ class Served:
     deployment: Deployment
     config: DeployConfig
     engine: Engine
-    tokenizer: Any
+    tokenizer: ChatTokenizer
     stop_token_ids: tuple[int, ...]
     max_request_tokens: int
     metrics: Metrics
@@ -232,22 +232,22 @@ async def _generation_request(served: Served, wanted: ChatRequest | CompletionRe
     )
 
 
-def _prompt_ids(tokenizer: Any, wanted: ChatRequest | CompletionRequest) -> list[int]:
+def _prompt_ids(tokenizer: ChatTokenizer, wanted: ChatRequest | CompletionRequest) -> list[int]:
     """The prompt as token ids: the version's own chat template, or plain text, or the ids that were sent."""
     if isinstance(wanted, ChatRequest):
-        if not tokenizer.chat_template:
+        if not tokenizer.has_chat:
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
         try:
-            return prompt_ids(tokenizer, [message.for_template() for message in wanted.messages])
+            return tokenizer.prompt_ids([message.for_template() for message in wanted.messages])
         except Reject as error:
             raise ApiError(400, str(error), param="messages") from None
     prompt = wanted.prompt[0] if isinstance(wanted.prompt, list) and isinstance(wanted.prompt[0], str) else wanted.prompt
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        return tokenizer.text_ids([prompt])[0]
     ids = [int(token_id) for token_id in prompt]
-    outside = [token_id for token_id in ids if not 0 <= token_id < len(tokenizer)]
+    outside = [token_id for token_id in ids if not 0 <= token_id < tokenizer.vocab_size]
     if outside:
-        raise ApiError(400, f"prompt: token id {outside[0]} is not in 0..{len(tokenizer) - 1}", param="prompt")
+        raise ApiError(400, f"prompt: token id {outside[0]} is not in 0..{tokenizer.vocab_size - 1}", param="prompt")
     return ids
 
 

@@ -14,6 +14,7 @@ from ray import serve
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
+from forge_ray.data.chat import load_tokenizer_dir
 from forge_ray.errors import EngineError, StoreError
 from forge_ray.inference.transformers_engine import load_engine
 from forge_ray.records import Deployment, ModelVersion
@@ -58,8 +59,6 @@ def end_token_ids(tokenizer: Any, model_dir: Path) -> tuple[int, ...]:
 
 def load_served(deployment: Deployment, store: Store, replica: str) -> Served:
     """Load the deployment's model version and start its engine."""
-    from transformers import AutoTokenizer
-
     config = parse(DeployConfig, deployment.config)
     version, model_dir, adapter_dir = model_dirs(store, deployment.model_version)
     if version.files_digest != deployment.model_digest:
@@ -67,7 +66,7 @@ def load_served(deployment: Deployment, store: Store, replica: str) -> Served:
             f"{version.id} has digest {version.files_digest}, its deployment was made for {deployment.model_digest}",
             hint="deploy the version again",
         )
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer_dir(model_dir)
     engine = load_engine(model_dir, adapter_dir, config.engine, use_gpu=config.gpus_per_replica > 0)
     return Served(
         deployment=deployment,

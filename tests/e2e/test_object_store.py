@@ -17,15 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from forge_ray.catalog import Catalog
 from forge_ray.config.data import DataConfig
 from forge_ray.data import dataset
-from forge_ray.data.ingest import index_file, read_chunk
+from forge_ray.data.build import build, index_sources
+from forge_ray.data.ingest import expand, index_file
 from forge_ray.data.order import Order
+from forge_ray.data.readers import read_raw
 from forge_ray.data.stream import Feed, Rows, local_batches, ray_batches
-from forge_ray.errors import NotFound, StoreError
+from forge_ray.errors import DataError, NotFound, StoreError
 from forge_ray.import_model import import_model
 from forge_ray.records import ModelVersion
 from forge_ray.store import MANIFEST, Store
@@ -138,6 +141,44 @@ def test_catalogue(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert catalog.model("live") == second
 
 
+def test_sources_in_a_bucket(bucket: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Globs, names that a URI must escape, a saved dataset, checksums and the images of rows."""
+    place, options = bucket.uri.split("?")
+    place = place.replace("user:secret@", "")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    texts = {"in/a 1.jsonl": b'{"text": "a"}\n{"text": "b"}', "in/deep/c+d.jsonl": b'{"text": "c"}', "in/deep/e.md": b"d"}
+    for name, data in texts.items():
+        bucket.write(name, data)
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name.removeprefix('in/')}\n" for name, data in texts.items())
+    bucket.write("in/SHA256SUMS", sums.encode())
+    with pa.OSFile(str(tmp_path / "data.arrow"), "wb") as out:
+        table = pa.table({"text": ["saved"] * 3})
+        with pa.ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1)
+    bucket.write("saved/data-0.arrow", (tmp_path / "data.arrow").read_bytes())
+    bucket.write("saved/state.json", b'{"_data_files": [{"filename": "data-0.arrow"}]}')
+
+    def read(path: str, checksums: str = "") -> list[str]:
+        source = {"path": f"{place}/{path}?{options}", "checksums": checksums and f"{place}/{checksums}?{options}"}
+        found = expand(DataConfig.model_validate({"sources": [source]}))
+        indexed = [index_file(f.path, f.name, f.format, f.source, f.sha256, chunk_bytes=1) for f in found]
+        rows = [row for file in indexed for chunk in file.chunks for row in read_raw(chunk, 1 << 20)]
+        assert not [row.reason for row in rows if row.reason]
+        return [(json.loads(row.raw) if row.raw is not None else row.value)["text"] for row in rows]
+
+    assert read("in/*.jsonl") == ["a", "b"]
+    assert read("in/a%201.jsonl") == ["a", "b"]
+    assert read("in/**/*.*", "in/SHA256SUMS") == ["a", "b", "c", "d"]
+    assert read("in/deep/[c-d]*.jsonl") == ["c"]
+    assert read("sav*/*.arrow") == read("saved") == ["saved"] * 3
+    with pytest.raises(NotFound, match=r"no file matches 's3://bucket-.*none"):
+        read("in/none*.jsonl")
+    bucket.write("in/deep/e.md", b"changed")
+    with pytest.raises(DataError, match=r"has sha256 .* but its checksums file says"):
+        read("in/**/*.*", "in/SHA256SUMS")
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_dataset_is_built_and_read_in_the_bucket(
     bucket: Store, store: Store, tiny_model_dir: Path, tmp_path: Path
@@ -157,15 +198,15 @@ def test_a_dataset_is_built_and_read_in_the_bucket(
     config = DataConfig.model_validate(
         {"sources": [{"path": str(tmp_path / "rows.jsonl")}], "sequence_length": 64, "block_rows": 2}
     )
-    sources = dataset.index_sources(config)
-    built = {place: dataset.build("rows", config, base, place, sources) for place in (bucket, store)}
+    sources = index_sources(config)
+    built = {place: build("rows", config, base, place, sources) for place in (bucket, store)}
     assert built[bucket].id == built[store].id
     manifest = built[bucket]
     assert "secret" not in manifest.model_dump_json()
     where, options = bucket.uri.split("?")
     far_away = index_file(f"{where}/input/rows.jsonl?{options}", "rows.jsonl", "jsonl", chunk_bytes=1000)
     assert (far_away.sha256, far_away.num_lines) == (sources[0].sha256, 60)
-    assert [row.record.content for chunk in far_away.chunks for row in read_chunk(chunk) if row.record] == lines
+    assert [json.loads(row.raw or b"") for chunk in far_away.chunks for row in read_raw(chunk, 1 << 20)] == lines
     assert bucket.files(f"datasets/{manifest.id}") == manifest.files
     assert not [name for name in bucket.list("datasets", recursive=True) if not name.startswith(f"datasets/{manifest.id}/")]
     assert sum(len(dataset.read_records(bucket, manifest, split)) for split in dataset.SPLITS) == 60

@@ -57,6 +57,7 @@ def _shard(rows: list[PackedRow]) -> bytes:
         "loss_mask": [row.loss_mask for row in rows],
         "segment_ids": [row.segment_ids for row in rows],
         "records": [row.records for row in rows],
+        "sources": [[0] * len(row.records) for row in rows],
     }
     arrays = {name: pa.array([list(value) for value in values], PACKED.field(name).type) for name, values in columns.items()}
     sink = io.BytesIO()
@@ -87,6 +88,7 @@ def dataset(store: Store) -> DatasetManifest:
                 num_trained_tokens=sum(int(row.loss_mask.sum()) for row in rows),
                 rows_digest=digest([row.input_ids.tolist() for row in rows]),
                 block_rows=BLOCK_ROWS,
+                shard_rows=(len(rows),),
             )
             for split, rows in packed.items()
         },

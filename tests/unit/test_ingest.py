@@ -6,18 +6,21 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forge_ray.config.data import DataConfig
-from forge_ray.data.ingest import Row, expand, index_file, read_chunk
-from forge_ray.data.schema import DataRecord, parse_record
+from forge_ray.data.ingest import expand, index_file
+from forge_ray.data.readers import read_raw
+from forge_ray.data.schema import DataRecord, Reject, parse_line, parse_record
 from forge_ray.errors import ConfigError, DataError, NotFound
 
 pytestmark = pytest.mark.unit
@@ -48,11 +51,31 @@ BAD: dict[str, Callable[[random.Random, bytes], bytes]] = {
 }
 
 
-def read(path: Path, chunk_bytes: int, format: str = "jsonl") -> list[Row]:
-    indexed = index_file(str(path), path.name, format, chunk_bytes)
+@dataclass(frozen=True)
+class Row:
+    line: int
+    offset: int
+    raw_sha256: str
+    record: DataRecord | None
+    reason: str = ""
+
+
+def read(path: Path, chunk_bytes: int, format: str = "jsonl", limit: int = 1 << 24) -> list[Row]:
+    """Index, read and parse, as the pipeline does."""
+    indexed = index_file(str(path), path.name, format, chunk_bytes=chunk_bytes)
     assert indexed.size == path.stat().st_size
     assert indexed.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    return [row for chunk in indexed.chunks for row in read_chunk(chunk)]
+    rows = []
+    for chunk in indexed.chunks:
+        for raw in read_raw(chunk, limit):
+            record, reason = None, raw.reason
+            if not reason:
+                try:
+                    record = parse_record(raw.value) if raw.raw is None else parse_line(raw.raw)
+                except Reject as error:
+                    reason = str(error)
+            rows.append(Row(raw.line, raw.offset, raw.sha256, record, reason))
+    return rows
 
 
 @given(
@@ -94,12 +117,38 @@ def test_every_good_row_survives_and_every_bad_one_is_found(
     assert rows == read(path, 1 << 20)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 100_000, 1 << 30])
+def test_ten_thousand_lines(tmp_path: Path, chunk_bytes: int) -> None:
+    """Every good row is kept, and each bad one reported with its line, offset and digest."""
+    chosen = random.Random(7)
+    kinds = [chosen.choice(["good"] * 20 + sorted(set(BAD) - {"nested", "very long"})) for _ in range(10_000)]
+    kinds[123] = kinds[9_000] = "over the limit"
+    lines = [
+        line(n) if kind == "good" else b"x" * 50_000 if kind == "over the limit" else BAD[kind](chosen, line(n))
+        for n, kind in enumerate(kinds)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    rows = read(path, chunk_bytes, limit=45_000)
+    offsets = [0]
+    for each in lines:
+        offsets.append(offsets[-1] + len(each) + 1)
+    places = [(n + 1, offsets[n], hashlib.sha256(each).hexdigest()) for n, each in enumerate(lines)]
+    assert [(row.line, row.offset, row.raw_sha256) for row in rows] == places
+    for kind, row in zip(kinds, rows, strict=True):
+        assert row.record == (parse_record(good(row.line - 1)) if kind == "good" else None)
+        assert bool(row.reason) == (kind != "good")
+        assert (row.reason == "longer than max_line_bytes") == (kind == "over the limit")
+
+
 def test_chunks_are_whole_lines_that_cover_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(line(i) for i in range(200)))
-    indexed = index_file(str(path), "rows.jsonl", "jsonl", 1000)
+    indexed = index_file(str(path), "rows.jsonl", "jsonl", chunk_bytes=1000)
     assert indexed.num_lines == 200
     assert len(indexed.chunks) > 10
+    assert len({chunk.key for chunk in indexed.chunks}) == len(indexed.chunks)
+    assert indexed.chunks == index_file(str(path), "rows.jsonl", "jsonl", chunk_bytes=1000).chunks
     assert indexed.chunks[0].start == 0
     assert indexed.chunks[-1].end == indexed.size
     data = path.read_bytes()
@@ -144,27 +193,6 @@ def test_parquet_gives_the_records_of_jsonl(tmp_path: Path, group_rows: int) -> 
     assert index_file(str(tmp_path / "rows.parquet"), "rows.parquet", "parquet").num_lines == 13
 
 
-def test_one_bad_value_in_parquet_costs_one_row(tmp_path: Path) -> None:
-    texts = pa.StringArray.from_buffers(  # Parquet promises UTF-8, and nobody checks
-        3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")
-    )
-    path = tmp_path / "rows.parquet"
-    far = pa.array([2**60] * 3, pa.timestamp("us"))  # a date that Python cannot hold, in a column that does not count
-    pq.write_table(pa.table({"text": texts, "when": far}), path)
-    rows = read(path, 1, "parquet")
-    assert [(row.record, row.reason) for row in rows] == [
-        (DataRecord({"text": "a"}, "text"), ""),
-        (None, "not UTF-8"),
-        (DataRecord({"text": "b"}, "text"), ""),
-    ]
-
-
-def test_parquet_without_a_column_that_counts(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "rows.parquet")
-    rows = read(tmp_path / "rows.parquet", 1, "parquet")
-    assert [(row.line, row.reason) for row in rows] == [(n, "needs either `messages` or `text`") for n in (1, 2)]
-
-
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "footer"])
 def test_an_unreadable_parquet_file_is_one_rejected_row(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "rows.parquet"
@@ -174,9 +202,7 @@ def test_an_unreadable_parquet_file_is_one_rejected_row(tmp_path: Path, damage: 
         {"empty": b"", "text": line(1), "cut": whole[: len(whole) // 2], "footer": whole[:-40] + bytes(40)}[damage]
     )
     rows = read(path, 1, "parquet")
-    assert [(row.file, row.line, row.record, row.reason) for row in rows] == [
-        ("rows.parquet", 1, None, "unreadable Parquet file")
-    ]
+    assert [(row.line, row.record, row.reason) for row in rows] == [(1, None, "unreadable Parquet file")]
 
 
 def test_a_torn_row_group_does_not_cost_the_others(tmp_path: Path) -> None:
@@ -194,25 +220,181 @@ def test_a_torn_row_group_does_not_cost_the_others(tmp_path: Path) -> None:
     assert torn.reason.startswith("unreadable row group: ")
 
 
+def test_a_file_of_the_same_bytes_has_the_same_keys(tmp_path: Path) -> None:
+    """A piece of work is found again although its file was moved; another source or format is another piece."""
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    for path in (one, two):
+        path.write_bytes(b"\n".join(line(n) for n in range(100)))
+    keys = [
+        [chunk.key for chunk in index_file(str(path), path.name, "jsonl", chunk_bytes=1000).chunks] for path in (one, two)
+    ]
+    assert keys[0] == keys[1]
+    assert index_file(str(one), one.name, "text").chunks[0].key not in keys[0]
+
+
+def test_a_file_that_differs_from_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line(1))
+    expected = hashlib.sha256(line(1)).hexdigest()
+    assert index_file(str(path), "rows.jsonl", "jsonl", 0, expected).sha256 == expected
+    path.write_bytes(line(2))
+    with pytest.raises(DataError, match=rf"rows\.jsonl has sha256 [0-9a-f]+, but its checksums file says {expected}"):
+        index_file(str(path), "rows.jsonl", "jsonl", 0, expected)
+
+
+# ---------------------------------------------------------------- sources
+
+
+def names(*sources: dict[str, str]) -> list[tuple[str, str, int]]:
+    return [(f.name, f.format, f.source) for f in expand(DataConfig.model_validate({"sources": sources}))]
+
+
+def fill(folder: Path, *files: str) -> None:
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(name.encode())
+
+
 def test_sources_are_files_or_globs_sorted_and_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("b.jsonl", "a.ndjson", "deep/c.parquet", "rows.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-
-    def names(*sources: dict[str, str]) -> list[tuple[str, str]]:
-        return [(name, format) for _, name, format in expand(DataConfig.model_validate({"sources": sources}))]
-
-    assert names({"path": "*.*json*"}, {"path": "b.jsonl"}, {"path": "**/*.parquet"}) == [
-        ("a.ndjson", "jsonl"),
-        ("b.jsonl", "jsonl"),
-        ("deep/c.parquet", "parquet"),
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fill(tmp_path, "b.jsonl", "a.ndjson", "deep/c.parquet", "rows.data", "home/x.csv", "odd [1].jsonl")
+    assert names({"path": "?.*json*"}, {"path": "b.jsonl"}, {"path": "**/*.parquet"}) == [
+        ("a.ndjson", "jsonl", 0),
+        ("b.jsonl", "jsonl", 0),
+        ("deep/c.parquet", "parquet", 2),
     ]
-    assert names({"path": str(tmp_path / "rows.txt"), "format": "jsonl"}) == [("rows.txt", "jsonl")]
+    assert names({"path": str(tmp_path / "rows.data"), "format": "jsonl"}) == [("rows.data", "jsonl", 0)]
+    assert names({"path": "~/*.csv"}) == [("home/x.csv", "csv", 0)]
+    assert names({"path": "odd [1].jsonl"}) == [("odd [1].jsonl", "jsonl", 0)]
     with pytest.raises(NotFound, match=r"no file matches 'none\*\.jsonl'"):
         names({"path": "none*.jsonl"})
+    with pytest.raises(DataError, match=r"rows\.data' is that of no known format"):
+        names({"path": "rows.data"})
+    with pytest.raises(
+        DataError, match=r"is a folder, and holds no dataset .*\nhint: name its files, for example .*deep/\*\*/"
+    ):
+        names({"path": "deep"})
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://user:secret@bucket/rows.jsonl", "abfss://box/a.jsonl?client_secret=secret", "gs://secret@b/*"]
+)
+def test_a_source_with_a_password_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="carries a user name or password") as error:
-        names({"path": "s3://user:secret@bucket/rows.jsonl"})
-    assert "secret" not in str(error.value)
-    with pytest.raises(DataError, match=r"rows\.txt' ends neither in \.jsonl nor in \.parquet"):
-        names({"path": "rows.txt"})
+        names({"path": uri})
+    assert "secret@" not in str(error.value)
+    assert "=secret" not in str(error.value)
+
+
+TEXTS = "txt md rst py java c cpp h go rs js ts sql sh yaml yml toml xml cs rb php scala kt r m tex R txt.gz"
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("a.jsonl.gz", "jsonl"),
+        ("a.ndjson.zst", "jsonl"),
+        ("A.JSON", "json"),
+        ("a.csv.gz", "csv"),
+        ("a.tsv", "csv"),
+        ("a.arrow", "arrow"),
+        ("a.html", "html"),
+        ("a.v2.htm", "html"),
+        ("a.pdf", "pdf"),
+        ("a.docx", "docx"),
+        *((f"a.{ending}", "text") for ending in TEXTS.split()),
+    ],
+)
+def test_formats_by_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, format: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, name)
+    assert names({"path": name}) == [(name, format, 0)]
+
+
+def test_what_is_compressed_inside_is_not_unpacked(tmp_path: Path) -> None:
+    fill(tmp_path, "a.parquet.gz")
+    with pytest.raises(DataError, match=r"is parquet in \.gz"):
+        names({"path": str(tmp_path / "a.parquet.gz")})
+
+
+def test_globs_in_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "data", "a 1.jsonl", "b.jsonl", "c/d.jsonl", "c/e/f.jsonl", "c/e/g.txt", ".hidden/h.jsonl", "c/.i.jsonl")
+
+    def found(pattern: str, base: str) -> list[str]:
+        paths = [f.path for f in expand(DataConfig.model_validate({"sources": [{"path": f"{base}/{pattern}"}]}))]
+        for path in paths:
+            assert index_file(path, path, "text").size > 0
+        return [path.removeprefix(base).removesuffix("?region=x").lstrip("/") for path in paths]
+
+    def bucket(uri: str) -> tuple[pafs.FileSystem, str]:
+        place, _, options = uri.partition("?")
+        assert options in ("", "region=x")
+        inside = pafs.FileSystem.from_uri(place.replace("box://", "file:///"))[1].lstrip("/")
+        return pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), inside
+
+    expected = {
+        "*.jsonl": ["a 1.jsonl", "b.jsonl"],
+        "?.jsonl": ["b.jsonl"],
+        "[ac]*.jsonl": ["a 1.jsonl"],
+        "**/*.jsonl": ["a 1.jsonl", "b.jsonl", "c/d.jsonl", "c/e/f.jsonl"],
+        "c/**": ["c/d.jsonl", "c/e/f.jsonl", "c/e/g.txt"],
+        "c/*/[fg].*": ["c/e/f.jsonl", "c/e/g.txt"],
+        "a%201.jsonl": ["a 1.jsonl"],
+    }
+    for pattern, files in expected.items():
+        assert found(pattern, f"file://{tmp_path}/data") == [f"{tmp_path}/data/{file}".lstrip("/") for file in files]
+    for module in ("find", "lines"):
+        monkeypatch.setattr(f"forge_ray.data.{module}.filesystem_of", bucket)
+    for pattern, files in expected.items():
+        assert found(pattern, "box://data") == [file.replace(" ", "%20") for file in files]
+        assert found(pattern + "?region=x", "box://data") == [file.replace(" ", "%20") for file in files]
+    with pytest.raises(NotFound, match="no file matches"):
+        found("none/*", "box://data")
+
+
+def test_folders_of_saved_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset, DatasetDict
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    one, two = (Dataset.from_list([{"text": f"{split} {n}"} for n in range(100)]) for split in ("one", "two"))
+    one.save_to_disk("alone", num_shards=2)
+    DatasetDict({"train": one, "test": two}).save_to_disk("both")
+    assert names({"path": "alone"}) == [(f"alone/data-0000{n}-of-00002.arrow", "arrow", 0) for n in (0, 1)]
+    assert names({"path": f"file://{tmp_path}/alone"}) == names({"path": "alone"})
+    files = names({"path": "both"})
+    assert [name for name, _, _ in files] == [f"both/{split}/data-00000-of-00001.arrow" for split in ("test", "train")]
+    records = [row.record.content["text"] for row in read(tmp_path / files[0][0], 1, "arrow") if row.record]
+    assert records == [f"two {n}" for n in range(100)]
+    (tmp_path / "alone/data-00001-of-00002.arrow").unlink()
+    with pytest.raises(NotFound, match=r"data-00001-of-00002\.arrow' is missing, which state\.json lists"):
+        names({"path": "alone"})
+
+
+def test_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "rows/a.jsonl", "rows/b c.jsonl", "rows/read.me")
+    sums = tmp_path / "rows/SHA256SUMS"
+
+    def write(*files: str) -> None:
+        sums.write_text("".join(f"{hashlib.sha256(f'rows/{f}'.encode()).hexdigest()}  {f}\n" for f in files))
+
+    def found() -> list[str]:
+        source = {"path": "rows/*.jsonl", "checksums": "rows/SHA256SUMS"}
+        return [f.sha256 for f in expand(DataConfig.model_validate({"sources": [source]}))]
+
+    write("a.jsonl", "b c.jsonl", "read.me")
+    assert found() == [hashlib.sha256(f"rows/{f}".encode()).hexdigest() for f in ("a.jsonl", "b c.jsonl")]
+    write("a.jsonl")
+    with pytest.raises(DataError, match=r"has no line for rows/b c\.jsonl \(1 files\)"):
+        found()
+    write("a.jsonl", "b c.jsonl", "gone.jsonl")
+    with pytest.raises(DataError, match=r"lists what is not there: rows/gone\.jsonl \(1 files\)\nhint: restore"):
+        found()
+    sums.write_text("d41d8cd98f00b204e9800998ecf8427e  a.jsonl\n")
+    with pytest.raises(DataError, match=r"line 1 of .* is not a sha256 and a file name"):
+        found()
+    sums.unlink()
+    with pytest.raises(NotFound, match="no checksums file"):
+        found()

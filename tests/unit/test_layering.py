@@ -28,7 +28,9 @@ ROWS: tuple[set[str], ...] = (
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},
-    {"cli"},  # L6
+    {"verbs"},  # L6
+    {"cli_data"},
+    {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 

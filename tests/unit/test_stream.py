@@ -6,24 +6,32 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forge_ray.data.dataset import SHARD_BLOCKS, _content_digest, _packed_table
+from forge_ray.data.dataset import content_digest
 from forge_ray.data.order import Order
-from forge_ray.data.pack import Document, PackedRow, pack
+from forge_ray.data.pack import Document, PackedRow, PackedRows, pack
+from forge_ray.data.shards import packed_table
 from forge_ray.data.stream import Arrays, Feed, Rows, local_batches
 from forge_ray.store import Store
 
 pytestmark = pytest.mark.unit
 LENGTH, BLOCK_ROWS, GLOBAL_BATCH = 8, 3, 24
 WORLD_SIZES = (1, 2, 3, 4, 6, 8)
+SHARD_ROWS = (64 * BLOCK_ROWS, 2 * BLOCK_ROWS, 40)  # shards differ in length; only the last ends in a short block
+
+
+def table_of(rows: list[PackedRow]) -> pa.Table:
+    columns = (np.stack([getattr(row, name) for row in rows]) for name in ("input_ids", "loss_mask", "segment_ids"))
+    return packed_table(PackedRows(*columns, []), [row.records for row in rows], [[0] * len(row.records) for row in rows])
 
 
 @pytest.fixture(scope="module")
 def packed() -> list[PackedRow]:
     """More blocks than one shard holds, and a short last one; no two rows are equal."""
-    count = SHARD_BLOCKS * BLOCK_ROWS + 40
+    count = sum(SHARD_ROWS)
     documents = [
         Document(f"rec_{i}_{part}", [i + 1] * (LENGTH // 2), [1] * (LENGTH // 2)) for i in range(count) for part in "ab"
     ]
@@ -38,11 +46,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory, packed: list[PackedRow]) -> R
     store = Store(str(tmp_path_factory.mktemp("store")))
     folder = Path(store.root) / "datasets/ds_x/packed/train"
     folder.mkdir(parents=True)
-    shard_rows = SHARD_BLOCKS * BLOCK_ROWS
-    for number, start in enumerate(range(0, len(packed), shard_rows)):
-        table = _packed_table(packed[start : start + shard_rows])
+    for number, start in enumerate(itertools.accumulate(SHARD_ROWS[:-1], initial=0)):
+        table = table_of(packed[start : start + SHARD_ROWS[number]])
         pq.write_table(table, folder / f"shard-{number:05d}.parquet", row_group_size=BLOCK_ROWS)
-    return Rows(store, "ds_x", "train", LENGTH, len(packed), BLOCK_ROWS)
+    return Rows(store, "ds_x", "train", LENGTH, len(packed), BLOCK_ROWS, SHARD_ROWS)
 
 
 def feed(rows: Rows, rank: int, world_size: int, first_step: int, num_steps: int) -> Feed:
@@ -55,7 +62,7 @@ def equal(left: Arrays, right: Arrays) -> bool:
 
 
 def test_take_gives_the_rows_asked_for(rows: Rows, packed: list[PackedRow]) -> None:
-    wanted = [len(packed) - 1, 0, 1, SHARD_BLOCKS * BLOCK_ROWS, 0, 5]
+    wanted = [len(packed) - 1, 0, 1, SHARD_ROWS[0], 0, 5]
     found = rows.take(wanted)
     for place, number in enumerate(wanted):
         for name in ("input_ids", "loss_mask", "segment_ids"):
@@ -63,7 +70,7 @@ def test_take_gives_the_rows_asked_for(rows: Rows, packed: list[PackedRow]) -> N
 
 
 def test_records_are_those_inside_each_row(rows: Rows, packed: list[PackedRow]) -> None:
-    wanted = [len(packed) - 1, 0, SHARD_BLOCKS * BLOCK_ROWS]
+    wanted = [len(packed) - 1, 0, SHARD_ROWS[0]]
     assert rows.records(wanted) == [packed[number].records for number in wanted]
     assert all(len(found) == 2 for found in rows.records(wanted))
 
@@ -121,18 +128,18 @@ def test_a_lane_reads_each_block_of_its_window_once(rows: Rows, monkeypatch: pyt
 
 def test_the_digest_of_a_shard_is_over_its_values(packed: list[PackedRow]) -> None:
     """However a reader batches the table, and whatever the Parquet file looks like."""
-    table = _packed_table(packed[:50])
+    table = table_of(packed[:50])
     batched = table.from_batches(table.to_batches(max_chunksize=7))
     assert batched.column(0).num_chunks > 1
-    assert _content_digest(batched) == _content_digest(table) == _content_digest(_packed_table(packed)[:50])
-    swapped = _packed_table([packed[1], packed[0], *packed[2:50]])
+    assert content_digest(batched) == content_digest(table) == content_digest(table_of(packed)[:50])
+    swapped = table_of([packed[1], packed[0], *packed[2:50]])
     other_records = [PackedRow(r.input_ids, r.loss_mask, r.segment_ids, ["rec_x", *r.records[1:]]) for r in packed[:50]]
-    assert len({_content_digest(t) for t in (table, swapped, _packed_table(other_records))}) == 3
+    assert len({content_digest(t) for t in (table, swapped, table_of(other_records))}) == 3
 
 
 def test_more_segments_than_sixteen_bits_count() -> None:
     """A row of 128k tokens can hold more than 32,767 short texts."""
     count = 40_000
     (row,) = pack([Document("rec", [1, 2], [0, 1])] * count, 2 * count, pad_id=0)
-    segments = _packed_table([row]).column("segment_ids")[0].as_py()
+    segments = table_of([row]).column("segment_ids")[0].as_py()
     assert (segments[0], segments[-1]) == (1, count)

@@ -1,0 +1,158 @@
+"""`forge data …`: prepare, list, show, card, diff, find, clean (level 6)."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from forge_ray.errors import ConfigError
+from forge_ray.verbs import Verbs, run_file, verb
+
+if TYPE_CHECKING:
+    from forge_ray.config.run import RunConfig
+    from forge_ray.store import Store
+
+
+@click.group(cls=Verbs)
+def data() -> None:
+    """Datasets: prepare, list, show, card, diff, find, clean."""
+
+
+@verb(data, "prepare")
+@run_file
+def data_prepare(store: Store, as_json: bool, config: RunConfig) -> Any:
+    """Rows → a packed, content-addressed dataset version."""
+    from forge_ray import pipeline
+
+    manifest = pipeline.prepare(config, store)
+    if not as_json:
+        from forge_ray.show import print_table
+
+        header = ("split", "records", "packed rows", "tokens", "trained tokens", "fill")
+        rows = []
+        for name, stats in manifest.splits.items():
+            room = max(1, stats.num_rows * manifest.sequence_length)
+            counts = (stats.num_records, stats.num_rows, stats.num_tokens, stats.num_trained_tokens)
+            rows.append((name, *(f"{count:,}" for count in counts), f"{stats.num_tokens / room:.1%}"))
+        print_table(manifest.id, header, rows)
+        for reason, count in manifest.rejects.items():
+            click.echo(f"  {count} × {reason}")
+    return manifest
+
+
+@verb(data, "list")
+def data_list(store: Store, as_json: bool) -> Any:
+    """Every dataset version."""
+    from forge_ray.catalog import Catalog
+    from forge_ray.records import DatasetManifest
+    from forge_ray.show import print_table
+
+    with Catalog(store) as index:
+        found = index.all(DatasetManifest)
+    if not as_json:
+        rows = [
+            (d.id, d.name, *(f"{d.splits[s].num_records:,}" for s in ("train", "validation", "test")), d.created_at[:19])
+            for d in found
+        ]
+        print_table("Datasets", ("dataset", "name", "train", "validation", "test", "created (UTC)"), rows)
+    return [manifest.model_dump(mode="json", exclude={"files"}) for manifest in found]
+
+
+@verb(data, "show")
+@click.argument("dataset", metavar="ds_…")
+@click.option("--rows", default=3, show_default=True, help="How many packed rows.")
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="train", show_default=True)
+def data_show(store: Store, as_json: bool, dataset: str, rows: int, split: str) -> Any:
+    """Packed rows token by token, trained tokens coloured, with the records inside."""
+    from forge_ray.catalog import Catalog
+    from forge_ray.show import packed_rows, print_packed_rows
+
+    with Catalog(store) as index:
+        shown = packed_rows(index, dataset, split, rows)
+    if not as_json:
+        print_packed_rows(shown)
+    return {"dataset": dataset, "split": split, "rows": shown}
+
+
+@verb(data, "card")
+@click.argument("dataset", metavar="ds_…")
+def data_card(store: Store, as_json: bool, dataset: str) -> Any:
+    """Counts, sources, licences, drops and a length histogram, written as cards/<id>/README.md of the store."""
+    from forge_ray.catalog import Catalog
+    from forge_ray.data.card import markdown, write_card
+    from forge_ray.records import DatasetManifest
+
+    with Catalog(store) as index:
+        manifest = index.get_as(DatasetManifest, dataset)
+    folder = write_card(store, manifest)
+    if not as_json:
+        click.echo(markdown(manifest))
+        click.echo(f"written: {store.place}/{folder}", err=True)
+    return {"dataset": dataset, "folder": f"{store.place}/{folder}", "manifest": manifest.model_dump(exclude={"files"})}
+
+
+@verb(data, "diff")
+@click.argument("old", metavar="ds_OLD")
+@click.argument("new", metavar="ds_NEW")
+def data_diff(store: Store, as_json: bool, old: str, new: str) -> Any:
+    """Records added, removed and changed between two versions, by source."""
+    from forge_ray.catalog import Catalog
+    from forge_ray.data.compare import diff
+    from forge_ray.records import DatasetManifest
+
+    with Catalog(store) as index:
+        found = diff(store, index.get_as(DatasetManifest, old), index.get_as(DatasetManifest, new))
+    if not as_json:
+        from forge_ray.show import print_table
+
+        kinds = ("added", "removed", "changed")
+        rows = [(name, *(f"{counts[kind]:,}" for kind in kinds)) for name, counts in found["by_source"].items()]
+        print_table(
+            f"{old} → {new}", ("source", *kinds), [*rows, ("all", *(f"{found['counts'][kind]:,}" for kind in kinds))]
+        )
+        for key, (before, after) in found["settings"].items():
+            click.echo(f"  {key}: {before} → {after}")
+        for kind in kinds:
+            for row in found[kind]:
+                was = f"  was {row['was']}" if kind == "changed" else ""
+                click.echo(f"  {kind:<8} {row['record']}  {row['file']}:{row['line']}{was}")
+    return found
+
+
+@verb(data, "find")
+@click.argument("record", metavar="rec_…", required=False, default="")
+@click.option("--subject", default="", help="Value of the subject column; - reads it from standard input.")
+@click.option("--key-file", default="", help="The HMAC key, where the run file named one.")
+def data_find(store: Store, as_json: bool, record: str, subject: str, key_file: str) -> Any:
+    """Which dataset versions hold a record, or any record of a person."""
+    from forge_ray.catalog import Catalog
+    from forge_ray.data.compare import holders
+    from forge_ray.data.subject import subject_digest, subject_key
+    from forge_ray.records import DatasetManifest
+
+    if bool(record) == bool(subject):
+        raise ConfigError("forge data find needs a record id or --subject, and one of them", hint="forge data find rec_…")
+    if subject == "-":  # an argument would stay in the shell's history
+        subject = sys.stdin.read().strip()
+    hashed = subject_digest(subject_key(store, key_file), subject) if subject else ""
+    with Catalog(store) as index:
+        found = holders(store, index.all(DatasetManifest), record, hashed)
+    if not as_json:
+        from forge_ray.show import print_table
+
+        rows = [(row["record"], row["dataset"], row["name"], row["split"], f"{row['file']}:{row['line']}") for row in found]
+        print_table(f"{len(found)} found", ("record", "dataset", "name", "split", "where"), rows)
+    return found
+
+
+@verb(data, "clean")
+def data_clean(store: Store, as_json: bool) -> Any:
+    """Remove the work area of dataset builds; the next build redoes what it would have found there."""
+    from forge_ray.data.work import clean
+
+    freed = clean(store)
+    if not as_json:
+        click.echo(f"removed {freed / 1e6:,.1f} MB")
+    return {"bytes": freed}

@@ -1,0 +1,47 @@
+"""What a tokenizer of a model offers to data preparation, evaluation and serving, and what it makes (level 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from forge_ray.data.schema import Reject
+
+Messages = Sequence[dict[str, Any]]
+Chat = tuple[Messages, list[Any] | None]  # messages and tools
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Token ids of one document and, of the same length, which of them are trained."""
+
+    ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.int8]
+    truncated: bool = False
+
+
+class ChatTokenizer(Protocol):
+    """What data preparation, evaluation and serving need of a model's tokenizer; raises `Reject`."""
+
+    @property
+    def end_of_turn_id(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_token_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def has_chat(self) -> bool: ...
+    def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]: ...
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]: ...
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str: ...
