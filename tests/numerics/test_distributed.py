@@ -18,7 +18,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "torch": {"engine": "torch", "zero_stage": 0},
     **{f"zero{stage}": {"zero_stage": stage} for stage in range(4)},
 }
-LOSS, NORM, WEIGHTS = 2e-6, 2e-6, 1e-5
+LOSS, NORM, WEIGHTS = 2e-6, 5e-6, 1e-5
 
 
 def both_worlds(jobs: Jobs, run: Run, name: str, **settings: Any) -> dict[str, TrainJob]:

@@ -50,7 +50,7 @@ def test_adapter_and_merged_exports_compute_the_same(jobs: Jobs, run: Run) -> No
     before = logits(load(base))
     with_adapter = logits(PeftModel.from_pretrained(load(base), str(export_of(adapter))))
     assert float((with_adapter - before).abs().max()) > 0.1  # it learnt something
-    torch.testing.assert_close(logits(load(export_of(merged))), with_adapter, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(load(export_of(merged))), with_adapter, rtol=1e-5, atol=2e-5)
     refuse_unsafe(export_of(merged))
 
 
