@@ -68,17 +68,18 @@ def _spans(text: str, kinds: frozenset[str], finders: Iterator[tuple[str, Callab
 # ---------------------------------------------------------------- personal data
 
 _NUMBERS = re.compile(r"\d(?:[^\d\n]{0,3}\d){3}")  # four digits near each other: the least that any number below has
-_EMAIL = re.compile(
-    r"(?<![\w.+-])[\w.!#$%&'*+/=?^`{|}~-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w-])"
-)
+_LOCAL_PART = r"\w(?:[\w.!#$%&'*+^~-]{0,62}[\w+-])?"  # of RFC 5321, less what separates fields of a log: = / { | `
+_EMAIL = re.compile(rf"(?<![\w.+-]){_LOCAL_PART}@(?:[^\W_](?:[\w-]{{0,61}}[^\W_])?\.){{1,8}}[^\W\d_]{{2,24}}(?![\w-])")
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]){11,30}")
 _CARD = re.compile(r"(?<![\w.,+-])\d(?:[ -]?\d){12,18}(?![\w-])")
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
 _VERSION = re.compile(r"(?i)(?:\bv|version|release|ver\.?|rev\.?)[\s:=]*$")
 _SEPARATED = r"[ ./-]?(?:\(\d{1,4}\)[ ./-]?)?\d"
-_INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\+|00(?=[1-9]))[1-9](?:{_SEPARATED}){{7,14}}(?!\w)")
-_NATIONAL = re.compile(r"(?<![\w.,/+-])\(?0[1-9]\d{0,4}\)?(?: ?[/-] ?| )\d{2,8}(?:[ -]\d{2,4}){0,4}(?![\w-]|[.,:]\d)")
+_INTERNATIONAL = re.compile(rf"(?<![\w+])(?<!\d )(?:\+|00(?=[1-9]))[1-9](?:{_SEPARATED}){{7,14}}(?!\w)")
+_NATIONAL = re.compile(
+    r"(?<![\w.,/+-])(?<!\d )\(?0[1-9]\d{0,4}\)?(?: ?[/-] ?| )\d{2,8}(?:[ -]\d{2,4}){0,4}(?![\w-]|[.,:]\d)"
+)
 _AMERICAN = re.compile(r"(?<![\w.,/+-])(?:1[-. ])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[-. ])[2-9]\d{2}[-. ]\d{4}(?![\w-]|[.,]\d)")
 _CALLED = re.compile(
     r"(?i)\b(?:tel|phone|mobile|mobil|handy|telefon|téléphone|teléfono|fax|cell|call|whatsapp)"
@@ -117,7 +118,7 @@ def _ibans(text: str) -> Found:
 def _cards(text: str) -> Found:
     for match in _CARD.finditer(text):
         digits = re.sub(r"\D", "", match[0])
-        if _ISSUER.match(digits) and luhn(digits) and len(set(digits)) > 2 and len(set(match[0]) & {" ", "-"}) < 2:
+        if _ISSUER.match(digits) and luhn(digits) and len(set(digits)) > 1 and len(set(match[0]) & {" ", "-"}) < 2:
             yield match.span()
 
 
@@ -189,7 +190,8 @@ _JWT = re.compile(r"(?<![\w.-])eyJ[\w-]{8,4000}\.eyJ[\w-]{2,8000}\.[\w-]{10,2000
 _URL_PASSWORD = re.compile(r"[a-z][a-z0-9+]{1,20}://[^\s/:@\"']{0,64}:([^\s/@\"']{3,128})@")
 _VALUE = r"[\"']?\s{0,3}(?::=|=>|[:=])\s{0,3}(?:\"([^\"\n]{4,200})\"|'([^'\n]{4,200})'|([^\s\"',;<>(){}\[\]]{4,200}))"
 _PASSWORD = re.compile(r"(?i)(?:password|passwd|passwort|passphrase|pwd|mot de passe|contraseña)" + _VALUE)
-_NAMED = re.compile(r"(?i)([\w.-]{0,40}(?:key|secret|token|credential|auth)[\w-]{0,20})" + _VALUE)
+_NAMED = re.compile(r"(?i)(?:key|secret|token|credential|auth)[\w-]{0,20}" + _VALUE)
+_NAME = re.compile(r"[\w.-]{0,40}$")
 _NOT_SECRET = re.compile(
     r"(?i)public|primary|foreign|sort|partition|keyboard|keyword|tokeniz|max_?tok|num_?tok|key_?id|author|cache_?key|idempot"
 )
@@ -233,6 +235,7 @@ _TRIGGERS = (
         "auth",
     ),
 )
+QUOTED = 3  # the groups of _VALUE before this one stand in quotes
 MIN_ENTROPY = 3.2  # bits per character; 16 random hexadecimal digits have about 3.3, English words 2.5 to 3.2
 
 
@@ -250,7 +253,7 @@ def _cloud_keys(text: str) -> Found:
 def _tokens(text: str) -> Found:
     for match in _TOKENS.finditer(text):
         body = match[0].rpartition("_" if "_" in match[0][:12] else "-")[2] or match[0]
-        if len(set(body)) > 5 and re.search(r"\d", match[0]):  # `sk-learn-contrib-something` is no key
+        if len(set(body)) > 5 and re.search(r"\d|[a-z][A-Z]", body):  # `sk-learn-contrib-something` is no key
             yield match.span()
 
 
@@ -270,24 +273,30 @@ def _passwords(text: str) -> Found:
         if not _PLACEHOLDER.search(match[1]):
             yield match.span(1)
     for match in _PASSWORD.finditer(text):
-        group = match.lastindex or 0
-        value = match[group]
-        mixed = sum(bool(re.search(form, value)) for form in (r"[a-z]", r"[A-Z]", r"\d", r"[^\w\s]"))
-        if len(value) >= 6 and " " not in value and mixed >= 2 and not _PLACEHOLDER.search(value):
-            end = match.end(group) - len(value) + len(value.rstrip(".!?")) if group == 3 else match.end(group)
-            if re.search(r"\d|[^\w\s.:'-]", value) or group < 3:
-                yield match.start(group), end
+        value, start, end, quoted = _value(match)
+        assigned = text[match.start() : start].endswith("=")  # PASSWORD=sunshine; but not `password: required`
+        telling = assigned or quoted or re.search(r"\d|[^\w\s.:'-]", value)
+        if len(value) >= 6 and " " not in value and telling and not _PLACEHOLDER.search(value):
+            yield start, end
 
 
 def _high_entropy(text: str) -> Found:
     for match in _NAMED.finditer(text):
-        group = match.lastindex or 0
-        value = match[group]
-        if len(value) < 16 or _NOT_SECRET.search(match[1]) or _PLACEHOLDER.search(value) or _UUID.match(value):
+        value, start, end, _ = _value(match)
+        before = _NAME.search(text, max(0, match.start() - 40), match.start())
+        name = (before[0] if before else "") + text[match.start() : start]
+        if len(value) < 16 or _NOT_SECRET.search(name) or _PLACEHOLDER.search(value) or _UUID.match(value):
             continue
         is_key = re.fullmatch(r"[A-Za-z0-9+/=_.~-]+", value) and re.search(r"\d", value) and re.search(r"[A-Za-z]", value)
-        if is_key and entropy(value) >= MIN_ENTROPY and not re.search(r"[a-z]{9}", value):
-            yield match.span(group)
+        if is_key and entropy(value) >= MIN_ENTROPY and not re.search(r"[a-z]{11}", value):
+            yield start, end
+
+
+def _value(match: re.Match[str]) -> tuple[str, int, int, bool]:
+    """The value of an assignment, its place, and whether it stands in quotes; without the full stop of a sentence."""
+    group = match.lastindex or 0
+    value = match[group] if group < QUOTED else match[group].rstrip(".!?")
+    return value, match.start(group), match.start(group) + len(value), group < QUOTED
 
 
 def entropy(value: str) -> float:
