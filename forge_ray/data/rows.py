@@ -7,6 +7,7 @@ Rows that are not used are kept beside them, with the reason. A job's result dep
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -82,6 +83,7 @@ def _finish(out: Parts, segment: Segment, config: DataConfig, base: str, store: 
     subject = subject_of(config, store)
     barrier = None if segment.barrier is None else config.curate[segment.barrier]
     tokenizer = load_tokenizer(store, base) if barrier is None else None
+    gc.freeze()  # what was imported lives as long as the process: no collection need walk it
 
     def finish(batch: list[Taken]) -> None:
         out.keep_images(batch)

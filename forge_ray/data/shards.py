@@ -97,13 +97,11 @@ def _once_each(table: pa.Table, copies: npt.NDArray[Any], shared: Any) -> tuple[
     for copy in np.unique(copies).tolist():
         places[copies == copy] = mixture.copy_key(keys[copies == copy], copy)
     order = np.lexsort((table.column("line").to_numpy(), table.column("rank").to_numpy(), copies, keys, places))
-    table, copies = table.take(order), copies[order]
-    records = _fixed(table.column("record"))
+    records, copies = _fixed(table.column("record"))[order], copies[order]
     same = np.zeros(len(records), bool)
     same[1:] = (records[1:] == records[:-1]).all(axis=1) & (copies[1:] == copies[:-1])
-    first = np.flatnonzero(~same)
     num_duplicates = int((same & (copies == 0)).sum())
-    return table.take(first), copies[first], num_duplicates
+    return table.take(order[~same]), copies[~same], num_duplicates
 
 
 def _key(table: pa.Table, copies: npt.NDArray[Any], settings: str) -> str:
@@ -136,7 +134,7 @@ def _write(
     once_only = np.flatnonzero(copies == 0)
     if len(once_only):
         summary["num_records"] = len(once_only)
-        records = _records(table.take(once_only), shared)
+        records = _records(table.drop_columns(["ids", "loss_mask", "lengths"]), once_only, shared)
         summary["files"]["records"] = write_parquet(store, f"{WORK}/{key}-records.parquet", records, RECORD_GROUP)
     packed, counts = _packed(table, config, load_tokenizer(store, base).pad_id)
     summary["sources"] = counts
@@ -154,9 +152,8 @@ def _write(
     return summary
 
 
-def _records(table: pa.Table, shared: Any) -> pa.Table:
-    order = np.argsort(table.column("key").to_numpy(), kind="stable")
-    table = table.take(order)
+def _records(table: pa.Table, rows: npt.NDArray[np.int64], shared: Any) -> pa.Table:
+    table = table.take(rows[np.argsort(table.column("key").to_numpy()[rows], kind="stable")])
     columns = {
         "key": table.column("key"),
         "record": pa.array(_names(table), pa.string()),
