@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from forge_ray.config.data import DataConfig
 from forge_ray.config.reference import reference
+from forge_ray.config.run import RunConfig
 
 pytestmark = pytest.mark.unit
 
@@ -14,3 +18,18 @@ pytestmark = pytest.mark.unit
 def test_the_reference_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "reference.md"
     assert page.read_text(encoding="utf-8") == reference(), "python -m forge_ray.config.reference > docs/reference.md"
+
+
+def test_the_run_files_of_the_pages_are_valid() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    blocks = [
+        yaml.safe_load(block)
+        for page in docs.glob("*.md")
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S)
+    ]
+    for block in blocks:
+        if set(block) == {"data"}:
+            DataConfig.model_validate({"sources": [{"path": "rows.jsonl"}], **block["data"]})
+        else:
+            RunConfig.model_validate(block)
+    assert len(blocks) >= 2
