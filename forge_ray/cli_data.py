@@ -1,8 +1,9 @@
-"""`forge data …`: prepare, list, show, card, diff, find, clean (level 6)."""
+"""`forge data …`: prepare, list, show, card, diff, find, export, clean (level 6)."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def data() -> None:
-    """Datasets: prepare, list, show, card, diff, find, clean."""
+    """Datasets: prepare, list, show, card, diff, find, export, clean."""
 
 
 @verb(data, "prepare")
@@ -145,6 +146,25 @@ def data_find(store: Store, as_json: bool, record: str, subject: str, key_file: 
         rows = [(row["record"], row["dataset"], row["name"], row["split"], f"{row['file']}:{row['line']}") for row in found]
         print_table(f"{len(found)} found", ("record", "dataset", "name", "split", "where"), rows)
     return found
+
+
+@verb(data, "export")
+@click.argument("dataset", metavar="ds_…")
+@click.argument("target", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--split", type=click.Choice(["train", "validation", "test", "all"]), default="all", show_default=True)
+def data_export(store: Store, as_json: bool, dataset: str, target: Path, split: str) -> Any:
+    """The records as JSONL, or as Parquet with typed columns, by the ending of FILE."""
+    from forge_ray.catalog import Catalog
+    from forge_ray.data.dataset import SPLITS
+    from forge_ray.data.export import export
+    from forge_ray.records import DatasetManifest
+
+    with Catalog(store) as index:
+        manifest = index.get_as(DatasetManifest, dataset)
+    count = export(store, manifest, SPLITS if split == "all" else (split,), target)
+    if not as_json:
+        click.echo(f"{count:,} records in {target}")
+    return {"dataset": dataset, "split": split, "file": str(target), "records": count}
 
 
 @verb(data, "clean")

@@ -21,7 +21,7 @@ from forge_ray.data.template import Encoded
 from forge_ray.data.work import Summary, write_batches
 from forge_ray.store import Store
 
-BATCH_ROWS = 64  # rows of a part that can be read alone: a partition reads little that it does not want
+BATCH_ROWS = 128  # rows of a part that can be read alone: a partition reads little that it does not want
 PART_BYTES = 64 << 20
 INVALID = -1  # the number of the rule of a row that never became a record
 LENGTHS = tuple(2**n for n in range(3, 21))
@@ -251,7 +251,7 @@ class Parts:
         if not self.tables:
             return
         name = f"{self.key}-{len(self.parts)}.arrow"
-        table = pa.concat_tables(self.tables)
+        table = pa.concat_tables(self.tables).combine_chunks()  # or `take` looks for each row's chunk
         part: dict[str, Any] = {"path": name, "num_rows": table.num_rows}
         cuts = [*range(BATCH_ROWS, table.num_rows, BATCH_ROWS), table.num_rows]
         if self.splits:

@@ -50,13 +50,14 @@ def write_batches(store: Store, name: str, table: pa.Table, cuts: Sequence[int])
     """One Arrow file whose record batches end at the row numbers `cuts`, so that a reader can take some of them."""
     sink = pa.BufferOutputStream()
     options = ipc.IpcWriteOptions(compression="lz4")
-    table = table.combine_chunks()
+    batch = next(iter(table.combine_chunks().to_batches()), None)
     with ipc.new_file(sink, table.schema, options=options) as writer:
         start = 0
         for end in cuts:
-            writer.write_table(table.slice(start, end - start))
+            if batch is not None:
+                writer.write_batch(batch.slice(start, end - start))
             start = end
-    store.write(f"{WORK}/{name}", sink.getvalue().to_pybytes())
+    store.write(f"{WORK}/{name}", sink.getvalue())
 
 
 def read_batches(store: Store, name: str, numbers: Sequence[int] | None = None) -> list[pa.RecordBatch]:

@@ -24,10 +24,11 @@ from forge_ray.data import build as building
 from forge_ray.data import dataset
 from forge_ray.data.build import build, index_sources
 from forge_ray.data.compare import diff, holders
+from forge_ray.data.export import export
 from forge_ray.data.schema import parse_record
 from forge_ray.data.subject import subject_digest, subject_key
 from forge_ray.data.work import WORK
-from forge_ray.errors import DataError
+from forge_ray.errors import ConfigError, DataError
 from forge_ray.records import DatasetManifest, ModelVersion
 from forge_ray.store import Store, verify_files
 
@@ -364,3 +365,53 @@ def test_packed_rows_are_full_on_realistic_lengths(tmp_path: Path, base: ModelVe
     manifest = prepare(config_of(tmp_path, sequence_length=512), base, own)
     stats = manifest.splits["train"]
     assert stats.num_tokens / (stats.num_rows * 512) >= 0.98
+
+
+def ids(store: Store, manifest: DatasetManifest) -> set[str]:
+    return {row["record"] for split in dataset.SPLITS for row in dataset.read_records(store, manifest, split)}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_exported_records_are_the_same_records(tmp_path: Path, base: ModelVersion, own: Store, ending: str) -> None:
+    write(tmp_path / "a.jsonl", [chat(n) for n in range(40)])
+    manifest = prepare(config_of(tmp_path), base, own)
+    target = tmp_path / "out" / f"rows.{ending}"
+    target.parent.mkdir()
+    assert export(own, manifest, dataset.SPLITS, target) == 40
+    again = prepare(config_of(tmp_path, sources=[{"path": str(target)}]), base, own)
+    assert ids(own, again) == ids(own, manifest)
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_one_parquet_file_holds_one_kind(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+    write(tmp_path / "a.jsonl", [*(chat(n) for n in range(20)), *({"text": f"some text {n}"} for n in range(20))])
+    manifest = prepare(config_of(tmp_path), base, own)
+    with pytest.raises(ConfigError, match="these are chat and text"):
+        export(own, manifest, dataset.SPLITS, tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="neither"):
+        export(own, manifest, dataset.SPLITS, tmp_path / "rows.csv")
+    assert export(own, manifest, ("train",), tmp_path / "rows.jsonl") == manifest.splits["train"].num_records
+    assert not list(tmp_path.glob(".rows*"))
+
+
+def test_marked_and_contaminated_records(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+    question = "which of these four rivers is the longest one that flows through more than two capitals"
+    exam = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "the second"}]}]
+    (tmp_path / "exam").mkdir()
+    write(tmp_path / "exam" / "a.jsonl", exam)
+    rows = [chat(n) for n in range(30)]
+    rows.append({"messages": [{"role": "user", "content": f"Tell me: {question}?"}, {"role": "assistant", "content": "no"}]})
+    rows.append(
+        {"messages": [{"role": "user", "content": "I am a@b.example.org"}, {"role": "assistant", "content": "hello"}]}
+    )
+    write(tmp_path / "a.jsonl", rows)
+    rules = [
+        {"rule": "personal_data", "action": "flag"},
+        {"rule": "decontaminate", "against": [str(tmp_path / "exam" / "*.jsonl")]},
+    ]
+    manifest = prepare(config_of(tmp_path, curate=rules), base, own)
+    mark, clean = manifest.curation
+    assert (mark.before, mark.after, mark.changed, mark.found) == (32, 32, 0, {"email": 1})
+    assert (clean.after, clean.reasons) == (31, {"shares 13 words with an evaluation set": 1})
+    found = [row for split in dataset.SPLITS for row in dataset.read_records(own, manifest, split) if row["flags"]]
+    assert [row["flags"] for row in found] == ["personal_data:email"]

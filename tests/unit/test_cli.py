@@ -28,6 +28,7 @@ SURFACE = {
     "data card": set(),
     "data diff": set(),
     "data find": {"--subject", "--key-file"},
+    "data export": {"--split"},
     "data clean": set(),
     "runs list": set(),
     "train": {"--set"},
