@@ -23,7 +23,7 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest -q -m "not gpu and not large"
 
 test-large: $(STAMP)
-	@$(BIN)/python -m pytest -q -m large
+	@$(BIN)/python -m pytest -q -rP -m large
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check .
