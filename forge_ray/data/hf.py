@@ -6,6 +6,7 @@ A batch of conversations is tokenised by one call, and an answer's tokens are fo
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,7 @@ from forge_ray.data.template import Chat, Encoded, Messages
 
 JOINED = "the tokenizer joins the prompt with the answer"
 MAX_TAILS = 1024
+MIN_PREFIX, MAX_PREFIXES = 32, 16  # characters worth to be remembered, and how many beginnings of texts are
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,7 @@ class HfTokenizer:
 
     tokenizer: Any
     _tails: dict[str, list[int]] = field(default_factory=dict)
+    _prefixes: dict[str, list[int]] = field(default_factory=dict)
 
     @cached_property
     def _rendering(self) -> Rendering:
@@ -107,14 +110,45 @@ class HfTokenizer:
         """Without offsets where the special tokens tell where the answers are; offsets cost a quarter more."""
         found: list[Encoded | Reject | None] = [None] * len(plans)
         if self._backend is not None:
-            self._reset()
-            texts = [text for text, _ in plans]
-            for number, encoding in enumerate(self._backend.encode_batch_fast(texts, add_special_tokens=False)):
-                found[number] = self._by_special_tokens(*plans[number], encoding.ids)
+            for number, ids in enumerate(self._ids([text for text, _ in plans])):
+                found[number] = self._by_special_tokens(*plans[number], ids)
         left = [number for number, result in enumerate(found) if result is None]
         for number, encoding in zip(left, self._encode([plans[number][0] for number in left]), strict=True):
             found[number] = self._marked(*plans[number], encoding)
         return [result for result in found if result is not None]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text; beginnings that texts share (a system prompt, a list of tools) are tokenised once.
+
+        A text may be cut before a special token: what stands on either side of one is tokenised by itself.
+        """
+        self._reset()
+        starts = self._shared(texts)
+        rests = [text[len(start) :] for text, start in zip(texts, starts, strict=True)]
+        found = self._backend.encode_batch_fast(rests, add_special_tokens=False)
+        return [self._prefixes.get(start, []) + encoding.ids for start, encoding in zip(starts, found, strict=True)]
+
+    def _shared(self, texts: list[str]) -> list[str]:
+        """The remembered beginning of each text, or "". One that two neighbours share is remembered."""
+        starts, before = [], ""
+        for text in texts:
+            start = next((prefix for prefix in self._prefixes if text.startswith(prefix)), "")
+            if not start and len(self._prefixes) < MAX_PREFIXES:
+                start = self._common_start(before, text)
+                if start:
+                    self._prefixes[start] = self._encode([start])[0].ids
+            starts.append(start)
+            before = text
+        return starts
+
+    def _common_start(self, one: str, other: str) -> str:
+        """What both begin with, up to the last special token that may be cut at; "" where that is not worth it."""
+        if one[:MIN_PREFIX] != other[:MIN_PREFIX]:
+            return ""
+        shorter = min(len(one), len(other))
+        common = one[: bisect_left(range(1, shorter + 1), True, key=lambda length: one[:length] != other[:length])]
+        cuts = [match.start() for match in self._added_pattern.finditer(common) if match[0] in self._separates]
+        return common[: cuts[-1]] if cuts and cuts[-1] >= MIN_PREFIX else ""
 
     def _by_special_tokens(self, text: str, spans: list[Span], token_ids: list[int]) -> Encoded | None:
         """What `_marked` gives, from the places of special tokens in the text and in the ids; None where they do not tell.
@@ -161,6 +195,16 @@ class HfTokenizer:
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
         return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special})
+
+    @cached_property
+    def _added_pattern(self) -> re.Pattern[str]:
+        return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values()})
+
+    @cached_property
+    def _separates(self) -> frozenset[str]:
+        """Special tokens that are found whatever stands before them, and take nothing of it."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        return frozenset(t.content for t in tokens if t.special and not (t.lstrip or t.normalized or t.single_word))
 
     @cached_property
     def _is_special(self) -> npt.NDArray[np.bool_]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from forge_ray.data.chat import ChatTokenizer, chat_tokenizer, encode_batch, encode_chat, prompt_ids
-from forge_ray.data.hf import HfTokenizer
+from forge_ray.data.hf import MAX_PREFIXES, HfTokenizer
 from forge_ray.data.mistral import load_mistral
 from forge_ray.data.proof import NOTHING, OPEN_END, TWO_BEGINS, prove, prove_packed
 from forge_ray.data.schema import DataRecord, Reject, parse_record
@@ -325,6 +326,27 @@ def test_a_batch_is_its_records_one_by_one(template: HfTokenizer) -> None:
             assert one.ids.tolist() == other.ids.tolist()
             assert one.loss_mask.tolist() == other.loss_mask.tolist()
     assert sum(isinstance(got, Reject) for got in whole) == 1
+
+
+def test_shared_beginnings_are_tokenised_once_and_change_no_id(template: HfTokenizer) -> None:
+    rule = system("You are a careful assistant of the bank;  answer in two lines. ")
+    chats = [([rule, user(asked), says(told)], tools) for tools in (None, TOOLS) for asked, told in TEXTS * 2]
+    chats += [(messages, tools) for messages, tools in CORPUS.values()]
+    texts = [template._rendering.render(*template._rendering.checked(*chat), False) for chat in chats]
+    assert template._ids(texts) == [encoding.ids for encoding in template._encode(texts)]
+    assert 2 <= len(template._prefixes) <= MAX_PREFIXES
+    shared = template._shared(texts)
+    assert sum(map(bool, shared)) > len(TEXTS)
+
+
+def test_a_text_is_not_cut_before_a_token_that_takes_white_space(template: HfTokenizer) -> None:
+    shared = "a text that is longer than thirty-two characters   "
+    word = AddedToken("<|greedy|>", special=True, lstrip=True)
+    template.tokenizer.add_special_tokens({"extra_special_tokens": [word]}, replace_extra_special_tokens=False)
+    fresh = HfTokenizer(template.tokenizer)
+    texts = [f"{shared}<|greedy|>one", f"{shared}<|greedy|>two"]
+    assert fresh._ids(texts) == [encoding.ids for encoding in fresh._encode(texts)]
+    assert fresh._prefixes == {}
 
 
 def test_a_special_token_in_a_text_is_refused(template: HfTokenizer) -> None:
