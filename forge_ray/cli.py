@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from forge_ray import __version__
+from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
 from forge_ray.errors import ConfigError
 from forge_ray.verbs import Verbs, load_run_file, run_file, verb
@@ -41,6 +42,9 @@ cli.add_command(data)
 @cli.group(cls=Verbs)
 def runs() -> None:
     """Training runs: list."""
+
+
+cli.add_command(audit)
 
 
 @cli.group(cls=Verbs)

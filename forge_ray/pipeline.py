@@ -112,7 +112,7 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
 def train(config: RunConfig, store: Store) -> RunRecord:
     """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
     from forge_ray.recipes.sft import train_loop
-    from forge_ray.train import launch
+    from forge_ray.train import attempts, launch
     from forge_ray.train.job import TrainJob, run_id
 
     loops = {"sft": train_loop}
@@ -139,7 +139,7 @@ def train(config: RunConfig, store: Store) -> RunRecord:
             if not store.exists(f"runs/{identifier}/result.json"):
                 catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
                 try:
-                    with _followed(it, store, identifier):
+                    with attempts.driving(store, identifier), _followed(it, store, identifier):
                         launch.fit(loops[config.train.method], job)
                 except TrainingError as error:
                     catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))

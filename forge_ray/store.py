@@ -120,6 +120,35 @@ class Store:
             with self._fs.open_output_stream(target) as stream:
                 stream.write(data)
 
+    def create(self, relative: str, data: bytes) -> bool:
+        """Publish one object unless there is one; returns whether it did. Of two at once only one succeeds on a file system;
+        object stores give no such promise here."""
+        if self.exists(relative):
+            return False
+        if not self.is_local:
+            self.write(relative, data)
+            return True
+        target = self.path(relative)
+        temporary = f"{relative.rsplit('/', 1)[0]}/.new-{uuid.uuid4().hex}"
+        self.write(temporary, data)
+        try:
+            os.link(self.path(temporary), target)
+        except FileExistsError:
+            return False
+        finally:
+            self.delete(temporary)
+        fsync_dir(Path(target).parent)
+        return True
+
+    def free_bytes(self) -> int | None:
+        """Room for this user where the store lies; None where nobody can tell."""
+        if not self.is_local:
+            return None
+        folder = Path(self.root)
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
     def write_once(self, relative: str, data: bytes) -> None:
         """Publish an immutable object: the same bytes again are fine, others are refused."""
         if self.exists(relative):

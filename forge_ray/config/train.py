@@ -40,7 +40,7 @@ class Validation(Config):
 
 class Checkpointing(Config):
     every_steps: int = Field(0, ge=0, description="0: only at the end")
-    keep: int = Field(2, ge=1, description="newest complete checkpoints that stay")
+    keep: int = Field(2, ge=2, description="newest complete checkpoints that stay; one alone would be lost with a bad disk")
 
 
 class Scaling(Config):

@@ -12,7 +12,6 @@ A rank owns a contiguous N-th of the lanes, so another world size moves lanes be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -75,16 +74,17 @@ class Order:
     def rows_of(self, step: int, lanes: range) -> list[int]:
         return [self.row(step * self.global_batch + lane) for lane in lanes]
 
-    def digest(self, first_step: int, num_steps: int) -> str:
-        """sha256 over every row number of these steps, in order: equal for every world size."""
-        hasher = hashlib.sha256()
-        for row in self.walk(first_step, num_steps):
-            hasher.update(row.to_bytes(8, "little"))
-        return "sha256:" + hasher.hexdigest()
+    def link(self, before: str, step: int) -> str:
+        """The chain's digest behind `step`, from the one before it ("" before step 0): equal for every world size."""
+        rows = self.rows_of(step, range(self.global_batch))
+        return "sha256:" + hashlib.sha256(before.encode() + b"".join(row.to_bytes(8, "little") for row in rows)).hexdigest()
 
-    def walk(self, first_step: int, num_steps: int) -> Iterator[int]:
-        first = first_step * self.global_batch
-        return (self.row(index) for index in range(first, first + num_steps * self.global_batch))
+    def digest(self, num_steps: int) -> str:
+        """The chain over the first `num_steps` steps: which rows were used, and in which order."""
+        found = ""
+        for step in range(num_steps):
+            found = self.link(found, step)
+        return found
 
 
 @lru_cache(maxsize=4096)

@@ -6,8 +6,7 @@ a cluster:                  train.engine=deepspeed train.zero_stage=3 train.scal
 
 from __future__ import annotations
 
-import json
-import platform
+import logging
 import shutil
 import tempfile
 import time
@@ -19,9 +18,10 @@ import torch
 from forge_ray.data.order import Order
 from forge_ray.data.stream import Arrays, Feed, Rows, local_batches, ray_batches
 from forge_ray.errors import TrainingError
-from forge_ray.records import canonical_json, utc_now
-from forge_ray.train import checkpoint, launch, metrics
-from forge_ray.train.context import Context, join, sum_over_ranks
+from forge_ray.records import canonical_json
+from forge_ray.train import attempts, checkpoint, launch, metrics
+from forge_ray.train.audit import fingerprint
+from forge_ray.train.context import Context, agree, join, sum_over_ranks
 from forge_ray.train.engine import TorchEngine, TrainEngine
 from forge_ray.train.job import TrainJob, identity_digest
 from forge_ray.train.loss import kept_positions, token_cross_entropy
@@ -29,8 +29,8 @@ from forge_ray.train.model import export_adapter, export_full, load_for_training
 from forge_ray.train.schedule import learning_rate, num_steps
 from forge_ray.train.zero import ZeroEngine
 
-ATTEMPTS = "attempts.jsonl"
 RESULT = "result.json"
+logger = logging.getLogger("forge_ray")
 
 
 def train_loop(values: dict[str, Any]) -> None:
@@ -58,11 +58,11 @@ def train_loop(values: dict[str, Any]) -> None:
 
     # 5. restore
     checkpoint.seed_all(config.seed, context.rank)
-    start = _position(job, context, step=0)
-    found = checkpoint.restore(engine, store, start, context)
-    first_step = found.step if found else 0
+    found = checkpoint.restore(engine, store, _position(job, context, 0, "", 0), context)
+    first_step, chain = (found.step, found.order_digest) if found else (0, "")
+    attempt = agree(attempts.start(store, job.run, context.world_size, first_step) if context.is_first else 0, context)
     if context.is_first:
-        _log_attempt(folder, context, first_step)
+        checkpoint.sweep(store, job.run)
 
     # 6. steps
     feed = Feed(rows, order, lanes, first_step, total_steps - first_step)
@@ -72,10 +72,11 @@ def train_loop(values: dict[str, Any]) -> None:
         step_began = time.perf_counter()
         with clock.measure("wait"):
             batch = _tensors(next(batches), context)
+        chain = order.link(chain, step)
         with clock.measure("compute"):
             trained = int(batch["loss_mask"].sum())
             used = int((batch["segment_ids"] > 0).sum())
-            num_trained, num_tokens = sum_over_ranks([trained, used], context)
+            num_trained, num_tokens, rows_sum = sum_over_ranks([trained, used, fingerprint(batch["input_ids"])], context)
             loss_sum = 0.0
             splits = {name: value.split(config.micro_batch_size) for name, value in batch.items()}
             num_micro = len(lanes) // config.micro_batch_size
@@ -102,29 +103,37 @@ def train_loop(values: dict[str, Any]) -> None:
         if _due(done, config.validation.every_steps, total_steps) and config.validation.max_rows:
             with clock.measure("validate"):
                 line |= _validate(job, engine, context)
-        line |= {"tokens": int(num_tokens), "trained_tokens": int(num_trained)}
+        line |= {"tokens": int(num_tokens), "trained_tokens": int(num_trained), "rows_sum": int(rows_sum)}
         line |= _timing(line, clock, step_began)
         line["eta_s"] = (time.perf_counter() - began) / (done - first_step) * (total_steps - done)
+        if context.is_first and store.is_local:
+            attempts.check_newest(store, job.run, attempt)
         if context.is_first:  # before the checkpoint, from which a resumed run would not take this step again
             metrics.append(folder, line)
         if _due(done, config.checkpoint.every_steps, total_steps):
             with clock.measure("checkpoint"):
-                position = _position(job, context, done)
-                path = checkpoint.save(engine, store, position, context, config.checkpoint.keep)
-                launch.report({"step": done, "loss": line["loss"]}, job, path)
+                position = _position(job, context, done, chain, attempt)
+                saved = checkpoint.save(engine, store, position, context, config.checkpoint.keep)
+                if saved.path:
+                    launch.report({"step": done, "loss": line["loss"]}, job, saved.path)
+                else:
+                    line["checkpoint_problem"] = saved.problem
+                    logger.warning("step %d has no checkpoint: %s", done, saved.problem)
             if context.is_first:  # once more, with the time that it took: a reader keeps the last
                 metrics.append(folder, line | _timing(line, clock, step_began))
 
     # 7. export
     weights = engine.weights(trained_only=config.adapter is not None)
     if context.is_first:
-        _finish(job, folder, order, total_steps, _export(job, model, weights, base))
+        _finish(job, folder, order, total_steps, chain, _export(job, model, weights, base))
 
 
-def _position(job: TrainJob, context: Context, step: int) -> checkpoint.Position:
+def _position(job: TrainJob, context: Context, step: int, chain: str, attempt: int) -> checkpoint.Position:
     return checkpoint.Position(
         step=step,
         samples_seen=step * job.config.global_batch,
+        order_digest=chain,
+        attempt=attempt,
         run=job.run,
         config_digest=identity_digest(job),
         dataset=job.dataset.id,
@@ -183,12 +192,6 @@ def _tensors(batch: Arrays, context: Context) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array).to(context.device) for name, array in batch.items()}
 
 
-def _log_attempt(folder: Path, context: Context, first_step: int) -> None:
-    attempt = {"at": utc_now(), "host": platform.node(), "world_size": context.world_size, "first_step": first_step}
-    with (folder / ATTEMPTS).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(attempt) + "\n")
-
-
 def _export(job: TrainJob, model: Any, weights: dict[str, torch.Tensor], base: Path) -> str:
     """Plain Hugging Face or PEFT safetensors under `runs/<id>/export`; returns which of the two."""
     with job.store.staged_dir(f"runs/{job.run}/export") as target:
@@ -204,11 +207,10 @@ def _export(job: TrainJob, model: Any, weights: dict[str, torch.Tensor], base: P
         return "full"
 
 
-def _finish(job: TrainJob, folder: Path, order: Order, total_steps: int, export_kind: str) -> None:
+def _finish(job: TrainJob, folder: Path, order: Order, total_steps: int, chain: str, export_kind: str) -> None:
     """The facts of the finished run, for its record; the last thing written."""
     lines = metrics.read(folder / metrics.METRICS)
     metrics.plot(lines, folder / metrics.CURVE, f"{job.name} · {job.run}")
-    attempts = [json.loads(text) for text in (folder / ATTEMPTS).read_text(encoding="utf-8").splitlines()]
     compute = sum(line["compute_s"] for line in lines)
     summary = {
         "loss": lines[-1]["loss"],
@@ -225,13 +227,13 @@ def _finish(job: TrainJob, folder: Path, order: Order, total_steps: int, export_
     result = {
         "num_steps": total_steps,
         "samples_seen": total_steps * order.global_batch,
-        "order_digest": order.digest(0, total_steps),
-        "attempts": attempts,
+        "order_digest": chain,
+        "attempts": attempts.read(job.store, job.run),
         "metrics": summary,
         "export_kind": export_kind,
     }
     job.store.write(f"runs/{job.run}/{RESULT}", canonical_json(result))
     if not job.store.is_local:
-        for name in (metrics.METRICS, metrics.CURVE, ATTEMPTS):
+        for name in (metrics.METRICS, metrics.CURVE):
             job.store.write(f"runs/{job.run}/{name}", (folder / name).read_bytes())
         shutil.rmtree(folder, ignore_errors=True)

@@ -44,11 +44,14 @@ def append(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
+    """`parse` of a file; nothing where there is none yet."""
+    return parse(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def parse(written: str) -> list[dict[str, Any]]:
     """One line per step, the last that was written. After a resume from step s, the abandoned steps after s are dropped."""
-    if not path.is_file():
-        return []
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for text in written.splitlines(keepends=True):
         if not text.endswith("\n"):
             break  # being written
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import socket
@@ -32,6 +31,7 @@ from forge_ray.data.dataset import PACKED
 from forge_ray.data.pack import Document, PackedRow, pack
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest
 from forge_ray.store import MANIFEST, Store
+from forge_ray.train import attempts
 from forge_ray.train.job import TrainJob
 
 SEQUENCE_LENGTH = 48
@@ -223,8 +223,7 @@ def export_digest(job: TrainJob) -> str:
 
 def first_steps(job: TrainJob) -> list[int]:
     """Where each start of the run began."""
-    path = job.store.local(f"runs/{job.run}/attempts.jsonl")
-    return [json.loads(line)["first_step"] for line in path.read_text().splitlines()]
+    return [attempt["first_step"] for attempt in attempts.read(job.store, job.run)]
 
 
 def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from forge_ray.catalog import Catalog
 from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.run import RunConfig
 from forge_ray.data.order import Order
+from forge_ray.data.stream import Rows
 from forge_ray.errors import TrainingError
-from forge_ray.records import DatasetManifest
+from forge_ray.records import DatasetManifest, canonical_json
 from forge_ray.store import Store
-from forge_ray.train import launch
+from forge_ray.train import audit, launch, metrics
 from forge_ray.train.job import TrainJob, run_id
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -63,7 +65,7 @@ def killed_once(values: dict[str, Any]) -> None:
 
     def counting(numbers: list[float], at: context.Context) -> list[float]:
         nonlocal steps
-        steps += len(numbers) == 2  # the two counts at the head of each step
+        steps += len(numbers) == 3  # the three counts at the head of each step
         if steps == 4 and at.rank == 1 and not marker.exists():
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
@@ -93,6 +95,10 @@ def test_two_workers_survive_a_kill_with_the_same_weights(
     result = store.read_json(f"runs/{job.run}/result.json")
     assert [attempt["first_step"] for attempt in result["attempts"]] == [0, 2]
     assert {attempt["world_size"] for attempt in result["attempts"]} == {2}
+    stats, lines = manifest.splits["train"], metrics.read(store.local(f"runs/{job.run}/{metrics.METRICS}"))
+    order = Order(manifest.id, job.config.seed, stats.num_rows, stats.block_rows, job.config.global_batch)
+    facts = audit.Facts(job.run, Rows.of(store, manifest, "train"), order, 6, result["order_digest"], lines)
+    assert audit.audit(facts, lambda done, total, text: None).problems == ()
     killed = exported(job)
 
     store.delete_dir(f"runs/{job.run}")
@@ -107,7 +113,7 @@ def test_the_pipeline_trains_and_then_finds_the_run(
     record = pipeline.train(config, store)
     stats = manifest.splits["train"]
     order = Order(manifest.id, 0, stats.num_rows, stats.block_rows, config.train.global_batch)
-    assert record.order_digest == order.digest(0, 6)
+    assert record.order_digest == order.digest(6)
     assert record.samples_seen == 6 * config.train.global_batch
     assert record.metrics["trained_tokens"] > 0
     assert record.config == resolved(config)
@@ -119,6 +125,39 @@ def test_the_pipeline_trains_and_then_finds_the_run(
         RunConfig, resolved(config) | {"train": resolved(config)["train"] | {"scaling": {"num_workers": 4}}}
     )
     assert pipeline.train(more_workers, store).id == record.id
+
+
+def test_the_audit_proves_which_rows_were_used(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+    """And it fails when the record is not whole, or a row was another."""
+    record = pipeline.train(config, store)
+    facts = audit.facts_of(store, record.id)
+    found = audit.audit(facts, lambda done, total, text: None)
+    assert found.problems == ()
+    assert found.steps_compared == found.num_steps == 6
+    assert sum(int(times) * count for times, count in found.times_used.items()) == record.samples_seen
+    rows = audit.records_of(facts.rows, facts.order, 3)
+    assert [item["lane"] for item in rows] == list(range(config.train.global_batch))
+    assert all(name.startswith("rec_") for item in rows for name in item["records"])
+
+    lines = [line | {"rows_sum": line["rows_sum"] + (line["step"] == 4)} for line in facts.lines if line["step"] != 2]
+    problems = audit.audit(replace(facts, lines=lines, order_digest="sha256:0"), lambda done, total, text: None).problems
+    assert [problem.split(":")[0] for problem in problems] == [
+        "the order's digest is sha256",
+        "1 of 6 steps are not on record, the first is step 2",
+        "step 4 was given other rows",
+    ]
+
+
+def test_a_second_driver_of_a_run_is_refused(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+    job = job_of(config, store, manifest, seed=3)
+    other = parse(RunConfig, resolved(config) | {"train": resolved(config)["train"] | {"seed": 3}})
+    path = f"runs/{job.run}/driver.json"
+    holder = {"token": "t", "host": "elsewhere", "boot": "", "pid": 7, "started": "1", "at": "now"}
+    store.write(path, canonical_json(holder))
+    with pytest.raises(TrainingError, match="being trained by another driver: pid 7 on elsewhere"):
+        pipeline.train(other, store)
+    assert store.read_json(path) == holder
+    assert not store.exists(f"runs/{job.run}/attempts")
 
 
 def test_the_workers_reason_is_what_the_error_says(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:

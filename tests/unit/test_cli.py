@@ -31,6 +31,7 @@ SURFACE = {
     "data export": {"--split"},
     "data clean": set(),
     "runs list": set(),
+    "audit data": {"--step"},
     "train": {"--set"},
     "eval": {"--set"},
     "release": {"--set"},

@@ -29,7 +29,7 @@ ROWS: tuple[set[str], ...] = (
     {"job", "quickstart", "submit"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data"},
+    {"cli_data", "cli_audit"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -66,8 +66,8 @@ def test_a_lane_walks_whole_blocks() -> None:
 
 def test_digest_is_over_the_rows_in_order() -> None:
     order = Order("ds_a", 0, 100, 8, 4)
-    assert order.digest(0, 10) == Order("ds_a", 0, 100, 8, 4).digest(0, 10)
-    assert order.digest(0, 10) != order.digest(1, 10)
+    assert order.digest(10) == Order("ds_a", 0, 100, 8, 4).digest(10) == order.link(order.digest(9), 9)
+    assert order.digest(10) != Order("ds_a", 1, 100, 8, 4).digest(10)
 
 
 def test_lanes_must_divide() -> None:

@@ -76,7 +76,7 @@ def test_data_base_and_precision_change_the_id() -> None:
         {"scaling": {"num_workers": 4}},
         {"scaling": {"max_failures": 9}},
         {"validation": {"every_steps": 5}},
-        {"checkpoint": {"every_steps": 5, "keep": 1}},
+        {"checkpoint": {"every_steps": 5, "keep": 3}},
     ],
     ids=str,
 )

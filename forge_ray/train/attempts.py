@@ -1,0 +1,153 @@
+"""Who trains a run: one driver at a time, and a number for each start of its workers (level 3).
+
+    runs/<id>/driver.json              the lease: which process drives the run; touched while it lives
+    runs/<id>/attempts/000003.json     one per start of the worker group, never rewritten; its number is a fence
+
+A second driver is refused while the first one lives. Should a driver that was thought dead come back (a paused machine, a
+lost network), its workers find that a younger attempt exists, and stop before they publish anything.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from forge_ray.errors import NotFound, StoreError, TrainingError
+from forge_ray.records import canonical_json, utc_now
+from forge_ray.store import Store
+
+HEARTBEAT_S = 5.0
+LEASE_S = 60.0  # without a sign of life for so long, a driver of another machine counts as dead
+
+
+def start(store: Store, run: str, world_size: int, first_step: int) -> int:
+    """Put a new attempt on record; returns its number, from 1. Two that start at once get different numbers."""
+    number = newest(store, run)
+    while True:
+        number += 1
+        value = {
+            "number": number,
+            "at": utc_now(),
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "world_size": world_size,
+            "first_step": first_step,
+        }
+        if store.create(_path(run, number), canonical_json(value)):
+            return number
+
+
+def newest(store: Store, run: str) -> int:
+    """The number of the last attempt, 0 before the first."""
+    return max((int(Path(path).stem) for path in store.list(f"runs/{run}/attempts")), default=0)
+
+
+def read(store: Store, run: str) -> list[dict[str, Any]]:
+    return [store.read_json(path) for path in store.list(f"runs/{run}/attempts")]
+
+
+def check_newest(store: Store, run: str, number: int) -> None:
+    """Raise `TrainingError` when a younger attempt of the run has started: this one must not write any more."""
+    if store.exists(_path(run, number + 1)):
+        other = store.read_json(_path(run, number + 1))
+        raise TrainingError(
+            f"attempt {number} of {run} was overtaken by attempt {other['number']} on {other['host']} (pid {other['pid']},"
+            f" {other['at']})",
+            hint="nothing is lost: the other attempt goes on from the last checkpoint; stop whichever you do not want",
+        )
+
+
+def _path(run: str, number: int) -> str:
+    return f"runs/{run}/attempts/{number:06d}.json"
+
+
+@contextmanager
+def driving(store: Store, run: str) -> Iterator[None]:
+    """Hold the run's lease; raises `TrainingError` while another living driver holds it."""
+    token = uuid.uuid4().hex
+    mine = {
+        "token": token,
+        "host": platform.node(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "at": utc_now(),
+    }
+    path, data = f"runs/{run}/driver.json", canonical_json(mine)
+    if not store.create(path, data):
+        other = _holder(store, path)
+        if other and (sign := _sign_of_life(store, path, other)):
+            raise TrainingError(
+                f"{run} is being trained by another driver: pid {other['pid']} on {other['host']}, since {other['at']},"
+                f" {sign}",
+                hint="wait for it, or stop it and start again; `forge runs list` shows its state",
+            )
+        store.write(path, data)
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(HEARTBEAT_S):
+            with suppress(OSError, NotFound, StoreError):  # an outage is not the end: the fence is what keeps order
+                if (_holder(store, path) or {}).get("token") != token:
+                    return
+                store.write(path, data)
+
+    threading.Thread(target=renew, name="forge-lease", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        if (_holder(store, path) or {}).get("token") == token:
+            store.delete(path)
+
+
+def _holder(store: Store, path: str) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = store.read_json(path)
+    except (NotFound, StoreError):
+        return None
+    return value
+
+
+def _sign_of_life(store: Store, path: str, other: dict[str, Any]) -> str:
+    """In words why the holder counts as living; "" where it is dead."""
+    if other["host"] == platform.node() and other["boot"] == _boot():
+        living = _started(other["pid"]) == other["started"] != ""
+        return "which is running" if living else ""
+    seconds = _age_s(store, path)
+    return f"last seen {seconds:.0f} s ago" if seconds < LEASE_S else ""
+
+
+def _age_s(store: Store, path: str) -> float:
+    """How long ago the lease was touched, by the clock of the store: those of two machines may differ."""
+    probe = f"{path.rsplit('/', 1)[0]}/.clock-{uuid.uuid4().hex}"
+    store.write(probe, b"")
+    try:
+        now, touched = (store.filesystem.get_file_info(store.path(name)).mtime_ns for name in (probe, path))
+    finally:
+        store.delete(probe)
+    return float((now or time.time_ns()) - (touched or 0)) / 1e9
+
+
+def _boot() -> str:
+    """Tells containers and restarts apart that have the same host name; "" where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """When the process was started, in the kernel's ticks; "" where there is no such process. Numbers are used again."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]

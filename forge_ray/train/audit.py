@@ -1,0 +1,158 @@
+"""Which rows a run really used, against which it should have used (level 3, no torch).
+
+The loop writes two things down: the digest of the order (`Order.link`), and per step the sum of the fingerprints of the rows
+that the model was given. The first is recomputed from the order alone, the second from the dataset's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from forge_ray.catalog import Catalog
+from forge_ray.data.order import Order
+from forge_ray.data.stream import Rows
+from forge_ray.errors import NotFound, StoreError
+from forge_ray.records import DatasetManifest, RunRecord
+from forge_ray.store import MANIFEST, Store
+from forge_ray.train import metrics
+
+FINGERPRINT_BITS = 36  # sums over 2^16 rows stay exact in a double, in which ranks add them up
+WINDOW_STEPS = 64
+
+
+def fingerprint(input_ids: npt.ArrayLike) -> int:
+    """The sum over rows of a hash of each; input_ids: integers [rows, sequence_length]. No order, so ranks can add it up."""
+    rows = np.ascontiguousarray(input_ids, dtype="<i4")
+    return sum(xxhash.xxh3_64_intdigest(row.tobytes()) >> (64 - FINGERPRINT_BITS) for row in rows)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run wrote down about its data: a finished one in its record, another in its newest checkpoint."""
+
+    run: str
+    rows: Rows
+    order: Order
+    num_steps: int
+    order_digest: str
+    lines: list[dict[str, Any]]
+
+
+def facts_of(store: Store, run: str) -> Facts:
+    """Raises `NotFound` where the run has neither a record nor a checkpoint."""
+    with Catalog(store) as catalog:
+        if catalog.has(run):
+            record = catalog.get_as(RunRecord, run)
+            found: dict[str, Any] = {
+                "dataset": record.dataset,
+                "step": record.num_steps,
+                "order_digest": record.order_digest,
+            }
+            settings: dict[str, Any] = record.config["train"]
+        else:
+            found = _newest_position(store, run)
+            settings = _settings(store, run)
+        manifest = catalog.get_as(DatasetManifest, found["dataset"])
+    rows = Rows.of(store, manifest, "train")
+    order = Order(manifest.id, settings["seed"], rows.num_rows, rows.block_rows, settings["global_batch"])
+    lines = metrics.parse(store.read(f"runs/{run}/{metrics.METRICS}").decode())
+    return Facts(run, rows, order, found["step"], found["order_digest"], lines)
+
+
+def _newest_position(store: Store, run: str) -> dict[str, Any]:
+    for path in reversed([p for p in store.list(f"runs/{run}/checkpoints", recursive=True) if p.endswith("/" + MANIFEST)]):
+        try:
+            position: dict[str, Any] = store.read_json(path)["position"]
+        except (StoreError, KeyError):
+            continue
+        return position
+    raise NotFound(f"{run!r} has no record and no checkpoint", hint="`forge runs list` shows the runs of this store")
+
+
+def _settings(store: Store, run: str) -> dict[str, Any]:
+    path = next(path for path in store.list(f"runs/{run}") if path.rsplit("/", 1)[-1].startswith("config-"))
+    settings: dict[str, Any] = store.read_json(path)["train"]
+    return settings
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `forge audit data` found; `problems` is empty when every step used exactly the rows that the order says."""
+
+    run: str
+    dataset: str
+    num_steps: int
+    num_rows: int
+    samples_seen: int
+    order_digest: str
+    recomputed_digest: str
+    steps_compared: int
+    times_used: dict[str, int]  # how often a row was used → number of rows
+    problems: tuple[str, ...]
+
+
+def audit(facts: Facts, progress: Callable[[float, float, str], None]) -> Audit:
+    """Compare what a run wrote down with its dataset. Reads every row that was used; memory is one window of steps."""
+    rows, order, num_steps, order_digest = facts.rows, facts.order, facts.num_steps, facts.order_digest
+    problems = []
+    recomputed = order.digest(num_steps)
+    if recomputed != order_digest:
+        problems.append(f"the order's digest is {recomputed}, the run says {order_digest}")
+    told = {line["step"]: line for line in facts.lines}
+    missing = [step for step in range(1, num_steps + 1) if step not in told]
+    if missing:
+        problems.append(f"{len(missing)} of {num_steps} steps are not on record, the first is step {missing[0]}")
+    compared = 0
+    for first in range(0, num_steps, WINDOW_STEPS):
+        window = range(first, min(first + WINDOW_STEPS, num_steps))
+        numbers = [order.rows_of(step, range(order.global_batch)) for step in window]
+        wanted = sorted({number for step in numbers for number in step})
+        prints = dict(zip(wanted, map(_fingerprint_of_row, rows.take(wanted)["input_ids"]), strict=True))
+        for step, used in zip(window, numbers, strict=True):
+            line = told.get(step + 1)
+            if line is None or "rows_sum" not in line:
+                continue
+            compared += 1
+            expected = sum(prints[number] for number in used)
+            if line["rows_sum"] != expected:
+                problems.append(f"step {step + 1} was given other rows: their sum is {line['rows_sum']}, not {expected}")
+        progress(window.stop, num_steps, "steps compared")
+    return Audit(
+        facts.run,
+        rows.dataset,
+        num_steps,
+        rows.num_rows,
+        num_steps * order.global_batch,
+        order_digest,
+        recomputed,
+        compared,
+        _times_used(order, num_steps),
+        tuple(problems),
+    )
+
+
+def _fingerprint_of_row(row: npt.NDArray[np.int32]) -> int:
+    return fingerprint(row[None])
+
+
+def _times_used(order: Order, num_steps: int) -> dict[str, int]:
+    counts = np.zeros(order.num_rows, np.int64)
+    for step in range(num_steps):
+        np.add.at(counts, order.rows_of(step, range(order.global_batch)), 1)
+    times, numbers = np.unique(counts, return_counts=True)
+    return {str(time): number for time, number in zip(times.tolist(), numbers.tolist(), strict=True)}
+
+
+def records_of(rows: Rows, order: Order, step: int) -> list[dict[str, Any]]:
+    """The rows of one step (from 1), in lane order, with the records inside each."""
+    numbers = order.rows_of(step - 1, range(order.global_batch))
+    return [
+        {"lane": lane, "row": number, "records": records}
+        for lane, (number, records) in enumerate(zip(numbers, rows.records(numbers), strict=True))
+    ]
