@@ -25,10 +25,11 @@ from forge_ray.data.decontaminate import build_index, evaluation_texts
 from forge_ray.data.duplicates import find_duplicates
 from forge_ray.data.ingest import IndexedFile, expand, index_file
 from forge_ray.data.manifest import History, check_invalid, input_digest, kinds_of, manifest_of, segments, settings_of
+from forge_ray.data.parts import INVALID
 from forge_ray.data.readers import Chunk
 from forge_ray.data.rows import Job, Segment, job_key, run_job
 from forge_ray.data.shards import run_partition, run_tail, run_unused
-from forge_ray.data.work import Summary, write_array, write_plan
+from forge_ray.data.work import Summary, read_batches, write_array, write_plan
 from forge_ray.errors import DataError
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest
 from forge_ray.store import MANIFEST, Store
@@ -38,6 +39,7 @@ __all__ = ["build", "index_sources", "input_digest", "segments"]
 JOB_BYTES = 4 << 20  # a few seconds of work, so that a small cluster is busy and a killed build loses little
 PARTITION_RECORDS = 1 << 15  # records packed together; fixed, for it decides the rows
 PARTITION_TOKENS = 4 << 20
+PLACES_SHOWN = 3
 UNUSED_JOBS = 64  # map jobs whose unused rows share one file
 STALE_S = 24 * 3600
 
@@ -106,7 +108,7 @@ def build(
         ]
         summaries = _map(jobs, segment, config, base.id, store, progress)
         history.append(summaries)
-        check_invalid(config, history)
+        check_invalid(config, history, partial(_first_invalid, store, jobs, summaries))
         if segment.barrier is not None:
             key = digest([settings, segment.barrier, [s["key"] for s in summaries]])[len("sha256:") :][:32]
             progress(0, 1, "looking for duplicates")
@@ -145,6 +147,20 @@ def _jobs(config: DataConfig, sources: list[IndexedFile]) -> list[Job]:
                 close()
     close()
     return jobs
+
+
+def _first_invalid(store: Store, jobs: list[Job], summaries: list[Summary]) -> str:
+    """Where the first rows stand that never became records: a build that fails publishes no quarantine."""
+    places: list[str] = []
+    for job, summary in zip(jobs, summaries, strict=True):
+        if not summary["reasons"]:
+            continue
+        for row in (row for batch in read_batches(store, summary["unused"]) for row in batch.to_pylist()):
+            if row["rule"] == INVALID:
+                places.append(f"{job.chunks[row['chunk']].name} line {row['line']}")
+            if len(places) == PLACES_SHOWN:
+                return "first: " + ", ".join(places)
+    return "first: " + ", ".join(places)
 
 
 def _indexes(config: DataConfig, segment: Segment, store: Store) -> dict[int, str]:

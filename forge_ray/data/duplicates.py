@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -35,42 +36,42 @@ def find_duplicates(store: Store, rule: ExactDuplicates | NearDuplicates, key: s
         return ["" for _ in summaries]
     write_plan(store, key, {"parts": parts, "rule": rule.model_dump(mode="json")})
     if isinstance(rule, ExactDuplicates):
-        passes = [{"key": key, "first": 0}]
+        passes = [0]
     else:
         num_bands = band_keys(np.zeros((1, rule.num_hashes), np.uint32), rule).shape[1]
-        passes = [{"key": key, "first": first} for first in range(0, num_bands, BANDS_PER_PASS)]
-    pairs: Any = _Pairs  # Ray takes a class of callables, its types do not
-    found = ray.data.from_items(passes, override_num_blocks=len(passes)).map(
-        pairs, fn_constructor_args=(store,), concurrency=1
-    )
+        passes = list(range(0, num_bands, BANDS_PER_PASS))
+    tasks = [{"key": key, "first": first, "last": first == passes[-1]} for first in passes]
+    # one task at a time: each holds the signatures of all records
+    found = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(partial(_pairs, store=store), concurrency=1)
     names = sorted(row["edges"] for row in found.take_all())
     edges = np.concatenate([read_array(store, name).reshape(-1, 2) for name in names])
     labels = cluster(total, edges)
     return _write_dropped(store, key, labels, parts, counts, "near duplicate" if len(passes) > 1 else "duplicate")
 
 
-class _Pairs:
-    """A Ray Data actor: it reads the signatures of all records once and then takes band after band."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.signatures: npt.NDArray[np.uint32] | None = None
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shared = plan(self.store, row["key"])
-        name = f"{row['key']}-edges-{row['first']:04d}.npy"
-        files = [path for paths in shared["parts"] for path in paths]
-        if shared["rule"]["rule"] == "exact_duplicates":
-            records = np.concatenate([_records(self.store, path) for path in files])
-            write_array(self.store, name, _equal(records))
-            return {"edges": name}
-        rule = NearDuplicates.model_validate(shared["rule"])
-        if self.signatures is None:
-            self.signatures = np.concatenate([_signatures(self.store, path, rule.num_hashes) for path in files])
-        keys = band_keys(self.signatures, rule)[:, row["first"] : row["first"] + BANDS_PER_PASS]
-        edges = [edges_of_band(keys[:, band], self.signatures, rule.threshold) for band in range(keys.shape[1])]
-        write_array(self.store, name, np.concatenate(edges))
+def _pairs(row: dict[str, Any], store: Store) -> dict[str, Any]:
+    """A Ray Data map function over passes; returns the work file of the pairs that it found."""
+    name = f"{row['key']}-edges-{row['first']:04d}.npy"
+    shared = plan(store, row["key"])
+    if shared["rule"]["rule"] == "exact_duplicates":
+        records = np.concatenate([_records(store, path) for paths in shared["parts"] for path in paths])
+        write_array(store, name, _equal(records))
         return {"edges": name}
+    rule = NearDuplicates.model_validate(shared["rule"])
+    signatures = _all_signatures(store, row["key"], rule.num_hashes)
+    if row["last"]:
+        _all_signatures.cache_clear()  # the process lives on
+    keys = band_keys(signatures, rule)[:, row["first"] : row["first"] + BANDS_PER_PASS]
+    edges = [edges_of_band(keys[:, band], signatures, rule.threshold) for band in range(keys.shape[1])]
+    write_array(store, name, np.concatenate(edges))
+    return {"edges": name}
+
+
+@lru_cache(maxsize=1)
+def _all_signatures(store: Store, key: str, num_hashes: int) -> npt.NDArray[np.uint32]:
+    """Of every record, for pass after pass: Ray gives the next task to the process that is free."""
+    files = [path for paths in plan(store, key)["parts"] for path in paths]
+    return np.concatenate([_signatures(store, path, num_hashes) for path in files])
 
 
 def _signatures(store: Store, path: str, num_hashes: int) -> npt.NDArray[np.uint32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from forge_ray.config.base import resolved
@@ -52,18 +52,21 @@ def total_of(history: History, name: str) -> Counter[str]:
     return total
 
 
-def check_invalid(config: DataConfig, history: History) -> None:
+def check_invalid(config: DataConfig, history: History, places: Callable[[], str]) -> None:
+    """Raise `DataError` when too many rows cannot be used; `places` names the first of them."""
     reasons = total_of(history, "reasons")
     dropped = sum(total_of(history, "dropped").values())
     kept = sum(part["num_rows"] for summary in history[-1] for part in summary["parts"])
     total = kept + reasons.total() + dropped
     table = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(8))
     if not kept and not dropped:
-        raise DataError(f"none of {total} rows can be used: {table}", hint="see docs/data.md for the accepted shapes")
+        raise DataError(
+            f"none of {total} rows can be used: {table} ({places()})", hint="see docs/data.md for the accepted shapes"
+        )
     if reasons.total() > config.max_invalid_fraction * total:
         raise DataError(
             f"{reasons.total()} of {total} rows are invalid, more than"
-            f" data.max_invalid_fraction={config.max_invalid_fraction}: {table}",
+            f" data.max_invalid_fraction={config.max_invalid_fraction}: {table} ({places()})",
             hint="repair the rows, or raise data.max_invalid_fraction if these may be left out",
         )
     if not kept:

@@ -237,6 +237,9 @@ def test_too_many_bad_rows_fail_with_a_table_and_leave_nothing(
     with pytest.raises(DataError) as error:
         build(config_of(tmp_path, sources=[{"path": f"{tmp_path}/rows.jsonl"}], max_invalid_fraction=0.03), base, store)
     assert message in error.value.message
+    where = {"too many": (97, 98, 99), "all": (1, 2, 3)}.get(bad)
+    if where:
+        assert error.value.message.endswith(f"(first: {', '.join(f'{tmp_path}/rows.jsonl line {line}' for line in where)})")
     assert error.value.hint
     assert visible(store) == before
 

@@ -1,0 +1,49 @@
+"""The short kill matrix; `python tests/e2e/kill_matrix.py --kills 20` is the long one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+
+def killed(*options: str) -> dict[str, Any]:
+    script = Path(__file__).with_name("kill_matrix.py")
+    done = subprocess.run([sys.executable, str(script), "--json", *options], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr[-4000:]
+    assert done.stdout, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found["same_weights"]
+    assert found["same_order"]
+    return found
+
+
+def test_a_run_whose_processes_are_killed_ends_with_the_same_bytes() -> None:
+    kinds = ("--kills", "2", "--kinds", "driver,controller")  # tests/ray/test_train.py kills a rank
+    found = killed(*kinds, "--steps", "60", "--seed", "1", "--set", "train.adapter={dropout: 0.1}")
+    assert found["steps_compared"] == 60
+    assert sum(kill["pid"] > 0 for kill in found["kills"]) == 2
+    assert len(found["starts_of_workers"]) >= 3
+    assert found["starts_of_workers"] == sorted(found["starts_of_workers"])
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("train.zero_stage=2", "train.adapter={dropout: 0.1}"),
+        ("train.zero_stage=3",),
+        ("train.zero_stage=1",),
+    ],
+    ids=["zero2-lora", "zero3-full", "zero1-full"],
+)
+def test_the_long_kill_matrix(options: tuple[str, ...]) -> None:
+    found = killed("--kills", "20", "--steps", "600", *(part for option in options for part in ("--set", option)))
+    print(json.dumps(found, indent=1))
+    assert sum(kill["pid"] > 0 for kill in found["kills"]) >= 18
