@@ -41,7 +41,7 @@ cli.add_command(data)
 
 @cli.group(cls=Verbs)
 def runs() -> None:
-    """Training runs: list."""
+    """Training runs: list, show."""
 
 
 cli.add_command(audit)
@@ -162,6 +162,21 @@ def runs_list(store: Store, as_json: bool) -> Any:
     if not as_json:
         rows = [(r["id"], r["state"], r["name"], r["steps"], r["loss"], r["dataset"], r["at"][:19]) for r in found]
         print_table("Runs", ("run", "state", "name", "steps", "loss", "dataset", "since (UTC)"), rows)
+    return found
+
+
+@verb(runs, "show")
+@click.argument("run_id", metavar="run_…")
+def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
+    """One run: its starts, checkpoints, incidents; finished or not."""
+    from forge_ray.errors import NotFound
+    from forge_ray.train.diagnosis import facts, overview
+
+    found = facts(store, run_id)
+    if not found["starts"]:
+        raise NotFound(f"{run_id!r} has never started", hint="`forge runs list` shows the runs of this store")
+    if not as_json:
+        click.echo(overview(found))
     return found
 
 

@@ -132,7 +132,7 @@ def train(config: RunConfig, store: Store) -> RunRecord:
                 it.done(f"{identifier}  already trained")
                 return catalog.get_as(RunRecord, identifier)
             store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
-            if config.train.scaling.num_workers:
+            if config.train.scaling.max_workers:
                 connect()
             job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
             store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
@@ -146,9 +146,24 @@ def train(config: RunConfig, store: Store) -> RunRecord:
                     raise
             record = catalog.put(_run_record(job, config))
             catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
-            speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
-            it.done(f"{record.id}  {record.num_steps} steps, loss {record.metrics['loss']:.3f}, {speed}")
+            told = (
+                f"{record.num_steps} steps, loss {record.metrics['loss']:.3f}, {record.metrics['tokens_per_s']:.0f} tokens/s"
+            )
+            it.done(f"{record.id}  {told}{_trouble(record)}")
             return record
+
+
+def _trouble(record: RunRecord) -> str:
+    """What a person must know of a run that ended well: nobody finds out later that rows were not used."""
+    rows = sum(len(incident["rows"]) for incident in record.incidents if incident["kind"] == "quarantine")
+    parts = []
+    if record.metrics["steps_left_out"]:
+        parts.append(f"{record.metrics['steps_left_out']:.0f} steps left out")
+    if rows:
+        parts.append(f"{rows} rows put aside")
+    if record.incidents:
+        parts.append(f"{len(record.incidents)} incidents: `forge runs show {record.id}`")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _config_key(config: RunConfig) -> str:
@@ -173,7 +188,8 @@ def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
                 last = lines[-1]
                 minutes, seconds = divmod(int(last["eta_s"]), 60)
                 speed = f"{last['tokens_per_s']:.0f} tokens/s"
-                text = f"step {last['step']}/{last['of']}  loss {last['loss']:.3f}  {speed}  {minutes}:{seconds:02d} left"
+                loss = f"loss {last['loss']:.3f}" if "loss" in last else f"left out: {last['left_out']}"
+                text = f"step {last['step']}/{last['of']}  {loss}  {speed}  {minutes}:{seconds:02d} left"
                 it.update(last["step"], last["of"], text)
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -206,6 +222,7 @@ def _run_record(job: Any, config: RunConfig) -> RunRecord:
         samples_seen=result["samples_seen"],
         order_digest=result["order_digest"],
         attempts=tuple(result["attempts"]),
+        incidents=tuple(result["incidents"]),
         code_digest=code_digest(),
         environment=versions(),
         metrics=result["metrics"],

@@ -180,6 +180,7 @@ class RunRecord(Record):
     samples_seen: int
     order_digest: str = Field(description="over the global row order of the whole run")
     attempts: tuple[dict[str, Any], ...] = Field(description="one per start: world size, first step, host")
+    incidents: tuple[dict[str, Any], ...] = Field((), description="what went wrong and what was done about it")
     code_digest: str
     environment: dict[str, str] = Field(description="versions of the packages that decide numbers")
     metrics: dict[str, float]

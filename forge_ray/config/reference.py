@@ -33,6 +33,8 @@ def rows(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str,
         section = _section(field.annotation)
         if section:
             inner, between = section
+            if int in get_args(field.annotation):  # a plain number, or a section
+                yield key, "int, or:", f"`{field.default!r}`", field.description or ""
             yield from rows(inner, f"{key}.{between}")
             continue
         default = "required" if field.default is PydanticUndefined else f"`{field.default!r}`"

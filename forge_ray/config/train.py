@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from forge_ray.config.base import Config
 
@@ -40,16 +40,64 @@ class Validation(Config):
 
 class Checkpointing(Config):
     every_steps: int = Field(0, ge=0, description="0: only at the end")
+    asynchronous: bool = Field(True, description="write from a copy while training goes on")
     keep: int = Field(2, ge=2, description="newest complete checkpoints that stay; one alone would be lost with a bad disk")
+
+
+class Spike(Config):
+    """A loss that rises and stays: above mean + sigma * deviation of the `window` steps before, and `rise` nats above that
+    mean, `patience` steps running. The run goes back to the checkpoint before and leaves the spike's steps out (PaLM,
+    arXiv:2204.02311, section 5.1)."""
+
+    sigma: float = Field(6.0, gt=0)
+    rise: float = Field(0.5, gt=0)
+    window: int = Field(50, ge=8)
+    patience: int = Field(3, ge=1)
+
+
+class Guards(Config):
+    """When a run helps itself, and when it stops. Each act is an incident in the run's record."""
+
+    spike: Spike | None = Field(Spike(), description="null: off")
+    max_skipped: float = Field(0.01, ge=0, le=1, description="share of steps or rows that may be left out (3 always may)")
+    hang_factor: float = Field(3.0, ge=1, description="a step is hung after this many median steps and `hang_slack_s`")
+    hang_slack_s: float = Field(10.0, gt=0)
+    first_step_s: float = Field(1800.0, gt=0, description="the same for what has no history yet: first step, first save")
+    slow_rank: float = Field(1.5, gt=1, description="a worker is reported that is so much slower than the median")
+
+
+class Workers(Config):
+    """Elastic: as many workers as the cluster has room for, between these."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+    resize_every_s: float = Field(60.0, gt=0, description="how often the cluster is looked at for more room")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is more than max={self.max} hint: exchange them")
+        return self
 
 
 class Scaling(Config):
     """How many workers, and what each takes. Changes speed, never the order of samples."""
 
-    num_workers: int = Field(1, ge=0, description="0 runs the loop in this process, without Ray")
+    num_workers: int | Workers = Field(1, description="0 runs the loop in this process, without Ray; {min, max}: elastic")
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0, le=1)
-    max_failures: int = Field(2, ge=-1, description="worker-group restarts before the run fails; -1 is without end")
+    max_failures: int = Field(2, ge=-1, description="restarts in a row without a new checkpoint; -1 is without end")
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _a_number(cls, value: Any) -> Any:
+        if isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            raise ValueError(f"num_workers={value} is not a number of workers hint: use 0 or more, or {{min, max}}")
+        return value
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers.max if isinstance(self.num_workers, Workers) else self.num_workers
 
 
 class TrainConfig(Config):
@@ -71,16 +119,15 @@ class TrainConfig(Config):
     validation: Validation = Validation()
     checkpoint: Checkpointing = Checkpointing()
     scaling: Scaling = Scaling()
+    guards: Guards = Guards()
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> Self:
-        per_pass = max(self.scaling.num_workers, 1) * self.micro_batch_size
-        if self.global_batch % per_pass:
-            near = max(per_pass, self.global_batch // per_pass * per_pass)
+    def _batch_reaches_all(self) -> Self:
+        workers = self.scaling.max_workers
+        if self.global_batch < workers:
             raise ValueError(
-                f"global_batch={self.global_batch} is not a multiple of"
-                f" scaling.num_workers * micro_batch_size = {per_pass}"
-                f" hint: use train.global_batch={near} or {near + per_pass}"
+                f"global_batch={self.global_batch} leaves some of {workers} workers without a row"
+                f" hint: use train.global_batch={workers} or more, or fewer workers"
             )
         return self
 
@@ -102,5 +149,6 @@ class TrainConfig(Config):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights: all but how often we look and on how many workers it runs."""
-        return self.model_dump(mode="json", exclude={"validation", "checkpoint", "scaling"})
+        """What decides the weights: all but how often we look, on how many workers it runs, and what is done in trouble
+        (which the incidents of its record say)."""
+        return self.model_dump(mode="json", exclude={"validation", "checkpoint", "scaling", "guards"})

@@ -65,11 +65,10 @@ class Order:
         return _key(self.dataset, self.seed, epoch, block)
 
     def lanes(self, rank: int, world_size: int) -> range:
-        """The lanes that `rank` owns; `global_batch` must divide evenly."""
-        if self.global_batch % world_size:
-            raise ValueError(f"global_batch={self.global_batch} does not divide over {world_size} ranks")
-        share = self.global_batch // world_size
-        return range(rank * share, (rank + 1) * share)
+        """The lanes that `rank` owns: contiguous; where they do not divide evenly some ranks own one more."""
+        if self.global_batch < world_size:
+            raise ValueError(f"global_batch={self.global_batch} leaves some of {world_size} ranks without a lane")
+        return range(rank * self.global_batch // world_size, (rank + 1) * self.global_batch // world_size)
 
     def rows_of(self, step: int, lanes: range) -> list[int]:
         return [self.row(step * self.global_batch + lane) for lane in lanes]

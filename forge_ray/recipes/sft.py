@@ -7,9 +7,9 @@ a cluster:                  train.engine=deepspeed train.zero_stage=3 train.scal
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +18,54 @@ import torch
 from forge_ray.data.order import Order
 from forge_ray.data.stream import Arrays, Feed, Rows, local_batches, ray_batches
 from forge_ray.errors import TrainingError
-from forge_ray.records import canonical_json
-from forge_ray.train import attempts, checkpoint, launch, metrics
+from forge_ray.train import attempts, checkpoint, launch, metrics, watchdog
 from forge_ray.train.audit import fingerprint
 from forge_ray.train.context import Context, agree, join, sum_over_ranks
 from forge_ray.train.engine import TorchEngine, TrainEngine
+from forge_ray.train.finish import export, finish
+from forge_ray.train.guards import Guards, RollBack
 from forge_ray.train.job import TrainJob, identity_digest
 from forge_ray.train.loss import kept_positions, token_cross_entropy
-from forge_ray.train.model import export_adapter, export_full, load_for_training, merge_adapter
+from forge_ray.train.model import load_for_training
+from forge_ray.train.saving import Saved, Saver
 from forge_ray.train.schedule import learning_rate, num_steps
 from forge_ray.train.zero import ZeroEngine
 
-RESULT = "result.json"
+PREEMPTION_EVERY_S = 5.0  # how often Ray is asked whether a node is to be taken away; it looks as often itself
 logger = logging.getLogger("forge_ray")
 
 
 def train_loop(values: dict[str, Any]) -> None:
     """One worker's whole life. `values` is `TrainJob.to_json()`."""
-    # 1. config and context
     job = TrainJob.from_json(values)
+    scaling = job.config.scaling
+    context = join(bool(scaling.gpus_per_worker), int(scaling.cpus_per_worker), job.under_ray)
+    dog = watchdog.Watchdog(job.config.guards, job.store.uri, job.run, context.rank) if job.under_ray else None
+    try:
+        while True:
+            try:
+                return _attempt(job, context, dog)
+            except RollBack as why:
+                logger.warning("%s: back to the checkpoint before", why)
+    finally:
+        if dog:
+            dog.close()
+
+
+def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> None:
+    # 1. config
     config, store = job.config, job.store
-    context = join(bool(config.scaling.gpus_per_worker), int(config.scaling.cpus_per_worker), job.under_ray)
     folder = store.local(f"runs/{job.run}") if store.is_local else Path(tempfile.mkdtemp(prefix="forge-run-"))
     folder.mkdir(parents=True, exist_ok=True)
+    expect = dog.expect if dog else lambda phase, step: None
+    expect("start", 0)
 
     # 2. the order of samples
     rows = Rows.of(store, job.dataset, "train")
     order = Order(job.dataset.id, config.seed, rows.num_rows, rows.block_rows, config.global_batch)
     lanes = order.lanes(context.rank, context.world_size)
     total_steps = num_steps(config, rows.num_rows)
+    guards = Guards(job, rows, order, total_steps, context)
 
     # 3. model
     base = store.fetch_dir(f"models/{job.base.id}", verify=not store.is_local)
@@ -58,78 +77,148 @@ def train_loop(values: dict[str, Any]) -> None:
 
     # 5. restore
     checkpoint.seed_all(config.seed, context.rank)
-    found = checkpoint.restore(engine, store, _position(job, context, 0, "", 0), context)
+    start = _position(job, context, 0, "", 0, guards)
+    found = checkpoint.restore(engine, store, start, context, guards.left_out.digest)
     first_step, chain = (found.step, found.order_digest) if found else (0, "")
     attempt = agree(attempts.start(store, job.run, context.world_size, first_step) if context.is_first else 0, context)
     if context.is_first:
         checkpoint.sweep(store, job.run)
+    saver = Saver(engine, store, context, config.checkpoint.keep, config.checkpoint.asynchronous)
+    before = metrics.read(folder / metrics.METRICS) if context.is_first else []
+    guards.remember([line["loss"] for line in before if "loss" in line and line["step"] <= first_step])
+
+    def saved(result: Saved | None, line: dict[str, Any]) -> None:
+        if result and result.path:
+            launch.report({"step": result.step}, job, result.path)
+        elif result:
+            line["checkpoint_problem"] = result.problem
+            guards.record("no_checkpoint", result.step, problem=result.problem)
+            logger.warning("step %d has no checkpoint: %s", result.step, result.problem)
 
     # 6. steps
     feed = Feed(rows, order, lanes, first_step, total_steps - first_step)
     batches = ray_batches(feed) if context.under_ray and feed.num_steps else local_batches(feed)
-    clock, began = metrics.StepClock(), time.perf_counter()
+    clock, began, looked = metrics.StepClock(), time.perf_counter(), time.monotonic()
     for step in range(first_step, total_steps):
-        step_began = time.perf_counter()
+        done, step_began, preempted = step + 1, time.perf_counter(), False
+        expect("step", done)
         with clock.measure("wait"):
             batch = _tensors(next(batches), context)
         chain = order.link(chain, step)
         with clock.measure("compute"):
-            trained = int(batch["loss_mask"].sum())
-            used = int((batch["segment_ids"] > 0).sum())
-            num_trained, num_tokens, rows_sum = sum_over_ranks([trained, used, fingerprint(batch["input_ids"])], context)
-            loss_sum = 0.0
-            splits = {name: value.split(config.micro_batch_size) for name, value in batch.items()}
-            num_micro = len(lanes) // config.micro_batch_size
-            for micro in range(num_micro):
-                loss = _loss({name: parts[micro] for name, parts in splits.items()}, engine)[0]
-                engine.backward(loss / max(num_trained, 1.0), is_last=micro == num_micro - 1)
-                loss_sum += float(loss.detach())
+            numbers = order.rows_of(step, lanes)
+            counts = [fingerprint(batch["input_ids"]), float(time.monotonic() - looked > PREEMPTION_EVERY_S)]
+            _blank(batch, [lane for lane, row in enumerate(numbers) if guards.left_out.rows.get(row, done + 1) <= done])
+            trained, used = int(batch["loss_mask"].sum()), int((batch["segment_ids"] > 0).sum())
+            num_trained, num_tokens, rows_sum, look, *flags = sum_over_ranks([trained, used, *counts, *saver.flags], context)
             lr = learning_rate(step, total_steps, config.optimizer.lr, config.schedule)
-            grad_norm = engine.step(lr)
-        (loss_sum,) = sum_over_ranks([loss_sum], context)
-        done = step + 1
-        line: dict[str, Any] = {
-            "step": done,
-            "of": total_steps,
-            "loss": loss_sum / max(num_trained, 1.0),
-            "lr": lr,
-            "grad_norm": grad_norm,
-        }
-        if not (line["loss"] < float("inf") and grad_norm < float("inf")):
-            raise TrainingError(
-                f"step {done}: loss={line['loss']}, grad_norm={grad_norm} is not finite",
-                hint=f"lower train.optimizer.lr={config.optimizer.lr}; the last checkpoint is from before this step",
-            )
+            line: dict[str, Any] = {"step": done, "of": total_steps, "lr": lr}
+            if done in guards.left_out.steps:
+                line["left_out"] = "spike"
+            else:
+                passes = Passes(engine, batch, numbers, done, max(num_trained, 1.0), guards, config.micro_batch_size)
+                line |= _update(passes, lr, guards, context)
+        if "loss" in line:
+            guards.watch(done, line["loss"])
+        if look:
+            looked, preempted = time.monotonic(), launch.is_preempted(job)
         if _due(done, config.validation.every_steps, total_steps) and config.validation.max_rows:
+            expect("validate", done)
             with clock.measure("validate"):
                 line |= _validate(job, engine, context)
         line |= {"tokens": int(num_tokens), "trained_tokens": int(num_trained), "rows_sum": int(rows_sum)}
         line |= _timing(line, clock, step_began)
         line["eta_s"] = (time.perf_counter() - began) / (done - first_step) * (total_steps - done)
+        guards.look_for_slow(done)
         if context.is_first and store.is_local:
             attempts.check_newest(store, job.run, attempt)
         if context.is_first:  # before the checkpoint, from which a resumed run would not take this step again
             metrics.append(folder, line)
-        if _due(done, config.checkpoint.every_steps, total_steps):
-            with clock.measure("checkpoint"):
-                position = _position(job, context, done, chain, attempt)
-                saved = checkpoint.save(engine, store, position, context, config.checkpoint.keep)
-                if saved.path:
-                    launch.report({"step": done, "loss": line["loss"]}, job, saved.path)
-                else:
-                    line["checkpoint_problem"] = saved.problem
-                    logger.warning("step %d has no checkpoint: %s", done, saved.problem)
-            if context.is_first:  # once more, with the time that it took: a reader keeps the last
-                metrics.append(folder, line | _timing(line, clock, step_began))
+        due = _due(done, config.checkpoint.every_steps, total_steps) or preempted
+        with clock.measure("checkpoint"):
+            saved(saver.advance(flags), line)
+            if due:
+                expect("checkpoint", done)
+                saved(saver.finish(), line)
+                saved(saver.begin(_position(job, context, done, chain, attempt, guards)), line)
+            if preempted or done == total_steps:
+                saved(saver.finish(), line)
+        if preempted:
+            guards.record("preemption", done)
+        if context.is_first and (due or "checkpoint_problem" in line):  # once more, with its time: a reader keeps the last
+            metrics.append(folder, line | _timing(line, clock, step_began))
 
     # 7. export
+    expect("export", total_steps)
     weights = engine.weights(trained_only=config.adapter is not None)
     if context.is_first:
-        _finish(job, folder, order, total_steps, chain, _export(job, model, weights, base))
+        finish(job, folder, order, total_steps, chain, export(job, model, weights, base))
 
 
-def _position(job: TrainJob, context: Context, step: int, chain: str, attempt: int) -> checkpoint.Position:
+@dataclass(frozen=True)
+class Passes:
+    """Forward and backward over a rank's rows of one step; as many passes on every rank, for they are collective."""
+
+    engine: TrainEngine
+    batch: dict[str, torch.Tensor]
+    rows: list[int]
+    step: int
+    num_trained: float
+    guards: Guards
+    micro_batch_size: int
+
+    def run(self) -> float:
+        """Adds to the gradients; returns this rank's sum of losses."""
+        size = 1 if self.step in self.guards.left_out.careful else self.micro_batch_size
+        most = -(-self.guards.order.global_batch // self.guards.context.world_size)
+        num_micro = -(-most // size)
+        loss_sum = 0.0
+        for micro in range(num_micro):
+            mine = slice(micro * size, (micro + 1) * size)
+            part = {name: value[mine] for name, value in self.batch.items()}
+            with self.guards.blaming(self.step, self.rows[mine]):
+                if not len(part["input_ids"]):  # the lanes did not divide evenly: a pass that adds nothing
+                    part = {name: value[:1].clone() for name, value in self.batch.items()}
+                    _blank(part, [0])
+                loss = _loss(part, self.engine)[0]
+                self.engine.backward(loss / self.num_trained, is_last=micro == num_micro - 1)
+                loss_sum += float(loss.detach())
+        return loss_sum
+
+
+def _update(passes: Passes, lr: float, guards: Guards, context: Context) -> dict[str, Any]:
+    """One optimizer step. Without a finite result nothing changes; it is computed once more, from the same random state."""
+    tried: list[float] = []
+    random_state = checkpoint.rng_state()
+    for _ in range(2):
+        if tried:
+            checkpoint.set_rng_state(random_state)
+        (loss_sum,) = sum_over_ranks([passes.run()], context)
+        loss, grad_norm = loss_sum / passes.num_trained, passes.engine.step(lr)
+        if loss - loss == 0 and grad_norm < float("inf"):
+            if tried:
+                guards.record("recovered", passes.step, first=str(tried[0]))
+            return {"loss": loss, "grad_norm": grad_norm}
+        if grad_norm < float("inf"):
+            raise TrainingError(
+                f"step {passes.step}: loss={loss} with finite gradients (norm {grad_norm}): the weights cannot be trusted",
+                hint="this is a fault of the loss; the last checkpoint is from before this step",
+            )
+        tried.append(loss)
+    guards.skipped(passes.step, *tried)
+    return {"left_out": "not finite"}
+
+
+def _blank(batch: dict[str, torch.Tensor], lanes: list[int]) -> None:
+    """Rows without a document: nothing in them is trained, nor seen."""
+    for lane in lanes:
+        for name, value in batch.items():
+            value[lane] = torch.arange(value.shape[1], device=value.device) if name == "position_ids" else 0
+
+
+def _position(job: TrainJob, context: Context, step: int, chain: str, attempt: int, guards: Guards) -> checkpoint.Position:
     return checkpoint.Position(
+        left_out=guards.left_out.digest(step),
         step=step,
         samples_seen=step * job.config.global_batch,
         order_digest=chain,
@@ -190,50 +279,3 @@ def _validate(job: TrainJob, engine: TrainEngine, context: Context) -> dict[str,
 
 def _tensors(batch: Arrays, context: Context) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array).to(context.device) for name, array in batch.items()}
-
-
-def _export(job: TrainJob, model: Any, weights: dict[str, torch.Tensor], base: Path) -> str:
-    """Plain Hugging Face or PEFT safetensors under `runs/<id>/export`; returns which of the two."""
-    with job.store.staged_dir(f"runs/{job.run}/export") as target:
-        if job.config.adapter is None:
-            export_full(base, weights, target)
-            return "full"
-        if job.config.export == "adapter":
-            export_adapter(model, weights, job.base.id, target)
-            return "adapter"
-        with tempfile.TemporaryDirectory(prefix="forge-adapter-") as adapter:
-            export_adapter(model, weights, job.base.id, Path(adapter))
-            merge_adapter(base, Path(adapter), target)
-        return "full"
-
-
-def _finish(job: TrainJob, folder: Path, order: Order, total_steps: int, chain: str, export_kind: str) -> None:
-    """The facts of the finished run, for its record; the last thing written."""
-    lines = metrics.read(folder / metrics.METRICS)
-    metrics.plot(lines, folder / metrics.CURVE, f"{job.name} · {job.run}")
-    compute = sum(line["compute_s"] for line in lines)
-    summary = {
-        "loss": lines[-1]["loss"],
-        "seconds": sum(line["seconds"] for line in lines),
-        "wait_s": sum(line["wait_s"] for line in lines),
-        "compute_s": compute,
-        "checkpoint_s": sum(line.get("checkpoint_s", 0.0) for line in lines),
-        "tokens": sum(line["tokens"] for line in lines),
-        "trained_tokens": sum(line["trained_tokens"] for line in lines),
-        "tokens_per_s": sum(line["tokens"] for line in lines) / max(compute, 1e-9),
-    }
-    if "validation_loss" in lines[-1]:
-        summary["validation_loss"] = lines[-1]["validation_loss"]
-    result = {
-        "num_steps": total_steps,
-        "samples_seen": total_steps * order.global_batch,
-        "order_digest": chain,
-        "attempts": attempts.read(job.store, job.run),
-        "metrics": summary,
-        "export_kind": export_kind,
-    }
-    job.store.write(f"runs/{job.run}/{RESULT}", canonical_json(result))
-    if not job.store.is_local:
-        for name in (metrics.METRICS, metrics.CURVE):
-            job.store.write(f"runs/{job.run}/{name}", (folder / name).read_bytes())
-        shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Resumable checkpoints: written aside, hashed, published in one rename, verified before anything is unpickled (level 3).
+"""Resumable checkpoints: which one is used, and when. Verified before anything is unpickled; `saving` writes them (level 3).
 
     runs/<id>/checkpoints/step-00000120/{engine files…, rng-00000.pt, MANIFEST.json}
 
@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
 
 from forge_ray.errors import ForgeError, StoreError, TrainingError
 from forge_ray.records import FileEntry, canonical_json, digest
-from forge_ray.store import MANIFEST, Store, hash_dir, replace_dir, sync_tree, verify_files
-from forge_ray.train import attempts
+from forge_ray.store import MANIFEST, Store, verify_files
 from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
 
@@ -51,93 +49,32 @@ class Position:
     engine: str
     zero_stage: int
     world_size: int
+    left_out: str = ""  # digest of the steps and rows that guards left out before this step
 
 
 IDENTITY = ("run", "config_digest", "dataset", "base_digest", "engine", "zero_stage")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A published checkpoint: its path in the store; or why there is none."""
-
-    path: str = ""
-    problem: str = ""
 
 
 def folder_of(run: str) -> str:
     return f"runs/{run}/checkpoints"
 
 
-def save(engine: TrainEngine, store: Store, position: Position, context: Context, keep: int) -> Saved:
-    """Collective. A checkpoint that cannot be written (no room, a failing disk) costs none of those before, nor the run:
-    the problem is returned. Raises `TrainingError` when a younger attempt of the run has started."""
-    relative = f"{folder_of(position.run)}/step-{position.step:08d}"
-    if problem := agree(_no_room(store, position.run) if context.is_first else "", context):
-        return Saved(problem=problem)
-    if agree(context.is_first and _stands(store, relative, position), context):
-        if context.is_first:
-            _retire(store, position.run, keep)
-        return Saved(relative)  # written by an attempt before; these steps were done again
-    aside = f"{folder_of(position.run)}/.tmp-{position.step:08d}-{position.attempt:06d}"
-    folder = store.local(aside) if store.is_local else Path(tempfile.mkdtemp(prefix="forge-checkpoint-"))
-
-    def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        engine.save(folder)
-        torch.save(rng_state(), folder / f"rng-{context.rank:05d}.pt")
-
-    def publish() -> None:
-        if not context.is_first:
-            return
-        (folder / MANIFEST).write_bytes(_manifest(store, hash_dir(folder), position))
-        sync_tree(folder)
-        attempts.check_newest(store, position.run, position.attempt)
-        replace_dir(folder, store.local(relative))
-
-    steps_of = (write, publish) if store.is_local else (write, lambda: _upload(folder, store, relative, position, context))
-    for step in steps_of:
-        if problem := _tried(step, context):
-            shutil.rmtree(folder, ignore_errors=True)
-            return Saved(problem=problem)
-    if context.is_first:
-        _retire(store, position.run, keep)
-    return Saved(relative)
-
-
-def _tried(step: Callable[[], None], context: Context) -> str:
-    """Collective: do it on every rank; what went wrong on the disk of one is known to all. A fence stops all of them."""
-    problem, fenced = "", ""
-    try:
-        step()
-    except TrainingError as error:
-        fenced = f"{error.message}\n{error.hint}"
-    except (OSError, RuntimeError, StoreError) as error:  # torch's own writer says RuntimeError for a full disk
-        problem = f"rank {context.rank}: {type(error).__name__}: {error}"
-    found: list[Any] = [None] * context.world_size
-    dist.all_gather_object(found, (problem, fenced))
-    for _, text in found:
-        if text:
-            message, _, hint = text.partition("\n")
-            raise TrainingError(message, hint=hint)
-    return next((text for text, _ in found if text), "")
-
-
-def _no_room(store: Store, run: str) -> str:
+def no_room(store: Store, run: str) -> str:
+    """Why a checkpoint as large as the newest one would not fit; "" where it does, or where nobody can tell."""
     free = store.free_bytes()
-    if free is None:
-        return ""
-    for step in steps(store, run):
+    for step in steps(store, run) if free is not None else []:
         try:
             size = sum(entry.size for entry in store.files(f"{folder_of(run)}/step-{step:08d}"))
         except (ForgeError, KeyError, TypeError, ValueError):
             continue
-        if free < size * ROOM:
-            return f"{free / 1e9:.2f} GB are free, a checkpoint of {size / 1e9:.2f} GB wants {size * ROOM / 1e9:.2f} GB"
+        wanted = size * ROOM
+        if free is not None and free < wanted:
+            return f"{free / 1e9:.2f} GB are free, a checkpoint of {size / 1e9:.2f} GB wants {wanted / 1e9:.2f} GB"
         return ""
     return ""
 
 
-def _stands(store: Store, relative: str, position: Position) -> bool:
+def stands(store: Store, relative: str, position: Position) -> bool:
     """Whether this very checkpoint is published and whole."""
     if not store.exists(f"{relative}/{MANIFEST}"):
         return False
@@ -145,7 +82,7 @@ def _stands(store: Store, relative: str, position: Position) -> bool:
     return found is not None and (found.order_digest, found.world_size) == (position.order_digest, position.world_size)
 
 
-def _manifest(store: Store, files: tuple[FileEntry, ...], position: Position) -> bytes:
+def manifest(store: Store, files: tuple[FileEntry, ...], position: Position) -> bytes:
     newest = next(iter(steps(store, position.run)), None)
     parent = "" if newest is None else f"step-{newest:08d}:" + _digest_of(store, position.run, newest)
     value = {"files": [entry.model_dump() for entry in files], "position": asdict(position), "parent": parent}
@@ -159,24 +96,7 @@ def _digest_of(store: Store, run: str, step: int) -> str:
         return ""
 
 
-def _upload(folder: Path, store: Store, relative: str, position: Position, context: Context) -> None:
-    """Object stores have no rename: every rank puts its files, and the manifest comes last."""
-    mine = hash_dir(folder)
-    for entry in mine:
-        target = store.path(f"{relative}/{entry.path}")
-        store.filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
-        pafs.copy_files(str(folder / entry.path), target, destination_filesystem=store.filesystem)
-    parts: list[Any] = [None] * context.world_size
-    dist.all_gather_object(parts, [entry.model_dump() for entry in mine])
-    if context.is_first:
-        attempts.check_newest(store, position.run, position.attempt)
-        files = {entry["path"]: FileEntry.model_validate(entry) for part in parts for entry in part}
-        listed = tuple(files[path] for path in sorted(files))
-        store.write(f"{relative}/{MANIFEST}", _manifest(store, listed, position))
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _retire(store: Store, run: str, keep: int) -> None:
+def retire(store: Store, run: str, keep: int) -> None:
     """Remove what lies behind the newest `keep` checkpoints that are whole; a broken one does not count as one of them."""
     whole = 0
     for step in steps(store, run):
@@ -204,15 +124,19 @@ def steps(store: Store, run: str) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def find(store: Store, expected: Position) -> Position | None:
+def find(store: Store, expected: Position, left_out: Callable[[int], str] = lambda step: "") -> Position | None:
     """The newest checkpoint of this run that verifies; one that is torn, corrupted or another's is skipped, with the reason
-    in the log."""
+    in the log. So is one of a timeline that was given up: what was left out by its step differs from `left_out(step)`."""
     for step in steps(store, expected.run):
         relative = f"{folder_of(expected.run)}/step-{step:08d}"
         found, reason = _verified(store, relative, expected)
-        if found is not None and found.step == step:
+        if found is not None and found.step != step:
+            reason = f"it is of step {found.step}"
+        elif found is not None and found.left_out != left_out(step):
+            reason = "it holds steps that were left out later"
+        elif found is not None:
             return found
-        logger.warning("checkpoint %s is skipped: %s", relative, reason or f"it is of step {found.step if found else None}")
+        logger.warning("checkpoint %s is skipped: %s", relative, reason)
     return None
 
 
@@ -233,19 +157,50 @@ def _verified(store: Store, relative: str, expected: Position) -> tuple[Position
     return found, ""
 
 
-def restore(engine: TrainEngine, store: Store, expected: Position, context: Context) -> Position | None:
-    """Collective: load the newest good checkpoint of the run, if there is one; returns its position."""
-    found: Position | None = agree(find(store, expected) if context.is_first else None, context)
+def restore(
+    engine: TrainEngine, store: Store, expected: Position, context: Context, left_out: Callable[[int], str]
+) -> Position | None:
+    """Collective: load the newest good checkpoint of the run, if there is one; returns its position. One that another number
+    of workers wrote is resharded."""
+    found: Position | None = agree(find(store, expected, left_out) if context.is_first else None, context)
     if found is None:
         return None
-    check_world_size(found, expected.world_size)
     folder = store.fetch_dir(f"{folder_of(found.run)}/step-{found.step:08d}", verify=not store.is_local)
-    engine.load(folder)
+    if found.world_size == context.world_size or engine.loads_anywhere:
+        engine.load(folder)
+    else:
+        _reshard(engine, store, folder, found, context)
     rng = folder / f"rng-{context.rank:05d}.pt"
     if rng.is_file():  # absent for the ranks that a larger world has more
         set_rng_state(torch.load(rng, weights_only=True))
     dist.barrier()
     return found
+
+
+def _reshard(engine: TrainEngine, store: Store, folder: Path, found: Position, context: Context) -> None:
+    """Through a copy that no number of workers is part of: once where all of them see it, else once per rank."""
+    aside = store.local(f"{folder_of(found.run)}/.tmp-reshard-{found.step:08d}") if store.is_local else None
+    target = aside or Path(tempfile.mkdtemp(prefix="forge-reshard-"))
+    problem = ""
+    try:
+        if context.is_first or not aside:
+            logger.info("step %d: from %d to %d workers", found.step, found.world_size, context.world_size)
+            shutil.rmtree(target, ignore_errors=True)
+            engine.reshard(folder, target)
+    except (OSError, ForgeError) as error:
+        problem = str(error)
+    problems: list[Any] = [None] * context.world_size
+    dist.all_gather_object(problems, problem)
+    if said := next(filter(None, problems), ""):
+        raise TrainingError(
+            f"the checkpoint of step {found.step}, written by {found.world_size} workers, could not be turned into one for"
+            f" {context.world_size}: {said}",
+            hint=f"resume it with train.scaling.num_workers={found.world_size}",
+        )
+    engine.load(target, resharded=True)
+    dist.barrier()
+    if context.is_first or not aside:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def sweep(store: Store, run: str) -> None:
@@ -254,15 +209,6 @@ def sweep(store: Store, run: str) -> None:
         for path in folder.iterdir():
             if path.name.startswith((".tmp-", ".old-")):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def check_world_size(found: Position, world_size: int) -> None:
-    if found.world_size != world_size and found.zero_stage > 0:
-        raise TrainingError(
-            f"checkpoint at step {found.step} was written by {found.world_size} workers at ZeRO stage {found.zero_stage},"
-            f" which cannot be loaded by {world_size}",
-            hint=f"set train.scaling.num_workers={found.world_size}; stage 0 resumes on any number",
-        )
 
 
 def rng_state() -> dict[str, Any]:

@@ -6,6 +6,7 @@ on fp32 master weights. `zero.ZeroEngine` is the other implementation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from forge_ray.config.train import TrainConfig
+
+Write = Callable[[Any, str | Path], None]  # (state, path): what `torch.save` takes, in its order
 
 
 class TrainEngine(Protocol):
@@ -29,15 +32,25 @@ class TrainEngine(Protocol):
         ...
 
     def step(self, lr: float) -> float:
-        """Clip, update, zero the gradients; returns the gradient norm before clipping."""
+        """Clip, update, zero the gradients; returns the gradient norm before clipping. Where that is not finite nothing is
+        updated."""
         ...
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: Write) -> None:
         """Collective: every rank writes its part of weights and optimizer state (frozen weights left out)."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Collective: the opposite of `save`, at the same world size."""
+    @property
+    def loads_anywhere(self) -> bool:
+        """Whether `load` takes what any number of ranks saved."""
+        ...
+
+    def reshard(self, folder: Path, target: Path) -> None:
+        """Of what `save` wrote, a copy in `target` that any number of ranks can `load(target, resharded=True)`."""
+        ...
+
+    def load(self, folder: Path, resharded: bool = False) -> None:
+        """Collective: the opposite of `save`."""
         ...
 
     def weights(self, trained_only: bool) -> dict[str, Tensor]:
@@ -79,6 +92,10 @@ class TorchEngine:
             for total in self.gradients:
                 dist.all_reduce(total)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(total) for total in self.gradients]))
+        if not torch.isfinite(norm):
+            for total in self.gradients:
+                total.zero_()
+            return float("inf")
         scale = min(1.0, self.max_grad_norm / (float(norm) + 1e-6)) if self.max_grad_norm else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -93,12 +110,17 @@ class TorchEngine:
                 total.zero_()
         return float(norm)
 
-    def save(self, folder: Path) -> None:
+    loads_anywhere = True  # every rank holds everything
+
+    def save(self, folder: Path, write: Write) -> None:
         if dist.get_rank() == 0:
             masters = {name: master for (name, _), master in zip(self.parameters, self.masters, strict=True)}
-            torch.save({"weights": masters, "optimizer": self.optimizer.state_dict()}, folder / "state.pt")
+            write({"weights": masters, "optimizer": self.optimizer.state_dict()}, folder / "state.pt")
 
-    def load(self, folder: Path) -> None:
+    def reshard(self, folder: Path, target: Path) -> None:
+        raise NotImplementedError("its checkpoints load anywhere")
+
+    def load(self, folder: Path, resharded: bool = False) -> None:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         with torch.no_grad():
             for (name, parameter), master in zip(self.parameters, self.masters, strict=True):

@@ -7,16 +7,54 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from forge_ray.errors import TrainingError
+from forge_ray.config.train import Workers
+from forge_ray.errors import ForgeError, TrainingError
+from forge_ray.train import checkpoint, diagnosis, incidents
 from forge_ray.train.job import TrainJob
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+logger = logging.getLogger("forge_ray")
 Loop = Callable[[dict[str, Any]], None]
 
 
 def fit(loop: Loop, job: TrainJob) -> None:
-    """Run `loop` to its end; with `num_workers` 0 in this process, without Ray. Raises `TrainingError`."""
-    if job.config.scaling.num_workers == 0:
+    """Run `loop` to its end; with `num_workers` 0 in this process, without Ray. Raises `TrainingError`.
+
+    What fails is started again from its last checkpoint, until it failed `max_failures` times without getting any further.
+    Ray would count all failures of a run's life, and would go on for ever with one that always fails in the same step.
+    """
+    allowed, without_progress = job.config.scaling.max_failures, 0
+    reached = _progress(job)
+    while True:
+        try:
+            return _fit_once(loop, job)
+        except Exception as error:  # Ray wraps the worker's exception; the cause is what a person needs
+            cause = _root(error)
+            now = _progress(job)
+            without_progress = 0 if now > reached else without_progress + 1
+            reached = now
+            said = str(cause).strip().splitlines() or [""]
+            if isinstance(cause, ForgeError) or 0 <= allowed < without_progress:
+                message = cause.message if isinstance(cause, ForgeError) else f"{type(cause).__name__}: {said[-1]}"
+                page = diagnosis.write(job, cause)
+                raise TrainingError(
+                    f"run {job.run} failed: {message}",
+                    hint=(f"{cause.hint}; " if isinstance(cause, ForgeError) and cause.hint else "")
+                    + f"what happened and what to do: {page}; the same command resumes it from its last checkpoint",
+                ) from error
+            logger.warning("%s: %s; started again (%s)", type(cause).__name__, said[-1], job.run)
+            incidents.write(job.store, job.run, "restart", reached[0], why=f"{type(cause).__name__}: {said[-1]}"[:300])
+
+
+def _progress(job: TrainJob) -> tuple[int, int]:
+    """The step of the newest checkpoint, and how many rows were put aside: either is a reason to try again."""
+    newest = next(iter(checkpoint.steps(job.store, job.run)), 0)
+    return newest, len(incidents.left_out(incidents.read(job.store, job.run)).rows)
+
+
+def _fit_once(loop: Loop, job: TrainJob) -> None:
+    scaling = job.config.scaling
+    if scaling.max_workers == 0:
         loop(replace(job, under_ray=False).to_json())
         return
 
@@ -25,35 +63,45 @@ def fit(loop: Loop, job: TrainJob) -> None:
 
     # our verified checkpoints are the state; Ray's snapshot is rewritten in place, and a torn one refuses every start
     job.store.delete(f"runs/{job.run}/{RAY_SNAPSHOT}")
-    scaling = job.config.scaling
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
+    size: dict[str, Any] = {"num_workers": scaling.num_workers}
+    if isinstance(scaling.num_workers, Workers):
+        least, most, every_s = scaling.num_workers.min, scaling.num_workers.max, scaling.num_workers.resize_every_s
+        size = {"num_workers": (least, most), "elastic_resize_monitor_interval_s": every_s}
     trainer = TorchTrainer(
         loop,
         train_loop_config=replace(job, under_ray=True).to_json(),
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers,
-            use_gpu=bool(scaling.gpus_per_worker),
-            resources_per_worker=resources,
+            **size, use_gpu=bool(scaling.gpus_per_worker), resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=job.run,  # Ray takes only checkpoints from below its own folder, which is so the run's
             storage_filesystem=job.store.filesystem,
             storage_path=job.store.path("runs"),
-            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=0),
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    try:
-        trainer.fit()
-    except Exception as error:  # Ray wraps the worker's exception; the cause is what a person needs
-        cause = _root(error)
-        raise TrainingError(
-            f"run {job.run} failed: {type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause) else ''}",
-            hint=f"the same command resumes it from its last checkpoint; logs: {job.store.place}/runs/{job.run}",
-        ) from error
+    trainer.fit()
+
+
+def is_preempted(job: TrainJob) -> bool:
+    """Whether a node of this group is to be taken away; collective, and told once."""
+    if not job.under_ray:
+        return False
+    import ray.train
+
+    info = ray.train.get_preemption_info()
+    is_news = info is not None and info.deadline_ms not in _told
+    if info is not None:
+        _told.add(info.deadline_ms)
+    return is_news
+
+
+_told: set[Any] = set()
 
 
 def _root(error: BaseException) -> BaseException:

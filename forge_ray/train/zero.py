@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from forge_ray.config.train import TrainConfig
-from forge_ray.errors import TrainingError
-from forge_ray.train.engine import trained
+from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.train.engine import Write, trained
 
 TAG = "state"
 
@@ -62,10 +64,29 @@ def open_deepspeed() -> Any:
     return deepspeed
 
 
+def _writer(write: Write) -> Any:
+    """DeepSpeed's name for it is a checkpoint engine."""
+    from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
+
+    class Through(TorchCheckpointEngine):
+        def save(self, state_dict: Any, path: str) -> None:
+            write(state_dict, path)
+
+        def commit(self, info: CheckpointCommitInfo) -> bool:
+            return True
+
+    return Through()
+
+
 class ZeroEngine:
     """Stages 0 to 3 over the process group that is already there."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, precision: str) -> None:
+        if precision == "bf16" and config.zero_stage == 0:
+            raise ConfigError(
+                "DeepSpeed's stage 0 has no bf16 with fp32 gradients (train.zero_stage=0, precision bf16)",
+                hint="set train.zero_stage=1, or train.engine=torch, or train.precision=fp32",
+            )
         deepspeed = open_deepspeed()
         self.stage = config.zero_stage
         self.world_size = dist.get_world_size()
@@ -84,6 +105,9 @@ class ZeroEngine:
         self.model: nn.Module = self.engine.module
         # stage 0 in fp32 clips and steps the plain optimizer, and tells nobody the norm
         self.is_plain = self.optimizer is optimizer
+        self.loads_anywhere = self.is_plain
+        if hasattr(self.optimizer, "check_grad_overflow"):
+            self.optimizer.check_grad_overflow = True  # stages 1 and 2 look only under bf16 unless told
 
     def forward(self, **inputs: Any) -> Any:
         return self.engine(**inputs)
@@ -98,13 +122,30 @@ class ZeroEngine:
             group["lr"] = lr
         gradients = [p.grad for _, p in trained(self.model) if p.grad is not None] if self.is_plain else []
         plain_norm = torch.nn.utils.get_total_norm(gradients)
-        self.engine.step()
+        if self.is_plain and not torch.isfinite(plain_norm):
+            self.engine.optimizer.zero_grad()
+            return float("inf")
+        self.engine.step()  # ZeRO's optimizers leave out a step whose norm is not finite
         return float(plain_norm if self.is_plain else self.engine.get_global_grad_norm())
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+    def save(self, folder: Path, write: Write) -> None:
+        torch_engine, self.engine.checkpoint_engine = self.engine.checkpoint_engine, _writer(write)
+        try:
+            self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        finally:
+            self.engine.checkpoint_engine = torch_engine
 
-    def load(self, folder: Path) -> None:
+    def reshard(self, folder: Path, target: Path) -> None:
+        """DeepSpeed's universal checkpoint: one file per weight and optimizer state. Frozen weights are in neither; the base
+        is held to its digest before."""
+        command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        paths = ["--input_folder", str(folder / TAG), "--output_folder", str(target / TAG)]
+        done = subprocess.run([sys.executable, *command, *paths], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise TrainingError(f"DeepSpeed's converter says {done.stderr.strip().splitlines()[-1:]}", hint="")
+
+    def load(self, folder: Path, resharded: bool = False) -> None:
+        self.engine._config.load_universal_checkpoint = resharded
         # not strict: frozen weights are not in the checkpoint, the base model is loaded before
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if path is None:

@@ -3,7 +3,8 @@
     python tests/e2e/kill_matrix.py --kills 20 --seed 0        prints a table; exit code 1 if weights or rows differ
 
 The plan is seeded: which process, at which step, how long after it. Victims are the driver, a rank, a rank inside a save,
-Ray Train's controller, and the raylet (the whole node). The driver is started again when it ends with the run unfinished.
+Ray Train's controller, and the raylet (the whole node); `stop` stops a rank (SIGSTOP) instead of killing it. The driver is
+started again when it ends with the run unfinished.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ RUN = "tests/e2e/run.yaml"
 VICTIMS = {
     "rank": "ray::RayTrainWorker",
     "save": "ray::RayTrainWorker",
+    "stop": "ray::RayTrainWorker",
     "controller": "ray::TrainController",
     "raylet": "/raylet/raylet",
 }
-KINDS = ("rank", "driver", "save", "controller", "raylet")
+KINDS = ("rank", "driver", "save", "controller", "raylet", "stop")
 PATIENCE_S = 180.0
 
 
@@ -68,6 +70,7 @@ def settings(steps: int, options: list[str]) -> list[str]:
         "train.epochs=1000",
         "train.checkpoint.every_steps=2",
         "train.scaling.max_failures=50",
+        "train.guards.first_step_s=60",
     ]
     return [part for value in [*values, *options] for part in ("--set", value)]
 
@@ -150,10 +153,14 @@ def strike(driver: Driver, kill: Kill, run: Path) -> Outcome:
         return Outcome(kill.kind, last_step(run), 0, None)
     victim, step = victims[-1], last_step(run)
     try:
-        os.kill(victim, signal.SIGKILL)
+        os.kill(victim, signal.SIGSTOP if kill.kind == "stop" else signal.SIGKILL)
     except ProcessLookupError:
         return Outcome(kill.kind, step, 0, None)
-    if kill.kind in ("driver", "controller", "raylet"):
+    while kill.kind == "stop" and Path(f"/proc/{victim}").exists():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"a stopped rank is still there; log:\n{driver.log.read_text()[-4000:]}")
+        time.sleep(0.05)
+    if kill.kind in ("driver", "raylet"):
         try:
             driver.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
@@ -205,6 +212,7 @@ def matrix(scratch: Path, kills: list[Kill], steps: int, options: list[str]) -> 
         "kills": [asdict(outcome) for outcome in outcomes],
         "starts_of_driver": driver.starts,
         "starts_of_workers": [attempt["first_step"] for attempt in attempts],
+        "incidents": [item["kind"] for item in json.loads((run / "result.json").read_text())["incidents"]],
         "same_weights": export_digest(run) == export_digest(whole / "runs" / record["id"]),
         "same_order": audit["order_digest"] == record["order_digest"] == audit["recomputed_digest"],
         "steps_compared": audit["steps_compared"],
@@ -233,6 +241,7 @@ def main() -> None:
             told = f"pid {kill['pid']}, {end}" if kill["pid"] else "nobody left to kill: the run was over"
             print(f"{number:>3}  {kill['kind']:<11} at step {kill['at_step']:>3}  {told}")
         print(f"{found['starts_of_driver']} starts of the driver, workers began at steps {found['starts_of_workers']}")
+        print(f"incidents: {', '.join(found['incidents']) or 'none'}")
         print(f"{found['steps_compared']} steps compared with the dataset, rows by times used: {found['times_used']}")
         print(f"weights equal: {found['same_weights']}, order equal: {found['same_order']}, {found['seconds']} s")
     sys.exit(0 if found["same_weights"] and found["same_order"] else 1)

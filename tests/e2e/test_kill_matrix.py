@@ -25,11 +25,12 @@ def killed(*options: str) -> dict[str, Any]:
 
 
 def test_a_run_whose_processes_are_killed_ends_with_the_same_bytes() -> None:
-    kinds = ("--kills", "2", "--kinds", "driver,controller")  # tests/ray/test_train.py kills a rank
+    kinds = ("--kills", "3", "--kinds", "driver,controller,stop")  # tests/ray/test_train.py kills a rank
     found = killed(*kinds, "--steps", "60", "--seed", "1", "--set", "train.adapter={dropout: 0.1}")
     assert found["steps_compared"] == 60
-    assert sum(kill["pid"] > 0 for kill in found["kills"]) == 2
-    assert len(found["starts_of_workers"]) >= 3
+    assert sum(kill["pid"] > 0 for kill in found["kills"]) == 3
+    assert {"hang", "restart"} <= set(found["incidents"])
+    assert len(found["starts_of_workers"]) >= 4
     assert found["starts_of_workers"] == sorted(found["starts_of_workers"])
 
 

@@ -124,7 +124,9 @@ class Jobs:
             "optimizer": {"lr": 1e-3, "weight_decay": 0.01},
             "validation": {"max_rows": 0},
         }
-        config = parse(TrainConfig, defaults | settings)
+        # what is on disk when a process dies must not depend on how fast a thread was; test_saving.py is about the thread
+        checkpoint = {"asynchronous": False} | settings.pop("checkpoint", {})
+        config = parse(TrainConfig, defaults | settings | {"checkpoint": checkpoint})
         with Catalog(self.store) as catalog:
             base = catalog.model("tiny")
         return TrainJob(run, run, config, self.store, self.dataset, base, precision, under_ray=False)
@@ -162,7 +164,13 @@ def run(tmp_path: Path, fork_server: None) -> Run:
     groups = 0
 
     def group(
-        *tasks: TrainJob, ranks: int = 1, kill_at: int = 0, kill_in: str = "append", expect: int = 0, says: str = ""
+        *tasks: TrainJob,
+        ranks: int = 1,
+        kill_at: int = 0,
+        kill_in: str = "append",
+        expect: int = 0,
+        says: str = "",
+        faults: worker.Faults | None = None,
     ) -> str:
         nonlocal groups
         groups += 1
@@ -170,7 +178,9 @@ def run(tmp_path: Path, fork_server: None) -> Run:
         values = [replace(job, under_ray=False).to_json() for job in tasks]
         port = _free_port()
         workers = [
-            PROCESSES.Process(target=worker.main, args=(values, rank, ranks, port, kill_at, kill_in, str(logs[rank])))
+            PROCESSES.Process(
+                target=worker.main, args=(values, rank, ranks, port, kill_at, kill_in, str(logs[rank]), faults or {})
+            )
             for rank in range(ranks)
         ]
         for process in workers:

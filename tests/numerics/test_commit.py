@@ -108,9 +108,9 @@ def test_a_manifest_with_another_position_and_the_old_digest_is_skipped(saved: P
 
 def test_a_full_disk_is_known_before_a_byte_is_written(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(saved))
-    assert checkpoint._no_room(store, "run_crash") == ""
+    assert checkpoint.no_room(store, "run_crash") == ""
     size = sum(entry.size for entry in store.files("runs/run_crash/checkpoints/step-00000004"))
     monkeypatch.setattr(Store, "free_bytes", lambda self: int(size * checkpoint.ROOM) - 1)
-    assert "GB are free, a checkpoint of" in checkpoint._no_room(store, "run_crash")
+    assert "GB are free, a checkpoint of" in checkpoint.no_room(store, "run_crash")
     monkeypatch.setattr(Store, "free_bytes", lambda self: int(size * checkpoint.ROOM) + 1)
-    assert checkpoint._no_room(store, "run_crash") == ""
+    assert checkpoint.no_room(store, "run_crash") == ""

@@ -31,6 +31,7 @@ SURFACE = {
     "data export": {"--split"},
     "data clean": set(),
     "runs list": set(),
+    "runs show": set(),
     "audit data": {"--step"},
     "train": {"--set"},
     "eval": {"--set"},

@@ -111,15 +111,18 @@ def test_a_missing_section_is_named() -> None:
     ("overrides", "message", "hint"),
     [
         (
-            ("train.global_batch=6", "train.micro_batch_size=2", "train.scaling.num_workers=2"),
-            "train: global_batch=6 is not a multiple of scaling.num_workers * micro_batch_size = 4",
-            "use train.global_batch=4 or 8",
+            ("train.global_batch=2", "train.scaling.num_workers=4"),
+            "train: global_batch=2 leaves some of 4 workers without a row",
+            "use train.global_batch=4 or more",
         ),
         (
-            ("train.global_batch=1", "train.micro_batch_size=2", "train.scaling.num_workers=0"),
-            "train: global_batch=1 is not a multiple of scaling.num_workers * micro_batch_size = 2",
-            "use train.global_batch=2 or 4",
+            ("train.global_batch=2", "train.scaling={num_workers: {min: 1, max: 4}}"),
+            "train: global_batch=2 leaves some of 4 workers without a row",
+            "use train.global_batch=4 or more",
         ),
+        (("train.scaling={num_workers: {min: 3, max: 2}}",), "min=3 is more than max=2", "exchange them"),
+        (("train.scaling.num_workers=true",), "num_workers=True is not a number of workers", "use 0 or more"),
+        (("train.scaling.num_workers=-1",), "num_workers=-1 is not a number of workers", "use 0 or more"),
         (("train.engine=torch",), "train: engine=torch has no zero_stage=2", "set train.zero_stage=0"),
         (("train.export=merged",), "train: export=merged without an adapter", "remove train.export, or add train.adapter"),
         (
@@ -144,13 +147,6 @@ def test_settings_that_contradict_each_other(overrides: tuple[str, ...], message
     assert message in error.message
     assert hint in error.hint
     assert "hint:" not in error.message
-
-
-def test_a_suggested_batch_is_accepted() -> None:
-    scaling = ("train.micro_batch_size=2", "train.scaling.num_workers=3")
-    for suggestion in ("train.global_batch=12", "train.global_batch=18"):
-        parse(RunConfig, apply_overrides(MINIMAL, (*scaling, suggestion)))
-    assert "use train.global_batch=12 or 18" in mistake(*scaling, "train.global_batch=13").hint
 
 
 # ---------------------------------------------------------------- --set

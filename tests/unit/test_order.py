@@ -70,6 +70,8 @@ def test_digest_is_over_the_rows_in_order() -> None:
     assert order.digest(10) != Order("ds_a", 1, 100, 8, 4).digest(10)
 
 
-def test_lanes_must_divide() -> None:
-    with pytest.raises(ValueError, match="does not divide over 3"):
-        Order("ds_a", 0, 100, 8, 4).lanes(0, 3)
+def test_lanes_that_do_not_divide_go_to_some_ranks_more() -> None:
+    order = Order("ds_a", 0, 100, 8, 4)
+    assert [order.lanes(rank, 3) for rank in range(3)] == [range(0, 1), range(1, 2), range(2, 4)]
+    with pytest.raises(ValueError, match="leaves some of 5 ranks without a lane"):
+        order.lanes(0, 5)

@@ -1,0 +1,67 @@
+"""The end of a run: the servable export, then the facts for its record (level 3)."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from forge_ray.data.order import Order
+from forge_ray.records import canonical_json
+from forge_ray.train import attempts, incidents, metrics
+from forge_ray.train.job import TrainJob
+from forge_ray.train.model import export_adapter, export_full, merge_adapter
+
+RESULT = "result.json"
+
+
+def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path) -> str:
+    """Plain Hugging Face or PEFT safetensors under `runs/<id>/export`; returns which of the two."""
+    with job.store.staged_dir(f"runs/{job.run}/export") as target:
+        if job.config.adapter is None:
+            export_full(base, weights, target)
+            return "full"
+        if job.config.export == "adapter":
+            export_adapter(model, weights, job.base.id, target)
+            return "adapter"
+        with tempfile.TemporaryDirectory(prefix="forge-adapter-") as adapter:
+            export_adapter(model, weights, job.base.id, Path(adapter))
+            merge_adapter(base, Path(adapter), target)
+        return "full"
+
+
+def finish(job: TrainJob, folder: Path, order: Order, total_steps: int, chain: str, export_kind: str) -> None:
+    """The facts of the finished run, for its record; the last thing written."""
+    lines = metrics.read(folder / metrics.METRICS)
+    metrics.plot(lines, folder / metrics.CURVE, f"{job.name} · {job.run}")
+    compute = sum(line["compute_s"] for line in lines)
+    summary = {
+        "loss": next(line["loss"] for line in reversed(lines) if "loss" in line),
+        "seconds": sum(line["seconds"] for line in lines),
+        "wait_s": sum(line["wait_s"] for line in lines),
+        "compute_s": compute,
+        "checkpoint_s": sum(line.get("checkpoint_s", 0.0) for line in lines),
+        "tokens": sum(line["tokens"] for line in lines),
+        "trained_tokens": sum(line["trained_tokens"] for line in lines),
+        "tokens_per_s": sum(line["tokens"] for line in lines) / max(compute, 1e-9),
+        "steps_left_out": sum("left_out" in line for line in lines),
+    }
+    if "validation_loss" in lines[-1]:
+        summary["validation_loss"] = lines[-1]["validation_loss"]
+    result = {
+        "num_steps": total_steps,
+        "samples_seen": total_steps * order.global_batch,
+        "order_digest": chain,
+        "attempts": attempts.read(job.store, job.run),
+        "incidents": incidents.read(job.store, job.run),
+        "metrics": summary,
+        "export_kind": export_kind,
+    }
+    job.store.write(f"runs/{job.run}/{RESULT}", canonical_json(result))
+    if not job.store.is_local:
+        for name in (metrics.METRICS, metrics.CURVE):
+            job.store.write(f"runs/{job.run}/{name}", (folder / name).read_bytes())
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,77 @@
+"""Another number of workers in mid-run: the same rows in the same order, and the same losses within rounding.
+
+Tolerance (fp32, CPU): losses 2e-6 relative; weights 1e-5 absolute after six steps of up to 1e-3 each, as between world sizes
+that never changed (test_distributed.py). bf16: its rounding, 2e-2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Jobs, Run, exported, first_steps, largest_difference, losses
+
+from forge_ray.data.order import Order
+from forge_ray.train import attempts
+from forge_ray.train.job import TrainJob
+
+pytestmark = pytest.mark.numerics
+STEPS = 6
+LORA: dict[str, Any] = {"r": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "zero1-full": {"zero_stage": 1},
+    "zero2-full": {"zero_stage": 2},
+    "zero3-full": {"zero_stage": 3},
+    "zero2-lora": {"zero_stage": 2, "adapter": LORA},
+    "zero3-lora": {"zero_stage": 3, "adapter": LORA},
+}
+
+
+def job_of(jobs: Jobs, name: str, precision: str = "fp32", **settings: Any) -> TrainJob:
+    return jobs(name, precision, max_steps=STEPS, checkpoint={"every_steps": 2}, **settings)
+
+
+def through_worlds(job: TrainJob, run: Run) -> None:
+    """Two workers until step 3, one until step 5, three to the end: 4 rows a step do not divide by 3."""
+    run(job, ranks=2, kill_at=3, expect=23)
+    run(job, ranks=1, kill_at=5, expect=23)
+    run(job, ranks=3)
+    assert first_steps(job) == [0, 2, 4]
+    assert [start["world_size"] for start in attempts.read(job.store, job.run)] == [2, 1, 3]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_then_one_then_three_workers(case: str, jobs: Jobs, run: Run) -> None:
+    steady, elastic = job_of(jobs, f"steady-{case}", **CASES[case]), job_of(jobs, f"elastic-{case}", **CASES[case])
+    run(steady, ranks=2)
+    through_worlds(elastic, run)
+    result = elastic.store.read_json(f"runs/{elastic.run}/result.json")
+    stats = elastic.dataset.splits["train"]
+    order = Order(elastic.dataset.id, elastic.config.seed, stats.num_rows, stats.block_rows, elastic.config.global_batch)
+    assert result["order_digest"] == order.digest(STEPS)
+    assert losses(elastic) == pytest.approx(losses(steady), rel=2e-6)
+    difference = largest_difference(exported(elastic), exported(steady))
+    print(f"{case}: largest difference of a weight {difference:.2g}")
+    assert difference < 1e-5
+
+
+def test_stage_1_in_bf16_reshards_too(jobs: Jobs, run: Run) -> None:
+    steady = job_of(jobs, "steady-bf16", "bf16", zero_stage=1, adapter=LORA)
+    elastic = job_of(jobs, "elastic-bf16", "bf16", zero_stage=1, adapter=LORA)
+    run(steady, ranks=2)
+    through_worlds(elastic, run)
+    assert losses(elastic) == pytest.approx(losses(steady), rel=2e-2)
+
+
+def test_deepspeed_s_stage_0_in_bf16_is_refused(jobs: Jobs, run: Run) -> None:
+    printed = run(job_of(jobs, "bf16-zero0", "bf16", zero_stage=0), expect=1, says="has no bf16 with fp32 gradients")
+    assert "hint: set train.zero_stage=1, or train.engine=torch" in printed
+
+
+def test_a_step_without_work_for_a_rank_changes_nothing(jobs: Jobs, run: Run) -> None:
+    """Three ranks share four rows: one has two passes, the others one and an empty one."""
+    one, three = (jobs(f"uneven-{ranks}", zero_stage=3) for ranks in (1, 3))
+    run(one)
+    run(three, ranks=3)
+    assert losses(three) == pytest.approx(losses(one), rel=2e-6)
+    assert largest_difference(exported(three), exported(one)) < 1e-5
