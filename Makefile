@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 help:
 	@echo "make quickstart   raw rows to a served answer, on this machine's CPU"
 	@echo "make test         every test but those that need a GPU"
-	@echo "make test-large  the largest sizes: a million rows, a tenth of them broken"
+	@echo "make test-large   a million rows, a tenth of them broken; three runs of which 20 processes are killed"
 	@echo "make check        format, lint, types, unit tests"
 	@echo "make format       put the code in shape"
 	@echo "make lock         write constraints.txt from .venv"

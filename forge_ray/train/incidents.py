@@ -30,11 +30,14 @@ KINDS = {
 }
 
 
+REPEATED = {"failure", "hang", "restart"}  # each time counts; of the others a step that is done again makes no second one
+
+
 def write(store: Store, run: str, kind: str, step: int, **facts: Any) -> Incident:
-    """Put an incident on record; the same one is put there once, however often its step is done again."""
+    """Put an incident on record."""
     assert kind in KINDS, kind
     known = read(store, run)
-    for old in known:
+    for old in known if kind not in REPEATED else ():
         if (old["kind"], old["step"]) == (kind, step) and all(old.get(name) == value for name, value in facts.items()):
             return old
     number = max((old["number"] for old in known), default=0)

@@ -2,8 +2,8 @@
 
     python tests/e2e/elastic_matrix.py        prints what happened; exit code 1 if rows or losses differ
 
-Workers go 2 → 1 (the second node is killed) → 2 (a node joins) → 1 (that node is drained, as a cloud or a scheduler announces
-that it takes it away: a checkpoint is written before it goes). The nodes are Ray nodes on this machine.
+Workers go 2 → 1 (the second node is killed) → 2 (a node joins) → 1 (that node is drained, as a scheduler announces that it
+takes it away: a checkpoint is written before it goes). The nodes are Ray nodes on this machine.
 """
 
 from __future__ import annotations
@@ -88,7 +88,15 @@ def matrix(scratch: Path, options: list[str]) -> dict[str, Any]:
         wait_until("one worker", lambda: len(starts(run)) == 2 and last_step(run) > starts(run)[1]["first_step"] + 5, log)
         second = cluster.add_node(num_cpus=2)
         wait_until("two again", lambda: len(starts(run)) == 3 and last_step(run) > starts(run)[2]["first_step"] + 5, log)
-        drain = ["drain-node", "--address", cluster.address, "--node-id", second.node_id, "--deadline-remaining-seconds", "30"]
+        drain = [
+            "drain-node",
+            "--address",
+            cluster.address,
+            "--node-id",
+            second.node_id,
+            "--deadline-remaining-seconds",
+            "30",
+        ]
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"]
         subprocess.run([str(Path(sys.executable).with_name("ray")), *drain, *reason], check=True, capture_output=True)
         wait_until("a checkpoint before", lambda: any("preemption" in p.read_text() for p in run.glob("incidents/*")), log)
