@@ -15,7 +15,7 @@ import click
 from forge_ray import __version__
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.verbs import Verbs, load_run_file, run_file, verb
 
 if TYPE_CHECKING:
@@ -137,6 +137,27 @@ def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> A
     if not as_json:
         click.echo(f"{alias} → {version.id}")
     return {"alias": alias, "model_version": version.id}
+
+
+@verb(cli, "plan")
+@run_file
+@click.option("--workers", default=0, help="Number of workers; 0: what the run file asks for at most.")
+@click.option("--memory-gb", default=0.0, help="Room of one worker (GPU, or its share of main memory); 0: not judged.")
+@click.option("--tokens-per-s", default=0.0, help="Measured speed of one worker, for time and cost.")
+@click.option("--cost-per-hour", default=0.0, help="Of one worker, in any currency.")
+def plan(
+    store: Store, as_json: bool, config: RunConfig, workers: int, memory_gb: float, tokens_per_s: float, cost_per_hour: float
+) -> Any:
+    """Steps, tokens, memory, disk, time of a run before anything is taken; what cannot fit ends with exit 1."""
+    from forge_ray import pipeline
+    from forge_ray.show import print_plan
+
+    found = pipeline.plan(config, store, workers, memory_gb, tokens_per_s, cost_per_hour)
+    if not as_json:
+        print_plan(found)
+    if found["problem"]:
+        raise TrainingError(found["problem"], hint=found["remedy"])
+    return found
 
 
 @verb(cli, "train")

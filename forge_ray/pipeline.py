@@ -166,6 +166,47 @@ def _trouble(record: RunRecord) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
+def plan(
+    config: RunConfig, store: Store, workers: int, memory_gb: float, tokens_per_s: float, cost_per_hour: float
+) -> dict[str, Any]:
+    """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers."""
+    from forge_ray.train import plan as planning
+
+    train, precision = config.train, resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
+    number = workers or max(train.scaling.max_workers, 1)
+    with Catalog(store) as catalog:
+        base = import_base(config, catalog)
+        manifest = _prepare(config, catalog, quiet=True)
+    model = planning.Model.of(store.fetch_dir(f"models/{base.id}", verify=False))
+    found = planning.plan(model, train, precision, manifest, number)
+    seconds = found.num_tokens / (tokens_per_s * number) if tokens_per_s else None
+    room, free = int(memory_gb * 1e9), store.free_bytes()
+    problem, remedy = "", ""
+    if room and found.memory.total > room:
+        problem = f"a worker needs {found.memory.total / 1e9:.1f} GB, there are {memory_gb:g} GB"
+        near = planning.nearest(model, train, precision, manifest, number, room)
+        names = ("micro_batch_size", "activation_checkpointing", "engine", "zero_stage")
+        changes = [
+            f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
+        ]
+        remedy = f"this fits: {' '.join(changes)}" if changes else "take more workers, an adapter, or a smaller model"
+    elif free is not None and found.disk_bytes > free:
+        problem = f"the checkpoints and the export need {found.disk_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        remedy = "make room where the store lies, or train an adapter"
+    return {
+        **vars(found),
+        "memory": vars(found.memory) | {"total": found.memory.total},
+        "base_model": base.id,
+        "dataset": manifest.id,
+        "precision": precision,
+        "num_workers": number,
+        "seconds": seconds,
+        "cost": seconds / 3600 * number * cost_per_hour if seconds is not None and cost_per_hour else None,
+        "problem": problem,
+        "remedy": remedy,
+    }
+
+
 def _config_key(config: RunConfig) -> str:
     return config_digest(config)[len("sha256:") :][:16]
 

@@ -119,6 +119,30 @@ def started_runs(catalog: Catalog) -> list[dict[str, Any]]:
     return found
 
 
+def print_plan(found: dict[str, Any]) -> None:
+    """The plan of a run, as a table."""
+    memory, gigabytes = found["memory"], 1e9
+    parts = ("weights", "gradients", "optimizer", "working")
+    rows = [
+        ("model", f"{found['num_parameters']:,} weights, {found['num_trained']:,} trained ({found['base_model']})"),
+        ("data", f"{found['num_rows']:,} packed rows × {found['epochs']:.2f} epochs ({found['dataset']})"),
+        ("tokens", f"{found['num_tokens']:,}, of which {found['num_trained_tokens']:,} are trained"),
+        ("steps", f"{found['steps']:,}"),
+        ("workers", f"{found['num_workers']}, {found['precision']}"),
+        ("memory of one", f"{memory['total'] / gigabytes:.2f} GB and what the libraries take"),
+        *((f"  {part}", f"{memory[part] / gigabytes:.2f} GB") for part in parts),
+        ("a checkpoint", f"{found['checkpoint_bytes'] / gigabytes:.2f} GB"),
+        ("disk", f"{found['disk_bytes'] / gigabytes:.2f} GB"),
+    ]
+    if found["seconds"] is not None:
+        rows.append(
+            ("time", f"{found['seconds'] / 3600:.2f} h, {found['seconds'] / 3600 * found['num_workers']:.2f} worker hours")
+        )
+    if found["cost"] is not None:
+        rows.append(("cost", f"{found['cost']:.2f}"))
+    print_table("Plan", ("", ""), rows)
+
+
 def print_quickstart(shown: Shown, store: Store) -> None:
     """The end of the quick start: table, answer, lineage, places, what to try next."""
     from rich.console import Console

@@ -42,6 +42,7 @@ class Guards:
         self.losses: deque[float] = deque(maxlen=job.config.guards.spike.window if job.config.guards.spike else 1)
         self.rising: list[int] = []
         self.slow_before: set[int] = set()
+        self.in_a_row, self.last_skipped = 0, 0
         self.num_left_out = sum(step <= total_steps for step in self.left_out.steps)
         self._check_share(f"{len(self.left_out.rows)} rows were put aside", len(self.left_out.rows), rows.num_rows)
 
@@ -67,10 +68,18 @@ class Guards:
     def skipped(self, step: int, loss: float, again: float) -> None:
         """A step was computed twice without a finite result and changed nothing."""
         self.num_left_out += 1
+        self.in_a_row = self.in_a_row + 1 if self.last_skipped == step - 1 else 1
+        self.last_skipped = step
         numbers = self.order.rows_of(step - 1, range(self.order.global_batch))
         records = self.rows.records(numbers) if self.context.is_first else []
         facts = {"rows": numbers, "records": records, "loss": str(loss), "same_again": str(loss) == str(again)}
         self.record("not_finite", step, **facts)
+        if self.in_a_row >= 3 or step == self.total_steps:
+            which = f"{self.in_a_row} steps in a row had" if self.in_a_row > 1 else f"the last step ({step}) had"
+            raise TrainingError(
+                f"{which} no finite result, the last with loss={loss}: it is the weights, not the rows",
+                hint=f"lower train.optimizer.lr={self.job.config.optimizer.lr}, or lengthen train.schedule.warmup_ratio",
+            )
         self._check_share(f"{self.num_left_out} steps had no finite result", self.num_left_out, self.total_steps)
 
     # ------------------------------------------------ spikes

@@ -65,9 +65,17 @@ def test_a_step_that_is_never_finite_is_left_out_and_its_records_are_named(name:
 
 def test_more_than_the_allowed_share_ends_the_run(jobs: Jobs, run: Run) -> None:
     job = jobs("too-many", max_steps=8, **ENGINES["torch"])
-    printed = run(job, faults={"nan": dict.fromkeys(range(2, 8), 9)}, expect=1, says="4 steps had no finite result, of 8")
+    printed = run(job, faults={"nan": dict.fromkeys((1, 2, 4, 6), 9)}, expect=1, says="4 steps had no finite result, of 8")
     assert "more than train.guards.max_skipped=0.01" in printed
-    assert [incident["step"] for incident in told(job)] == [2, 3, 4, 5]
+    assert [incident["step"] for incident in told(job)] == [1, 2, 4, 6]
+
+
+def test_steps_in_a_row_and_a_last_step_are_the_fault_of_the_weights(jobs: Jobs, run: Run) -> None:
+    says = "3 steps in a row had no finite result, the last with loss=nan: it is the weights"
+    run(jobs("in-a-row", max_steps=8, **ENGINES["torch"]), faults={"nan": dict.fromkeys((2, 3, 4), 9)}, expect=1, says=says)
+    last = jobs("last-step", max_steps=3, **ENGINES["torch"])
+    run(last, faults={"nan": {3: 9}}, expect=1, says="the last step (3) had no finite result")
+    assert not last.store.exists(f"runs/{last.run}/export")
 
 
 @pytest.mark.parametrize("name", ["torch", "zero2", "zero3"])

@@ -1,0 +1,56 @@
+"""The plan: counts are exact, memory moves with the settings as it must; `benchmarks/plan.py` holds it against runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge_ray.config.base import parse
+from forge_ray.config.train import TrainConfig
+from forge_ray.train.plan import Model, memory
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> Model:
+    return Model.of(tiny_model_dir)
+
+
+def of(model: Model, workers: int = 1, precision: str = "bf16", **settings: Any) -> Any:
+    return memory(model, parse(TrainConfig, settings), precision, 128, workers)
+
+
+def test_the_counts_are_those_of_torch(model: Model, tiny_model_dir: Path) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from forge_ray.train.model import with_adapter
+
+    real: Any = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    assert model.num_parameters == sum(parameter.numel() for parameter in real.parameters())
+    for targets in ("all-linear", ("q_proj", "down_proj")):
+        config = parse(TrainConfig, {"adapter": {"r": 4, "target_modules": targets}})
+        assert config.adapter is not None
+        adapted = with_adapter(LlamaForCausalLM.from_pretrained(tiny_model_dir), config.adapter)
+        trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        assert model.num_trained(config) == trained
+    assert model.num_trained(parse(TrainConfig, {})) == model.num_parameters
+
+
+def test_states_are_divided_as_the_stage_says(model: Model) -> None:
+    one, eight = (of(model, workers, zero_stage=2) for workers in (1, 8))
+    assert one.weights == eight.weights == 2 * model.num_parameters
+    assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=1e-4)
+    third = of(model, 8, zero_stage=3)
+    assert third.weights == math.ceil(2 * model.num_parameters / 8)
+
+
+def test_activations_grow_with_a_pass_and_shrink_when_recomputed(model: Model) -> None:
+    small, large = (of(model, micro_batch_size=size) for size in (1, 4))
+    assert large.activations == 4 * small.activations
+    assert of(model, activation_checkpointing=True).activations < small.activations
+    assert of(model, adapter={"r": 4}).optimizer < small.optimizer / 2
