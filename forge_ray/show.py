@@ -119,9 +119,13 @@ def started_runs(catalog: Catalog) -> list[dict[str, Any]]:
     return found
 
 
+def size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def print_plan(found: dict[str, Any]) -> None:
     """The plan of a run, as a table."""
-    memory, gigabytes = found["memory"], 1e9
+    memory = found["memory"]
     parts = ("weights", "gradients", "optimizer", "working")
     rows = [
         ("model", f"{found['num_parameters']:,} weights, {found['num_trained']:,} trained ({found['base_model']})"),
@@ -129,10 +133,10 @@ def print_plan(found: dict[str, Any]) -> None:
         ("tokens", f"{found['num_tokens']:,}, of which {found['num_trained_tokens']:,} are trained"),
         ("steps", f"{found['steps']:,}"),
         ("workers", f"{found['num_workers']}, {found['precision']}"),
-        ("memory of one", f"{memory['total'] / gigabytes:.2f} GB and what the libraries take"),
-        *((f"  {part}", f"{memory[part] / gigabytes:.2f} GB") for part in parts),
-        ("a checkpoint", f"{found['checkpoint_bytes'] / gigabytes:.2f} GB"),
-        ("disk", f"{found['disk_bytes'] / gigabytes:.2f} GB"),
+        ("memory of one", f"{size(memory['total'])} and what the libraries take"),
+        *((f"  {part}", size(memory[part])) for part in parts),
+        ("a checkpoint", size(found["checkpoint_bytes"])),
+        ("disk", size(found["disk_bytes"])),
     ]
     if found["seconds"] is not None:
         rows.append(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
-from forge_ray.train.plan import Model, memory
+from forge_ray.train.plan import Model, memory, nearest, plan
 
 pytestmark = pytest.mark.unit
 
@@ -54,3 +55,25 @@ def test_activations_grow_with_a_pass_and_shrink_when_recomputed(model: Model) -
     assert large.activations == 4 * small.activations
     assert of(model, activation_checkpointing=True).activations < small.activations
     assert of(model, adapter={"r": 4}).optimizer < small.optimizer / 2
+
+
+def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
+    stats = SimpleNamespace(num_rows=100, num_tokens=12_000, num_trained_tokens=6_000)
+    dataset: Any = SimpleNamespace(splits={"train": stats}, sequence_length=128)
+    config = parse(TrainConfig, {"micro_batch_size": 4, "zero_stage": 1, "global_batch": 8})
+
+    def needs(**settings: Any) -> int:
+        return plan(model, config.model_copy(update=settings), "bf16", dataset, 4).memory.total
+
+    def fits(room: int) -> dict[str, Any] | None:
+        found = nearest(model, config, "bf16", dataset, 4, room)
+        names = ("micro_batch_size", "activation_checkpointing", "zero_stage")
+        return found and {name: getattr(found, name) for name in names if getattr(found, name) != getattr(config, name)}
+
+    assert fits(needs()) == {}
+    assert fits(needs() - 1) == {"micro_batch_size": 1}
+    smaller = needs(micro_batch_size=1)
+    assert fits(smaller - 1) == {"micro_batch_size": 1, "activation_checkpointing": True}
+    assert fits(1) is None
+    whole = plan(model, config, "bf16", dataset, 4)
+    assert (whole.steps, whole.num_tokens, whole.num_trained_tokens) == (13, 12_480, 6_240)
