@@ -122,6 +122,6 @@ def test_the_loop_runs_in_this_process(jobs: Jobs, monkeypatch: pytest.MonkeyPat
     bad = replace(
         bad, config=bad.config.model_copy(update={"optimizer": bad.config.optimizer.model_copy(update={"lr": 1e30})})
     )
-    with pytest.raises(TrainingError, match=r"3 steps in a row had no finite result, the last with loss=nan") as raised:
+    with pytest.raises(TrainingError, match=r"3 steps in a row had no finite result") as raised:
         sft.train_loop(bad.to_json())
     assert "train.optimizer.lr=1e+30" in raised.value.hint
