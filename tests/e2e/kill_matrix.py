@@ -81,7 +81,7 @@ def forge(*words: str, store: Path) -> dict[str, Any]:
     )
     if done.returncode:
         raise SystemExit(f"forge {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     return found
 
 

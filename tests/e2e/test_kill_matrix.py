@@ -18,7 +18,7 @@ def killed(*options: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, str(script), "--json", *options], capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr[-4000:]
     assert done.stdout, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     assert found["same_weights"]
     assert found["same_order"]
     return found
