@@ -43,6 +43,8 @@ def fit(loop: Loop, job: TrainJob) -> None:
                     + f"what happened and what to do: {page}; the same command resumes it from its last checkpoint",
                 ) from error
             logger.warning("%s: %s; started again (%s)", type(cause).__name__, said[-1], job.run)
+            if job.config.scaling.max_workers:
+                _remove_orphaned_groups()
             incidents.write(job.store, job.run, "restart", reached[0], why=f"{type(cause).__name__}: {said[-1]}"[:300])
 
 
@@ -86,6 +88,24 @@ def _fit_once(loop: Loop, job: TrainJob) -> None:
     )
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     trainer.fit()
+
+
+def _remove_orphaned_groups() -> None:
+    """Give back the CPUs and GPUs that a controller held when it died.
+
+    Its placement group outlives it, and the actor that Ray Train leaves to remove it asks the dashboard who is alive: where
+    there is none, it waits for ever, and the tasks that read the rows of the next group find no CPU.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for raw in state._connect_and_get_accessor().get_placement_group_table():
+        group = Group.FromString(raw)
+        ours = group.creator_job_id.hex() == ray.get_runtime_context().get_job_id()
+        if ours and group.creator_actor_dead and group.state != Group.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def is_preempted(job: TrainJob) -> bool:
