@@ -52,7 +52,7 @@ def worker(name: str, folder: str, device: str) -> None:
     from forge_ray.config.train import TrainConfig
     from forge_ray.train.context import join
     from forge_ray.train.engine import TorchEngine, TrainEngine
-    from forge_ray.train.loss import token_cross_entropy
+    from forge_ray.train.loss import packed_loss
     from forge_ray.train.model import load_for_training
     from forge_ray.train.zero import ZeroEngine, open_deepspeed
 
@@ -70,17 +70,11 @@ def worker(name: str, folder: str, device: str) -> None:
     zero = config.engine == "deepspeed"
     engine: TrainEngine = ZeroEngine(model, config, precision) if zero else TorchEngine(model, config)
     ids = torch.randint(0, 1000, (config.micro_batch_size, length), device=context.device)
-    mask, kept = torch.ones_like(ids), torch.arange(length - 1, device=context.device)
+    positions = torch.arange(length, device=context.device).expand_as(ids)
+    batch = {"input_ids": ids, "position_ids": positions, "loss_mask": torch.ones_like(ids)}
     for _ in range(3):
         for last in (False, True):
-            output = engine.forward(
-                input_ids=ids,
-                position_ids=torch.arange(length, device=context.device).expand_as(ids),
-                logits_to_keep=kept,
-                use_cache=False,
-            )
-            loss, number = token_cross_entropy(output.logits, ids, mask, kept)
-            del output
+            loss, number = packed_loss(engine.forward, batch)
             engine.backward(loss / number, is_last=last)
             del loss
         engine.step(1e-4)

@@ -28,9 +28,10 @@ from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.pack import Document, pack
 from forge_ray.data.stream import COLUMNS, model_inputs
+from forge_ray.train import attention
 from forge_ray.train.context import join
 from forge_ray.train.engine import TorchEngine
-from forge_ray.train.loss import kept_positions, token_cross_entropy
+from forge_ray.train.loss import packed_loss
 from forge_ray.train.model import DTYPES, with_adapter
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary
@@ -76,7 +77,7 @@ def random_model(options: argparse.Namespace, device: torch.device) -> Any:
         vocab_size=vocabulary,
         max_position_embeddings=options.sequence_length,
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation=attention.register(),
         dtype=DTYPES[options.precision],
     )
     torch.manual_seed(0)
@@ -149,10 +150,7 @@ def main() -> None:
         seconds = dict.fromkeys(spent, 0.0)
         for number, part in enumerate(parts):
             started = now()
-            kept = kept_positions(part["loss_mask"])
-            inputs = {name: part[name] for name in ("input_ids", "position_ids")}
-            logits = engine.forward(**inputs, logits_to_keep=kept, use_cache=False).logits
-            loss, _ = token_cross_entropy(logits, part["input_ids"], part["loss_mask"], kept)
+            loss, _ = packed_loss(engine.forward, part)
             middle = now()
             engine.backward(loss / num_trained, is_last=number == len(parts) - 1)
             seconds["forward"] += middle - started

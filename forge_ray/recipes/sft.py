@@ -25,7 +25,7 @@ from forge_ray.train.engine import TorchEngine, TrainEngine
 from forge_ray.train.finish import export, finish
 from forge_ray.train.guards import Guards, RollBack
 from forge_ray.train.job import TrainJob, identity_digest
-from forge_ray.train.loss import kept_positions, token_cross_entropy
+from forge_ray.train.loss import packed_loss
 from forge_ray.train.model import load_for_training
 from forge_ray.train.saving import Saved, Saver
 from forge_ray.train.schedule import learning_rate, num_steps
@@ -234,12 +234,7 @@ def _position(job: TrainJob, context: Context, step: int, chain: str, attempt: i
 
 
 def _loss(batch: dict[str, torch.Tensor], engine: TrainEngine) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position ids without an attention mask: that, and no cache, is what isolates the packed documents."""
-    kept = kept_positions(batch["loss_mask"])
-    output = engine.forward(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], logits_to_keep=kept, use_cache=False
-    )
-    return token_cross_entropy(output.logits, batch["input_ids"], batch["loss_mask"], kept)
+    return packed_loss(engine.forward, batch)
 
 
 def _timing(line: dict[str, Any], clock: metrics.StepClock, step_began: float) -> dict[str, float]:

@@ -10,7 +10,7 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
 from forge_ray.store import Store
 
-LOOP = 1  # raised when the loop changes what the same settings compute
+LOOP = 2  # raised when the loop changes what the same settings compute
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _remove_orphaned_groups() -> None:
     """
     import ray
     from ray._private.state import state
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group  # type: ignore[attr-defined]
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     for raw in state._connect_and_get_accessor().get_placement_group_table():

@@ -1,30 +1,84 @@
 """Pure tensor maths of the losses (level 3). Each returns `(loss_sum, num_tokens)`; the scale is applied once, outside.
 
-Shapes: B rows, T tokens, K kept positions, V vocabulary.
+Shapes: B rows, T tokens, N = B T tokens of a pass, K trained positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from forge_ray.train.attention import bounds
 
-def kept_positions(loss_mask_BT: Tensor) -> Tensor:
-    """int64 [K]: positions whose *next* token is trained in any row. Logits are computed there and nowhere else.
+IGNORED = -1  # a target that adds nothing
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits at a time: what a cache holds; what launches are worth
 
-    Never empty: a micro-batch without a trained token still takes part in every collective.
+
+def packed_loss(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The rows of a pass laid end to end through the model, and the loss of their trained tokens.
+
+    `batch`: `input_ids`, `position_ids` (0 where a document begins) and `loss_mask`, [B, T] each. Nothing of a document
+    reaches another one: that is up to the attention, which `model.load_for_training` sets (`attention.py`). Logits are
+    computed where the next token is trained and nowhere else.
     """
-    kept = torch.nonzero(loss_mask_BT[:, 1:].any(dim=0)).flatten()
-    return kept if len(kept) else torch.zeros(1, dtype=torch.long, device=loss_mask_BT.device)
+    kept, targets = trained_targets(batch["input_ids"], batch["loss_mask"])
+    positions = batch["position_ids"].reshape(1, -1)
+    output = forward(
+        input_ids=batch["input_ids"].reshape(1, -1),
+        position_ids=positions,
+        logits_to_keep=kept,
+        use_cache=False,
+        **bounds(positions[0]),
+    )
+    return token_cross_entropy(output.logits[0], targets)
 
 
-def token_cross_entropy(
-    logits_BKV: Tensor, input_ids_BT: Tensor, loss_mask_BT: Tensor, kept_K: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sum of -log p(next token) over the trained tokens, in fp32, and how many there are."""
-    targets_BK = input_ids_BT[:, kept_K + 1]
-    mask_BK = loss_mask_BT[:, kept_K + 1].float()
-    losses_BK = F.cross_entropy(logits_BKV.float().flatten(0, 1), targets_BK.flatten(), reduction="none")
-    mask = mask_BK.flatten()
-    return (losses_BK * mask).sum(), mask.sum()
+def trained_targets(input_ids_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions in the N tokens whose *next* token is trained, those next tokens): int64 [K] each.
+
+    Never empty: a pass without a trained token still takes part in every collective, with one position that is ignored.
+    """
+    mask = loss_mask_BT.clone()
+    mask[:, 0] = 0  # the first token of a row follows none
+    kept = torch.nonzero(mask.flatten()).flatten() - 1
+    if not len(kept):
+        return torch.zeros_like(input_ids_BT[0, :1]), torch.full_like(input_ids_BT[0, :1], IGNORED)
+    return kept, input_ids_BT.flatten()[kept + 1]
+
+
+def token_cross_entropy(logits_KV: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log p(target) in fp32, and how many there are. The gradient takes the place of the logits."""
+    losses: Tensor = _CrossEntropy.apply(logits_KV, targets_K)
+    return losses.sum(), (targets_K != IGNORED).sum()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """[K] fp32. A few rows at a time are widened to fp32: bf16 logits are never held in fp32 as a whole, and no gradient of
+    their size is allocated. One backward per forward."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        context.rows = max(1, CHUNK_BYTES["cuda" if logits.is_cuda else "cpu"] // (4 * logits.shape[1]))
+        losses, norms = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+        counted = targets != IGNORED
+        for start in range(0, len(logits), context.rows):
+            part = slice(start, start + context.rows)
+            wide = logits[part].float()
+            norms[part] = torch.logsumexp(wide, dim=1)
+            losses[part] = norms[part] - wide.gather(1, targets[part, None].clamp(min=0))[:, 0]
+        context.save_for_backward(logits, targets, norms)
+        return losses.where(counted, 0.0)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, targets, norms = context.saved_tensors
+        scale = gradients[0].where(targets != IGNORED, 0.0)
+        for start in range(0, len(logits), context.rows):
+            part = slice(start, start + context.rows)
+            wide = logits[part].float().sub_(norms[part, None]).exp_()
+            wide.scatter_add_(1, targets[part, None].clamp(min=0), wide.new_full((len(wide), 1), -1.0))
+            logits[part] = wide.mul_(scale[part, None])
+        return logits, None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from forge_ray.config.train import Adapter, TrainConfig
 from forge_ray.data.dataset import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
+from forge_ray.train import attention
 from forge_ray.train.zero import open_deepspeed, zero_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -47,11 +48,12 @@ def load_for_training(folder: Path, config: TrainConfig, precision: str, device:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[precision],
-            attn_implementation="sdpa",
+            attn_implementation=attention.register(),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
         )
+    attention.refuse_unknown(model)
     model.config.use_cache = False  # with a cache the packed documents would see each other
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

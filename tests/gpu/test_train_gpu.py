@@ -8,8 +8,9 @@ from torch import nn
 
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
+from forge_ray.train import attention
 from forge_ray.train.engine import TorchEngine
-from forge_ray.train.loss import kept_positions, token_cross_entropy
+from forge_ray.train.loss import packed_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -28,6 +29,7 @@ def tiny() -> nn.Module:
 
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config._attn_implementation = attention.register()
     return LlamaForCausalLM(config).to("cuda", torch.bfloat16).train()
 
 
@@ -42,10 +44,7 @@ def batch() -> dict[str, torch.Tensor]:
 def train(engine: TorchEngine, steps: int) -> list[float]:
     rows, found = batch(), []
     for _ in range(steps):
-        kept = kept_positions(rows["loss_mask"])
-        given = {name: rows[name] for name in ("input_ids", "position_ids")}
-        logits = engine.forward(**given, logits_to_keep=kept, use_cache=False).logits
-        loss, count = token_cross_entropy(logits, rows["input_ids"], rows["loss_mask"], kept)
+        loss, count = packed_loss(engine.forward, rows)
         engine.backward(loss / count, is_last=True)
         assert engine.step(1e-3) > 0
         found.append(float(loss.detach() / count))

@@ -15,14 +15,19 @@ from transformers import LlamaForCausalLM
 
 from forge_ray.data.pack import Document, pack
 from forge_ray.data.stream import COLUMNS, model_inputs
-from forge_ray.train.loss import kept_positions, token_cross_entropy
+from forge_ray.errors import ConfigError
+from forge_ray.train import attention
+from forge_ray.train import loss as loss_module
+from forge_ray.train.loss import IGNORED, packed_loss, token_cross_entropy, trained_targets
 
 pytestmark = pytest.mark.numerics
 
 
 @pytest.fixture
 def model(tiny_model_dir: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32, attn_implementation="sdpa").train()
+    return LlamaForCausalLM.from_pretrained(
+        tiny_model_dir, dtype=torch.float32, attn_implementation=attention.register()
+    ).train()
 
 
 def batch_of(chosen: list[Document], length: int) -> dict[str, Tensor]:
@@ -32,11 +37,12 @@ def batch_of(chosen: list[Document], length: int) -> dict[str, Tensor]:
 
 
 def loss_of(model: Any, batch: dict[str, Tensor], **inputs: Any) -> tuple[Tensor, Tensor]:
-    """As the recipe computes it."""
-    kept = kept_positions(batch["loss_mask"])
-    given = {"position_ids": batch["position_ids"]} | inputs
-    logits = model(input_ids=batch["input_ids"], logits_to_keep=kept, use_cache=False, **given).logits
-    return token_cross_entropy(logits, batch["input_ids"], batch["loss_mask"], kept)
+    """As the recipe computes it, but for `inputs`."""
+
+    def forward(**given: Any) -> Any:
+        return model(**given | inputs)
+
+    return packed_loss(forward, batch)
 
 
 def gradients_of(model: Any, loss: Tensor) -> list[Tensor]:
@@ -66,16 +72,47 @@ def test_a_packed_row_equals_its_documents_alone(model: LlamaForCausalLM) -> Non
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("leak", ["no position ids", "an attention mask beside them"])
-def test_control_without_isolation_the_loss_differs(model: LlamaForCausalLM, leak: str) -> None:
+def test_control_without_isolation_the_loss_differs(model: LlamaForCausalLM) -> None:
     chosen = some_documents()
     batch = batch_of(chosen, sum(len(document.ids) for document in chosen) + 5)
     right = float(loss_of(model, batch)[0].detach())
-    if leak == "no position ids":
-        wrong = loss_of(model, batch, position_ids=None)[0]
-    else:
-        wrong = loss_of(model, batch, attention_mask=(batch["segment_ids"] > 0).long())[0]
+    one = torch.zeros_like(batch["position_ids"])
+    wrong = loss_of(model, batch, **attention.bounds(one.scatter(1, torch.arange(1, one.shape[1])[None], 1)[0]))[0]
     assert abs(float(wrong.detach()) - right) > 1e-3 * right  # a hundred times the tolerance above
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_is_that_of_transformers_document_by_document(window: int | None, softcap: float | None) -> None:
+    """Gemma's eager attention knows windows (as masks) and caps; grouped heads too."""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    torch.manual_seed(0)
+    sizes, module = [5, 1, 9], torch.nn.Identity()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    query, key, value = (torch.randn(1, heads, sum(sizes), 8, requires_grad=True) for heads in (4, 2, 2))
+    places = torch.cat([torch.arange(size) for size in sizes])
+    distance = places[:, None] - places[None, :]
+    same = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
+    seen = (same[:, None] == same[None, :]) & (distance >= 0) & (distance < (window or 99))
+    mask = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, float("-inf"))
+    expected, _ = eager_attention_forward(module, query, key, value, mask, scaling=0.3, softcap=softcap)  # type: ignore[arg-type]
+    wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
+    given = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    found, _ = attention.document_attention(module, query, key, value, None, **given, **attention.bounds(places))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for gradient, want in zip(torch.autograd.grad(found.square().sum(), (query, key, value)), wanted, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_layers_would_mix_documents_is_refused(model: LlamaForCausalLM) -> None:
+    attention.refuse_unknown(model)
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has linear_attention") as caught:
+        attention.refuse_unknown(model)
+    assert "full or sliding-window" in caught.value.hint
+    with pytest.raises(ConfigError, match="sinks"):
+        attention.document_attention(model, *[torch.zeros(1, 1, 1, 4)] * 3, None, s_aux=torch.zeros(1))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -88,6 +125,7 @@ def test_logits_at_kept_positions_give_the_loss_of_all_logits(model: LlamaForCau
     batch = {name: torch.from_numpy(value) for name, value in model_inputs(arrays).items()}
     loss, count = loss_of(model, batch)
 
+    model.set_attn_implementation("sdpa")
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     labels = batch["input_ids"].masked_fill(batch["loss_mask"] == 0, -100)[:, 1:]
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
@@ -110,10 +148,24 @@ def test_the_first_token_of_a_document_is_never_a_target() -> None:
 
 
 def test_cross_entropy_by_hand() -> None:
-    logits = torch.tensor([[[0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]])
-    ids, mask = torch.tensor([[3, 1, 0]]), torch.tensor([[0, 1, 1]])
-    kept = kept_positions(mask)
-    assert kept.tolist() == [0, 1]
-    loss, count = token_cross_entropy(logits, ids, mask, kept)
-    assert float(count) == 2
+    kept, targets = trained_targets(torch.tensor([[3, 1, 0], [2, 2, 3]]), torch.tensor([[0, 1, 1], [1, 0, 1]]))
+    assert (kept.tolist(), targets.tolist()) == ([0, 1, 4], [1, 0, 3])
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0], [9.0, 9.0, 9.0, 0.0]])
+    loss, count = token_cross_entropy(logits, torch.tensor([1, 0, IGNORED]))
+    assert int(count) == 2
     assert float(loss) == pytest.approx(np.log(4) + np.log(1 + 3 * np.exp(-2)), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_and_its_gradient_are_those_of_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks, the last one smaller."""
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * 50 * 4)
+    torch.manual_seed(0)
+    source, targets = torch.randn(10, 50), torch.randint(0, 50, (10,))
+    one, other = (source.to(dtype).requires_grad_() for _ in range(2))
+    loss, _ = token_cross_entropy(one * 1, targets)
+    expected = F.cross_entropy(other.float(), targets, reduction="sum")
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    (loss / 7).backward()
+    (expected / 7).backward()
+    torch.testing.assert_close(one.grad, other.grad, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-7)

@@ -1,0 +1,136 @@
+"""Attention inside documents only, without a mask (level 3).
+
+The rows of a pass are laid end to end, and each document attends to itself: the work grows with the squares of the
+documents, not of the rows, and no mask of rows times rows is made. It stands in transformers' table of attention functions,
+which hands through what the recipe gives to the model: `cu_seq_lens_q`, the bounds of the documents, as flash attention
+wants them.
+
+Shapes: H heads, G key/value heads, N tokens of a pass, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forge_ray.errors import ConfigError
+
+NAME = "documents"
+KNOWN = {"full_attention", "sliding_attention"}
+
+
+def register() -> str:
+    """The name to give as `attn_implementation`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, document_attention)
+    return NAME
+
+
+def refuse_unknown(model: Any) -> None:
+    """Raises `ConfigError` for a model whose layers mix tokens in another way: documents in a row would see each other."""
+    config = model.config.get_text_config()
+    others = set(getattr(config, "layer_types", None) or KNOWN) - KNOWN
+    if others or not model._supports_attention_backend:
+        raise ConfigError(
+            f"{type(model).__name__} has {', '.join(sorted(others)) or 'an attention of its own'}, which is not kept inside"
+            " documents of packed rows",
+            hint="take a model with full or sliding-window attention: Llama, Mistral, Qwen, Gemma",
+        )
+
+
+def bounds(position_ids_N: Tensor) -> dict[str, Any]:
+    """Where documents begin: a position of 0. What flash attention calls `cu_seq_lens`, int32 [documents + 1]."""
+    starts = torch.nonzero(position_ids_N == 0).flatten()
+    ends = torch.full((1,), len(position_ids_N), dtype=starts.dtype, device=starts.device)
+    edges = torch.cat([starts, ends])
+    longest = int((edges[1:] - edges[:-1]).max())
+    cu_seq_lens = edges.to(torch.int32)
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def document_attention(
+    module: nn.Module,
+    query_1HND: Tensor,
+    key_1GND: Tensor,
+    value_1GND: Tensor,
+    attention_mask: None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """[1, N, H, D]: softmax(scale Q K^T) V of each document, causal; a token sees `sliding_window` tokens with itself."""
+    if given.get("s_aux") is not None:
+        raise ConfigError(
+            f"{type(module).__name__} attends to sinks, which are not trained here", hint="take another base model"
+        )
+    edges: Tensor = given["cu_seq_lens_q"]
+    if query_1HND.is_cuda and query_1HND.dtype != torch.float32 and not dropout and not softcap:
+        return _varlen(query_1HND, key_1GND, value_1GND, edges, given["max_length_q"], scaling, sliding_window), None
+    dtype, groups = query_1HND.dtype, query_1HND.shape[1] // key_1GND.shape[1]
+    if not query_1HND.is_cuda:  # its kernel takes half the time in fp32 that it takes in bf16
+        query_1HND, key_1GND, value_1GND = query_1HND.float(), key_1GND.float(), value_1GND.float()
+    if groups > 1:  # the fast kernels want as many heads on both sides
+        key_1GND, value_1GND = (part.repeat_interleave(groups, dim=1) for part in (key_1GND, value_1GND))
+    sizes = edges.diff().tolist()
+    parts = (part.split(sizes, dim=2) for part in (query_1HND, key_1GND, value_1GND))
+    outputs = [_attend(q, k, v, dropout, scaling, sliding_window, softcap) for q, k, v in zip(*parts, strict=True)]
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    length = query.shape[2]
+    if not softcap and (window is None or length <= window):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    place = torch.arange(length, device=query.device)
+    distance = place[:, None] - place[None, :]
+    seen = (distance >= 0) & (distance < (window or length))
+    if not softcap:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """Flash attention over all documents in one kernel: [N, H, D] each."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    left = -1 if window is None else window - 1
+    size, narrower = v.shape[2], q.shape[2] - v.shape[2]
+    out = varlen_attn(
+        q,
+        k,
+        F.pad(v, (0, narrower)) if narrower else v,  # one head size for all (latent attention has two)
+        edges,
+        edges,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None, ..., :size]
