@@ -77,15 +77,20 @@ def document_attention(
     edges: Tensor = given["cu_seq_lens_q"]
     if query_1HND.is_cuda and query_1HND.dtype != torch.float32 and not dropout and not softcap:
         return _varlen(query_1HND, key_1GND, value_1GND, edges, given["max_length_q"], scaling, sliding_window), None
-    dtype, groups = query_1HND.dtype, query_1HND.shape[1] // key_1GND.shape[1]
-    if not query_1HND.is_cuda:  # its kernel takes half the time in fp32 that it takes in bf16
-        query_1HND, key_1GND, value_1GND = query_1HND.float(), key_1GND.float(), value_1GND.float()
+    given = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "softcap": softcap}
+    return _one_by_one(query_1HND, key_1GND, value_1GND, edges, given), None
+
+
+@torch.compiler.disable  # the number of documents differs from pass to pass
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, given: dict[str, Any]) -> Tensor:
+    dtype, groups = query.dtype, query.shape[1] // key.shape[1]
+    if not query.is_cuda:  # its kernel takes half the time in fp32 that it takes in bf16
+        query, key, value = query.float(), key.float(), value.float()
     if groups > 1:  # the fast kernels want as many heads on both sides
-        key_1GND, value_1GND = (part.repeat_interleave(groups, dim=1) for part in (key_1GND, value_1GND))
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     sizes = edges.diff().tolist()
-    parts = (part.split(sizes, dim=2) for part in (query_1HND, key_1GND, value_1GND))
-    outputs = [_attend(q, k, v, dropout, scaling, sliding_window, softcap) for q, k, v in zip(*parts, strict=True)]
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
+    parts = (part.split(sizes, dim=2) for part in (query, key, value))
+    return torch.cat([_attend(*part, **given) for part in zip(*parts, strict=True)], dim=2).transpose(1, 2).to(dtype)
 
 
 def _attend(

@@ -1,0 +1,395 @@
+"""A training step: us and TRL's SFTTrainer, side by side and in turn, on the same rows, model, dtype, optimizer and threads.
+
+    pip install -e '.[bench]'
+    python benchmarks/train.py                       SmolLM2-135M-Instruct and a 10 M model, LoRA r=16, bf16, CPU
+    python benchmarks/train.py --models 10m --rounds 1 --steps 4
+    python benchmarks/train.py --first-step          what passes between `forge train` and its first step
+
+Every line is a process of its own; a round runs each once, in turn, and the table shows medians over the rounds.
+
+    trl             one conversation per row, padded to the longest of its batch, batches of like length (its fastest here)
+    trl packed      the packed rows of our dataset, four of 512 tokens a step, in our order, `padding_free`
+    forge           the recipe, one process, engine torch: the same packed rows in the same order
+    forge zero 2    the recipe on DeepSpeed
+
+Tokens are those of documents, padding not counted. The floor is the large products alone: FLOPs of a LoRA step (4 per weight
+that multiplies every token, 4 per weight of the output projection and trained token) at the rate of this machine's bf16
+matrix product, measured in the same run. Differences of losses are those between `forge` and `trl packed`, step by step, from
+the same adapter weights; TRL keeps the adapter in fp32 and multiplies in bf16 (autocast), we keep an fp32 master copy.
+Overhead is the share of a step that is neither forward nor backward nor the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+METHODS = ("trl", "trl packed", "forge", "forge zero 2")
+LENGTH, ROWS, SKIPPED = 512, 4, 2  # of a packed row; rows a step; steps before the clock counts
+LR = 2e-4
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="10m,smollm2")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help=f"per process, the first {SKIPPED} not counted")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--first-step", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--run", nargs=2, metavar=("METHOD", "FOLDER"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def settings(folder: str, steps: int, threads: int, **train: Any) -> Any:
+    """The run file of every method."""
+    from forge_ray.config.base import parse
+    from forge_ray.config.run import RunConfig
+
+    common = {
+        "epochs": 100,
+        "max_steps": steps,
+        "global_batch": ROWS,
+        "micro_batch_size": ROWS,
+        "optimizer": {"lr": LR, "betas": [0.9, 0.999]},
+        "schedule": {"name": "constant", "warmup_ratio": 0},
+        "adapter": {"r": 16, "alpha": 32},
+        "precision": "bf16",
+        "validation": {"max_rows": 0},
+        "scaling": {"num_workers": 0, "cpus_per_worker": threads},
+    }
+    data = {"sources": [{"path": str(ROOT / "jobs/data/debian_sections.jsonl")}], "sequence_length": LENGTH, "block_rows": 8}
+    values = {"name": "bench", "base_model": "bench", "data": data, "train": common | train, "release": {"alias": "bench"}}
+    return parse(RunConfig, values | {"name": Path(folder).name})
+
+
+def prepare(model: str, folder: str) -> None:
+    """The store: the model, the packed dataset."""
+    from forge_ray import pipeline
+    from forge_ray.catalog import Catalog
+    from forge_ray.import_model import import_model
+    from forge_ray.quickstart import base_model_file
+    from forge_ray.store import Store
+
+    store = Store(folder)
+    with Catalog(store) as catalog:
+        source: Path = base_model_file()
+        version = import_model(catalog, source, "smollm2", "Apache-2.0", alias="bench" if model == "smollm2" else "")
+        if model == "10m":
+            import_model(catalog, small(store.fetch_dir(f"models/{version.id}"), Path(folder) / "10m"), "10m", alias="bench")
+    pipeline.prepare(settings(folder, 1, 1), store)
+
+
+def small(smollm2: Path, folder: Path) -> Path:
+    """10 M random weights behind SmolLM2's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 18, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=49152, num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2, local_files_only=True).save_pretrained(folder)
+    return folder
+
+
+def job_of(folder: str, steps: int, threads: int, run: str, **train: Any) -> Any:
+    from forge_ray.catalog import Catalog
+    from forge_ray.records import DatasetManifest
+    from forge_ray.store import Store
+    from forge_ray.train.job import TrainJob
+
+    store = Store(folder)
+    with Catalog(store) as catalog:
+        dataset, base = catalog.all(DatasetManifest)[0], catalog.model("bench")
+    config = settings(folder, steps, threads, **train).train
+    return TrainJob(run, run, config, store, dataset, base, "bf16", under_ray=False)
+
+
+def forge(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
+    import torch
+
+    from forge_ray.recipes import sft
+    from forge_ray.train import metrics
+
+    engine = {"engine": "deepspeed", "zero_stage": 2} if "zero" in method else {"engine": "torch", "zero_stage": 0}
+    job = job_of(folder, steps, threads, f"run-{os.getpid()}", **engine)
+    spent = {"forward": 0.0, "backward": 0.0, "step": 0.0}
+    count = {"steps": 0}
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*values: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*values, **named)
+            finally:
+                count["steps"] += name == "step"
+                if count["steps"] >= SKIPPED + (name == "step"):
+                    spent[name] += time.perf_counter() - began
+
+        return call
+
+    kind = sft.ZeroEngine if "zero" in method else sft.TorchEngine
+    sft._loss = timed("forward", sft._loss)
+    kind.backward, kind.step = timed("backward", kind.backward), timed("step", kind.step)  # type: ignore[method-assign]
+    sft.train_loop(job.to_json())
+    assert torch.get_num_threads() == threads
+    lines = metrics.read(job.store.local(f"runs/{job.run}") / metrics.METRICS)
+    counted = lines[SKIPPED:]
+    seconds = sum(line["seconds"] - line.get("checkpoint_s", 0.0) for line in counted)
+    return {
+        "tokens_per_s": sum(line["tokens"] for line in counted) / seconds,
+        "losses": [line["loss"] for line in lines],
+        "trained_share": sum(line["trained_tokens"] for line in counted) / sum(line["tokens"] for line in counted),
+        "overhead": 1 - sum(spent.values()) / seconds,
+        "split": {name: value / len(counted) for name, value in spent.items()},
+    }
+
+
+def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
+    import torch
+    import transformers
+    from datasets import Dataset
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from trl import SFTConfig, SFTTrainer
+
+    from forge_ray.data.order import Order
+    from forge_ray.data.stream import Rows
+    from forge_ray.train.model import with_adapter
+
+    torch.set_num_threads(threads)
+    packed = "packed" in method
+    job = job_of(folder, steps, threads, "unused", engine="torch", zero_stage=0)
+    rows = Rows.of(job.store, job.dataset, "train")
+    order = Order(job.dataset.id, job.config.seed, rows.num_rows, rows.block_rows, ROWS)
+    taken = rows.take([order.row(index) for index in range(steps * ROWS)])
+    examples: list[dict[str, Any]] = []
+    for ids, mask, segments in zip(
+        *(taken[name].tolist() for name in ("input_ids", "loss_mask", "segment_ids")), strict=True
+    ):
+        sizes = [segments.count(number) for number in range(1, max(segments) + 1)]
+        labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
+        ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
+        whole = {"input_ids": ids[: ends[-1]], "labels": labels[: ends[-1]], "seq_lengths": sizes}
+        parts = [{"input_ids": ids[e - s : e], "labels": labels[e - s : e]} for s, e in zip(sizes, ends, strict=True)]
+        examples += [whole] if packed else parts
+    per_step = ROWS if packed else max(1, len(examples) // steps)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job.store.fetch_dir(f"models/{job.base.id}"), dtype=torch.bfloat16, attn_implementation="sdpa", local_files_only=True
+    )
+    torch.manual_seed(job.config.seed)
+    model = with_adapter(model, job.config.adapter)
+    start = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # as TRL does where it makes the adapter itself
+    set_peft_model_state_dict(model, start)
+
+    moments: list[float] = []
+
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            moments.append(time.perf_counter())
+
+    args = SFTConfig(
+        output_dir=str(Path(folder) / f"trl-{os.getpid()}"),
+        per_device_train_batch_size=per_step,
+        max_steps=steps,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        train_sampling_strategy="sequential" if packed else "group_by_length",
+        gradient_checkpointing=False,
+        padding_free=packed,
+        max_length=None if packed else LENGTH,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=True,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        job.store.fetch_dir(f"models/{job.base.id}"), local_files_only=True
+    )
+    trainer = SFTTrainer(
+        model, args=args, train_dataset=Dataset.from_list(examples), processing_class=tokenizer, callbacks=[Clock()]
+    )
+    sizes: list[int] = []
+    collate = trainer.data_collator
+
+    def collated(batch: list[dict[str, Any]]) -> Any:
+        sizes.append(sum(len(example["input_ids"]) for example in batch))
+        return collate(batch)
+
+    trainer.data_collator = collated
+    trainer.train()
+    seconds = moments[-1] - moments[SKIPPED - 1]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"tokens_per_s": sum(sizes[SKIPPED:steps]) / seconds, "losses": losses}
+
+
+def matrix_rate(threads: int) -> float:
+    """FLOP/s of bf16 products of the model's own sizes."""
+    import torch
+
+    torch.set_num_threads(threads)
+    left, right = torch.randn(ROWS * LENGTH, 576).bfloat16(), torch.randn(576, 1536).bfloat16()
+    best = float("inf")
+    for _ in range(30):
+        began = time.perf_counter()
+        for _ in range(5):
+            left @ right
+        best = min(best, (time.perf_counter() - began) / 5)
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1] / best
+
+
+def floor(folder: str, trained_share: float, rate: float) -> float:
+    """Tokens per second of the arithmetic alone."""
+    from forge_ray.train.plan import Model
+
+    job = job_of(folder, 1, 1, "unused", engine="torch", zero_stage=0)
+    model = Model.of(job.store.fetch_dir(f"models/{job.base.id}"))
+    blocks = sum(outputs * inputs for _, outputs, inputs in model.linear)
+    output = model.config["vocab_size"] * model.config["hidden_size"]
+    return rate / (4 * blocks + 4 * output * trained_share)
+
+
+def run(method: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--run", method, folder]
+    command += ["--steps", str(options.steps), "--threads", str(options.threads)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{method} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    return found
+
+
+def measure(model: str, options: argparse.Namespace, rate: float) -> dict[str, Any]:
+    methods = options.methods.split(",")
+    with tempfile.TemporaryDirectory(prefix=f"bench-{model}-", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, __file__, "--run", f"prepare {model}", folder]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+        rounds: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+        for _ in range(options.rounds):
+            for method in methods:
+                rounds[method].append(run(method, folder, options))
+        share = next((taken[0]["trained_share"] for name, taken in rounds.items() if "forge" in name), 1.0)
+        least = floor(folder, share, rate)
+    found: dict[str, Any] = {"model": model, "floor_tokens_per_s": least, "methods": {}}
+    for method, taken in rounds.items():
+        rates = sorted(one["tokens_per_s"] for one in taken)
+        median = statistics.median(rates)
+        found["methods"][method] = taken[0] | {
+            "tokens_per_s": median,
+            "range": [rates[0], rates[-1]],
+            "of_floor": median / least,
+            "peak_gb": max(one["peak_gb"] for one in taken),
+        }
+        if "overhead" in taken[0]:
+            found["methods"][method]["overhead"] = statistics.median(one["overhead"] for one in taken)
+    both = found["methods"]
+    if {"forge", "trl packed"} <= both.keys():
+        pairs = zip(both["forge"]["losses"], both["trl packed"]["losses"], strict=True)
+        found["largest_difference_of_a_loss"] = max(abs(one - other) for one, other in pairs)
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"{found['model']}: floor {found['floor_tokens_per_s']:,.0f} tokens/s")
+    print(
+        f"  {'method':<14}{'tokens/s':>9}  {'range':<15}{'of floor':>8}{'/ trl':>8}{'/ packed':>9}{'overhead':>9}{'peak GB':>8}"
+    )
+    for method, one in found["methods"].items():
+        spread = f"{one['range'][0]:,.0f} - {one['range'][1]:,.0f}"
+        ratios = [
+            f"{one['tokens_per_s'] / found['methods'][peer]['tokens_per_s']:.2f}" if peer in found["methods"] else ""
+            for peer in ("trl", "trl packed")
+        ]
+        overhead = f"{one['overhead']:.1%}" if "overhead" in one else ""
+        print(
+            f"  {method:<14}{one['tokens_per_s']:>9,.0f}  {spread:<15}{one['of_floor']:>8.0%}"
+            f"{ratios[0]:>8}{ratios[1]:>9}{overhead:>9}{one['peak_gb']:>8.2f}"
+        )
+    if "largest_difference_of_a_loss" in found:
+        losses = found["methods"]["forge"]["losses"]
+        print(
+            f"  losses {losses[0]:.3f} → {losses[-1]:.3f}, forge and trl packed differ by at most"
+            f" {found['largest_difference_of_a_loss']:.4f}"
+        )
+
+
+def first_step(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds from the command to each of its marks: one worker under Ray, DeepSpeed, SmolLM2, three steps."""
+    with tempfile.TemporaryDirectory(prefix="bench-first-", ignore_cleanup_errors=True) as folder:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, __file__, "--run", "prepare smollm2", folder]
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        scaling = {"num_workers": 1, "cpus_per_worker": options.threads}
+        file = Path(folder) / "run.yaml"
+        file.write_text(settings(folder, 3, options.threads, zero_stage=2, scaling=scaling).model_dump_json())
+        began = time.time()
+        train = [sys.executable, "-m", "forge_ray.cli", "train", str(file), "--store", folder]
+        subprocess.run(train, check=True, cwd=ROOT, env=environment)
+        total = time.time() - began
+        (run_folder,) = (Path(folder) / "runs").glob("run_*")
+        lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+        def at(pattern: str) -> float:
+            return min(path.stat().st_mtime for path in run_folder.glob(pattern)) - began
+
+        ready = at("attempts/*.json")
+        return {
+            "driver: imports, catalogue, dataset verified, Ray started": at("config-*.json"),
+            "worker: Ray Train's group, imports, model, engine": ready,
+            "first step done": ready + lines[0]["seconds"],
+            "command ended: three steps, checkpoint, export": total,
+        }
+
+
+def main() -> None:
+    options = arguments()
+    if options.run:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+        method, folder = options.run
+        if method.startswith("prepare "):
+            prepare(method.removeprefix("prepare "), folder)
+            return
+        took = (trl if "trl" in method else forge)(method, folder, options.steps, options.threads)
+        took["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps(took), flush=True)
+        return
+    if options.first_step:
+        marks = first_step(options)
+        print(json.dumps(marks) if options.json else "\n".join(f"{at:7.1f} s  {what}" for what, at in marks.items()))
+        return
+    rate = matrix_rate(options.threads)
+    if not options.json:
+        print(f"bf16 matrix product: {rate / 1e9:.0f} GFLOP/s on {options.threads} threads")
+    tables = [measure(model, options, rate) for model in options.models.split(",")]
+    if options.json:
+        print(json.dumps({"matrix_flop_per_s": rate, "models": tables}))
+    else:
+        for table in tables:
+            show(table)
+
+
+if __name__ == "__main__":
+    main()
