@@ -14,8 +14,8 @@ Every line is a process of its own; a round runs each once, in turn, and the tab
 
 Tokens are those of documents, padding not counted. The floor is the large products alone: FLOPs of a LoRA step (4 per weight
 that multiplies every token, 4 per weight of the output projection and trained token) at the rate of this machine's bf16
-matrix product, measured in the same run. Differences of losses are those between `forge` and `trl packed`, step by step, from
-the same adapter weights; TRL keeps the adapter in fp32 and multiplies in bf16 (autocast), we keep an fp32 master copy.
+matrix product, measured in the same run. Losses are compared between `forge` and `trl packed`, step by step, from the same
+adapter weights; TRL keeps the adapter in fp32 and multiplies in bf16 (autocast), we keep an fp32 master copy.
 Overhead is the share of a step that is neither forward nor backward nor the optimizer.
 """
 
@@ -314,9 +314,7 @@ def measure(model: str, options: argparse.Namespace, rate: float) -> dict[str, A
 
 def show(found: dict[str, Any]) -> None:
     print(f"{found['model']}: floor {found['floor_tokens_per_s']:,.0f} tokens/s")
-    print(
-        f"  {'method':<14}{'tokens/s':>9}  {'range':<15}{'of floor':>8}{'/ trl':>8}{'/ packed':>9}{'overhead':>9}{'peak GB':>8}"
-    )
+    print("  method         tokens/s  range          of floor   / trl / packed overhead  peak GB")
     for method, one in found["methods"].items():
         spread = f"{one['range'][0]:,.0f} - {one['range'][1]:,.0f}"
         ratios = [
