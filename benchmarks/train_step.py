@@ -1,9 +1,14 @@
-"""How fast one training step is: torch alone, one process, random weights. Needs neither Ray nor DeepSpeed nor data.
+"""How fast one training step is on one device: random weights of true shapes; no data, no network, no Ray, no DeepSpeed.
 
     python benchmarks/train_step.py                                       tiny, on the CPU, in seconds
-    python benchmarks/train_step.py --shape 8b --device cuda --precision bf16 --lora 16 --activation-checkpointing
+    python benchmarks/train_step.py --shape llama-3.1-8b --device cuda --precision bf16 --lora 16 --sequence-length 4096 \\
+        --document-length 1024 --micro-batch-size 2 --compile --method forge,trl
+    the same with --shape qwen2.5-7b; with --shape llama-3.2-1b and no --lora for a full fine-tune on one GPU
+    (a full fine-tune of 8 B weights keeps 12 bytes of each beside the weights: more than one GPU has)
 
-The step is the recipe's: packed rows with restarting positions, logits at trained positions only, the same engine.
+The step is the recipe's: packed rows laid end to end, attention inside documents, logits at trained positions only, the same
+engine. `trl` is TRL's SFTTrainer on the same rows and the same kind of weights (`padding_free`; `--peer-attention` names its
+attention). Each method is a process of its own; the last line is the ratio.
 
 Model FLOPs per token, for P weights in matrix products (embedding look-up not counted, output projection counted on the
 trained share s of the positions), L layers, H heads of size D and documents of d tokens:
@@ -16,8 +21,11 @@ trained share s of the positions), L layers, H heads of size D and documents of 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -32,15 +40,16 @@ from forge_ray.train import attention
 from forge_ray.train.context import join
 from forge_ray.train.engine import TorchEngine
 from forge_ray.train.loss import packed_loss
-from forge_ray.train.model import DTYPES, with_adapter
+from forge_ray.train.model import DTYPES, compile_blocks, with_adapter
 
-# hidden, intermediate, layers, heads, key/value heads, vocabulary
+# hidden, intermediate, layers, heads, key/value heads, vocabulary, embeddings tied to the output
 SHAPES = {
-    "tiny": (64, 128, 2, 4, 2, 512),
-    "135m": (576, 1536, 30, 9, 3, 49152),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "3b": (3072, 8192, 28, 24, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "tiny": (64, 128, 2, 4, 2, 512, False),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, True),
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, False),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),  # with biases on queries, keys and values
 }
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}  # dense bf16, SXM data sheets
 
@@ -57,6 +66,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-micro-batches", type=int, default=4, help="per step: gradient accumulation")
     parser.add_argument("--lora", type=int, default=0, metavar="R", help="0: full fine-tune")
     parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="blocks through torch.compile, as train.compile does")
+    parser.add_argument("--method", default="forge", help="forge, trl, or both: forge,trl")
+    parser.add_argument("--peer-attention", default="sdpa", help="TRL's attn_implementation, e.g. flash_attention_2")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock counts")
     parser.add_argument("--threads", type=int, default=1)
@@ -64,31 +76,35 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_model(options: argparse.Namespace, device: torch.device) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def random_model(options: argparse.Namespace, device: torch.device, attn_implementation: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[options.shape]
-    config = LlamaConfig(
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[options.shape]
+    kinds: tuple[Any, Any] = (LlamaConfig, LlamaForCausalLM)
+    if options.shape.startswith("qwen"):
+        kinds = (Qwen2Config, Qwen2ForCausalLM)
+    config = kinds[0](
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
+        tie_word_embeddings=tied,
         max_position_embeddings=options.sequence_length,
         use_cache=False,
-        attn_implementation=attention.register(),
+        attn_implementation=attn_implementation,
         dtype=DTYPES[options.precision],
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = LlamaForCausalLM._from_config(config)
+        model: Any = kinds[1]._from_config(config)
     return model.train()
 
 
 def random_batch(options: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
     """One step's rows, filled with documents of one length."""
-    length, vocabulary = min(options.document_length, options.sequence_length), SHAPES[options.shape][-1]
+    length, vocabulary = min(options.document_length, options.sequence_length), SHAPES[options.shape][5]
     rows = options.micro_batch_size * options.num_micro_batches
     count = rows * (options.sequence_length // length)
     random = np.random.default_rng(0)
@@ -113,10 +129,9 @@ def flops_per_token(model: Any, options: argparse.Namespace, trained_share: floa
     return forward * (2 if options.lora else 3)
 
 
-def main() -> None:
-    options = arguments()
+def forge(options: argparse.Namespace) -> dict[str, Any]:
     context = join(options.device == "cuda", options.threads, under_ray=False)
-    model = random_model(options, context.device)
+    model = random_model(options, context.device, attention.register())
     settings: dict[str, Any] = {"engine": "torch", "zero_stage": 0, "precision": options.precision}
     if options.lora:
         settings["adapter"] = {"r": options.lora}
@@ -128,6 +143,8 @@ def main() -> None:
         model = with_adapter(model, config.adapter)
         if options.activation_checkpointing:
             model.enable_input_require_grads()
+    if options.compile:
+        compile_blocks(model)
     engine = TorchEngine(model.to(context.device), config)
 
     batch = random_batch(options, context.device)
@@ -163,22 +180,102 @@ def main() -> None:
                 spent[name].append(value)
 
     totals = [sum(values) for values in zip(*spent.values(), strict=True)]
+    split = {name: statistics.median(values) for name, values in spent.items()}
+    return result(options, base, totals, num_tokens, num_trained) | {"split_s": split}
+
+
+def trl(options: argparse.Namespace) -> dict[str, Any]:
+    """TRL's trainer on the same rows: its own loss, accumulation and optimizer."""
+    import tempfile
+
+    import transformers
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    model = random_model(options, device, options.peer_attention)
+    batch = random_batch(options, torch.device("cpu"))
+    examples = []
+    for ids, mask, segments in zip(*(batch[name].tolist() for name in COLUMNS), strict=True):
+        used = sum(segment > 0 for segment in segments)
+        labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
+        sizes = [segments.count(number) for number in range(1, max(segments) + 1)]
+        examples.append({"input_ids": ids[:used], "labels": labels[:used], "seq_lengths": sizes})
+    moments: list[float] = []
+
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            moments.append(time.perf_counter())
+
+    steps = options.warmup + options.steps
+    with tempfile.TemporaryDirectory(prefix="bench-trl-") as folder:
+        args = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=options.micro_batch_size,
+            gradient_accumulation_steps=options.num_micro_batches,
+            max_steps=steps,
+            learning_rate=1e-5,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=options.activation_checkpointing,
+            padding_free=True,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            logging_steps=steps,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=options.device == "cpu",
+            bf16=options.precision == "bf16",
+            torch_compile=options.compile,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        lora = LoraConfig(r=options.lora, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = SFTTrainer(
+            model,
+            args=args,
+            train_dataset=Dataset.from_list(examples * steps),
+            processing_class=tokenizer(),
+            peft_config=lora if options.lora else None,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    totals = [after - before for before, after in itertools.pairwise(moments)][-options.steps :]
+    num_tokens, num_trained = int((batch["segment_ids"] > 0).sum()), int(batch["loss_mask"].sum())
+    return result(options, model, totals, num_tokens, num_trained)
+
+
+def tokenizer() -> Any:
+    """TRL wants one; nothing is tokenised."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<pad>")
+
+
+def result(
+    options: argparse.Namespace, model: Any, totals: list[float], num_tokens: int, num_trained: int
+) -> dict[str, Any]:
     median = statistics.median(totals)
-    rate = num_tokens / median
-    per_token = flops_per_token(base, options, num_trained / num_tokens)
+    rate, per_token = num_tokens / median, flops_per_token(model, options, num_trained / num_tokens)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     peak = options.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in device), 0.0)
-    result = {
+    return {
         "shape": options.shape,
-        "parameters": sum(parameter.numel() for parameter in base.parameters()),
+        "parameters": sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name),
         "method": f"lora r={options.lora}" if options.lora else "full",
         "precision": options.precision,
+        "compiled": options.compile,
         "device": device,
         "torch": torch.__version__,
         "tokens_per_step": num_tokens,
         "trained_tokens_per_step": num_trained,
         "step_s": {"median": median, "min": min(totals), "max": max(totals)},
-        "split_s": {name: statistics.median(values) for name, values in spent.items()},
         "tokens_per_s": rate,
         "trained_tokens_per_s": num_trained / median,
         "model_tflops_per_s": per_token * rate / 1e12,
@@ -186,7 +283,22 @@ def main() -> None:
         "mfu_formula": f"{per_token:.4g} FLOPs/token × tokens/s ÷ {peak:g} TFLOPS" if peak else "give --peak-tflops",
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else None,
     }
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    options = arguments()
+    methods = options.method.split(",")
+    if len(methods) == 1:
+        print(json.dumps({"forge": forge, "trl": trl}[methods[0]](options), indent=2, ensure_ascii=False))
+        return
+    rates = {}
+    for method in methods:
+        command = [sys.executable, *sys.argv, "--method", method]  # the later option counts
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        report = done.stdout[done.stdout.rindex("\n{\n") if "\n{\n" in done.stdout else 0 :]
+        print(f"{method}: {report.strip()}")
+        rates[method] = json.loads(report)["tokens_per_s"]
+    print(f"forge / trl: {rates['forge'] / rates['trl']:.2f}")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,15 @@ def load_for_training(folder: Path, config: TrainConfig, precision: str, device:
     return on_device
 
 
+def compile_blocks(model: Any) -> None:
+    """torch.compile for each block of the model in place: they share their code, so one compilation serves all."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what transformers makes its blocks of
+            module.compile()
+
+
 def with_adapter(model: Any, adapter: Adapter) -> Any:
     """`model` with LoRA in its own dtype (the fp32 master copy is the optimizer's)."""
     from peft import LoraConfig, get_peft_model
