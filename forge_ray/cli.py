@@ -41,7 +41,7 @@ cli.add_command(data)
 
 @cli.group(cls=Verbs)
 def runs() -> None:
-    """Training runs: list, show."""
+    """Training runs: list, show, export."""
 
 
 cli.add_command(audit)
@@ -199,6 +199,19 @@ def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
     if not as_json:
         click.echo(overview(found))
     return found
+
+
+@verb(runs, "export")
+@click.argument("run_id", metavar="run_…")
+@click.option("--step", default="", help="Of the checkpoint; `best`: the lowest validation loss; default: the newest.")
+def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
+    """A checkpoint of a run, finished or not → a model version (candidate): served by its id, never behind an alias."""
+    from forge_ray import pipeline
+
+    version = pipeline.export_run(store, run_id, step)
+    if not as_json:
+        click.echo(f"serve it: forge serve jobs/deploy.yaml --set model={version.id}")
+    return version
 
 
 @verb(cli, "eval")

@@ -7,7 +7,9 @@ call builds nothing again and a call after a crash goes on where the first one s
 from __future__ import annotations
 
 import json
+import math
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from forge_ray.config.base import config_digest, resolved
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.environment import code_digest, versions
-from forge_ray.errors import NotFound, TrainingError
+from forge_ray.errors import ConfigError, ForgeError, NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
 from forge_ray.progress import Stage, stage
 from forge_ray.records import (
@@ -31,6 +33,7 @@ from forge_ray.records import (
     Event,
     ModelVersion,
     RunRecord,
+    canonical_json,
     files_digest,
 )
 from forge_ray.store import Store
@@ -111,11 +114,11 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
 
 def train(config: RunConfig, store: Store) -> RunRecord:
     """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
-    from forge_ray.recipes.sft import train_loop
+    from forge_ray.recipes import sft
     from forge_ray.train import attempts, launch
     from forge_ray.train.job import TrainJob, run_id
 
-    loops = {"sft": train_loop}
+    loops = {"sft": (sft.train_loop, sft.validate_checkpoint)}
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     with Catalog(store) as catalog:
         base = import_base(config, catalog)
@@ -140,10 +143,12 @@ def train(config: RunConfig, store: Store) -> RunRecord:
                 catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
                 try:
                     with attempts.driving(store, identifier), _followed(it, store, identifier):
-                        launch.fit(loops[config.train.method], job)
+                        loop, validate = loops[config.train.method]
+                        launch.fit(loop, job, validate)
                 except TrainingError as error:
                     catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
                     raise
+            _export_best(job)
             record = catalog.put(_run_record(job, config))
             catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
             told = (
@@ -246,9 +251,17 @@ def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
 
 def _run_record(job: Any, config: RunConfig) -> RunRecord:
     """The record of a finished run, from what its workers wrote last."""
+    from forge_ray.train import validation
     from forge_ray.train.job import identity_digest
 
     result = job.store.read_json(f"runs/{job.run}/result.json")
+    found = validation.read(job.store, job.run)
+    best = validation.best(found)
+    scores = {"best_step": best.step, "best_validation_loss": best.loss} if best else {}
+    last = next((item.loss for item in reversed(found) if item.step == result["num_steps"]), None)
+    if last is not None and math.isfinite(last):
+        scores["validation_loss"] = last
+    _redraw(job, found)
     return RunRecord(
         id=job.run,
         name=config.name,
@@ -266,10 +279,107 @@ def _run_record(job: Any, config: RunConfig) -> RunRecord:
         incidents=tuple(result["incidents"]),
         code_digest=code_digest(),
         environment=versions(),
-        metrics=result["metrics"],
+        metrics=result["metrics"] | scores,
+        stopped_early=result["stopped_early"],
+        export_step=result.get("export_step", 0),
         export=job.store.files(f"runs/{job.run}/export"),
         export_kind=result["export_kind"],
     )
+
+
+def _redraw(job: Any, found: list[Any]) -> None:
+    """The loss curve once more, with what tasks beside the workers found."""
+    from forge_ray.train import metrics
+
+    if not any(result.background for result in found):
+        return
+    losses = {result.step: result.loss for result in found if result.loss is not None}
+    lines = metrics.parse(job.store.read(f"runs/{job.run}/{metrics.METRICS}").decode())
+    with tempfile.TemporaryDirectory(prefix="forge-curve-") as folder:
+        path = Path(folder) / metrics.CURVE
+        told = [line | ({"validation_loss": losses[line["step"]]} if line["step"] in losses else {}) for line in lines]
+        metrics.plot(told, path, f"{job.name} · {job.run}")
+        job.store.write(f"runs/{job.run}/{metrics.CURVE}", path.read_bytes())
+
+
+def _export_best(job: Any) -> None:
+    """Where the run file wants the best checkpoint exported: now, when every validation is there."""
+    from forge_ray.train import validation
+
+    result = job.store.read_json(f"runs/{job.run}/result.json")
+    if job.config.export_step != "best" or "export_step" in result:
+        return
+    step = validation.best_step(job.store, job.run)
+    if step is None:
+        raise TrainingError(
+            f"no checkpoint of {job.run} was validated, so none is the best (train.export_step=best)",
+            hint=f"`forge runs show {job.run}` says why; `forge runs export {job.run}` registers its last checkpoint",
+        )
+    _export_checkpoint(job, step, f"runs/{job.run}/export")
+    job.store.write(f"runs/{job.run}/result.json", canonical_json(result | {"export_step": step}))
+
+
+def _export_checkpoint(job: Any, step: int, relative: str) -> str:
+    """Here for a run without Ray, else in a task: this machine may have no room for the model."""
+    from forge_ray.train.weights import export_checkpoint
+
+    if not job.config.scaling.max_workers:
+        return export_checkpoint(job.to_json(), step, relative)
+    connect()
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=1)(export_checkpoint)
+    try:
+        kind: str = ray.get(task.remote(job.to_json(), step, relative))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ForgeError) else TrainingError(str(error.cause)) from None
+    return kind
+
+
+def export_run(store: Store, run: str, step: str) -> ModelVersion:
+    """A verified checkpoint of a run, finished or not, as a model version that no gate has judged. `step`: a number, `best`,
+    or "" for the newest."""
+    from forge_ray.train import checkpoint, validation
+    from forge_ray.train.job import job_of
+
+    with Catalog(store) as catalog, stage("export") as it:
+        job = job_of(catalog, run)
+        number: int | None
+        if step == "best":
+            number = validation.best_step(store, run)
+            hint = "name a step; validations that are there: " + (
+                ", ".join(str(result.step) for result in validation.read(store, run) if result.loss is not None) or "none"
+            )
+        elif step:
+            if not step.isdecimal():
+                raise ConfigError(f"--step {step!r} is no step", hint="give a number, or `best`")
+            number, hint = int(step), ""
+        else:
+            found = checkpoint.find(store, checkpoint.expected(job), None)
+            number, hint = found.step if found else None, "wait for its first checkpoint"
+        if number is None:
+            raise NotFound(f"{run} has no {step or 'whole'} checkpoint", hint=hint)
+        aside = f"runs/{run}/exports/step-{number:08d}"
+        kind: Any = _export_checkpoint(job, number, aside)
+        files = store.files(aside)
+        version = ModelVersion(
+            name=job.name,
+            status="candidate",
+            weights=kind,
+            files=files,
+            files_digest=files_digest(files),
+            base_model=job.base.id,
+            run=run,
+            step=number,
+            dataset=job.dataset.id,
+            licence=job.base.licence,
+        ).sealed()
+        store.copy_dir(aside, f"models/{version.id}")
+        store.delete_dir(aside)
+        known = catalog.has(version.id)
+        version = catalog.put(version)
+        it.done(f"{version.id}  {'already there: ' if known else ''}step {number} of {run}, candidate")
+        return version
 
 
 def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
