@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.catalog import Catalog
-from forge_ray.cluster import connect, open_store
+from forge_ray.cluster import connect, open_store, room_of_a_worker
 from forge_ray.config.base import config_digest, resolved
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
+from forge_ray.config.train import TrainConfig
 from forge_ray.environment import code_digest, versions
 from forge_ray.errors import ConfigError, ForgeError, NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
@@ -41,6 +43,7 @@ from forge_ray.store import Store
 if TYPE_CHECKING:
     from forge_ray.data.ingest import IndexedFile
     from forge_ray.evaluate import Subject
+    from forge_ray.train.plan import Plan
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
 
@@ -129,14 +132,24 @@ def train(config: RunConfig, store: Store) -> RunRecord:
                 f"{manifest.id} has no packed rows: it holds {kinds}; {config.train.method} takes chats and texts",
                 hint="give the run file sources of chat or text rows",
             )
+        validation = config.train.validation
+        if (validation.early_stopping or validation.keep_best or config.train.export_step == "best") and not (
+            "validation" in manifest.splits and manifest.splits["validation"].num_rows
+        ):
+            raise ConfigError(
+                f"{manifest.id} has no validation rows: nothing says which checkpoint is the best, or when to stop",
+                hint="set data.splits.validation, or leave out keep_best, early_stopping and export_step=best",
+            )
         identifier = run_id(config.train, precision, manifest, base)
         with stage("train") as it:
             if catalog.has(identifier):
                 it.done(f"{identifier}  already trained")
                 return catalog.get_as(RunRecord, identifier)
-            store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
             if config.train.scaling.max_workers:
                 connect()
+            if not store.exists(f"runs/{identifier}/result.json"):
+                _refuse_impossible(config, store, precision, base, manifest, identifier)
+            store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
             job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
             store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
             if not store.exists(f"runs/{identifier}/result.json"):
@@ -175,32 +188,25 @@ def plan(
     config: RunConfig, store: Store, workers: int, memory_gb: float, tokens_per_s: float, cost_per_hour: float
 ) -> dict[str, Any]:
     """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers."""
-    from forge_ray.train import plan as planning
-
     train, precision = config.train, resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     number = workers or max(train.scaling.max_workers, 1)
     with Catalog(store) as catalog:
         base = import_base(config, catalog)
         manifest = _prepare(config, catalog, quiet=True)
-    model = planning.Model.of(store.fetch_dir(f"models/{base.id}", verify=False))
-    found = planning.plan(model, train, precision, manifest, number)
+    if memory_gb:
+        room: int | None = int(memory_gb * 1e9)
+    else:
+        of = train.scaling.model_copy(update={"num_workers": workers}) if workers else train.scaling
+        if of.max_workers:
+            connect()
+        room = room_of_a_worker(of)
+    found, problem, remedy = _judged(config, store, precision, base, manifest, number, room)
     seconds = found.num_tokens / (tokens_per_s * number) if tokens_per_s else None
-    room, free = int(memory_gb * 1e9), store.free_bytes()
-    problem, remedy = "", ""
-    if room and found.memory.total > room:
-        problem = f"a worker needs {found.memory.total / 1e9:.1f} GB, there are {memory_gb:g} GB"
-        near = planning.nearest(model, train, precision, manifest, number, room)
-        names = ("micro_batch_size", "activation_checkpointing", "engine", "zero_stage")
-        changes = [
-            f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
-        ]
-        remedy = f"this fits: {' '.join(changes)}" if changes else "take more workers, an adapter, or a smaller model"
-    elif free is not None and found.disk_bytes > free:
-        problem = f"the checkpoints and the export need {found.disk_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        remedy = "make room where the store lies, or train an adapter"
     return {
         **vars(found),
+        "disk_bytes": _disk_bytes(train, found),
         "memory": vars(found.memory) | {"total": found.memory.total},
+        "room": room,
         "base_model": base.id,
         "dataset": manifest.id,
         "precision": precision,
@@ -210,6 +216,85 @@ def plan(
         "problem": problem,
         "remedy": remedy,
     }
+
+
+def _judged(
+    config: RunConfig,
+    store: Store,
+    precision: str,
+    base: ModelVersion,
+    manifest: DatasetManifest,
+    workers: int,
+    room: int | None,
+) -> tuple[Plan, str, str]:
+    """The plan, in words what cannot fit ("" where all does, or nobody can tell), and the nearest settings that do."""
+    from forge_ray.train import plan as planning
+
+    train = config.train
+    with tempfile.TemporaryDirectory(prefix="forge-headers-") as folder:
+        model = planning.Model.of(_headers(store, base, Path(folder)))
+    found = planning.plan(model, train, precision, manifest, workers)
+    free, disk = store.free_bytes(), _disk_bytes(train, found)
+    if room and found.memory.total > room:
+        near = planning.nearest(model, train, precision, manifest, workers, room)
+        names = ("micro_batch_size", "activation_checkpointing", "engine", "zero_stage")
+        changes = [
+            f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
+        ]
+        return (
+            found,
+            f"a worker needs {_size(found.memory.total)}, there are {_size(room)}",
+            f"this fits: {' '.join(changes)}" if changes else "take more workers, an adapter, or a smaller model",
+        )
+    if free is not None and disk > free:
+        problem = f"the checkpoints and the export need {_size(disk)}, {_size(free)} are free"
+        return found, problem, "make room where the store lies, or train an adapter"
+    return found, "", ""
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _disk_bytes(train: TrainConfig, found: Plan) -> int:
+    """The plan counts the newest checkpoints; the best one, and the one that a task reads, may stay beside them."""
+    beside = int(train.validation.keep_best or train.export_step == "best") + int(train.validation.background)
+    return found.disk_bytes + beside * found.checkpoint_bytes
+
+
+def _headers(store: Store, base: ModelVersion, folder: Path) -> Path:
+    """A folder with the base model's configuration and the headers of its weights: of an object store no more is read."""
+    where = f"models/{base.id}"
+    if store.is_local:
+        return store.fetch_dir(where, verify=False)
+    for entry in base.files:
+        if entry.path == "config.json":
+            (folder / entry.path).write_bytes(store.read(f"{where}/{entry.path}"))
+        elif entry.path.endswith(".safetensors"):
+            with store.filesystem.open_input_file(store.path(f"{where}/{entry.path}")) as stream:
+                length = stream.read(8)
+                (folder / entry.path).write_bytes(length + stream.read(int.from_bytes(length, "little")))
+    return folder
+
+
+def _refuse_impossible(
+    config: RunConfig, store: Store, precision: str, base: ModelVersion, manifest: DatasetManifest, run: str
+) -> None:
+    """Before anything is taken: `ConfigError` where the run cannot fit, with the nearest settings that do."""
+    scaling = config.train.scaling
+    if not config.train.guards.refuse_impossible or store.list(f"runs/{run}/checkpoints", recursive=True):
+        return  # one that has got as far as a checkpoint fits
+    try:
+        room = room_of_a_worker(scaling)
+        _, problem, remedy = _judged(config, store, precision, base, manifest, max(scaling.max_workers, 1), room)
+    except (KeyError, TypeError, ZeroDivisionError) as error:  # an architecture that the plan has no numbers of
+        print(f"  the plan does not know this model ({type(error).__name__}: {error}); not judged", file=sys.stderr)
+        return
+    if problem:
+        raise ConfigError(
+            f"{run} cannot fit: {problem}",
+            hint=f"{remedy}; or go on all the same: --force, or --set train.guards.refuse_impossible=false",
+        )
 
 
 def _config_key(config: RunConfig) -> str:
@@ -251,7 +336,7 @@ def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
 
 def _run_record(job: Any, config: RunConfig) -> RunRecord:
     """The record of a finished run, from what its workers wrote last."""
-    from forge_ray.train import validation
+    from forge_ray.train import incidents, validation
     from forge_ray.train.job import identity_digest
 
     result = job.store.read_json(f"runs/{job.run}/result.json")
@@ -276,7 +361,7 @@ def _run_record(job: Any, config: RunConfig) -> RunRecord:
         samples_seen=result["samples_seen"],
         order_digest=result["order_digest"],
         attempts=tuple(result["attempts"]),
-        incidents=tuple(result["incidents"]),
+        incidents=tuple(incidents.read(job.store, job.run)),
         code_digest=code_digest(),
         environment=versions(),
         metrics=result["metrics"] | scores,
