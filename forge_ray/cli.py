@@ -215,9 +215,9 @@ def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
 @click.option("--step", default="", help="Of the checkpoint; `best`: the lowest validation loss; default: the newest.")
 def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
     """A checkpoint of a run, finished or not → a model version (candidate): served by its id, never behind an alias."""
-    from forge_ray import pipeline
+    from forge_ray.candidates import export_run
 
-    version = pipeline.export_run(store, run_id, step)
+    version = export_run(store, run_id, step)
     if not as_json:
         click.echo(f"serve it: forge serve jobs/deploy.yaml --set model={version.id}")
     return version

@@ -7,10 +7,7 @@ call builds nothing again and a call after a crash goes on where the first one s
 from __future__ import annotations
 
 import json
-import math
 import os
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +20,7 @@ from forge_ray.cluster import connect, open_store, room_of_a_worker
 from forge_ray.config.base import config_digest, resolved
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
-from forge_ray.config.train import TrainConfig
-from forge_ray.environment import code_digest, versions
-from forge_ray.errors import ConfigError, ForgeError, NotFound, TrainingError
+from forge_ray.errors import ConfigError, NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
 from forge_ray.progress import Stage, stage
 from forge_ray.records import (
@@ -35,7 +30,6 @@ from forge_ray.records import (
     Event,
     ModelVersion,
     RunRecord,
-    canonical_json,
     files_digest,
 )
 from forge_ray.store import Store
@@ -43,7 +37,6 @@ from forge_ray.store import Store
 if TYPE_CHECKING:
     from forge_ray.data.ingest import IndexedFile
     from forge_ray.evaluate import Subject
-    from forge_ray.train.plan import Plan
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
 
@@ -117,9 +110,12 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
 
 def train(config: RunConfig, store: Store) -> RunRecord:
     """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
+    from forge_ray.candidates import export_best
+    from forge_ray.preflight import refuse_impossible
     from forge_ray.recipes import sft
     from forge_ray.train import attempts, launch
     from forge_ray.train.job import TrainJob, run_id
+    from forge_ray.train.record import run_record
 
     loops = {"sft": (sft.train_loop, sft.validate_checkpoint)}
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
@@ -148,7 +144,7 @@ def train(config: RunConfig, store: Store) -> RunRecord:
             if config.train.scaling.max_workers:
                 connect()
             if not store.exists(f"runs/{identifier}/result.json"):
-                _refuse_impossible(config, store, precision, base, manifest, identifier)
+                refuse_impossible(config, store, precision, base, manifest, identifier)
             store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
             job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
             store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
@@ -161,14 +157,17 @@ def train(config: RunConfig, store: Store) -> RunRecord:
                 except TrainingError as error:
                     catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
                     raise
-            _export_best(job)
-            record = catalog.put(_run_record(job, config))
+            export_best(job)
+            record = catalog.put(run_record(job, config))
             catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
-            told = (
-                f"{record.num_steps} steps, loss {record.metrics['loss']:.3f}, {record.metrics['tokens_per_s']:.0f} tokens/s"
-            )
+            speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
+            told = f"{record.num_steps} steps{_early(record)}, loss {record.metrics['loss']:.3f}, {speed}"
             it.done(f"{record.id}  {told}{_trouble(record)}")
             return record
+
+
+def _early(record: RunRecord) -> str:
+    return f" of {record.stopped_early['of']} (stopped early)" if record.stopped_early else ""
 
 
 def _trouble(record: RunRecord) -> str:
@@ -188,6 +187,8 @@ def plan(
     config: RunConfig, store: Store, workers: int, memory_gb: float, tokens_per_s: float, cost_per_hour: float
 ) -> dict[str, Any]:
     """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers."""
+    from forge_ray.preflight import disk_bytes, judge
+
     train, precision = config.train, resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     number = workers or max(train.scaling.max_workers, 1)
     with Catalog(store) as catalog:
@@ -200,11 +201,11 @@ def plan(
         if of.max_workers:
             connect()
         room = room_of_a_worker(of)
-    found, problem, remedy = _judged(config, store, precision, base, manifest, number, room)
+    found, problem, remedy = judge(config, store, precision, base, manifest, number, room)
     seconds = found.num_tokens / (tokens_per_s * number) if tokens_per_s else None
     return {
         **vars(found),
-        "disk_bytes": _disk_bytes(train, found),
+        "disk_bytes": disk_bytes(train, found),
         "memory": vars(found.memory) | {"total": found.memory.total},
         "room": room,
         "base_model": base.id,
@@ -218,85 +219,6 @@ def plan(
     }
 
 
-def _judged(
-    config: RunConfig,
-    store: Store,
-    precision: str,
-    base: ModelVersion,
-    manifest: DatasetManifest,
-    workers: int,
-    room: int | None,
-) -> tuple[Plan, str, str]:
-    """The plan, in words what cannot fit ("" where all does, or nobody can tell), and the nearest settings that do."""
-    from forge_ray.train import plan as planning
-
-    train = config.train
-    with tempfile.TemporaryDirectory(prefix="forge-headers-") as folder:
-        model = planning.Model.of(_headers(store, base, Path(folder)))
-    found = planning.plan(model, train, precision, manifest, workers)
-    free, disk = store.free_bytes(), _disk_bytes(train, found)
-    if room and found.memory.total > room:
-        near = planning.nearest(model, train, precision, manifest, workers, room)
-        names = ("micro_batch_size", "activation_checkpointing", "engine", "zero_stage")
-        changes = [
-            f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
-        ]
-        return (
-            found,
-            f"a worker needs {_size(found.memory.total)}, there are {_size(room)}",
-            f"this fits: {' '.join(changes)}" if changes else "take more workers, an adapter, or a smaller model",
-        )
-    if free is not None and disk > free:
-        problem = f"the checkpoints and the export need {_size(disk)}, {_size(free)} are free"
-        return found, problem, "make room where the store lies, or train an adapter"
-    return found, "", ""
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _disk_bytes(train: TrainConfig, found: Plan) -> int:
-    """The plan counts the newest checkpoints; the best one, and the one that a task reads, may stay beside them."""
-    beside = int(train.validation.keep_best or train.export_step == "best") + int(train.validation.background)
-    return found.disk_bytes + beside * found.checkpoint_bytes
-
-
-def _headers(store: Store, base: ModelVersion, folder: Path) -> Path:
-    """A folder with the base model's configuration and the headers of its weights: of an object store no more is read."""
-    where = f"models/{base.id}"
-    if store.is_local:
-        return store.fetch_dir(where, verify=False)
-    for entry in base.files:
-        if entry.path == "config.json":
-            (folder / entry.path).write_bytes(store.read(f"{where}/{entry.path}"))
-        elif entry.path.endswith(".safetensors"):
-            with store.filesystem.open_input_file(store.path(f"{where}/{entry.path}")) as stream:
-                length = stream.read(8)
-                (folder / entry.path).write_bytes(length + stream.read(int.from_bytes(length, "little")))
-    return folder
-
-
-def _refuse_impossible(
-    config: RunConfig, store: Store, precision: str, base: ModelVersion, manifest: DatasetManifest, run: str
-) -> None:
-    """Before anything is taken: `ConfigError` where the run cannot fit, with the nearest settings that do."""
-    scaling = config.train.scaling
-    if not config.train.guards.refuse_impossible or store.list(f"runs/{run}/checkpoints", recursive=True):
-        return  # one that has got as far as a checkpoint fits
-    try:
-        room = room_of_a_worker(scaling)
-        _, problem, remedy = _judged(config, store, precision, base, manifest, max(scaling.max_workers, 1), room)
-    except (KeyError, TypeError, ZeroDivisionError) as error:  # an architecture that the plan has no numbers of
-        print(f"  the plan does not know this model ({type(error).__name__}: {error}); not judged", file=sys.stderr)
-        return
-    if problem:
-        raise ConfigError(
-            f"{run} cannot fit: {problem}",
-            hint=f"{remedy}; or go on all the same: --force, or --set train.guards.refuse_impossible=false",
-        )
-
-
 def _config_key(config: RunConfig) -> str:
     return config_digest(config)[len("sha256:") :][:16]
 
@@ -308,7 +230,7 @@ def _pretty(config: RunConfig) -> bytes:
 @contextmanager
 def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
     """Show the workers' own metrics while they train; only where the store is a folder that this machine sees."""
-    from forge_ray.train import metrics
+    from forge_ray.train import incidents, metrics, status, validation
 
     over = threading.Event()
 
@@ -317,11 +239,8 @@ def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
             lines = metrics.read(store.local(f"runs/{run}/{metrics.METRICS}"))
             if lines:
                 last = lines[-1]
-                minutes, seconds = divmod(int(last["eta_s"]), 60)
-                speed = f"{last['tokens_per_s']:.0f} tokens/s"
-                loss = f"loss {last['loss']:.3f}" if "loss" in last else f"left out: {last['left_out']}"
-                text = f"step {last['step']}/{last['of']}  {loss}  {speed}  {minutes}:{seconds:02d} left"
-                it.update(last["step"], last["of"], text)
+                details = status.details(lines, validation.read(store, run), incidents.read(store, run))
+                it.update(last["step"], last["of"], status.told(last), details)
 
     thread = threading.Thread(target=follow, daemon=True)
     if store.is_local:
@@ -332,139 +251,6 @@ def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
         over.set()
         if store.is_local:
             thread.join()
-
-
-def _run_record(job: Any, config: RunConfig) -> RunRecord:
-    """The record of a finished run, from what its workers wrote last."""
-    from forge_ray.train import incidents, validation
-    from forge_ray.train.job import identity_digest
-
-    result = job.store.read_json(f"runs/{job.run}/result.json")
-    found = validation.read(job.store, job.run)
-    best = validation.best(found)
-    scores = {"best_step": best.step, "best_validation_loss": best.loss} if best else {}
-    last = next((item.loss for item in reversed(found) if item.step == result["num_steps"]), None)
-    if last is not None and math.isfinite(last):
-        scores["validation_loss"] = last
-    _redraw(job, found)
-    return RunRecord(
-        id=job.run,
-        name=config.name,
-        method=job.config.method,
-        config=resolved(config),
-        config_digest=identity_digest(job),
-        dataset=job.dataset.id,
-        base_model=job.base.id,
-        base_digest=job.base.files_digest,
-        seed=job.config.seed,
-        num_steps=result["num_steps"],
-        samples_seen=result["samples_seen"],
-        order_digest=result["order_digest"],
-        attempts=tuple(result["attempts"]),
-        incidents=tuple(incidents.read(job.store, job.run)),
-        code_digest=code_digest(),
-        environment=versions(),
-        metrics=result["metrics"] | scores,
-        stopped_early=result["stopped_early"],
-        export_step=result.get("export_step", 0),
-        export=job.store.files(f"runs/{job.run}/export"),
-        export_kind=result["export_kind"],
-    )
-
-
-def _redraw(job: Any, found: list[Any]) -> None:
-    """The loss curve once more, with what tasks beside the workers found."""
-    from forge_ray.train import metrics
-
-    if not any(result.background for result in found):
-        return
-    losses = {result.step: result.loss for result in found if result.loss is not None}
-    lines = metrics.parse(job.store.read(f"runs/{job.run}/{metrics.METRICS}").decode())
-    with tempfile.TemporaryDirectory(prefix="forge-curve-") as folder:
-        path = Path(folder) / metrics.CURVE
-        told = [line | ({"validation_loss": losses[line["step"]]} if line["step"] in losses else {}) for line in lines]
-        metrics.plot(told, path, f"{job.name} · {job.run}")
-        job.store.write(f"runs/{job.run}/{metrics.CURVE}", path.read_bytes())
-
-
-def _export_best(job: Any) -> None:
-    """Where the run file wants the best checkpoint exported: now, when every validation is there."""
-    from forge_ray.train import validation
-
-    result = job.store.read_json(f"runs/{job.run}/result.json")
-    if job.config.export_step != "best" or "export_step" in result:
-        return
-    step = validation.best_step(job.store, job.run)
-    if step is None:
-        raise TrainingError(
-            f"no checkpoint of {job.run} was validated, so none is the best (train.export_step=best)",
-            hint=f"`forge runs show {job.run}` says why; `forge runs export {job.run}` registers its last checkpoint",
-        )
-    _export_checkpoint(job, step, f"runs/{job.run}/export")
-    job.store.write(f"runs/{job.run}/result.json", canonical_json(result | {"export_step": step}))
-
-
-def _export_checkpoint(job: Any, step: int, relative: str) -> str:
-    """Here for a run without Ray, else in a task: this machine may have no room for the model."""
-    from forge_ray.train.weights import export_checkpoint
-
-    if not job.config.scaling.max_workers:
-        return export_checkpoint(job.to_json(), step, relative)
-    connect()
-    import ray
-
-    task = ray.remote(num_cpus=1, max_retries=1)(export_checkpoint)
-    try:
-        kind: str = ray.get(task.remote(job.to_json(), step, relative))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ForgeError) else TrainingError(str(error.cause)) from None
-    return kind
-
-
-def export_run(store: Store, run: str, step: str) -> ModelVersion:
-    """A verified checkpoint of a run, finished or not, as a model version that no gate has judged. `step`: a number, `best`,
-    or "" for the newest."""
-    from forge_ray.train import checkpoint, validation
-    from forge_ray.train.job import job_of
-
-    with Catalog(store) as catalog, stage("export") as it:
-        job = job_of(catalog, run)
-        number: int | None
-        if step == "best":
-            number = validation.best_step(store, run)
-            hint = "name a step; validations that are there: " + (
-                ", ".join(str(result.step) for result in validation.read(store, run) if result.loss is not None) or "none"
-            )
-        elif step:
-            if not step.isdecimal():
-                raise ConfigError(f"--step {step!r} is no step", hint="give a number, or `best`")
-            number, hint = int(step), ""
-        else:
-            found = checkpoint.find(store, checkpoint.expected(job), None)
-            number, hint = found.step if found else None, "wait for its first checkpoint"
-        if number is None:
-            raise NotFound(f"{run} has no {step or 'whole'} checkpoint", hint=hint)
-        aside = f"runs/{run}/exports/step-{number:08d}"
-        kind: Any = _export_checkpoint(job, number, aside)
-        files = store.files(aside)
-        version = ModelVersion(
-            name=job.name,
-            status="candidate",
-            weights=kind,
-            files=files,
-            files_digest=files_digest(files),
-            base_model=job.base.id,
-            run=run,
-            step=number,
-            dataset=job.dataset.id,
-            licence=job.base.licence,
-        ).sealed()
-        store.copy_dir(aside, f"models/{version.id}")
-        store.delete_dir(aside)
-        known = catalog.has(version.id)
-        version = catalog.put(version)
-        it.done(f"{version.id}  {'already there: ' if known else ''}step {number} of {run}, candidate")
-        return version
 
 
 def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:

@@ -18,7 +18,7 @@ import torch
 from forge_ray.data.order import Order
 from forge_ray.data.stream import Arrays, Feed, Rows, local_batches, ray_batches
 from forge_ray.errors import TrainingError
-from forge_ray.train import attempts, checkpoint, launch, metrics, watchdog
+from forge_ray.train import attempts, checkpoint, launch, metrics, speed, watchdog
 from forge_ray.train.audit import fingerprint
 from forge_ray.train.context import Context, agree, join, sum_over_ranks
 from forge_ray.train.engine import TorchEngine, TrainEngine
@@ -106,6 +106,8 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
     # 6. steps
     feed = Feed(rows, order, lanes, first_step, total_steps - first_step)
     batches = ray_batches(feed) if context.under_ray and feed.num_steps else local_batches(feed)
+    flops = speed.flops(base, config, job.dataset) if context.is_first else None
+    peak = speed.peak_flops(context.device, job.precision) if flops else 0.0
     clock, began, looked = metrics.StepClock(), time.perf_counter(), time.monotonic()
     for step in range(first_step, total_steps):
         done, step_began, preempted = step + 1, time.perf_counter(), False
@@ -117,13 +119,15 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
             numbers = order.rows_of(step, lanes)
             counts = [fingerprint(batch["input_ids"]), float(time.monotonic() - looked > PREEMPTION_EVERY_S)]
             counts.append(float(validations.wants_stop()))
+            memory = [speed.peak_bytes(context.device) * (rank == context.rank) for rank in range(context.world_size)]
             _blank(batch, [lane for lane, row in enumerate(numbers) if guards.left_out.rows.get(row, done + 1) <= done])
             trained, used = int(batch["loss_mask"].sum()), int((batch["segment_ids"] > 0).sum())
-            num_trained, num_tokens, rows_sum, look, stop, *flags = sum_over_ranks(
-                [trained, used, *counts, *saver.flags], context
+            num_trained, num_tokens, rows_sum, look, stop, *more = sum_over_ranks(
+                [trained, used, *counts, *memory, *saver.flags], context
             )
+            memory, flags = more[: context.world_size], more[context.world_size :]
             lr = learning_rate(step, planned_steps, config.optimizer.lr, config.schedule)
-            line: dict[str, Any] = {"step": done, "of": total_steps, "lr": lr}
+            line: dict[str, Any] = {"step": done, "of": total_steps, "lr": lr, "peak_bytes": [int(size) for size in memory]}
             if done in guards.left_out.steps:
                 line["left_out"] = "spike"
             else:
@@ -145,6 +149,8 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
             total_steps = validations.last_step = done
         line |= {"tokens": int(num_tokens), "trained_tokens": int(num_trained), "rows_sum": int(rows_sum)}
         line |= _timing(line, clock, step_began)
+        if flops and peak:
+            line["mfu"] = flops.of(num_tokens, num_trained) / line["seconds"] / peak / context.world_size
         line["eta_s"] = (time.perf_counter() - began) / (done - first_step) * (total_steps - done)
         guards.look_for_slow(done)
         if context.is_first and store.is_local:

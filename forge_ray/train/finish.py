@@ -55,8 +55,11 @@ def finish(
         "tokens": sum(line["tokens"] for line in lines),
         "trained_tokens": sum(line["trained_tokens"] for line in lines),
         "tokens_per_s": sum(line["tokens"] for line in lines) / max(compute, 1e-9),
+        "peak_bytes": max(max(line.get("peak_bytes", [0])) for line in lines),
         "steps_left_out": sum("left_out" in line for line in lines),
     }
+    if measured := [line for line in lines if "mfu" in line]:
+        summary["mfu"] = sum(line["mfu"] * line["seconds"] for line in measured) / sum(line["seconds"] for line in measured)
     if "validation_loss" in lines[-1]:
         summary["validation_loss"] = lines[-1]["validation_loss"]
     result = {

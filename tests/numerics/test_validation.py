@@ -135,7 +135,7 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
 
 
 def test_the_best_checkpoint_is_what_is_exported(jobs: Jobs, run: Run) -> None:
-    from forge_ray import pipeline
+    from forge_ray import candidates
 
     options = WORSE | {"max_steps": 8, "export_step": "best", "scaling": {"num_workers": 0}}
     job = jobs("best", **options, **LOOKING)
@@ -144,7 +144,7 @@ def test_the_best_checkpoint_is_what_is_exported(jobs: Jobs, run: Run) -> None:
     best = validation.best(validation.read(job.store, job.run))
     assert best is not None
     assert best.step < 8
-    pipeline._export_best(job)
+    candidates.export_best(job)
     assert result(job)["export_step"] == best.step
     short = jobs("best-short", **WORSE | {"max_steps": best.step}, **LOOKING)
     run(short)
@@ -152,5 +152,5 @@ def test_the_best_checkpoint_is_what_is_exported(jobs: Jobs, run: Run) -> None:
     assert export_digest(job) == export_digest(short)
     digest = export_digest(job)
     shutil.rmtree(job.store.local(f"{checkpoint.folder_of(job.run)}/step-{best.step:08d}"))
-    pipeline._export_best(job)  # done once
+    candidates.export_best(job)  # done once
     assert export_digest(job) == digest

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from forge_ray import pipeline
+from forge_ray import pipeline, preflight
 from forge_ray.catalog import Catalog
 from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.run import RunConfig
@@ -170,7 +170,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_taken(
     greedy = parse(RunConfig, resolved(config) | {"train": train})
     needs = pipeline.plan(greedy, store, 0, 0, 0, 0)
     assert (needs["problem"], needs["room"] > 10 * needs["memory"]["total"]) == ("", True)
-    monkeypatch.setattr(pipeline, "room_of_a_worker", lambda scaling: needs["memory"]["total"] - 1)
+    monkeypatch.setattr(preflight, "room_of_a_worker", lambda scaling: needs["memory"]["total"] - 1)
     with pytest.raises(ConfigError, match="cannot fit: a worker needs") as caught:
         pipeline.train(greedy, store)
     assert caught.value.exit_code == 2
@@ -183,12 +183,12 @@ def test_what_cannot_fit_is_refused_before_anything_is_taken(
     with Catalog(store) as catalog:
         base = catalog.model("tiny")
         for wanted in (forced, greedy):  # and one with a checkpoint has shown that it fits
-            pipeline._refuse_impossible(wanted, store, "fp32", base, manifest, run)
+            preflight.refuse_impossible(wanted, store, "fp32", base, manifest, run)
             store.write(f"runs/{run}/checkpoints/step-00000002/MANIFEST.json", b"{}")
-    monkeypatch.setattr(pipeline, "room_of_a_worker", lambda scaling: None)
+    monkeypatch.setattr(preflight, "room_of_a_worker", lambda scaling: None)
     monkeypatch.setattr(Store, "free_bytes", lambda self: 10)
     with pytest.raises(ConfigError, match="checkpoints and the export need"), Catalog(store) as catalog:
-        pipeline._refuse_impossible(greedy, store, "fp32", base, manifest, "run_other")
+        preflight.refuse_impossible(greedy, store, "fp32", base, manifest, "run_other")
     store.delete_dir(f"runs/{run}")
 
 

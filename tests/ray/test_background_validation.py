@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from forge_ray import pipeline
+from forge_ray import candidates, pipeline
 from forge_ray.catalog import Catalog, tree
 from forge_ray.config.base import load, parse
 from forge_ray.config.release import DeployConfig
@@ -106,9 +106,9 @@ def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(store: Store, reco
         with Catalog(store) as catalog:
             catalog.rebuild()
             catalog.append(Event(kind="run", subject=record.id, data={"state": "running"}))
-        version = pipeline.export_run(store, record.id, "2")
+        version = candidates.export_run(store, record.id, "2")
         assert (version.status, version.step, version.run, version.weights) == ("candidate", 2, record.id, "adapter")
-        assert pipeline.export_run(store, record.id, "2") == version
+        assert candidates.export_run(store, record.id, "2") == version
         with Catalog(store) as catalog:
             with pytest.raises(PolicyError, match=f"step 2 of {record.id}, which no gate has judged"):
                 catalog.promote(version.id, "live")
@@ -124,9 +124,9 @@ def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(store: Store, reco
 
     _, base, adapter = model_dirs(store, version.id)
     model = load_model(base, adapter, torch.float32, torch.device("cpu"))
-    best = pipeline.export_run(store, record.id, "best")
+    best = candidates.export_run(store, record.id, "best")
     assert (best.step, best.files_digest != version.files_digest) == (4, True)
-    assert pipeline.export_run(store, record.id, "") == best
+    assert candidates.export_run(store, record.id, "") == best
     assert any("lora" in name for name, _ in model.named_parameters())
     with pytest.raises(NotFound, match="no checkpoint of step 5"):
-        pipeline.export_run(store, record.id, "5")
+        candidates.export_run(store, record.id, "5")
