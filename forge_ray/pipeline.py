@@ -37,6 +37,7 @@ from forge_ray.store import Store
 if TYPE_CHECKING:
     from forge_ray.data.ingest import IndexedFile
     from forge_ray.evaluate import Subject
+    from forge_ray.train.sinks import Sinks
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
 
@@ -116,6 +117,7 @@ def train(config: RunConfig, store: Store) -> RunRecord:
     from forge_ray.train import attempts, launch
     from forge_ray.train.job import TrainJob, run_id
     from forge_ray.train.record import run_record
+    from forge_ray.train.sinks import open_sinks
 
     loops = {"sft": (sft.train_loop, sft.validate_checkpoint)}
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
@@ -148,15 +150,19 @@ def train(config: RunConfig, store: Store) -> RunRecord:
             store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
             job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
             store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
+            tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
+            sinks = open_sinks(store, identifier, config.name, config.train, tags)
             if not store.exists(f"runs/{identifier}/result.json"):
                 catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
                 try:
-                    with attempts.driving(store, identifier), _followed(it, store, identifier):
+                    with attempts.driving(store, identifier), _followed(it, store, identifier, sinks):
                         loop, validate = loops[config.train.method]
                         launch.fit(loop, job, validate)
                 except TrainingError as error:
                     catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
+                    sinks.close(failed=True)
                     raise
+            sinks.close(failed=False)
             export_best(job)
             record = catalog.put(run_record(job, config))
             catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
@@ -228,7 +234,7 @@ def _pretty(config: RunConfig) -> bytes:
 
 
 @contextmanager
-def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
+def _followed(it: Stage, store: Store, run: str, sinks: Sinks) -> Iterator[None]:
     """Show the workers' own metrics while they train; only where the store is a folder that this machine sees."""
     from forge_ray.train import incidents, metrics, status, validation
 
@@ -237,6 +243,7 @@ def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
     def follow() -> None:
         while not over.wait(0.5):
             lines = metrics.read(store.local(f"runs/{run}/{metrics.METRICS}"))
+            sinks.write()
             if lines:
                 last = lines[-1]
                 details = status.details(lines, validation.read(store, run), incidents.read(store, run))
