@@ -118,6 +118,10 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
     facts = audit.Facts(job.run, rows, order, step, found["order_digest"], lines)
     assert audit.audit(facts, lambda done, total, text: None).problems == ()
 
+    short = jobs("early-short", **WORSE | {"max_steps": step}, **LOOKING)
+    run(short)
+    assert export_digest(short) == export_digest(job)
+
     for number, (at, when) in enumerate([(step - 1, "append"), (step, "append"), (step, "report")]):
         killed = replace(job, run=f"early-killed-{number}")
         run(killed, kill_at=at, kill_in=when, expect=KILLED)
