@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from forge_ray.catalog import Catalog
@@ -30,15 +31,16 @@ def export_best(job: TrainJob) -> None:
 
 
 def _export_checkpoint(job: TrainJob, step: int, relative: str) -> str:
-    """Here for a run without Ray, else in a task: this machine may have no room for the model."""
-    from forge_ray.train.weights import export_checkpoint
-
-    if not job.config.scaling.max_workers:
-        return export_checkpoint(job.to_json(), step, relative)
-    connect()
+    """In a task where there is a cluster, for this machine may have no room for the model; else here."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=1)(export_checkpoint)
+    from forge_ray.train.weights import export_checkpoint
+
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        return export_checkpoint(job.to_json(), step, relative)
+    connect()
+    # no CPU is asked for: those of a run that goes on are all taken, and it is the disk that this waits for
+    task = ray.remote(num_cpus=0, max_retries=1)(export_checkpoint)
     try:
         kind: str = ray.get(task.remote(job.to_json(), step, relative))
     except ray.exceptions.RayTaskError as error:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from forge_ray.config.train import EarlyStopping
+from forge_ray.errors import NotFound
 from forge_ray.records import canonical_json
 from forge_ray.store import MANIFEST, Store
 from forge_ray.train.context import Context, agree
@@ -48,7 +50,11 @@ def write(store: Store, run: str, result: Result) -> None:
 
 def read(store: Store, run: str) -> list[Result]:
     """In the order of their steps."""
-    return [_parse(store.read_json(path)) for path in store.list(f"runs/{run}/validations")]
+    found = []
+    for path in store.list(f"runs/{run}/validations"):
+        with suppress(NotFound):  # an attempt that begins forgets what it will do again
+            found.append(_parse(store.read_json(path)))
+    return found
 
 
 def _parse(value: dict[str, Any]) -> Result:
