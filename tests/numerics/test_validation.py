@@ -7,20 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from conftest import Jobs, Run, export_digest, exported, first_steps, losses
 from worker import KILLED
 
 from forge_ray.data.order import Order
 from forge_ray.data.stream import Rows
-from forge_ray.errors import NotFound, StoreError
+from forge_ray.errors import NotFound, StoreError, TrainingError
 from forge_ray.records import files_digest
-from forge_ray.train import audit, checkpoint, metrics, validation
+from forge_ray.train import audit, checkpoint, metrics, validation, weights
 from forge_ray.train.job import TrainJob
 
 pytestmark = pytest.mark.numerics
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {"engine": "torch", "zero_stage": 0},
-    **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 1, 2, 3)},
+    **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 2, 3)},
 }
 LOOKING = {"validation": {"every_steps": 2, "max_rows": 5}, "checkpoint": {"every_steps": 2}}
 # the loss rises: a learning rate that a tiny model cannot take
@@ -56,7 +57,7 @@ def test_a_checkpoint_alone_has_the_loss_and_the_weights_of_its_run(jobs: Jobs, 
         f"{engine}-{name}": options | {"adapter": adapter}
         for engine, options in ENGINES.items()
         for name, adapter in (("full", None), ("lora", {"r": 4, "dropout": 0.1}))
-        if not (engine == "zero1" and adapter)  # stage 2 stands for its files
+        if not (engine in ("torch", "zero0") and adapter)  # the names of an adapter are the same at every stage
     }
     tasks = {kind: jobs(f"apart-{kind}", **options, **LOOKING) for kind, options in kinds.items()}
     tasks["bf16"] = jobs("apart-bf16", precision="bf16", zero_stage=2, adapter={"r": 4}, **LOOKING)
@@ -122,7 +123,7 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
     run(short)
     assert export_digest(short) == export_digest(job)
 
-    for number, (at, when) in enumerate([(step - 1, "append"), (step, "append"), (step, "report")]):
+    for number, (at, when) in enumerate([(step, "append"), (step, "report")]):
         killed = replace(job, run=f"early-killed-{number}")
         run(killed, kill_at=at, kill_in=when, expect=KILLED)
         assert not killed.store.exists(f"{folder(killed)}/result.json")
@@ -138,7 +139,7 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
     assert result(two)["num_steps"] == 6
 
 
-def test_the_best_checkpoint_is_what_is_exported(jobs: Jobs, run: Run) -> None:
+def test_the_best_checkpoint_is_what_is_exported(jobs: Jobs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from forge_ray import candidates
 
     options = WORSE | {"max_steps": 8, "export_step": "best", "scaling": {"num_workers": 0}}
@@ -158,3 +159,10 @@ def test_the_best_checkpoint_is_what_is_exported(jobs: Jobs, run: Run) -> None:
     shutil.rmtree(job.store.local(f"{checkpoint.folder_of(job.run)}/step-{best.step:08d}"))
     candidates.export_best(job)  # done once
     assert export_digest(job) == digest
+    job.store.delete_dir(f"{folder(short)}/validations")
+    with pytest.raises(TrainingError, match="no checkpoint of best-short was validated") as caught:
+        candidates.export_best(replace(short, config=job.config))
+    assert "forge runs export" in caught.value.hint
+    monkeypatch.setattr(weights, "of_checkpoint", lambda folder, position: {})
+    with pytest.raises(TrainingError, match="has no weight"):
+        weights.load(short, best.step, torch.device("cpu"))

@@ -12,12 +12,12 @@ import pytest
 
 from forge_ray import candidates, pipeline
 from forge_ray.catalog import Catalog, tree
-from forge_ray.config.base import load, parse
+from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
-from forge_ray.errors import NotFound, PolicyError
+from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.recipes import sft
-from forge_ray.records import Event, RunRecord
+from forge_ray.records import Event, RunRecord, canonical_json
 from forge_ray.store import Store
 from forge_ray.train import incidents, validation
 from forge_ray.train.job import TrainJob
@@ -95,7 +95,8 @@ def test_a_killed_task_is_an_incident_and_harms_nothing(store: Store, record: Ru
 
 def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(store: Store, record: RunRecord) -> None:
     """Of a run that has no record yet; the tuned weights answer, and the way back reaches run and dataset."""
-    from forge_ray.inference.transformers_engine import load_model
+    from forge_ray.inference.engine import GenerationRequest
+    from forge_ray.inference.transformers_engine import load_engine
     from forge_ray.serve.deploy import deployment_of
     from forge_ray.serve.replica import model_dirs
 
@@ -120,13 +121,45 @@ def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(store: Store, reco
         assert deployment.model_version == version.id
     finally:
         path.write_bytes(hidden)
-    import torch
-
     _, base, adapter = model_dirs(store, version.id)
-    model = load_model(base, adapter, torch.float32, torch.device("cpu"))
+    engine = load_engine(base, adapter, wanted.engine, use_gpu=False)
+    try:
+        (answer,) = engine.generate([GenerationRequest(prompt_ids=(5, 6, 7), max_new_tokens=4)])
+        assert len(answer.token_ids) > 0
+        names = [name for name, _ in engine._model.named_parameters()]
+        assert any("lora" in name for name in names)
+    finally:
+        engine.close()
     best = candidates.export_run(store, record.id, "best")
     assert (best.step, best.files_digest != version.files_digest) == (4, True)
     assert candidates.export_run(store, record.id, "") == best
-    assert any("lora" in name for name, _ in model.named_parameters())
     with pytest.raises(NotFound, match="no checkpoint of step 5"):
         candidates.export_run(store, record.id, "5")
+
+
+def test_what_cannot_be_exported_says_why(store: Store, record: RunRecord) -> None:
+    with pytest.raises(ConfigError, match="--step 'last' is no step"):
+        candidates.export_run(store, record.id, "last")
+    with pytest.raises(NotFound, match="'run_0' has no checkpoint"):
+        candidates.export_run(store, "run_0", "")
+    better = validation.Result(3, loss=0.0)
+    validation.write(store, record.id, better)
+    with pytest.raises(NotFound, match="was at step 3, whose checkpoint is gone") as caught:
+        candidates.export_run(store, record.id, "best")
+    assert "keep_best" in caught.value.hint
+    store.delete(f"runs/{record.id}/validations/00000003.json")
+
+    (written,) = [path for path in store.list(f"runs/{record.id}") if "config-" in path]
+    settings = store.read_json(written)
+    store.write(written, canonical_json(settings | {"train": settings["train"] | {"seed": 7}}))
+    with pytest.raises(ConfigError, match="was trained with settings that mean something else"):
+        candidates.export_run(store, record.id, "")
+    store.write(written, canonical_json(settings))
+
+
+def test_without_validation_rows_nothing_is_the_best(config: RunConfig, store: Store) -> None:
+    values = resolved(config)
+    values["data"]["splits"]["validation"] = 0.0
+    with pytest.raises(ConfigError, match="has no validation rows") as caught:
+        pipeline.train(parse(RunConfig, values), store)
+    assert "data.splits.validation" in caught.value.hint
