@@ -28,7 +28,7 @@ def judge(
     """The plan, in words what cannot fit ("" where all does, or nobody can tell), and the nearest settings that do."""
     train = config.train
     with tempfile.TemporaryDirectory(prefix="forge-headers-") as folder:
-        model = planning.Model.of(_headers(store, base, Path(folder)))
+        model = planning.Model.of(headers(store, base, Path(folder)))
     found = planning.plan(model, train, precision, manifest, workers)
     free, disk = store.free_bytes(), disk_bytes(train, found)
     if room and found.memory.total > room:
@@ -58,7 +58,7 @@ def disk_bytes(train: TrainConfig, found: Plan) -> int:
     return found.disk_bytes + beside * found.checkpoint_bytes
 
 
-def _headers(store: Store, base: ModelVersion, folder: Path) -> Path:
+def headers(store: Store, base: ModelVersion, folder: Path) -> Path:
     """A folder with the base model's configuration and the headers of its weights: of an object store no more is read."""
     where = f"models/{base.id}"
     if store.is_local:

@@ -102,8 +102,8 @@ def why_stop(results: Iterable[Result], rule: EarlyStopping | None) -> str:
             since += 1
         if rule and since >= rule.patience:
             return (
-                f"the validation loss is {result.loss:.4f} at step {result.step} and has not fallen by more than"
-                f" {rule.min_delta:g} below {lowest:.4f} of step {where} in {since} validations"
+                f"the validation loss is {result.loss:.4g} at step {result.step} and has not fallen by more than"
+                f" {rule.min_delta:g} below {lowest:.4g} of step {where} in {since} validations"
             )
     return ""
 

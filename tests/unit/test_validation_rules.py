@@ -34,8 +34,8 @@ def test_the_best_is_the_lowest_and_of_equal_ones_the_first() -> None:
     ("losses", "rule", "words"),
     [
         ((3.0, 2.0, 2.0), {"patience": 2}, ""),
-        ((3.0, 2.0, 2.0, 2.1), {"patience": 2}, "2.1000 at step 40"),
-        ((3.0, 2.95, 2.91, 2.85), {"patience": 2, "min_delta": 0.1}, "2.9100 at step 30"),  # a slow fall adds up to nothing
+        ((3.0, 2.0, 2.0, 2.1), {"patience": 2}, "2.1 at step 40"),
+        ((3.0, 2.95, 2.91, 2.85), {"patience": 2, "min_delta": 0.1}, "2.91 at step 30"),  # a slow fall adds up to nothing
         ((3.0, 2.95, 2.85, 2.8), {"patience": 2, "min_delta": 0.1}, ""),
         ((3.0, float("nan"), float("nan")), {"patience": 2}, "nan at step 30"),
         ((3.0, 4.0, 5.0), None, ""),
@@ -85,7 +85,7 @@ def test_what_tasks_find_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
     validation.write(store, RUN, Result(20, loss=2.5, background=True))
     assert found.wants_stop()
     found.stop()
-    assert "2.5000 at step 20" in found.why
+    assert "2.5 at step 20" in found.why
     resumed = attempt(store, monkeypatch, first_step=27, early_stopping={"patience": 1})
     assert (resumed.last_step, bool(resumed.why)) == (27, True)
     assert resumed.due(27)
