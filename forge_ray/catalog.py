@@ -151,6 +151,11 @@ class Catalog:
                 f"{version.id} was rejected: {'; '.join(version.reasons)}",
                 hint="train a better one, or change the gate in the run file and release again",
             )
+        if version.status == "candidate":
+            raise PolicyError(
+                f"{version.id} is a candidate: step {version.step} of {version.run}, which no gate has judged",
+                hint="deploy it by its id, or let the run end and `forge release` it",
+            )
         if self.has(alias):
             raise ConfigError(f"alias {alias!r} is the id of a record", hint="choose a name")
         if self.aliases().get(alias) != version.id:
@@ -171,7 +176,8 @@ def tree(catalog: Catalog, record_id: str, towards: str = "origins") -> dict[str
     def node(identifier: str, path: tuple[str, ...]) -> dict[str, Any]:
         record = catalog.get(identifier) if catalog.has(identifier) else None
         below = [node(near, (*path, near)) for near in follow(identifier) if near not in path]
-        return {"id": identifier, "kind": record.kind if record else "missing", "label": _label(record), towards: below}
+        label = "not finished" if record is None and catalog.events("run", identifier) else _label(record)
+        return {"id": identifier, "kind": record.kind if record else "missing", "label": label, towards: below}
 
     return node(record_id, (record_id,))
 
@@ -211,7 +217,8 @@ def _label(record: Record | None) -> str:
             scores = ", ".join(f"{key} {value:.3g}" for key, value in list(data["metrics"].items())[:3])
             return f"{data['split']} of {data['dataset']}: {scores}"
         case "mv":
-            return f"{data['name']} ({data['status']}, {data['weights']})"
+            step = f", step {data['step']}" if data["step"] else ""
+            return f"{data['name']} ({data['status']}, {data['weights']}{step})"
         case _:
             return f"{data['name']} → {data['model']}"
 

@@ -41,7 +41,7 @@ cli.add_command(data)
 
 @cli.group(cls=Verbs)
 def runs() -> None:
-    """Training runs: list, show."""
+    """Training runs: list, show, export."""
 
 
 cli.add_command(audit)
@@ -142,7 +142,7 @@ def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> A
 @verb(cli, "plan")
 @run_file
 @click.option("--workers", default=0, help="Number of workers; 0: what the run file asks for at most.")
-@click.option("--memory-gb", default=0.0, help="Room of one worker (GPU, or its share of main memory); 0: not judged.")
+@click.option("--memory-gb", default=0.0, help="Room of one worker; 0: what the cluster says.")
 @click.option("--tokens-per-s", default=0.0, help="Measured speed of one worker, for time and cost.")
 @click.option("--cost-per-hour", default=0.0, help="Of one worker, in any currency.")
 def plan(
@@ -160,16 +160,25 @@ def plan(
     return found
 
 
+FORCE = click.option("--force", is_flag=True, help="Start what the plan says cannot fit.")
+
+
 @verb(cli, "train")
+@FORCE
 @run_file
-def train(store: Store, as_json: bool, config: RunConfig) -> Any:
-    """Train as the run file says; an unfinished run of the same settings is resumed."""
+def train(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
+    """Train as the run file says; an unfinished run of the same settings is resumed. What cannot fit is refused (exit 2)."""
     from forge_ray import pipeline
 
-    record = pipeline.train(config, store)
+    record = pipeline.train(_forced(config) if force else config, store)
     if not as_json:
         click.echo(f"metrics, loss curve, checkpoints and export: {store.place}/runs/{record.id}")
     return record
+
+
+def _forced(config: RunConfig) -> RunConfig:
+    guards = config.train.guards.model_copy(update={"refuse_impossible": False})
+    return config.model_copy(update={"train": config.train.model_copy(update={"guards": guards})})
 
 
 @verb(runs, "list")
@@ -201,6 +210,19 @@ def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
     return found
 
 
+@verb(runs, "export")
+@click.argument("run_id", metavar="run_…")
+@click.option("--step", default="", help="Of the checkpoint; `best`: the lowest validation loss; default: the newest.")
+def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
+    """A checkpoint of a run, finished or not → a model version (candidate): served by its id, never behind an alias."""
+    from forge_ray.candidates import export_run
+
+    version = export_run(store, run_id, step)
+    if not as_json:
+        click.echo(f"serve it: forge serve jobs/deploy.yaml --set model={version.id}")
+    return version
+
+
 @verb(cli, "eval")
 @run_file
 def evaluate(store: Store, as_json: bool, config: RunConfig) -> Any:
@@ -230,14 +252,15 @@ def release(store: Store, as_json: bool, config: RunConfig) -> Any:
 
 
 @verb(cli, "run")
+@FORCE
 @run_file
-def run(store: Store, as_json: bool, config: RunConfig) -> Any:
+def run(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
     """Every stage of a run file: prepare, train, evaluate, release, deploy."""
     from forge_ray import pipeline
     from forge_ray.cluster import in_ray_job
     from forge_ray.errors import PolicyError
 
-    outcome = pipeline.run(config, store)
+    outcome = pipeline.run(_forced(config) if force else config, store)
     if outcome.version.status == "rejected":
         reasons = "; ".join(outcome.version.reasons)
         raise PolicyError(f"{outcome.version.id} was rejected: {reasons}", hint="registered, not promoted, not deployed")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 
+from forge_ray.config.train import Scaling
 from forge_ray.errors import ConfigError
+from forge_ray.hardware import gpu_named, main_memory
 from forge_ray.offline import SWITCHES, set_offline_switches
 from forge_ray.quiet import quiet_libraries
 from forge_ray.store import Store
@@ -60,3 +62,39 @@ def open_store(uri: str | None) -> Store:
             hint="give a shared place: --store /mnt/forge or s3://bucket/forge, or set FORGE_STORE",
         )
     return Store(uri)
+
+
+def room_of_a_worker(scaling: Scaling) -> int | None:
+    """Bytes of one training worker, on the node with most of them: its GPU's, or its share of the node's main memory. None
+    where nobody can tell. Ray must be connected unless the run does without."""
+    if not scaling.max_workers:
+        return _own_gpu() if scaling.gpus_per_worker else main_memory()
+    import ray
+
+    here, nodes = ray.util.get_node_ip_address(), [node for node in ray.nodes() if node["Alive"]]
+    rooms: list[int] = []
+    for node in nodes:
+        has = node["Resources"]
+        is_here = node["NodeManagerAddress"] == here
+        wants = {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}
+        fits = min(int(has.get(kind, 0) / amount) for kind, amount in wants.items() if amount)
+        if not fits:
+            continue
+        if scaling.gpus_per_worker:
+            named = [gpu_named(name.partition(":")[2]) for name in has if name.startswith("accelerator_type:")]
+            own = _own_gpu() if is_here else None
+            rooms += [
+                int(size * scaling.gpus_per_worker) for size in ([own] if own else [gpu.memory for gpu in named if gpu])
+            ]
+            if not rooms:
+                return None  # a card that nobody knows may have any room
+        else:
+            whole = main_memory() if is_here else int(has.get("memory", 0) + has.get("object_store_memory", 0))
+            rooms.append(whole // min(fits, scaling.max_workers))
+    return max(rooms, default=None)
+
+
+def _own_gpu() -> int | None:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None

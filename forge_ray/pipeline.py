@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.catalog import Catalog
-from forge_ray.cluster import connect, open_store
+from forge_ray.cluster import connect, open_store, room_of_a_worker
 from forge_ray.config.base import config_digest, resolved
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
-from forge_ray.environment import code_digest, versions
-from forge_ray.errors import NotFound, TrainingError
+from forge_ray.errors import ConfigError, NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
 from forge_ray.progress import Stage, stage
 from forge_ray.records import (
@@ -38,6 +37,7 @@ from forge_ray.store import Store
 if TYPE_CHECKING:
     from forge_ray.data.ingest import IndexedFile
     from forge_ray.evaluate import Subject
+    from forge_ray.train.sinks import Sinks
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
 
@@ -111,11 +111,15 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
 
 def train(config: RunConfig, store: Store) -> RunRecord:
     """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
-    from forge_ray.recipes.sft import train_loop
+    from forge_ray.candidates import export_best
+    from forge_ray.preflight import refuse_impossible
+    from forge_ray.recipes import sft
     from forge_ray.train import attempts, launch
     from forge_ray.train.job import TrainJob, run_id
+    from forge_ray.train.record import run_record
+    from forge_ray.train.sinks import open_sinks
 
-    loops = {"sft": train_loop}
+    loops = {"sft": (sft.train_loop, sft.validate_checkpoint)}
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     with Catalog(store) as catalog:
         base = import_base(config, catalog)
@@ -126,31 +130,50 @@ def train(config: RunConfig, store: Store) -> RunRecord:
                 f"{manifest.id} has no packed rows: it holds {kinds}; {config.train.method} takes chats and texts",
                 hint="give the run file sources of chat or text rows",
             )
+        validation = config.train.validation
+        if (validation.early_stopping or validation.keep_best or config.train.export_step == "best") and not (
+            "validation" in manifest.splits and manifest.splits["validation"].num_rows
+        ):
+            raise ConfigError(
+                f"{manifest.id} has no validation rows: nothing says which checkpoint is the best, or when to stop",
+                hint="set data.splits.validation, or leave out keep_best, early_stopping and export_step=best",
+            )
         identifier = run_id(config.train, precision, manifest, base)
         with stage("train") as it:
             if catalog.has(identifier):
                 it.done(f"{identifier}  already trained")
                 return catalog.get_as(RunRecord, identifier)
-            store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
             if config.train.scaling.max_workers:
                 connect()
+            if not store.exists(f"runs/{identifier}/result.json"):
+                refuse_impossible(config, store, precision, base, manifest, identifier)
+            store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
             job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
             store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
+            tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
+            sinks = open_sinks(store, identifier, config.name, config.train, tags)
             if not store.exists(f"runs/{identifier}/result.json"):
                 catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
                 try:
-                    with attempts.driving(store, identifier), _followed(it, store, identifier):
-                        launch.fit(loops[config.train.method], job)
+                    with attempts.driving(store, identifier), _followed(it, store, identifier, sinks):
+                        loop, validate = loops[config.train.method]
+                        launch.fit(loop, job, validate)
                 except TrainingError as error:
                     catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
+                    sinks.close(failed=True)
                     raise
-            record = catalog.put(_run_record(job, config))
+            sinks.close(failed=False)
+            export_best(job)
+            record = catalog.put(run_record(job, config))
             catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
-            told = (
-                f"{record.num_steps} steps, loss {record.metrics['loss']:.3f}, {record.metrics['tokens_per_s']:.0f} tokens/s"
-            )
+            speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
+            told = f"{record.num_steps} steps{_early(record)}, loss {record.metrics['loss']:.3f}, {speed}"
             it.done(f"{record.id}  {told}{_trouble(record)}")
             return record
+
+
+def _early(record: RunRecord) -> str:
+    return f" of {record.stopped_early['of']} (stopped early)" if record.stopped_early else ""
 
 
 def _trouble(record: RunRecord) -> str:
@@ -170,32 +193,27 @@ def plan(
     config: RunConfig, store: Store, workers: int, memory_gb: float, tokens_per_s: float, cost_per_hour: float
 ) -> dict[str, Any]:
     """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers."""
-    from forge_ray.train import plan as planning
+    from forge_ray.preflight import disk_bytes, judge
 
     train, precision = config.train, resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     number = workers or max(train.scaling.max_workers, 1)
     with Catalog(store) as catalog:
         base = import_base(config, catalog)
         manifest = _prepare(config, catalog, quiet=True)
-    model = planning.Model.of(store.fetch_dir(f"models/{base.id}", verify=False))
-    found = planning.plan(model, train, precision, manifest, number)
+    if memory_gb:
+        room: int | None = int(memory_gb * 1e9)
+    else:
+        of = train.scaling.model_copy(update={"num_workers": workers}) if workers else train.scaling
+        if of.max_workers:
+            connect()
+        room = room_of_a_worker(of)
+    found, problem, remedy = judge(config, store, precision, base, manifest, number, room)
     seconds = found.num_tokens / (tokens_per_s * number) if tokens_per_s else None
-    room, free = int(memory_gb * 1e9), store.free_bytes()
-    problem, remedy = "", ""
-    if room and found.memory.total > room:
-        problem = f"a worker needs {found.memory.total / 1e9:.1f} GB, there are {memory_gb:g} GB"
-        near = planning.nearest(model, train, precision, manifest, number, room)
-        names = ("micro_batch_size", "activation_checkpointing", "engine", "zero_stage")
-        changes = [
-            f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
-        ]
-        remedy = f"this fits: {' '.join(changes)}" if changes else "take more workers, an adapter, or a smaller model"
-    elif free is not None and found.disk_bytes > free:
-        problem = f"the checkpoints and the export need {found.disk_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        remedy = "make room where the store lies, or train an adapter"
     return {
         **vars(found),
+        "disk_bytes": disk_bytes(train, found),
         "memory": vars(found.memory) | {"total": found.memory.total},
+        "room": room,
         "base_model": base.id,
         "dataset": manifest.id,
         "precision": precision,
@@ -216,22 +234,20 @@ def _pretty(config: RunConfig) -> bytes:
 
 
 @contextmanager
-def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
+def _followed(it: Stage, store: Store, run: str, sinks: Sinks) -> Iterator[None]:
     """Show the workers' own metrics while they train; only where the store is a folder that this machine sees."""
-    from forge_ray.train import metrics
+    from forge_ray.train import incidents, metrics, status, validation
 
     over = threading.Event()
 
     def follow() -> None:
         while not over.wait(0.5):
             lines = metrics.read(store.local(f"runs/{run}/{metrics.METRICS}"))
+            sinks.write()
             if lines:
                 last = lines[-1]
-                minutes, seconds = divmod(int(last["eta_s"]), 60)
-                speed = f"{last['tokens_per_s']:.0f} tokens/s"
-                loss = f"loss {last['loss']:.3f}" if "loss" in last else f"left out: {last['left_out']}"
-                text = f"step {last['step']}/{last['of']}  {loss}  {speed}  {minutes}:{seconds:02d} left"
-                it.update(last["step"], last["of"], text)
+                details = status.details(lines, validation.read(store, run), incidents.read(store, run))
+                it.update(last["step"], last["of"], status.told(last), details)
 
     thread = threading.Thread(target=follow, daemon=True)
     if store.is_local:
@@ -242,34 +258,6 @@ def _followed(it: Stage, store: Store, run: str) -> Iterator[None]:
         over.set()
         if store.is_local:
             thread.join()
-
-
-def _run_record(job: Any, config: RunConfig) -> RunRecord:
-    """The record of a finished run, from what its workers wrote last."""
-    from forge_ray.train.job import identity_digest
-
-    result = job.store.read_json(f"runs/{job.run}/result.json")
-    return RunRecord(
-        id=job.run,
-        name=config.name,
-        method=job.config.method,
-        config=resolved(config),
-        config_digest=identity_digest(job),
-        dataset=job.dataset.id,
-        base_model=job.base.id,
-        base_digest=job.base.files_digest,
-        seed=job.config.seed,
-        num_steps=result["num_steps"],
-        samples_seen=result["samples_seen"],
-        order_digest=result["order_digest"],
-        attempts=tuple(result["attempts"]),
-        incidents=tuple(result["incidents"]),
-        code_digest=code_digest(),
-        environment=versions(),
-        metrics=result["metrics"],
-        export=job.store.files(f"runs/{job.run}/export"),
-        export_kind=result["export_kind"],
-    )
 
 
 def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:

@@ -1,10 +1,10 @@
-"""One line per stage on stderr, with a live bar on a terminal and plain lines elsewhere (level 1)."""
+"""One line per stage on stderr, with a live view on a terminal and plain lines elsewhere (level 1)."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -21,14 +21,18 @@ class Stage:
         self._stream = stream
         self._spoke = self.started
         self._live: Any = None
+        self._bar: Any = None
         self._task: Any = None
+        self._details: tuple[tuple[str, str], ...] = ()
         if stream.isatty():
             self._start_live()
 
     def _start_live(self) -> None:
         from rich.console import Console
+        from rich.live import Live
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+        console = Console(file=self._stream)
         columns = (
             SpinnerColumn(),
             TextColumn("[bold]{task.description:<9}"),
@@ -36,14 +40,33 @@ class Stage:
             TimeElapsedColumn(),
             TextColumn("{task.fields[text]}"),
         )
-        self._live = Progress(*columns, console=Console(file=self._stream), transient=True)
+        self._bar = Progress(*columns, console=console)
+        self._task = self._bar.add_task(self.name, total=None, text="")
+        self._live = Live(console=console, transient=True, get_renderable=self._view)
         self._live.start()
-        self._task = self._live.add_task(self.name, total=None, text="")
 
-    def update(self, done: float, total: float, text: str = "") -> None:
-        """`done` of `total`, and a few words."""
+    def _view(self) -> Any:
+        """The bar, and the details in a column of their own below it."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        if not self._details:
+            return self._bar
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", min_width=10)
+        table.add_column()
+        for name, value in self._details:
+            table.add_row(
+                f"  {name}", Text(value, style="red" if name == "incident" else "", overflow="ellipsis", no_wrap=True)
+            )
+        return Group(self._bar, table)
+
+    def update(self, done: float, total: float, text: str = "", details: Sequence[tuple[str, str]] = ()) -> None:
+        """`done` of `total`, and a few words; a terminal also shows `details` as (name, value), the others do not."""
         if self._live:
-            self._live.update(self._task, completed=done, total=total, text=text)
+            self._details = tuple(details)
+            self._bar.update(self._task, completed=done, total=total, text=text)
         elif time.monotonic() - self._spoke >= PLAIN_EVERY_S:
             self._spoke = time.monotonic()
             print(f"  {self.name:<9} {done:g}/{total:g} {text}", file=self._stream, flush=True)

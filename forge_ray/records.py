@@ -184,8 +184,10 @@ class RunRecord(Record):
     code_digest: str
     environment: dict[str, str] = Field(description="versions of the packages that decide numbers")
     metrics: dict[str, float]
+    stopped_early: dict[str, Any] | None = Field(None, description="the step at which it ended, of how many, and why")
     export: tuple[FileEntry, ...]
     export_kind: Literal["adapter", "full"]
+    export_step: int = Field(0, description="the step whose weights were exported; 0: the last")
 
     def sealed(self) -> Self:
         raise TypeError("a run's id is fixed at its start; build the record with id=run_id(...)")
@@ -217,25 +219,32 @@ class EvalReport(Record):
 
 
 class ModelVersion(Record):
-    """Weights that the store vouches for: imported, or trained and gated."""
+    """Weights that the store vouches for: imported, or trained and gated. A `candidate` is a checkpoint that no gate has
+    judged: it can be served by its id, and no alias points at it."""
 
     kind: ClassVar[str] = "models"
     prefix: ClassVar[str] = "mv"
 
     name: str
-    status: Literal["imported", "accepted", "rejected"]
+    status: Literal["imported", "candidate", "accepted", "rejected"]
     reasons: tuple[str, ...] = ()
     weights: Literal["full", "adapter"]
     files: tuple[FileEntry, ...]
     files_digest: str
     base_model: str = ""
     run: str = ""
+    step: int = Field(0, description="of the run's checkpoint, where it is a candidate")
+    dataset: str = Field("", description="of a candidate: its run may have no record yet")
     evals: tuple[str, ...] = ()
     licence: str
     source: str = Field(default="", description="where imported weights came from: a file name and its sha256")
 
     def parents(self) -> tuple[str, ...]:
-        return tuple(parent for parent in (self.run, self.base_model, *self.evals) if parent)
+        return tuple(parent for parent in (self.run, self.dataset, self.base_model, *self.evals) if parent)
+
+    def identity(self) -> dict[str, Any]:
+        value = super().identity()
+        return value if self.status == "candidate" else {key: value[key] for key in value if key not in ("step", "dataset")}
 
 
 class Deployment(Record):

@@ -133,7 +133,11 @@ def print_plan(found: dict[str, Any]) -> None:
         ("tokens", f"{found['num_tokens']:,}, of which {found['num_trained_tokens']:,} are trained"),
         ("steps", f"{found['steps']:,}"),
         ("workers", f"{found['num_workers']}, {found['precision']}"),
-        ("memory of one", f"{size(memory['total'])} and what the libraries take"),
+        (
+            "memory of one",
+            f"{size(memory['total'])} and what the libraries take"
+            + (f", of {size(found['room'])}" if found["room"] else ", room not known"),
+        ),
         *((f"  {part}", size(memory[part])) for part in parts),
         ("a checkpoint", size(found["checkpoint_bytes"])),
         ("disk", size(found["disk_bytes"])),

@@ -33,9 +33,22 @@ class Schedule(Config):
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final lr / peak lr")
 
 
+class EarlyStopping(Config):
+    """The run ends when `patience` validations in a row are not better than the best one by more than `min_delta` nats."""
+
+    patience: int = Field(3, ge=1)
+    min_delta: float = Field(0.0, ge=0)
+
+
 class Validation(Config):
     every_steps: int = Field(0, ge=0, description="0: only at the end")
     max_rows: int = Field(64, ge=0, description="packed validation rows per pass; 0 disables validation")
+    background: bool = Field(False, description="in a task beside the workers, from the checkpoint, while training goes on")
+    cpus: float = Field(1, gt=0, description="of that task")
+    gpus: float = Field(0, ge=0, le=1, description="of that task")
+    timeout_s: float = Field(1800.0, gt=0, description="of that task, waiting for its room included")
+    keep_best: bool = Field(False, description="the checkpoint with the lowest loss stays, whatever `checkpoint.keep` says")
+    early_stopping: EarlyStopping | None = Field(None, description="null: off")
 
 
 class Checkpointing(Config):
@@ -64,6 +77,7 @@ class Guards(Config):
     hang_slack_s: float = Field(10.0, gt=0)
     first_step_s: float = Field(1800.0, gt=0, description="the same for what has no history yet: first step, first save")
     slow_rank: float = Field(1.5, gt=1, description="a worker is reported that is so much slower than the median")
+    refuse_impossible: bool = Field(True, description="false (`--force`): start what the plan says cannot fit")
 
 
 class Workers(Config):
@@ -116,10 +130,14 @@ class TrainConfig(Config):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="`auto`: bf16 where the hardware multiplies it")
     activation_checkpointing: bool = False
     export: Literal["adapter", "merged"] = Field("adapter", description="what a LoRA run exports; a full run exports all")
+    export_step: Literal["last", "best"] = Field(
+        "last", description="`best`: the checkpoint with the lowest validation loss"
+    )
     validation: Validation = Validation()
     checkpoint: Checkpointing = Checkpointing()
     scaling: Scaling = Scaling()
     guards: Guards = Guards()
+    sinks: tuple[Literal["tensorboard", "mlflow"], ...] = Field((), description="where metrics go too; docs/training.md")
 
     @model_validator(mode="after")
     def _batch_reaches_all(self) -> Self:
@@ -148,7 +166,43 @@ class TrainConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _validation_has_its_checkpoints(self) -> Self:
+        of, every = self.validation, self.checkpoint.every_steps
+        wants = {
+            "train.validation.background": of.background,
+            "train.validation.keep_best": of.keep_best,
+            "train.export_step=best": self.export_step == "best",
+        }
+        asked = [name for name, wanted in wants.items() if wanted]
+        if asked and (not of.every_steps or not every or of.every_steps % every):
+            raise ValueError(
+                f"{asked[0]} is about checkpoints: validation.every_steps={of.every_steps} must be a multiple of"
+                f" checkpoint.every_steps={every}, and neither 0"
+                f" hint: set train.validation.every_steps={of.every_steps or every or 50} and"
+                f" train.checkpoint.every_steps={of.every_steps or every or 50}"
+            )
+        if of.early_stopping and not of.every_steps:
+            raise ValueError(
+                "early_stopping with validation.every_steps=0 never looks hint: set train.validation.every_steps"
+            )
+        if (asked or of.early_stopping) and not of.max_rows:
+            raise ValueError(
+                f"{asked[0] if asked else 'early_stopping'} with validation.max_rows=0 has nothing to go by"
+                " hint: set train.validation.max_rows=64"
+            )
+        if of.background and not self.scaling.max_workers:
+            raise ValueError(
+                "validation.background with scaling.num_workers=0: there is no Ray to run it beside the training"
+                " hint: set train.scaling.num_workers=1, or train.validation.background=false"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What decides the weights: all but how often we look, on how many workers it runs, and what is done in trouble
-        (which the incidents of its record say)."""
-        return self.model_dump(mode="json", exclude={"validation", "checkpoint", "scaling", "guards"})
+        (which the incidents of its record say). Validation is part of it where it decides when to stop or what to export."""
+        value = self.model_dump(mode="json", exclude={"validation", "checkpoint", "scaling", "guards", "sinks"})
+        if self.validation.early_stopping or self.export_step == "best":
+            decides = {"every_steps", "max_rows", "background", "early_stopping"}
+            value["validation"] = self.validation.model_dump(mode="json", include=decides)
+        return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,20 @@ import torch
 from forge_ray.data.order import Order
 from forge_ray.data.stream import Arrays, Feed, Rows, local_batches, ray_batches
 from forge_ray.errors import TrainingError
-from forge_ray.train import attempts, checkpoint, launch, metrics, watchdog
+from forge_ray.train import attempts, checkpoint, launch, metrics, speed, watchdog
 from forge_ray.train.audit import fingerprint
 from forge_ray.train.context import Context, agree, join, sum_over_ranks
 from forge_ray.train.engine import TorchEngine, TrainEngine
-from forge_ray.train.finish import export, finish
+from forge_ray.train.finish import export, export_kind, finish
 from forge_ray.train.guards import Guards, RollBack
-from forge_ray.train.job import TrainJob, identity_digest
+from forge_ray.train.job import TrainJob
 from forge_ray.train.loss import packed_loss
 from forge_ray.train.model import load_for_training
 from forge_ray.train.saving import Saved, Saver
 from forge_ray.train.schedule import learning_rate, num_steps
+from forge_ray.train.validation import Result, Validations
+from forge_ray.train.validation import write as write_validation
+from forge_ray.train.weights import load, verified
 from forge_ray.train.zero import ZeroEngine
 
 PREEMPTION_EVERY_S = 5.0  # how often Ray is asked whether a node is to be taken away; it looks as often itself
@@ -83,13 +86,18 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
     attempt = agree(attempts.start(store, job.run, context.world_size, first_step) if context.is_first else 0, context)
     if context.is_first:
         checkpoint.sweep(store, job.run)
-    saver = Saver(engine, store, context, config.checkpoint.keep, config.checkpoint.asynchronous)
+    keep_best = config.validation.keep_best or config.export_step == "best"
+    saver = Saver(engine, store, context, config.checkpoint.keep, config.checkpoint.asynchronous, keep_best)
+    validations = Validations(job, context, first_step, total_steps, guards.left_out.digest)
+    planned_steps, total_steps = total_steps, validations.last_step
+    if found and validations.ask(first_step):
+        launch.report({"step": first_step}, job, f"{checkpoint.folder_of(job.run)}/step-{first_step:08d}", validate=True)
     before = metrics.read(folder / metrics.METRICS) if context.is_first else []
     guards.remember([line["loss"] for line in before if "loss" in line and line["step"] <= first_step])
 
     def saved(result: Saved | None, line: dict[str, Any]) -> None:
         if result and result.path:
-            launch.report({"step": result.step}, job, result.path)
+            launch.report({"step": result.step}, job, result.path, validations.ask(result.step))
         elif result:
             line["checkpoint_problem"] = result.problem
             guards.record("no_checkpoint", result.step, problem=result.problem)
@@ -98,6 +106,8 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
     # 6. steps
     feed = Feed(rows, order, lanes, first_step, total_steps - first_step)
     batches = ray_batches(feed) if context.under_ray and feed.num_steps else local_batches(feed)
+    flops = speed.flops(base, config, job.dataset) if context.is_first else None
+    peak = speed.peak_flops(context.device, job.precision) if flops else 0.0
     clock, began, looked = metrics.StepClock(), time.perf_counter(), time.monotonic()
     for step in range(first_step, total_steps):
         done, step_began, preempted = step + 1, time.perf_counter(), False
@@ -108,11 +118,16 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
         with clock.measure("compute"):
             numbers = order.rows_of(step, lanes)
             counts = [fingerprint(batch["input_ids"]), float(time.monotonic() - looked > PREEMPTION_EVERY_S)]
+            counts.append(float(validations.wants_stop()))
+            memory = [speed.peak_bytes(context.device) * (rank == context.rank) for rank in range(context.world_size)]
             _blank(batch, [lane for lane, row in enumerate(numbers) if guards.left_out.rows.get(row, done + 1) <= done])
             trained, used = int(batch["loss_mask"].sum()), int((batch["segment_ids"] > 0).sum())
-            num_trained, num_tokens, rows_sum, look, *flags = sum_over_ranks([trained, used, *counts, *saver.flags], context)
-            lr = learning_rate(step, total_steps, config.optimizer.lr, config.schedule)
-            line: dict[str, Any] = {"step": done, "of": total_steps, "lr": lr}
+            num_trained, num_tokens, rows_sum, look, stop, *more = sum_over_ranks(
+                [trained, used, *counts, *memory, *saver.flags], context
+            )
+            memory, flags = more[: context.world_size], more[context.world_size :]
+            lr = learning_rate(step, planned_steps, config.optimizer.lr, config.schedule)
+            line: dict[str, Any] = {"step": done, "of": total_steps, "lr": lr, "peak_bytes": [int(size) for size in memory]}
             if done in guards.left_out.steps:
                 line["left_out"] = "spike"
             else:
@@ -122,12 +137,20 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
             guards.watch(done, line["loss"])
         if look:
             looked, preempted = time.monotonic(), launch.is_preempted(job)
-        if _due(done, config.validation.every_steps, total_steps) and config.validation.max_rows:
+        if stop:
+            validations.stop()
+        if validations.due(done) and not validations.in_background:
             expect("validate", done)
             with clock.measure("validate"):
                 line |= _validate(job, engine, context)
+            if "validation_loss" in line:
+                validations.add(done, line["validation_loss"])
+        if validations.why and done < total_steps:
+            total_steps = validations.last_step = done
         line |= {"tokens": int(num_tokens), "trained_tokens": int(num_trained), "rows_sum": int(rows_sum)}
         line |= _timing(line, clock, step_began)
+        if flops and peak:
+            line["mfu"] = flops.of(num_tokens, num_trained) / line["seconds"] / peak / context.world_size
         line["eta_s"] = (time.perf_counter() - began) / (done - first_step) * (total_steps - done)
         guards.look_for_slow(done)
         if context.is_first and store.is_local:
@@ -147,12 +170,20 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
             guards.record("preemption", done)
         if context.is_first and (due or "checkpoint_problem" in line):  # once more, with its time: a reader keeps the last
             metrics.append(folder, line | _timing(line, clock, step_began))
+        if done == total_steps:
+            break
 
     # 7. export
     expect("export", total_steps)
-    weights = engine.weights(trained_only=config.adapter is not None)
+    is_early = total_steps < planned_steps
+    stopped = {"step": total_steps, "of": planned_steps, "why": validations.why} if is_early else None
+    if config.export_step == "best":  # of a checkpoint, once every validation is there: `pipeline.train`
+        kind = export_kind(config)
+    else:
+        weights = engine.weights(trained_only=config.adapter is not None)
+        kind = export(job, model, weights, base) if context.is_first else ""
     if context.is_first:
-        finish(job, folder, order, total_steps, chain, export(job, model, weights, base))
+        finish(job, folder, order, total_steps, chain, kind, stopped)
 
 
 @dataclass(frozen=True)
@@ -217,23 +248,18 @@ def _blank(batch: dict[str, torch.Tensor], lanes: list[int]) -> None:
 
 
 def _position(job: TrainJob, context: Context, step: int, chain: str, attempt: int, guards: Guards) -> checkpoint.Position:
-    return checkpoint.Position(
+    return replace(
+        checkpoint.expected(job),
         left_out=guards.left_out.digest(step),
         step=step,
         samples_seen=step * job.config.global_batch,
         order_digest=chain,
         attempt=attempt,
-        run=job.run,
-        config_digest=identity_digest(job),
-        dataset=job.dataset.id,
-        base_digest=job.base.files_digest,
-        engine=job.config.engine,
-        zero_stage=job.config.zero_stage,
         world_size=context.world_size,
     )
 
 
-def _loss(batch: dict[str, torch.Tensor], engine: TrainEngine) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss(batch: dict[str, torch.Tensor], engine: TrainEngine | Forward) -> tuple[torch.Tensor, torch.Tensor]:
     return packed_loss(engine.forward, batch)
 
 
@@ -248,7 +274,7 @@ def _due(done: int, every: int, total: int) -> bool:
 
 
 @torch.no_grad()
-def _validate(job: TrainJob, engine: TrainEngine, context: Context) -> dict[str, float]:
+def _validate(job: TrainJob, engine: TrainEngine | Forward, context: Context) -> dict[str, float]:
     """Loss per trained token on the same validation rows each time; every rank does the same number of passes.
 
     A shuffled sample, not the first rows: packing puts the longest documents first, and they are not like the others.
@@ -270,6 +296,26 @@ def _validate(job: TrainJob, engine: TrainEngine, context: Context) -> dict[str,
     engine.model.train()
     total, tokens = sum_over_ranks([total, tokens], context)
     return {"validation_loss": total / max(tokens, 1.0)}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What `_validate` needs of an engine, over a plain model."""
+
+    model: Any
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+def validate_checkpoint(values: dict[str, Any], step: int) -> None:
+    """The same loss as `_validate`, from a checkpoint, in a process that belongs to no group; written into the store."""
+    job, began = TrainJob.from_json(values), time.perf_counter()
+    context = join(bool(job.config.validation.gpus), int(job.config.validation.cpus), under_ray=False)
+    position, _ = verified(job, step)
+    found = _validate(job, Forward(load(job, step, context.device)), context)
+    result = Result(step, position.left_out, found["validation_loss"], "", time.perf_counter() - began, background=True)
+    write_validation(job.store, job.run, result)
 
 
 def _tensors(batch: Arrays, context: Context) -> dict[str, torch.Tensor]:

@@ -26,8 +26,10 @@ import torch.distributed as dist
 from forge_ray.errors import ForgeError, StoreError, TrainingError
 from forge_ray.records import FileEntry, canonical_json, digest
 from forge_ray.store import MANIFEST, Store, verify_files
+from forge_ray.train import validation
 from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
+from forge_ray.train.job import TrainJob, identity_digest
 
 logger = logging.getLogger("forge_ray")
 ROOM = 1.2  # times the size of the last checkpoint must be free before one is written
@@ -55,6 +57,23 @@ class Position:
 IDENTITY = ("run", "config_digest", "dataset", "base_digest", "engine", "zero_stage")
 
 
+def expected(job: TrainJob) -> Position:
+    """What a checkpoint of this run must be of: the fields of `IDENTITY`, and nothing about where it is."""
+    return Position(
+        step=0,
+        samples_seen=0,
+        order_digest="",
+        attempt=0,
+        run=job.run,
+        config_digest=identity_digest(job),
+        dataset=job.dataset.id,
+        base_digest=job.base.files_digest,
+        engine=job.config.engine,
+        zero_stage=job.config.zero_stage,
+        world_size=0,
+    )
+
+
 def folder_of(run: str) -> str:
     return f"runs/{run}/checkpoints"
 
@@ -78,7 +97,7 @@ def stands(store: Store, relative: str, position: Position) -> bool:
     """Whether this very checkpoint is published and whole."""
     if not store.exists(f"{relative}/{MANIFEST}"):
         return False
-    found, _ = _verified(store, relative, position)
+    found, _ = verify(store, relative, position)
     return found is not None and (found.order_digest, found.world_size) == (position.order_digest, position.world_size)
 
 
@@ -96,11 +115,14 @@ def _digest_of(store: Store, run: str, step: int) -> str:
         return ""
 
 
-def retire(store: Store, run: str, keep: int) -> None:
-    """Remove what lies behind the newest `keep` checkpoints that are whole; a broken one does not count as one of them."""
-    whole = 0
+def retire(store: Store, run: str, keep: int, keep_best: bool = False) -> None:
+    """Remove what lies behind the newest `keep` checkpoints that are whole; a broken one does not count as one of them. What
+    a validation still has to read stays too, and with `keep_best` the one that validated best."""
+    whole, stay = 0, validation.protected(store, run, keep_best)
     for step in steps(store, run):
         relative = f"{folder_of(run)}/step-{step:08d}"
+        if whole >= keep and step in stay:
+            continue
         if whole >= keep:
             store.delete_dir(relative)
         elif _sizes_hold(store, relative):
@@ -124,15 +146,16 @@ def steps(store: Store, run: str) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def find(store: Store, expected: Position, left_out: Callable[[int], str] = lambda step: "") -> Position | None:
+def find(store: Store, expected: Position, left_out: Callable[[int], str] | None = lambda step: "") -> Position | None:
     """The newest checkpoint of this run that verifies; one that is torn, corrupted or another's is skipped, with the reason
-    in the log. So is one of a timeline that was given up: what was left out by its step differs from `left_out(step)`."""
+    in the log. So is one of a timeline that was given up: what was left out by its step differs from `left_out(step)`
+    (None: any will do)."""
     for step in steps(store, expected.run):
         relative = f"{folder_of(expected.run)}/step-{step:08d}"
-        found, reason = _verified(store, relative, expected)
+        found, reason = verify(store, relative, expected)
         if found is not None and found.step != step:
             reason = f"it is of step {found.step}"
-        elif found is not None and found.left_out != left_out(step):
+        elif found is not None and left_out and found.left_out != left_out(step):
             reason = "it holds steps that were left out later"
         elif found is not None:
             return found
@@ -140,7 +163,7 @@ def find(store: Store, expected: Position, left_out: Callable[[int], str] = lamb
     return None
 
 
-def _verified(store: Store, relative: str, expected: Position) -> tuple[Position | None, str]:
+def verify(store: Store, relative: str, expected: Position) -> tuple[Position | None, str]:
     """The position of a checkpoint whose every byte is as its manifest says; else the reason why it is not used."""
     try:
         manifest = store.read_json(f"{relative}/{MANIFEST}")

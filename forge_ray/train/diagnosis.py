@@ -7,7 +7,7 @@ from typing import Any
 from forge_ray.errors import ForgeError
 from forge_ray.records import utc_now
 from forge_ray.store import Store
-from forge_ray.train import attempts, checkpoint, incidents, metrics
+from forge_ray.train import attempts, checkpoint, incidents, metrics, validation
 from forge_ray.train.job import TrainJob
 
 PAGE = "diagnosis.md"
@@ -54,9 +54,12 @@ def facts(store: Store, run: str) -> dict[str, Any]:
     """What the store knows of a run, finished or not."""
     path = f"runs/{run}/{metrics.METRICS}"
     lines = metrics.parse(store.read(path).decode()) if store.exists(path) else []
+    is_finished = store.exists(f"runs/{run}/result.json")
     return {
         "run": run,
-        "finished": store.exists(f"runs/{run}/result.json"),
+        "finished": is_finished,
+        "stopped_early": store.read_json(f"runs/{run}/result.json").get("stopped_early") if is_finished else None,
+        "validations": [vars(result) for result in validation.read(store, run)],
         "last_step": lines[-1] if lines else None,
         "checkpoints": checkpoint.steps(store, run),
         "starts": attempts.read(store, run),
@@ -71,12 +74,20 @@ def overview(found: dict[str, Any]) -> str:
     parts = [
         f"{found['run']}: {state}, step {last['step']} of {last['of']}{loss}",
         f"checkpoints: {', '.join(f'step {step}' for step in found['checkpoints']) or 'none'}",
+        *([f"stopped early: {found['stopped_early']['why']}"] if found["stopped_early"] else []),
+        f"validations: {len(found['validations'])}",
+        *(f"  {_validation(result)}" for result in found["validations"][-10:]),
         f"starts: {len(found['starts'])}",
         *(f"  {_start(start)}" for start in found["starts"][-10:]),
         f"incidents: {len(found['incidents'])}",
         *(f"  {line(incident)}" for incident in found["incidents"][-20:]),
     ]
     return "\n".join(parts)
+
+
+def _validation(result: dict[str, Any]) -> str:
+    told = f"loss {result['loss']:.4f}" if result["loss"] is not None else result["problem"] or "asked for"
+    return f"step {result['step']}: {told}{' (in the background)' if result['background'] else ''}"
 
 
 def _start(start: incidents.Incident) -> str:

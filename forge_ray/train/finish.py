@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from forge_ray.config.train import TrainConfig
 from forge_ray.data.order import Order
 from forge_ray.records import canonical_json
 from forge_ray.train import attempts, incidents, metrics
@@ -18,9 +19,9 @@ from forge_ray.train.model import export_adapter, export_full, merge_adapter
 RESULT = "result.json"
 
 
-def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path) -> str:
-    """Plain Hugging Face or PEFT safetensors under `runs/<id>/export`; returns which of the two."""
-    with job.store.staged_dir(f"runs/{job.run}/export") as target:
+def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path, relative: str = "") -> str:
+    """Plain Hugging Face or PEFT safetensors under `relative`, `runs/<id>/export` by default; returns which of the two."""
+    with job.store.staged_dir(relative or f"runs/{job.run}/export") as target:
         if job.config.adapter is None:
             export_full(base, weights, target)
             return "full"
@@ -33,7 +34,14 @@ def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path) ->
         return "full"
 
 
-def finish(job: TrainJob, folder: Path, order: Order, total_steps: int, chain: str, export_kind: str) -> None:
+def export_kind(config: TrainConfig) -> str:
+    """What `export` returns."""
+    return "adapter" if config.adapter and config.export == "adapter" else "full"
+
+
+def finish(
+    job: TrainJob, folder: Path, order: Order, num_steps: int, chain: str, export_kind: str, stopped: dict[str, Any] | None
+) -> None:
     """The facts of the finished run, for its record; the last thing written."""
     lines = metrics.read(folder / metrics.METRICS)
     metrics.plot(lines, folder / metrics.CURVE, f"{job.name} · {job.run}")
@@ -47,18 +55,22 @@ def finish(job: TrainJob, folder: Path, order: Order, total_steps: int, chain: s
         "tokens": sum(line["tokens"] for line in lines),
         "trained_tokens": sum(line["trained_tokens"] for line in lines),
         "tokens_per_s": sum(line["tokens"] for line in lines) / max(compute, 1e-9),
+        "peak_bytes": max(max(line.get("peak_bytes", [0])) for line in lines),
         "steps_left_out": sum("left_out" in line for line in lines),
     }
+    if measured := [line for line in lines if "mfu" in line]:
+        summary["mfu"] = sum(line["mfu"] * line["seconds"] for line in measured) / sum(line["seconds"] for line in measured)
     if "validation_loss" in lines[-1]:
         summary["validation_loss"] = lines[-1]["validation_loss"]
     result = {
-        "num_steps": total_steps,
-        "samples_seen": total_steps * order.global_batch,
+        "num_steps": num_steps,
+        "samples_seen": num_steps * order.global_batch,
         "order_digest": chain,
         "attempts": attempts.read(job.store, job.run),
         "incidents": incidents.read(job.store, job.run),
         "metrics": summary,
         "export_kind": export_kind,
+        "stopped_early": stopped,
     }
     job.store.write(f"runs/{job.run}/{RESULT}", canonical_json(result))
     if not job.store.is_local:

@@ -27,6 +27,7 @@ KINDS = {
     "no_checkpoint": "a checkpoint could not be written",
     "preemption": "a node is to be taken away; a checkpoint was written before",
     "restart": "the workers were started again",
+    "validation": "a checkpoint could not be validated; training went on",
 }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
+from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
-from forge_ray.store import Store
+from forge_ray.store import MANIFEST, Store
 
 LOOP = 2  # raised when the loop changes what the same settings compute
 
@@ -65,3 +67,25 @@ def run_id(config: TrainConfig, precision: str, dataset: DatasetManifest, base: 
 
 def identity_digest(job: TrainJob) -> str:
     return digest(identity(job.config, job.precision, job.dataset.id, job.base.files_digest))
+
+
+def job_of(catalog: Catalog, run: str) -> TrainJob:
+    """The job of a run that has started, from what lies in its folder. Raises `NotFound`, or `ConfigError` where those
+    settings no longer give this run id."""
+    store = catalog.store
+    written = [path for path in store.list(f"runs/{run}") if path.rsplit("/", 1)[-1].startswith("config-")]
+    manifests = [p for p in store.list(f"runs/{run}/checkpoints", recursive=True) if p.endswith("/" + MANIFEST)]
+    if not written or not manifests:
+        raise NotFound(f"{run!r} has no checkpoint", hint="`forge runs list` shows the runs of this store")
+    settings, position = store.read_json(written[0]), store.read_json(manifests[-1])["position"]
+    config = parse(TrainConfig, settings["train"], where=written[0])
+    dataset = catalog.get_as(DatasetManifest, position["dataset"])
+    bases = [model for model in catalog.all(ModelVersion) if model.files_digest == position["base_digest"]]
+    for base in bases:
+        for precision in ("bf16", "fp32"):  # `auto` was resolved on the machine that trained
+            if run_id(config, precision, dataset, base) == run:
+                return TrainJob(run, settings["name"], config, store, dataset, base, precision, under_ray=False)
+    raise ConfigError(
+        f"{run} was trained with settings that mean something else in this version, or its base model is gone",
+        hint="take the version that trained it (its record's code_digest), or train again",
+    )

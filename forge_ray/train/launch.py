@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from forge_ray.config.train import Workers
 from forge_ray.errors import ForgeError, TrainingError
-from forge_ray.train import checkpoint, diagnosis, incidents
+from forge_ray.train import checkpoint, diagnosis, incidents, validation
 from forge_ray.train.job import TrainJob
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 logger = logging.getLogger("forge_ray")
 Loop = Callable[[dict[str, Any]], None]
+Validate = Callable[[dict[str, Any], int], None]  # (TrainJob.to_json(), step): writes its result into the store
 
 
-def fit(loop: Loop, job: TrainJob) -> None:
-    """Run `loop` to its end; with `num_workers` 0 in this process, without Ray. Raises `TrainingError`.
+def fit(loop: Loop, job: TrainJob, validate: Validate | None = None) -> None:
+    """Run `loop` to its end; with `num_workers` 0 in this process, without Ray. Raises `TrainingError`. `validate` is what a
+    task does with a checkpoint, where `train.validation.background` wants one.
 
     What fails is started again from its last checkpoint, until it failed `max_failures` times without getting any further.
     Ray would count all failures of a run's life, and would go on for ever with one that always fails in the same step.
@@ -27,7 +30,7 @@ def fit(loop: Loop, job: TrainJob) -> None:
     reached = _progress(job)
     while True:
         try:
-            return _fit_once(loop, job)
+            return _fit_once(loop, job, validate)
         except Exception as error:  # Ray wraps the worker's exception; the cause is what a person needs
             cause = _root(error)
             now = _progress(job)
@@ -54,7 +57,7 @@ def _progress(job: TrainJob) -> tuple[int, int]:
     return newest, len(incidents.left_out(incidents.read(job.store, job.run)).rows)
 
 
-def _fit_once(loop: Loop, job: TrainJob) -> None:
+def _fit_once(loop: Loop, job: TrainJob, validate: Validate | None) -> None:
     scaling = job.config.scaling
     if scaling.max_workers == 0:
         loop(replace(job, under_ray=False).to_json())
@@ -72,6 +75,9 @@ def _fit_once(loop: Loop, job: TrainJob) -> None:
     if isinstance(scaling.num_workers, Workers):
         least, most, every_s = scaling.num_workers.min, scaling.num_workers.max, scaling.num_workers.resize_every_s
         size = {"num_workers": (least, most), "elastic_resize_monitor_interval_s": every_s}
+    beside: dict[str, Any] = {}
+    if validate and job.config.validation.background:
+        beside["validation_config"] = _validation_config(job, validate)
     trainer = TorchTrainer(
         loop,
         train_loop_config=replace(job, under_ray=True).to_json(),
@@ -85,6 +91,7 @@ def _fit_once(loop: Loop, job: TrainJob) -> None:
             storage_path=job.store.path("runs"),
             failure_config=ray.train.FailureConfig(max_failures=0),
         ),
+        **beside,
     )
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     trainer.fit()
@@ -106,6 +113,36 @@ def _remove_orphaned_groups() -> None:
         ours = group.creator_job_id.hex() == ray.get_runtime_context().get_job_id()
         if ours and group.creator_actor_dead and group.state != Group.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def _validation_config(job: TrainJob, validate: Validate) -> Any:
+    """Ray's own task does nothing but wait for one of ours: should a process of Ray's task be lost more often than it is
+    retried, the controller would end, and the run with it; it answers for exceptions of the function alone."""
+    from ray.train import ValidationConfig
+
+    function = partial(_apart, validate=validate, values=replace(job, under_ray=True).to_json())
+    return ValidationConfig(function, ray_remote_kwargs={"num_cpus": 0, "max_retries": -1})
+
+
+def _apart(checkpoint: Any, step: int, validate: Validate, values: dict[str, Any]) -> dict[str, Any]:
+    """Have `validate` done by a task with the room it wants; whatever goes wrong there is an incident, and no more."""
+    import ray
+
+    job = TrainJob.from_json(values)
+    settings = job.config.validation
+    task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=0)(validate)
+    reference = task.remote(values, step)
+    try:
+        ray.get(reference, timeout=settings.timeout_s)
+    except Exception as error:
+        ray.cancel(reference, force=True)
+        cause = _root(error)
+        said = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"[:300]
+        if isinstance(error, ray.exceptions.GetTimeoutError):
+            said = f"it had not ended after train.validation.timeout_s={settings.timeout_s:g}, waiting for its room included"
+        validation.write(job.store, job.run, validation.Result(step, problem=said, background=True))
+        incidents.write(job.store, job.run, "validation", step, why=said)
+    return {}
 
 
 def is_preempted(job: TrainJob) -> bool:
@@ -136,15 +173,17 @@ def _root(error: BaseException) -> BaseException:
         error = inner
 
 
-def report(metrics: dict[str, Any], job: TrainJob, checkpoint: str) -> None:
-    """Tell Ray Train of a checkpoint that is already where it belongs; a barrier, so every rank calls it equally often."""
+def report(metrics: dict[str, Any], job: TrainJob, checkpoint: str, validate: bool = False) -> None:
+    """Tell Ray Train of a checkpoint that is already where it belongs; a barrier, so every rank calls it equally often.
+    `validate`: a task is to be started for it."""
     if not job.under_ray:
         return
     import ray.train
-    from ray.train import CheckpointUploadMode
+    from ray.train import CheckpointUploadMode, ValidationTaskConfig
 
     ray.train.report(
         metrics,
         checkpoint=ray.train.Checkpoint(job.store.path(checkpoint), filesystem=job.store.filesystem),
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        validation=ValidationTaskConfig(fn_kwargs={"step": metrics["step"]}) if validate else False,
     )

@@ -46,8 +46,16 @@ class Saved:
 class Saver:
     """One checkpoint at a time. `begin`, `advance` and `finish` are collective: every rank calls them equally often."""
 
-    def __init__(self, engine: TrainEngine, store: Store, context: Context, keep: int, in_background: bool = True) -> None:
-        self.engine, self.store, self.context, self.keep = engine, store, context, keep
+    def __init__(
+        self,
+        engine: TrainEngine,
+        store: Store,
+        context: Context,
+        keep: int,
+        in_background: bool = True,
+        keep_best: bool = False,
+    ) -> None:
+        self.engine, self.store, self.context, self.keep, self.keep_best = engine, store, context, keep, keep_best
         self.in_background = in_background
         self._work: threading.Thread | None = None
         self._position: Position | None = None
@@ -68,7 +76,7 @@ class Saver:
         standing, problem = agree(self._look(relative, position) if self.context.is_first else None, self.context)
         if standing or problem:
             if self.context.is_first and standing:
-                checkpoint.retire(self.store, position.run, self.keep)
+                checkpoint.retire(self.store, position.run, self.keep, self.keep_best)
             return Saved(position.step, relative if standing else "", problem)
         folder = self._folder(position)
         files: list[tuple[Path, Any]] = []
@@ -175,7 +183,7 @@ class Saver:
             replace_dir(folder, self.store.local(relative))
         else:  # object stores have no rename: the manifest comes last
             self.store.write(f"{relative}/{MANIFEST}", manifest)
-        checkpoint.retire(self.store, position.run, self.keep)
+        checkpoint.retire(self.store, position.run, self.keep, self.keep_best)
 
     def _read_part(self, position: Position, rank: int) -> dict[str, Any]:
         try:

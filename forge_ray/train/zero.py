@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -162,3 +163,18 @@ class ZeroEngine:
                 if dist.get_rank() == 0:
                     found[name] = parameter.detach().cpu().clone()
         return found
+
+
+def consolidated(folder: Path) -> dict[str, Tensor]:
+    """The trained weights in fp32 out of what `ZeroEngine.save` wrote, at any stage and by any number of ranks; no process
+    group is needed. It unpickles: the folder must have been verified."""
+    prepare_environment()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        if not list((folder / TAG).glob("*_optim_states.pt")):  # stage 0 in fp32: the model's own weights are the masters
+            path = folder / TAG / "mp_rank_00_model_states.pt"
+            state = torch.load(path, map_location="cpu", weights_only=False)["module"]
+            return {name: value.float() for name, value in state.items()}
+        found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+    return {name: value.float() for name, value in found.items()}

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from forge_ray import pipeline
+from forge_ray import pipeline, preflight
 from forge_ray.catalog import Catalog
 from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.run import RunConfig
 from forge_ray.data.order import Order
 from forge_ray.data.stream import Rows
-from forge_ray.errors import TrainingError
+from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.records import DatasetManifest, canonical_json
 from forge_ray.store import Store
 from forge_ray.train import audit, launch, metrics
@@ -66,7 +66,7 @@ def killed_once(values: dict[str, Any]) -> None:
 
     def counting(numbers: list[float], at: context.Context) -> list[float]:
         nonlocal steps
-        steps += len(numbers) == 6  # the counts at the head of each step
+        steps += len(numbers) > 5  # the counts at the head of each step
         if steps == 4 and at.rank == 1 and not marker.exists():
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
@@ -161,6 +161,35 @@ def test_a_second_driver_of_a_run_is_refused(config: RunConfig, store: Store, ma
         pipeline.train(other, store)
     assert store.read_json(path) == holder
     assert not store.exists(f"runs/{job.run}/attempts")
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_taken(
+    config: RunConfig, store: Store, manifest: DatasetManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = resolved(config)["train"] | {"seed": 4, "micro_batch_size": 4}
+    greedy = parse(RunConfig, resolved(config) | {"train": train})
+    needs = pipeline.plan(greedy, store, 0, 0, 0, 0)
+    assert (needs["problem"], needs["room"] > 10 * needs["memory"]["total"]) == ("", True)
+    monkeypatch.setattr(preflight, "room_of_a_worker", lambda scaling: needs["memory"]["total"] - 1)
+    with pytest.raises(ConfigError, match="cannot fit: a worker needs") as caught:
+        pipeline.train(greedy, store)
+    assert caught.value.exit_code == 2
+    assert "train.micro_batch_size=1" in caught.value.hint
+    run = job_of(greedy, store, manifest, seed=4).run
+    assert not store.list(f"runs/{run}", recursive=True)
+
+    guards = greedy.train.guards.model_copy(update={"refuse_impossible": False})
+    forced = greedy.model_copy(update={"train": greedy.train.model_copy(update={"guards": guards})})
+    with Catalog(store) as catalog:
+        base = catalog.model("tiny")
+        for wanted in (forced, greedy):  # and one with a checkpoint has shown that it fits
+            preflight.refuse_impossible(wanted, store, "fp32", base, manifest, run)
+            store.write(f"runs/{run}/checkpoints/step-00000002/MANIFEST.json", b"{}")
+    monkeypatch.setattr(preflight, "room_of_a_worker", lambda scaling: None)
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 10)
+    with pytest.raises(ConfigError, match="checkpoints and the export need"), Catalog(store) as catalog:
+        preflight.refuse_impossible(greedy, store, "fp32", base, manifest, "run_other")
+    store.delete_dir(f"runs/{run}")
 
 
 def test_the_workers_reason_is_what_the_error_says(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:

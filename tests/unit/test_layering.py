@@ -24,7 +24,7 @@ ROWS: tuple[set[str], ...] = (
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster"},  # L2
     {"train", "evaluate", "lineage"},  # L3
-    {"recipes", "serve", "control"},  # L4
+    {"recipes", "serve", "control", "preflight", "candidates"},  # L4
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},

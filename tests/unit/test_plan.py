@@ -77,3 +77,19 @@ def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
     assert fits(1) is None
     whole = plan(model, config, "bf16", dataset, 4)
     assert (whole.steps, whole.num_tokens, whole.num_trained_tokens) == (13, 12_480, 6_240)
+
+
+def test_of_an_object_store_only_the_headers_are_read(model: Model, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A truncated copy of each file of weights: enough for the plan, and nothing of the weights."""
+    from forge_ray.preflight import headers
+    from forge_ray.store import Store, hash_dir
+
+    store = Store("mock:///")
+    base: Any = SimpleNamespace(id="mv_1", files=hash_dir(tiny_model_dir))
+    for entry in base.files:
+        store.write(f"models/mv_1/{entry.path}", (tiny_model_dir / entry.path).read_bytes())
+    folder = headers(store, base, tmp_path)
+    assert Model.of(folder) == model
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sorted(sizes) == ["config.json", "model.safetensors"]
+    assert sizes["model.safetensors"] < (tiny_model_dir / "model.safetensors").stat().st_size / 10

@@ -1,0 +1,93 @@
+"""Before a run takes anything: does it fit (level 4)."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from forge_ray.cluster import room_of_a_worker
+from forge_ray.config.run import RunConfig
+from forge_ray.config.train import TrainConfig
+from forge_ray.errors import ConfigError
+from forge_ray.records import DatasetManifest, ModelVersion
+from forge_ray.store import Store
+from forge_ray.train import plan as planning
+from forge_ray.train.plan import Plan
+
+
+def judge(
+    config: RunConfig,
+    store: Store,
+    precision: str,
+    base: ModelVersion,
+    manifest: DatasetManifest,
+    workers: int,
+    room: int | None,
+) -> tuple[Plan, str, str]:
+    """The plan, in words what cannot fit ("" where all does, or nobody can tell), and the nearest settings that do."""
+    train = config.train
+    with tempfile.TemporaryDirectory(prefix="forge-headers-") as folder:
+        model = planning.Model.of(headers(store, base, Path(folder)))
+    found = planning.plan(model, train, precision, manifest, workers)
+    free, disk = store.free_bytes(), disk_bytes(train, found)
+    if room and found.memory.total > room:
+        near = planning.nearest(model, train, precision, manifest, workers, room)
+        names = ("micro_batch_size", "activation_checkpointing", "engine", "zero_stage")
+        changes = [
+            f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
+        ]
+        return (
+            found,
+            f"a worker needs {_size(found.memory.total)}, there are {_size(room)}",
+            f"this fits: {' '.join(changes)}" if changes else "take more workers, an adapter, or a smaller model",
+        )
+    if free is not None and disk > free:
+        problem = f"the checkpoints and the export need {_size(disk)}, {_size(free)} are free"
+        return found, problem, "make room where the store lies, or train an adapter"
+    return found, "", ""
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def disk_bytes(train: TrainConfig, found: Plan) -> int:
+    """The plan counts the newest checkpoints; the best one, and the one that a task reads, may stay beside them."""
+    beside = int(train.validation.keep_best or train.export_step == "best") + int(train.validation.background)
+    return found.disk_bytes + beside * found.checkpoint_bytes
+
+
+def headers(store: Store, base: ModelVersion, folder: Path) -> Path:
+    """A folder with the base model's configuration and the headers of its weights: of an object store no more is read."""
+    where = f"models/{base.id}"
+    if store.is_local:
+        return store.fetch_dir(where, verify=False)
+    for entry in base.files:
+        if entry.path == "config.json":
+            (folder / entry.path).write_bytes(store.read(f"{where}/{entry.path}"))
+        elif entry.path.endswith(".safetensors"):
+            with store.filesystem.open_input_file(store.path(f"{where}/{entry.path}")) as stream:
+                length = stream.read(8)
+                (folder / entry.path).write_bytes(length + stream.read(int.from_bytes(length, "little")))
+    return folder
+
+
+def refuse_impossible(
+    config: RunConfig, store: Store, precision: str, base: ModelVersion, manifest: DatasetManifest, run: str
+) -> None:
+    """Before anything is taken: `ConfigError` where the run cannot fit, with the nearest settings that do."""
+    scaling = config.train.scaling
+    if not config.train.guards.refuse_impossible or store.list(f"runs/{run}/checkpoints", recursive=True):
+        return  # one that has got as far as a checkpoint fits
+    try:
+        room = room_of_a_worker(scaling)
+        _, problem, remedy = judge(config, store, precision, base, manifest, max(scaling.max_workers, 1), room)
+    except (KeyError, TypeError, ZeroDivisionError) as error:  # an architecture that the plan has no numbers of
+        print(f"  the plan does not know this model ({type(error).__name__}: {error}); not judged", file=sys.stderr)
+        return
+    if problem:
+        raise ConfigError(
+            f"{run} cannot fit: {problem}",
+            hint=f"{remedy}; or go on all the same: --force, or --set train.guards.refuse_impossible=false",
+        )

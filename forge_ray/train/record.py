@@ -1,0 +1,62 @@
+"""The record of a finished run, from what its workers wrote (level 3)."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+from forge_ray.config.base import resolved
+from forge_ray.config.run import RunConfig
+from forge_ray.environment import code_digest, versions
+from forge_ray.records import RunRecord
+from forge_ray.train import incidents, metrics, validation
+from forge_ray.train.job import TrainJob, identity_digest
+
+
+def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
+    """The record of a finished run, from what its workers wrote last."""
+    result = job.store.read_json(f"runs/{job.run}/result.json")
+    found = validation.read(job.store, job.run)
+    best = validation.best(found)
+    scores = {"best_step": best.step, "best_validation_loss": best.loss} if best else {}
+    last = next((item.loss for item in reversed(found) if item.step == result["num_steps"]), None)
+    if last is not None and math.isfinite(last):
+        scores["validation_loss"] = last
+    _redraw(job, found)
+    return RunRecord(
+        id=job.run,
+        name=config.name,
+        method=job.config.method,
+        config=resolved(config),
+        config_digest=identity_digest(job),
+        dataset=job.dataset.id,
+        base_model=job.base.id,
+        base_digest=job.base.files_digest,
+        seed=job.config.seed,
+        num_steps=result["num_steps"],
+        samples_seen=result["samples_seen"],
+        order_digest=result["order_digest"],
+        attempts=tuple(result["attempts"]),
+        incidents=tuple(incidents.read(job.store, job.run)),
+        code_digest=code_digest(),
+        environment=versions(),
+        metrics=result["metrics"] | scores,
+        stopped_early=result["stopped_early"],
+        export_step=result.get("export_step", 0),
+        export=job.store.files(f"runs/{job.run}/export"),
+        export_kind=result["export_kind"],
+    )
+
+
+def _redraw(job: TrainJob, found: list[validation.Result]) -> None:
+    """The loss curve once more, with what tasks beside the workers found."""
+    if not any(result.background for result in found):
+        return
+    losses = {result.step: result.loss for result in found if result.loss is not None}
+    lines = metrics.parse(job.store.read(f"runs/{job.run}/{metrics.METRICS}").decode())
+    with tempfile.TemporaryDirectory(prefix="forge-curve-") as folder:
+        path = Path(folder) / metrics.CURVE
+        told = [line | ({"validation_loss": losses[line["step"]]} if line["step"] in losses else {}) for line in lines]
+        metrics.plot(told, path, f"{job.name} · {job.run}")
+        job.store.write(f"runs/{job.run}/{metrics.CURVE}", path.read_bytes())

@@ -1,0 +1,88 @@
+"""How much of the machine a step uses: model FLOPs against the peak, and memory (level 3).
+
+    FLOPs of a step = tokens (4 N + 2 T + 6 L D d) + trained tokens V H (4, or 6 where the head is trained)
+
+N: weights of the linear layers in the blocks that a token passes (of a mixture: its experts), an adapter's included; T: the
+trained ones among them. Forward takes 2 N, gradients of inputs 2 N, of weights 2 T: 6 N where all are trained. L layers of
+D = heads x head size attend to d / 2 positions on average, d being the mean length of a document. V H: the head, computed
+at trained positions only. What activation checkpointing computes twice does not count (model FLOPs, arXiv:2204.02311).
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from forge_ray.config.train import TrainConfig
+from forge_ray.hardware import gpu_named
+from forge_ray.records import DatasetManifest
+from forge_ray.train.model import DTYPES
+from forge_ray.train.plan import OUTSIDE, Model
+
+EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one token, and more of one that is trained."""
+
+    per_token: float
+    per_trained_token: float
+
+    def of(self, tokens: float, trained_tokens: float) -> float:
+        return tokens * self.per_token + trained_tokens * self.per_trained_token
+
+
+def flops(folder: Path, config: TrainConfig, dataset: DatasetManifest) -> Flops | None:
+    """From the headers of the base model; None for an architecture whose numbers are not where they usually are."""
+    try:
+        model = Model.of(folder)
+        numbers, stats = model.config, dataset.splits["train"]
+        hidden, heads = int(numbers["hidden_size"]), int(numbers["num_attention_heads"])
+        attention = int(numbers["num_hidden_layers"]) * heads * int(numbers.get("head_dim") or hidden // heads)
+        head = int(numbers["vocab_size"]) * hidden
+    except (KeyError, TypeError, ValueError, OSError):
+        return None
+    active = active_weights(model)
+    trained = float(model.num_trained(config)) if config.adapter else active
+    passed = active + (trained if config.adapter else 0.0)
+    document = stats.num_tokens / max(stats.num_records, 1)
+    return Flops(4 * passed + 2 * trained + 6 * attention * document, head * (4 if config.adapter else 6))
+
+
+def active_weights(model: Model) -> float:
+    """Weights of the matrices inside the blocks that one token is multiplied with."""
+    count = next((int(model.config[key]) for key in EXPERTS if model.config.get(key)), 0)
+    share = int(model.config.get("num_experts_per_tok") or count) / count if count else 1.0
+    total = 0.0
+    for name, shape in model.shapes.items():
+        if len(shape) >= 2 and not any(part in name for part in OUTSIDE):
+            total += math.prod(shape) * (share if ".experts." in name else 1.0)
+    return total
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of one worker: of the data sheet for a known card in bf16, else of a large matrix product, measured now."""
+    if device.type == "cuda" and precision == "bf16" and (known := gpu_named(torch.cuda.get_device_name(device))):
+        return known.flops
+    size = 8192 if device.type == "cuda" else 768
+    matrix, best = torch.ones(size, size, dtype=DTYPES[precision], device=device), math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def peak_bytes(device: torch.device) -> float:
+    """The most memory that this process has held: of its GPU, else of the machine."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

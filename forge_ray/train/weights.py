@@ -1,0 +1,66 @@
+"""From a checkpoint to weights, to a model, to a servable export, without the workers that wrote it (level 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forge_ray.errors import NotFound, StoreError, TrainingError
+from forge_ray.train import checkpoint, finish
+from forge_ray.train.checkpoint import Position
+from forge_ray.train.engine import trained
+from forge_ray.train.job import TrainJob
+from forge_ray.train.model import load_for_training
+from forge_ray.train.zero import consolidated
+
+
+def verified(job: TrainJob, step: int) -> tuple[Position, Path]:
+    """The position and the folder of the checkpoint of `step`, every byte checked as a resume does. Raises `NotFound` where
+    there is none, `StoreError` where it is not whole or another run's."""
+    store, known = job.store, checkpoint.steps(job.store, job.run)
+    if step not in known:
+        told = ", ".join(map(str, known)) or "none"
+        raise NotFound(f"{job.run} has no checkpoint of step {step}", hint=f"its checkpoints: {told}")
+    relative = f"{checkpoint.folder_of(job.run)}/step-{step:08d}"
+    found, reason = checkpoint.verify(store, relative, checkpoint.expected(job))
+    if found is None or found.step != step:
+        raise StoreError(f"{relative} is not used: {reason or f'it is of step {found.step}'}", hint="take another step")  # type: ignore[union-attr]
+    return found, store.fetch_dir(relative, verify=not store.is_local)
+
+
+def of_checkpoint(folder: Path, position: Position) -> dict[str, Tensor]:
+    """The trained weights in fp32 by their name in the model, on the CPU. The folder must have been verified: it is
+    unpickled here."""
+    if position.engine == "torch":
+        state: dict[str, Tensor] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["weights"]
+        return state
+    return consolidated(folder)
+
+
+def load(job: TrainJob, step: int, device: torch.device) -> nn.Module:
+    """The base model with the weights of that checkpoint, in the precision of the run and as one process holds it."""
+    position, folder = verified(job, step)
+    found = of_checkpoint(folder, position)
+    base = job.store.fetch_dir(f"models/{job.base.id}", verify=not job.store.is_local)
+    alone = job.config.model_copy(update={"engine": "torch", "zero_stage": 0})
+    model = load_for_training(base, alone, job.precision, device, world_size=1)
+    with torch.no_grad():
+        for name, parameter in trained(model):
+            if name not in found:
+                raise TrainingError(f"the checkpoint of step {step} has no weight {name}", hint="take another step")
+            parameter.copy_(found[name])
+    return model
+
+
+def export_checkpoint(values: dict[str, Any], step: int, relative: str) -> str:
+    """Write what the end of the run would export, of `step`, to `relative` in the store; returns its kind. `values` is
+    `TrainJob.to_json()`, so that it can be a task of its own."""
+    job = TrainJob.from_json(values)
+    model = load(job, step, torch.device("cpu"))
+    chosen = trained(model) if job.config.adapter else list(model.named_parameters())
+    weights = {name: parameter.detach() for name, parameter in chosen}
+    base = job.store.fetch_dir(f"models/{job.base.id}", verify=not job.store.is_local)
+    return finish.export(job, model, weights, base, relative)

@@ -1,0 +1,165 @@
+"""Validation in a task beside Ray Train's workers; what is killed there is an incident and no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge_ray import candidates, pipeline
+from forge_ray.catalog import Catalog, tree
+from forge_ray.config.base import load, parse, resolved
+from forge_ray.config.release import DeployConfig
+from forge_ray.config.run import RunConfig
+from forge_ray.errors import ConfigError, NotFound, PolicyError
+from forge_ray.recipes import sft
+from forge_ray.records import Event, RunRecord, canonical_json
+from forge_ray.store import Store
+from forge_ray.train import incidents, validation
+from forge_ray.train.job import TrainJob
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+RUN = Path(__file__).parents[1] / "e2e" / "run.yaml"
+SETTINGS = (
+    "train.max_steps=4",
+    "train.adapter={r: 4}",
+    "train.checkpoint={every_steps: 2, keep: 2}",
+    "train.validation={every_steps: 2, background: true, keep_best: true}",
+    "train.guards.hang_slack_s=200",  # the loop below waits
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def functions_travel_by_value(ray_cluster: None) -> None:
+    """Workers cannot import a test module."""
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def killed_at_two(values: dict[str, Any], step: int) -> None:
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sft.validate_checkpoint(values, step)
+
+
+def slow_loop(values: dict[str, Any]) -> None:
+    """The real loop; a step takes as long as a validation, so that each checkpoint is asked for."""
+    import time
+
+    from forge_ray.recipes import sft
+    from forge_ray.train import metrics, validation
+
+    job, real = TrainJob.from_json(values), metrics.append
+
+    def append(folder: Path, line: dict[str, Any]) -> None:
+        real(folder, line)
+        until = time.monotonic() + 60
+        while any(found.is_pending for found in validation.read(job.store, job.run)) and time.monotonic() < until:
+            time.sleep(0.1)
+
+    metrics.append = append
+    sft.train_loop(values)
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return load(RunConfig, RUN, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def record(config: RunConfig, store: Store) -> RunRecord:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "train_loop", slow_loop)
+        patch.setattr(sft, "validate_checkpoint", killed_at_two)
+        return pipeline.train(config, store)
+
+
+def test_a_killed_task_is_an_incident_and_harms_nothing(store: Store, record: RunRecord) -> None:
+    assert len(record.attempts) == 1
+    (incident,) = incidents.read(store, record.id)
+    assert (incident["kind"], incident["step"]) == ("validation", 2)
+    found = {result.step: result for result in validation.read(store, record.id)}
+    assert sorted(found) == [2, 4]
+    assert record.incidents == (incident,)
+    assert all(result.background for result in found.values())
+    assert (found[2].loss, "WorkerCrashed" in found[2].problem) == (None, True)
+
+    assert record.metrics["best_step"] == 4
+    assert record.metrics["validation_loss"] == record.metrics["best_validation_loss"] == found[4].loss
+
+
+def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(store: Store, record: RunRecord) -> None:
+    """Of a run that has no record yet; the tuned weights answer, and the way back reaches run and dataset."""
+    from forge_ray.inference.engine import GenerationRequest
+    from forge_ray.inference.transformers_engine import load_engine
+    from forge_ray.serve.deploy import deployment_of
+    from forge_ray.serve.replica import model_dirs
+
+    path = store.local(f"records/runs/{record.id}.json")
+    hidden = path.read_bytes()
+    path.unlink()
+    try:
+        with Catalog(store) as catalog:
+            catalog.rebuild()
+            catalog.append(Event(kind="run", subject=record.id, data={"state": "running"}))
+        version = candidates.export_run(store, record.id, "2")
+        assert (version.status, version.step, version.run, version.weights) == ("candidate", 2, record.id, "adapter")
+        assert candidates.export_run(store, record.id, "2") == version
+        with Catalog(store) as catalog:
+            with pytest.raises(PolicyError, match=f"step 2 of {record.id}, which no gate has judged"):
+                catalog.promote(version.id, "live")
+            origins = {node["id"]: node["label"] for node in tree(catalog, version.id)["origins"]}
+            assert origins[record.id] == "not finished"
+            assert record.dataset in origins
+            wanted = parse(DeployConfig, {"name": "bot", "model": version.id, "engine": {"precision": "fp32"}})
+            deployment = deployment_of(wanted, catalog)
+        assert deployment.model_version == version.id
+    finally:
+        path.write_bytes(hidden)
+    _, base, adapter = model_dirs(store, version.id)
+    engine = load_engine(base, adapter, wanted.engine, use_gpu=False)
+    try:
+        (answer,) = engine.generate([GenerationRequest(prompt_ids=(5, 6, 7), max_new_tokens=4)])
+        assert len(answer.token_ids) > 0
+        names = [name for name, _ in engine._model.named_parameters()]
+        assert any("lora" in name for name in names)
+    finally:
+        engine.close()
+    best = candidates.export_run(store, record.id, "best")
+    assert (best.step, best.files_digest != version.files_digest) == (4, True)
+    assert candidates.export_run(store, record.id, "") == best
+    with pytest.raises(NotFound, match="no checkpoint of step 5"):
+        candidates.export_run(store, record.id, "5")
+
+
+def test_what_cannot_be_exported_says_why(store: Store, record: RunRecord) -> None:
+    with pytest.raises(ConfigError, match="--step 'last' is no step"):
+        candidates.export_run(store, record.id, "last")
+    with pytest.raises(NotFound, match="'run_0' has no checkpoint"):
+        candidates.export_run(store, "run_0", "")
+    better = validation.Result(3, loss=0.0)
+    validation.write(store, record.id, better)
+    with pytest.raises(NotFound, match="was at step 3, whose checkpoint is gone") as caught:
+        candidates.export_run(store, record.id, "best")
+    assert "keep_best" in caught.value.hint
+    store.delete(f"runs/{record.id}/validations/00000003.json")
+
+    (written,) = [path for path in store.list(f"runs/{record.id}") if "config-" in path]
+    settings = store.read_json(written)
+    store.write(written, canonical_json(settings | {"train": settings["train"] | {"seed": 7}}))
+    with pytest.raises(ConfigError, match="was trained with settings that mean something else"):
+        candidates.export_run(store, record.id, "")
+    store.write(written, canonical_json(settings))
+
+
+def test_without_validation_rows_nothing_is_the_best(config: RunConfig, store: Store) -> None:
+    values = resolved(config)
+    values["data"]["splits"]["validation"] = 0.0
+    with pytest.raises(ConfigError, match="has no validation rows") as caught:
+        pipeline.train(parse(RunConfig, values), store)
+    assert "data.splits.validation" in caught.value.hint
