@@ -55,6 +55,14 @@ class Spike(Config):
     patience: int = Field(3, ge=1)
 
 
+class Offload(Config):
+    """Where ZeRO keeps what the GPU has no room for (arXiv:2101.06840, arXiv:2104.07857). The optimizer steps on the CPU."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="AdamW's moments and fp32 weights; zero_stage 1 to 3")
+    parameters: Literal["none", "cpu", "nvme"] = Field("none", description="the weights themselves; zero_stage 3")
+    nvme_path: str = Field("", description="a folder on a fast disk of each node, for `nvme`")
+
+
 class Guards(Config):
     """When a run helps itself, and when it stops. Each act is an incident in the run's record."""
 
@@ -115,6 +123,7 @@ class TrainConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO (arXiv:1910.02054)")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="`auto`: bf16 where the hardware multiplies it")
     activation_checkpointing: bool = False
+    offload: Offload = Offload()
     export: Literal["adapter", "merged"] = Field("adapter", description="what a LoRA run exports; a full run exports all")
     validation: Validation = Validation()
     checkpoint: Checkpointing = Checkpointing()

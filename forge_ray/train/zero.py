@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from forge_ray.config.train import TrainConfig
+from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.train.engine import Write, trained
 
@@ -36,11 +36,25 @@ def zero_config(config: TrainConfig, precision: str, world_size: int) -> dict[st
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "stage3_gather_16bit_weights_on_model_save": False,
+            **_offload(config.offload),
         },
+        "zero_force_ds_cpu_optimizer": False,  # the same AdamW, wherever it steps
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
+
+
+def _offload(offload: Offload) -> dict[str, Any]:
+    """Pinned memory only where there is a GPU to copy to."""
+    pinned = torch.cuda.is_available()
+    found: dict[str, Any] = {}
+    for key, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+        if device != "none":
+            found[key] = {"device": device, "pin_memory": pinned}
+            if device == "nvme":
+                found[key]["nvme_path"] = offload.nvme_path
+    return found
 
 
 def prepare_environment() -> None:
