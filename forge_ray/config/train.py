@@ -124,6 +124,7 @@ class TrainConfig(Config):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="`auto`: bf16 where the hardware multiplies it")
     activation_checkpointing: bool = False
     offload: Offload = Offload()
+    sequence_parallel: int = Field(1, ge=1, description="workers that share each row, a slice of it each (arXiv:2309.14509)")
     export: Literal["adapter", "merged"] = Field("adapter", description="what a LoRA run exports; a full run exports all")
     validation: Validation = Validation()
     checkpoint: Checkpointing = Checkpointing()
@@ -133,11 +134,49 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _batch_reaches_all(self) -> Self:
         workers = self.scaling.max_workers
-        if self.global_batch < workers:
+        groups = -(-workers // self.sequence_parallel)
+        if self.global_batch < groups:
             raise ValueError(
                 f"global_batch={self.global_batch} leaves some of {workers} workers without a row"
-                f" hint: use train.global_batch={workers} or more, or fewer workers"
+                f" hint: use train.global_batch={groups} or more, or fewer workers"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_make_groups(self) -> Self:
+        """An elastic run may come to any number between; one that is no multiple is refused when it starts."""
+        number, size = self.scaling.num_workers, self.sequence_parallel
+        counts = (number.min, number.max) if isinstance(number, Workers) else (max(number, 1),)
+        if wrong := [count for count in counts if count % size]:
+            raise ValueError(
+                f"sequence_parallel={size}: {wrong[0]} workers do not make groups of {size}"
+                f" hint: use train.scaling.num_workers={-(-wrong[0] // size) * size}, or train.sequence_parallel=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_is_possible(self) -> Self:
+        offload = self.offload
+        chosen = [name for name in ("optimizer", "parameters") if getattr(offload, name) != "none"]
+        if not chosen:
+            return self
+        what = f"offload.{chosen[0]}={getattr(offload, chosen[0])}"
+        if self.engine != "deepspeed":
+            raise ValueError(f"{what} with engine={self.engine} hint: set train.engine=deepspeed and train.zero_stage=2")
+        if not self.zero_stage:
+            raise ValueError(f"{what} with zero_stage=0, which divides nothing hint: set train.zero_stage=1 or more")
+        if offload.parameters != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload.parameters={offload.parameters} with zero_stage={self.zero_stage}, which keeps whole weights"
+                " hint: set train.zero_stage=3, or train.offload.parameters=none"
+            )
+        if "nvme" in (offload.optimizer, offload.parameters):
+            if self.zero_stage != 3:
+                raise ValueError(
+                    f"{what} with zero_stage={self.zero_stage} hint: set train.zero_stage=3, or train.offload.optimizer=cpu"
+                )
+            if not offload.nvme_path:
+                raise ValueError(f"{what} without a disk hint: set train.offload.nvme_path to a folder on an NVMe disk")
         return self
 
     @model_validator(mode="after")
@@ -158,6 +197,7 @@ class TrainConfig(Config):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights: all but how often we look, on how many workers it runs, and what is done in trouble
-        (which the incidents of its record say)."""
-        return self.model_dump(mode="json", exclude={"validation", "checkpoint", "scaling", "guards"})
+        """What decides the weights: all but how often we look, on how many workers it runs and how they share rows, where
+        the weights lie, and what is done in trouble (which the incidents of its record say)."""
+        around = {"validation": True, "checkpoint": True, "scaling": True, "guards": True, "sequence_parallel": True}
+        return self.model_dump(mode="json", exclude=around | {"offload": {"parameters", "nvme_path"}})

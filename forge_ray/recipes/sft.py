@@ -29,6 +29,7 @@ from forge_ray.train.loss import kept_positions, token_cross_entropy
 from forge_ray.train.model import load_for_training
 from forge_ray.train.saving import Saved, Saver
 from forge_ray.train.schedule import learning_rate, num_steps
+from forge_ray.train.sequence_parallel import Slices
 from forge_ray.train.zero import ZeroEngine
 
 PREEMPTION_EVERY_S = 5.0  # how often Ray is asked whether a node is to be taken away; it looks as often itself
@@ -39,7 +40,7 @@ def train_loop(values: dict[str, Any]) -> None:
     """One worker's whole life. `values` is `TrainJob.to_json()`."""
     job = TrainJob.from_json(values)
     scaling = job.config.scaling
-    context = join(bool(scaling.gpus_per_worker), int(scaling.cpus_per_worker), job.under_ray)
+    context = join(bool(scaling.gpus_per_worker), int(scaling.cpus_per_worker), job.under_ray, job.config.sequence_parallel)
     dog = watchdog.Watchdog(job.config.guards, job.store.uri, job.run, context.rank) if job.under_ray else None
     try:
         while True:
@@ -63,13 +64,14 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
     # 2. the order of samples
     rows = Rows.of(store, job.dataset, "train")
     order = Order(job.dataset.id, config.seed, rows.num_rows, rows.block_rows, config.global_batch)
-    lanes = order.lanes(context.rank, context.world_size)
+    lanes = order.lanes(context.data_rank, context.data_size)
     total_steps = num_steps(config, rows.num_rows)
     guards = Guards(job, rows, order, total_steps, context)
 
     # 3. model
     base = store.fetch_dir(f"models/{job.base.id}", verify=not store.is_local)
     model = load_for_training(base, config, job.precision, context.device, context.world_size)
+    slices = Slices(model, rows.sequence_length, context)
 
     # 4. engine
     zero = config.engine == "deepspeed"
@@ -111,12 +113,14 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
             _blank(batch, [lane for lane, row in enumerate(numbers) if guards.left_out.rows.get(row, done + 1) <= done])
             trained, used = int(batch["loss_mask"].sum()), int((batch["segment_ids"] > 0).sum())
             num_trained, num_tokens, rows_sum, look, *flags = sum_over_ranks([trained, used, *counts, *saver.flags], context)
+            num_trained, num_tokens, rows_sum = (total / context.share for total in (num_trained, num_tokens, rows_sum))
             lr = learning_rate(step, total_steps, config.optimizer.lr, config.schedule)
             line: dict[str, Any] = {"step": done, "of": total_steps, "lr": lr}
             if done in guards.left_out.steps:
                 line["left_out"] = "spike"
             else:
-                passes = Passes(engine, batch, numbers, done, max(num_trained, 1.0), guards, config.micro_batch_size)
+                scale = max(num_trained, 1.0)
+                passes = Passes(engine, batch, numbers, done, scale, guards, config.micro_batch_size, slices)
                 line |= _update(passes, lr, guards, context)
         if "loss" in line:
             guards.watch(done, line["loss"])
@@ -125,7 +129,7 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
         if _due(done, config.validation.every_steps, total_steps) and config.validation.max_rows:
             expect("validate", done)
             with clock.measure("validate"):
-                line |= _validate(job, engine, context)
+                line |= _validate(job, engine, context, slices)
         line |= {"tokens": int(num_tokens), "trained_tokens": int(num_trained), "rows_sum": int(rows_sum)}
         line |= _timing(line, clock, step_began)
         line["eta_s"] = (time.perf_counter() - began) / (done - first_step) * (total_steps - done)
@@ -166,11 +170,12 @@ class Passes:
     num_trained: float
     guards: Guards
     micro_batch_size: int
+    slices: Slices
 
     def run(self) -> float:
         """Adds to the gradients; returns this rank's sum of losses."""
         size = 1 if self.step in self.guards.left_out.careful else self.micro_batch_size
-        most = -(-self.guards.order.global_batch // self.guards.context.world_size)
+        most = -(-self.guards.order.global_batch // self.guards.context.data_size)
         num_micro = -(-most // size)
         loss_sum = 0.0
         for micro in range(num_micro):
@@ -180,7 +185,7 @@ class Passes:
                 if not len(part["input_ids"]):  # the lanes did not divide evenly: a pass that adds nothing
                     part = {name: value[:1].clone() for name, value in self.batch.items()}
                     _blank(part, [0])
-                loss = _loss(part, self.engine)[0]
+                loss = _loss(self.slices.cut(part), self.engine)[0]
                 self.engine.backward(loss / self.num_trained, is_last=micro == num_micro - 1)
                 loss_sum += float(loss.detach())
         return loss_sum
@@ -236,8 +241,9 @@ def _position(job: TrainJob, context: Context, step: int, chain: str, attempt: i
 def _loss(batch: dict[str, torch.Tensor], engine: TrainEngine) -> tuple[torch.Tensor, torch.Tensor]:
     """Position ids without an attention mask: that, and no cache, is what isolates the packed documents."""
     kept = kept_positions(batch["loss_mask"])
+    width = batch["position_ids"].shape[1]  # of a slice, whose last position predicts the first token of the next
     output = engine.forward(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], logits_to_keep=kept, use_cache=False
+        input_ids=batch["input_ids"][:, :width], position_ids=batch["position_ids"], logits_to_keep=kept, use_cache=False
     )
     return token_cross_entropy(output.logits, batch["input_ids"], batch["loss_mask"], kept)
 
@@ -253,7 +259,7 @@ def _due(done: int, every: int, total: int) -> bool:
 
 
 @torch.no_grad()
-def _validate(job: TrainJob, engine: TrainEngine, context: Context) -> dict[str, float]:
+def _validate(job: TrainJob, engine: TrainEngine, context: Context, slices: Slices) -> dict[str, float]:
     """Loss per trained token on the same validation rows each time; every rank does the same number of passes.
 
     A shuffled sample, not the first rows: packing puts the longest documents first, and they are not like the others.
@@ -267,9 +273,9 @@ def _validate(job: TrainJob, engine: TrainEngine, context: Context) -> dict[str,
     engine.model.eval()
     total, tokens = 0.0, 0.0
     size = job.config.micro_batch_size
-    for start in range(0, count, size * context.world_size):
-        mine = sample[start + context.rank * size : start + (context.rank + 1) * size]
-        loss, number = _loss(_tensors(rows.batch(mine or sample[:1]), context), engine)
+    for start in range(0, count, size * context.data_size):
+        mine = sample[start + context.data_rank * size : start + (context.data_rank + 1) * size]
+        loss, number = _loss(slices.cut(_tensors(rows.batch(mine or sample[:1]), context)), engine)
         if mine:
             total, tokens = total + float(loss), tokens + float(number)
     engine.model.train()
