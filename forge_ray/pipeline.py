@@ -189,6 +189,8 @@ def plan(
         changes = [
             f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
         ]
+        if near:
+            changes += [f"train.offload.{n}={v}" for n, v in near.offload if v != getattr(train.offload, n)]
         remedy = f"this fits: {' '.join(changes)}" if changes else "take more workers, an adapter, or a smaller model"
     elif free is not None and found.disk_bytes > free:
         problem = f"the checkpoints and the export need {found.disk_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"

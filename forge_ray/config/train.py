@@ -56,11 +56,10 @@ class Spike(Config):
 
 
 class Offload(Config):
-    """Where ZeRO keeps what the GPU has no room for (arXiv:2101.06840, arXiv:2104.07857). The optimizer steps on the CPU."""
+    """What ZeRO keeps in main memory when the GPU has no room for it (arXiv:2101.06840); the optimizer then steps there."""
 
-    optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="AdamW's moments and fp32 weights; zero_stage 1 to 3")
-    parameters: Literal["none", "cpu", "nvme"] = Field("none", description="the weights themselves; zero_stage 3")
-    nvme_path: str = Field("", description="a folder on a fast disk of each node, for `nvme`")
+    optimizer: Literal["none", "cpu"] = Field("none", description="AdamW's moments and fp32 weights; zero_stage 1 to 3")
+    parameters: Literal["none", "cpu"] = Field("none", description="the weights themselves; zero_stage 3")
 
 
 class Guards(Config):
@@ -146,37 +145,31 @@ class TrainConfig(Config):
     def _workers_make_groups(self) -> Self:
         """An elastic run may come to any number between; one that is no multiple is refused when it starts."""
         number, size = self.scaling.num_workers, self.sequence_parallel
-        counts = (number.min, number.max) if isinstance(number, Workers) else (max(number, 1),)
-        if wrong := [count for count in counts if count % size]:
-            raise ValueError(
-                f"sequence_parallel={size}: {wrong[0]} workers do not make groups of {size}"
-                f" hint: use train.scaling.num_workers={-(-wrong[0] // size) * size}, or train.sequence_parallel=1"
-            )
+        is_elastic = isinstance(number, Workers)
+        counts = {"min": number.min, "max": number.max} if isinstance(number, Workers) else {"num_workers": number or 1}
+        for name, count in counts.items():
+            if count % size:
+                where = f"train.scaling.num_workers.{name}" if is_elastic else "train.scaling.num_workers"
+                raise ValueError(
+                    f"sequence_parallel={size}: {name}={count} workers do not make groups of {size}"
+                    f" hint: use {where}={-(-count // size) * size}, or train.sequence_parallel=1"
+                )
         return self
 
     @model_validator(mode="after")
     def _offload_is_possible(self) -> Self:
         offload = self.offload
-        chosen = [name for name in ("optimizer", "parameters") if getattr(offload, name) != "none"]
-        if not chosen:
-            return self
-        what = f"offload.{chosen[0]}={getattr(offload, chosen[0])}"
-        if self.engine != "deepspeed":
-            raise ValueError(f"{what} with engine={self.engine} hint: set train.engine=deepspeed and train.zero_stage=2")
-        if not self.zero_stage:
-            raise ValueError(f"{what} with zero_stage=0, which divides nothing hint: set train.zero_stage=1 or more")
-        if offload.parameters != "none" and self.zero_stage != 3:
+        chosen = next((name for name in ("parameters", "optimizer") if getattr(offload, name) != "none"), "")
+        what = f"offload.{chosen}=cpu"
+        if chosen and self.engine != "deepspeed":
+            raise ValueError(f"{what} with engine={self.engine} hint: set train.engine=deepspeed and train.zero_stage=3")
+        if chosen and not self.zero_stage:
+            raise ValueError(f"{what} with zero_stage=0 hint: set train.zero_stage=2, or 3 for offload.parameters")
+        if chosen == "parameters" and self.zero_stage != 3:
             raise ValueError(
-                f"offload.parameters={offload.parameters} with zero_stage={self.zero_stage}, which keeps whole weights"
+                f"{what} with zero_stage={self.zero_stage}, which keeps whole weights on every GPU"
                 " hint: set train.zero_stage=3, or train.offload.parameters=none"
             )
-        if "nvme" in (offload.optimizer, offload.parameters):
-            if self.zero_stage != 3:
-                raise ValueError(
-                    f"{what} with zero_stage={self.zero_stage} hint: set train.zero_stage=3, or train.offload.optimizer=cpu"
-                )
-            if not offload.nvme_path:
-                raise ValueError(f"{what} without a disk hint: set train.offload.nvme_path to a folder on an NVMe disk")
         return self
 
     @model_validator(mode="after")
@@ -200,4 +193,4 @@ class TrainConfig(Config):
         """What decides the weights: all but how often we look, on how many workers it runs and how they share rows, where
         the weights lie, and what is done in trouble (which the incidents of its record say)."""
         around = {"validation": True, "checkpoint": True, "scaling": True, "guards": True, "sequence_parallel": True}
-        return self.model_dump(mode="json", exclude=around | {"offload": {"parameters", "nvme_path"}})
+        return self.model_dump(mode="json", exclude=around | {"offload": {"parameters"}})

@@ -25,7 +25,10 @@ from forge_ray.train.context import Context
 
 NAME = "forge_sequence_parallel"
 ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers through which positions meet only in `attend`
-SCALED_BY_LENGTH = {"dynamic", "longrope"}  # rotary embeddings that look at the longest position of a pass: a slice has another
+SCALED_BY_LENGTH = {
+    "dynamic",
+    "longrope",
+}  # rotary embeddings that look at the longest position of a pass: a slice has another
 
 
 class Slices:

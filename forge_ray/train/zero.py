@@ -38,7 +38,7 @@ def zero_config(config: TrainConfig, precision: str, world_size: int) -> dict[st
             "stage3_gather_16bit_weights_on_model_save": False,
             **_offload(config.offload),
         },
-        "zero_force_ds_cpu_optimizer": False,  # the same AdamW, wherever it steps
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps there too; theirs wants a compiler
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
@@ -47,14 +47,9 @@ def zero_config(config: TrainConfig, precision: str, world_size: int) -> dict[st
 
 def _offload(offload: Offload) -> dict[str, Any]:
     """Pinned memory only where there is a GPU to copy to."""
+    places = {"offload_optimizer": offload.optimizer, "offload_param": offload.parameters}
     pinned = torch.cuda.is_available()
-    found: dict[str, Any] = {}
-    for key, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
-        if device != "none":
-            found[key] = {"device": device, "pin_memory": pinned}
-            if device == "nvme":
-                found[key]["nvme_path"] = offload.nvme_path
-    return found
+    return {name: {"device": device, "pin_memory": pinned} for name, device in places.items() if device != "none"}
 
 
 def prepare_environment() -> None:

@@ -62,9 +62,7 @@ def test_two_workers_that_share_their_rows_are_as_one(adapter: dict[str, Any] | 
     settings: dict[str, Any] = {"adapter": adapter, "validation": {"every_steps": 2, "max_rows": 3}}
     alone = jobs(f"alone-{bool(adapter)}", optimizer=ADAM, **ENGINES["torch"], **settings)
     made = [shared(jobs, f"shared-{name}-{bool(adapter)}", **options, **settings) for name, options in ENGINES.items()]
-    made.append(
-        shared(jobs, f"shared-recomputed-{bool(adapter)}", zero_stage=3, activation_checkpointing=True, **settings)
-    )
+    made.append(shared(jobs, f"shared-recomputed-{bool(adapter)}", zero_stage=3, activation_checkpointing=True, **settings))
     run(alone)
     run(*made, ranks=2)
     for job in made:
@@ -155,7 +153,14 @@ def test_each_document_is_alone_in_attention() -> None:
 
 
 def test_heads_of_keys_are_repeated_as_little_as_is_needed() -> None:
-    for heads, kv_heads, size, repeats in ((8, 8, 4, 1), (8, 2, 2, 1), (8, 2, 4, 2), (8, 1, 8, 8), (12, 4, 6, 3), (12, 3, 2, 2)):
+    for heads, kv_heads, size, repeats in (
+        (8, 8, 4, 1),
+        (8, 2, 2, 1),
+        (8, 2, 4, 2),
+        (8, 1, 8, 8),
+        (12, 4, 6, 3),
+        (12, 3, 2, 2),
+    ):
         assert _repeats(heads, kv_heads, size) == repeats
         assert kv_heads * repeats % size == 0 == heads % (kv_heads * repeats)
 

@@ -50,6 +50,19 @@ def test_states_are_divided_as_the_stage_says(model: Model) -> None:
     assert third.weights == math.ceil(2 * model.num_parameters / 8)
 
 
+def test_what_is_offloaded_is_counted_in_main_memory_and_a_slice_as_a_slice(model: Model) -> None:
+    inside = of(model, 4, zero_stage=3)
+    outside = of(model, 4, zero_stage=3, offload={"optimizer": "cpu"})
+    assert (outside.gradients, outside.optimizer, outside.weights) == (0, 0, inside.weights)
+    assert outside.host >= inside.gradients + inside.optimizer
+    assert outside.total < inside.total
+    all_of_it = of(model, 4, zero_stage=3, offload={"optimizer": "cpu", "parameters": "cpu"})
+    assert all_of_it.weights + all_of_it.host == outside.weights + outside.host
+    assert inside.host == 0
+    shared = of(model, 4, sequence_parallel=2, scaling={"num_workers": 4})
+    assert (shared.activations, shared.logits) == (of(model, 4).activations // 2, of(model, 4).logits // 2)
+
+
 def test_activations_grow_with_a_pass_and_shrink_when_recomputed(model: Model) -> None:
     small, large = (of(model, micro_batch_size=size) for size in (1, 4))
     assert large.activations == 4 * small.activations
@@ -75,5 +88,9 @@ def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
     smaller = needs(micro_batch_size=1)
     assert fits(smaller - 1) == {"micro_batch_size": 1, "activation_checkpointing": True}
     assert fits(1) is None
+    inside = needs(micro_batch_size=1, activation_checkpointing=True, zero_stage=3)
+    moved = nearest(model, config, "bf16", dataset, 4, inside - 1)
+    assert moved is not None
+    assert (moved.zero_stage, moved.offload.optimizer) == (3, "cpu")
     whole = plan(model, config, "bf16", dataset, 4)
     assert (whole.steps, whole.num_tokens, whole.num_trained_tokens) == (13, 12_480, 6_240)
