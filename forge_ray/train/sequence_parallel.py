@@ -46,7 +46,7 @@ class Slices:
 
     def cut(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's positions [B, S] of rows [B, T]. `input_ids` and `loss_mask` have one more, the first of the next
-        slice: the token that the slice's last position predicts. The documents stay those of the whole rows, for `attend`."""
+        slice: the token that the slice's last position predicts. `attend` is told the documents of the whole rows."""
         if self.size == 1:
             return batch
         self.documents = [_lengths(row) for row in batch["segment_ids"]]
