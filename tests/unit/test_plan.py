@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import parse
-from forge_ray.config.train import TrainConfig
+from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.train.plan import Model, memory, nearest, plan
 
 pytestmark = pytest.mark.unit
@@ -88,9 +89,16 @@ def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
     smaller = needs(micro_batch_size=1)
     assert fits(smaller - 1) == {"micro_batch_size": 1, "activation_checkpointing": True}
     assert fits(1) is None
-    inside = needs(micro_batch_size=1, activation_checkpointing=True, zero_stage=3)
-    moved = nearest(model, config, "bf16", dataset, 4, inside - 1)
-    assert moved is not None
-    assert (moved.zero_stage, moved.offload.optimizer) == (3, "cpu")
+    large = {"engine": "deepspeed", "zero_stage": 3, "global_batch": 8}
+    config = parse(TrainConfig, large)
+    model = replace(model, shapes={f"model.layers.{n}.weight": (4096, 4096) for n in range(32)})  # more than a bucket
+    for wanted in ({"optimizer": "cpu"}, {"optimizer": "cpu", "parameters": "cpu"}):
+        room = plan(
+            model, parse(TrainConfig, large | {"activation_checkpointing": True, "offload": wanted}), "bf16", dataset, 4
+        )
+        moved = nearest(model, config, "bf16", dataset, 4, room.memory.total)
+        assert moved is not None
+        assert moved.offload == Offload.model_validate(wanted)
+    config = parse(TrainConfig, {"micro_batch_size": 4, "zero_stage": 1, "global_batch": 8})
     whole = plan(model, config, "bf16", dataset, 4)
     assert (whole.steps, whole.num_tokens, whole.num_trained_tokens) == (13, 12_480, 6_240)
