@@ -37,6 +37,8 @@ def judge(
         changes = [
             f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
         ]
+        if near:
+            changes += [f"train.offload.{n}={v}" for n, v in near.offload if v != getattr(train.offload, n)]
         return (
             found,
             f"a worker needs {_size(found.memory.total)}, there are {_size(room)}",

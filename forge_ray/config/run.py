@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from forge_ray.config.base import Config
 from forge_ray.config.data import DataConfig
@@ -19,3 +21,13 @@ class RunConfig(Config):
     eval: EvalConfig = EvalConfig()
     release: ReleaseConfig
     deploy: DeployConfig | None = None
+
+    @model_validator(mode="after")
+    def _rows_can_be_shared(self) -> Self:
+        length, size = self.data.sequence_length, self.train.sequence_parallel
+        if length % size:
+            raise ValueError(
+                f"train.sequence_parallel={size} does not divide data.sequence_length={length}"
+                f" hint: use data.sequence_length={-(-length // size) * size}, or another number of workers to a row"
+            )
+        return self

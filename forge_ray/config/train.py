@@ -68,6 +68,13 @@ class Spike(Config):
     patience: int = Field(3, ge=1)
 
 
+class Offload(Config):
+    """What ZeRO keeps in main memory when the GPU has no room for it (arXiv:2101.06840); the optimizer then steps there."""
+
+    optimizer: Literal["none", "cpu"] = Field("none", description="AdamW's moments and fp32 weights; zero_stage 1 to 3")
+    parameters: Literal["none", "cpu"] = Field("none", description="the weights themselves; zero_stage 3")
+
+
 class Guards(Config):
     """When a run helps itself, and when it stops. Each act is an incident in the run's record."""
 
@@ -129,6 +136,8 @@ class TrainConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO (arXiv:1910.02054)")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="`auto`: bf16 where the hardware multiplies it")
     activation_checkpointing: bool = False
+    offload: Offload = Offload()
+    sequence_parallel: int = Field(1, ge=1, description="workers that share each row, a slice of it each (arXiv:2309.14509)")
     export: Literal["adapter", "merged"] = Field("adapter", description="what a LoRA run exports; a full run exports all")
     export_step: Literal["last", "best"] = Field(
         "last", description="`best`: the checkpoint with the lowest validation loss"
@@ -142,10 +151,42 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _batch_reaches_all(self) -> Self:
         workers = self.scaling.max_workers
-        if self.global_batch < workers:
+        groups = -(-workers // self.sequence_parallel)
+        if self.global_batch < groups:
             raise ValueError(
                 f"global_batch={self.global_batch} leaves some of {workers} workers without a row"
-                f" hint: use train.global_batch={workers} or more, or fewer workers"
+                f" hint: use train.global_batch={groups} or more, or fewer workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_make_groups(self) -> Self:
+        """An elastic run may come to any number between; one that is no multiple is refused when it starts."""
+        number, size = self.scaling.num_workers, self.sequence_parallel
+        is_elastic = isinstance(number, Workers)
+        counts = {"min": number.min, "max": number.max} if isinstance(number, Workers) else {"num_workers": number or 1}
+        for name, count in counts.items():
+            if count % size:
+                where = f"train.scaling.num_workers.{name}" if is_elastic else "train.scaling.num_workers"
+                raise ValueError(
+                    f"sequence_parallel={size}: {name}={count} workers do not make groups of {size}"
+                    f" hint: use {where}={-(-count // size) * size}, or train.sequence_parallel=1"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_is_possible(self) -> Self:
+        offload = self.offload
+        chosen = next((name for name in ("parameters", "optimizer") if getattr(offload, name) != "none"), "")
+        what = f"offload.{chosen}=cpu"
+        if chosen and self.engine != "deepspeed":
+            raise ValueError(f"{what} with engine={self.engine} hint: set train.engine=deepspeed and train.zero_stage=3")
+        if chosen and not self.zero_stage:
+            raise ValueError(f"{what} with zero_stage=0 hint: set train.zero_stage=2, or 3 for offload.parameters")
+        if chosen == "parameters" and self.zero_stage != 3:
+            raise ValueError(
+                f"{what} with zero_stage={self.zero_stage}, which keeps whole weights on every GPU"
+                " hint: set train.zero_stage=3, or train.offload.parameters=none"
             )
         return self
 
@@ -199,9 +240,11 @@ class TrainConfig(Config):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights: all but how often we look, on how many workers it runs, and what is done in trouble
-        (which the incidents of its record say). Validation is part of it where it decides when to stop or what to export."""
-        value = self.model_dump(mode="json", exclude={"validation", "checkpoint", "scaling", "guards", "sinks"})
+        """What decides the weights: all but how often we look, on how many workers it runs and how they share rows, where
+        the weights lie, and what is done in trouble (which the incidents of its record say). Validation is part of it where
+        it decides when to stop or what to export."""
+        around = {"validation", "checkpoint", "scaling", "guards", "sinks", "sequence_parallel"}
+        value = self.model_dump(mode="json", exclude=dict.fromkeys(around, True) | {"offload": {"parameters"}})
         if self.validation.early_stopping or self.export_step == "best":
             decides = {"every_steps", "max_rows", "background", "early_stopping"}
             value["validation"] = self.validation.model_dump(mode="json", include=decides)

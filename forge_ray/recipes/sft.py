@@ -29,6 +29,7 @@ from forge_ray.train.loss import packed_loss
 from forge_ray.train.model import load_for_training
 from forge_ray.train.saving import Saved, Saver
 from forge_ray.train.schedule import learning_rate, num_steps
+from forge_ray.train.sequence_parallel import Slices
 from forge_ray.train.validation import Result, Validations
 from forge_ray.train.validation import write as write_validation
 from forge_ray.train.weights import load, verified
@@ -42,7 +43,7 @@ def train_loop(values: dict[str, Any]) -> None:
     """One worker's whole life. `values` is `TrainJob.to_json()`."""
     job = TrainJob.from_json(values)
     scaling = job.config.scaling
-    context = join(bool(scaling.gpus_per_worker), int(scaling.cpus_per_worker), job.under_ray)
+    context = join(bool(scaling.gpus_per_worker), int(scaling.cpus_per_worker), job.under_ray, job.config.sequence_parallel)
     dog = watchdog.Watchdog(job.config.guards, job.store.uri, job.run, context.rank) if job.under_ray else None
     try:
         while True:
@@ -66,13 +67,14 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
     # 2. the order of samples
     rows = Rows.of(store, job.dataset, "train")
     order = Order(job.dataset.id, config.seed, rows.num_rows, rows.block_rows, config.global_batch)
-    lanes = order.lanes(context.rank, context.world_size)
+    lanes = order.lanes(context.data_rank, context.data_size)
     total_steps = num_steps(config, rows.num_rows)
     guards = Guards(job, rows, order, total_steps, context)
 
     # 3. model
     base = store.fetch_dir(f"models/{job.base.id}", verify=not store.is_local)
     model = load_for_training(base, config, job.precision, context.device, context.world_size)
+    slices = Slices(model, rows.sequence_length, context)
 
     # 4. engine
     zero = config.engine == "deepspeed"
@@ -125,13 +127,15 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
             num_trained, num_tokens, rows_sum, look, stop, *more = sum_over_ranks(
                 [trained, used, *counts, *memory, *saver.flags], context
             )
+            num_trained, num_tokens, rows_sum = (total / context.share for total in (num_trained, num_tokens, rows_sum))
             memory, flags = more[: context.world_size], more[context.world_size :]
             lr = learning_rate(step, planned_steps, config.optimizer.lr, config.schedule)
             line: dict[str, Any] = {"step": done, "of": total_steps, "lr": lr, "peak_bytes": [int(size) for size in memory]}
             if done in guards.left_out.steps:
                 line["left_out"] = "spike"
             else:
-                passes = Passes(engine, batch, numbers, done, max(num_trained, 1.0), guards, config.micro_batch_size)
+                scale = max(num_trained, 1.0)
+                passes = Passes(engine, batch, numbers, done, scale, guards, config.micro_batch_size, slices)
                 line |= _update(passes, lr, guards, context)
         if "loss" in line:
             guards.watch(done, line["loss"])
@@ -142,7 +146,7 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
         if validations.due(done) and not validations.in_background:
             expect("validate", done)
             with clock.measure("validate"):
-                line |= _validate(job, engine, context)
+                line |= _validate(job, engine, context, slices)
             if "validation_loss" in line:
                 validations.add(done, line["validation_loss"])
         if validations.why and done < total_steps:
@@ -197,11 +201,12 @@ class Passes:
     num_trained: float
     guards: Guards
     micro_batch_size: int
+    slices: Slices
 
     def run(self) -> float:
         """Adds to the gradients; returns this rank's sum of losses."""
         size = 1 if self.step in self.guards.left_out.careful else self.micro_batch_size
-        most = -(-self.guards.order.global_batch // self.guards.context.world_size)
+        most = -(-self.guards.order.global_batch // self.guards.context.data_size)
         num_micro = -(-most // size)
         loss_sum = 0.0
         for micro in range(num_micro):
@@ -211,7 +216,7 @@ class Passes:
                 if not len(part["input_ids"]):  # the lanes did not divide evenly: a pass that adds nothing
                     part = {name: value[:1].clone() for name, value in self.batch.items()}
                     _blank(part, [0])
-                loss = _loss(part, self.engine)[0]
+                loss = _loss(self.slices.cut(part), self.engine)[0]
                 self.engine.backward(loss / self.num_trained, is_last=micro == num_micro - 1)
                 loss_sum += float(loss.detach())
         return loss_sum
@@ -274,7 +279,9 @@ def _due(done: int, every: int, total: int) -> bool:
 
 
 @torch.no_grad()
-def _validate(job: TrainJob, engine: TrainEngine | Forward, context: Context) -> dict[str, float]:
+def _validate(
+    job: TrainJob, engine: TrainEngine | Forward, context: Context, slices: Slices | None = None
+) -> dict[str, float]:
     """Loss per trained token on the same validation rows each time; every rank does the same number of passes.
 
     A shuffled sample, not the first rows: packing puts the longest documents first, and they are not like the others.
@@ -288,9 +295,10 @@ def _validate(job: TrainJob, engine: TrainEngine | Forward, context: Context) ->
     engine.model.eval()
     total, tokens = 0.0, 0.0
     size = job.config.micro_batch_size
-    for start in range(0, count, size * context.world_size):
-        mine = sample[start + context.rank * size : start + (context.rank + 1) * size]
-        loss, number = _loss(_tensors(rows.batch(mine or sample[:1]), context), engine)
+    for start in range(0, count, size * context.data_size):
+        mine = sample[start + context.data_rank * size : start + (context.data_rank + 1) * size]
+        given = _tensors(rows.batch(mine or sample[:1]), context)
+        loss, number = _loss(slices.cut(given) if slices else given, engine)
         if mine:
             total, tokens = total + float(loss), tokens + float(number)
     engine.model.train()

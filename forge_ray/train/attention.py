@@ -42,19 +42,16 @@ def refuse_unknown(model: Any) -> None:
         )
 
 
-def bounds(position_ids_N: Tensor) -> dict[str, Any]:
-    """Where documents begin: a position of 0. What flash attention calls `cu_seq_lens`, int32 [documents + 1]."""
+def edges(position_ids_N: Tensor) -> Tensor:
+    """Where documents begin (a position of 0) and the last one ends: int32 [documents + 1]."""
     starts = torch.nonzero(position_ids_N == 0).flatten()
-    ends = torch.full((1,), len(position_ids_N), dtype=starts.dtype, device=starts.device)
-    edges = torch.cat([starts, ends])
-    longest = int((edges[1:] - edges[:-1]).max())
-    cu_seq_lens = edges.to(torch.int32)
-    return {
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    return torch.cat([starts, starts.new_full((1,), len(position_ids_N))]).to(torch.int32)
+
+
+def bounds(edges: Tensor) -> dict[str, Any]:
+    """`edges` by the names that flash attention has for them; the model hands them through to its attention."""
+    longest = int(edges.diff().max())
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
 
 
 def document_attention(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from forge_ray.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Context:
@@ -17,13 +19,29 @@ class Context:
     local_rank: int
     device: torch.device
     under_ray: bool
+    share: int = 1  # neighbouring ranks that are given the same rows
+    group: dist.ProcessGroup | None = None  # they, where there is more than one of them
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Whose rows this rank is given, of `data_size`."""
+        return self.rank // self.share
 
-def join(use_gpu: bool, num_threads: int, under_ray: bool) -> Context:
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.share
+
+    @property
+    def place(self) -> int:
+        """Of this rank among those with the same rows."""
+        return self.rank % self.share
+
+
+def join(use_gpu: bool, num_threads: int, under_ray: bool, share: int = 1) -> Context:
     """Join the process group: the one that Ray Train or torchrun prepared, else a group of one."""
     rank, world_size, local_rank = 0, 1, 0
     if under_ray:
@@ -45,7 +63,20 @@ def join(use_gpu: bool, num_threads: int, under_ray: bool) -> Context:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Context(rank, world_size, local_rank, device, under_ray)
+    return Context(rank, world_size, local_rank, device, under_ray, share, _group(rank, world_size, share))
+
+
+def _group(rank: int, world_size: int, share: int) -> dist.ProcessGroup | None:
+    """This rank's group; every rank takes part in making each of them."""
+    if world_size % share:
+        raise ConfigError(
+            f"{world_size} workers do not make groups of train.sequence_parallel={share}",
+            hint=f"use a multiple of {share} workers; an elastic run needs nodes with room for such a multiple each",
+        )
+    if share == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + share))) for first in range(0, world_size, share)]
+    return groups[rank // share]
 
 
 def sum_over_ranks(values: list[float], context: Context) -> list[float]:

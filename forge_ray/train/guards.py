@@ -20,7 +20,7 @@ from forge_ray.config.train import Spike
 from forge_ray.data.order import Order
 from forge_ray.data.stream import Rows
 from forge_ray.errors import TrainingError
-from forge_ray.train import incidents
+from forge_ray.train import attempts, incidents
 from forge_ray.train.context import Context, agree
 from forge_ray.train.job import TrainJob
 
@@ -37,7 +37,8 @@ class Guards:
 
     def __init__(self, job: TrainJob, rows: Rows, order: Order, total_steps: int, context: Context) -> None:
         self.job, self.rows, self.order, self.context, self.total_steps = job, rows, order, context, total_steps
-        found = agree(_with_quarantines(job, rows) if context.is_first else None, context)
+        before = (_with_quarantines(job, rows), len(attempts.read(job.store, job.run))) if context.is_first else None
+        found, self.starts_before = agree(before, context)
         self.left_out = incidents.left_out(found)
         self.losses: deque[float] = deque(maxlen=job.config.guards.spike.window if job.config.guards.spike else 1)
         self.rising: list[int] = []
@@ -123,6 +124,7 @@ class Guards:
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             said = f"{type(error).__name__}: {reason}"
             facts = {"rank": self.context.rank, "rows": rows, "records": self.rows.records(rows), "error": said}
+            facts["start"] = self.starts_before + 1  # workers that share their rows fail together, and that is once
             incidents.write(self.job.store, self.job.run, "failure", step, **facts)
             raise
 

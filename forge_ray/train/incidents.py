@@ -84,13 +84,14 @@ def left_out(found: Iterable[Incident]) -> LeftOut:
 
 
 def to_quarantine(found: Iterable[Incident]) -> list[Incident]:
-    """Failures whose one row is to be left out: the same step, the same error twice, and the row known alone."""
+    """Failures whose one row is to be left out: the same step, the same error in two starts, and the row known alone."""
     found = list(found)
     done = {(incident["step"], tuple(incident["rows"])) for incident in found if incident["kind"] == "quarantine"}
     failures = [incident for incident in found if incident["kind"] == "failure" and incident.get("rows")]
     chosen = []
     for number, failure in enumerate(failures):
         before = [old for old in failures[:number] if (old["step"], old["error"]) == (failure["step"], failure["error"])]
+        before = [old for old in before if "start" not in failure or old.get("start") != failure["start"]]
         alone = len(failure["rows"]) == 1 and any(set(failure["rows"]) <= set(old["rows"]) for old in before)
         if alone and (failure["step"], tuple(failure["rows"])) not in done:
             chosen.append(failure)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forge_ray.train.attention import bounds
+from forge_ray.train import attention
 
 IGNORED = -1  # a target that adds nothing
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits at a time: what a cache holds; what launches are worth
@@ -22,16 +22,18 @@ def packed_loss(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[
 
     `batch`: `input_ids`, `position_ids` (0 where a document begins) and `loss_mask`, [B, T] each. Nothing of a document
     reaches another one: that is up to the attention, which `model.load_for_training` sets (`attention.py`). Logits are
-    computed where the next token is trained and nowhere else.
+    computed where the next token is trained and nowhere else. A slice of a pass (`sequence_parallel.py`) brings `edges`, and
+    one token more than it has positions.
     """
     kept, targets = trained_targets(batch["input_ids"], batch["loss_mask"])
     positions = batch["position_ids"].reshape(1, -1)
+    edges = batch["edges"] if "edges" in batch else attention.edges(positions[0])
     output = forward(
-        input_ids=batch["input_ids"].reshape(1, -1),
+        input_ids=batch["input_ids"].reshape(1, -1)[:, : positions.shape[1]],
         position_ids=positions,
         logits_to_keep=kept,
         use_cache=False,
-        **bounds(positions[0]),
+        **attention.bounds(edges),
     )
     return token_cross_entropy(output.logits[0], targets)
 

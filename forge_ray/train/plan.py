@@ -6,6 +6,7 @@ is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P al
     weights       w P, at ZeRO stage 3 w P / N
     gradients     engine torch: 4 T in which passes are summed; ZeRO: see `_states`
     optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N
+    host          what is offloaded is in main memory instead: gradients, optimizer, its step and w T / N; w P / N
     working       the larger of a pass (activations, logits, half of its own gradients: they grow while activations shrink)
                   and the optimizer's step (gradients scaled, 4 T, and two temporaries of the largest weight)
     activations   per layer and token what autograd keeps (`_saved_per_token`); with activation checkpointing w times hidden
@@ -22,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.train import TrainConfig
+from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.records import DatasetManifest
 from forge_ray.train.schedule import num_steps
 
 BYTES = {"bf16": 2, "fp32": 4}
 BUCKET = 500_000_000  # elements that DeepSpeed reduces or gathers at a time, its default
+PERSISTENT = 100_000  # elements of a weight that ZeRO-3 leaves on the GPU, its default
 OUTSIDE = ("embed", "lm_head", "norm")  # weights of two dimensions that are no linear layer inside a block
 
 
@@ -85,6 +87,7 @@ class Memory:
     activations: int
     logits: int
     working: int
+    host: int = 0  # in main memory, beside the GPU: what is offloaded; not part of `total`
 
     @property
     def total(self) -> int:
@@ -96,15 +99,21 @@ def memory(
 ) -> Memory:
     """`trained_share`: of a row's positions, those at which logits are computed."""
     w, trained = BYTES[precision], model.num_trained(config)
-    tokens = sequence_length * config.micro_batch_size
+    tokens = sequence_length * config.micro_batch_size // config.sequence_parallel
     activations = _activations(model, config, w, tokens)
     # a position is computed for all rows of a pass when one of them trains it
     kept = int(tokens * min(1.0, trained_share * config.micro_batch_size))
     logits = kept * int(model.config["vocab_size"]) * (8 + (w if precision == "bf16" else 0))
     weights, gradients, optimizer, of_a_pass, of_a_step = _states(model, config, w, trained, num_workers)
-    return Memory(
-        weights, gradients, optimizer, activations, logits, working=max(activations + logits + of_a_pass, of_a_step)
-    )
+    host = 0
+    if config.offload.optimizer != "none":  # the step, its gradients and the trained weights that it sends back
+        host += gradients + optimizer + of_a_step + w * -(-trained // num_workers)
+        gradients, optimizer, of_a_step = 0, 0, 0
+    if config.offload.parameters != "none":
+        on_gpu = min(weights, w * sum(size for size in map(math.prod, model.shapes.values()) if size <= PERSISTENT))
+        host, weights = host + weights - on_gpu, on_gpu
+    working = max(activations + logits + of_a_pass, of_a_step)
+    return Memory(weights, gradients, optimizer, activations, logits, working, host)
 
 
 def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: int) -> tuple[int, int, int, int, int]:
@@ -179,14 +188,18 @@ def nearest(
     model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest, num_workers: int, room: int
 ) -> TrainConfig | None:
     """The settings nearest to these that fit into `room` bytes a worker; None where none do. The first steps cost least: a
-    smaller pass, then recomputed activations, then states divided further (which another run id follows from)."""
+    smaller pass, then recomputed activations, then states divided further (which another run id follows from), then moved
+    to main memory."""
     tried = config
     ladder: list[dict[str, Any]] = [{}, {"micro_batch_size": 1}, {"activation_checkpointing": True}]
     if num_workers > 1:
         ladder += [{"engine": "deepspeed", "zero_stage": 2}, {"engine": "deepspeed", "zero_stage": 3}]
+    for stage, offload in ((2, {"optimizer": "cpu"}), (3, {"optimizer": "cpu", "parameters": "cpu"})):
+        ladder.append({"engine": "deepspeed", "zero_stage": stage, "offload": Offload.model_validate(offload)})
     for change in ladder:
-        if change.get("zero_stage", 9) > tried.zero_stage or "zero_stage" not in change:
-            tried = tried.model_copy(update=change)
+        if change.get("zero_stage", 9) > tried.zero_stage or "zero_stage" not in change or "offload" in change:
+            stage = max(tried.zero_stage, change.get("zero_stage", 0))
+            tried = tried.model_copy(update=change | {"zero_stage": stage})
         if plan(model, tried, precision, dataset, num_workers).memory.total <= room:
             return tried
     return None

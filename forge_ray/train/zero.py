@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from forge_ray.config.train import TrainConfig
+from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.train.engine import Write, trained
 
@@ -37,11 +37,20 @@ def zero_config(config: TrainConfig, precision: str, world_size: int) -> dict[st
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "stage3_gather_16bit_weights_on_model_save": False,
+            **_offload(config.offload),
         },
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps there too; theirs wants a compiler
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
+
+
+def _offload(offload: Offload) -> dict[str, Any]:
+    """Pinned memory only where there is a GPU to copy to."""
+    places = {"offload_optimizer": offload.optimizer, "offload_param": offload.parameters}
+    pinned = torch.cuda.is_available()
+    return {name: {"device": device, "pin_memory": pinned} for name, device in places.items() if device != "none"}
 
 
 def prepare_environment() -> None:

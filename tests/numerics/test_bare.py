@@ -1,4 +1,4 @@
-"""The training step on a machine with torch alone: no Ray, no DeepSpeed; and activation checkpointing changes no number."""
+"""The training step on a machine with torch alone: no Ray, no DeepSpeed"""
 
 from __future__ import annotations
 
@@ -58,11 +58,3 @@ def test_one_process_with_torch_alone(jobs: Callable[..., TrainJob], run: Callab
     assert bare.store.is_published("runs/bare/export")
     run(usual)
     assert losses(bare) == losses(usual)
-
-
-def test_activation_checkpointing_changes_no_number(jobs: Callable[..., TrainJob], run: Callable[..., str]) -> None:
-    for adapter in (None, {"r": 4}):
-        plain = jobs(f"stored-{bool(adapter)}", zero_stage=2, adapter=adapter)
-        recomputed = jobs(f"recomputed-{bool(adapter)}", zero_stage=2, adapter=adapter, activation_checkpointing=True)
-        run(plain, recomputed)
-        assert losses(plain) == pytest.approx(losses(recomputed), rel=1e-6)

@@ -124,6 +124,36 @@ def test_a_missing_section_is_named() -> None:
         (("train.scaling.num_workers=true",), "num_workers=True is not a number of workers", "use 0 or more"),
         (("train.scaling.num_workers=-1",), "num_workers=-1 is not a number of workers", "use 0 or more"),
         (("train.engine=torch",), "train: engine=torch has no zero_stage=2", "set train.zero_stage=0"),
+        (
+            ("train.engine=torch", "train.zero_stage=0", "train.offload.optimizer=cpu"),
+            "train: offload.optimizer=cpu with engine=torch",
+            "set train.engine=deepspeed",
+        ),
+        (
+            ("train.zero_stage=0", "train.offload.optimizer=cpu"),
+            "train: offload.optimizer=cpu with zero_stage=0",
+            "set train.zero_stage=2",
+        ),
+        (
+            ("train.offload={optimizer: cpu, parameters: cpu}",),
+            "train: offload.parameters=cpu with zero_stage=2, which keeps whole weights on every GPU",
+            "set train.zero_stage=3",
+        ),
+        (
+            ("train.sequence_parallel=2",),
+            "train: sequence_parallel=2: num_workers=1 workers do not make groups of 2",
+            "use train.scaling.num_workers=2",
+        ),
+        (
+            ("train.sequence_parallel=2", "train.scaling={num_workers: {min: 2, max: 5}}"),
+            "train: sequence_parallel=2: max=5 workers do not make groups of 2",
+            "use train.scaling.num_workers.max=6",
+        ),
+        (
+            ("train.sequence_parallel=3", "train.scaling.num_workers=3", "data.sequence_length=512"),
+            "train.sequence_parallel=3 does not divide data.sequence_length=512",
+            "use data.sequence_length=513",
+        ),
         (("train.export=merged",), "train: export=merged without an adapter", "remove train.export, or add train.adapter"),
         (
             ("data.splits={validation: 0.5, test: 0.5}",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import parse
-from forge_ray.config.train import TrainConfig
+from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.train.plan import Model, memory, nearest, plan
 
 pytestmark = pytest.mark.unit
@@ -50,6 +51,19 @@ def test_states_are_divided_as_the_stage_says(model: Model) -> None:
     assert third.weights == math.ceil(2 * model.num_parameters / 8)
 
 
+def test_what_is_offloaded_is_counted_in_main_memory_and_a_slice_as_a_slice(model: Model) -> None:
+    inside = of(model, 4, zero_stage=3)
+    outside = of(model, 4, zero_stage=3, offload={"optimizer": "cpu"})
+    assert (outside.gradients, outside.optimizer, outside.weights) == (0, 0, inside.weights)
+    assert outside.host >= inside.gradients + inside.optimizer
+    assert outside.total < inside.total
+    all_of_it = of(model, 4, zero_stage=3, offload={"optimizer": "cpu", "parameters": "cpu"})
+    assert all_of_it.weights + all_of_it.host == outside.weights + outside.host
+    assert inside.host == 0
+    shared = of(model, 4, sequence_parallel=2, scaling={"num_workers": 4})
+    assert (shared.activations, shared.logits) == (of(model, 4).activations // 2, of(model, 4).logits // 2)
+
+
 def test_activations_grow_with_a_pass_and_shrink_when_recomputed(model: Model) -> None:
     small, large = (of(model, micro_batch_size=size) for size in (1, 4))
     assert large.activations == 4 * small.activations
@@ -75,6 +89,17 @@ def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
     smaller = needs(micro_batch_size=1)
     assert fits(smaller - 1) == {"micro_batch_size": 1, "activation_checkpointing": True}
     assert fits(1) is None
+    large = {"engine": "deepspeed", "zero_stage": 3, "global_batch": 8}
+    config = parse(TrainConfig, large)
+    model = replace(model, shapes={f"model.layers.{n}.weight": (4096, 4096) for n in range(32)})  # more than a bucket
+    for wanted in ({"optimizer": "cpu"}, {"optimizer": "cpu", "parameters": "cpu"}):
+        room = plan(
+            model, parse(TrainConfig, large | {"activation_checkpointing": True, "offload": wanted}), "bf16", dataset, 4
+        )
+        moved = nearest(model, config, "bf16", dataset, 4, room.memory.total)
+        assert moved is not None
+        assert moved.offload == Offload.model_validate(wanted)
+    config = parse(TrainConfig, {"micro_batch_size": 4, "zero_stage": 1, "global_batch": 8})
     whole = plan(model, config, "bf16", dataset, 4)
     assert (whole.steps, whole.num_tokens, whole.num_trained_tokens) == (13, 12_480, 6_240)
 

@@ -126,6 +126,24 @@ def test_a_lane_reads_each_block_of_its_window_once(rows: Rows, monkeypatch: pyt
     assert len(read) == len(set(read)) <= 2
 
 
+@pytest.mark.parametrize("share", [2, 4])
+def test_ranks_that_share_rows_are_fed_the_same(rows: Rows, share: int) -> None:
+    """Groups of sequence or tensor parallelism: equal inside, and together what the order says."""
+    import torch
+
+    from forge_ray.train.context import Context
+
+    world = [Context(rank, 8, 0, torch.device("cpu"), False, share) for rank in range(8)]
+    found = [next(local_batches(feed(rows, one.data_rank, one.data_size, 5, 1))) for one in world]
+    for first in range(0, 8, share):
+        assert [one.data_rank for one in world[first : first + share]] == [first // share] * share
+        assert [one.place for one in world[first : first + share]] == list(range(share))
+        assert all(equal(found[first], other) for other in found[first : first + share])
+    whole = next(local_batches(feed(rows, 0, 1, 5, 1)))
+    together = np.concatenate([found[first]["input_ids"] for first in range(0, 8, share)])
+    assert np.array_equal(together, whole["input_ids"])
+
+
 def test_the_digest_of_a_shard_is_over_its_values(packed: list[PackedRow]) -> None:
     """However a reader batches the table, and whatever the Parquet file looks like."""
     table = table_of(packed[:50])

@@ -57,6 +57,7 @@ def identifier(precision: str = "fp32", rows: str = "a", weights: str = "sha256:
         {"zero_stage": 3},
         {"engine": "torch", "zero_stage": 0},
         {"activation_checkpointing": True},
+        {"offload": {"optimizer": "cpu"}},
         {"precision": "bf16", "rows": "b"},
     ],
     ids=str,
@@ -75,6 +76,7 @@ def test_data_base_and_precision_change_the_id() -> None:
     [
         {"scaling": {"num_workers": 4}},
         {"scaling": {"max_failures": 9}},
+        {"sequence_parallel": 2, "scaling": {"num_workers": 2}},
         {"validation": {"every_steps": 5}},
         {"checkpoint": {"every_steps": 5, "keep": 3}},
     ],
@@ -82,6 +84,10 @@ def test_data_base_and_precision_change_the_id() -> None:
 )
 def test_how_often_we_look_and_on_how_many_workers_does_not(settings: dict[str, Any]) -> None:
     assert identifier(**settings) == identifier()
+
+
+def test_where_the_weights_lie_does_not() -> None:
+    assert identifier(zero_stage=3, offload={"parameters": "cpu"}) == identifier(zero_stage=3)
 
 
 def test_the_export_of_an_adapter_is_part_of_the_run() -> None:
