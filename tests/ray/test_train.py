@@ -198,3 +198,18 @@ def test_the_workers_reason_is_what_the_error_says(config: RunConfig, store: Sto
     with pytest.raises(TrainingError, match="the worker's own reason") as caught:
         launch.fit(failing, TrainJob(**{**vars(job), "config": job.config.model_copy(update={"scaling": no_retry})}))
     assert "resumes it from its last checkpoint" in caught.value.hint
+
+
+def test_two_workers_that_share_their_rows(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+    """Each is fed the rows of the whole batch; they count once."""
+    from forge_ray.recipes.sft import train_loop
+
+    job = job_of(config, store, manifest, seed=5)
+    train = job.config.model_copy(update={"sequence_parallel": 2, "max_steps": 2})
+    job = replace(job, run="run_shared", config=parse(type(train), train.model_dump(mode="json")))
+    launch.fit(train_loop, job)
+    lines = metrics.read(store.local(f"runs/{job.run}") / metrics.METRICS)
+    rows = Rows.of(store, manifest, "train")
+    order = Order(manifest.id, 5, rows.num_rows, rows.block_rows, train.global_batch)
+    found = audit.audit(audit.Facts(job.run, rows, order, 2, order.digest(2), lines), lambda *_: None)
+    assert (found.steps_compared, found.problems) == (2, ())
