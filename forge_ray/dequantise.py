@@ -1,9 +1,9 @@
 """FP8 checkpoints become bf16 safetensors, some rows of one weight at a time (level 1; torch on first use).
 
 A weight of one byte is multiplied by its scale in fp32 and rounded once. Known are the names `X.weight_scale_inv`,
-`X.weight_scale` (of `X.weight`), `X_scale_inv` and `X_scale` (of experts' weights `X` of three dimensions), and scales of one
-number per tensor, per expert, per row or per block. Scales of activations belong to kernels that are not used here and are
-dropped. Weights of two bytes and more are copied as they are.
+`X.weight_scale` (of `X.weight`), `X_scale_inv` and `X_scale` (of experts' weights `X` of three dimensions), and scales of
+one number per tensor, per expert, per row or per block. Scales of activations belong to kernels that are not used here and
+are dropped. Weights of two bytes and more are copied as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from forge_ray.errors import ConfigError
 
-CHUNK = 32 << 20  # elements at a time: 32 MiB read, 128 MiB in fp32
+CHUNK = 4 << 20  # elements at a time: 4 MiB read, 16 MiB in fp32
 INDEX = "model.safetensors.index.json"
 FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 SCALES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E8M0": "float8_e8m0fnu"}
@@ -157,9 +157,7 @@ def _pair(everything: dict[str, Stored]) -> dict[str, str]:
         if stored.dtype in FLOAT8:
             scale = next((name + ending for ending in OF_WEIGHTS if name + ending in everything), "")
             if not scale:
-                raise ConfigError(
-                    f"{name} is FP8 and has no scale", hint="fetch the checkpoint again, with all of its files"
-                )
+                raise ConfigError(f"{name} is FP8 and has no scale", hint="fetch the checkpoint again, all of its files")
             if everything[scale].dtype not in SCALES:
                 raise ConfigError(
                     f"{scale} has the type {everything[scale].dtype}, not one of {', '.join(SCALES)}",
@@ -210,10 +208,12 @@ def _values(name: str, weight: Stored, scale: Stored | None, block: list[int] | 
         part = torch.frombuffer(data, dtype=getattr(torch, FLOAT8[weight.dtype])).float().reshape(shape)
         picked = factors
         for axis, (size, grid) in enumerate(zip(weight.shape, factors.shape, strict=True)):
+            if grid == 1:
+                continue
             given = block[axis - len(weight.shape)] if block and axis >= len(weight.shape) - 2 else 0
             of = torch.arange(start, stop) if axis == 0 else torch.arange(size)
             picked = picked.index_select(axis, of // _width(name, size, grid, given))
-        yield (part * picked).to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield part.mul_(picked).to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _aligned(name: str, scale: Any, shape: tuple[int, ...]) -> Any:
@@ -227,15 +227,13 @@ def _aligned(name: str, scale: Any, shape: tuple[int, ...]) -> Any:
     if scale.dim() == len(shape):
         return scale
     raise ConfigError(
-        f"{name} of shape {list(shape)} has a scale of shape {list(scale.shape)}: neither one number, nor one a row, nor a grid",
+        f"{name} {list(shape)} has a scale {list(scale.shape)}: neither one number, nor one a row, nor a grid",
         hint="import the model's bf16 checkpoint",
     )
 
 
 def _width(name: str, size: int, grid: int, given: int) -> int:
-    """Elements under one scale along a dimension; the last block may be shorter when the configuration says how wide one is."""
-    if grid == 1:
-        return size
+    """Elements under one scale along a dimension; the last block may be shorter where the configuration says its width."""
     if given and -(-size // given) == grid:
         return given
     if size % grid == 0:

@@ -1,6 +1,8 @@
 """Import a base model: a Hugging Face directory or a GGUF file becomes a model version (level 2).
 
-FP8 weights become bf16 on the way (`dequantise.py`). Safetensors only. A directory is judged by its bytes and names before any library opens it: `auto_map`, Python files,
+FP8 weights become bf16 on the way (`dequantise.py`).
+
+Safetensors only. A directory is judged by its bytes and names before any library opens it: `auto_map`, Python files,
 pickled weights and links that lead out of it are refused.
 """
 
@@ -124,7 +126,7 @@ def _starts_like_a_pickle(path: Path) -> bool:
     with path.open("rb") as stream:
         first = stream.read(8)
     # the length of a safetensors header can read as a pickle's start (896 is 80 03); what follows it is checked below
-    is_length = path.suffix.lower() == ".safetensors" and first[4:] == bytes(4)
+    is_length = path.suffix.lower() == ".safetensors" and int.from_bytes(first, "little") <= path.stat().st_size - 8
     return first.startswith(PICKLE_STARTS) and not is_length
 
 

@@ -46,7 +46,7 @@ def imported(folder: Path, tmp_path: Path) -> Path:
         return store.local(f"models/{import_model(catalog, folder, 'model').id}")
 
 
-@pytest.mark.parametrize("chunk", [100, 32 << 20], ids=["in pieces", "whole"])
+@pytest.mark.parametrize("chunk", [100, 4 << 20], ids=["in pieces", "whole"])
 def test_every_kind_of_scale_is_applied_exactly(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dequantise, "CHUNK", chunk)
     torch.manual_seed(0)
