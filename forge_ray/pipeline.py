@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from forge_ray.cluster import connect, open_store
 from forge_ray.config.base import config_digest, resolved
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
+from forge_ray.config.train import Adapter
 from forge_ray.environment import code_digest, versions
 from forge_ray.errors import NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
@@ -31,6 +34,7 @@ from forge_ray.records import (
     Event,
     ModelVersion,
     RunRecord,
+    canonical_json,
     files_digest,
 )
 from forge_ray.store import Store
@@ -40,6 +44,9 @@ if TYPE_CHECKING:
     from forge_ray.evaluate import Subject
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
+
+
+ADAPTER = "adapter.json"
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,7 @@ def train(config: RunConfig, store: Store) -> RunRecord:
                 connect()
             job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
             store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
+            _reach(store, identifier, base, config.train.adapter)
             if not store.exists(f"runs/{identifier}/result.json"):
                 catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
                 try:
@@ -167,17 +175,32 @@ def _trouble(record: RunRecord) -> str:
 
 
 def plan(
-    config: RunConfig, store: Store, workers: int, memory_gb: float, tokens_per_s: float, cost_per_hour: float
+    config: RunConfig,
+    store: Store,
+    workers: int,
+    memory_gb: float,
+    tokens_per_s: float,
+    cost_per_hour: float,
+    rows: int = 0,
 ) -> dict[str, Any]:
-    """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers."""
+    """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. With `rows`, so
+    many full rows are taken instead, and `base_model` may be a folder that holds `config.json` alone."""
     from forge_ray.train import plan as planning
 
     train, precision = config.train, resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     number = workers or max(train.scaling.max_workers, 1)
-    with Catalog(store) as catalog:
-        base = import_base(config, catalog)
-        manifest = _prepare(config, catalog, quiet=True)
-    model = planning.Model.of(store.fetch_dir(f"models/{base.id}", verify=False))
+    manifest: DatasetManifest | planning.Stated
+    if rows and (Path(config.base_model) / "config.json").is_file():
+        base_model, dataset = config.base_model, f"{rows} rows, as stated"
+        model, manifest = planning.Model.of(Path(config.base_model)), planning.Stated.of(rows, config.data.sequence_length)
+    else:
+        with Catalog(store) as catalog:
+            base = import_base(config, catalog)
+            manifest = (
+                planning.Stated.of(rows, config.data.sequence_length) if rows else _prepare(config, catalog, quiet=True)
+            )
+        base_model, dataset = base.id, manifest.id if isinstance(manifest, DatasetManifest) else f"{rows} rows, as stated"
+        model = planning.Model.of(_shapes(store, base))
     found = planning.plan(model, train, precision, manifest, number)
     seconds = found.num_tokens / (tokens_per_s * number) if tokens_per_s else None
     room, free = int(memory_gb * 1e9), store.free_bytes()
@@ -196,8 +219,10 @@ def plan(
     return {
         **vars(found),
         "memory": vars(found.memory) | {"total": found.memory.total},
-        "base_model": base.id,
-        "dataset": manifest.id,
+        "base_model": base_model,
+        "dataset": dataset,
+        "adapter": model.coverage(train.adapter).to_json() if train.adapter else None,
+        "reaches": model.coverage(train.adapter).lines() if train.adapter else [],
         "precision": precision,
         "num_workers": number,
         "seconds": seconds,
@@ -205,6 +230,27 @@ def plan(
         "problem": problem,
         "remedy": remedy,
     }
+
+
+def _shapes(store: Store, base: ModelVersion) -> Path:
+    """A folder with the configuration of a base model, which is all that its shapes follow from."""
+    if store.is_local:
+        return store.local(f"models/{base.id}")
+    folder = Path(tempfile.mkdtemp(prefix="forge-config-"))
+    (folder / "config.json").write_bytes(store.read(f"models/{base.id}/config.json"))
+    return folder
+
+
+def _reach(store: Store, run: str, base: ModelVersion, adapter: Adapter | None) -> None:
+    """Say and write down what the adapter reaches, before anything is taken. Raises `ConfigError` where that is less than
+    its patterns name."""
+    if adapter is None:
+        return
+    from forge_ray.train.plan import Model
+
+    found = Model.of(_shapes(store, base)).coverage(adapter)
+    print("\n".join(f"  adapter   {line}" for line in found.lines()), file=sys.stderr, flush=True)
+    store.write(f"runs/{run}/{ADAPTER}", canonical_json(found.to_json()))
 
 
 def _config_key(config: RunConfig) -> str:
@@ -267,6 +313,7 @@ def _run_record(job: Any, config: RunConfig) -> RunRecord:
         code_digest=code_digest(),
         environment=versions(),
         metrics=result["metrics"],
+        adapter=job.store.read_json(f"runs/{job.run}/{ADAPTER}") if job.config.adapter else {},
         export=job.store.files(f"runs/{job.run}/export"),
         export_kind=result["export_kind"],
     )

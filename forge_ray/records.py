@@ -184,6 +184,7 @@ class RunRecord(Record):
     code_digest: str
     environment: dict[str, str] = Field(description="versions of the packages that decide numbers")
     metrics: dict[str, float]
+    adapter: dict[str, Any] = Field({}, description="what an adapter reached: patterns, weights, shares")
     export: tuple[FileEntry, ...]
     export_kind: Literal["adapter", "full"]
 

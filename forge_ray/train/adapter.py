@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Coverage:
             f" active ones; trains {self.trained:,} ({self.trained / self.parameters:.3%} of all,"
             f" {self.trained_active / self.active:.3%} of active)"
         )
-        experts = {kind: size for kind, size in self.unreached.items() if ".experts." in f".{kind}"}
+        experts = {kind: size for kind, size in self.unreached.items() if is_expert(kind)}
         if experts:
             share = sum(experts.values()) / self.parameters
             names = ", ".join(experts)
@@ -106,7 +107,9 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of one library to the other
+            return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ConfigError(
             f"train.adapter does not fit this model: {str(error).strip().splitlines()[0]}",
@@ -221,10 +224,11 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
     from peft.tuners.lora import LoraLayer
 
     base = model.get_base_model()
-    share = active_share(base)
+    share = active_share(base.config.get_text_config().to_dict())
     sizes: dict[str, int] = {}
     trained: dict[str, int] = {}
     reached: dict[str, int] = {}
+    wrapped: set[str] = set()  # reached as a weight, not as a layer
     for name, parameter in base.named_parameters():
         if ".lora_" not in name:
             sizes[name.replace(".base_layer", "")] = count(parameter)
@@ -238,23 +242,24 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
             if isinstance(layer.get_base_layer(), nn.Linear):  # a quantised weight has another shape
                 sizes[weight] = layer.in_features * layer.out_features
             reached[weight] = sizes[weight]
+            if hasattr(layer, "parameter_name"):
+                wrapped.add(weight)
 
     def active(found: dict[str, int]) -> float:
-        return sum(size * (share if ".experts." in name else 1.0) for name, size in found.items())
+        return sum(size * (share if is_expert(name) else 1.0) for name, size in found.items())
 
-    names = {weight.removesuffix(".weight"): size for weight, size in reached.items()}
-    there = _layers(name.removesuffix(".weight") for name in sizes)
-    patterns = [
-        *(("all-linear",) if adapter.target_modules == "all-linear" else adapter.target_modules),
-        *adapter.target_parameters,
-    ]
+    there = _layers(sizes)
+    layers_reached = {weight for weight in reached if weight not in wrapped}
+    patterns = ("all-linear",) if adapter.target_modules == "all-linear" else adapter.target_modules
     found = []
-    for pattern in patterns:
-        is_all = pattern == "all-linear"
+    for pattern, among in (
+        *((pattern, layers_reached) for pattern in patterns),
+        *((pattern, wrapped) for pattern in adapter.target_parameters),
+    ):
         mine = {
-            name: size
-            for name, size in names.items()
-            if (f"{name}.weight" in reached if is_all else _fits(name, pattern) or _fits(f"{name}.weight", pattern))
+            weight: reached[weight]
+            for weight in among
+            if pattern == "all-linear" or _fits(weight, pattern) or _fits(weight.removesuffix(".weight"), pattern)
         }
         kinds = {kind: (len(layers), len(there[kind])) for kind, layers in sorted(_layers(mine).items())}
         found.append(Reach(pattern, len(mine), sum(mine.values()), kinds))
@@ -275,11 +280,18 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
     )
 
 
-def active_share(model: Any) -> float:
+def active_share(config: dict[str, Any]) -> float:
     """Of a mixture's routed experts, the share that one token passes; 1 where there is no mixture."""
-    config = model.config.get_text_config()
-    taken = getattr(config, "num_experts_per_tok", None)
-    for name in ("num_local_experts", "n_routed_experts", "num_experts"):
-        if taken and getattr(config, name, None):
-            return int(taken) / int(getattr(config, name))
-    return 1.0
+    taken, experts = config.get("num_experts_per_tok"), experts_of(config)
+    return int(taken) / experts if taken and experts else 1.0
+
+
+def experts_of(config: dict[str, Any]) -> int:
+    """Routed experts of a layer; 0 in a dense model."""
+    names = ("num_local_experts", "n_routed_experts", "num_experts")
+    return next((int(config[name]) for name in names if config.get(name)), 0)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a weight belongs to a layer's routed experts."""
+    return ".experts." in f".{name}"

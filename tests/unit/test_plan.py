@@ -29,7 +29,7 @@ def test_the_counts_are_those_of_torch(model: Model, tiny_model_dir: Path) -> No
     import torch
     from transformers import LlamaForCausalLM
 
-    from forge_ray.train.model import with_adapter
+    from forge_ray.train.adapter import with_adapter
 
     real: Any = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     assert model.num_parameters == sum(parameter.numel() for parameter in real.parameters())
@@ -77,3 +77,35 @@ def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
     assert fits(1) is None
     whole = plan(model, config, "bf16", dataset, 4)
     assert (whole.steps, whole.num_tokens, whole.num_trained_tokens) == (13, 12_480, 6_240)
+
+
+def test_the_true_size_of_mistral_small_4_from_its_configuration_alone() -> None:
+    folder = Path(__file__).parents[2] / "jobs/models/mistral-small-4"
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    small = Model.of(folder)
+    experts = sum(math.prod(shape) for name, shape in small.shapes.items() if ".experts." in name)
+    assert (small.num_parameters, small.num_active, experts) == (118_972_826_624, 6_632_588_288, 115_964_116_992)
+    assert small.block * 2 == 6_442_450_944  # bytes that ZeRO-3 gathers for one layer
+    parameters = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    config = parse(TrainConfig, {"adapter": parameters, "zero_stage": 3, "activation_checkpointing": True})
+    needs = memory(small, config, "bf16", 4096, 8)
+    assert needs.weights == pytest.approx(2 * small.num_parameters / 8, rel=0.01)
+    kept = memory(small, config.model_copy(update={"activation_checkpointing": False}), "bf16", 4096, 8)
+    assert kept.activations - needs.activations > 35 * 6.4e9  # each layer keeps its adapted experts
+    assert needs.working > 3 * 6.4e9  # gathered, adapted, and their gradient
+
+
+def test_a_frozen_router_and_what_sees_are_not_trained(tmp_path: Path) -> None:
+    from transformers import Mistral3Config, Mistral4Config
+
+    text = Mistral4Config(hidden_size=64, num_hidden_layers=2, n_routed_experts=8, vocab_size=100, moe_intermediate_size=32)
+    sees = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    Mistral3Config(
+        text_config=text.to_dict(), vision_config=sees | {"num_attention_heads": 2}, tie_word_embeddings=False
+    ).save_pretrained(tmp_path)
+    found = Model.of(tmp_path)
+    outside = sum(math.prod(shape) for name, shape in found.shapes.items() if "language_model" not in name)
+    head = 100 * 64
+    assert found.num_trained(parse(TrainConfig, {})) == found.num_parameters - (outside - head)
+    frozen = found.num_trained(parse(TrainConfig, {"router": "frozen"}))
+    assert found.num_trained(parse(TrainConfig, {})) - frozen == 2 * 8 * 64
