@@ -113,3 +113,35 @@ def test_routers_and_blocks_are_found_by_what_they_are(store: Store, tiny_model_
     assert (routers(dense), block_classes(dense)) == ([], [])
     with pytest.raises(ConfigError, match="no mixture of experts"):
         Balance(dense, 0.1)
+
+
+def test_the_endpoint_answers_with_adapted_experts_as_offline(jobs: Jobs, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    from forge_ray.architecture import open_model
+    from forge_ray.config.release import EngineConfig
+    from forge_ray.config.train import Adapter
+    from forge_ray.inference.engine import GenerationRequest
+    from forge_ray.inference.transformers_engine import load_engine
+    from forge_ray.train.adapter import with_adapter
+
+    base = jobs.store.local(f"models/{version('mistral4-sees', jobs, tmp_path / 'model').id}")
+    torch.manual_seed(1)
+    made = with_adapter(open_model(base, torch.float32), Adapter(r=4, alpha=64, target_parameters=tuple(EXPERTS)))
+    for name, parameter in made.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    made.save_pretrained(tmp_path / "adapter")
+    offline = PeftModel.from_pretrained(open_model(base, torch.float32), str(tmp_path / "adapter")).eval()
+    plain = open_model(base, torch.float32).eval()
+    engine = load_engine(base, tmp_path / "adapter", EngineConfig(precision="fp32"), use_gpu=False)
+    prompts = [tuple(range(10, 10 + length)) for length in (5, 14)]
+    try:
+        found = engine.generate([GenerationRequest(prompt, 8) for prompt in prompts])
+    finally:
+        engine.close()
+    for prompt, generation in zip(prompts, found, strict=True):
+        how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+        wanted, other = (m.generate(input_ids=torch.tensor([prompt]), **how)[0, len(prompt) :] for m in (offline, plain))
+        assert generation.token_ids == tuple(wanted.tolist())
+        assert wanted.tolist() != other.tolist()

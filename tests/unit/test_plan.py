@@ -109,3 +109,46 @@ def test_a_frozen_router_and_what_sees_are_not_trained(tmp_path: Path) -> None:
     assert found.num_trained(parse(TrainConfig, {})) == found.num_parameters - (outside - head)
     frozen = found.num_trained(parse(TrainConfig, {"router": "frozen"}))
     assert found.num_trained(parse(TrainConfig, {})) - frozen == 2 * 8 * 64
+
+
+def test_a_plan_needs_no_data_and_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The committed run of Mistral Small 4, and what it says of the adapter; nothing is written."""
+    from forge_ray.config.base import load
+    from forge_ray.config.run import RunConfig
+    from forge_ray.errors import ConfigError
+    from forge_ray.pipeline import plan as planned
+    from forge_ray.show import print_plan
+    from forge_ray.store import Store
+
+    root = Path(__file__).parents[2]
+    folder = f"base_model={root / 'jobs/models/mistral-small-4'}"
+    store = Store(str(tmp_path / "store"))
+    config = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder,))
+    found = planned(config, store, 0, 80, 0, 0, rows=10_000)
+    assert (found["num_workers"], found["num_tokens"], found["problem"]) == (8, 313 * 32 * 4096, "")
+    assert found["adapter"]["reached_of_all"] > 0.99
+    assert planned(config, store, 0, 60, 0, 0, rows=10_000)["problem"]
+    print_plan(found)
+    printed = capsys.readouterr().out
+    assert "6,632,588,288" in printed
+    assert "mlp.experts.gate_up_proj: 36 weights" in printed
+    assert not (tmp_path / "store").exists()
+    wrong = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder, "train.adapter={target_modules: [q_proj, o_proj]}"))
+    with pytest.raises(ConfigError, match="'q_proj' matches nothing"):
+        planned(wrong, store, 0, 80, 0, 0, rows=10_000)
+
+
+def test_a_run_says_first_what_its_adapter_reaches(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from forge_ray.catalog import Catalog
+    from forge_ray.config.train import Adapter
+    from forge_ray.errors import ConfigError
+    from forge_ray.pipeline import _reach
+
+    with Catalog(store) as catalog:
+        base = catalog.model("tiny")
+    _reach(store, "run_reach", base, Adapter(r=4))
+    assert "all-linear: 14 weights" in capsys.readouterr().err
+    assert store.read_json("runs/run_reach/adapter.json")["patterns"][0]["modules"] == 14
+    with pytest.raises(ConfigError, match="'qproj' matches nothing"):
+        _reach(store, "run_refused", base, Adapter(target_modules=("qproj",)))
+    assert not store.exists("runs/run_refused/adapter.json")
