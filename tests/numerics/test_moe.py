@@ -45,7 +45,7 @@ def test_the_balance_is_the_formula_of_the_paper() -> None:
 
 
 def test_a_router_is_balanced_or_left_as_it_is(jobs: Jobs, run: Run, tmp_path: Path) -> None:
-    """The balance is told, is less with its loss, and is the same on one rank and two, recomputed or not."""
+    """The balance is told, is less with its loss, and is the same on two ranks, recomputed."""
     base = version("mistral4-sees", jobs, tmp_path / "model")
     torch_only = {"engine": "torch", "zero_stage": 0, "optimizer": {"lr": 3e-2}, "max_steps": 5, "global_batch": 2}
 
@@ -53,16 +53,14 @@ def test_a_router_is_balanced_or_left_as_it_is(jobs: Jobs, run: Run, tmp_path: P
         return jobs.on_base(jobs(f"router-{name}", **torch_only | settings), base)
 
     weak, strong = job("weak", router_aux_loss=1e-6), job("strong", router_aux_loss=100.0)
-    again = job("recomputed", router_aux_loss=100.0, activation_checkpointing=True)
     frozen = job("frozen", router="frozen", max_steps=2)
-    run(weak, strong, again, frozen)
-    two = job("two", router_aux_loss=100.0, engine="deepspeed", zero_stage=3)
+    run(weak, strong, frozen)
+    two = job("two", router_aux_loss=100.0, engine="deepspeed", zero_stage=3, activation_checkpointing=True)
     run(two, ranks=2)
     assert losses(weak, "router_balance")[0] == pytest.approx(losses(strong, "router_balance")[0], rel=1e-5)
     assert losses(strong, "router_balance")[-1] < 0.98 * losses(weak, "router_balance")[-1]
-    for other in (again, two):  # rounding decides which expert a token takes, sooner or later
-        assert losses(other, "router_balance") == pytest.approx(losses(strong, "router_balance"), rel=1e-4)
-        assert losses(other) == pytest.approx(losses(strong), rel=1e-4)
+    assert losses(two, "router_balance") == pytest.approx(losses(strong, "router_balance"), rel=1e-4)
+    assert losses(two) == pytest.approx(losses(strong), rel=1e-4)
     from safetensors.torch import load_file
 
     before = load_file(jobs.store.local(f"models/{base.id}/model.safetensors"))
