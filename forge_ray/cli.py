@@ -145,14 +145,22 @@ def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> A
 @click.option("--memory-gb", default=0.0, help="Room of one worker; 0: what the cluster says.")
 @click.option("--tokens-per-s", default=0.0, help="Measured speed of one worker, for time and cost.")
 @click.option("--cost-per-hour", default=0.0, help="Of one worker, in any currency.")
+@click.option("--rows", default=0, help="Plan for so many full rows without their data; a folder with config.json will do.")
 def plan(
-    store: Store, as_json: bool, config: RunConfig, workers: int, memory_gb: float, tokens_per_s: float, cost_per_hour: float
+    store: Store,
+    as_json: bool,
+    config: RunConfig,
+    workers: int,
+    memory_gb: float,
+    tokens_per_s: float,
+    cost_per_hour: float,
+    rows: int,
 ) -> Any:
     """Steps, tokens, memory, disk, time of a run before anything is taken; what cannot fit ends with exit 1."""
     from forge_ray import pipeline
     from forge_ray.show import print_plan
 
-    found = pipeline.plan(config, store, workers, memory_gb, tokens_per_s, cost_per_hour)
+    found = pipeline.plan(config, store, workers, memory_gb, tokens_per_s, cost_per_hour, rows)
     if not as_json:
         print_plan(found)
     if found["problem"]:

@@ -1,5 +1,7 @@
 """Import a base model: a Hugging Face directory or a GGUF file becomes a model version (level 2).
 
+FP8 weights become bf16 on the way (`dequantise.py`).
+
 Safetensors only. A directory is judged by its bytes and names before any library opens it: `auto_map`, Python files,
 pickled weights and links that lead out of it are refused.
 """
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.catalog import Catalog
+from forge_ray.dequantise import INDEX, dequantise, is_float8
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import ModelVersion, files_digest
 from forge_ray.store import MANIFEST, hash_dir, sha256_file
@@ -52,10 +55,15 @@ def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str
     staging = f"models/.importing-{origin[-16:]}"
     with store.staged_dir(staging) as folder:
         if source.is_dir():
+            is_quantised = is_float8(source)
             for entry in hash_dir(source):
+                if is_quantised and (entry.path.endswith(".safetensors") or entry.path in ("config.json", INDEX)):
+                    continue
                 target = folder / entry.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / entry.path, target)
+            if is_quantised:
+                dequantise(source, folder)
         else:
             convert_gguf(source, folder)
         refuse_unsafe(folder)  # what was copied, in case the source changed meanwhile
@@ -93,7 +101,7 @@ def refuse_unsafe(folder: Path) -> None:
         ending = path.suffix.lower()
         if ending in CODE_ENDINGS:
             raise PolicyError(f"{name} is code; a model directory must hold none", hint="remove it; no remote code is run")
-        if ending in PICKLE_ENDINGS or _first_bytes(path).startswith(PICKLE_STARTS):
+        if ending in PICKLE_ENDINGS or _starts_like_a_pickle(path):
             raise PolicyError(f"{name} may hold pickled objects", hint="convert the weights to safetensors first")
         if ending == ".json" and path.name != MANIFEST:
             _refuse_json(path, name)
@@ -114,9 +122,12 @@ def _resolves_inside(path: Path, root: Path) -> bool:
         return False
 
 
-def _first_bytes(path: Path) -> bytes:
+def _starts_like_a_pickle(path: Path) -> bool:
     with path.open("rb") as stream:
-        return stream.read(4)
+        first = stream.read(8)
+    # the length of a safetensors header can read as a pickle's start (896 is 80 03); what follows it is checked below
+    is_length = path.suffix.lower() == ".safetensors" and int.from_bytes(first, "little") <= path.stat().st_size - 8
+    return first.startswith(PICKLE_STARTS) and not is_length
 
 
 def _refuse_json(path: Path, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from forge_ray.cluster import connect, open_store, room_of_a_worker
 from forge_ray.config.base import config_digest, resolved
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
+from forge_ray.config.train import Adapter
 from forge_ray.errors import ConfigError, NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
 from forge_ray.progress import Stage, stage
@@ -30,6 +32,7 @@ from forge_ray.records import (
     Event,
     ModelVersion,
     RunRecord,
+    canonical_json,
     files_digest,
 )
 from forge_ray.store import Store
@@ -150,6 +153,7 @@ def train(config: RunConfig, store: Store) -> RunRecord:
             store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
             job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
             store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
+            _reach(store, identifier, base, config.train.adapter)
             tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
             sinks = open_sinks(store, identifier, config.name, config.train, tags)
             if not store.exists(f"runs/{identifier}/result.json"):
@@ -190,16 +194,31 @@ def _trouble(record: RunRecord) -> str:
 
 
 def plan(
-    config: RunConfig, store: Store, workers: int, memory_gb: float, tokens_per_s: float, cost_per_hour: float
+    config: RunConfig,
+    store: Store,
+    workers: int,
+    memory_gb: float,
+    tokens_per_s: float,
+    cost_per_hour: float,
+    rows: int = 0,
 ) -> dict[str, Any]:
-    """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers."""
-    from forge_ray.preflight import disk_bytes, judge
+    """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. With `rows`, so
+    many full rows are taken instead, and `base_model` may be a folder that holds `config.json` alone."""
+    from forge_ray.preflight import configuration, disk_bytes, judge
+    from forge_ray.train.plan import Model, Stated
 
     train, precision = config.train, resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     number = workers or max(train.scaling.max_workers, 1)
-    with Catalog(store) as catalog:
-        base = import_base(config, catalog)
-        manifest = _prepare(config, catalog, quiet=True)
+    manifest: DatasetManifest | Stated
+    if rows and (Path(config.base_model) / "config.json").is_file():
+        base_model, dataset = config.base_model, f"{rows} rows, as stated"
+        model, manifest = Model.of(Path(config.base_model)), Stated.of(rows, config.data.sequence_length)
+    else:
+        with Catalog(store) as catalog:
+            base = import_base(config, catalog)
+            manifest = Stated.of(rows, config.data.sequence_length) if rows else _prepare(config, catalog, quiet=True)
+        base_model, dataset = base.id, manifest.id if isinstance(manifest, DatasetManifest) else f"{rows} rows, as stated"
+        model = Model.of(configuration(store, base))
     if memory_gb:
         room: int | None = int(memory_gb * 1e9)
     else:
@@ -207,15 +226,17 @@ def plan(
         if of.max_workers:
             connect()
         room = room_of_a_worker(of)
-    found, problem, remedy = judge(config, store, precision, base, manifest, number, room)
+    found, problem, remedy = judge(train, store, precision, model, manifest, number, room)
     seconds = found.num_tokens / (tokens_per_s * number) if tokens_per_s else None
     return {
         **vars(found),
         "disk_bytes": disk_bytes(train, found),
         "memory": vars(found.memory) | {"total": found.memory.total},
         "room": room,
-        "base_model": base.id,
-        "dataset": manifest.id,
+        "base_model": base_model,
+        "dataset": dataset,
+        "adapter": model.coverage(train.adapter).to_json() if train.adapter else None,
+        "reaches": model.coverage(train.adapter).lines() if train.adapter else [],
         "precision": precision,
         "num_workers": number,
         "seconds": seconds,
@@ -223,6 +244,19 @@ def plan(
         "problem": problem,
         "remedy": remedy,
     }
+
+
+def _reach(store: Store, run: str, base: ModelVersion, adapter: Adapter | None) -> None:
+    """Say and write down what the adapter reaches, before anything is taken. Raises `ConfigError` where that is less than
+    its patterns name."""
+    if adapter is None:
+        return
+    from forge_ray.preflight import configuration
+    from forge_ray.train.plan import Model
+
+    found = Model.of(configuration(store, base)).coverage(adapter)
+    print("\n".join(f"  adapter   {line}" for line in found.lines()), file=sys.stderr, flush=True)
+    store.write(f"runs/{run}/adapter.json", canonical_json(found.to_json()))
 
 
 def _config_key(config: RunConfig) -> str:

@@ -17,18 +17,15 @@ from forge_ray.train.plan import Plan
 
 
 def judge(
-    config: RunConfig,
+    train: TrainConfig,
     store: Store,
     precision: str,
-    base: ModelVersion,
-    manifest: DatasetManifest,
+    model: planning.Model,
+    manifest: DatasetManifest | planning.Stated,
     workers: int,
     room: int | None,
 ) -> tuple[Plan, str, str]:
     """The plan, in words what cannot fit ("" where all does, or nobody can tell), and the nearest settings that do."""
-    train = config.train
-    with tempfile.TemporaryDirectory(prefix="forge-headers-") as folder:
-        model = planning.Model.of(headers(store, base, Path(folder)))
     found = planning.plan(model, train, precision, manifest, workers)
     free, disk = store.free_bytes(), disk_bytes(train, found)
     if room and found.memory.total > room:
@@ -60,18 +57,12 @@ def disk_bytes(train: TrainConfig, found: Plan) -> int:
     return found.disk_bytes + beside * found.checkpoint_bytes
 
 
-def headers(store: Store, base: ModelVersion, folder: Path) -> Path:
-    """A folder with the base model's configuration and the headers of its weights: of an object store no more is read."""
-    where = f"models/{base.id}"
+def configuration(store: Store, base: ModelVersion) -> Path:
+    """A folder with the configuration of a base model, which is all that its shapes follow from."""
     if store.is_local:
-        return store.fetch_dir(where, verify=False)
-    for entry in base.files:
-        if entry.path == "config.json":
-            (folder / entry.path).write_bytes(store.read(f"{where}/{entry.path}"))
-        elif entry.path.endswith(".safetensors"):
-            with store.filesystem.open_input_file(store.path(f"{where}/{entry.path}")) as stream:
-                length = stream.read(8)
-                (folder / entry.path).write_bytes(length + stream.read(int.from_bytes(length, "little")))
+        return store.local(f"models/{base.id}")
+    folder = Path(tempfile.mkdtemp(prefix="forge-config-"))
+    (folder / "config.json").write_bytes(store.read(f"models/{base.id}/config.json"))
     return folder
 
 
@@ -84,7 +75,8 @@ def refuse_impossible(
         return  # one that has got as far as a checkpoint fits
     try:
         room = room_of_a_worker(scaling)
-        _, problem, remedy = judge(config, store, precision, base, manifest, max(scaling.max_workers, 1), room)
+        model = planning.Model.of(configuration(store, base))
+        _, problem, remedy = judge(config.train, store, precision, model, manifest, max(scaling.max_workers, 1), room)
     except (KeyError, TypeError, ZeroDivisionError) as error:  # an architecture that the plan has no numbers of
         print(f"  the plan does not know this model ({type(error).__name__}: {error}); not judged", file=sys.stderr)
         return

@@ -185,6 +185,7 @@ class RunRecord(Record):
     environment: dict[str, str] = Field(description="versions of the packages that decide numbers")
     metrics: dict[str, float]
     stopped_early: dict[str, Any] | None = Field(None, description="the step at which it ended, of how many, and why")
+    adapter: dict[str, Any] = Field({}, description="what an adapter reached: patterns, weights, shares")
     export: tuple[FileEntry, ...]
     export_kind: Literal["adapter", "full"]
     export_step: int = Field(0, description="the step whose weights were exported; 0: the last")

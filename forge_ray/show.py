@@ -129,6 +129,8 @@ def print_plan(found: dict[str, Any]) -> None:
     parts = ("weights", "gradients", "optimizer", "working")
     rows = [
         ("model", f"{found['num_parameters']:,} weights, {found['num_trained']:,} trained ({found['base_model']})"),
+        *([("active", f"{found['num_active']:,}")] if found["num_active"] < found["num_parameters"] else []),
+        *(("adapter" if not number else "", line) for number, line in enumerate(found["reaches"])),
         ("data", f"{found['num_rows']:,} packed rows × {found['epochs']:.2f} epochs ({found['dataset']})"),
         ("tokens", f"{found['num_tokens']:,}, of which {found['num_trained_tokens']:,} are trained"),
         ("steps", f"{found['steps']:,}"),

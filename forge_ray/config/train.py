@@ -12,10 +12,33 @@ from forge_ray.config.base import Config
 class Adapter(Config):
     """LoRA (arXiv:2106.09685): delta W = (alpha / r) B A on the named linear layers."""
 
+    method: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="`rslora`: alpha / sqrt(r) (arXiv:2312.03732); `dora`: also a magnitude (arXiv:2402.09353)"
+    )
     r: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = Field(
+        (), description="weights that are no layer of their own: [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
+    )
+    quantize: Literal["none", "nf4"] = Field("none", description="`nf4`: QLoRA (arXiv:2305.14314), on a GPU")
+
+    @model_validator(mode="after")
+    def _reaches_parameters(self) -> Self:
+        if self.target_parameters and self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout} cannot be applied to target_parameters={list(self.target_parameters)}"
+                " hint: set train.adapter.dropout=0"
+            )
+        if self.target_parameters and self.method == "dora":
+            raise ValueError(
+                f"method=dora cannot be applied to target_parameters={list(self.target_parameters)}"
+                " hint: set train.adapter.method=lora or rslora"
+            )
+        if not self.target_parameters and not self.target_modules:
+            raise ValueError("target_modules and target_parameters are both empty hint: use target_modules: all-linear")
+        return self
 
 
 class Optimizer(Config):
@@ -138,6 +161,10 @@ class TrainConfig(Config):
     activation_checkpointing: bool = False
     offload: Offload = Offload()
     sequence_parallel: int = Field(1, ge=1, description="workers that share each row, a slice of it each (arXiv:2309.14509)")
+    router: Literal["auto", "frozen", "trained"] = Field(
+        "auto", description="of a mixture of experts; `auto`: trained, but frozen beside an adapter"
+    )
+    router_aux_loss: float = Field(0.0, ge=0, description="weight of the load-balancing loss (arXiv:2101.03961); 0: off")
     export: Literal["adapter", "merged"] = Field("adapter", description="what a LoRA run exports; a full run exports all")
     export_step: Literal["last", "best"] = Field(
         "last", description="`best`: the checkpoint with the lowest validation loss"
@@ -249,3 +276,40 @@ class TrainConfig(Config):
             decides = {"every_steps", "max_rows", "background", "early_stopping"}
             value["validation"] = self.validation.model_dump(mode="json", include=decides)
         return value
+
+    @model_validator(mode="after")
+    def _router_is_trained(self) -> Self:
+        if self.router == "trained" and self.adapter:
+            raise ValueError("router=trained beside an adapter: its export has no place for it hint: set train.router=auto")
+        if self.router_aux_loss and self.sequence_parallel > 1:
+            raise ValueError(
+                f"router_aux_loss={self.router_aux_loss} with sequence_parallel={self.sequence_parallel}: each worker sees a"
+                " slice of the tokens to be balanced hint: set train.sequence_parallel=1, or train.router_aux_loss=0"
+            )
+        if self.router_aux_loss and (self.adapter or self.router == "frozen"):
+            raise ValueError(
+                f"router_aux_loss={self.router_aux_loss} has nothing to balance, the router is frozen"
+                " hint: set train.router_aux_loss=0, or train every weight with train.router=trained"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> Self:
+        if self.adapter is None:
+            return self
+        if self.adapter.quantize == "nf4" and not self.scaling.gpus_per_worker:
+            raise ValueError(
+                "adapter.quantize=nf4 needs a GPU, gpus_per_worker=0"
+                " hint: set train.scaling.gpus_per_worker=1, or train.adapter.quantize=none"
+            )
+        if self.adapter.quantize == "nf4" and self.zero_stage == 3:
+            raise ValueError(
+                "adapter.quantize=nf4 makes weights that zero_stage=3 cannot divide"
+                " hint: set train.zero_stage=2: each worker holds the whole model, in 4 bits"
+            )
+        if self.adapter.method == "dora" and self.zero_stage == 3:
+            raise ValueError(
+                "adapter.method=dora needs whole weights for their norms, zero_stage=3 divides them"
+                " hint: set train.zero_stage=2, or train.adapter.method=rslora"
+            )
+        return self

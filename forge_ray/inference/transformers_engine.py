@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from forge_ray.architecture import open_model
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
 from forge_ray.hardware import resolve_precision
@@ -56,8 +57,7 @@ def load_model(model_dir: Path, adapter_dir: Path | None, dtype: torch.dtype, de
     """The base model, with a PEFT adapter left unmerged: merging into bf16 weights would round the adapter away."""
     if not list(model_dir.glob("*.safetensors")):
         raise PolicyError(f"{model_dir} has no .safetensors weights", hint="convert the weights to safetensors first")
-    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa", **where)
+    model: Any = open_model(model_dir, dtype)
     if adapter_dir is not None:
         if not (adapter_dir / "adapter_model.safetensors").is_file():
             raise PolicyError(f"{adapter_dir} has no adapter_model.safetensors", hint="export the adapter as safetensors")

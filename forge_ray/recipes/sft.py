@@ -27,6 +27,7 @@ from forge_ray.train.guards import Guards, RollBack
 from forge_ray.train.job import TrainJob
 from forge_ray.train.loss import packed_loss
 from forge_ray.train.model import load_for_training
+from forge_ray.train.moe import Balance
 from forge_ray.train.saving import Saved, Saver
 from forge_ray.train.schedule import learning_rate, num_steps
 from forge_ray.train.sequence_parallel import Slices
@@ -75,10 +76,14 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
     base = store.fetch_dir(f"models/{job.base.id}", verify=not store.is_local)
     model = load_for_training(base, config, job.precision, context.device, context.world_size)
     slices = Slices(model, rows.sequence_length, context)
+    balance = Balance(model, config.router_aux_loss) if config.router_aux_loss else None
 
     # 4. engine
     zero = config.engine == "deepspeed"
     engine: TrainEngine = ZeroEngine(model, config, job.precision) if zero else TorchEngine(model, config)
+
+    flops = speed.flops(base, config, job.dataset) if context.is_first else None
+    peak = speed.peak_flops(context.device, job.precision) if flops else 0.0
 
     # 5. restore
     checkpoint.seed_all(config.seed, context.rank)
@@ -108,8 +113,6 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
     # 6. steps
     feed = Feed(rows, order, lanes, first_step, total_steps - first_step)
     batches = ray_batches(feed) if context.under_ray and feed.num_steps else local_batches(feed)
-    flops = speed.flops(base, config, job.dataset) if context.is_first else None
-    peak = speed.peak_flops(context.device, job.precision) if flops else 0.0
     clock, began, looked = metrics.StepClock(), time.perf_counter(), time.monotonic()
     for step in range(first_step, total_steps):
         done, step_began, preempted = step + 1, time.perf_counter(), False
@@ -135,7 +138,7 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
                 line["left_out"] = "spike"
             else:
                 scale = max(num_trained, 1.0)
-                passes = Passes(engine, batch, numbers, done, scale, guards, config.micro_batch_size, slices)
+                passes = Passes(engine, batch, numbers, done, scale, guards, config.micro_batch_size, slices, balance)
                 line |= _update(passes, lr, guards, context)
         if "loss" in line:
             guards.watch(done, line["loss"])
@@ -202,9 +205,10 @@ class Passes:
     guards: Guards
     micro_batch_size: int
     slices: Slices
+    balance: Balance | None = None
 
     def run(self) -> float:
-        """Adds to the gradients; returns this rank's sum of losses."""
+        """Adds to the gradients; returns this rank's sum of losses, without what balances a router."""
         size = 1 if self.step in self.guards.left_out.careful else self.micro_batch_size
         most = -(-self.guards.order.global_batch // self.guards.context.data_size)
         num_micro = -(-most // size)
@@ -216,8 +220,9 @@ class Passes:
                 if not len(part["input_ids"]):  # the lanes did not divide evenly: a pass that adds nothing
                     part = {name: value[:1].clone() for name, value in self.batch.items()}
                     _blank(part, [0])
-                loss = _loss(self.slices.cut(part), self.engine)[0]
-                self.engine.backward(loss / self.num_trained, is_last=micro == num_micro - 1)
+                loss, number = _loss(self.slices.cut(part), self.engine)
+                extra = self.balance.loss(part["segment_ids"] > 0, number) if self.balance else 0.0
+                self.engine.backward((loss + extra) / self.num_trained, is_last=micro == num_micro - 1)
                 loss_sum += float(loss.detach())
         return loss_sum
 
@@ -229,12 +234,14 @@ def _update(passes: Passes, lr: float, guards: Guards, context: Context) -> dict
     for _ in range(2):
         if tried:
             checkpoint.set_rng_state(random_state)
-        (loss_sum,) = sum_over_ranks([passes.run()], context)
+        mine, balance = [passes.run()], passes.balance
+        loss_sum, *more = sum_over_ranks([*mine, balance.take()] if balance else mine, context)
         loss, grad_norm = loss_sum / passes.num_trained, passes.engine.step(lr)
         if loss - loss == 0 and grad_norm < float("inf"):
             if tried:
                 guards.record("recovered", passes.step, first=str(tried[0]))
-            return {"loss": loss, "grad_norm": grad_norm}
+            found = {"loss": loss, "grad_norm": grad_norm}
+            return found | {"router_balance": more[0] / passes.num_trained} if more else found
         if grad_norm < float("inf"):
             raise TrainingError(
                 f"step {passes.step}: loss={loss} with finite gradients (norm {grad_norm}): the weights cannot be trusted",

@@ -84,3 +84,17 @@ class _CrossEntropy(torch.autograd.Function):
             wide.scatter_add_(1, targets[part, None].clamp(min=0), wide.new_full((len(wide), 1), -1.0))
             logits[part] = wide.mul_(scale[part, None])
         return logits, None
+
+
+def load_balance(logits_NE: Tensor, chosen_NK: Tensor, used_N: Tensor) -> Tensor:
+    """E * sum over experts of f_e P_e (Switch Transformer, arXiv:2101.03961, equations 4 to 6, for K experts a token).
+
+    f_e is the share of the used tokens' choices that fell on e, P_e the mean of its probability; 1 when all experts are used
+    alike, E / K when K of them take everything. Differentiable through P. N tokens, E experts, K chosen.
+    """
+    used = used_N.to(torch.float32)
+    count = used.sum().clamp(min=1.0)
+    picked_NE = torch.zeros_like(logits_NE, dtype=torch.float32).scatter_(1, chosen_NK, 1.0)
+    share_E = (picked_NE * used[:, None]).sum(dim=0) / (count * chosen_NK.shape[1])
+    probability_E = (logits_NE.float().softmax(dim=-1) * used[:, None]).sum(dim=0) / count
+    return logits_NE.shape[1] * (share_E * probability_E).sum()

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forge_ray.config.train import Adapter, TrainConfig
+from forge_ray.architecture import open_model, outside_text
+from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
 from forge_ray.train import attention
+from forge_ray.train.adapter import quantised, with_adapter
+from forge_ray.train.moe import freeze_routers
 from forge_ray.train.zero import open_deepspeed, zero_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -39,22 +42,19 @@ def _partitioned_while_loading(config: TrainConfig, precision: str, world_size: 
 
 
 def load_for_training(folder: Path, config: TrainConfig, precision: str, device: torch.device, world_size: int) -> nn.Module:
-    """The base model with its adapter, ready for an engine; the same weights on every rank for the same seed."""
-    from transformers import AutoModelForCausalLM, logging
+    """The base model with its adapter, ready for an engine; the same weights on every rank for the same seed.
+
+    Of a model that also sees, text alone is trained: nothing of the data passes the rest.
+    """
+    from transformers import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    settings = quantised(config.adapter, device) if config.adapter else {}
     with _partitioned_while_loading(config, precision, world_size):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[precision],
-            attn_implementation=attention.register(),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        model: Any = open_model(folder, DTYPES[precision], attention.register(), **settings)
     attention.refuse_unknown(model)
-    model.config.use_cache = False  # with a cache the packed documents would see each other
+    model.config.get_text_config().use_cache = False  # with a cache the packed documents would see each other
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.adapter:
@@ -62,7 +62,12 @@ def load_for_training(folder: Path, config: TrainConfig, precision: str, device:
         model = with_adapter(model, config.adapter)
         if config.activation_checkpointing:
             model.enable_input_require_grads()
-    on_device: nn.Module = model.to(device).train()
+    else:
+        for name in outside_text(model):
+            model.get_submodule(name).requires_grad_(False)
+        if config.router == "frozen":
+            freeze_routers(model)
+    on_device: nn.Module = (model if settings else model.to(device)).train()
     return on_device
 
 
@@ -75,28 +80,6 @@ def compile_blocks(model: Any) -> None:
             module.compile()
 
 
-def with_adapter(model: Any, adapter: Adapter) -> Any:
-    """`model` with LoRA in its own dtype (the fp32 master copy is the optimizer's)."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
-    lora = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
-    except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise ConfigError(
-            f"train.adapter.target_modules={targets!r} matches no layer of this model",
-            hint=f"its linear layers are {', '.join(names)}; or use all-linear",
-        ) from error
-
-
 def export_adapter(model: Any, weights: dict[str, Tensor], base_model: str, folder: Path) -> None:
     """PEFT's own files; `base_model` is the id of the version that the adapter belongs to, not a path."""
     model.peft_config["default"].base_model_name_or_path = base_model
@@ -105,16 +88,16 @@ def export_adapter(model: Any, weights: dict[str, Tensor], base_model: str, fold
     (folder / "README.md").unlink(missing_ok=True)  # PEFT writes a card with placeholders
     config = folder / "adapter_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["target_modules"] = sorted(settings["target_modules"])  # a set: its order differs between processes
+    for name in ("target_modules", "target_parameters"):  # a set's order differs between processes
+        if settings.get(name):
+            settings[name] = sorted(settings[name])
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def export_full(base: Path, weights: dict[str, Tensor], folder: Path) -> None:
     """A plain Hugging Face directory: the trained weights, the base's configuration and tokenizer."""
-    from transformers import AutoModelForCausalLM
-
     dtype = next(iter(weights.values())).dtype
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    model = open_model(base, dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.all_tied_weights_keys)
     if unexpected or set(missing) - tied:
@@ -126,9 +109,8 @@ def export_full(base: Path, weights: dict[str, Tensor], folder: Path) -> None:
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
     """Base and adapter as one plain model: the product B A is added in fp32, the sum rounded once."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    source = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True, trust_remote_code=False)
+    source = open_model(base, "auto")
     dtype = source.dtype
     merged: Any = PeftModel.from_pretrained(source.float(), str(adapter), local_files_only=True).merge_and_unload()
     merged.to(dtype).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What a run will take, before anything is taken: steps, tokens, memory per worker, disk (level 3, no torch).
+"""What a run will take, before anything is taken: steps, tokens, memory per worker, disk (level 3).
 
 Memory is counted tensor by tensor, by the formulas below; `benchmarks/plan.py` holds it against what runs measure. Bytes; w
 is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P all weights, T the trained ones.
@@ -7,24 +7,30 @@ is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P al
     gradients     engine torch: 4 T in which passes are summed; ZeRO: see `_states`
     optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N
     host          what is offloaded is in main memory instead: gradients, optimizer, its step and w T / N; w P / N
+    gathered      at stage 3 w times what one pass takes together: 500 million weights, or the experts of a layer if more
     working       the larger of a pass (activations, logits, half of its own gradients: they grow while activations shrink)
                   and the optimizer's step (gradients scaled, 4 T, and two temporaries of the largest weight)
     activations   per layer and token what autograd keeps (`_saved_per_token`); with activation checkpointing w times hidden
-                  size a layer, and one layer in full
+                  size a layer, and one layer in full; experts that are adapted: a copy of a layer's, w times its experts,
+                  for each layer that is kept, and once more for its gradient
     logits        positions at which they are computed, times vocabulary, times 8 (fp32: and their log-softmax), bf16 + 2
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.train import Offload, TrainConfig
-from forge_ray.records import DatasetManifest
+import torch
+
+from forge_ray.architecture import empty_model, outside_text
+from forge_ray.config.train import Adapter, Offload, TrainConfig
+from forge_ray.records import DatasetManifest, SplitStats
+from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, with_adapter
+from forge_ray.train.moe import routers
 from forge_ray.train.schedule import num_steps
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -35,46 +41,67 @@ OUTSIDE = ("embed", "lm_head", "norm")  # weights of two dimensions that are no 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as its files say: every weight's shape, and the numbers of `config.json`."""
+    """A model as its `config.json` says: every weight's shape, on no device."""
 
+    folder: Path
     shapes: dict[str, tuple[int, ...]]
     config: dict[str, Any]
+    outside: frozenset[str] = frozenset()  # weights that text does not pass
+    routers: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, folder: Path) -> Model:
-        """From the safetensors headers; no weight is read."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as stream:
-                header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return cls(shapes, config.get("text_config") or config)
+        """No weight is read; the folder may hold `config.json` alone."""
+        model = empty_model(folder)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        not_text, routing = outside_text(model), {id(weight) for router in routers(model) for weight in router.parameters()}
+        return cls(
+            folder,
+            shapes,
+            model.config.get_text_config().to_dict(),
+            frozenset(name for name in shapes if any(name.startswith(f"{part}.") for part in not_text)),
+            frozenset(name for name, parameter in model.named_parameters() if id(parameter) in routing),
+        )
 
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
-    def linear(self) -> list[tuple[str, int, int]]:
-        """(name, outputs, inputs) of the linear layers inside the blocks."""
-        return [
-            (name, shape[0], shape[1])
-            for name, shape in self.shapes.items()
-            if len(shape) == 2 and not any(part in name for part in OUTSIDE)
-        ]
+    def num_active(self) -> int:
+        """Weights that one token passes: of the routed experts, as many as it is sent to."""
+        share = active_share(self.config)
+        return round(sum(math.prod(s) * (share if is_expert(name) else 1.0) for name, s in self.shapes.items()))
+
+    @property
+    def block(self) -> int:
+        """Weights of the routed experts of one layer, which are gathered and adapted as a whole."""
+        return _experts(self.shapes) // int(self.config["num_hidden_layers"])
+
+    def coverage(self, adapter: Adapter) -> Coverage:
+        """What the adapter reaches. Raises `ConfigError`."""
+        return _coverage(self.folder, adapter)
+
+    def trained(self, config: TrainConfig) -> dict[str, tuple[int, ...]]:
+        """Weights that a full fine-tune changes."""
+        still = self.outside | (self.routers if config.router == "frozen" else set())
+        return {name: shape for name, shape in self.shapes.items() if name not in still}
 
     def num_trained(self, config: TrainConfig) -> int:
         """Weights that the optimizer changes."""
         if config.adapter is None:
-            return self.num_parameters
-        wanted = config.adapter.target_modules
-        chosen = [
-            outputs + inputs
-            for name, outputs, inputs in self.linear
-            if wanted == "all-linear" or name.removesuffix(".weight").rsplit(".", 1)[-1] in wanted
-        ]
-        return config.adapter.r * sum(chosen)
+            return sum(math.prod(shape) for shape in self.trained(config).values())
+        return self.coverage(config.adapter).trained
+
+
+@functools.lru_cache(maxsize=64)
+def _coverage(folder: Path, adapter: Adapter) -> Coverage:
+    with torch.device("meta"):  # the adapter too: that of a large mixture's experts is gigabytes
+        return coverage(with_adapter(empty_model(folder), adapter), adapter)
+
+
+def _experts(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for name, shape in shapes.items() if is_expert(name))
 
 
 @dataclass(frozen=True)
@@ -119,7 +146,7 @@ def memory(
 def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: int) -> tuple[int, int, int, int, int]:
     """(weights, gradients, optimizer, what a pass adds, what the optimizer's step adds)."""
     weights = w * (model.num_parameters + (trained if config.adapter else 0))
-    largest = max(math.prod(shape) for shape in model.shapes.values()) if config.adapter is None else 0
+    largest = max(math.prod(shape) for shape in model.trained(config).values()) if config.adapter is None else 0
     if config.engine == "torch":
         return (
             weights,
@@ -134,38 +161,80 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
     cast = 4 * bucket if w == 2 else 0  # gradients are summed over the ranks in fp32
     if config.zero_stage < 3:
         return weights, 4 * share, 12 * share, w * bucket + cast, 4 * share
-    gathered = w * min(model.num_parameters, BUCKET)
+    gathered = w * max(min(model.num_parameters, BUCKET), model.block)
     return -(-weights // workers), 4 * share, 12 * share, gathered + 2 * w * bucket + 4 * bucket, 4 * share
 
 
 def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
     layers, hidden = int(model.config["num_hidden_layers"]), int(model.config["hidden_size"])
-    per_token = _saved_per_token(model.config, w)
+    per_token, adapted = _saved_per_token(model.config, w), 0
+    if any(name.endswith("q_norm.weight") for name in model.shapes):
+        per_token += (8 + w) * sum(_heads(model.config))
     if config.adapter:  # the narrow side of each adapter, and the sum of both paths before the next layer takes it
-        per_token += w * config.adapter.r * len(model.linear) / layers
+        found = model.coverage(config.adapter)
+        experts = [one for one in found.patterns if one.pattern in config.adapter.target_parameters]
+        per_token += w * config.adapter.r * sum(one.modules for one in found.patterns if one not in experts) / layers
+        adapted = w * sum(one.parameters for one in experts) // layers
     if config.activation_checkpointing:
-        return int(tokens * (layers * w * hidden + per_token))
-    return int(tokens * layers * per_token)
+        return int(tokens * (layers * w * hidden + per_token)) + 2 * adapted
+    return int(tokens * layers * per_token) + (layers + 1) * adapted
 
 
 def _saved_per_token(config: dict[str, Any], w: int) -> float:
     """What autograd keeps of one token in one block: inputs of linear layers, of norms (in fp32), of the activation."""
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    head = int(config.get("head_dim") or hidden // heads)
-    queries, keys = heads * head, int(config.get("num_key_value_heads") or heads) * head
     norms = 2 * (2 * 4 * hidden + w * hidden)
-    attention = w * (queries + 2 * keys + 2 * queries)
-    feed_forward = w * 4 * _width(config)
-    return norms + attention + feed_forward
+    if config.get("kv_lora_rank"):
+        return norms + _latent_attention(config, w, heads) + _feed_forward(config, w, hidden)
+    queries, keys = _heads(config)
+    return norms + w * (queries + 2 * keys + 2 * queries) + _feed_forward(config, w, hidden)
 
 
-def _width(config: dict[str, Any]) -> float:
-    """Intermediate neurons that a token passes: all of a dense block, those of its experts in a mixture."""
-    experts = config.get("num_experts_per_tok")
-    if not experts or not config.get("moe_intermediate_size"):
-        return float(config["intermediate_size"])
-    shared = int(config.get("n_shared_experts") or 0)
-    return float(config["moe_intermediate_size"]) * (int(experts) + shared)
+def _heads(config: dict[str, Any]) -> tuple[int, int]:
+    """(neurons of all queries, of all keys)."""
+    heads = int(config["num_attention_heads"])
+    head = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    return heads * head, int(config.get("num_key_value_heads") or heads) * head
+
+
+def _latent_attention(config: dict[str, Any], w: int, heads: int) -> float:
+    """MLA (arXiv:2405.04434): norms of the latents, queries, keys put together, keys and values as expanded."""
+    latents = int(config.get("q_lora_rank") or 0) + int(config["kv_lora_rank"])
+    nope, rope, value = (int(config[f"{name}_head_dim"]) for name in ("qk_nope", "qk_rope", "v"))
+    return (8 + w) * latents + w * heads * (2 * (nope + rope) + (nope + value) + 2 * value)
+
+
+def _feed_forward(config: dict[str, Any], w: int, hidden: int) -> float:
+    """Four times the neurons that a token passes; for each of its experts a copy of the token before and after."""
+    taken, dense = int(config.get("num_experts_per_tok") or 0), int(config["intermediate_size"])
+    if not taken or not experts_of(config):
+        return w * 4 * dense
+    width = int(config.get("moe_intermediate_size") or dense)
+    layers, plain = int(config["num_hidden_layers"]), int(config.get("first_k_dense_replace") or 0)
+    mixture = 4 * width * (taken + int(config.get("n_shared_experts") or 0)) + 2 * taken * hidden
+    return w * (plain * 4 * dense + (layers - plain) * mixture) / layers
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A dataset that is only said to be so large: `--rows`. Every token of it is trained."""
+
+    sequence_length: int
+    splits: dict[str, SplitStats]
+
+    @classmethod
+    def of(cls, rows: int, sequence_length: int) -> Stated:
+        tokens = rows * sequence_length
+        train = SplitStats(
+            num_records=rows,
+            num_rows=rows,
+            num_tokens=tokens,
+            num_trained_tokens=tokens,
+            rows_digest="",
+            block_rows=1,
+            shard_rows=(),
+        )
+        return cls(sequence_length, {"train": train})
 
 
 @dataclass(frozen=True)
@@ -173,6 +242,7 @@ class Plan:
     """What `forge plan` says."""
 
     num_parameters: int
+    num_active: int
     num_trained: int
     num_rows: int
     num_tokens: int
@@ -185,7 +255,7 @@ class Plan:
 
 
 def nearest(
-    model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest, num_workers: int, room: int
+    model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest | Stated, num_workers: int, room: int
 ) -> TrainConfig | None:
     """The settings nearest to these that fit into `room` bytes a worker; None where none do. The first steps cost least: a
     smaller pass, then recomputed activations, then states divided further (which another run id follows from), then moved
@@ -205,7 +275,7 @@ def nearest(
     return None
 
 
-def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest, num_workers: int) -> Plan:
+def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest | Stated, num_workers: int) -> Plan:
     stats = dataset.splits["train"]
     steps = num_steps(config, stats.num_rows)
     epochs = steps * config.global_batch / max(stats.num_rows, 1)
@@ -214,6 +284,7 @@ def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetMani
     checkpoint = trained * (12 + (BYTES[precision] if config.engine == "deepspeed" else 0))
     return Plan(
         num_parameters=model.num_parameters,
+        num_active=model.num_active,
         num_trained=trained,
         num_rows=stats.num_rows,
         num_tokens=round(epochs * stats.num_tokens),

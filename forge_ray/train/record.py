@@ -42,6 +42,7 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
         code_digest=code_digest(),
         environment=versions(),
         metrics=result["metrics"] | scores,
+        adapter=job.store.read_json(f"runs/{job.run}/adapter.json") if job.config.adapter else {},
         stopped_early=result["stopped_early"],
         export_step=result.get("export_step", 0),
         export=job.store.files(f"runs/{job.run}/export"),

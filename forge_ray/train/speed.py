@@ -22,10 +22,9 @@ import torch
 from forge_ray.config.train import TrainConfig
 from forge_ray.hardware import gpu_named
 from forge_ray.records import DatasetManifest
+from forge_ray.train.adapter import active_share, is_expert
 from forge_ray.train.model import DTYPES
 from forge_ray.train.plan import OUTSIDE, Model
-
-EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Flops:
 
 
 def flops(folder: Path, config: TrainConfig, dataset: DatasetManifest) -> Flops | None:
-    """From the headers of the base model; None for an architecture whose numbers are not where they usually are."""
+    """From the configuration of the base model; None for an architecture whose numbers are not where they usually are."""
     try:
         model = Model.of(folder)
         numbers, stats = model.config, dataset.splits["train"]
@@ -58,12 +57,10 @@ def flops(folder: Path, config: TrainConfig, dataset: DatasetManifest) -> Flops 
 
 def active_weights(model: Model) -> float:
     """Weights of the matrices inside the blocks that one token is multiplied with."""
-    count = next((int(model.config[key]) for key in EXPERTS if model.config.get(key)), 0)
-    share = int(model.config.get("num_experts_per_tok") or count) / count if count else 1.0
-    total = 0.0
+    share, total = active_share(model.config), 0.0
     for name, shape in model.shapes.items():
-        if len(shape) >= 2 and not any(part in name for part in OUTSIDE):
-            total += math.prod(shape) * (share if ".experts." in name else 1.0)
+        if len(shape) >= 2 and name not in model.outside and not any(part in name for part in OUTSIDE):
+            total += math.prod(shape) * (share if is_expert(name) else 1.0)
     return total
 
 

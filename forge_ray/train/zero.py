@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.train.engine import Write, trained
+from forge_ray.train.moe import block_classes
 
 TAG = "state"
 
@@ -109,9 +110,10 @@ class ZeroEngine:
             eps=options.eps,
             weight_decay=options.weight_decay,
         )
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=zero_config(config, precision, self.world_size)
-        )
+        settings = zero_config(config, precision, self.world_size)
+        if self.stage == 3 and (blocks := block_classes(model)):
+            settings["zero_optimization"]["leaf_module"] = {"classes": blocks}
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model: nn.Module = self.engine.module
         # stage 0 in fp32 clips and steps the plain optimizer, and tells nobody the norm
         self.is_plain = self.optimizer is optimizer

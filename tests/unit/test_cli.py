@@ -30,7 +30,7 @@ SURFACE = {
     "data find": {"--subject", "--key-file"},
     "data export": {"--split"},
     "data clean": set(),
-    "plan": {"--set", "--workers", "--memory-gb", "--tokens-per-s", "--cost-per-hour"},
+    "plan": {"--set", "--workers", "--memory-gb", "--tokens-per-s", "--cost-per-hour", "--rows"},
     "runs list": set(),
     "runs show": set(),
     "runs export": {"--step"},

@@ -40,7 +40,11 @@ def mistake(*overrides: str, base: dict[str, Any] | None = None) -> ConfigError:
         ("train.zero_stag=2", "train.zero_stag=2: unknown key", "did you mean 'train.zero_stage'?"),
         ("trian.epochs=2", "trian={'epochs': 2}: unknown key", "did you mean 'train'?"),
         ("data.sources.0.pth=x", "data.sources.0.pth='x': unknown key", "did you mean 'data.sources.0.path'?"),
-        ("train.adapter={rank: 8}", "train.adapter.rank=8: unknown key", "known keys: alpha, dropout, r, target_modules"),
+        (
+            "train.adapter={rank: 8}",
+            "train.adapter.rank=8: unknown key",
+            "known keys: alpha, dropout, method, quantize, r, target_modules, target_parameters",
+        ),
         ("eval.engine.pagesize=8", "eval.engine.pagesize=8: unknown key", "did you mean 'eval.engine.page_size'?"),
         (
             "release.gate.better_than=[{incumbant: base}]",

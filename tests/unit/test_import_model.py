@@ -212,6 +212,12 @@ def test_a_snapshot_of_links_is_refused_with_the_remedy_and_the_remedy_works(goo
 
 
 @pytest.mark.usefixtures("no_library_opens_it")
+def test_a_header_whose_length_reads_as_a_pickle_is_none(good: Path, catalog: Catalog) -> None:
+    header = json.dumps({"a": tensor(0, 16)}).encode().ljust(0x380)
+    (good / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    assert import_model(catalog, good, "good").status == "imported"
+
+
 def test_the_same_directory_twice_is_one_version(good: Path, catalog: Catalog) -> None:
     first = import_model(catalog, good, "base", licence="apache-2.0", alias="base")
     again = import_model(catalog, good, "base", alias="base")

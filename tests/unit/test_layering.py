@@ -20,7 +20,7 @@ ROWS: tuple[set[str], ...] = (
     {"errors", "offline", "quiet"},  # L0
     {"records"},
     {"config"},
-    {"store", "hardware", "progress", "environment"},  # L1
+    {"store", "hardware", "progress", "environment", "architecture", "dequantise"},  # L1
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster"},  # L2
     {"train", "evaluate", "lineage"},  # L3

@@ -30,7 +30,7 @@ def test_the_counts_are_those_of_torch(model: Model, tiny_model_dir: Path) -> No
     import torch
     from transformers import LlamaForCausalLM
 
-    from forge_ray.train.model import with_adapter
+    from forge_ray.train.adapter import with_adapter
 
     real: Any = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     assert model.num_parameters == sum(parameter.numel() for parameter in real.parameters())
@@ -104,17 +104,89 @@ def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
     assert (whole.steps, whole.num_tokens, whole.num_trained_tokens) == (13, 12_480, 6_240)
 
 
-def test_of_an_object_store_only_the_headers_are_read(model: Model, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """A truncated copy of each file of weights: enough for the plan, and nothing of the weights."""
-    from forge_ray.preflight import headers
+def test_of_an_object_store_only_the_configuration_is_read(model: Model, tiny_model_dir: Path) -> None:
+    from forge_ray.preflight import configuration
     from forge_ray.store import Store, hash_dir
 
     store = Store("mock:///")
     base: Any = SimpleNamespace(id="mv_1", files=hash_dir(tiny_model_dir))
     for entry in base.files:
         store.write(f"models/mv_1/{entry.path}", (tiny_model_dir / entry.path).read_bytes())
-    folder = headers(store, base, tmp_path)
-    assert Model.of(folder) == model
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert sorted(sizes) == ["config.json", "model.safetensors"]
-    assert sizes["model.safetensors"] < (tiny_model_dir / "model.safetensors").stat().st_size / 10
+    folder = configuration(store, base)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert Model.of(folder).shapes == model.shapes
+
+
+def test_the_true_size_of_mistral_small_4_from_its_configuration_alone() -> None:
+    folder = Path(__file__).parents[2] / "jobs/models/mistral-small-4"
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    small = Model.of(folder)
+    experts = sum(math.prod(shape) for name, shape in small.shapes.items() if ".experts." in name)
+    assert (small.num_parameters, small.num_active, experts) == (118_972_826_624, 6_632_588_288, 115_964_116_992)
+    assert small.block * 2 == 6_442_450_944  # bytes that ZeRO-3 gathers for one layer
+    parameters = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    config = parse(TrainConfig, {"adapter": parameters, "zero_stage": 3, "activation_checkpointing": True})
+    needs = memory(small, config, "bf16", 4096, 8)
+    assert needs.weights == pytest.approx(2 * small.num_parameters / 8, rel=0.01)
+    kept = memory(small, config.model_copy(update={"activation_checkpointing": False}), "bf16", 4096, 8)
+    assert kept.activations - needs.activations > 35 * 6.4e9  # each layer keeps its adapted experts
+    assert needs.working > 3 * 6.4e9  # gathered, adapted, and their gradient
+
+
+def test_a_frozen_router_and_what_sees_are_not_trained(tmp_path: Path) -> None:
+    from transformers import Mistral3Config, Mistral4Config
+
+    text = Mistral4Config(hidden_size=64, num_hidden_layers=2, n_routed_experts=8, vocab_size=100, moe_intermediate_size=32)
+    sees = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    Mistral3Config(
+        text_config=text.to_dict(), vision_config=sees | {"num_attention_heads": 2}, tie_word_embeddings=False
+    ).save_pretrained(tmp_path)
+    found = Model.of(tmp_path)
+    outside = sum(math.prod(shape) for name, shape in found.shapes.items() if "language_model" not in name)
+    head = 100 * 64
+    assert found.num_trained(parse(TrainConfig, {})) == found.num_parameters - (outside - head)
+    frozen = found.num_trained(parse(TrainConfig, {"router": "frozen"}))
+    assert found.num_trained(parse(TrainConfig, {})) - frozen == 2 * 8 * 64
+
+
+def test_a_plan_needs_no_data_and_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The committed run of Mistral Small 4, and what it says of the adapter; nothing is written."""
+    from forge_ray.config.base import load
+    from forge_ray.config.run import RunConfig
+    from forge_ray.errors import ConfigError
+    from forge_ray.pipeline import plan as planned
+    from forge_ray.show import print_plan
+    from forge_ray.store import Store
+
+    root = Path(__file__).parents[2]
+    folder = f"base_model={root / 'jobs/models/mistral-small-4'}"
+    store = Store(str(tmp_path / "store"))
+    config = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder,))
+    found = planned(config, store, 0, 80, 0, 0, rows=10_000)
+    assert (found["num_workers"], found["num_tokens"], found["problem"]) == (8, 313 * 32 * 4096, "")
+    assert found["adapter"]["reached_of_all"] > 0.99
+    assert planned(config, store, 0, 60, 0, 0, rows=10_000)["problem"]
+    print_plan(found)
+    printed = capsys.readouterr().out
+    assert "6,632,588,288" in printed
+    assert "mlp.experts.gate_up_proj: 36 weights" in printed
+    assert not (tmp_path / "store").exists()
+    wrong = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder, "train.adapter={target_modules: [q_proj, o_proj]}"))
+    with pytest.raises(ConfigError, match="'q_proj' matches nothing"):
+        planned(wrong, store, 0, 80, 0, 0, rows=10_000)
+
+
+def test_a_run_says_first_what_its_adapter_reaches(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from forge_ray.catalog import Catalog
+    from forge_ray.config.train import Adapter
+    from forge_ray.errors import ConfigError
+    from forge_ray.pipeline import _reach
+
+    with Catalog(store) as catalog:
+        base = catalog.model("tiny")
+    _reach(store, "run_reach", base, Adapter(r=4))
+    assert "all-linear: 14 weights" in capsys.readouterr().err
+    assert store.read_json("runs/run_reach/adapter.json")["patterns"][0]["modules"] == 14
+    with pytest.raises(ConfigError, match="'qproj' matches nothing"):
+        _reach(store, "run_refused", base, Adapter(target_modules=("qproj",)))
+    assert not store.exists("runs/run_refused/adapter.json")

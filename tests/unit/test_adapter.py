@@ -1,0 +1,167 @@
+"""What an adapter reaches is what its patterns name; a run that would train less is refused before it starts."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from forge_ray.config.base import parse
+from forge_ray.config.train import Adapter, TrainConfig
+from forge_ray.errors import ConfigError
+from forge_ray.train.adapter import coverage, quantised, with_adapter
+
+pytestmark = pytest.mark.unit
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """On the meta device: shapes alone."""
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        Mistral4Config,
+        Mistral4ForCausalLM,
+    )
+
+    text: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    sees = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        return {
+            "text": Mistral4ForCausalLM(Mistral4Config(**text)),
+            "mixed": Mistral4ForCausalLM(Mistral4Config(**text, first_k_dense_replace=1)),
+            "sees": Mistral3ForConditionalGeneration(
+                Mistral3Config(
+                    text_config=text | {"model_type": "mistral4"},
+                    vision_config=sees | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+                    tie_word_embeddings=False,
+                )
+            ),
+        }
+
+
+def reach(model: Any, **settings: Any) -> Any:
+    adapter = Adapter(**settings)
+    return coverage(with_adapter(copy.deepcopy(model), adapter), adapter)
+
+
+def test_mistral_4_has_no_q_proj_and_that_is_said(models: dict[str, Any]) -> None:
+    """PEFT alone would adapt o_proj and be silent; in the model that sees, its vision tower's q_proj too."""
+    for name in ("text", "sees"):
+        with pytest.raises(ConfigError, match="'q_proj' matches nothing of this model's text") as error:
+            reach(models[name], target_modules=("q_proj", "v_proj", "o_proj"))
+        assert "q_a_proj" in error.value.hint
+        assert set(reach(models[name], target_modules=("o_proj",)).patterns[0].kinds) == {"self_attn.o_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"target_modules": ("o_proj", "no_such")}, "'no_such' matches nothing", "o_proj"),
+        (
+            {"target_parameters": ("mlp.experts.up_proj",)},
+            "'mlp.experts.up_proj' matches nothing",
+            "mlp.experts.gate_up_proj",
+        ),
+        ({"target_modules": ("1.self_attn.o_proj",)}, "in 1 of 3 layers", "name the kind of layer"),
+        ({"target_parameters": ("layers.2.mlp.experts.down_proj",)}, "in 1 of 3 layers", "mlp.experts.down_proj"),
+    ],
+)
+def test_a_pattern_that_reaches_less_than_it_names_is_refused(
+    models: dict[str, Any], settings: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        reach(models["text"], **settings)
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["text", "sees"])
+def test_counts_and_shares(name: str, models: dict[str, Any]) -> None:
+    model = models[name]
+    found = reach(model, r=4, target_modules=("o_proj", "kv_b_proj"), target_parameters=EXPERTS)
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    experts = sum(size for key, size in sizes.items() if ".experts." in key)
+    assert experts == 3 * 8 * 3 * 16 * 32
+    assert found.parameters == sum(sizes.values())
+    assert found.active == found.parameters - experts * 6 / 8
+    attention = sum(size for key, size in sizes.items() if "language_model" in key or name == "text" if "o_proj" in key)
+    latent = sum(size for key, size in sizes.items() if "kv_b_proj" in key)
+    assert found.reached == experts + attention + latent
+    assert found.reached_active == experts / 4 + attention + latent
+    adapted = with_adapter(
+        copy.deepcopy(model), Adapter(r=4, target_modules=("o_proj", "kv_b_proj"), target_parameters=EXPERTS)
+    )
+    trained = {key: p.numel() for key, p in adapted.named_parameters() if p.requires_grad}
+    assert found.trained == sum(trained.values())
+    of_experts = sum(size for key, size in trained.items() if ".experts." in key)
+    assert found.trained_active == found.trained - of_experts * 6 / 8
+    told = found.to_json()
+    assert told["trained_of_active"] == found.trained_active / found.active
+    assert [one["modules"] for one in told["patterns"]] == [3, 3, 3, 3]
+
+
+def test_all_linear_leaves_the_experts_out_and_says_so(models: dict[str, Any]) -> None:
+    found = reach(models["sees"])
+    assert not any("vision" in kind or "projector" in kind for kind in found.patterns[0].kinds)
+    (said,) = (line for line in found.lines() if line.startswith("not adapted"))
+    assert "[mlp.experts.gate_up_proj, mlp.experts.down_proj]" in said
+    assert not any("not adapted" in line for line in reach(models["sees"], target_parameters=EXPERTS).lines())
+
+
+def test_a_kind_that_some_layers_have_is_reached_in_those(models: dict[str, Any]) -> None:
+    """One dense layer before the mixtures: its name is enough, and the report says in how many layers it was found."""
+    found = reach(models["mixed"], target_modules=("mlp.gate_proj",), target_parameters=EXPERTS)
+    assert [one.kinds for one in found.patterns] == [
+        {"mlp.gate_proj.weight": (1, 1)},
+        {"mlp.experts.gate_up_proj": (2, 2)},
+        {"mlp.experts.down_proj": (2, 2)},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter": {"target_parameters": list(EXPERTS), "dropout": 0.1}}, "dropout=0.1 cannot be applied"),
+        ({"adapter": {"target_parameters": list(EXPERTS), "method": "dora"}}, "method=dora cannot be applied"),
+        ({"adapter": {"target_modules": []}}, "both empty"),
+        ({"adapter": {"quantize": "nf4"}}, "needs a GPU"),
+        ({"adapter": {"quantize": "nf4"}, "zero_stage": 3, "scaling": {"gpus_per_worker": 1}}, "cannot divide"),
+        ({"adapter": {"method": "dora"}, "zero_stage": 3}, "whole weights"),
+        ({"adapter": {}, "router": "trained"}, "no place for it"),
+        ({"adapter": {}, "router_aux_loss": 0.1}, "the router is frozen"),
+        ({"router": "frozen", "router_aux_loss": 0.1}, "the router is frozen"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse(TrainConfig, settings)
+    assert error.value.hint
+
+
+def test_4_bits_need_a_gpu_and_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quantised(Adapter(), torch.device("cpu")) == {}
+    with pytest.raises(ConfigError, match="this worker has cpu"):
+        quantised(Adapter(quantize="nf4"), torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="needs bitsandbytes") as error:
+        quantised(Adapter(quantize="nf4"), torch.device("cuda", 0))
+    assert "forge-ray[qlora]" in error.value.hint
