@@ -159,6 +159,7 @@ class TrainConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO (arXiv:1910.02054)")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="`auto`: bf16 where the hardware multiplies it")
     activation_checkpointing: bool = False
+    compile: bool = Field(False, description="each block through torch.compile; wants a C++ compiler on every worker")
     offload: Offload = Offload()
     sequence_parallel: int = Field(1, ge=1, description="workers that share each row, a slice of it each (arXiv:2309.14509)")
     router: Literal["auto", "frozen", "trained"] = Field(
@@ -291,6 +292,13 @@ class TrainConfig(Config):
                 f"router_aux_loss={self.router_aux_loss} has nothing to balance, the router is frozen"
                 " hint: set train.router_aux_loss=0, or train every weight with train.router=trained"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_can_be_compiled(self) -> Self:
+        if self.compile and (self.zero_stage == 3 or self.router_aux_loss):
+            what = "zero_stage=3 gathers weights" if self.zero_stage == 3 else "router_aux_loss looks at routers"
+            raise ValueError(f"compile=true: {what} in the middle of a block hint: set train.compile=false")
         return self
 
     @model_validator(mode="after")

@@ -67,6 +67,8 @@ def load_for_training(folder: Path, config: TrainConfig, precision: str, device:
             model.get_submodule(name).requires_grad_(False)
         if config.router == "frozen":
             freeze_routers(model)
+    if config.compile:
+        compile_blocks(model)
     on_device: nn.Module = (model if settings else model.to(device)).train()
     return on_device
 

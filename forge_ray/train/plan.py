@@ -13,7 +13,7 @@ is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P al
     activations   per layer and token what autograd keeps (`_saved_per_token`); with activation checkpointing w times hidden
                   size a layer, and one layer in full; experts that are adapted: a copy of a layer's, w times its experts,
                   for each layer that is kept, and once more for its gradient
-    logits        positions at which they are computed, times vocabulary, times 8 (fp32: and their log-softmax), bf16 + 2
+    logits        trained positions, times vocabulary, times w: their gradient takes their place
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ def memory(
     w, trained = BYTES[precision], model.num_trained(config)
     tokens = sequence_length * config.micro_batch_size // config.sequence_parallel
     activations = _activations(model, config, w, tokens)
-    # a position is computed for all rows of a pass when one of them trains it
-    kept = int(tokens * min(1.0, trained_share * config.micro_batch_size))
-    logits = kept * int(model.config["vocab_size"]) * (8 + (w if precision == "bf16" else 0))
+    logits = int(tokens * trained_share) * int(model.config["vocab_size"]) * w
     weights, gradients, optimizer, of_a_pass, of_a_step = _states(model, config, w, trained, num_workers)
     host = 0
     if config.offload.optimizer != "none":  # the step, its gradients and the trained weights that it sends back
