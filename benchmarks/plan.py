@@ -205,7 +205,8 @@ def main() -> None:
         for name, (shape, workers, precision, length, settings) in CONFIGURATIONS.items():
             if options.only not in name:
                 continue
-            config = parse(TrainConfig, settings | {"precision": precision})
+            on_gpu = {"scaling": {"gpus_per_worker": int(options.device == "cuda")}}
+            config = parse(TrainConfig, settings | {"precision": precision} | on_gpu)
             found = memory(Model.of(folders[shape]), config, precision, length, workers)
             measured = measure(name, folders[shape], options.device)
             ratio = found.total / measured

@@ -165,7 +165,7 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
 
 def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
     layers, hidden = int(model.config["num_hidden_layers"]), int(model.config["hidden_size"])
-    per_token, adapted = _saved_per_token(model.config, w), 0
+    per_token, adapted = _saved_per_token(model.config, w, bool(config.scaling.gpus_per_worker)), 0
     if any(name.endswith("q_norm.weight") for name in model.shapes):
         per_token += (8 + w) * sum(_heads(model.config))
     if config.adapter:  # the narrow side of each adapter, and the sum of both paths before the next layer takes it
@@ -178,14 +178,16 @@ def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
     return int(tokens * layers * per_token) + (layers + 1) * adapted
 
 
-def _saved_per_token(config: dict[str, Any], w: int) -> float:
-    """What autograd keeps of one token in one block: inputs of linear layers, of norms (in fp32), of the activation."""
+def _saved_per_token(config: dict[str, Any], w: int, on_gpu: bool) -> float:
+    """What autograd keeps of one token in one block: inputs of linear layers, of norms (in fp32), of the activation; also
+    queries, keys, values and what comes of them, on a CPU in fp32 and with as many heads on all sides (`attention.py`)."""
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    norms = 2 * (2 * 4 * hidden + w * hidden)
+    norms, a = 2 * (2 * 4 * hidden + w * hidden), w if on_gpu else 4
     if config.get("kv_lora_rank"):
-        return norms + _latent_attention(config, w, heads) + _feed_forward(config, w, hidden)
+        return norms + _latent_attention(config, w, a, heads) + _feed_forward(config, w, hidden)
     queries, keys = _heads(config)
-    return norms + w * (queries + 2 * keys + 2 * queries) + _feed_forward(config, w, hidden)
+    attention = a * (2 * queries + 2 * (keys if on_gpu else queries)) + w * queries
+    return norms + attention + _feed_forward(config, w, hidden)
 
 
 def _heads(config: dict[str, Any]) -> tuple[int, int]:
@@ -195,11 +197,11 @@ def _heads(config: dict[str, Any]) -> tuple[int, int]:
     return heads * head, int(config.get("num_key_value_heads") or heads) * head
 
 
-def _latent_attention(config: dict[str, Any], w: int, heads: int) -> float:
+def _latent_attention(config: dict[str, Any], w: int, a: int, heads: int) -> float:
     """MLA (arXiv:2405.04434): norms of the latents, queries, keys put together, keys and values as expanded."""
     latents = int(config.get("q_lora_rank") or 0) + int(config["kv_lora_rank"])
     nope, rope, value = (int(config[f"{name}_head_dim"]) for name in ("qk_nope", "qk_rope", "v"))
-    return (8 + w) * latents + w * heads * (2 * (nope + rope) + (nope + value) + 2 * value)
+    return (8 + w) * latents + heads * (a * 2 * (nope + rope + value) + w * (nope + value))
 
 
 def _feed_forward(config: dict[str, Any], w: int, hidden: int) -> float:

@@ -75,6 +75,15 @@ def test_activation_checkpointing_changes_no_bit(jobs: Jobs, run: Run) -> None:
         assert export_digest(recomputed) == export_digest(plain), plain.run
 
 
+def test_compiled_blocks_compute_the_same(jobs: Jobs, run: Run) -> None:
+    plain, compiled = (
+        jobs(f"compile-{on}", zero_stage=2, adapter={"r": 4}, compile=on, max_steps=3) for on in (False, True)
+    )
+    run(plain, compiled)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    assert largest_difference(exported(compiled), exported(plain)) < 1e-5
+
+
 def test_clipping_and_schedule_are_those_of_plain_torch(jobs: Jobs, run: Run, tiny_model_dir: Path) -> None:
     """One step of the run, by hand: AdamW on the gradient scaled to the norm allowed."""
     from conftest import SEQUENCE_LENGTH

@@ -158,6 +158,16 @@ def test_a_missing_section_is_named() -> None:
             "train.sequence_parallel=3 does not divide data.sequence_length=512",
             "use data.sequence_length=513",
         ),
+        (
+            ("train.compile=true", "train.zero_stage=3"),
+            "train: compile=true: zero_stage=3 gathers weights in the middle of a block",
+            "set train.compile=false",
+        ),
+        (
+            ("train.sequence_parallel=2", "train.scaling.num_workers=2", "train.router_aux_loss=0.01"),
+            "train: router_aux_loss=0.01 with sequence_parallel=2: each worker sees a slice of the tokens to be balanced",
+            "set train.sequence_parallel=1, or train.router_aux_loss=0",
+        ),
         (("train.export=merged",), "train: export=merged without an adapter", "remove train.export, or add train.adapter"),
         (
             ("data.splits={validation: 0.5, test: 0.5}",),
