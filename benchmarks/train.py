@@ -263,10 +263,11 @@ def matrix_rate(threads: int) -> float:
 def floor(folder: str, trained_share: float, rate: float) -> float:
     """Tokens per second of the arithmetic alone."""
     from forge_ray.train.plan import Model
+    from forge_ray.train.speed import active_weights
 
     job = job_of(folder, 1, 1, "unused", engine="torch", zero_stage=0)
     model = Model.of(job.store.fetch_dir(f"models/{job.base.id}"))
-    blocks = sum(outputs * inputs for _, outputs, inputs in model.linear)
+    blocks = active_weights(model)
     output = model.config["vocab_size"] * model.config["hidden_size"]
     return rate / (4 * blocks + 4 * output * trained_share)
 
@@ -286,11 +287,19 @@ def measure(model: str, options: argparse.Namespace, rate: float) -> dict[str, A
     methods = options.methods.split(",")
     with tempfile.TemporaryDirectory(prefix=f"bench-{model}-", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, __file__, "--run", f"prepare {model}", folder]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            command,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         rounds: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
         for _ in range(options.rounds):
             for method in methods:
                 rounds[method].append(run(method, folder, options))
+                said = f"{rounds[method][-1]['tokens_per_s']:.0f} tokens/s"
+                print(f"  {model}, round {len(rounds[method])}, {method}: {said}", file=sys.stderr, flush=True)
         share = next((taken[0]["trained_share"] for name, taken in rounds.items() if "forge" in name), 1.0)
         least = floor(folder, share, rate)
     found: dict[str, Any] = {"model": model, "floor_tokens_per_s": least, "methods": {}}
@@ -339,7 +348,7 @@ def first_step(options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="bench-first-", ignore_cleanup_errors=True) as folder:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, __file__, "--run", "prepare smollm2", folder]
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         scaling = {"num_workers": 1, "cpus_per_worker": options.threads}
         file = Path(folder) / "run.yaml"
         file.write_text(settings(folder, 3, options.threads, zero_stage=2, scaling=scaling).model_dump_json())
