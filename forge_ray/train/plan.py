@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from forge_ray.architecture import empty_model, outside_text
 from forge_ray.config.train import Adapter, Offload, TrainConfig
@@ -269,10 +270,20 @@ def nearest(
     for change in ladder:
         if change.get("zero_stage", 9) > tried.zero_stage or "zero_stage" not in change or "offload" in change:
             stage = max(tried.zero_stage, change.get("zero_stage", 0))
-            tried = tried.model_copy(update=change | {"zero_stage": stage})
+            changed = tried.model_copy(update=change | {"zero_stage": stage})
+            tried = changed if _is_allowed(changed) else tried
         if plan(model, tried, precision, dataset, num_workers).memory.total <= room:
             return tried
     return None
+
+
+def _is_allowed(config: TrainConfig) -> bool:
+    """A copy is not checked when it is made: DoRA, for one, does not go with ZeRO-3."""
+    try:
+        TrainConfig.model_validate(config.model_dump())
+    except ValidationError:
+        return False
+    return True
 
 
 def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest | Stated, num_workers: int) -> Plan:

@@ -89,6 +89,12 @@ def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
     smaller = needs(micro_batch_size=1)
     assert fits(smaller - 1) == {"micro_batch_size": 1, "activation_checkpointing": True}
     assert fits(1) is None
+    config = parse(TrainConfig, {"adapter": {"method": "dora"}, "zero_stage": 1, "global_batch": 8})
+    divided = needs(micro_batch_size=1, activation_checkpointing=True, zero_stage=2)
+    third = needs(micro_batch_size=1, activation_checkpointing=True, zero_stage=3)
+    assert third < divided
+    found = fits(divided - 1)
+    assert found is None or found["zero_stage"] == 2  # DoRA does not go with stage 3, whatever that would save
     large = {"engine": "deepspeed", "zero_stage": 3, "global_batch": 8}
     config = parse(TrainConfig, large)
     model = replace(model, shapes={f"model.layers.{n}.weight": (4096, 4096) for n in range(32)})  # more than a bucket
