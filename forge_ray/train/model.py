@@ -16,7 +16,7 @@ from forge_ray.architecture import open_model, outside_text
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
-from forge_ray.train import attention
+from forge_ray.train import attention, lora
 from forge_ray.train.adapter import quantised, with_adapter
 from forge_ray.train.moe import freeze_routers
 from forge_ray.train.zero import open_deepspeed, zero_config
@@ -60,6 +60,7 @@ def load_for_training(folder: Path, config: TrainConfig, precision: str, device:
     if config.adapter:
         torch.manual_seed(config.seed)
         model = with_adapter(model, config.adapter)
+        lora.fuse(model, config)
         if config.activation_checkpointing:
             model.enable_input_require_grads()
     else:
