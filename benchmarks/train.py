@@ -4,6 +4,7 @@
     python benchmarks/train.py                       SmolLM2-135M-Instruct and a 10 M model, LoRA r=16, bf16, CPU
     python benchmarks/train.py --models 10m --rounds 1 --steps 4
     python benchmarks/train.py --first-step          what passes between `forge train` and its first step
+    python benchmarks/train.py --checkpoints         what checkpoints cost: all weights of SmolLM2, one every 4 steps
 
 Every line is a process of its own; a round runs each once, in turn, and the table shows medians over the rounds.
 
@@ -47,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help=f"per process, the first {SKIPPED} not counted")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--first-step", action="store_true")
+    parser.add_argument("--checkpoints", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--run", nargs=2, metavar=("METHOD", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -283,17 +285,17 @@ def run(method: str, folder: str, options: argparse.Namespace) -> dict[str, Any]
     return found
 
 
+def prepared(model: str, folder: str) -> None:
+    """`prepare` in a process of its own."""
+    command = [sys.executable, __file__, "--run", f"prepare {model}", folder]
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, **quiet)
+
+
 def measure(model: str, options: argparse.Namespace, rate: float) -> dict[str, Any]:
     methods = options.methods.split(",")
     with tempfile.TemporaryDirectory(prefix=f"bench-{model}-", ignore_cleanup_errors=True) as folder:
-        command = [sys.executable, __file__, "--run", f"prepare {model}", folder]
-        subprocess.run(
-            command,
-            check=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        prepared(model, folder)
         rounds: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
         for _ in range(options.rounds):
             for method in methods:
@@ -347,8 +349,7 @@ def first_step(options: argparse.Namespace) -> dict[str, float]:
     """Seconds from the command to each of its marks: one worker under Ray, DeepSpeed, SmolLM2, three steps."""
     with tempfile.TemporaryDirectory(prefix="bench-first-", ignore_cleanup_errors=True) as folder:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, __file__, "--run", "prepare smollm2", folder]
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        prepared("smollm2", folder)
         scaling = {"num_workers": 1, "cpus_per_worker": options.threads}
         file = Path(folder) / "run.yaml"
         file.write_text(settings(folder, 3, options.threads, zero_stage=2, scaling=scaling).model_dump_json())
@@ -371,6 +372,29 @@ def first_step(options: argparse.Namespace) -> dict[str, float]:
         }
 
 
+def saving(method: str, folder: str, threads: int) -> dict[str, float]:
+    """A full fine-tune that saves every 4 steps; the last save, which nothing hides, is left out."""
+    from forge_ray.recipes import sft
+    from forge_ray.train import metrics
+
+    checkpoint = {"every_steps": 4, "asynchronous": method == "saves behind"}
+    job = job_of(
+        folder, 13, threads, f"run-{os.getpid()}", engine="torch", zero_stage=0, adapter=None, checkpoint=checkpoint
+    )
+    sft.train_loop(job.to_json())
+    lines = metrics.read(job.store.local(f"runs/{job.run}") / metrics.METRICS)[4:12]
+    (size,) = {
+        sum(path.stat().st_size for path in found.iterdir())
+        for found in job.store.local(f"runs/{job.run}/checkpoints").glob("step-*")
+    }
+    return {
+        "share": sum(line.get("checkpoint_s", 0.0) for line in lines) / sum(line["seconds"] for line in lines),
+        "stall_s": sum(line.get("checkpoint_s", 0.0) for line in lines) / 2,
+        "step_s": statistics.median(line["seconds"] - line.get("checkpoint_s", 0.0) for line in lines),
+        "gb": size / 1e9,
+    }
+
+
 def main() -> None:
     options = arguments()
     if options.run:
@@ -379,6 +403,9 @@ def main() -> None:
         if method.startswith("prepare "):
             prepare(method.removeprefix("prepare "), folder)
             return
+        if method.startswith("saves "):
+            print(json.dumps(saving(method, folder, options.threads)), flush=True)
+            return
         took = (trl if "trl" in method else forge)(method, folder, options.steps, options.threads)
         took["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(json.dumps(took), flush=True)
@@ -386,6 +413,16 @@ def main() -> None:
     if options.first_step:
         marks = first_step(options)
         print(json.dumps(marks) if options.json else "\n".join(f"{at:7.1f} s  {what}" for what, at in marks.items()))
+        return
+    if options.checkpoints:
+        with tempfile.TemporaryDirectory(prefix="bench-saves-", ignore_cleanup_errors=True) as folder:
+            prepared("smollm2", folder)
+            found = {method: run(method, folder, options) for method in ("saves behind", "saves in place")}
+        for method, one in found.items():
+            print(
+                f"{method:<15}{one['share']:>7.1%} of the time, {one['stall_s']:.2f} s for {one['gb']:.2f} GB;"
+                f" a step takes {one['step_s']:.1f} s"
+            )
         return
     rate = matrix_rate(options.threads)
     if not options.json:
