@@ -27,8 +27,8 @@ def killed(*options: str) -> dict[str, Any]:
 
 def test_a_run_whose_processes_are_killed_ends_with_the_same_bytes() -> None:
     kinds = ("--kills", "2", "--kinds", "driver,controller")  # tests/ray/test_train.py kills a rank
-    found = killed(*kinds, "--steps", "60", "--seed", "1", "--set", "train.adapter={dropout: 0.1}")
-    assert found["steps_compared"] == 60
+    found = killed(*kinds, "--steps", "30", "--seed", "1", "--set", "train.adapter={dropout: 0.1}")
+    assert found["steps_compared"] == 30
     assert sum(kill["pid"] > 0 for kill in found["kills"]) == 2
     assert "restart" in found["incidents"]
     assert len(found["starts_of_workers"]) >= 3
