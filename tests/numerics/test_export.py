@@ -19,7 +19,7 @@ from forge_ray.train.job import TrainJob
 pytestmark = pytest.mark.numerics
 LORA = {"r": 4, "alpha": 32}
 # large, so that the adapter is far from its start at zero; a gradient that is nothing but rounding must not make a step
-OPTIMIZER = {"lr": 1e-2, "eps": 1e-6}
+OPTIMIZER = {"lr": 1e-2, "eps": 1e-3}
 
 
 def export_of(job: TrainJob) -> Path:

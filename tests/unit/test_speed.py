@@ -50,7 +50,7 @@ def test_frozen_weights_have_no_gradients_and_a_token_passes_few_experts(tiny_mo
         "a.mlp.shared_experts.up_proj.weight": (10, 10),
         "embed_tokens.weight": (100, 10),
     }
-    assert speed.active_weights(Model(shapes, {"num_local_experts": 2, "num_experts_per_tok": 1})) == 200
+    assert speed.active_weights(Model(tiny_model_dir, shapes, {"num_local_experts": 2, "num_experts_per_tok": 1})) == 200
     assert speed.flops(tiny_model_dir / "nowhere", parse(TrainConfig, {}), DATASET) is None
 
 
