@@ -15,6 +15,7 @@ import click
 from forge_ray import __version__
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
+from forge_ray.cli_runs import runs
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.verbs import Verbs, load_run_file, run_file, verb
 
@@ -39,11 +40,7 @@ def models() -> None:
 cli.add_command(data)
 
 
-@cli.group(cls=Verbs)
-def runs() -> None:
-    """Training runs: list, show, export."""
-
-
+cli.add_command(runs)
 cli.add_command(audit)
 
 
@@ -187,48 +184,6 @@ def train(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
 def _forced(config: RunConfig) -> RunConfig:
     guards = config.train.guards.model_copy(update={"refuse_impossible": False})
     return config.model_copy(update={"train": config.train.model_copy(update={"guards": guards})})
-
-
-@verb(runs, "list")
-def runs_list(store: Store, as_json: bool) -> Any:
-    """Every training run that has started, with its last state."""
-    from forge_ray.catalog import Catalog
-    from forge_ray.show import print_table, started_runs
-
-    with Catalog(store) as index:
-        found = started_runs(index)
-    if not as_json:
-        rows = [(r["id"], r["state"], r["name"], r["steps"], r["loss"], r["dataset"], r["at"][:19]) for r in found]
-        print_table("Runs", ("run", "state", "name", "steps", "loss", "dataset", "since (UTC)"), rows)
-    return found
-
-
-@verb(runs, "show")
-@click.argument("run_id", metavar="run_…")
-def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
-    """One run: its starts, checkpoints, incidents; finished or not."""
-    from forge_ray.errors import NotFound
-    from forge_ray.train.diagnosis import facts, overview
-
-    found = facts(store, run_id)
-    if not found["starts"]:
-        raise NotFound(f"{run_id!r} has never started", hint="`forge runs list` shows the runs of this store")
-    if not as_json:
-        click.echo(overview(found))
-    return found
-
-
-@verb(runs, "export")
-@click.argument("run_id", metavar="run_…")
-@click.option("--step", default="", help="Of the checkpoint; `best`: the lowest validation loss; default: the newest.")
-def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
-    """A checkpoint of a run, finished or not → a model version (candidate): served by its id, never behind an alias."""
-    from forge_ray.candidates import export_run
-
-    version = export_run(store, run_id, step)
-    if not as_json:
-        click.echo(f"serve it: forge serve jobs/deploy.yaml --set model={version.id}")
-    return version
 
 
 @verb(cli, "eval")

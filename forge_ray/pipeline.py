@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +17,9 @@ from forge_ray.cluster import connect, open_store, room_of_a_worker
 from forge_ray.config.base import config_digest, resolved
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
-from forge_ray.config.train import Adapter
 from forge_ray.errors import ConfigError, NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
-from forge_ray.progress import Stage, stage
+from forge_ray.progress import stage
 from forge_ray.records import (
     DatasetManifest,
     Deployment,
@@ -32,7 +27,6 @@ from forge_ray.records import (
     Event,
     ModelVersion,
     RunRecord,
-    canonical_json,
     files_digest,
 )
 from forge_ray.store import Store
@@ -40,7 +34,6 @@ from forge_ray.store import Store
 if TYPE_CHECKING:
     from forge_ray.data.ingest import IndexedFile
     from forge_ray.evaluate import Subject
-    from forge_ray.train.sinks import Sinks
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
 
@@ -114,8 +107,9 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
 
 def train(config: RunConfig, store: Store) -> RunRecord:
     """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
+    from forge_ray import follow
     from forge_ray.candidates import export_best
-    from forge_ray.preflight import refuse_impossible
+    from forge_ray.preflight import refuse_impossible, report_reach
     from forge_ray.recipes import sft
     from forge_ray.train import attempts, launch
     from forge_ray.train.job import TrainJob, run_id
@@ -153,13 +147,13 @@ def train(config: RunConfig, store: Store) -> RunRecord:
             store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
             job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
             store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
-            _reach(store, identifier, base, config.train.adapter)
+            report_reach(store, identifier, base, config.train.adapter)
             tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
             sinks = open_sinks(store, identifier, config.name, config.train, tags)
             if not store.exists(f"runs/{identifier}/result.json"):
                 catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
                 try:
-                    with attempts.driving(store, identifier), _followed(it, store, identifier, sinks):
+                    with attempts.driving(store, identifier), follow.followed(it, store, identifier, sinks):
                         loop, validate = loops[config.train.method]
                         launch.fit(loop, job, validate)
                 except TrainingError as error:
@@ -171,26 +165,9 @@ def train(config: RunConfig, store: Store) -> RunRecord:
             record = catalog.put(run_record(job, config))
             catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
             speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
-            told = f"{record.num_steps} steps{_early(record)}, loss {record.metrics['loss']:.3f}, {speed}"
-            it.done(f"{record.id}  {told}{_trouble(record)}")
+            told = f"{record.num_steps} steps{follow.early(record)}, loss {record.metrics['loss']:.3f}, {speed}"
+            it.done(f"{record.id}  {told}{follow.trouble(record)}")
             return record
-
-
-def _early(record: RunRecord) -> str:
-    return f" of {record.stopped_early['of']} (stopped early)" if record.stopped_early else ""
-
-
-def _trouble(record: RunRecord) -> str:
-    """What a person must know of a run that ended well: nobody finds out later that rows were not used."""
-    rows = sum(len(incident["rows"]) for incident in record.incidents if incident["kind"] == "quarantine")
-    parts = []
-    if record.metrics["steps_left_out"]:
-        parts.append(f"{record.metrics['steps_left_out']:.0f} steps left out")
-    if rows:
-        parts.append(f"{rows} rows put aside")
-    if record.incidents:
-        parts.append(f"{len(record.incidents)} incidents: `forge runs show {record.id}`")
-    return f" ({', '.join(parts)})" if parts else ""
 
 
 def plan(
@@ -246,52 +223,12 @@ def plan(
     }
 
 
-def _reach(store: Store, run: str, base: ModelVersion, adapter: Adapter | None) -> None:
-    """Say and write down what the adapter reaches, before anything is taken. Raises `ConfigError` where that is less than
-    its patterns name."""
-    if adapter is None:
-        return
-    from forge_ray.preflight import configuration
-    from forge_ray.train.plan import Model
-
-    found = Model.of(configuration(store, base)).coverage(adapter)
-    print("\n".join(f"  adapter   {line}" for line in found.lines()), file=sys.stderr, flush=True)
-    store.write(f"runs/{run}/adapter.json", canonical_json(found.to_json()))
-
-
 def _config_key(config: RunConfig) -> str:
     return config_digest(config)[len("sha256:") :][:16]
 
 
 def _pretty(config: RunConfig) -> bytes:
     return (json.dumps(resolved(config), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-@contextmanager
-def _followed(it: Stage, store: Store, run: str, sinks: Sinks) -> Iterator[None]:
-    """Show the workers' own metrics while they train; only where the store is a folder that this machine sees."""
-    from forge_ray.train import incidents, metrics, status, validation
-
-    over = threading.Event()
-
-    def follow() -> None:
-        while not over.wait(0.5):
-            lines = metrics.read(store.local(f"runs/{run}/{metrics.METRICS}"))
-            sinks.write()
-            if lines:
-                last = lines[-1]
-                details = status.details(lines, validation.read(store, run), incidents.read(store, run))
-                it.update(last["step"], last["of"], status.told(last), details)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    if store.is_local:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        if store.is_local:
-            thread.join()
 
 
 def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:

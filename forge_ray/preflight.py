@@ -1,4 +1,4 @@
-"""Before a run takes anything: does it fit (level 4)."""
+"""Before a run takes anything: does it fit, and what does its adapter reach (level 4)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from forge_ray.cluster import room_of_a_worker
 from forge_ray.config.run import RunConfig
-from forge_ray.config.train import TrainConfig
+from forge_ray.config.train import Adapter, TrainConfig
 from forge_ray.errors import ConfigError
-from forge_ray.records import DatasetManifest, ModelVersion
+from forge_ray.records import DatasetManifest, ModelVersion, canonical_json
 from forge_ray.store import Store
 from forge_ray.train import plan as planning
 from forge_ray.train.plan import Plan
@@ -85,3 +85,13 @@ def refuse_impossible(
             f"{run} cannot fit: {problem}",
             hint=f"{remedy}; or go on all the same: --force, or --set train.guards.refuse_impossible=false",
         )
+
+
+def report_reach(store: Store, run: str, base: ModelVersion, adapter: Adapter | None) -> None:
+    """Say and write down what the adapter reaches, before anything is taken. Raises `ConfigError` where that is less than
+    its patterns name."""
+    if adapter is None:
+        return
+    found = planning.Model.of(configuration(store, base)).coverage(adapter)
+    print("\n".join(f"  adapter   {line}" for line in found.lines()), file=sys.stderr, flush=True)
+    store.write(f"runs/{run}/adapter.json", canonical_json(found.to_json()))

@@ -27,6 +27,11 @@ class Stage:
         if stream.isatty():
             self._start_live()
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it is drawn on a terminal."""
+        return self._live is not None
+
     def _start_live(self) -> None:
         from rich.console import Console
         from rich.live import Live

@@ -6,6 +6,7 @@ on fp32 master weights. `zero.ZeroEngine` is the other implementation.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,7 +119,7 @@ class TorchEngine:
             write({"weights": masters, "optimizer": self.optimizer.state_dict()}, folder / "state.pt")
 
     def reshard(self, folder: Path, target: Path) -> None:
-        raise NotImplementedError("its checkpoints load anywhere")
+        shutil.copytree(folder, target, dirs_exist_ok=True)  # what it saves loads anywhere as it is
 
     def load(self, folder: Path, resharded: bool = False) -> None:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)

@@ -184,13 +184,13 @@ def test_a_run_says_first_what_its_adapter_reaches(store: Any, capsys: pytest.Ca
     from forge_ray.catalog import Catalog
     from forge_ray.config.train import Adapter
     from forge_ray.errors import ConfigError
-    from forge_ray.pipeline import _reach
+    from forge_ray.preflight import report_reach
 
     with Catalog(store) as catalog:
         base = catalog.model("tiny")
-    _reach(store, "run_reach", base, Adapter(r=4))
+    report_reach(store, "run_reach", base, Adapter(r=4))
     assert "all-linear: 14 weights" in capsys.readouterr().err
     assert store.read_json("runs/run_reach/adapter.json")["patterns"][0]["modules"] == 14
     with pytest.raises(ConfigError, match="'qproj' matches nothing"):
-        _reach(store, "run_refused", base, Adapter(target_modules=("qproj",)))
+        report_reach(store, "run_refused", base, Adapter(target_modules=("qproj",)))
     assert not store.exists("runs/run_refused/adapter.json")
