@@ -163,7 +163,11 @@ class Store:
     def list(self, relative: str, recursive: bool = False) -> list[str]:
         """Sorted files (not folders) below `relative`, as paths of the store; hidden ones are not listed."""
         selector = pafs.FileSelector(self.path(relative), allow_not_found=True, recursive=recursive)
-        found = (info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File)
+        try:
+            infos = self._fs.get_file_info(selector)
+        except FileNotFoundError:  # made between pyarrow's two looks: missing when it opened it, there when it checked
+            infos = self._fs.get_file_info(selector)
+        found = (info for info in infos if info.type == pafs.FileType.File)
         names = (info.path.removeprefix(self.root + "/") for info in found)
         return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith("."))
 
