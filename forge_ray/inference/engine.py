@@ -19,9 +19,9 @@ class GenerationRequest:
 
     `temperature` 0 is greedy. With `seed` the same request gives the same tokens, whatever else is in the batch.
     Generation ends at one of `stop_token_ids` (not part of the output) or after `max_new_tokens`. The order in which logits
-    are changed is OpenAI's and vLLM's: grammar, `logit_bias`, penalties (over generated tokens only), temperature, top-k, top-p.
-    `num_logprobs` None gives no log-probabilities; k gives that of each token and of the k most probable ones, of the model's
-    own distribution before all of that. `json_schema` is the text of a schema that the answer conforms to ("" for none).
+    are changed is vLLM's: grammar, `logit_bias`, penalties (over generated tokens only), temperature, top-k, top-p.
+    `num_logprobs` None gives no log-probabilities; k gives that of each token and of the k most probable ones, of the
+    model's own distribution before all of that. `json_schema` is the text of a schema that the answer conforms to ("" for none).
     `adapter` is a name given to `load_adapter` ("" for the weights that the engine was started with).
     """
 
@@ -48,8 +48,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Token:
-    """One step of a stream: a token, or (`token_id` None) the end with its reason. With `num_logprobs`: the token's natural-log
-    probability and the most probable tokens with theirs, best first."""
+    """One step of a stream: a token, or (`token_id` None) the end with its reason. With `num_logprobs`: the token's
+    natural-log probability and the most probable tokens with theirs, best first."""
 
     token_id: int | None
     finish_reason: FinishReason | None = None

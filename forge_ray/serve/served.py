@@ -44,7 +44,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Who answers. `route` says why: `` (asked by name), `stable`, `canary`, `rule 2`, `fallback`. `shadows` answer too, unseen."""
+    """Who answers. `route` says why: "" (asked by name), `stable`, `canary`, `rule 2`, `fallback`. `shadows` answer too,
+    unseen."""
 
     name: str
     loaded: Loaded
@@ -56,7 +57,8 @@ class Directory(Protocol):
     """Names → versions. `tests` have a fixed one, a replica the one that follows the store."""
 
     def stable(self, name: str) -> Loaded:
-        """Whose tokenizer and template a prompt for `name` takes; `ApiError` 404 for an unknown name, 410 for an archived one."""
+        """Whose tokenizer and template a prompt for `name` takes; `ApiError` 404 for an unknown name, 410 for an archived
+        one."""
         ...
 
     async def choose(self, name: str, facts: Facts) -> Chosen:
