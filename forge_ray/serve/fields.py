@@ -58,9 +58,9 @@ class Message(Wire):
             ("prefix", "assistant"),
         ):
             if getattr(self, field) and self.role != role:
-                raise ValueError(f"{field} belongs to messages of role {role}, not {self.role}")
+                raise ValueError(f"{field}: it belongs to messages of role {role}, not {self.role}")
         if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing")
+            raise ValueError("content: it is missing")
         return self
 
     @property
@@ -119,7 +119,7 @@ class ResponseFormat(Wire):
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("response_format: `json_schema` goes with the type json_schema")
+            raise ValueError("json_schema: it goes with the type json_schema")
         return self
 
     @property

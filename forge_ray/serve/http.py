@@ -6,6 +6,7 @@ logged.
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -28,6 +29,8 @@ from forge_ray.serve.streams import ClientGone
 
 CLIENT_CLOSED = 499  # nginx's number for a client that went away before the answer
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+log = logging.getLogger(__name__)
+
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 
@@ -108,7 +111,7 @@ def _add_error_answers(app: FastAPI) -> None:
         return Response(status_code=CLIENT_CLOSED)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, __: Exception) -> Response:  # the server logs it
+    async def failed(_: Request, __: Exception) -> Response:
         return reply(ApiError(500, "internal error", code="internal_error"))
 
 
@@ -133,6 +136,8 @@ def _counted(app: AsgiApp, served: Served) -> AsgiApp:
 
         try:
             await app(scope, receive, send_signed)
+        except Exception:  # answered above; to the server it would be a reason to close the connection
+            log.exception("request %s failed", request_id)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")  # never the path sent: labels must be few
             served.metrics.requests.labels(*served.metrics.labels, route, str(status)).inc()

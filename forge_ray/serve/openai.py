@@ -187,9 +187,9 @@ def _bad_field(error: ValidationError) -> ApiError:
         if isinstance(part, int) or part in KNOWN_FIELDS or item["type"] == "extra_forbidden"
     ]
     rule = item["msg"].removeprefix("Value error, ")
-    named, colon, _ = rule.partition(":")
+    named, colon, rest = rule.partition(":")
     if item["type"] == "value_error" and colon and named in KNOWN_FIELDS:
-        return ApiError(400, rule, param=named)
+        path, rule = [*path, named], rest.strip()
     param = ".".join(path) or None
     return ApiError(400, f"{param}: {rule[:1].lower()}{rule[1:]}", param=param)
 

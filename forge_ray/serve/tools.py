@@ -112,6 +112,8 @@ class CallParser:
         at = self.buffer.find(opening)
         end = at if at >= 0 else len(self.buffer) - overlap(self.buffer, opening)
         text = self.buffer[:end]
+        if self.after_call and at < 0 and not text.strip():
+            return False  # it depends on what follows
         if text and not (self.after_call and text.isspace()):
             found.append(text)
             self.after_call = False
