@@ -7,6 +7,7 @@ follows the board's tables, one tells the board how it does.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from typing import Any
@@ -103,9 +104,12 @@ class Replica:
                 sent, self.outcomes[:] = list(self.outcomes), []
                 text = self.metrics.text(0, 0).decode()
                 board = board_of(self.deployment, self.store_uri)
-                ray.get(board.report.remote(self.name, self.homes.load(), sent, text), timeout=BOARD_S)
+                ray.get(board.report.remote(self.name, self._load(), sent, text), timeout=BOARD_S)
             except (ray.exceptions.RayError, TimeoutError):
                 continue
+
+    def _load(self) -> dict[str, int]:
+        return {"pid": os.getpid(), **self.homes.load()}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `scaling.tokens_policy`."""
