@@ -19,7 +19,7 @@ from forge_ray.errors import EngineError, StoreError
 from forge_ray.inference.transformers_engine import load_engine
 from forge_ray.records import Deployment, ModelVersion
 from forge_ray.serve.ingress import AsgiApp, Served, build_http
-from forge_ray.serve.metrics import make_metrics
+from forge_ray.serve.metrics import Metrics
 from forge_ray.store import Store
 
 
@@ -75,7 +75,7 @@ def load_served(deployment: Deployment, store: Store, replica: str) -> Served:
         tokenizer=tokenizer,
         stop_token_ids=end_token_ids(tokenizer, model_dir),
         max_request_tokens=engine.max_request_tokens,
-        metrics=make_metrics(deployment.name, version.id, replica),
+        metrics=Metrics(deployment.name, replica, lambda: [engine.health()]),
     )
 
 
