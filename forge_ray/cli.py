@@ -15,6 +15,7 @@ import click
 from forge_ray import __version__
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
+from forge_ray.cli_keys import keys
 from forge_ray.cli_runs import runs
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.verbs import Verbs, load_run_file, run_file, verb
@@ -42,6 +43,7 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
+cli.add_command(keys)
 
 
 @cli.group(cls=Verbs)

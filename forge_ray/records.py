@@ -269,10 +269,10 @@ RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport
 
 
 class Event(Frozen):
-    """What changes over time: alias moves, run states, deployments going up and down. Appended, never edited."""
+    """What changes over time: alias moves, run states, deployments going up and down, API keys. Appended, never edited."""
 
     at: str = Field(default_factory=utc_now)
-    kind: Literal["alias", "run", "deployment"]
+    kind: Literal["alias", "run", "deployment", "key"]
     subject: str
     data: dict[str, Any]
 
