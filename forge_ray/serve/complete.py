@@ -19,7 +19,7 @@ from forge_ray.data.schema import Reject
 from forge_ray.errors import EngineError
 from forge_ray.inference.engine import GenerationRequest
 from forge_ray.serve.openai import ApiError, ChatRequest, CompletionRequest, Reply, sse, usage
-from forge_ray.serve.served import Admission, Chosen, Facts, Loaded, Served
+from forge_ray.serve.served import Admission, Caller, Chosen, Facts, Loaded, Served
 from forge_ray.serve.text import Delta, answer
 
 
@@ -34,12 +34,12 @@ async def complete(served: Served, request: Request, wanted: ChatRequest | Compl
         prompt_ids = tuple(await _tokenised(served, loaded, wanted))
     generation = _generation_request(served, loaded, wanted, prompt_ids)
     num_prompt = len(prompt_ids)
-    admission = await served.admit(getattr(request.state, "caller", None), chosen, num_prompt, generation.max_new_tokens)
-    served.metrics.prompt_tokens.labels(*served.metrics.labels).inc(num_prompt)
+    caller: Caller | None = getattr(request.state, "caller", None)
+    admission = await served.admit(caller, chosen, num_prompt, generation.max_new_tokens)
+    served.metrics.accepted(chosen.name, loaded.version, num_prompt, time.monotonic() - started)
     reply = Reply("chat" if isinstance(wanted, ChatRequest) else "text", wanted.model, loaded.fingerprint)
-    deltas = _measured(
-        served, answer(loaded.engine, loaded.tokenizer, generation, wanted.stops), started, admission, num_prompt
-    )
+    deltas = answer(loaded.engine, loaded.tokenizer, generation, wanted.stops)
+    deltas = _measured(served, chosen, deltas, started, caller, admission, num_prompt)
     headers = answered_by(chosen)
     if wanted.stream:
         return StreamingResponse(
@@ -81,18 +81,25 @@ async def _events(reply: Reply, deltas: AsyncIterator[Delta], num_prompt: int, i
 
 
 async def _measured(
-    served: Served, deltas: AsyncIterator[Delta], started: float, admission: Admission, num_prompt: int
+    served: Served,
+    chosen: Chosen,
+    deltas: AsyncIterator[Delta],
+    started: float,
+    caller: Caller | None,
+    admission: Admission,
+    num_prompt: int,
 ) -> Any:
     """The same deltas, their times and numbers noted; a cancelled request is charged for what was generated."""
-    metrics, labels = served.metrics, served.metrics.labels
+    metrics, who = served.metrics, (chosen.name, chosen.loaded.version)
     last, num_tokens, status = started, 0, 499
     try:
         async with aclosing(deltas):  # type: ignore[type-var]
             async for delta in deltas:
                 if delta.num_tokens > num_tokens:
                     now = time.monotonic()
-                    family = metrics.between_tokens if num_tokens else metrics.first_token
-                    family.labels(*labels).observe(now - last)
+                    metrics.token(*who, now - last, first=num_tokens == 0, count=delta.num_tokens - num_tokens)
+                    if caller is not None and num_tokens == 0:
+                        caller.first_token_s = now - started
                     last, num_tokens = now, delta.num_tokens
                 yield delta
         status = 200
@@ -101,8 +108,7 @@ async def _measured(
         raise
     finally:
         admission.close(num_prompt, num_tokens, status)
-        metrics.completion_tokens.labels(*labels).inc(num_tokens)
-        metrics.latency.labels(*labels).observe(time.monotonic() - started)
+        metrics.finished(*who, time.monotonic() - started, status)
 
 
 async def _tokenised(served: Served, loaded: Loaded, wanted: ChatRequest | CompletionRequest) -> list[int]:

@@ -19,7 +19,7 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.data.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.errors import EngineError, ForgeError, StoreError
 from forge_ray.inference.choose import open_engine
-from forge_ray.inference.engine import Engine, GenerationRequest
+from forge_ray.inference.engine import Engine, EngineHealth, GenerationRequest
 from forge_ray.records import ModelVersion
 from forge_ray.serve.routing import ServedVersion
 from forge_ray.serve.served import Loaded
@@ -170,14 +170,17 @@ class Homes:
                 del self.homes[key]
                 home.engine.close()
 
+    def health(self) -> list[EngineHealth]:
+        """How each engine is."""
+        return [home.engine.health() for home in list(self.homes.values())]
+
     def failures(self) -> list[str]:
         """Why engines are not well."""
-        states = [home.engine.health() for home in list(self.homes.values())]
-        return [state.detail for state in states if not state.ok]
+        return [state.detail for state in self.health() if not state.ok]
 
     def load(self) -> dict[str, int]:
         """Requests that run and wait, and their tokens, over all engines."""
-        states = [home.engine.health() for home in list(self.homes.values())]
+        states = self.health()
         return {
             "running": sum(state.num_running for state in states),
             "waiting": sum(state.num_waiting for state in states),

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from forge_ray.errors import EngineError
 from forge_ray.serve.complete import complete
+from forge_ray.serve.metrics import CONTENT_TYPE
 from forge_ray.serve.openai import ApiError, ChatRequest, CompletionRequest, parse_request
 from forge_ray.serve.served import Served
 
@@ -28,7 +29,7 @@ def build_http(served: Served) -> AsgiApp:
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body(), error.status)
+        return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(EngineError)
     async def engine_failed(_: Request, error: EngineError) -> Response:
@@ -62,7 +63,7 @@ def build_http(served: Served) -> AsgiApp:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(served.metrics.text(0, 0), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
 
     return _counted(app, served)
 
@@ -88,7 +89,7 @@ def _counted(app: AsgiApp, served: Served) -> AsgiApp:
             await app(scope, receive, send_signed)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")  # never the path sent: labels must be few
-            served.metrics.requests.labels(*served.metrics.labels, route, str(status)).inc()
+            served.metrics.request(route, status)
 
     return asgi
 

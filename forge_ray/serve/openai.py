@@ -49,14 +49,22 @@ MESSAGE_NO_OP: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's shape."""
+    """An answer other than 200, in OpenAI's shape; `headers` go with it."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"

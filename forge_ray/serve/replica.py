@@ -23,7 +23,7 @@ from forge_ray.serve.board import board_of, read_table
 from forge_ray.serve.home import Homes
 from forge_ray.serve.http import AsgiApp, build_http
 from forge_ray.serve.live import Live
-from forge_ray.serve.metrics import make_metrics
+from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.outcomes import Outcome
 from forge_ray.serve.published import Published
 from forge_ray.serve.routing import Table
@@ -55,7 +55,7 @@ class Replica:
                 f"nothing can be served: {self.broken}", hint="see the reasons; mend or re-import the versions"
             )
         self.live.go_live(table.id)
-        self.metrics = make_metrics(self.deployment.name, self.deployment.model_version, self.name)
+        self.metrics = Metrics(self.deployment.name, self.name, self.homes.health)
         self.served = Served(config, self.deployment.id, self.live, self.metrics, self._admit)
         for loop in (self._follow, self._pulse):
             threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
@@ -102,7 +102,7 @@ class Replica:
         while not self.closing.wait(PULSE_S):
             try:
                 sent, self.outcomes[:] = list(self.outcomes), []
-                text = self.metrics.text(0, 0).decode()
+                text = self.metrics.text()
                 board = board_of(self.deployment, self.store_uri)
                 ray.get(board.report.remote(self.name, self._load(), sent, text), timeout=BOARD_S)
             except (ray.exceptions.RayError, TimeoutError):

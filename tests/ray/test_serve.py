@@ -221,7 +221,6 @@ def test_metrics_say_what_happened(endpoint: Endpoint, client: openai.OpenAI) ->
     assert 'route="/v1/chat/completions",status="200"' in text
     assert 'route="/v1/chat/completions",status="400"' in text
     assert 'route="unknown",status="404"' in text
-    assert f'deployment="bot",model_version="{endpoint.version.id}",replica="' in text
-    assert "of this replica only" in text
+    assert f'deployment="bot",model="tiny",model_version="{endpoint.version.id}"' in text
     assert "forge_time_to_first_token_seconds_bucket" in text
     assert "password" not in text

@@ -16,6 +16,7 @@ from forge_ray.store import Store
 
 pytestmark = pytest.mark.unit
 
+BOUNDS = {"--model", "--scope", "--rpm", "--tpm", "--concurrency", "--expires"}  # of an API key
 SURFACE = {
     "quickstart": {"--config", "--port", "--set"},
     "models import": {"--name", "--licence", "--alias"},
@@ -35,6 +36,12 @@ SURFACE = {
     "runs show": set(),
     "runs export": {"--step"},
     "audit data": {"--step"},
+    "keys create": {"--name", *BOUNDS},
+    "keys list": set(),
+    "keys show": set(),
+    "keys change": BOUNDS,
+    "keys rotate": {"--grace"},
+    "keys revoke": {"--reason"},
     "train": {"--set", "--force"},
     "eval": {"--set"},
     "release": {"--set"},
