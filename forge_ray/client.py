@@ -35,10 +35,11 @@ class Answer:
 class Client:
     """A connection to one endpoint; `base_url` without `/v1`. Options are OpenAI's: temperature, max_tokens, stop, …"""
 
-    def __init__(self, base_url: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, base_url: str, timeout_s: float = TIMEOUT_S, api_key: str = "") -> None:
         # trust_env off: an endpoint on the premises is not reached through a proxy
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
-        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout, trust_env=False)
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout, trust_env=False, headers=headers)
 
     def __enter__(self) -> Client:
         return self
@@ -56,6 +57,10 @@ class Client:
     def models(self) -> list[str]:
         """Names that `chat` accepts."""
         return [str(card["id"]) for card in self._json("GET", "/v1/models")["data"]]
+
+    def model(self, name: str) -> dict[str, Any]:
+        """What `name` stands for: version, base, dataset, run."""
+        return self._json("GET", f"/v1/models/{name}")
 
     def chat(self, model: str, messages: Messages, **options: Any) -> Answer:
         """The whole answer to `messages`."""

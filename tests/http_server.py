@@ -15,7 +15,7 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.data.chat import load_tokenizer_dir
 from forge_ray.inference.transformers_engine import load_engine
 from forge_ray.serve.http import AsgiApp, build_http
-from forge_ray.serve.metrics import make_metrics
+from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.served import Chosen, Directory, Facts, Loaded, Served
 
@@ -55,7 +55,7 @@ def served(model_dir: Path, name: str = "tiny", **more: Any) -> Served:
     engine = load_engine(model_dir, None, config.engine, use_gpu=False)
     tokenizer = load_tokenizer_dir(model_dir)
     loaded = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", tokenizer, (tokenizer.end_of_turn_id,))
-    return Served(config, "dep_0", Fixed(**{name: loaded}), make_metrics("bot", "mv_0", "r0"))
+    return Served(config, "dep_0", Fixed(**{name: loaded}), Metrics("bot", "r0", lambda: [engine.health()]))
 
 
 @contextmanager

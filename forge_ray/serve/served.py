@@ -53,6 +53,20 @@ class Chosen:
     shadows: tuple[Loaded, ...] = ()
 
 
+@dataclass
+class Caller:
+    """One request as those see it who count and log: put into its state (`caller`) before it is read, filled in on its way.
+    `headers` go onto its answer."""
+
+    request_id: str
+    headers: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+    version: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_s: float | None = None
+
+
 class Directory(Protocol):
     """Names → versions. `tests` have a fixed one, a replica the one that follows the store."""
 
@@ -85,7 +99,7 @@ class Free:
         return None
 
 
-async def admit_all(caller: Any, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
+async def admit_all(caller: Caller | None, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
     return Free()
 
 
@@ -98,6 +112,6 @@ class Served:
     deployment: str
     directory: Directory
     metrics: Metrics
-    admit: Callable[[Any, Chosen, int, int], Awaitable[Admission]] = admit_all
+    admit: Callable[[Caller | None, Chosen, int, int], Awaitable[Admission]] = admit_all
     # Templates and tokenisation run here, off the event loop; one thread, for tokenizers are not safe to share
     tokenising: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenising"))

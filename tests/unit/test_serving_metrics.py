@@ -1,0 +1,90 @@
+"""What a replica counts, and several replicas' expositions as one text, read by Prometheus's own parser."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from forge_ray.inference.engine import EngineHealth
+from forge_ray.serve import metrics as metrics_module
+from forge_ray.serve.metrics import Metrics, merged
+
+pytestmark = pytest.mark.unit
+
+
+def used(replica: str = "r0", name: str = "support@prod") -> Metrics:
+    """Metrics in which everything happened once."""
+    metrics = Metrics("bot", replica, lambda: [EngineHealth(True, "", 3, 2, 500), EngineHealth(True, "", 1, 0, 20)])
+    metrics.request("/v1/models", 200)
+    metrics.refused("tokens")
+    metrics.ready("mv_1", "sha256:0", "mv_1")
+    metrics.accepted(name, "mv_1", 12, 0.003)
+    metrics.token(name, "mv_1", 0.2, first=True)
+    metrics.token(name, "mv_1", 0.03, first=False, count=2)
+    metrics.finished(name, "mv_1", 0.23, 200)
+    metrics.shadowed(name, "mv_2", 0.4, 503)
+    return metrics
+
+
+def values(text: str) -> dict[tuple[str, ...], float]:
+    """Sample → value; the key is the sample's name and its label values in alphabetical order of the labels."""
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_what_happened_is_in_the_exposition() -> None:
+    found = values(used().text())
+    answer = ("bot", "support@prod", "mv_1", "r0")
+    assert found[("forge_prompt_tokens_total", *answer)] == 12
+    assert found[("forge_completion_tokens_total", *answer)] == 3
+    assert found[("forge_time_to_first_token_seconds_sum", *answer)] == 0.2
+    assert found[("forge_inter_token_seconds_count", *answer)] == 1
+    assert found[("forge_answers_total", *answer, "200")] == 1
+    assert found["forge_requests_total", "bot", "r0", "/v1/models", "200"] == 1
+    assert found["forge_refused_total", "bot", "tokens", "r0"] == 1
+    assert found["forge_requests_running", "bot", "r0"] == 4
+    assert found["forge_requests_waiting", "bot", "r0"] == 2
+    assert found["forge_tokens_held", "bot", "r0"] == 520
+    assert found["forge_model_info", "mv_1", "bot", "sha256:0", "mv_1", "r0"] == 1
+    # a shadow costs nobody tokens and counts as no answer
+    assert found["forge_shadow_answers_total", "bot", "support@prod", "mv_2", "r0", "503"] == 1
+    assert not [key for key in found if key[0] == "forge_answers_total" and "mv_2" in key]
+
+
+def test_a_version_that_left_is_not_listed() -> None:
+    metrics = used()
+    metrics.gone("mv_1", "sha256:0", "mv_1")
+    assert "forge_model_info{" not in metrics.text()
+
+
+def test_replicas_are_joined_with_each_family_once() -> None:
+    texts = {"r0": used("r0").text(), "r1": used("r1").text()}
+    both = merged(texts)
+    families = [line.split(" ")[2] for line in both.splitlines() if line.startswith("# TYPE")]
+    assert len(families) == len(set(families)) > 10
+    assert values(both) == values(texts["r0"]) | values(texts["r1"])
+    assert merged({"r0": texts["r0"]}) == texts["r0"]
+
+
+def test_a_sample_without_labels_or_with_odd_ones_gets_its_replica() -> None:
+    text = '# TYPE a gauge\na 1\na{} 2\na{b="x,replica=\\"y}"} 3\na{replica="own",b="z"} 4\n'
+    found = merged({'r"0': text}).splitlines()[1:]
+    assert found == [
+        r'a{replica="r\"0"} 1',
+        r'a{replica="r\"0"} 2',
+        r'a{replica="r\"0",b="x,replica=\"y}"} 3',
+        'a{replica="own",b="z"} 4',
+    ]
+
+
+def test_names_beyond_the_bound_share_one_series(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "MOST_SERIES", 2)
+    metrics = Metrics("bot", "r0")
+    for name in ("a", "b", "c", "d", "a"):
+        metrics.accepted(name, "mv_1", 1, 0.0)
+    found = values(metrics.text())
+    assert found["forge_prompt_tokens_total", "bot", "a", "mv_1", "r0"] == 2
+    assert found["forge_prompt_tokens_total", "bot", "unknown", "unknown", "r0"] == 2
