@@ -46,7 +46,7 @@ class Fixed:
 def deployment(directory: Directory, **more: Any) -> Served:
     """What `directory` names, without an engine of its own; `more` are settings of the deployment."""
     config = parse(DeployConfig, {"name": "bot", "models": ["tiny"], "engine": ENGINE, **more})
-    return Served(config, "dep_0", directory, make_metrics("bot", "mv_0", "r0"))
+    return Served(config, "dep_0", directory, Metrics("bot", "r0"))
 
 
 def served(model_dir: Path, name: str = "tiny", **more: Any) -> Served:

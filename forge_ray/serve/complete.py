@@ -21,7 +21,7 @@ from forge_ray.serve.fields import ChatRequest, CompletionRequest
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import Choice, Prompt, choices_of, prompts_of
 from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, joined, sse, usage
-from forge_ray.serve.served import Admission, Chosen, Facts, Loaded, Served
+from forge_ray.serve.served import Admission, Caller, Chosen, Facts, Loaded, Served
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.streams import merged, unless_gone
 from forge_ray.serve.text import Piece, answer
@@ -47,9 +47,10 @@ async def complete(served: Served, shadows: Shadows, request: Request, wanted: C
     choices = choices_of(served.config.limits, loaded, wanted, prompts)
     num_prompt = sum(len(prompt.ids) for prompt in prompts)
     most_new = sum(choice.generation.max_new_tokens for choice in choices)
-    admission = await served.admit(getattr(request.state, "caller", None), chosen, num_prompt, most_new)
-    shadows.start(wanted, chosen.shadows)
-    served.metrics.prompt_tokens.labels(*served.metrics.labels).inc(num_prompt)
+    caller: Caller | None = getattr(request.state, "caller", None)
+    admission = await served.admit(caller, chosen, num_prompt, most_new)
+    shadows.start(wanted, chosen)
+    served.metrics.accepted(chosen.name, loaded.version, num_prompt, time.monotonic() - started)
     chat = isinstance(wanted, ChatRequest)
     reply = Reply(
         "chat" if chat else "text",
@@ -60,7 +61,7 @@ async def complete(served: Served, shadows: Shadows, request: Request, wanted: C
         wanted.metadata,
     )
     streams = [_answer(loaded, wanted, choice) for choice in choices]
-    parts = _measured(served, merged(streams, KEEP_ALIVE_S), started, admission, num_prompt)
+    parts = _measured(served, chosen, merged(streams, KEEP_ALIVE_S), started, caller, admission, num_prompt)
     headers = answered_by(chosen)
     if wanted.stream:
         # Headers go with the first token, or with the first sign of life: what fails before that has its own status
@@ -96,7 +97,7 @@ async def _answer(loaded: Loaded, wanted: ChatRequest | CompletionRequest, choic
         functions = [tool.function for tool in wanted.offered]
         parser = CallParser(loaded.tokenizer.call_style, functions, wanted.parallel_tool_calls is not False)
         marks = markers(loaded.tokenizer)
-    if parser is not None and prompt.beginnings:
+    if prompt.beginnings and parser is not None:
         begun = await _chosen_beginning(loaded.engine, generation, prompt.beginnings)
         generation = replace(generation, prompt_ids=(*prompt.ids, *begun.ids), json_schema=begun.json_schema)
         parser.push(begun.text)
@@ -204,29 +205,39 @@ def _failure(error: Exception) -> ApiError:
     return ApiError(500, "internal error", code="internal_error")
 
 
-async def _measured(served: Served, parts: Parts, started: float, admission: Admission, num_prompt: int) -> Parts:
+async def _measured(
+    served: Served,
+    chosen: Chosen,
+    parts: Parts,
+    started: float,
+    caller: Caller | None,
+    admission: Admission,
+    num_prompt: int,
+) -> Parts:
     """The same parts, their times and numbers noted; a cancelled request is charged for what was generated."""
-    metrics, labels = served.metrics, served.metrics.labels
+    metrics, who = served.metrics, (chosen.name, chosen.loaded.version)
     last: dict[int, float] = {}
     num_tokens: dict[int, int] = {}
     status = 499
     try:
         async with aclosing(parts):
             async for item in parts:
-                if item is not None and item[1].num_tokens > num_tokens.get(item[0], 0):
+                if item is not None and (new := item[1].num_tokens - num_tokens.get(item[0], 0)) > 0:
                     index, now = item[0], time.monotonic()
-                    if index in last:
-                        metrics.between_tokens.labels(*labels).observe(now - last[index])
-                    elif not last:
-                        metrics.first_token.labels(*labels).observe(now - started)
+                    first = not last
+                    since = started if first else last.get(index)
+                    metrics.token(*who, None if since is None else now - since, first=first, count=new)
+                    if first and caller is not None:
+                        caller.first_token_s = now - started
                     last[index], num_tokens[index] = now, item[1].num_tokens
                 yield item
         status = 200
+    except ApiError as error:
+        status = error.status
+        raise
     except EngineError:
         status = 503
         raise
     finally:
-        total = sum(num_tokens.values())
-        admission.close(num_prompt, total, status)
-        metrics.completion_tokens.labels(*labels).inc(total)
-        metrics.latency.labels(*labels).observe(time.monotonic() - started)
+        admission.close(num_prompt, sum(num_tokens.values()), status)
+        metrics.finished(*who, time.monotonic() - started, status)

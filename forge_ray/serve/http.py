@@ -22,6 +22,7 @@ from forge_ray.errors import EngineError
 from forge_ray.serve.complete import complete
 from forge_ray.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from forge_ray.serve.inputs import detokenize, embed, tokenize
+from forge_ray.serve.metrics import CONTENT_TYPE
 from forge_ray.serve.openai import ApiError, R, parse_request
 from forge_ray.serve.served import Served
 from forge_ray.serve.shadow import Shadows
@@ -37,7 +38,7 @@ AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 def build_http(served: Served) -> AsgiApp:
     """The ASGI app of one replica."""
     app = FastAPI(title="forge_ray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    shadows = Shadows(served, served.metrics.registry)
+    shadows = Shadows(served)
     _add_error_answers(app)
 
     async def read(model: type[R], request: Request) -> R:
@@ -81,7 +82,7 @@ def build_http(served: Served) -> AsgiApp:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(served.metrics.text(0, 0), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
 
     return _counted(app, served)
 
@@ -123,8 +124,8 @@ def _counted(app: AsgiApp, served: Served) -> AsgiApp:
             await app(scope, receive, send)
             return
         status = CLIENT_CLOSED
-        request_id = request_id_of(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        request_id = state.setdefault("request_id", request_id_of(scope))
         extra = [(b"x-request-id", request_id.encode()), (b"x-forge-deployment", served.deployment.encode())]
 
         async def send_signed(message: MutableMapping[str, Any]) -> None:
@@ -140,7 +141,7 @@ def _counted(app: AsgiApp, served: Served) -> AsgiApp:
             log.exception("request %s failed", request_id)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")  # never the path sent: labels must be few
-            served.metrics.requests.labels(*served.metrics.labels, route, str(status)).inc()
+            served.metrics.request(route, status)
 
     return asgi
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -36,14 +37,16 @@ async def embed(served: Served, request: Request, wanted: EmbeddingRequest) -> R
         raise ApiError(400, rule, param="model", code="unsupported_parameter")
     _check_lengths(served, loaded, inputs)
     num_tokens = sum(map(len, inputs))
+    started = time.monotonic()
     admission = await served.admit(getattr(request.state, "caller", None), chosen, num_tokens, 0)
+    served.metrics.accepted(chosen.name, loaded.version, num_tokens, time.monotonic() - started)
     status = 503
     try:
         vectors = await asyncio.to_thread(loaded.engine.embed, inputs, loaded.adapter)
         status = 200
     finally:
         admission.close(num_tokens, 0, status)
-    served.metrics.prompt_tokens.labels(*served.metrics.labels).inc(num_tokens)
+        served.metrics.finished(chosen.name, loaded.version, time.monotonic() - started, status)
     data = [
         {"object": "embedding", "index": index, "embedding": _written(vector, wanted.encoding_format)}
         for index, vector in enumerate(vectors)

@@ -11,14 +11,11 @@ import logging
 import time
 from contextlib import aclosing
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-
 from forge_ray.errors import EngineError
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
-from forge_ray.serve.metrics import WHOLE_REQUEST_S
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import choices_of, prompts_of
-from forge_ray.serve.served import Loaded, Served
+from forge_ray.serve.served import Chosen, Loaded, Served
 
 MOST_AT_ONCE = 4  # of a replica; each takes a place in the engine's batch
 
@@ -26,30 +23,25 @@ log = logging.getLogger(__name__)
 
 
 class Shadows:
-    """Those of one replica; `forge_shadow_*` count them by version and outcome (200, 400, 503, dropped)."""
+    """Those of one replica; the metrics count them apart, by outcome (200, 400, 503; 429: there was no room)."""
 
-    def __init__(self, served: Served, registry: CollectorRegistry, most: int = MOST_AT_ONCE) -> None:
+    def __init__(self, served: Served, most: int = MOST_AT_ONCE) -> None:
         self._served = served
         self._most = most
-        self.running: set[asyncio.Task[None]] = set()
-        self.requests = Counter("forge_shadow_requests", "Answers of shadows", ("version", "status"), registry=registry)
-        self.tokens = Counter("forge_shadow_tokens", "Tokens that shadows generated", ("version",), registry=registry)
-        self.latency = Histogram(
-            "forge_shadow_seconds", "Time of a shadow's answer", ("version",), buckets=WHOLE_REQUEST_S, registry=registry
-        )
+        self._running: set[asyncio.Task[None]] = set()
 
-    def start(self, wanted: ChatRequest | CompletionRequest, shadows: tuple[Loaded, ...]) -> None:
-        """Begin the answers of `shadows` in the background; drop those for which there is no room."""
-        for loaded in shadows:
-            if len(self.running) >= self._most:
-                self.requests.labels(loaded.version, "dropped").inc()
+    def start(self, wanted: ChatRequest | CompletionRequest, chosen: Chosen) -> None:
+        """Begin the answers of `chosen.shadows` in the background; drop those for which there is no room."""
+        for loaded in chosen.shadows:
+            if len(self._running) >= self._most:
+                self._served.metrics.shadowed(chosen.name, loaded.version, 0.0, 429, 0)
                 continue
-            task = asyncio.create_task(self._answer(wanted, loaded))
-            self.running.add(task)
-            task.add_done_callback(self.running.discard)
+            task = asyncio.create_task(self._answer(wanted, chosen.name, loaded))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
 
-    async def _answer(self, wanted: ChatRequest | CompletionRequest, loaded: Loaded) -> None:
-        started, status = time.monotonic(), "200"
+    async def _answer(self, wanted: ChatRequest | CompletionRequest, name: str, loaded: Loaded) -> None:
+        started, status, num_tokens = time.monotonic(), 200, 0
         try:
             loop = asyncio.get_running_loop()
             prompts = await loop.run_in_executor(self._served.tokenising, prompts_of, loaded.tokenizer, wanted)
@@ -57,14 +49,12 @@ class Shadows:
             choice = choices_of(self._served.config.limits, loaded, wanted, prompts)[0]
             async with aclosing(loaded.engine.stream(choice.generation)) as tokens:  # type: ignore[type-var]
                 async for token in tokens:
-                    if token.token_id is not None:
-                        self.tokens.labels(loaded.version).inc()
-            self.latency.labels(loaded.version).observe(time.monotonic() - started)
+                    num_tokens += token.token_id is not None
         except ApiError as error:
-            status = str(error.status)
+            status = error.status
         except EngineError:
-            status = "503"
+            status = 503
         except Exception:
-            status = "500"
+            status = 500
             log.exception("a shadow of %s failed", loaded.version)
-        self.requests.labels(loaded.version, status).inc()
+        self._served.metrics.shadowed(name, loaded.version, time.monotonic() - started, status, num_tokens)
