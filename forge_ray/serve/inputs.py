@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -52,6 +53,7 @@ async def embed(served: Served, request: Request, wanted: EmbeddingRequest) -> R
         for index, vector in enumerate(vectors)
     ]
     body = {
+        "id": f"embd-{secrets.token_hex(12)}",  # Mistral's client wants one
         "object": "list",
         "data": data,
         "model": wanted.model,
