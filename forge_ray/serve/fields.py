@@ -265,7 +265,7 @@ class CompletionRequest(CompletionOptions):
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
-        return "max_tokens", COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return "max_tokens", self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:

@@ -15,7 +15,7 @@ from forge_ray.config.release import Limits
 from forge_ray.data.chat import ChatTokenizer
 from forge_ray.data.schema import Reject
 from forge_ray.inference.engine import GenerationRequest
-from forge_ray.serve.fields import ChatRequest, CompletionRequest, Message, Tool
+from forge_ray.serve.fields import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest, Message, Tool
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.served import Loaded
 from forge_ray.serve.tools import Beginning, beginnings
@@ -187,4 +187,5 @@ def _max_new_tokens(limits: Limits, loaded: Loaded, wanted: ChatRequest | Comple
             param=param,
             code="context_length_exceeded",
         )
-    return asked or min(most, room)
+    usual = COMPLETION_MAX_TOKENS if isinstance(wanted, CompletionRequest) else most
+    return asked or min(usual, most, room)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import openai
 import pytest
 from http_server import ENGINE, Fixed, deployment, running
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from scripted import Scripted, loaded, saying
 
 from forge_ray.client import Client
@@ -38,6 +38,8 @@ MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "c
 
 class Verdict(BaseModel):
     """An answer that even a model of random weights can finish."""
+
+    model_config = ConfigDict(extra="forbid")
 
     colour: Literal["red", "blue"]
     sure: bool

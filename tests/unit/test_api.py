@@ -212,6 +212,16 @@ def test_prompts_times_n_in_order(api: Api) -> None:
     assert api.text(prompt=["one two", "x"])["usage"]["prompt_tokens"] == len(ids_of(api.tokenizer, "one two")) + 1
 
 
+def test_lengths_that_nobody_asked_for(api: Api) -> None:
+    api.says("one two three four five six seven eight nine ten " * 10)
+    assert api.text(max_tokens=None)["usage"]["completion_tokens"] == 16  # OpenAI's, of this endpoint
+    assert api.text(max_tokens=20)["usage"]["completion_tokens"] == 20
+    api.chat()
+    assert api.asked().max_new_tokens == 1024
+    api.chat(messages=[{"role": "user", "content": "x " * 1900}])
+    assert api.asked().max_new_tokens == 4096 - len(api.asked().prompt_ids)
+
+
 def test_echo(api: Api) -> None:
     assert api.text(echo=True)["choices"][0]["text"] == "hihello"
     assert api.text(echo=True, prompt=ids_of(api.tokenizer, "one"))["choices"][0]["text"] == "onehello"

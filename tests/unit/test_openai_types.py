@@ -46,7 +46,7 @@ def test_defaults() -> None:
     assert (request.temperature, request.top_p, request.seed, request.stops) == (None, None, None, ())
     assert request.token_limit == ("max_tokens", None)
     assert (request.num_choices, request.num_logprobs, request.offered, request.forced) == (1, None, [], [])
-    assert completion().token_limit == ("max_tokens", 16)
+    assert completion().token_limit == ("max_tokens", None)
 
 
 def test_supported_fields_arrive() -> None:
