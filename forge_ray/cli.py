@@ -14,7 +14,7 @@ import click
 from forge_ray import __version__
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
-from forge_ray.cli_keys import keys
+from forge_ray.cli_keys import ACCESS
 from forge_ray.cli_runs import runs
 from forge_ray.cli_serve import SERVING, wait_for_ctrl_c
 from forge_ray.errors import TrainingError
@@ -43,8 +43,7 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
-cli.add_command(keys)
-for command in SERVING:
+for command in (*SERVING, *ACCESS):
     cli.add_command(command)
 
 

@@ -1,9 +1,9 @@
-"""`forge keys …`: who may call an endpoint, what for, and how much (level 6)."""
+"""`forge keys …`, `forge usage`: who may call an endpoint, what for, how much, and how much they did (level 6)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from forge_ray.store import Store
 
 COLUMNS = ("key", "name", "state", "models", "scopes", "rpm", "tpm", "at once", "expires")
+
+
+@click.group()
+def top() -> None:
+    """Verbs of `forge` itself."""
 
 
 @click.group(cls=Verbs)
@@ -121,6 +126,39 @@ def keys_revoke(store: Store, as_json: bool, reference: str, reason: str) -> Any
     if not as_json:
         _print(key)
     return _shown(key)
+
+
+@verb(top, "usage")
+@click.option("--by", type=click.Choice(["key", "model", "version", "day"]), default="key", show_default=True)
+@click.option("--since", default="", metavar="YYYY-MM-DD", help="From this day (UTC) on; default: all.")
+def usage(store: Store, as_json: bool, by: Literal["key", "model", "version", "day"], since: str) -> Any:
+    """Requests and tokens that the endpoints answered, by who asked, for what, of which version, or when."""
+    from forge_ray import keys as api_keys
+    from forge_ray.catalog import Catalog
+    from forge_ray.serve.ledger import usage as sums
+    from forge_ray.show import print_table
+
+    rows = sums(store, by, since)
+    if by == "key":
+        with Catalog(store) as index:
+            names = {key.id: key.name for key in api_keys.list_keys(index)}
+        rows = [{**row, "name": names.get(str(row["key"]), "")} for row in rows]
+    if not as_json:
+        header = [
+            by,
+            *(["name"] if by == "key" else []),
+            "requests",
+            "prompt_tokens",
+            "completion_tokens",
+            "cancelled",
+            "failed",
+        ]
+        table = [[str(row[column]) or "(no key)" * (column == "key") for column in header] for row in rows]
+        print_table("Usage", tuple(name.replace("_", " ") for name in header), table)
+    return rows
+
+
+ACCESS: tuple[click.Command, ...] = (keys, top.commands["usage"])
 
 
 def _given(expires: str | None, **bounds: Any) -> dict[str, Any]:

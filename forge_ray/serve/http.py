@@ -29,7 +29,7 @@ def build_http(served: Served) -> AsgiApp:
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body(), error.status, error.headers)
+        return JSONResponse(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(EngineError)
     async def engine_failed(_: Request, error: EngineError) -> Response:

@@ -51,6 +51,7 @@ class Metrics:
             "answers", "Answers that ended; 499: the client left, 503: the engine failed", *ANSWER, "status"
         )
         self._shadows = counter("shadow_answers", "Answers that nobody sees, of versions that shadow", *ANSWER, "status")
+        self._shadow_tokens = counter("shadow_tokens", "Tokens of answers that nobody sees", *ANSWER)
         self._prompt = counter("prompt_tokens", "Prompt tokens admitted", *ANSWER)
         self._completion = counter("completion_tokens", "Tokens generated, also for clients that left", *ANSWER)
         self._admitted = histogram("admission", "Time from request to the engine: template, tokeniser, limits", ADMITTED_S)
@@ -77,11 +78,13 @@ class Metrics:
         self._prompt.labels(*labels).inc(prompt_tokens)
         self._admitted.labels(*labels).observe(seconds)
 
-    def token(self, name: str, version: str, seconds: float, first: bool, count: int = 1) -> None:
-        """`count` tokens arrived, `seconds` after the request (the first) or after the ones before."""
+    def token(self, name: str, version: str, seconds: float | None, first: bool, count: int = 1) -> None:
+        """`count` tokens arrived, `seconds` after the request (the first) or after the ones before; None where that is no
+        measure of either, as with the first token of a second choice."""
         labels = self._labels(name, version)
         self._completion.labels(*labels).inc(count)
-        (self._first if first else self._between).labels(*labels).observe(seconds)
+        if seconds is not None:
+            (self._first if first else self._between).labels(*labels).observe(seconds)
 
     def finished(self, name: str, version: str, seconds: float, status: int) -> None:
         """An answer ended after `seconds`: 200, 499 where the client left, 503 where the engine failed."""
@@ -89,10 +92,12 @@ class Metrics:
         self._answers.labels(*labels, str(status)).inc()
         self._whole.labels(*labels).observe(seconds)
 
-    def shadowed(self, name: str, version: str, seconds: float, status: int) -> None:
-        """An answer of a version that shadows `name`: counted here alone, for nobody asked for its tokens."""
+    def shadowed(self, name: str, version: str, seconds: float, status: int, tokens: int) -> None:
+        """An answer of a version that shadows `name`: counted here alone, for nobody asked for its tokens. 429: there was no
+        room for it."""
         labels = self._labels(name, version)
         self._shadows.labels(*labels, str(status)).inc()
+        self._shadow_tokens.labels(*labels).inc(tokens)
         self._shadowed.labels(*labels).observe(seconds)
 
     def ready(self, version: str, digest: str, adapter: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from forge_ray.config.release import DeployConfig
 from forge_ray.data.chat import ChatTokenizer
 from forge_ray.inference.engine import Engine
+from forge_ray.keys import ApiKey
 from forge_ray.serve.metrics import Metrics
 
 
@@ -56,9 +57,10 @@ class Chosen:
 @dataclass
 class Caller:
     """One request as those see it who count and log: put into its state (`caller`) before it is read, filled in on its way.
-    `headers` go onto its answer."""
+    `headers` go onto its answer; `key` is None where none is asked for."""
 
     request_id: str
+    key: ApiKey | None = None
     headers: dict[str, str] = field(default_factory=dict)
     name: str = ""
     version: str = ""
@@ -99,6 +101,9 @@ class Free:
         return None
 
 
+Admit = Callable[[Caller | None, Chosen, int, int], Awaitable[Admission]]
+
+
 async def admit_all(caller: Caller | None, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
     return Free()
 
@@ -112,6 +117,6 @@ class Served:
     deployment: str
     directory: Directory
     metrics: Metrics
-    admit: Callable[[Caller | None, Chosen, int, int], Awaitable[Admission]] = admit_all
+    admit: Admit = admit_all
     # Templates and tokenisation run here, off the event loop; one thread, for tokenizers are not safe to share
     tokenising: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenising"))

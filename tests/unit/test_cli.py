@@ -42,6 +42,7 @@ SURFACE = {
     "keys change": BOUNDS,
     "keys rotate": {"--grace"},
     "keys revoke": {"--reason"},
+    "usage": {"--by", "--since"},
     "train": {"--set", "--force"},
     "eval": {"--set"},
     "release": {"--set"},

@@ -22,7 +22,8 @@ def used(replica: str = "r0", name: str = "support@prod") -> Metrics:
     metrics.token(name, "mv_1", 0.2, first=True)
     metrics.token(name, "mv_1", 0.03, first=False, count=2)
     metrics.finished(name, "mv_1", 0.23, 200)
-    metrics.shadowed(name, "mv_2", 0.4, 503)
+    metrics.token(name, "mv_1", None, first=True)  # of a second choice
+    metrics.shadowed(name, "mv_2", 0.4, 503, 9)
     return metrics
 
 
@@ -39,7 +40,7 @@ def test_what_happened_is_in_the_exposition() -> None:
     found = values(used().text())
     answer = ("bot", "support@prod", "mv_1", "r0")
     assert found[("forge_prompt_tokens_total", *answer)] == 12
-    assert found[("forge_completion_tokens_total", *answer)] == 3
+    assert found[("forge_completion_tokens_total", *answer)] == 4
     assert found[("forge_time_to_first_token_seconds_sum", *answer)] == 0.2
     assert found[("forge_inter_token_seconds_count", *answer)] == 1
     assert found[("forge_answers_total", *answer, "200")] == 1
@@ -51,6 +52,7 @@ def test_what_happened_is_in_the_exposition() -> None:
     assert found["forge_model_info", "mv_1", "bot", "sha256:0", "mv_1", "r0"] == 1
     # a shadow costs nobody tokens and counts as no answer
     assert found["forge_shadow_answers_total", "bot", "support@prod", "mv_2", "r0", "503"] == 1
+    assert found["forge_shadow_tokens_total", "bot", "support@prod", "mv_2", "r0"] == 9
     assert not [key for key in found if key[0] == "forge_answers_total" and "mv_2" in key]
 
 
