@@ -2,8 +2,8 @@
 
 It reads the store's facts, makes tables of them, and moves all replicas from one to the next: each prepares the new table,
 and when all that live have done so, it goes live everywhere. It also knows what only a view over all replicas can tell:
-whether a canary crosses its bounds, how much a key used. It owns nothing else: when it dies, replicas go on by their table, Ray
-starts it again, and the store tells it the rest. Its name is the deployment record's id, so a new deployment has its own.
+whether a canary crosses its bounds, how much a key used. It owns nothing else: when it dies, replicas go on by their table,
+Ray starts it again, and the store tells it the rest. Its name is the deployment's id, so a new deployment has its own.
 """
 
 from __future__ import annotations
