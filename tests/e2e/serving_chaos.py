@@ -28,8 +28,8 @@ from forge_ray.haproxy import set_haproxy
 
 set_haproxy()  # before ray is imported: it reads the switches then
 
-import httpx  # noqa: E402
-import ray  # noqa: E402
+import httpx
+import ray
 from conftest import make_tiny_model
 from endpoint import MESSAGES, make_adapter, register
 
