@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forge_ray.config.release import EngineConfig
-from forge_ray.errors import EngineError
+from forge_ray.errors import EngineError, RequestError
 from forge_ray.inference.engine import EngineHealth, FinishReason, Generation, GenerationRequest, Score, Token
 from forge_ray.inference.vllm_settings import check_adapter, engine_arguments, prepare, sampling_params
 
@@ -318,7 +318,7 @@ class VllmEngine:
                 raise EngineError("the engine was closed", hint=DEAD) from None
             raise
         except VLLMClientError as error:
-            raise EngineError(f"vLLM refuses the request: {error}", hint="change the field that it names") from error
+            raise RequestError(f"vLLM refuses the request: {error}", hint="change the field that it names") from error
         except VLLMError as error:
             self._raise_if_failed()
             cause = error.__cause__ or error
