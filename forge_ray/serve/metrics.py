@@ -1,20 +1,25 @@
 """Prometheus metrics of one replica, and how those of several become one text (level 4; no ray).
 
-`model` is the name that the client sent (an alias, say), `model_version` who answered; `forge_model_info` says which adapter
-on which base a version is. Requests are counted by route and status, answers by name and version.
+`model` is the name that the client sent (an alias, say), `model_version` who answered; `forge_model_info` says which digest
+and adapter a version is. Requests are counted by route and status, answers by name and version.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from forge_ray.inference.engine import EngineHealth
 
+if TYPE_CHECKING:
+    from forge_ray.serve.served import Loaded
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ANSWER = ("deployment", "model", "model_version")
+VERSION = ("model_version", "digest", "adapter")
 UNKNOWN = "unknown"
 MOST_SERIES = 1000  # (name, version) pairs; names come and go while a replica lives, and each costs some 40 series
 
@@ -25,14 +30,21 @@ WHOLE_REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """What one replica counts. `health` gives the load of its engines, read when somebody looks.
+    """What one replica counts. `health` gives the load of its engines, `ready` the versions that can answer; both are read
+    when somebody looks.
 
     A registry of its own, so that two replicas in one process (a test) do not clash.
     """
 
-    def __init__(self, deployment: str, replica: str, health: Callable[[], Iterable[EngineHealth]] = tuple) -> None:
+    def __init__(
+        self,
+        deployment: str,
+        replica: str,
+        health: Callable[[], Iterable[EngineHealth]] = tuple,
+        ready: Callable[[], Iterable[Loaded]] = tuple,
+    ) -> None:
         self.deployment, self.replica = deployment, replica
-        self._health = health
+        self._health, self._ready = health, ready
         self._pairs: set[tuple[str, str]] = set()
         self._registry = CollectorRegistry()
 
@@ -62,7 +74,7 @@ class Metrics:
         self._running = gauge("requests_running", "Sequences in the batch")
         self._waiting = gauge("requests_waiting", "Sequences that wait in the engine's queue")
         self._held = gauge("tokens_held", "Tokens of sequences that run or wait: prompts and what may still be generated")
-        self._info = gauge("model_info", "1 for each version that is ready to answer", "model_version", "digest", "adapter")
+        self._info = gauge("model_info", "1 for each version that can answer; adapter: its name in the engine", *VERSION)
 
     def request(self, route: str, status: int) -> None:
         """An HTTP request that ended. `route` is the template that matched, never the path that was sent."""
@@ -100,19 +112,15 @@ class Metrics:
         self._shadow_tokens.labels(*labels).inc(tokens)
         self._shadowed.labels(*labels).observe(seconds)
 
-    def ready(self, version: str, digest: str, adapter: str) -> None:
-        """A version that can answer from now on; `adapter` is "" where it is full weights."""
-        self._info.labels(self.deployment, version, digest, adapter).set(1)
-
-    def gone(self, version: str, digest: str, adapter: str) -> None:
-        self._info.remove(self.deployment, version, digest, adapter)
-
     def text(self) -> str:
         """The exposition format, with the engines' load as it is now; each sample says which replica it is of."""
         loads = list(self._health())
         self._running.labels(self.deployment).set(sum(load.num_running for load in loads))
         self._waiting.labels(self.deployment).set(sum(load.num_waiting for load in loads))
         self._held.labels(self.deployment).set(sum(load.num_tokens for load in loads))
+        self._info.clear()
+        for loaded in self._ready():
+            self._info.labels(self.deployment, loaded.version, loaded.digest, loaded.adapter).set(1)
         return merged({self.replica: generate_latest(self._registry).decode()})
 
     def _labels(self, name: str, version: str) -> tuple[str, str, str]:
