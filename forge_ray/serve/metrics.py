@@ -7,10 +7,10 @@ and adapter a version is. Requests are counted by route and status, answers by n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from forge_ray.inference.engine import EngineHealth
 
@@ -21,7 +21,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ANSWER = ("deployment", "model", "model_version")
 VERSION = ("model_version", "digest", "adapter")
 UNKNOWN = "unknown"
-MOST_SERIES = 1000  # (name, version) pairs; names come and go while a replica lives, and each costs some 40 series
+MOST_SERIES = 500  # (name, version) pairs; names come and go while a replica lives, and each costs some 60 lines
 
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN_TOKENS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
@@ -81,7 +81,7 @@ class Metrics:
         self._requests.labels(self.deployment, route, str(status)).inc()
 
     def refused(self, reason: str) -> None:
-        """`reason`: key, scope, model, requests, tokens, concurrency, queue."""
+        """`reason`: key, scope; requests, tokens, size, concurrency; queue."""
         self._refused.labels(self.deployment, reason).inc()
 
     def accepted(self, name: str, version: str, prompt_tokens: int, seconds: float) -> None:
@@ -121,7 +121,13 @@ class Metrics:
         self._info.clear()
         for loaded in self._ready():
             self._info.labels(self.deployment, loaded.version, loaded.digest, loaded.adapter).set(1)
-        return merged({self.replica: generate_latest(self._registry).decode()})
+        return merged({self.replica: generate_latest(self).decode()})
+
+    def collect(self) -> Iterator[Metric]:
+        """The families without the times at which their series were made, which double the text; for `generate_latest`."""
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
     def _labels(self, name: str, version: str) -> tuple[str, str, str]:
         if (name, version) not in self._pairs:
@@ -137,34 +143,32 @@ LABEL = re.compile(r'([a-zA-Z_]\w*)="(?:[^"\\]|\\.)*"')
 def merged(texts: Mapping[str, str]) -> str:
     """The expositions of several replicas as one: each family once, each sample with a label `replica`.
 
-    Where two replicas describe a family differently (a roll-out) the first one's text stays. The times at which series were
-    made (`_created`) are left out: they double the text and nobody asks.
+    Where two replicas describe a family differently (a roll-out) the first one's text stays.
     """
     families: dict[str, tuple[dict[str, str], list[str]]] = {}
     for replica, text in texts.items():
-        samples: list[str] = []
+        escaped = replica.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        label, samples = f'{{replica="{escaped}"', list[str]()
         for line in text.split("\n"):
             if line.startswith(("# HELP ", "# TYPE ")):
                 _, kind, name, *_ = line.split(" ", 3)
                 head, samples = families.setdefault(name, ({}, []))
                 head.setdefault(kind, line)
             elif line and not line.startswith("#"):
-                samples.append(_of_replica(line, replica))
-    lines = [
-        line
-        for name, (head, samples) in families.items()
-        if not name.endswith("_created")
-        for line in (*head.values(), *samples)
-    ]
+                samples.append(_labelled(line, label))
+    lines = [line for head, samples in families.values() for line in (*head.values(), *samples)]
     return "".join(line + "\n" for line in lines)
 
 
-def _of_replica(sample: str, replica: str) -> str:
-    if "replica" in LABEL.findall(sample):
+def _labelled(sample: str, label: str) -> str:
+    """`sample` with `label` (`{replica="…"`) as its first, unless it says itself whose it is."""
+    space, brace = sample.index(" "), sample.find("{")
+    if not 0 <= brace < space:
+        return f"{sample[:space]}{label}}}{sample[space:]}"
+    if sample.startswith('{replica="', brace):  # as `Metrics.text` writes it
         return sample
-    escaped = replica.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    end = re.search(r"[{ ]", sample)
-    assert end is not None, f"not a sample: {sample!r}"
-    name, rest = sample[: end.start()], sample[end.start() :]
-    more = f",{rest[1:]}" if rest.startswith("{") and not rest.startswith("{}") else "}" + rest.removeprefix("{}")
-    return f'{name}{{replica="{escaped}"{more}'
+    if sample.startswith("{}", brace):
+        return f"{sample[:brace]}{label}{sample[brace + 1 :]}"
+    if 'replica="' in sample and "replica" in LABEL.findall(sample):
+        return sample
+    return f"{sample[:brace]}{label},{sample[brace + 1 :]}"
