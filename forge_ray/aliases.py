@@ -22,4 +22,7 @@ def route_of(event: Event) -> AliasRoute | None:
     """What an alias event says; None: archived."""
     if event.data.get("archived"):
         return None
-    return AliasRoute.model_validate(event.data.get("route") or {"versions": {event.data["model_version"]: 1}})
+    stable = event.data["model_version"]
+    route = AliasRoute.model_validate(event.data.get("route") or {"versions": {stable: 1}})
+    # what is stored has its keys sorted; the stable version is the first
+    return route.model_copy(update={"versions": {stable: route.versions[stable], **route.versions}})

@@ -1,9 +1,9 @@
 """What the replicas of one deployment share: one small actor (level 4).
 
 It reads the store's facts, makes tables of them, and moves all replicas from one to the next: each prepares the new table,
-and when all that live have done so, it goes live everywhere. It also gathers what only a view over all replicas can tell:
-whether a canary crosses its bounds. It owns nothing: when it dies, replicas go on by their table, Ray starts it again, and
-the store tells it the rest. Its name is the deployment record's id, so a new deployment has its own.
+and when all that live have done so, it goes live everywhere. It also knows what only a view over all replicas can tell:
+whether a canary crosses its bounds, how much a key used. It owns nothing else: when it dies, replicas go on by their table,
+Ray starts it again, and the store tells it the rest. Its name is the deployment's id, so a new deployment has its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import ray
 from forge_ray.aliases import alias_event
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
+from forge_ray.keys import ApiKey
 from forge_ray.records import Deployment
+from forge_ray.serve.limits import Counters, Verdict
 from forge_ray.serve.outcomes import Outcome, Outcomes, without_canaries
 from forge_ray.serve.published import Published
 from forge_ray.serve.routing import Facts, Table, table_of
@@ -61,6 +63,7 @@ class Board:
         self.published.refresh()
         self.broken: dict[str, str] = {}
         self.outcomes = Outcomes()
+        self.counters = Counters()
         self.replicas: dict[str, Seen] = {}
         self.next = read_table(self.config, self.published, self.broken)
         self.live: Table | None = None
@@ -98,12 +101,16 @@ class Board:
         seen.at, seen.load, seen.metrics = time.monotonic(), load, metrics
         for outcome in outcomes:
             self.outcomes.add(outcome)
+        await self.counters.renew(replica)
         self._advance()
 
-    async def leave(self, replica: str) -> None:
-        """A replica that stops is not waited for."""
-        self.replicas.pop(replica, None)
-        self._advance()
+    async def take(self, key: ApiKey, lease: str, owner: str, tokens: int) -> Verdict:
+        """As `Counters.take`, for all replicas."""
+        return await self.counters.take(key, lease, owner, tokens)
+
+    async def settle(self, key_id: str, lease: str, used: int) -> None:
+        """As `Counters.settle`."""
+        await self.counters.settle(key_id, lease, used)
 
     async def metrics(self) -> dict[str, str]:
         """The exposition of each replica, as of its last pulse."""

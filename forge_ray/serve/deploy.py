@@ -53,6 +53,7 @@ def options(config: DeployConfig) -> dict[str, Any]:
             max_replicas=config.replicas.max,
             upscale_delay_s=config.replicas.upscale_delay_s,
             downscale_delay_s=config.replicas.downscale_delay_s,
+            metrics_interval_s=1,
             look_back_period_s=LOOK_BACK_S,
             policy=AutoscalingPolicy(
                 policy_function="forge_ray.serve.scaling:TokensPolicy", policy_kwargs={"target_tokens": target}

@@ -7,6 +7,7 @@ then, and when told, does it answer: the swap is one assignment, so no request s
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from forge_ray.config.release import AliasRoute
-from forge_ray.errors import EngineError, ForgeError
+from forge_ray.errors import EngineError
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.serve.home import Homes
 from forge_ray.serve.openai import ApiError
@@ -23,6 +24,7 @@ from forge_ray.serve.served import Chosen, Facts, Loaded
 
 SETTLED_S = 30.0  # requests that chose from an older table have reached their engine by then
 MAX_LABEL_TOKENS = 8
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Live:
                 continue
             try:
                 loaded[version.id] = self.homes.ready(version)
-            except (ForgeError, OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # whatever is wrong with one version, the others are served
+                LOG.exception("%s cannot be served", version.id)
                 broken[version.id] = str(error)
         self.prepared = Snapshot(table, loaded)
         return broken

@@ -7,6 +7,7 @@ follows the board's tables, one tells the board how it does.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from typing import Any
@@ -17,16 +18,21 @@ from ray import serve
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import EngineError
+from forge_ray.haproxy import behind_haproxy
+from forge_ray.keys import KeyTail
 from forge_ray.records import Deployment
+from forge_ray.serve.access import AsgiApp, write_access_log
 from forge_ray.serve.board import board_of, read_table
+from forge_ray.serve.front import front
 from forge_ray.serve.home import Homes
-from forge_ray.serve.http import AsgiApp, build_http
+from forge_ray.serve.ledger import Ledger
+from forge_ray.serve.limits import Verdict
 from forge_ray.serve.live import Live
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.outcomes import Outcome
 from forge_ray.serve.published import Published
 from forge_ray.serve.routing import Table
-from forge_ray.serve.served import Admission, Chosen, Free, Served
+from forge_ray.serve.served import Admission, Chosen, Served
 from forge_ray.store import Store
 
 PULSE_S = 0.5
@@ -56,6 +62,10 @@ class Replica:
         self.live.go_live(table.id)
         self.metrics = Metrics(self.deployment.name, self.name, self.homes.health, lambda: self.live.current.loaded.values())
         self.served = Served(config, self.deployment.id, self.live, self.metrics, self._admit)
+        self.keys = KeyTail(Store(store_uri)) if needs_keys(config) else None
+        if self.keys is not None:
+            self.keys.refresh()
+        self.ledger = Ledger(Store(store_uri), self.name)
         for loop in (self._follow, self._pulse):
             threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
 
@@ -71,19 +81,31 @@ class Replica:
             return read_table(config, published, {})
 
     def __serve_build_asgi_app__(self) -> AsgiApp:
-        return build_http(self.served)
+        write_access_log()
+        keys = None if self.keys is None else lambda: self.keys.keys if self.keys else {}
+        return front(self.served, keys, self._take, self._settle, self.name, self.homes.health, self.ledger)
+
+    async def _take(self, *arguments: Any) -> Verdict:
+        verdict: Verdict = await self._board().take.remote(*arguments)
+        return verdict
+
+    async def _settle(self, *arguments: Any) -> None:
+        await self._board().settle.remote(*arguments)
+
+    def _board(self) -> Any:
+        return board_of(self.deployment, self.store_uri)
 
     async def _admit(self, caller: Any, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
-        return _Watched(Free(), chosen, self.outcomes, time.monotonic())
+        return _Watched(chosen, self.outcomes, time.monotonic())
 
     def _follow(self) -> None:
         """Prepare what the board wants prepared, answer by what it says is live."""
         while not self.closing.is_set():
             try:
-                board = board_of(self.deployment, self.store_uri)
                 prepared = self.live.prepared.table.id if self.live.prepared else ""
                 told = ray.get(
-                    board.watch.remote(self.name, prepared, self.live.current.table.id, self.broken), timeout=BOARD_S
+                    self._board().watch.remote(self.name, prepared, self.live.current.table.id, self.broken),
+                    timeout=BOARD_S,
                 )
                 if told["live"]:
                     self.live.go_live(told["live"])
@@ -101,11 +123,14 @@ class Replica:
         while not self.closing.wait(PULSE_S):
             try:
                 sent, self.outcomes[:] = list(self.outcomes), []
-                text = self.metrics.text()
-                board = board_of(self.deployment, self.store_uri)
-                ray.get(board.report.remote(self.name, self.homes.load(), sent, text), timeout=BOARD_S)
+                ray.get(self._board().report.remote(self.name, self._load(), sent, self.metrics.text()), timeout=BOARD_S)
+                if self.keys is not None:
+                    self.keys.refresh()
             except (ray.exceptions.RayError, TimeoutError):
                 continue
+
+    def _load(self) -> dict[str, int]:
+        return {"pid": os.getpid(), **self.homes.load()}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `scaling.tokens_policy`."""
@@ -121,16 +146,22 @@ class Replica:
             self.closing.set()
         if hasattr(self, "homes"):  # not where loading failed
             self.homes.close()
+        if hasattr(self, "ledger"):
+            self.ledger.close()
 
 
 class _Watched:
-    """An admission whose outcome is noted for the alias that led to it."""
+    """A request whose outcome is noted for the alias that led to it."""
 
-    def __init__(self, admission: Admission, chosen: Chosen, outcomes: list[Outcome], started: float) -> None:
-        self.admission, self.chosen, self.outcomes, self.started = admission, chosen, outcomes, started
+    def __init__(self, chosen: Chosen, outcomes: list[Outcome], started: float) -> None:
+        self.chosen, self.outcomes, self.started = chosen, outcomes, started
 
     def close(self, prompt_tokens: int, completion_tokens: int, status: int) -> None:
         token_s = (time.monotonic() - self.started) / completion_tokens if completion_tokens else 0.0
         if self.chosen.route:
             self.outcomes.append(Outcome(self.chosen.name, self.chosen.loaded.version, status, token_s))
-        self.admission.close(prompt_tokens, completion_tokens, status)
+
+
+def needs_keys(config: DeployConfig) -> bool:
+    """HAProxy listens on all interfaces, whatever host is asked for."""
+    return config.needs_keys or (config.auth == "auto" and behind_haproxy())

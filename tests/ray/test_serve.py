@@ -48,9 +48,9 @@ def test_deploying_leaves_a_record_and_an_event(endpoint: Endpoint, store: Store
     assert endpoint.deployment.model_digest == endpoint.version.files_digest
 
 
-def test_models(client: openai.OpenAI) -> None:
-    assert [card.id for card in client.models.list()] == ["bot"]
-    assert client.models.retrieve("bot").owned_by == "forge_ray"
+def test_models(client: openai.OpenAI, endpoint: Endpoint) -> None:
+    assert [card.id for card in client.models.list()] == ["tiny", endpoint.version.id]
+    assert client.models.retrieve("tiny").owned_by == "forge_ray"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
 
@@ -171,7 +171,7 @@ def test_other_refusals(client: openai.OpenAI, endpoint: Endpoint) -> None:
 def test_our_own_client(endpoint: Endpoint, offline: Any) -> None:
     text, num_prompt, ids = offline(MESSAGES, 12)
     with Client(endpoint.url) as own:
-        assert own.models() == ["bot"]
+        assert own.models() == ["tiny", endpoint.version.id]
         assert own.health()["status"] == "ok"
         answer = own.chat("tiny", MESSAGES, temperature=0, max_tokens=12)
         assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == (text, num_prompt, len(ids))

