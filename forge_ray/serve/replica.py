@@ -60,7 +60,7 @@ class Replica:
                 f"nothing can be served: {self.broken}", hint="see the reasons; mend or re-import the versions"
             )
         self.live.go_live(table.id)
-        self.metrics = Metrics(self.deployment.name, self.name, self.homes.health)
+        self.metrics = Metrics(self.deployment.name, self.name, self.homes.health, lambda: self.live.current.loaded.values())
         self.served = Served(config, self.deployment.id, self.live, self.metrics, self._admit)
         self.keys = KeyTail(Store(store_uri)) if needs_keys(config) else None
         if self.keys is not None:

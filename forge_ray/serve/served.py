@@ -67,6 +67,7 @@ class Caller:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     first_token_s: float | None = None
+    admission: Admission | None = None  # as long as it is not closed
 
 
 class Directory(Protocol):
