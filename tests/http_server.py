@@ -17,7 +17,7 @@ from forge_ray.inference.transformers_engine import load_engine
 from forge_ray.serve.http import AsgiApp, build_http
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Chosen, Facts, Loaded, Served
+from forge_ray.serve.served import Chosen, Directory, Facts, Loaded, Served
 
 ENGINE = {"precision": "fp32", "page_size": 16, "num_blocks": 256, "max_batch_tokens": 128}
 
@@ -41,6 +41,12 @@ class Fixed:
             {"id": name, "object": "model", "created": 1, "owned_by": "forge_ray", "model_version": loaded.version}
             for name, loaded in self.names.items()
         ]
+
+
+def deployment(directory: Directory, **more: Any) -> Served:
+    """What `directory` names, without an engine of its own; `more` are settings of the deployment."""
+    config = parse(DeployConfig, {"name": "bot", "models": ["tiny"], "engine": ENGINE, **more})
+    return Served(config, "dep_0", directory, Metrics("bot", "r0"))
 
 
 def served(model_dir: Path, name: str = "tiny", **more: Any) -> Served:

@@ -76,7 +76,7 @@ def table_of(config: DeployConfig, facts: Facts, broken: Mapping[str, str], befo
     def add_route(name: str, route: AliasRoute) -> None:
         if route.stable in broken and before and name in before.routes and before.routes[name].stable not in broken:
             route = before.routes[name]
-        for identifier in _versions_of(route):
+        for identifier in versions_of(route):
             add(identifier)
         routes[name] = route
 
@@ -95,11 +95,12 @@ def table_of(config: DeployConfig, facts: Facts, broken: Mapping[str, str], befo
         versions=dict(sorted(versions.items())),
         routes=dict(sorted(routes.items())),
         gone=tuple(sorted(facts.archived)),
-        broken={identifier: why for identifier, why in sorted(broken.items()) if identifier in versions},
+        broken=dict(sorted(broken.items())),
     )
 
 
-def _versions_of(route: AliasRoute) -> list[str]:
+def versions_of(route: AliasRoute) -> list[str]:
+    """Every version that a route names."""
     targets = [rule.to for rule in route.rules if rule.to != "base"] + [rule.classifier for rule in route.rules]
     return [identifier for identifier in (*route.versions, *targets, *route.shadow) if identifier]
 
