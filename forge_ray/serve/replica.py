@@ -65,6 +65,8 @@ class Replica:
         self.keys = KeyTail(Store(store_uri)) if needs_keys(config) else None
         if self.keys is not None:
             self.keys.refresh()
+            # not with the pulse: a board that is away must not keep a revoked key alive
+            threading.Thread(target=self.keys.follow, args=(self.closing,), name="keys", daemon=True).start()
         self.ledger = Ledger(Store(store_uri), self.name)
         for loop in (self._follow, self._pulse):
             threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
@@ -124,8 +126,6 @@ class Replica:
             try:
                 sent, self.outcomes[:] = list(self.outcomes), []
                 ray.get(self._board().report.remote(self.name, self._load(), sent, self.metrics.text()), timeout=BOARD_S)
-                if self.keys is not None:
-                    self.keys.refresh()
             except (ray.exceptions.RayError, TimeoutError):
                 continue
 
