@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from forge_ray.aliases import alias_event, route_of
+from forge_ray.config.release import ALIAS, AliasRoute
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import RECORD_TYPES, Event, ModelVersion, Record, canonical_json
 from forge_ray.store import Store
@@ -81,11 +84,8 @@ class Catalog:
         """Write `event` behind all others of its subject, whatever this machine's clock says: the last move wins."""
         query = "select max(at) from events where kind = ? and subject = ?"
         (last,) = self._db.execute(query, (event.kind, event.subject)).fetchone()
-        if last is not None and event.at <= last:
-            later = datetime.fromisoformat(last) + timedelta(milliseconds=1)
-            event = event.model_copy(update={"at": later.isoformat(timespec="milliseconds")})
-        moment = event.at.partition("+")[0].replace(":", "")  # HDFS has no colons in names
-        self.store.write_once(f"events/{moment}~{event.id}.json", canonical_json(event.model_dump(mode="json")))
+        event = following(event, last)
+        self.store.write_once(event_path(event), canonical_json(event.model_dump(mode="json")))
         self._index_event(event)
         self._db.commit()
         return event
@@ -128,11 +128,22 @@ class Catalog:
         rows = self._db.execute("select subject from events where kind = ? group by subject order by min(at)", (kind,))
         return [row[0] for row in rows]
 
+    def last(self, kind: str) -> dict[str, Event]:
+        """subject → its last event of this kind."""
+        rows = self._db.execute("select body from events where kind = ? order by at, id", (kind,))
+        return {event.subject: event for row in rows if (event := Event.model_validate_json(row[0]))}
+
     def aliases(self) -> dict[str, str]:
-        """alias → model version, after the last move of each."""
-        rows = self._db.execute("select body from events where kind = 'alias' order by at, id")
-        events = (Event.model_validate_json(row[0]) for row in rows)
-        return {event.subject: str(event.data["model_version"]) for event in events}
+        """alias → (stable) model version, after the last move of each; without those that are archived."""
+        return {name: route.stable for name, route in self.routes().items()}
+
+    def routes(self) -> dict[str, AliasRoute]:
+        """alias → what it stands for now."""
+        return {name: found for name, event in self.last("alias").items() if (found := route_of(event))}
+
+    def archived(self) -> set[str]:
+        """Model versions that were taken out of use."""
+        return {subject for subject, event in self.last("model").items() if event.data["state"] == "archived"}
 
     def model(self, reference: str) -> ModelVersion:
         """A model version by id or alias."""
@@ -145,7 +156,16 @@ class Catalog:
 
     def promote(self, reference: str, alias: str) -> ModelVersion:
         """Point `alias` at a version; a rejected one is refused. Pointing again at the same one writes nothing."""
+        version = self.releasable(reference)
+        if self.routes().get(alias) != AliasRoute(versions={version.id: 1}):
+            self.set_route(alias, AliasRoute(versions={version.id: 1}))
+        return version
+
+    def releasable(self, reference: str) -> ModelVersion:
+        """A version that clients may be answered by; `PolicyError` for one rejected, never judged, or archived."""
         version = self.model(reference)
+        if version.id in self.archived():
+            raise PolicyError(f"{version.id} is archived", hint=f"`forge models restore {version.id}` first")
         if version.status == "rejected":
             raise PolicyError(
                 f"{version.id} was rejected: {'; '.join(version.reasons)}",
@@ -156,10 +176,39 @@ class Catalog:
                 f"{version.id} is a candidate: step {version.step} of {version.run}, which no gate has judged",
                 hint="deploy it by its id, or let the run end and `forge release` it",
             )
-        if self.has(alias):
-            raise ConfigError(f"alias {alias!r} is the id of a record", hint="choose a name")
-        if self.aliases().get(alias) != version.id:
-            self.append(Event(kind="alias", subject=alias, data={"model_version": version.id}))
+        return version
+
+    def resolved_route(self, alias: str, route: AliasRoute) -> AliasRoute:
+        """`route` with every reference as the id of a version that may answer. Shadows may be candidates, for nobody sees
+        their answers."""
+        if self.has(alias) or alias == "base":
+            raise ConfigError(f"alias {alias!r} is the id of a record, or `base`, which rules use", hint="choose a name")
+        if not re.fullmatch(ALIAS, alias):
+            raise ConfigError(f"{alias!r} is no name for an alias: want {ALIAS}", hint="for example support@prod")
+        rules = tuple(
+            rule.model_copy(
+                update={
+                    "to": rule.to if rule.to == "base" else self.releasable(rule.to).id,
+                    "classifier": rule.classifier and self.releasable(rule.classifier).id,
+                }
+            )
+            for rule in route.rules
+        )
+        versions = {self.releasable(reference).id: weight for reference, weight in route.versions.items()}
+        shadow = tuple(self.model(reference).id for reference in route.shadow)
+        return route.model_copy(update={"versions": versions, "rules": rules, "shadow": shadow})
+
+    def set_route(self, alias: str, route: AliasRoute | None, why: str = "") -> None:
+        """Let `alias` stand for `route` from now on; None archives it."""
+        if route is None and alias not in self.routes():
+            raise NotFound(f"no alias {alias!r} in {self.store.place}", hint="`forge alias list`")
+        self.append(alias_event(alias, route and self.resolved_route(alias, route), why))
+
+    def archive(self, reference: str, restore: bool = False) -> ModelVersion:
+        """Take a version out of use (or back): whoever asks for it by name is answered 410, or by the alias's fallback."""
+        version = self.model(reference)
+        if (version.id in self.archived()) == restore:
+            self.append(Event(kind="model", subject=version.id, data={"state": "active" if restore else "archived"}))
         return version
 
     def parents(self, record_id: str) -> list[str]:
@@ -167,6 +216,20 @@ class Catalog:
 
     def children(self, record_id: str) -> list[str]:
         return [row[0] for row in self._db.execute("select child from edges where parent = ? order by 1", (record_id,))]
+
+
+def event_path(event: Event) -> str:
+    """Where an event is stored: names sort by time."""
+    moment = event.at.partition("+")[0].replace(":", "")  # HDFS has no colons in names
+    return f"events/{moment}~{event.id}.json"
+
+
+def following(event: Event, last: str | None) -> Event:
+    """`event`, moved behind the moment `last` whatever this machine's clock says: the last move wins."""
+    if last is None or event.at > last:
+        return event
+    later = datetime.fromisoformat(last) + timedelta(milliseconds=1)
+    return event.model_copy(update={"at": later.isoformat(timespec="milliseconds")})
 
 
 def tree(catalog: Catalog, record_id: str, towards: str = "origins") -> dict[str, Any]:

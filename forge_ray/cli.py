@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,8 +14,10 @@ import click
 from forge_ray import __version__
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
+from forge_ray.cli_keys import ACCESS
 from forge_ray.cli_runs import runs
-from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.cli_serve import SERVING, wait_for_ctrl_c
+from forge_ray.errors import TrainingError
 from forge_ray.verbs import Verbs, load_run_file, run_file, verb
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
+for command in (*SERVING, *ACCESS):
+    cli.add_command(command)
 
 
 @cli.group(cls=Verbs)
@@ -136,6 +139,31 @@ def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> A
     return {"alias": alias, "model_version": version.id}
 
 
+@verb(models, "archive")
+@click.argument("reference", metavar="VERSION|ALIAS")
+def models_archive(store: Store, as_json: bool, reference: str) -> Any:
+    """Take a version out of use: endpoints answer 410 for it, or by the alias's fallback. `models restore` takes it back."""
+    return _archived(store, as_json, reference, restore=False)
+
+
+@verb(models, "restore")
+@click.argument("reference", metavar="VERSION|ALIAS")
+def models_restore(store: Store, as_json: bool, reference: str) -> Any:
+    """Bring an archived version back into use."""
+    return _archived(store, as_json, reference, restore=True)
+
+
+def _archived(store: Store, as_json: bool, reference: str, restore: bool) -> Any:
+    from forge_ray.catalog import Catalog
+
+    with Catalog(store) as index:
+        version = index.archive(reference, restore)
+    state = "active" if restore else "archived"
+    if not as_json:
+        click.echo(f"{version.id} {state}")
+    return {"model_version": version.id, "state": state}
+
+
 @verb(cli, "plan")
 @run_file
 @click.option("--workers", default=0, help="Number of workers; 0: what the run file asks for at most.")
@@ -228,7 +256,7 @@ def run(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
         reasons = "; ".join(outcome.version.reasons)
         raise PolicyError(f"{outcome.version.id} was rejected: {reasons}", hint="registered, not promoted, not deployed")
     if outcome.deployment and not in_ray_job() and not as_json:
-        _wait_for_ctrl_c(outcome.deployment.name)
+        wait_for_ctrl_c(outcome.deployment.name)
     return outcome
 
 
@@ -246,78 +274,6 @@ def submit(store: Store, as_json: bool, file: str, address: str, overrides: tupl
     if not as_json:
         click.echo(f"job {result['job']}: {result['status']}")
     return result
-
-
-@verb(cli, "deploy")
-@click.argument("file", metavar="DEPLOY.yaml")
-@click.option("--address", help="The Ray cluster, e.g. `auto` on one of its nodes; else RAY_ADDRESS.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the file.")
-def deploy(store: Store, as_json: bool, file: str, address: str | None, overrides: tuple[str, ...]) -> Any:
-    """Put a released model behind an endpoint on a running cluster; it stays when this command ends."""
-    import os
-
-    from forge_ray import pipeline
-    from forge_ray.cluster import connect
-    from forge_ray.config.base import load
-    from forge_ray.config.release import DeployConfig
-
-    config = load(DeployConfig, file, overrides)
-    if not (address or os.environ.get("RAY_ADDRESS")):
-        raise ConfigError("no cluster to deploy on", hint="give --address auto on a node of it, or use `forge serve` here")
-    connect(address)
-    return pipeline.deploy(config, store)
-
-
-@verb(cli, "serve")
-@click.argument("file", metavar="DEPLOY.yaml")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the file.")
-def serve(store: Store, as_json: bool, file: str, overrides: tuple[str, ...]) -> Any:
-    """Serve a released model from this machine until Ctrl-C."""
-    from forge_ray import pipeline
-    from forge_ray.config.base import load
-    from forge_ray.config.release import DeployConfig
-
-    deployment = pipeline.deploy(load(DeployConfig, file, overrides), store)
-    if as_json:
-        click.echo(deployment.model_dump_json())
-    _wait_for_ctrl_c(deployment.name)
-    sys.exit(0)
-
-
-def _wait_for_ctrl_c(name: str) -> None:
-    import signal
-
-    click.echo(f"serving {name!r} until Ctrl-C", err=True)
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
-
-
-@verb(cli, "chat")
-@click.argument("text")
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The endpoint.")
-@click.option("--model", help="Name of the model; default: the first that the endpoint has.")
-@click.option("--system", help="System message.")
-@click.option("--max-tokens", default=256, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True)
-def chat(
-    store: Store,
-    as_json: bool,
-    text: str,
-    url: str,
-    model: str | None,
-    system: str | None,
-    max_tokens: int,
-    temperature: float,
-) -> Any:
-    """Ask a served model one question."""
-    from forge_ray.client import Client
-
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
-    with Client(url) as client:
-        answer = client.chat(model or client.models()[0], messages, max_tokens=max_tokens, temperature=temperature)
-    if not as_json:
-        click.echo(answer.text)
-    return answer
 
 
 @verb(cli, "lineage")

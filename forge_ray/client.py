@@ -7,6 +7,7 @@ with Client("http://127.0.0.1:8000") as client:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,23 +23,39 @@ Messages = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call that the model makes; `arguments` is JSON text. Answer it with a message of role `tool` and this `id`."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Answer:
-    """A whole answer, and the model version that gave it."""
+    """A whole answer, the model version that gave it, and the route by which (`canary`, `fallback`, …; "" by name)."""
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     model_version: str
+    route: str = ""
+    calls: tuple[ToolCall, ...] = ()
 
 
 class Client:
-    """A connection to one endpoint; `base_url` without `/v1`. Options are OpenAI's: temperature, max_tokens, stop, …"""
+    """A connection to one endpoint; `base_url` without `/v1`, `api_key` else from FORGE_API_KEY.
 
-    def __init__(self, base_url: str, timeout_s: float = TIMEOUT_S) -> None:
+    Options are OpenAI's: temperature, max_tokens, stop, tools, … (one choice: `n` is not for this client).
+    """
+
+    def __init__(self, base_url: str, timeout_s: float = TIMEOUT_S, api_key: str = "") -> None:
         # trust_env off: an endpoint on the premises is not reached through a proxy
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
-        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout, trust_env=False)
+        key = api_key or os.environ.get("FORGE_API_KEY", "")
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout, trust_env=False, headers=headers)
 
     def __enter__(self) -> Client:
         return self
@@ -57,17 +74,26 @@ class Client:
         """Names that `chat` accepts."""
         return [str(card["id"]) for card in self._json("GET", "/v1/models")["data"]]
 
+    def model(self, name: str) -> dict[str, Any]:
+        """What `name` stands for: version, base, dataset, run."""
+        return self._json("GET", f"/v1/models/{name}")
+
     def chat(self, model: str, messages: Messages, **options: Any) -> Answer:
         """The whole answer to `messages`."""
         response = self._send("POST", "/v1/chat/completions", {"model": model, "messages": list(messages), **options})
         body = response.json()
         (choice,) = body["choices"]
         return Answer(
-            text=choice["message"]["content"],
+            text=choice["message"]["content"] or "",
             finish_reason=choice["finish_reason"],
             prompt_tokens=body["usage"]["prompt_tokens"],
             completion_tokens=body["usage"]["completion_tokens"],
             model_version=response.headers.get("x-forge-model-version", ""),
+            route=response.headers.get("x-forge-route", ""),
+            calls=tuple(
+                ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"])
+                for call in choice["message"].get("tool_calls") or ()
+            ),
         )
 
     def stream_chat(self, model: str, messages: Messages, **options: Any) -> Iterator[str]:

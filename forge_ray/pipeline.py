@@ -367,5 +367,6 @@ def deploy(config: DeployConfig, store: Store) -> Deployment:
 
     with stage("deploy") as it, Catalog(store) as catalog:
         deployment = start(config, catalog)
-        it.done(f"{deployment.id}  http://{config.host}:{config.port}/v1  model {config.name!r}")
+        names = ", ".join(config.models)
+        it.done(f"{deployment.id}  http://{config.host}:{config.port}/v1  serves {names}")
         return deployment

@@ -67,7 +67,7 @@ def quickstart(config: RunConfig, store: Store, port: int) -> Shown:
 
 def ask(url: str, messages: list[dict[str, Any]], deploy: DeployConfig) -> Answer:
     with stage("ask") as it, Client(url) as client:
-        answer = client.chat(deploy.name, messages, max_tokens=16, temperature=0)
+        answer = client.chat(deploy.models[0], messages, max_tokens=16, temperature=0)
         it.done(f"answered by {answer.model_version}, {answer.completion_tokens} tokens")
         return answer
 

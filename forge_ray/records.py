@@ -249,7 +249,8 @@ class ModelVersion(Record):
 
 
 class Deployment(Record):
-    """A model version behind an endpoint."""
+    """An endpoint as it was started: `models` is what each name stood for then; where aliases went since is in their events.
+    `model…` is the first of them."""
 
     kind: ClassVar[str] = "deployments"
     prefix: ClassVar[str] = "dep"
@@ -258,21 +259,27 @@ class Deployment(Record):
     model: str = Field(description="the name that clients send")
     model_version: str
     model_digest: str
+    models: dict[str, str] = Field({}, description="name → model version")
     config: dict[str, Any]
     config_digest: str
 
     def parents(self) -> tuple[str, ...]:
-        return (self.model_version,)
+        return tuple(dict.fromkeys((self.model_version, *self.models.values())))
+
+    def identity(self) -> dict[str, Any]:
+        value = super().identity()
+        return value if self.models else {key: value[key] for key in value if key != "models"}
 
 
 RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment)
 
 
 class Event(Frozen):
-    """What changes over time: alias moves, run states, deployments going up and down. Appended, never edited."""
+    """What changes over time: alias moves, run states, deployments going up and down, versions that are archived, keys.
+    Appended, never edited."""
 
     at: str = Field(default_factory=utc_now)
-    kind: Literal["alias", "run", "deployment"]
+    kind: Literal["alias", "run", "deployment", "model", "key"]
     subject: str
     data: dict[str, Any]
 

@@ -15,9 +15,9 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.data.chat import load_tokenizer_dir
 from forge_ray.inference.transformers_engine import load_engine
 from forge_ray.serve.http import AsgiApp, build_http
-from forge_ray.serve.metrics import make_metrics
+from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Chosen, Facts, Loaded, Served
+from forge_ray.serve.served import Chosen, Directory, Facts, Loaded, Served
 
 ENGINE = {"precision": "fp32", "page_size": 16, "num_blocks": 256, "max_batch_tokens": 128}
 
@@ -43,13 +43,21 @@ class Fixed:
         ]
 
 
+def deployment(directory: Directory, **more: Any) -> Served:
+    """What `directory` names, without an engine of its own; `more` are settings of the deployment."""
+    config = parse(DeployConfig, {"name": "bot", "models": ["tiny"], "engine": ENGINE, **more})
+    return Served(config, "dep_0", directory, Metrics("bot", "r0"))
+
+
 def served(model_dir: Path, name: str = "tiny", **more: Any) -> Served:
     """The model of `model_dir` as `name`; `more` are settings of the deployment. Close the engine when done."""
     config = parse(DeployConfig, {"name": "bot", "models": [name], "engine": ENGINE, **more})
     engine = load_engine(model_dir, None, config.engine, use_gpu=False)
     tokenizer = load_tokenizer_dir(model_dir)
     loaded = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", tokenizer, (tokenizer.end_of_turn_id,))
-    return Served(config, "dep_0", Fixed(**{name: loaded}), make_metrics("bot", "mv_0", "r0"))
+    return Served(
+        config, "dep_0", Fixed(**{name: loaded}), Metrics("bot", "r0", lambda: [engine.health()], lambda: [loaded])
+    )
 
 
 @contextmanager

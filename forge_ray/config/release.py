@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 from forge_ray.config.base import Config
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$"  # as clients send them: support@prod, ft:base:org:suffix:id
 
 
 class EngineConfig(Config):
@@ -67,7 +69,7 @@ class Gate(Config):
 
 
 class ReleaseConfig(Config):
-    alias: str = Field(pattern=NAME, description="moved to the version if it passes the gate")
+    alias: str = Field(pattern=ALIAS, description="moved to the version if it passes the gate")
     gate: Gate = Gate()
 
 
@@ -78,6 +80,9 @@ class Replicas(Config):
     max: int = Field(1, ge=1)
     target_tokens: int = Field(
         0, ge=0, description="tokens (prompts and answers to come) that one replica should hold; 0: half of the cache"
+    )
+    surge: bool = Field(
+        True, description="a rollout starts new replicas before old ones leave; needs room for twice as many"
     )
     upscale_delay_s: float = Field(5, ge=0)
     downscale_delay_s: float = Field(300, ge=0)
@@ -178,3 +183,9 @@ class DeployConfig(Config):
     @property
     def needs_keys(self) -> bool:
         return self.auth == "keys" or (self.auth == "auto" and self.host not in ("127.0.0.1", "localhost", "::1"))
+
+    @model_validator(mode="after")
+    def _names_are_names(self) -> Self:
+        if wrong := [alias for alias in self.aliases if not re.fullmatch(ALIAS, alias)]:
+            raise ValueError(f"aliases: {wrong[0]!r} is no name, want {ALIAS} hint: for example support@prod")
+        return self

@@ -18,11 +18,22 @@ import numpy.typing as npt
 
 from forge_ray.data.render import Rendering, Span, any_of
 from forge_ray.data.schema import Reject
-from forge_ray.data.template import Chat, Encoded, Messages
+from forge_ray.data.template import CallStyle, Chat, Encoded, Messages
 
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a single byte
 JOINED = "the tokenizer joins the prompt with the answer"
 MAX_TAILS = 1024
 MIN_PREFIX, MAX_PREFIXES = 32, 16  # characters worth to be remembered, and how many beginnings of texts are
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: how byte-level tokenizers write the 256 bytes as visible characters."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +74,50 @@ class HfTokenizer:
     @property
     def has_chat(self) -> bool:
         return bool(self.tokenizer.chat_template)
+
+    @cached_property
+    def call_style(self) -> CallStyle:
+        """Told by what the chat template writes."""
+        template = self._rendering.source([{}]) if self.has_chat else ""
+        if "tools" not in template:
+            return ""
+        if "[TOOL_CALLS]" in template:
+            return "mistral-v11" if "[CALL_ID]" in template else "mistral-v13" if "[ARGS]" in template else "mistral-v3"
+        return "hermes" if "<tool_call>" in template and "<function=" not in template else ""
+
+    def marker_id(self, token: str) -> int | None:
+        """The id of an added token of this very text."""
+        return self._added_ids.get(token)
+
+    def piece_ids(self, text: str) -> list[int]:
+        """Ids of a text inside a turn, without begin and end tokens; `Reject` where it holds a special token."""
+        if found := self._special_pattern.search(text):
+            raise Reject(f"the text contains the special token {found[0]!r}")
+        return list(self._plain(text)) if self._backend is None else list(self._encode([text])[0].ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text, in UTF-8; maybe a part of a character. A special token is its name."""
+        if token_id in self._added_texts:
+            return self._added_texts[token_id].encode()
+        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:  # a row of the embedding that no token has
+            return b""
+        if self._is_byte_level:
+            return bytes(BYTE_OF_CHARACTER[character] for character in piece)
+        byte = BYTE_PIECE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else str(piece).replace("\u2581", " ").encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return self._backend is not None and "ByteLevel" in repr(self._backend.decoder)
+
+    @cached_property
+    def _added_texts(self) -> dict[int, str]:
+        return {int(i): str(token.content) for i, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return {text: i for i, text in self._added_texts.items()}
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from forge_ray.data.hf import BYTE_PIECE
 from forge_ray.data.schema import Reject
-from forge_ray.data.template import Chat, Encoded, Messages
+from forge_ray.data.template import CallStyle, Chat, Encoded, Messages
 
 SENTENCEPIECE = re.compile(r"tokenizer\.model\.v\d+(m\d+)?")
 FAMILIES = ("mistral", "mixtral", "ministral", "pixtral", "magistral", "devstral", "codestral", "voxtral")
@@ -88,6 +89,43 @@ class MistralChat:
     @property
     def has_chat(self) -> bool:
         return True
+
+    @property
+    def call_style(self) -> CallStyle:
+        """Told by the version of the tokenizer."""
+        match self._tokenizer.version.value:
+            case "v1":
+                return ""
+            case "v2" | "v3" | "v7":
+                return "mistral-v3"
+            case "v11":
+                return "mistral-v11"
+            case _:
+                return "mistral-v13"
+
+    def marker_id(self, token: str) -> int | None:
+        """The id of a special token."""
+        try:
+            found = int(self._tokenizer.get_special_token(token))
+        except (KeyError, ValueError):
+            return None
+        return found if self._tokenizer.id_to_piece(found) == token else None  # SentencePiece says 0 of what it lacks
+
+    def piece_ids(self, text: str) -> list[int]:
+        """Ids of a text inside a turn, without begin and end tokens; no text becomes a special token."""
+        return list(self._tokenizer.encode(text, bos=False, eos=False))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text, in UTF-8; maybe a part of a character. A special token is its name."""
+        if not 0 <= token_id < self.vocab_size:
+            return b""
+        if self._tokenizer.is_special(token_id):
+            return str(self._tokenizer.id_to_piece(token_id)).encode()
+        if hasattr(self._tokenizer, "id_to_byte_piece"):
+            return bytes(self._tokenizer.id_to_byte_piece(token_id))
+        piece = str(self._tokenizer.id_to_piece(token_id))
+        byte = BYTE_PIECE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Plain texts behind one begin token; the end token is the caller's, for a prompt has none."""

@@ -34,7 +34,8 @@ class Rendering:
     _compilations: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
     _patterns: dict[str, tuple[re.Pattern[str], re.Pattern[str]]] = field(default_factory=dict)
 
-    def _template(self, tools: list[Any] | None) -> str:
+    def source(self, tools: list[Any] | None) -> str:
+        """The template for a conversation with these tools: a model may have one of its own for them."""
         template = self.tokenizer.chat_template
         return template if isinstance(template, str) else str(self.tokenizer.get_chat_template(None, tools or None))
 
@@ -64,7 +65,7 @@ class Rendering:
         As a text it would become the token itself, and a row or a request could forge turns. An answer may hold what
         the model writes itself (`<think>`), but never a special token.
         """
-        special, control = self._control(self._template(tools))
+        special, control = self._control(self.source(tools))
         seen = []
         for message in messages:
             text = message.get("content")
@@ -98,7 +99,7 @@ class Rendering:
         try:
             if not messages:
                 raise ValueError("no turn before the answer")
-            compiled, variables = self._compiled(self._template(tools))
+            compiled, variables = self._compiled(self.source(tools))
             seen = {**variables, "messages": messages, "tools": tools, "add_generation_prompt": for_answer}
             context = compiled.environment.context_class(compiled.environment, seen, compiled.name, compiled.blocks)
             return "".join(compiled.root_render_func(context))

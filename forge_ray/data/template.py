@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from forge_ray.data.schema import Reject
 
 Messages = Sequence[dict[str, Any]]
 Chat = tuple[Messages, list[Any] | None]  # messages and tools
+# How a model writes its tool calls; the numbers are those of Mistral's tokenizer versions, "" is none that is known
+CallStyle = Literal["", "hermes", "mistral-v3", "mistral-v11", "mistral-v13"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,11 @@ class ChatTokenizer(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def has_chat(self) -> bool: ...
+    @property
+    def call_style(self) -> CallStyle: ...
+    def marker_id(self, token: str) -> int | None: ...
+    def piece_ids(self, text: str) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
     def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]: ...
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]: ...
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]: ...

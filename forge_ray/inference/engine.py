@@ -21,7 +21,7 @@ class GenerationRequest:
     Generation ends at one of `stop_token_ids` (not part of the output) or after `max_new_tokens`. The order in which logits
     are changed is vLLM's: grammar, `logit_bias`, penalties (over generated tokens only), temperature, top-k, top-p.
     `num_logprobs` None gives no log-probabilities; k gives that of each token and of the k most probable ones, of the
-    model's own distribution before all of that. `json_schema` is the text of a schema that the answer conforms to ("" for none).
+    model's own distribution before all of that. `json_schema` is the text of a schema that the answer follows ("": none).
     `adapter` is a name given to `load_adapter` ("" for the weights that the engine was started with).
     """
 

@@ -1,8 +1,8 @@
 """The Engine over transformers' own continuous batching: one model, one paged cache, CPU and GPU (level 2).
 
-Three threads touch the model's life: transformers' *generation thread* runs it, our *delivery thread* hands each result to
-the request that waits for it and notices when the generation thread dies, and callers submit or (in `score`) hold the
-generation thread still. Greedy answers equal `model.generate`; how a request samples is in `sampling.py`.
+Three threads touch the model's life: the *generation thread* runs it and hands each result to the request that waits for it
+(`batching.py`), our *watching thread* notices when that one dies, and callers submit or (in `score` and `embed`) hold the
+generation thread still. Greedy answers equal `model.generate`, under each adapter those of PEFT.
 """
 
 from __future__ import annotations
@@ -10,113 +10,149 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import queue
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from forge_ray.architecture import open_model
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
 from forge_ray.hardware import resolve_precision
+from forge_ray.inference.adapters import WEIGHTS, Adapters, Lora, read_adapter
+from forge_ray.inference.batching import Batching, request_name
+from forge_ray.inference.embedding import MAX_INPUTS, mean_states
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
-from forge_ray.inference.sampling import Sampling, seeded_sampling_processors
+from forge_ray.inference.grammar import Grammars, load_grammars
+from forge_ray.inference.projection import Rows, linear_layers, project
+from forge_ray.inference.sampling import Drawing
 from forge_ray.inference.scoring import score_continuations
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-POLL_S = 0.1  # how soon the delivery thread sees a dead generation thread
+POLL_S = 0.1  # how soon the watching thread sees a dead generation thread
 STALLED_AFTER_S = 300.0  # one forward pass of a full batch on a slow CPU takes well under a minute
 CLOSE_AFTER_S = 60.0
 SEED_BITS = 62
+OWN = "(own)"  # the adapter that an engine was started with, among those of its model
 
 
 def load_engine(
-    model_dir: Path, adapter_dir: Path | None, config: EngineConfig, use_gpu: bool | None = None
+    model_dir: Path, adapter_dir: Path | None, config: EngineConfig, use_gpu: bool | None = None, merge: bool = False
 ) -> TransformersEngine:
-    """Load safetensors from local folders and start generating; `use_gpu` None: if the process sees a GPU."""
+    """Load safetensors from local folders and start generating; `use_gpu` None: if the process sees a GPU.
+
+    The adapter of `adapter_dir` answers where a request names none; with `merge` it is summed into the weights, which is
+    faster and rounds it to their precision.
+    """
     on_gpu = torch.cuda.is_available() if use_gpu is None else use_gpu
     if on_gpu and not torch.cuda.is_available():
         raise EngineError(
             "the engine was given a GPU, but this process sees none", hint="set gpus to 0, or check the driver"
         )
-    precision = resolve_precision(config.precision, on_gpu)
-    model = load_model(model_dir, adapter_dir, DTYPES[precision], torch.device("cuda" if on_gpu else "cpu"))
-    return TransformersEngine(model, config)
+    dtype = DTYPES[resolve_precision(config.precision, on_gpu)]
+    device = torch.device("cuda" if on_gpu else "cpu")
+    model = load_model(model_dir, adapter_dir if merge else None, dtype, device, merge)
+    own = None
+    if adapter_dir is not None and not merge:
+        try:
+            own = read_adapter(adapter_dir, linear_layers(model), None, torch.empty(0, dtype=dtype, device=device))
+        except EngineError:  # more than LoRA on linear layers: PEFT's own layers answer, for this adapter alone
+            del model
+            model = load_model(model_dir, adapter_dir, dtype, device)
+    grammars = load_grammars(model_dir, int(model.config.get_text_config().vocab_size))
+    return TransformersEngine(model, config, grammars, own)
 
 
-def load_model(model_dir: Path, adapter_dir: Path | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base model, with a PEFT adapter left unmerged: merging into bf16 weights would round the adapter away."""
+def load_model(
+    model_dir: Path, adapter_dir: Path | None, dtype: torch.dtype, device: torch.device, merge: bool = False
+) -> PreTrainedModel:
+    """The base model. A PEFT adapter is left unmerged, or summed into the weights in fp32, which are then rounded once."""
     if not list(model_dir.glob("*.safetensors")):
         raise PolicyError(f"{model_dir} has no .safetensors weights", hint="convert the weights to safetensors first")
-    model: Any = open_model(model_dir, dtype)
+    model: Any = open_model(model_dir, torch.float32 if merge else dtype)
     if adapter_dir is not None:
-        if not (adapter_dir / "adapter_model.safetensors").is_file():
-            raise PolicyError(f"{adapter_dir} has no adapter_model.safetensors", hint="export the adapter as safetensors")
+        if not (adapter_dir / WEIGHTS).is_file():
+            raise PolicyError(f"{adapter_dir} has no {WEIGHTS}", hint="export the adapter as safetensors")
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter_dir, is_trainable=False).get_base_model()
+        adapted: Any = PeftModel.from_pretrained(model, adapter_dir, is_trainable=False)
+        model = adapted.merge_and_unload().to(dtype) if merge else adapted.get_base_model()
     return model.to(device).eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
-class _Inbox:
-    """Where one caller waits: a plain queue, or an asyncio queue that belongs to `loop`."""
+class _Pending:
+    """A request under way, and where its caller waits: a plain queue, or an asyncio queue that belongs to `loop`."""
 
+    drawing: Drawing
     queue: Any
     loop: asyncio.AbstractEventLoop | None = None
 
-    def put(self, item: GenerationOutput | EngineError) -> None:
-        if self.loop is None:
-            self.queue.put(item)
-        else:
-            with contextlib.suppress(RuntimeError):  # the loop closed: nobody waits any more
-                self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+    @property
+    def num_tokens(self) -> int:
+        request = self.drawing.request
+        return len(request.prompt_ids) + request.max_new_tokens
 
 
 class TransformersEngine:
-    """`Engine` over one loaded model; made by `load_engine`."""
+    """`Engine` over one loaded model; made by `load_engine`. `own`: the adapter of requests that name none."""
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: EngineConfig, grammars: Grammars | str, own: Lora | None = None
+    ) -> None:
         if config.page_size < 4:
             raise EngineError(f"engine.page_size={config.page_size} is less than 4", hint="use 16 or 32")
         self._model = model
-        positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or config.cache_tokens)
+        self._config = config
+        text = model.config.get_text_config()
+        positions = int(getattr(text, "max_position_embeddings", 0) or config.cache_tokens)
+        self.vocab_size = int(text.vocab_size)
         self.max_positions = positions
         self.max_request_tokens = min(config.cache_tokens, positions)
-        self.lacks: dict[str, str] = {}
-        self._cache_tokens = config.cache_tokens
+        self._grammars = grammars
+        self.lacks: dict[str, str] = {} if isinstance(grammars, Grammars) else {"json_schema": f"vllm ({grammars})"}
         self._numbers = itertools.count()
-        self._inboxes: dict[str, _Inbox] = {}
+        self._pending: dict[str, _Pending] = {}
+        self._num_tokens = 0
         self._lock = threading.Lock()
+        self._alone = threading.Lock()
         self._failure = ""
         self._closing = False
         self._progress = (-1, time.monotonic())
-        self._manager = _start_manager(model, config)
-        self._delivery = threading.Thread(target=self._deliver, name="engine-delivery", daemon=True)
-        self._delivery.start()
+        rows = Rows()
+        self._projections = project(model, rows)
+        self._adapters = Adapters(self._projections, rows)
+        self._own = ""
+        if own is not None:
+            self._own = OWN
+            self._adapters.load(OWN, own)
+        self._batching = Batching(model, config, self._adapters, self._deliver)
+        self._batching.start()
+        self._watching = threading.Thread(target=self._watch, name="engine-watching", daemon=True)
+        self._watching.start()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Continue all `requests` as one continuous batch; results in the same order."""
-        for request in requests:
-            self._check(request)
-        inbox = _Inbox(queue.SimpleQueue())
+        drawings = [self._drawing(request) for request in requests]
+        results: queue.SimpleQueue[GenerationOutput | EngineError] = queue.SimpleQueue()
         order: list[str] = []
         done: dict[str, Generation] = {}
         try:
-            for request in requests:
-                order.append(self._submit(request, inbox, streaming=False))
+            for drawing in drawings:
+                order.append(self._submit(_Pending(drawing, results), streaming=False))
             stops = dict(zip(order, (request.stop_token_ids for request in requests), strict=True))
             while len(done) < len(requests):
-                output = _unwrap(inbox.queue.get())
+                output = _unwrap(results.get())
                 done[output.request_id] = _generation(output, stops[output.request_id])
         finally:
             self._forget([name for name in order if name not in done])
@@ -124,17 +160,20 @@ class TransformersEngine:
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Tokens as they are made, the end last. Closing the iterator cancels the request."""
-        self._check(request)
-        inbox = _Inbox(asyncio.Queue(), asyncio.get_running_loop())
-        name = self._submit(request, inbox, streaming=True)
+        if request.json_schema:  # may take a moment to compile
+            drawing = await asyncio.to_thread(self._drawing, request)
+        else:
+            drawing = self._drawing(request)
+        results: asyncio.Queue[GenerationOutput | EngineError] = asyncio.Queue()
+        name = self._submit(_Pending(drawing, results, asyncio.get_running_loop()), streaming=True)
         sent, finished = 0, False
         try:
             while not finished:
-                output = _unwrap(await inbox.queue.get())
+                output = _unwrap(await results.get())
                 finished = output.is_finished()
                 generation = _generation(output, request.stop_token_ids if finished else ())
-                for token_id in generation.token_ids[sent:]:
-                    yield Token(token_id)
+                for at in range(sent, len(generation.token_ids)):
+                    yield drawing.tokens[at] if drawing.tokens else Token(generation.token_ids[at])
                 sent = len(generation.token_ids)
             yield Token(None, generation.finish_reason)
         finally:
@@ -151,138 +190,246 @@ class TransformersEngine:
                 f"prompt and longest continuation have {longest} tokens; the model has {self.max_positions} positions",
                 hint="shorten the prompt",
             )
-        self._raise_if_failed()
-        try:
-            with self._manager.pause():
-                return score_continuations(self._model, prompt_ids, continuations)
-        except RuntimeError as error:
-            raise EngineError(f"scoring failed: {error}", hint="look for the cause in the log of this process") from error
+        self._check_ids(itertools.chain(prompt_ids, *continuations))
+        with self._model_alone(self._own):
+            return score_continuations(self._model, prompt_ids, continuations)
+
+    def embed(self, inputs: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:
+        """One vector of unit length per input: the mean of the last hidden states of its tokens."""
+        for ids in inputs:
+            if not 1 <= len(ids) <= self.max_positions:
+                raise EngineError(
+                    f"an input of {len(ids)} tokens cannot be embedded: the model has {self.max_positions} positions",
+                    hint="give at least one token; shorten the input",
+                )
+            self._check_ids(ids)
+        found: list[list[float]] = []
+        for start in range(0, len(inputs), MAX_INPUTS):  # requests go on between two batches
+            with self._model_alone(adapter or self._own):
+                found += mean_states(self._model, inputs[start : start + MAX_INPUTS])
+        return found
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Make a PEFT LoRA folder available under `name`. Requests that run are not disturbed: what is read here is first
+        looked at by a step that has a request for it."""
+        if name in self._adapters.names:
+            return
+        others = len(self._adapters.names) - bool(self._own)
+        if others >= self._config.max_adapters:
+            raise EngineError(
+                f"adapter {name!r}: {others} are loaded already, engine.max_adapters={self._config.max_adapters}",
+                hint="unload one, or raise engine.max_adapters",
+            )
+        if not name or name == OWN:
+            raise EngineError(f"an adapter cannot be named {name!r}", hint="use the digest of its files")
+        like = torch.empty(0, dtype=self._model.dtype, device=self._model.device)
+        self._adapters.load(name, read_adapter(folder, self._projections, self._config.max_lora_rank, like))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; `EngineError` while a pending request names it."""
+        with self._model_alone(""), self._lock:  # a request that was cancelled has left the batch by then
+            if any(pending.drawing.adapter == name for pending in self._pending.values()):
+                raise EngineError(f"adapter {name!r} still has requests", hint="unload it when they have ended")
+            self._adapters.unload(name)
 
     def health(self) -> EngineHealth:
         """Whether the generation thread lives and moves, and how many requests run and wait."""
         running, waiting = self._load()
         with self._lock:
-            failure = self._failure
-        if not failure and not self._manager.is_running():
+            failure, num_tokens = self._failure, self._num_tokens
+        if not failure and not self._batching.is_running():
             failure = "the generation thread is not running"
         idle_s = time.monotonic() - self._progress[1]
         if not failure and idle_s > STALLED_AFTER_S:
             failure = f"{running + waiting} requests are pending and no step ended for {idle_s:.0f} s"
-        return EngineHealth(not failure, failure or ("generating" if running else "idle"), running, waiting)
+        detail = failure or ("generating" if running else "idle")
+        return EngineHealth(not failure, detail, running, waiting, num_tokens)
 
     def close(self) -> None:
         """Stop generating; requests that are still pending fail with `EngineError`."""
         self._closing = True
-        if self._manager.is_running():
-            self._manager.stop(block=True, timeout=CLOSE_AFTER_S, hard_stop=True)
+        if self._batching.is_running():
+            self._batching.stop(block=True, timeout=CLOSE_AFTER_S, hard_stop=True)
         self._fail("the engine was closed")
-        self._delivery.join(timeout=CLOSE_AFTER_S)
+        self._watching.join(timeout=CLOSE_AFTER_S)
 
-    def _check(self, request: GenerationRequest) -> None:
-        """Refuse what cannot be generated before anything of it is queued."""
+    def _drawing(self, request: GenerationRequest) -> Drawing:
+        """How `request` draws; refuses what cannot be generated before anything of it is queued."""
         prompt, wanted = len(request.prompt_ids), request.max_new_tokens
         if prompt < 1 or wanted < 1:
             raise EngineError(
                 f"prompt of {prompt} tokens, max_new_tokens={wanted}: both must be at least 1", hint="give a prompt"
             )
-        if request.temperature < 0 or not 0 <= request.top_p <= 1:
-            raise EngineError(
-                f"temperature={request.temperature}, top_p={request.top_p}: want temperature >= 0 and top_p in 0..1",
-                hint="temperature 0 is greedy, top_p 1 keeps every token",
-            )
         if prompt + wanted > self.max_request_tokens:
             raise EngineError(
                 f"prompt of {prompt} + max_new_tokens of {wanted} = {prompt + wanted} tokens exceed"
-                f" {self.max_request_tokens} (cache: {self._cache_tokens}, positions of the model: {self.max_positions})",
+                f" {self.max_request_tokens} (cache: {self._config.cache_tokens}, positions of the model:"
+                f" {self.max_positions})",
                 hint="shorten the prompt, lower max_new_tokens, or raise engine.num_blocks",
             )
-
-    def _submit(self, request: GenerationRequest, inbox: _Inbox, streaming: bool) -> str:
-        name = f"request-{next(self._numbers)}"
+        self._check_ids(itertools.chain(request.prompt_ids, (token for token, _ in request.logit_bias)))
+        check_drawing(request)
+        grammar = None
+        if request.json_schema:
+            if not isinstance(self._grammars, Grammars):
+                raise EngineError(f"json_schema: {self._grammars}", hint="use the vllm engine")
+            grammar = self._grammars.matcher(request.json_schema, request.stop_token_ids)
         seed = request.seed if request.seed is not None else secrets.randbits(SEED_BITS)
+        return Drawing(request, seed, request.adapter or self._own, grammar)
+
+    def _check_ids(self, ids: Iterator[int] | Sequence[int]) -> None:
+        """An id outside the vocabulary would stop the generation thread, and with it everybody's requests."""
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise EngineError(f"token id {token} is not in 0..{self.vocab_size - 1}", hint="use this model's tokenizer")
+
+    def _submit(self, pending: _Pending, streaming: bool) -> str:
+        drawing = pending.drawing
+        name = request_name(next(self._numbers), drawing.adapter)
         with self._lock:
             self._raise_if_failed()
-            self._inboxes[name] = inbox
-        accepted = self._manager.add_request(
-            list(request.prompt_ids),
+            if drawing.adapter and drawing.adapter not in self._adapters.names:
+                raise EngineError(f"adapter {drawing.adapter!r} is not loaded", hint="load it first")
+            self._pending[name] = pending
+            self._num_tokens += pending.num_tokens
+        accepted = self._batching.add_request(
+            list(drawing.request.prompt_ids),
             request_id=name,
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=drawing.request.max_new_tokens,
             streaming=streaming,
-            eos_token_id=list(request.stop_token_ids),
-            sampling=Sampling(request.temperature, request.top_p, seed),
+            eos_token_id=list(drawing.request.stop_token_ids),
+            drawing=drawing,
         )
         if accepted is None:
             self._forget([name])
             raise EngineError("the engine takes no more requests", hint="it is stopping: send the request again")
         return name
 
+    def _take(self, name: str) -> _Pending | None:
+        """Out of the books; the lock is held."""
+        pending = self._pending.pop(name, None)
+        self._num_tokens -= pending.num_tokens if pending else 0
+        return pending
+
     def _forget(self, names: list[str]) -> None:
         """Stop waiting for these requests and take them out of the batch."""
         with self._lock:
-            abandoned = [name for name in names if self._inboxes.pop(name, None)]
+            abandoned = [name for name in names if self._take(name)]
         for name in abandoned:
-            self._manager.cancel_request(name)
+            self._batching.cancel_request(name)
 
     def _raise_if_failed(self) -> None:
         if self._failure:
             raise EngineError(self._failure, hint="the replica must be restarted; its log has the cause")
 
     def _load(self) -> tuple[int, int]:
-        processor = self._manager.batch_processor
-        queued = self._manager.input_queue.qsize()
+        processor = self._batching.batch_processor
+        queued = self._batching.input_queue.qsize()
         if processor is None:
             return 0, queued
         scheduler = processor.scheduler
         return len(scheduler.active_requests), len(scheduler.waiting_requests) + queued
 
-    def _deliver(self) -> None:
-        """The delivery thread: every result to its inbox; when generation ends, an error to those that still wait."""
-        while True:
-            output = self._manager.get_result(timeout=POLL_S)
-            if output is not None:
-                self._progress = (self._progress[0], time.monotonic())
-                with self._lock:
-                    inbox = self._inboxes.pop(output.request_id, None) if output.is_finished() else None
-                    inbox = inbox or self._inboxes.get(output.request_id)
-                if inbox is not None:  # none: cancelled while this result was under way
-                    inbox.put(output)
+    @contextlib.contextmanager
+    def _model_alone(self, adapter: str) -> Iterator[None]:
+        """The model for this thread alone, the adapter in every row; requests wait for it and go on afterwards."""
+        self._raise_if_failed()
+        with self._alone:
+            try:
+                with self._batching.pause():
+                    if adapter and adapter not in self._adapters.names:
+                        raise EngineError(f"adapter {adapter!r} is not loaded", hint="load it first")
+                    try:
+                        self._adapters.use([adapter])
+                        yield
+                    finally:
+                        self._adapters.use([])
+            except RuntimeError as error:
+                if isinstance(error, EngineError):
+                    raise
+                raise EngineError(
+                    f"the model failed: {error}", hint="look for the cause in the log of this process"
+                ) from error
+
+    def _deliver(self, outputs: Sequence[GenerationOutput]) -> None:
+        """In the generation thread: the results of one step to those that wait, with one wake-up per event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Any, GenerationOutput | EngineError]]] = defaultdict(list)
+        for output in outputs:
+            name, item = output.request_id, output
+            with self._lock:
+                pending = self._pending.get(name)
+                failed = pending is not None and bool(pending.drawing.error)
+                if failed or output.is_finished():
+                    self._take(name)
+            if pending is None:  # cancelled while this result was under way
                 continue
-            steps = getattr(self._manager, "current_batch", 0)
+            result: GenerationOutput | EngineError = item
+            if failed:
+                result = EngineError(pending.drawing.error, hint="send the request again, or another one")
+                self._batching.cancel_request(name)
+            if pending.loop is None:
+                pending.queue.put(result)
+            else:
+                by_loop[pending.loop].append((pending.queue, result))
+        for loop, items in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop closed: nobody waits any more
+                loop.call_soon_threadsafe(_put_all, items)
+
+    def _watch(self) -> None:
+        """The watching thread: when generation ends, an error to those that still wait."""
+        while True:
+            time.sleep(POLL_S)
+            steps = getattr(self._batching, "current_batch", 0)
             if steps != self._progress[0] or not any(self._load()):
                 self._progress = (steps, time.monotonic())
-            if not self._manager.is_running() or self._manager.background_thread_status.fatal_error is not None:
-                cause = self._manager.background_thread_status.fatal_error
+            cause = self._batching.background_thread_status.fatal_error
+            if not self._batching.is_running() or cause is not None:
                 self._fail(f"the generation thread died: {cause}" if cause else "the engine was closed")
                 return
             # The generation thread is not a daemon: without this, a program that forgot close() would never exit
             if not threading.main_thread().is_alive() and not self._closing:
-                self._manager.stop(block=False, hard_stop=True)
+                self._batching.stop(block=False, hard_stop=True)
                 self._closing = True
 
     def _fail(self, reason: str) -> None:
         with self._lock:
             self._failure = self._failure or reason
-            pending = list(self._inboxes.values())
-            self._inboxes.clear()
-        for inbox in pending:
-            inbox.put(EngineError(reason, hint="send the request again; if it fails again, look at the engine's log"))
+            pending = list(self._pending.values())
+            self._pending.clear()
+            self._num_tokens = 0
+        for one in pending:
+            error = EngineError(reason, hint="send the request again; if it fails again, look at the engine's log")
+            if one.loop is None:
+                one.queue.put(error)
+            else:
+                with contextlib.suppress(RuntimeError):
+                    one.loop.call_soon_threadsafe(one.queue.put_nowait, error)
 
 
-def _start_manager(model: Any, config: EngineConfig) -> ContinuousBatchingManager:
-    batching = ContinuousBatchingConfig(
-        page_size=config.page_size,
-        num_blocks=config.num_blocks,
-        max_batch_tokens=config.max_batch_tokens,
-        # Both would let a step be prepared before the last one's tokens are known; sampling.py needs them
-        use_cuda_graph=False,
-        use_async_batching=False,
-        auto_switch_to_flash=False,  # it may fetch kernels from a hub
-    )
-    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-    manager: ContinuousBatchingManager = model.init_continuous_batching(greedy, batching)
-    manager.logit_processor = seeded_sampling_processors()
-    manager.start()
-    return manager
+def check_drawing(request: GenerationRequest) -> None:
+    """Refuse settings that mean nothing."""
+    if not request.temperature >= 0 or not 0 <= request.top_p <= 1 or request.top_k < 0:
+        raise EngineError(
+            f"temperature={request.temperature}, top_p={request.top_p}, top_k={request.top_k}: want temperature >= 0,"
+            " top_p in 0..1 and top_k >= 0",
+            hint="temperature 0 is greedy, top_p 1 and top_k 0 keep every token",
+        )
+    numbers = (request.temperature, request.presence_penalty, request.frequency_penalty)
+    if not all(map(math.isfinite, (*numbers, *(value for _, value in request.logit_bias)))):
+        raise EngineError(
+            f"temperature, penalties {numbers} and the values of logit_bias must be finite", hint="-100 keeps a token out"
+        )
+    if len({token for token, _ in request.logit_bias}) < len(request.logit_bias):
+        raise EngineError("logit_bias names a token twice", hint="give one value per token")
+    if request.num_logprobs is not None and request.num_logprobs < 0:
+        raise EngineError(f"num_logprobs={request.num_logprobs} is negative", hint="0 gives that of the token itself")
+    if request.json_schema and not request.stop_token_ids:
+        raise EngineError("json_schema without stop_token_ids could not end", hint="give the end-of-turn token")
+
+
+def _put_all(items: list[tuple[Any, GenerationOutput | EngineError]]) -> None:
+    for waiting, item in items:
+        waiting.put_nowait(item)
 
 
 def _unwrap(item: GenerationOutput | EngineError) -> GenerationOutput:

@@ -1,57 +1,78 @@
 """One request from its fields to its answer (level 4; no ray): tokenise, choose who answers, generate, reply.
 
-When the client goes away the request is cancelled in the engine.
+When the client goes away the request is cancelled in the engine, with all its choices.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from dataclasses import replace
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from forge_ray.data.chat import ChatTokenizer
-from forge_ray.data.schema import Reject
 from forge_ray.errors import EngineError
-from forge_ray.inference.engine import GenerationRequest
-from forge_ray.serve.openai import ApiError, ChatRequest, CompletionRequest, Reply, sse, usage
-from forge_ray.serve.served import Admission, Chosen, Facts, Loaded, Served
-from forge_ray.serve.text import Delta, answer
+from forge_ray.inference.engine import Engine, GenerationRequest
+from forge_ray.serve.fields import ChatRequest, CompletionRequest
+from forge_ray.serve.openai import ApiError
+from forge_ray.serve.prompt import Choice, Prompt, choices_of, prompts_of
+from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, joined, sse, usage
+from forge_ray.serve.served import Admission, Caller, Chosen, Facts, Loaded, Served
+from forge_ray.serve.shadow import Shadows
+from forge_ray.serve.streams import merged, unless_gone
+from forge_ray.serve.text import Piece, answer
+from forge_ray.serve.tools import Beginning, Call, CallParser, markers
+
+KEEP_ALIVE_S = 10.0  # proxies close what is silent for longer, often after 30 s or 60 s
+ONLY_THESE = 100.0  # a bias that leaves the others no chance
+
+Parts = AsyncGenerator[tuple[int, Part] | None, None]
+
+log = logging.getLogger(__name__)
 
 
-async def complete(served: Served, request: Request, wanted: ChatRequest | CompletionRequest) -> Response:
+async def complete(served: Served, shadows: Shadows, request: Request, wanted: ChatRequest | CompletionRequest) -> Response:
     """Both endpoints: the whole answer, or a stream of it."""
     started = time.monotonic()
     stable = served.directory.stable(wanted.model)
-    prompt_ids = tuple(await _tokenised(served, stable, wanted))
-    chosen = await served.directory.choose(wanted.model, Facts(request.headers, "", prompt_ids))
+    prompts = await _prompts(served, stable, wanted)
+    chosen = await served.directory.choose(wanted.model, Facts(request.headers, wanted.user or "", prompts[0].ids))
     loaded = chosen.loaded
     if loaded.tokenizer is not stable.tokenizer:
-        prompt_ids = tuple(await _tokenised(served, loaded, wanted))
-    generation = _generation_request(served, loaded, wanted, prompt_ids)
-    num_prompt = len(prompt_ids)
-    admission = await served.admit(getattr(request.state, "caller", None), chosen, num_prompt, generation.max_new_tokens)
-    served.metrics.prompt_tokens.labels(*served.metrics.labels).inc(num_prompt)
-    reply = Reply("chat" if isinstance(wanted, ChatRequest) else "text", wanted.model, loaded.fingerprint)
-    deltas = _measured(
-        served, answer(loaded.engine, loaded.tokenizer, generation, wanted.stops), started, admission, num_prompt
+        prompts = await _prompts(served, loaded, wanted)
+    choices = choices_of(served.config.limits, loaded, wanted, prompts)
+    num_prompt = sum(len(prompt.ids) for prompt in prompts)
+    most_new = sum(choice.generation.max_new_tokens for choice in choices)
+    caller: Caller | None = getattr(request.state, "caller", None)
+    admission = await served.admit(caller, chosen, num_prompt, most_new)
+    shadows.start(wanted, chosen)
+    served.metrics.accepted(chosen.name, loaded.version, num_prompt, time.monotonic() - started)
+    chat = isinstance(wanted, ChatRequest)
+    reply = Reply(
+        "chat" if chat else "text",
+        wanted.model,
+        loaded.fingerprint,
+        loaded.tokenizer,
+        wanted.num_logprobs,
+        wanted.metadata,
     )
+    streams = [_answer(loaded, wanted, choice) for choice in choices]
+    parts = _measured(served, chosen, merged(streams, KEEP_ALIVE_S), started, caller, admission, num_prompt)
     headers = answered_by(chosen)
     if wanted.stream:
+        # Headers go with the first token, or with the first sign of life: what fails before that has its own status
+        first = await unless_gone(request, anext(parts))
         return StreamingResponse(
-            _events(reply, deltas, num_prompt, wanted.include_usage),
+            _events(reply, first, parts, len(choices), num_prompt, wanted.include_usage),
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers},
         )
-    texts: list[str] = []
-    async with aclosing(deltas):
-        async for delta in deltas:
-            texts.append(delta.text)
-    whole = reply.whole("".join(texts), delta.finish_reason or "length", usage(num_prompt, delta.num_tokens))
+    found = [joined(of_choice) for of_choice in await unless_gone(request, _collected(parts, len(choices)))]
+    whole = reply.whole(found, usage(num_prompt, sum(part.num_tokens for part in found)))
     return JSONResponse(whole, headers=headers)
 
 
@@ -62,101 +83,161 @@ def answered_by(chosen: Chosen) -> dict[str, str]:
     return {"x-forge-model-version": loaded.version, "x-forge-model-digest": loaded.digest, **route}
 
 
-async def _events(reply: Reply, deltas: AsyncIterator[Delta], num_prompt: int, include_usage: bool) -> AsyncIterator[bytes]:
+async def _prompts(served: Served, loaded: Loaded, wanted: ChatRequest | CompletionRequest) -> list[Prompt]:
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(served.tokenising, prompts_of, loaded.tokenizer, wanted)
+
+
+async def _answer(loaded: Loaded, wanted: ChatRequest | CompletionRequest, choice: Choice) -> AsyncGenerator[Part, None]:
+    """One choice: its text, its calls and why it ended."""
+    prompt, generation = choice.prompt, choice.generation
+    parser = None
+    marks = {}
+    if isinstance(wanted, ChatRequest) and wanted.offered:
+        functions = [tool.function for tool in wanted.offered]
+        parser = CallParser(loaded.tokenizer.call_style, functions, wanted.parallel_tool_calls is not False)
+        marks = markers(loaded.tokenizer)
+    if prompt.beginnings and parser is not None:
+        begun = await _chosen_beginning(loaded.engine, generation, prompt.beginnings)
+        generation = replace(generation, prompt_ids=(*prompt.ids, *begun.ids), json_schema=begun.json_schema)
+        parser.push(begun.text)
+    if prompt.said:
+        yield Part(prompt.said)
+    num_calls = 0
+    async with aclosing(answer(loaded.engine, loaded.tokenizer, generation, wanted.stops, marks)) as deltas:
+        async for delta in deltas:
+            pieces = tuple(Piece(piece.token, piece.offset + len(prompt.said)) for piece in delta.pieces)
+            if parser is None:
+                yield Part(delta.text, (), pieces, delta.num_tokens, delta.finish_reason)
+                continue
+            found = parser.push(delta.text)
+            if delta.finish_reason is not None:
+                found += parser.flush()
+            calls = tuple(part for part in found if isinstance(part, Call))
+            num_calls += len(calls)
+            ended = "stop" if parser.finished else delta.finish_reason
+            text = "".join(part for part in found if isinstance(part, str))
+            yield Part(text, calls, pieces, delta.num_tokens, "tool_calls" if ended == "stop" and num_calls else ended)
+            if parser.finished:
+                return
+
+
+async def _chosen_beginning(engine: Engine, request: GenerationRequest, ways: Sequence[Beginning]) -> Beginning:
+    """The one that the model itself would write: where they part, it picks among their next tokens."""
+    at = 0
+    while len(ways) > 1:
+        allowed = sorted({way.ids[at] for way in ways if len(way.ids) > at})
+        token_id: int | None = allowed[0]
+        if len(allowed) > 1:
+            step = replace(
+                request,
+                prompt_ids=(*request.prompt_ids, *ways[0].ids[:at]),
+                max_new_tokens=1,
+                stop_token_ids=(),
+                logit_bias=tuple((token, ONLY_THESE) for token in allowed),
+                num_logprobs=None,
+                json_schema="",
+            )
+            async with aclosing(engine.stream(step)) as tokens:  # type: ignore[type-var]
+                async for token in tokens:
+                    token_id = token.token_id
+                    break
+        # A token that none of them has, in spite of the bias: the first way, for one must be gone
+        ways = [way for way in ways if len(way.ids) > at and way.ids[at] == token_id] or ways[:1]
+        at += 1
+    return ways[0]
+
+
+async def _collected(parts: Parts, num_choices: int) -> list[list[Part]]:
+    found: list[list[Part]] = [[] for _ in range(num_choices)]
+    async with aclosing(parts):
+        async for item in parts:
+            if item is not None:
+                found[item[0]].append(item[1])
+    return found
+
+
+async def _events(
+    reply: Reply,
+    first: tuple[int, Part] | None,
+    parts: Parts,
+    num_choices: int,
+    num_prompt: int,
+    include_usage: bool,
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events; an engine that fails half-way ends the stream with an error event and without `[DONE]`."""
-    first, num_tokens = True, 0
+    begun: set[int] = set()
+    num_calls, num_tokens = [0] * num_choices, [0] * num_choices
     try:
-        async with aclosing(deltas):  # type: ignore[type-var]
-            async for delta in deltas:
-                num_tokens = delta.num_tokens
-                if first or delta.text or delta.finish_reason:
-                    yield sse(reply.chunk(delta.text, delta.finish_reason, first))
-                    first = False
-    except EngineError as error:
-        yield sse(ApiError(503, error.message, code=error.code).body())
+        async with aclosing(parts):
+            item: tuple[int, Part] | None = first
+            while True:
+                if item is None:
+                    yield KEEP_ALIVE
+                else:
+                    index, part = item
+                    if reply.chat and index not in begun:
+                        begun.add(index)
+                        yield sse(reply.first_chunk(index))
+                    if part.says_something:
+                        yield sse(reply.chunk(index, part, num_calls[index]))
+                    num_calls[index] += len(part.calls)
+                    num_tokens[index] = part.num_tokens
+                try:
+                    item = await anext(parts)
+                except StopAsyncIteration:
+                    break
+    except Exception as error:
+        yield sse(_failure(error).body())
         return
     if include_usage:
-        yield sse(reply.usage_chunk(usage(num_prompt, num_tokens)))
+        yield sse(reply.usage_chunk(usage(num_prompt, sum(num_tokens))))
     yield sse("[DONE]")
 
 
+def _failure(error: Exception) -> ApiError:
+    """What a client sees of an error whose status was sent already."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineError):
+        return ApiError(503, error.message, code=error.code)
+    log.error("a stream failed", exc_info=error)
+    return ApiError(500, "internal error", code="internal_error")
+
+
 async def _measured(
-    served: Served, deltas: AsyncIterator[Delta], started: float, admission: Admission, num_prompt: int
-) -> Any:
-    """The same deltas, their times and numbers noted; a cancelled request is charged for what was generated."""
-    metrics, labels = served.metrics, served.metrics.labels
-    last, num_tokens, status = started, 0, 499
+    served: Served,
+    chosen: Chosen,
+    parts: Parts,
+    started: float,
+    caller: Caller | None,
+    admission: Admission,
+    num_prompt: int,
+) -> Parts:
+    """The same parts, their times and numbers noted; a cancelled request is charged for what was generated."""
+    metrics, who = served.metrics, (chosen.name, chosen.loaded.version)
+    last: dict[int, float] = {}
+    num_tokens: dict[int, int] = {}
+    status = 499
     try:
-        async with aclosing(deltas):  # type: ignore[type-var]
-            async for delta in deltas:
-                if delta.num_tokens > num_tokens:
-                    now = time.monotonic()
-                    family = metrics.between_tokens if num_tokens else metrics.first_token
-                    family.labels(*labels).observe(now - last)
-                    last, num_tokens = now, delta.num_tokens
-                yield delta
+        async with aclosing(parts):
+            async for item in parts:
+                if item is not None and (new := item[1].num_tokens - num_tokens.get(item[0], 0)) > 0:
+                    index, now = item[0], time.monotonic()
+                    first = not last
+                    since = started if first else last.get(index)
+                    metrics.token(*who, None if since is None else now - since, first=first, count=new)
+                    if first and caller is not None:
+                        caller.first_token_s = now - started
+                    last[index], num_tokens[index] = now, item[1].num_tokens
+                yield item
         status = 200
+    except ApiError as error:
+        status = error.status
+        raise
     except EngineError:
         status = 503
         raise
     finally:
-        admission.close(num_prompt, num_tokens, status)
-        metrics.completion_tokens.labels(*labels).inc(num_tokens)
-        metrics.latency.labels(*labels).observe(time.monotonic() - started)
-
-
-async def _tokenised(served: Served, loaded: Loaded, wanted: ChatRequest | CompletionRequest) -> list[int]:
-    return await asyncio.get_running_loop().run_in_executor(served.tokenising, _prompt_ids, loaded.tokenizer, wanted)
-
-
-def _generation_request(
-    served: Served, loaded: Loaded, wanted: ChatRequest | CompletionRequest, prompt_ids: tuple[int, ...]
-) -> GenerationRequest:
-    return GenerationRequest(
-        prompt_ids=prompt_ids,
-        max_new_tokens=_max_new_tokens(served, loaded, wanted, len(prompt_ids)),
-        temperature=1.0 if wanted.temperature is None else wanted.temperature,
-        top_p=1.0 if wanted.top_p is None else wanted.top_p,
-        seed=wanted.seed,
-        stop_token_ids=loaded.stop_token_ids,
-        adapter=loaded.adapter,
-    )
-
-
-def _prompt_ids(tokenizer: ChatTokenizer, wanted: ChatRequest | CompletionRequest) -> list[int]:
-    """The prompt as token ids: the version's own chat template, or plain text, or the ids that were sent."""
-    if isinstance(wanted, ChatRequest):
-        if not tokenizer.has_chat:
-            raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
-        try:
-            return tokenizer.prompt_ids([message.for_template() for message in wanted.messages])
-        except Reject as error:
-            raise ApiError(400, str(error), param="messages") from None
-    prompt = wanted.prompt[0] if isinstance(wanted.prompt, list) and isinstance(wanted.prompt[0], str) else wanted.prompt
-    if isinstance(prompt, str):
-        return tokenizer.text_ids([prompt])[0]
-    ids = [int(token_id) for token_id in prompt]
-    outside = [token_id for token_id in ids if not 0 <= token_id < tokenizer.vocab_size]
-    if outside:
-        raise ApiError(400, f"prompt: token id {outside[0]} is not in 0..{tokenizer.vocab_size - 1}", param="prompt")
-    return ids
-
-
-def _max_new_tokens(served: Served, loaded: Loaded, wanted: ChatRequest | CompletionRequest, num_prompt: int) -> int:
-    """The request's limit, or all that the deployment and the context leave."""
-    name, asked = wanted.token_limit
-    context = loaded.engine.max_request_tokens
-    most, room = served.config.limits.max_new_tokens, context - num_prompt
-    param = "messages" if isinstance(wanted, ChatRequest) else "prompt"
-    if num_prompt < 1:
-        raise ApiError(400, f"{param}: the prompt has no tokens", param=param)
-    if asked is not None and asked > most:
-        raise ApiError(400, f"{name}: {asked} exceeds this deployment's limit of {most}", param=name)
-    if room < (asked or 1):
-        raise ApiError(
-            400,
-            f"the prompt has {num_prompt} tokens and {asked or 1} more are asked for; the context holds {context}",
-            param=param,
-            code="context_length_exceeded",
-        )
-    return asked or min(most, room)
+        admission.close(num_prompt, sum(num_tokens.values()), status)
+        metrics.finished(*who, time.monotonic() - started, status)

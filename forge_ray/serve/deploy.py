@@ -1,4 +1,4 @@
-"""Put a model version behind an endpoint, and take it away (level 4). Ray must be initialised by the caller.
+"""Put models behind an endpoint, and take it away (level 4). Ray must be initialised by the caller.
 
 The application belongs to Serve's detached controller: it goes on when this process ends. It owns the route prefix `/`, so
 that clients use the plain base URL `http://host:port/v1`; one cluster therefore serves one deployment at a time.
@@ -10,8 +10,10 @@ import time
 from typing import Any
 
 import httpx
+import ray
 from ray import serve
 from ray.serve import RunTarget
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import ApplicationStatus
 
 from forge_ray.catalog import Catalog
@@ -19,40 +21,59 @@ from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
 from forge_ray.records import Deployment, Event
+from forge_ray.serve.board import find_board
 from forge_ray.serve.replica import Replica
 from forge_ray.store import Store
 
-POLL_S = 0.5
-TOKENS_PER_REQUEST = 128  # what a request typically holds of the cache: sets how many are let in at once
+POLL_S = 0.25
 SLOWEST_TOKEN_S = 0.5  # on a loaded CPU; sets how long a leaving replica may finish what it began
 KEEP_ALIVE_S = 90  # longer than clients keep idle connections, so that they close first and never send into a closed one
+RETRY_AFTER_S = 2
+LOOK_BACK_S = 5  # the load is averaged over so long
 
 
-def max_ongoing_requests(config: DeployConfig) -> int:
-    """How many requests one replica takes at once: what the batch and the cache can move; the rest waits in Serve."""
-    engine = config.engine
-    fits = min(engine.max_batch_tokens, engine.cache_tokens // TOKENS_PER_REQUEST)
-    return max(fits, int(config.replicas.target_ongoing_requests) + 1, 8)
+def drain_s(config: DeployConfig) -> float:
+    """How long a replica that leaves may finish its answers: longer than the longest takes."""
+    return max(60.0, config.limits.max_new_tokens * SLOWEST_TOKEN_S)
+
+
+def options(config: DeployConfig) -> dict[str, Any]:
+    """Ray Serve's settings of the deployment.
+
+    A replica admits what its engine runs and its own queue holds, and refuses the rest itself (429), at once; Serve's queue
+    in front of it is for the time when there is no replica. A rollout starts new replicas before old ones leave.
+    """
+    most = config.engine.max_running + config.limits.max_queued_requests
+    target = config.replicas.target_tokens or config.engine.cache_tokens // 2
+    return {
+        "name": "replica",
+        "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.replicas.min,
+            max_replicas=config.replicas.max,
+            upscale_delay_s=config.replicas.upscale_delay_s,
+            downscale_delay_s=config.replicas.downscale_delay_s,
+            metrics_interval_s=1,
+            look_back_period_s=LOOK_BACK_S,
+            policy=AutoscalingPolicy(
+                policy_function="forge_ray.serve.scaling:TokensPolicy", policy_kwargs={"target_tokens": target}
+            ),
+        ),
+        "max_ongoing_requests": 2 * most,
+        "max_queued_requests": most * config.replicas.max,
+        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+        "max_surge_percent": 100 if config.replicas.surge else 0,
+        "graceful_shutdown_timeout_s": drain_s(config),
+        "health_check_period_s": 10,
+        "health_check_timeout_s": 60,
+    }
 
 
 def build_app(deployment: Deployment, store_uri: str) -> serve.Application:
     """The Serve application of a sealed deployment record."""
     config = DeployConfig.model_validate(deployment.config)
     replica: Any = serve.deployment(Replica)
-    app: serve.Application = replica.options(
-        name="replica",
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        autoscaling_config={
-            "min_replicas": config.replicas.min,
-            "max_replicas": config.replicas.max,
-            "target_ongoing_requests": config.replicas.target_ongoing_requests,
-        },
-        max_ongoing_requests=max_ongoing_requests(config),
-        max_queued_requests=config.max_queued_requests,
-        graceful_shutdown_timeout_s=max(60.0, config.max_new_tokens * SLOWEST_TOKEN_S),
-        health_check_period_s=10,
-        health_check_timeout_s=60,
-    ).bind(deployment.model_dump(mode="json"), store_uri)
+    app: serve.Application = replica.options(**options(config)).bind(deployment.model_dump(mode="json"), store_uri)
     return app
 
 
@@ -66,25 +87,52 @@ def app_from_args(args: dict[str, Any]) -> serve.Application:
         return build_app(catalog.put(deployment_of(config, catalog)), args["store"])
 
 
+def serve_file(config: DeployConfig, store_uri: str) -> dict[str, Any]:
+    """The same deployment as a file for `serve deploy` (or a RayService's `serveConfigV2`)."""
+    return {
+        "http_options": {"host": config.host, "port": config.port, "keep_alive_timeout_s": KEEP_ALIVE_S},
+        "applications": [
+            {
+                "name": config.name,
+                "route_prefix": "/",
+                "import_path": "forge_ray.serve.deploy:app_from_args",
+                "args": {"store": store_uri, "deploy": config.model_dump(mode="json", exclude_defaults=True)},
+            }
+        ],
+    }
+
+
 def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
-    """The sealed record of what would be served; a rejected version is refused."""
-    version = catalog.model(config.model)
-    if version.status == "rejected":
-        raise PolicyError(
-            f"{version.id} was rejected: {'; '.join(version.reasons)}", hint="deploy another version, or train a better one"
-        )
+    """The sealed record of what would be served; a rejected or archived version is refused."""
+    archived = catalog.archived()
+    models = {}
+    for name in config.models:
+        version = catalog.model(name)
+        if version.status == "rejected":
+            raise PolicyError(
+                f"{version.id} was rejected: {'; '.join(version.reasons)}",
+                hint="deploy another version, or train a better one",
+            )
+        if version.id in archived:
+            raise PolicyError(f"{version.id} is archived", hint=f"`forge models restore {version.id}` first")
+        models[name] = version.id
+    first = catalog.model(config.models[0])
     return Deployment(
         name=config.name,
-        model=config.name,
-        model_version=version.id,
-        model_digest=version.files_digest,
+        model=config.models[0],
+        model_version=first.id,
+        model_digest=first.files_digest,
+        models=models,
         config=resolved(config),
         config_digest=config_digest(config),
     ).sealed()
 
 
 def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900) -> Deployment:
-    """Serve what `config.model` names and wait until it answers; the record is written, its state is an event."""
+    """Serve what `config.models` names and wait until it answers; the record is written, its state is an event."""
+    for alias, route in config.aliases.items():
+        if catalog.routes().get(alias) != (wanted := catalog.resolved_route(alias, route)):
+            catalog.set_route(alias, wanted, why=f"deployment file of {config.name}")
     deployment = deployment_of(config, catalog)
     serve.start(http_options={"host": config.host, "port": config.port, "keep_alive_timeout_s": KEEP_ALIVE_S})
     running = set(serve.status().applications)
@@ -113,10 +161,41 @@ def undeploy(name: str, catalog: Catalog | None = None) -> None:
         known = ", ".join(sorted(serve.status().applications)) or "nothing"
         raise NotFound(f"no deployment {name!r} is running on this cluster", hint=f"running: {known}")
     serve.delete(name)
-    if catalog is not None:
-        last = [record for record in catalog.all(Deployment) if record.name == name][-1:]
-        for record in last:
-            _note(catalog, record, "stopped")
+    if catalog is not None and (record := last_deployment(catalog, name)):
+        if board := find_board(record.id):
+            ray.kill(board)
+        _note(catalog, record, "stopped")
+
+
+def last_deployment(catalog: Catalog, name: str) -> Deployment | None:
+    """The deployment of this name that was started last."""
+    records = [record for record in catalog.all(Deployment) if record.name == name]
+    started = {
+        record.id: max((event.at for event in catalog.events("deployment", record.id)), default="") for record in records
+    }
+    return max(records, key=lambda record: (started[record.id], record.created_at), default=None)
+
+
+def status(catalog: Catalog) -> list[dict[str, Any]]:
+    """What runs on this cluster: Serve's own state, and what the replicas told their board."""
+    found = []
+    for name, application in sorted(serve.status().applications.items()):
+        record = last_deployment(catalog, name)
+        board = find_board(record.id) if record else None
+        state = ray.get(board.state.remote(), timeout=30) if board else {}
+        url = base_url(parse(DeployConfig, record.config)) if record else ""
+        replicas = {deployment.status.value: deployment.replica_states for deployment in application.deployments.values()}
+        found.append(
+            {
+                "name": name,
+                "status": application.status.value,
+                "message": application.message,
+                "url": url,
+                "replica_states": next(iter(replicas.values()), {}),
+                **state,
+            }
+        )
+    return found
 
 
 def base_url(config: DeployConfig) -> str:
@@ -126,7 +205,10 @@ def base_url(config: DeployConfig) -> str:
 
 
 def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: float) -> None:
-    """Until /health is served by this very deployment; `EngineError` when Serve gives up or time runs out."""
+    """Until this very deployment answers at the endpoint; `EngineError` when Serve gives up or time runs out.
+
+    With no replica at least, the endpoint is ready when Serve is: the first request starts one.
+    """
     seen = "not started"
     with httpx.Client(base_url=base_url(config), timeout=10, trust_env=False) as client:
         while time.monotonic() < deadline:
@@ -136,12 +218,12 @@ def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: flo
                 if application.status == ApplicationStatus.DEPLOY_FAILED:
                     raise EngineError(f"{config.name!r} could not be deployed: {seen}", hint="see the replica's log")
                 if application.status == ApplicationStatus.RUNNING:
-                    answered = _health(client)
-                    if answered == (200, deployment_id):
+                    if not config.replicas.min:
                         return
-                    seen = (
-                        f"running, and {base_url(config)}/health answers {answered[0]} for {answered[1] or 'another server'}"
-                    )
+                    answered = _answers(client)
+                    if answered == deployment_id:
+                        return
+                    seen = f"running, and {base_url(config)} is answered by {answered or 'another server'}"
             time.sleep(POLL_S)
     raise EngineError(
         f"{config.name!r} did not become healthy in time: {seen}",
@@ -149,12 +231,12 @@ def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: flo
     )
 
 
-def _health(client: httpx.Client) -> tuple[int, str]:
+def _answers(client: httpx.Client) -> str:
+    """The deployment that answers; it says its name on a 401 too."""
     try:
-        response = client.get("/health")
+        return client.get("/health").headers.get("x-forge-deployment", "")
     except httpx.TransportError:
-        return 0, ""
-    return response.status_code, response.headers.get("x-forge-deployment", "")
+        return ""
 
 
 def _note(catalog: Catalog, deployment: Deployment, state: str, **more: Any) -> None:

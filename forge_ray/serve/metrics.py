@@ -1,58 +1,174 @@
-"""Prometheus metrics of one replica (level 4): each replica counts its own requests, a scrape sees one of them."""
+"""Prometheus metrics of one replica, and how those of several become one text (level 4; no ray).
+
+`model` is the name that the client sent (an alias, say), `model_version` who answered; `forge_model_info` says which digest
+and adapter a version is. Requests are counted by route and status, answers by name and version.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
-LABELS = ("deployment", "model_version", "replica")
-SCOPE = "of this replica only; sum over the label `replica`"
+from forge_ray.inference.engine import EngineHealth
+
+if TYPE_CHECKING:
+    from forge_ray.serve.served import Loaded
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+ANSWER = ("deployment", "model", "model_version")
+VERSION = ("model_version", "digest", "adapter")
+UNKNOWN = "unknown"
+MOST_SERIES = 500  # (name, version) pairs; names come and go while a replica lives, and each costs some 60 lines
+
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN_TOKENS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
+ADMITTED_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 WHOLE_REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
-@dataclass(frozen=True)
 class Metrics:
-    """The registry and its families; `labels` are the values of `LABELS`, in order."""
+    """What one replica counts. `health` gives the load of its engines, `ready` the versions that can answer; both are read
+    when somebody looks.
 
-    registry: CollectorRegistry
-    labels: tuple[str, str, str]
-    requests: Counter
-    prompt_tokens: Counter
-    completion_tokens: Counter
-    first_token: Histogram
-    between_tokens: Histogram
-    latency: Histogram
-    running: Gauge
-    waiting: Gauge
+    A registry of its own, so that two replicas in one process (a test) do not clash.
+    """
 
-    def text(self, running: int, waiting: int) -> bytes:
-        """The exposition format, with the engine's load as it is now."""
-        self.running.labels(*self.labels).set(running)
-        self.waiting.labels(*self.labels).set(waiting)
-        return generate_latest(self.registry)
+    def __init__(
+        self,
+        deployment: str,
+        replica: str,
+        health: Callable[[], Iterable[EngineHealth]] = tuple,
+        ready: Callable[[], Iterable[Loaded]] = tuple,
+    ) -> None:
+        self.deployment, self.replica = deployment, replica
+        self._health, self._ready = health, ready
+        self._pairs: set[tuple[str, str]] = set()
+        self._registry = CollectorRegistry()
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"forge_{name}", what, labels, registry=self._registry)
+
+        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"forge_{name}_seconds", what, ANSWER, buckets=buckets, registry=self._registry)
+
+        def gauge(name: str, what: str, *labels: str) -> Gauge:
+            return Gauge(f"forge_{name}", what, ("deployment", *labels), registry=self._registry)
+
+        self._requests = counter("requests", "HTTP requests by route and status", "deployment", "route", "status")
+        self._refused = counter("refused", "Requests refused by who asks and how much, by reason", "deployment", "reason")
+        self._answers = counter(
+            "answers", "Answers that ended; 499: the client left, 503: the engine failed", *ANSWER, "status"
+        )
+        self._shadows = counter("shadow_answers", "Answers that nobody sees, of versions that shadow", *ANSWER, "status")
+        self._shadow_tokens = counter("shadow_tokens", "Tokens of answers that nobody sees", *ANSWER)
+        self._prompt = counter("prompt_tokens", "Prompt tokens admitted", *ANSWER)
+        self._completion = counter("completion_tokens", "Tokens generated, also for clients that left", *ANSWER)
+        self._admitted = histogram("admission", "Time from request to the engine: template, tokeniser, limits", ADMITTED_S)
+        self._first = histogram("time_to_first_token", "Time from request to first token", FIRST_TOKEN_S)
+        self._between = histogram("inter_token", "Time between two tokens of a request", BETWEEN_TOKENS_S)
+        self._whole = histogram("request", "Time from request to last token", WHOLE_REQUEST_S)
+        self._shadowed = histogram("shadow_request", "The same of answers that nobody sees", WHOLE_REQUEST_S)
+        self._running = gauge("requests_running", "Sequences in the batch")
+        self._waiting = gauge("requests_waiting", "Sequences that wait in the engine's queue")
+        self._held = gauge("tokens_held", "Tokens of sequences that run or wait: prompts and what may still be generated")
+        self._info = gauge("model_info", "1 for each version that can answer; adapter: its name in the engine", *VERSION)
+
+    def request(self, route: str, status: int) -> None:
+        """An HTTP request that ended. `route` is the template that matched, never the path that was sent."""
+        self._requests.labels(self.deployment, route, str(status)).inc()
+
+    def refused(self, reason: str) -> None:
+        """`reason`: key, scope; requests, tokens, size, concurrency; queue."""
+        self._refused.labels(self.deployment, reason).inc()
+
+    def accepted(self, name: str, version: str, prompt_tokens: int, seconds: float) -> None:
+        """A prompt goes to the engine, `seconds` after its request came."""
+        labels = self._labels(name, version)
+        self._prompt.labels(*labels).inc(prompt_tokens)
+        self._admitted.labels(*labels).observe(seconds)
+
+    def token(self, name: str, version: str, seconds: float | None, first: bool, count: int = 1) -> None:
+        """`count` tokens arrived, `seconds` after the request (the first) or after the ones before; None where that is no
+        measure of either, as with the first token of a second choice."""
+        labels = self._labels(name, version)
+        self._completion.labels(*labels).inc(count)
+        if seconds is not None:
+            (self._first if first else self._between).labels(*labels).observe(seconds)
+
+    def finished(self, name: str, version: str, seconds: float, status: int) -> None:
+        """An answer ended after `seconds`: 200, 499 where the client left, 503 where the engine failed."""
+        labels = self._labels(name, version)
+        self._answers.labels(*labels, str(status)).inc()
+        self._whole.labels(*labels).observe(seconds)
+
+    def shadowed(self, name: str, version: str, seconds: float, status: int, tokens: int) -> None:
+        """An answer of a version that shadows `name`: counted here alone, for nobody asked for its tokens. 429: there was no
+        room for it."""
+        labels = self._labels(name, version)
+        self._shadows.labels(*labels, str(status)).inc()
+        self._shadow_tokens.labels(*labels).inc(tokens)
+        self._shadowed.labels(*labels).observe(seconds)
+
+    def text(self) -> str:
+        """The exposition format, with the engines' load as it is now; each sample says which replica it is of."""
+        loads = list(self._health())
+        self._running.labels(self.deployment).set(sum(load.num_running for load in loads))
+        self._waiting.labels(self.deployment).set(sum(load.num_waiting for load in loads))
+        self._held.labels(self.deployment).set(sum(load.num_tokens for load in loads))
+        self._info.clear()
+        for loaded in self._ready():
+            self._info.labels(self.deployment, loaded.version, loaded.digest, loaded.adapter).set(1)
+        return merged({self.replica: generate_latest(self).decode()})
+
+    def collect(self) -> Iterator[Metric]:
+        """The families without the times at which their series were made, which double the text; for `generate_latest`."""
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
+
+    def _labels(self, name: str, version: str) -> tuple[str, str, str]:
+        if (name, version) not in self._pairs:
+            if len(self._pairs) >= MOST_SERIES:
+                return self.deployment, UNKNOWN, UNKNOWN
+            self._pairs.add((name, version))
+        return self.deployment, name, version
 
 
-def make_metrics(deployment: str, model_version: str, replica: str) -> Metrics:
-    """Fresh metrics in a registry of their own, so that two replicas in one process (a test) do not clash."""
-    registry = CollectorRegistry()
+LABEL = re.compile(r'([a-zA-Z_]\w*)="(?:[^"\\]|\\.)*"')
 
-    def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"forge_{name}_seconds", f"{what}, {SCOPE}", LABELS, buckets=buckets, registry=registry)
 
-    return Metrics(
-        registry=registry,
-        labels=(deployment, model_version, replica),
-        requests=Counter(
-            "forge_requests", f"HTTP requests by route and status, {SCOPE}", (*LABELS, "route", "status"), registry=registry
-        ),
-        prompt_tokens=Counter("forge_prompt_tokens", f"Prompt tokens accepted, {SCOPE}", LABELS, registry=registry),
-        completion_tokens=Counter("forge_completion_tokens", f"Tokens generated, {SCOPE}", LABELS, registry=registry),
-        first_token=histogram("time_to_first_token", "Time from request to first token", FIRST_TOKEN_S),
-        between_tokens=histogram("inter_token", "Time between two tokens of a request", BETWEEN_TOKENS_S),
-        latency=histogram("request", "Time from request to last token", WHOLE_REQUEST_S),
-        running=Gauge("forge_requests_running", f"Requests in the batch, {SCOPE}", LABELS, registry=registry),
-        waiting=Gauge("forge_requests_waiting", f"Requests queued in the engine, {SCOPE}", LABELS, registry=registry),
-    )
+def merged(texts: Mapping[str, str]) -> str:
+    """The expositions of several replicas as one: each family once, each sample with a label `replica`.
+
+    Where two replicas describe a family differently (a roll-out) the first one's text stays.
+    """
+    families: dict[str, tuple[dict[str, str], list[str]]] = {}
+    for replica, text in texts.items():
+        escaped = replica.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        label, samples = f'{{replica="{escaped}"', list[str]()
+        for line in text.split("\n"):
+            if line.startswith(("# HELP ", "# TYPE ")):
+                _, kind, name, *_ = line.split(" ", 3)
+                head, samples = families.setdefault(name, ({}, []))
+                head.setdefault(kind, line)
+            elif line and not line.startswith("#"):
+                samples.append(_labelled(line, label))
+    lines = [line for head, samples in families.values() for line in (*head.values(), *samples)]
+    return "".join(line + "\n" for line in lines)
+
+
+def _labelled(sample: str, label: str) -> str:
+    """`sample` with `label` (`{replica="…"`) as its first, unless it says itself whose it is."""
+    space, brace = sample.index(" "), sample.find("{")
+    if not 0 <= brace < space:
+        return f"{sample[:space]}{label}}}{sample[space:]}"
+    if sample.startswith('{replica="', brace):  # as `Metrics.text` writes it
+        return sample
+    if sample.startswith("{}", brace):
+        return f"{sample[:brace]}{label}{sample[brace + 1 :]}"
+    if 'replica="' in sample and "replica" in LABEL.findall(sample):
+        return sample
+    return f"{sample[:brace]}{label},{sample[brace + 1 :]}"

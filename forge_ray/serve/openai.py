@@ -1,4 +1,4 @@
-"""OpenAI's wire formats: what a request may hold, what a response holds, how an error looks (level 4; no ray, no torch).
+"""From a body to a request: what is not offered, limits, and how an error looks (level 4; no ray, no torch).
 
 A field is honoured or refused, never ignored. Known fields that are not offered are accepted with a value that asks for
 nothing (`NO_OP`); any other value, and any unknown field, is a 400 that names the field in `param`.
@@ -7,170 +7,105 @@ nothing (`NO_OP`); any other value, and any unknown field, is a 400 that names t
 from __future__ import annotations
 
 import json
-import secrets
-import time
-from typing import Any, Literal, Self, TypeVar
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
-COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
+from forge_ray.config.release import Limits
+from forge_ray.serve.fields import (
+    ChatRequest,
+    CompletionOptions,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    Wire,
+)
+
+MAX_PROMPTS = 64  # of one request to /v1/completions
+MAX_INPUTS = 2048  # OpenAI's, of one request to /v1/embeddings
 
 # Values of fields not offered that ask for nothing; null always does
 NO_OP: dict[str, tuple[Any, ...]] = {
+    "audio": (),
     "best_of": (1,),
+    "dimensions": (),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
     "logprobs": (False,),
-    "metadata": ({},),
+    "min_tokens": (0,),
     "modalities": (["text"],),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
-    "presence_penalty": (0,),
+    "output_dimension": (),
+    "output_dtype": ("float",),
+    "prediction": (),
+    "prompt_cache_key": (),
+    "prompt_mode": (),
+    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
+    "safe_prompt": (False,),
+    "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
-    "user": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+REASONS = {
+    "safe_prompt": "it would put a text of Mistral's before the messages; send your own system message",
+    "suffix": "a suffix needs a model that was trained to fill in the middle",
+    "best_of": "choose among `n` choices by their log-probabilities",
 }
 MESSAGE_NO_OP: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
     "name": (),
+    "prefix": (False,),
     "refusal": (),
+    "tool_call_id": (),
     "tool_calls": ([],),
 }
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's shape."""
+    """An answer other than 200, in OpenAI's shape; `headers` go with it (`Retry-After`)."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+R = TypeVar("R", ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
 
 
-class TextPart(Wire):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Wire):
-    """One turn; `tool_call_id` is allowed in a tool's answer and reaches the chat template."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _tool_answers_only(self) -> Self:
-        if self.tool_call_id is not None and self.role != "tool":
-            raise ValueError(f"tool_call_id belongs to messages of role tool, not {self.role}")
-        return self
-
-    def for_template(self) -> dict[str, str]:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        tool = {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
-        return {"role": self.role, "content": content, **tool}
-
-
-class StreamOptions(Wire):
-    include_usage: bool = False
-
-
-class CompletionOptions(Wire):
-    """What both endpoints share."""
-
-    model: str
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        stops = self.stops
-        if len(stops) > 4 or "" in stops:
-            raise ValueError(f"stop: {len(stops)} strings given; up to 4 are allowed, none of them empty")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only allowed when stream is true")
-        return self
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
-class ChatRequest(CompletionOptions):
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError(
-                f"max_completion_tokens: {self.max_completion_tokens} contradicts max_tokens {self.max_tokens}; send one"
-            )
-        return self
-
-    @property
-    def token_limit(self) -> tuple[str, int | None]:
-        if self.max_completion_tokens is not None:
-            return "max_completion_tokens", self.max_completion_tokens
-        return "max_tokens", self.max_tokens
-
-
-class CompletionRequest(CompletionOptions):
-    """`prompt`: a text, a list of one text, or one list of token ids."""
-
-    prompt: str | list[str] | list[int]
-
-    @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
-        if not self.prompt:
-            raise ValueError("prompt: it is empty; give a text or token ids")
-        if isinstance(self.prompt, list) and isinstance(self.prompt[0], str) and len(self.prompt) != 1:
-            raise ValueError(f"prompt: {len(self.prompt)} texts given; send one request per text")
-        return self
-
-    @property
-    def token_limit(self) -> tuple[str, int | None]:
-        return "max_tokens", COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-
-
-R = TypeVar("R", ChatRequest, CompletionRequest)
-
-
-def parse_request(model: type[R], raw: bytes) -> R:
+def parse_request(model: type[R], raw: bytes, limits: Limits) -> R:
     """The body as `model`; an `ApiError` 400 names the first field that is wrong."""
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, parse_constant=_no_number)
+        if SURROGATE.search(raw):
+            json.dumps(body, ensure_ascii=False).encode()  # half a character, as an escape, is no text
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not valid JSON") from None
     if not isinstance(body, dict):
@@ -181,12 +116,49 @@ def parse_request(model: type[R], raw: bytes) -> R:
         body["messages"] = [_without_no_ops(message) for message in body["messages"]]
     for key in body:
         if key not in own:
-            rule = f"{key}={json.dumps(body[key])[:80]} is not supported here" if key in NO_OP else f"unknown field {key}"
-            raise ApiError(400, rule, param=key, code="unsupported_parameter" if key in NO_OP else "unknown_parameter")
+            reason = f": {REASONS[key]}" if key in REASONS else ""
+            rule = f"{key}={json.dumps(body[key])[:80]} is not supported here" + reason
+            known = key in NO_OP
+            raise ApiError(
+                400,
+                rule if known else f"unknown field {key[:80]}",
+                param=key[:80],
+                code="unsupported_parameter" if known else "unknown_parameter",
+            )
     try:
-        return model.model_validate(body)
+        found = model.model_validate(body)
     except ValidationError as error:
         raise _bad_field(error) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    _within(found, limits)
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _within(wanted: BaseModel, limits: Limits) -> None:
+    """The deployment's limits that can be told without a tokenizer."""
+
+    def most(param: str, number: int, limit: int) -> None:
+        if number > limit:
+            raise ApiError(400, f"{param}: {number} exceeds this deployment's limit of {limit}", param=param)
+
+    if isinstance(wanted, CompletionOptions):
+        most("n", wanted.num_choices, limits.max_n)
+        most("stop", len(wanted.stops), limits.max_stops)
+    if isinstance(wanted, CompletionRequest):
+        most("logprobs", wanted.logprobs or 0, limits.max_logprobs)
+        most("prompt", len(wanted.prompts), MAX_PROMPTS)
+    if isinstance(wanted, ChatRequest):
+        most("top_logprobs", wanted.top_logprobs or 0, limits.max_logprobs)
+    if isinstance(wanted, (ChatRequest, TokenizeRequest)):
+        most("messages", len(wanted.messages or []), limits.max_messages)
+        most("tools", len(wanted.tools or []), limits.max_tools)
+    if isinstance(wanted, EmbeddingRequest):
+        most("input", len(wanted.inputs), MAX_INPUTS)
 
 
 def _asks_nothing(no_op: dict[str, tuple[Any, ...]], key: str, value: Any) -> bool:
@@ -215,72 +187,21 @@ def _bad_field(error: ValidationError) -> ApiError:
         if isinstance(part, int) or part in KNOWN_FIELDS or item["type"] == "extra_forbidden"
     ]
     rule = item["msg"].removeprefix("Value error, ")
-    named, colon, _ = rule.partition(":")
+    named, colon, rest = rule.partition(":")
     if item["type"] == "value_error" and colon and named in KNOWN_FIELDS:
-        return ApiError(400, rule, param=named)
+        path, rule = [*path, named], rest.strip()
     param = ".".join(path) or None
     return ApiError(400, f"{param}: {rule[:1].lower()}{rule[1:]}", param=param)
 
 
-KNOWN_FIELDS = {
-    *ChatRequest.model_fields,
-    *CompletionRequest.model_fields,
-    *Message.model_fields,
-    *TextPart.model_fields,
-    *StreamOptions.model_fields,
-}
+def _fields_of(annotation: Any) -> set[str]:
+    """Names of the fields of every model in a type, by which clients know them."""
+    if not (isinstance(annotation, type) and issubclass(annotation, Wire)):
+        return {name for part in get_args(annotation) for name in _fields_of(part)}
+    fields = annotation.model_fields
+    own = {field.alias or name for name, field in fields.items()}
+    return own.union(*(_fields_of(field.annotation) for field in fields.values()))
 
 
-class Reply:
-    """Builds the response objects of one request: same id, time, model and fingerprint in each."""
-
-    def __init__(self, kind: Literal["chat", "text"], model: str, fingerprint: str) -> None:
-        self.chat = kind == "chat"
-        self._head = {
-            "id": ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12),
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-
-    def whole(self, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return (
-            self._head
-            | {"object": "chat.completion" if self.chat else "text_completion"}
-            | {
-                "choices": [choice],
-                "usage": usage,
-            }
-        )
-
-    def chunk(self, text: str, finish_reason: str | None = None, first: bool = False) -> dict[str, Any]:
-        """One piece of a stream; the first of a chat also says who speaks."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
-        if self.chat:
-            choice["delta"] = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
-        else:
-            choice["text"] = text
-        return self._piece([choice])
-
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        return self._piece([]) | {"usage": usage}
-
-    def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._head | {"object": "chat.completion.chunk" if self.chat else "text_completion", "choices": choices}
-
-
-def usage(num_prompt: int, num_completion: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_completion,
-        "total_tokens": num_prompt + num_completion,
-    }
-
-
-def sse(payload: dict[str, Any] | Literal["[DONE]"]) -> bytes:
-    """One server-sent event."""
-    text = payload if isinstance(payload, str) else json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+REQUESTS = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
+KNOWN_FIELDS = set[str]().union(*map(_fields_of, REQUESTS))

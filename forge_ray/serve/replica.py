@@ -1,102 +1,167 @@
-"""One replica of a deployment: ingress and engine in one process (level 4).
+"""One replica of a deployment: HTTP, directory and engines in one process (level 4).
 
-It reads records and files from the store and never opens the catalogue. What it loads is checked against the model
-version's own file list, byte by byte, before the first request.
+It reads records and files from the store and never opens the catalogue. Two threads keep it in step with the others: one
+follows the board's tables, one tells the board how it does.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import logging
+import os
+import threading
+import time
 from typing import Any
 
+import ray
 from ray import serve
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
-from forge_ray.data.chat import load_tokenizer_dir
-from forge_ray.errors import EngineError, StoreError
-from forge_ray.inference.transformers_engine import load_engine
-from forge_ray.records import Deployment, ModelVersion
-from forge_ray.serve.ingress import AsgiApp, Served, build_http
-from forge_ray.serve.metrics import make_metrics
+from forge_ray.errors import EngineError
+from forge_ray.haproxy import behind_haproxy
+from forge_ray.keys import KeyTail
+from forge_ray.records import Deployment
+from forge_ray.serve.access import AsgiApp, write_access_log
+from forge_ray.serve.board import board_of, read_table
+from forge_ray.serve.front import front
+from forge_ray.serve.home import Homes
+from forge_ray.serve.ledger import Ledger
+from forge_ray.serve.limits import Verdict
+from forge_ray.serve.live import Live
+from forge_ray.serve.metrics import Metrics
+from forge_ray.serve.outcomes import Outcome
+from forge_ray.serve.published import Published
+from forge_ray.serve.routing import Table
+from forge_ray.serve.served import Admission, Chosen, Served
 from forge_ray.store import Store
 
-
-def fetch_version(store: Store, version_id: str) -> tuple[ModelVersion, Path]:
-    """A model version's record and its files in a local folder, verified against the record."""
-    version = ModelVersion.model_validate(store.read_json(f"records/models/{version_id}.json"))
-    where = f"models/{version.id}"
-    folder = store.fetch_dir(where)
-    listed = {entry.path: entry for entry in store.files(where)}
-    for entry in version.files:
-        if listed.get(entry.path) != entry:
-            raise StoreError(
-                f"{where}/{entry.path} is not the file that {version.id} names (sha256 {entry.sha256})",
-                hint="restore the folder from a backup, or import the model again",
-            )
-    return version, folder
-
-
-def model_dirs(store: Store, version_id: str) -> tuple[ModelVersion, Path, Path | None]:
-    """The version with the folder of its base (or full) weights, and that of its adapter if it is one."""
-    version, folder = fetch_version(store, version_id)
-    if version.weights == "full":
-        return version, folder, None
-    _, base_dir = fetch_version(store, version.base_model)
-    return version, base_dir, folder
-
-
-def end_token_ids(tokenizer: Any, model_dir: Path) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's end token and those of generation_config.json."""
-    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    path = model_dir / "generation_config.json"
-    if path.is_file():
-        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found += more if isinstance(more, list) else [] if more is None else [more]
-    return tuple(sorted(set(found)))
-
-
-def load_served(deployment: Deployment, store: Store, replica: str) -> Served:
-    """Load the deployment's model version and start its engine."""
-    config = parse(DeployConfig, deployment.config)
-    version, model_dir, adapter_dir = model_dirs(store, deployment.model_version)
-    if version.files_digest != deployment.model_digest:
-        raise StoreError(
-            f"{version.id} has digest {version.files_digest}, its deployment was made for {deployment.model_digest}",
-            hint="deploy the version again",
-        )
-    tokenizer = load_tokenizer_dir(model_dir)
-    engine = load_engine(model_dir, adapter_dir, config.engine, use_gpu=config.gpus_per_replica > 0)
-    return Served(
-        deployment=deployment,
-        config=config,
-        engine=engine,
-        tokenizer=tokenizer,
-        stop_token_ids=end_token_ids(tokenizer, model_dir),
-        max_request_tokens=engine.max_request_tokens,
-        metrics=make_metrics(deployment.name, version.id, replica),
-    )
+PULSE_S = 0.5
+BOARD_S = 30.0  # a board that does not answer for so long is done without
+LOG = logging.getLogger(__name__)
 
 
 @serve.ingress()
 class Replica:
-    """What Ray Serve runs: builds `Served`, answers its health checks, closes the engine at the end."""
+    """What Ray Serve runs."""
 
     def __init__(self, record: dict[str, Any], store_uri: str) -> None:
-        deployment = Deployment.model_validate(record)
-        replica = serve.get_replica_context().replica_id.unique_id
-        self.served = load_served(deployment, Store(store_uri), replica)
+        self.name = serve.get_replica_context().replica_id.unique_id
+        self.deployment = Deployment.model_validate(record)
+        self.store_uri = store_uri
+        config = parse(DeployConfig, self.deployment.config)
+        self.homes = Homes(config, Store(store_uri))
+        self.live = Live(self.homes)
+        self.outcomes: list[Outcome] = []
+        self.closing = threading.Event()
+        table = self._first_table(config)
+        self.broken = self.live.prepare(table)
+        if self.live.prepared is None or not self.live.prepared.loaded:
+            raise EngineError(
+                f"nothing can be served: {self.broken}", hint="see the reasons; mend or re-import the versions"
+            )
+        self.live.go_live(table.id)
+        self.metrics = Metrics(self.deployment.name, self.name, self.homes.health, lambda: self.live.current.loaded.values())
+        self.served = Served(config, self.deployment.id, self.live, self.metrics, self._admit)
+        self.keys = KeyTail(Store(store_uri)) if needs_keys(config) else None
+        if self.keys is not None:
+            self.keys.refresh()
+        self.ledger = Ledger(Store(store_uri), self.name)
+        for loop in (self._follow, self._pulse):
+            threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
+
+    def _first_table(self, config: DeployConfig) -> Table:
+        """From the board, or from the store where it does not answer."""
+        try:
+            board = board_of(self.deployment, self.store_uri)
+            return Table.model_validate(ray.get(board.start.remote(), timeout=BOARD_S))
+        except (ray.exceptions.RayError, TimeoutError):
+            LOG.warning("no board: beginning by the store alone")
+            published = Published(Store(self.store_uri))
+            published.refresh()
+            return read_table(config, published, {})
 
     def __serve_build_asgi_app__(self) -> AsgiApp:
-        return build_http(self.served)
+        write_access_log()
+        keys = None if self.keys is None else lambda: self.keys.keys if self.keys else {}
+        return front(self.served, keys, self._take, self._settle, self.name, self.homes.health, self.ledger)
+
+    async def _take(self, *arguments: Any) -> Verdict:
+        verdict: Verdict = await self._board().take.remote(*arguments)
+        return verdict
+
+    async def _settle(self, *arguments: Any) -> None:
+        await self._board().settle.remote(*arguments)
+
+    def _board(self) -> Any:
+        return board_of(self.deployment, self.store_uri)
+
+    async def _admit(self, caller: Any, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
+        return _Watched(chosen, self.outcomes, time.monotonic())
+
+    def _follow(self) -> None:
+        """Prepare what the board wants prepared, answer by what it says is live."""
+        while not self.closing.is_set():
+            try:
+                prepared = self.live.prepared.table.id if self.live.prepared else ""
+                told = ray.get(
+                    self._board().watch.remote(self.name, prepared, self.live.current.table.id, self.broken),
+                    timeout=BOARD_S,
+                )
+                if told["live"]:
+                    self.live.go_live(told["live"])
+                if told["prepare"] is not None:
+                    self.broken = self.live.prepare(Table.model_validate(told["prepare"]))
+                self.live.tidy()
+            except (ray.exceptions.RayError, TimeoutError):
+                self.closing.wait(1)
+            except Exception:  # a table that cannot be prepared must not stop the next one from coming
+                LOG.exception("following failed")
+                self.closing.wait(1)
+
+    def _pulse(self) -> None:
+        """Tell the board that this replica lives, how loaded it is, and how its answers went."""
+        while not self.closing.wait(PULSE_S):
+            try:
+                sent, self.outcomes[:] = list(self.outcomes), []
+                ray.get(self._board().report.remote(self.name, self._load(), sent, self.metrics.text()), timeout=BOARD_S)
+                if self.keys is not None:
+                    self.keys.refresh()
+            except (ray.exceptions.RayError, TimeoutError):
+                continue
+
+    def _load(self) -> dict[str, int]:
+        return {"pid": os.getpid(), **self.homes.load()}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `scaling.tokens_policy`."""
+        return {"tokens": float(self.homes.load()["tokens"])}
 
     def check_health(self) -> None:
         """Serve restarts the replica when this raises."""
-        state = self.served.engine.health()
-        if not state.ok:
-            raise EngineError(state.detail, hint="the replica is restarted; its log has the cause")
+        if failures := self.homes.failures():
+            raise EngineError("; ".join(failures), hint="the replica is restarted; its log has the cause")
 
     def __del__(self) -> None:
-        if hasattr(self, "served"):  # not where loading failed
-            self.served.engine.close()
+        if hasattr(self, "closing"):
+            self.closing.set()
+        if hasattr(self, "homes"):  # not where loading failed
+            self.homes.close()
+        if hasattr(self, "ledger"):
+            self.ledger.close()
+
+
+class _Watched:
+    """A request whose outcome is noted for the alias that led to it."""
+
+    def __init__(self, chosen: Chosen, outcomes: list[Outcome], started: float) -> None:
+        self.chosen, self.outcomes, self.started = chosen, outcomes, started
+
+    def close(self, prompt_tokens: int, completion_tokens: int, status: int) -> None:
+        token_s = (time.monotonic() - self.started) / completion_tokens if completion_tokens else 0.0
+        if self.chosen.route:
+            self.outcomes.append(Outcome(self.chosen.name, self.chosen.loaded.version, status, token_s))
+
+
+def needs_keys(config: DeployConfig) -> bool:
+    """HAProxy listens on all interfaces, whatever host is asked for."""
+    return config.needs_keys or (config.auth == "auto" and behind_haproxy())

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from forge_ray.config.release import DeployConfig
 from forge_ray.data.chat import ChatTokenizer
 from forge_ray.inference.engine import Engine
+from forge_ray.keys import ApiKey
 from forge_ray.serve.metrics import Metrics
 
 
@@ -53,6 +54,22 @@ class Chosen:
     shadows: tuple[Loaded, ...] = ()
 
 
+@dataclass
+class Caller:
+    """One request as those see it who count and log: put into its state (`caller`) before it is read, filled in on its way.
+    `headers` go onto its answer; `key` is None where none is asked for."""
+
+    request_id: str
+    key: ApiKey | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+    version: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_s: float | None = None
+    admission: Admission | None = None  # as long as it is not closed
+
+
 class Directory(Protocol):
     """Names → versions. `tests` have a fixed one, a replica the one that follows the store."""
 
@@ -85,7 +102,10 @@ class Free:
         return None
 
 
-async def admit_all(caller: Any, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
+Admit = Callable[[Caller | None, Chosen, int, int], Awaitable[Admission]]
+
+
+async def admit_all(caller: Caller | None, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
     return Free()
 
 
@@ -98,6 +118,6 @@ class Served:
     deployment: str
     directory: Directory
     metrics: Metrics
-    admit: Callable[[Any, Chosen, int, int], Awaitable[Admission]] = admit_all
+    admit: Admit = admit_all
     # Templates and tokenisation run here, off the event loop; one thread, for tokenizers are not safe to share
     tokenising: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenising"))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from forge_ray.inference.engine import Engine, FinishReason, GenerationRequest
+from forge_ray.inference.engine import Engine, FinishReason, GenerationRequest, Token
 
 REPLACEMENT = "\ufffd"
+NO_MARKERS: Mapping[int, str] = {}
 
 
 @dataclass
@@ -17,16 +18,22 @@ class Detokenizer:
     """Decodes a growing list of ids; a character whose bytes are split over tokens waits for its last byte.
 
     Only a short window is decoded again per token: from the token before the last clean boundary, because some
-    tokenizers write a leading space or not depending on the token before.
+    tokenizers write a leading space or not depending on the token before. Special tokens have no text but for `markers`.
     """
 
     tokenizer: Any
+    markers: Mapping[int, str] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
     context: int = 0
     done: int = 0
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; often one word, sometimes nothing yet."""
+        if (marker := self.markers.get(token_id)) is not None:
+            text = self._advance(final=True) + marker
+            self.ids.append(token_id)
+            self.context = self.done = len(self.ids)
+            return text
         self.ids.append(token_id)
         return self._advance(final=False)
 
@@ -65,7 +72,7 @@ class StopStrings:
             self.hit = True
             shown, self.held = self.held[: min(found)], ""
             return shown
-        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
         shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return shown
 
@@ -75,38 +82,78 @@ class StopStrings:
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+def overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that begins `mark` and is not all of it."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A generated token with its log-probabilities; `offset`: where its text begins, in characters of the answer."""
+
+    token: Token
+    offset: int
 
 
 @dataclass(frozen=True)
 class Delta:
-    """New text, the number of tokens generated so far, and at the end why it ended."""
+    """New text, the number of tokens generated so far, and at the end why it ended. `pieces`: the tokens of this text,
+    where log-probabilities were asked for."""
 
     text: str
     num_tokens: int
     finish_reason: FinishReason | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
-async def answer(engine: Engine, tokenizer: Any, request: GenerationRequest, stops: tuple[str, ...]) -> AsyncIterator[Delta]:
+@dataclass
+class _Pieces:
+    """Tokens whose text is not shown yet. Those of a stop string never are."""
+
+    raw: int = 0
+    shown: int = 0
+    waiting: list[Piece] = field(default_factory=list)
+
+    def push(self, token: Token, text: str) -> None:
+        self.waiting.append(Piece(token, self.raw))
+        self.raw += len(text)
+
+    def release(self, text: str, ended: bool = False) -> tuple[Piece, ...]:
+        self.shown += len(text)
+        ready = [piece for piece in self.waiting if ended or piece.offset < self.shown]
+        del self.waiting[: len(ready)]
+        return tuple(ready)
+
+
+async def answer(
+    engine: Engine,
+    tokenizer: Any,
+    request: GenerationRequest,
+    stops: tuple[str, ...],
+    markers: Mapping[int, str] = NO_MARKERS,
+) -> AsyncGenerator[Delta, None]:
     """One `Delta` per generated token, the last with a finish reason. Closing the iterator cancels the request.
 
     `num_tokens` counts what was generated, the tokens of a stop string included, the end-of-turn token not.
     """
-    detokenizer, scanner = Detokenizer(tokenizer), StopStrings(stops)
+    detokenizer, scanner, pieces = Detokenizer(tokenizer, markers), StopStrings(stops), _Pieces()
+    with_logprobs = request.num_logprobs is not None
     num_tokens = 0
     async with aclosing(engine.stream(request)) as tokens:  # type: ignore[type-var]
         async for token in tokens:
             if token.token_id is not None:
                 num_tokens += 1
-                text = scanner.push(detokenizer.push(token.token_id))
+                new = detokenizer.push(token.token_id)
+                if with_logprobs:
+                    pieces.push(token, new)
+                text = scanner.push(new)
             else:
                 text = scanner.push(detokenizer.flush())
             if scanner.hit:
-                yield Delta(text, num_tokens, "stop")
+                yield Delta(text, num_tokens, "stop", pieces.release(text))
                 return
             if token.finish_reason is not None:
-                yield Delta(text + scanner.flush(), num_tokens, token.finish_reason)
+                text += scanner.flush()
+                yield Delta(text, num_tokens, token.finish_reason, pieces.release(text, ended=True))
                 return
-            yield Delta(text, num_tokens)
+            yield Delta(text, num_tokens, None, pieces.release(text))

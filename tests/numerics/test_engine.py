@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,15 @@ from transformers import LlamaForCausalLM
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
 from forge_ray.inference.engine import Generation, GenerationRequest
-from forge_ray.inference.sampling import Sampling, gumbel_noise, nucleus, perturb
+from forge_ray.inference.sampling import gumbel_noise, nucleus, perturb
 from forge_ray.inference.transformers_engine import TransformersEngine, load_engine
+from tests import engine_contract
+from tests.engine_contract import PROMPTS, WAIT_S, Reference
 
 pytestmark = pytest.mark.numerics
 
 CONFIG = EngineConfig(precision="fp32", page_size=16, num_blocks=32, max_batch_tokens=64)
-PROMPTS = [tuple((7 * row + 3 * column) % 250 + 10 for column in range(3 + 5 * row)) for row in range(8)]
-WAIT_S = 120
+Check = Callable[[TransformersEngine, Reference], None]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,19 @@ def engine(tiny_model_dir: Path) -> Iterator[TransformersEngine]:
 @pytest.fixture(scope="module")
 def reference(tiny_model_dir: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def peers(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, engine: TransformersEngine) -> Reference:
+    made = engine_contract.reference(tiny_model_dir, tmp_path_factory.mktemp("adapters"))
+    for name, folder in made.folders.items():
+        engine.load_adapter(name, folder)
+    return made
+
+
+@pytest.mark.parametrize("check", engine_contract.CONTRACT, ids=lambda check: check.__name__)
+def test_contract(check: Check, engine: TransformersEngine, peers: Reference) -> None:
+    check(engine, peers)
 
 
 @torch.inference_mode()
@@ -106,7 +120,9 @@ def test_samples_follow_the_distribution(temperature: float, top_p: float) -> No
         assert probs[kept].sum() >= top_p > probs[kept].sum() - probs[kept].min()
         probs = torch.where(kept, probs, 0) / probs[kept].sum()
     num = 4000
-    counts = Counter(int(perturb(logits, Sampling(temperature, top_p, seed), 3).argmax()) for seed in range(num))
+    counts = Counter(
+        int(perturb(logits, GenerationRequest((1,), 1, temperature, top_p), seed, 3).argmax()) for seed in range(num)
+    )
     for token, prob in enumerate(probs.tolist()):
         sigma = (num * prob * (1 - prob)) ** 0.5
         assert abs(counts[token] - num * prob) <= 5 * sigma + 1e-9
@@ -188,7 +204,7 @@ def test_closing_a_stream_frees_its_place(engine: TransformersEngine) -> None:
         await stream.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(take_two())
-    processor = engine._manager.batch_processor
+    processor = engine._batching.batch_processor
     assert processor is not None
     # the generation thread frees the blocks a step after the request is forgotten
     deadline = time.monotonic() + WAIT_S
@@ -234,7 +250,7 @@ def test_a_dead_generation_thread_fails_requests_instead_of_hanging(
         def explode(*_: object) -> None:
             raise MemoryError("no memory for the batch")
 
-        monkeypatch.setattr(engine._manager.batch_processor, "_generation_step", explode)
+        monkeypatch.setattr(engine._batching.batch_processor, "_generation_step", explode)
         with pytest.raises(EngineError, match="no memory for the batch"):
             engine.generate([GenerationRequest(PROMPTS[0], 5), GenerationRequest(PROMPTS[1], 5)])
         deadline = time.monotonic() + WAIT_S

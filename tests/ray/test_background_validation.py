@@ -116,7 +116,7 @@ def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(store: Store, reco
             origins = {node["id"]: node["label"] for node in tree(catalog, version.id)["origins"]}
             assert origins[record.id] == "not finished"
             assert record.dataset in origins
-            wanted = parse(DeployConfig, {"name": "bot", "model": version.id, "engine": {"precision": "fp32"}})
+            wanted = parse(DeployConfig, {"name": "bot", "models": [version.id], "engine": {"precision": "fp32"}})
             deployment = deployment_of(wanted, catalog)
         assert deployment.model_version == version.id
     finally:

@@ -2,69 +2,21 @@
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from endpoint import MESSAGES, WAIT_S, Endpoint
 
 from forge_ray.catalog import Catalog
 from forge_ray.client import Client
-from forge_ray.config.base import parse
-from forge_ray.config.release import DeployConfig
-from forge_ray.errors import ConfigError, NotFound, PolicyError
-from forge_ray.records import Deployment, ModelVersion
+from forge_ray.errors import ConfigError, NotFound
 from forge_ray.store import Store
 
 pytestmark = pytest.mark.ray
-
-WAIT_S = 120
-MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do I reset my password?"}]
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    url: str
-    deployment: Deployment
-    version: ModelVersion
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def config(port: int, **more: Any) -> DeployConfig:
-    engine = {"precision": "fp32", "page_size": 16, "num_blocks": 256, "max_batch_tokens": 128}
-    return parse(
-        DeployConfig,
-        {"name": "bot", "model": "tiny", "port": port, "max_new_tokens": 480, "engine": engine, **more},
-    )
-
-
-@pytest.fixture(scope="module")
-def endpoint(ray_cluster: None, store: Store) -> Iterator[Endpoint]:
-    from ray import serve
-
-    from forge_ray.serve.deploy import base_url, deploy
-
-    wanted = config(free_port())
-    with Catalog(store) as catalog:
-        deployment = deploy(wanted, catalog, wait_s=WAIT_S)
-        yield Endpoint(base_url(wanted), deployment, catalog.model("tiny"))
-    serve.shutdown()
-
-
-@pytest.fixture(scope="module")
-def client(endpoint: Endpoint) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +48,16 @@ def test_deploying_leaves_a_record_and_an_event(endpoint: Endpoint, store: Store
     assert endpoint.deployment.model_digest == endpoint.version.files_digest
 
 
-def test_models(client: openai.OpenAI) -> None:
-    assert [card.id for card in client.models.list()] == ["bot"]
-    assert client.models.retrieve("bot").owned_by == "forge_ray"
+def test_models(client: openai.OpenAI, endpoint: Endpoint) -> None:
+    assert [card.id for card in client.models.list()] == ["tiny", endpoint.version.id]
+    assert client.models.retrieve("tiny").owned_by == "forge_ray"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
 
 
 def test_a_greedy_chat_equals_offline_and_names_its_version(client: openai.OpenAI, endpoint: Endpoint, offline: Any) -> None:
     text, num_prompt, ids = offline(MESSAGES, 24)
-    raw = client.chat.completions.with_raw_response.create(model="bot", messages=MESSAGES, temperature=0, max_tokens=24)
+    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=24)
     answer = raw.parse()
     assert answer.choices[0].message.content == text
     assert answer.usage is not None
@@ -123,7 +75,7 @@ def test_a_stream_equals_the_whole_answer(client: openai.OpenAI, offline: Any) -
     text, num_prompt, ids = offline(MESSAGES, 24)
     chunks = list(
         client.chat.completions.create(
-            model="bot",
+            model="tiny",
             messages=MESSAGES,
             temperature=0,
             max_completion_tokens=24,
@@ -140,12 +92,12 @@ def test_a_stream_equals_the_whole_answer(client: openai.OpenAI, offline: Any) -
 
 
 def test_completions_of_text_and_of_ids(client: openai.OpenAI) -> None:
-    by_text = client.completions.create(model="bot", prompt="one two three", temperature=0)
+    by_text = client.completions.create(model="tiny", prompt="one two three", temperature=0)
     assert by_text.usage is not None
     assert by_text.usage.completion_tokens <= 16  # OpenAI's default for this endpoint
-    streamed = client.completions.create(model="bot", prompt="one two three", temperature=0, stream=True)
+    streamed = client.completions.create(model="tiny", prompt="one two three", temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == by_text.choices[0].text
-    by_ids = client.completions.create(model="bot", prompt=[40, 50, 60], temperature=0, max_tokens=3)
+    by_ids = client.completions.create(model="tiny", prompt=[40, 50, 60], temperature=0, max_tokens=3)
     assert by_ids.usage is not None
     assert by_ids.usage.prompt_tokens == 3
 
@@ -154,7 +106,7 @@ def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI, offline:
     text, _, ids = offline(MESSAGES, 40)
     stop = text[10:13]
     cut = text[: text.index(stop)]
-    options: Any = {"model": "bot", "messages": MESSAGES, "temperature": 0, "max_tokens": 40, "stop": [stop, "never said"]}
+    options: Any = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 40, "stop": [stop, "never said"]}
     answer = client.chat.completions.create(**options)
     assert answer.choices[0].message.content == cut
     assert answer.choices[0].finish_reason == "stop"
@@ -173,7 +125,7 @@ def test_concurrent_requests_get_their_own_sampling(client: openai.OpenAI) -> No
     ]
 
     def ask(options: dict[str, Any]) -> str:
-        answer = client.chat.completions.create(model="bot", messages=MESSAGES, max_tokens=30, **options)
+        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=30, **options)
         return answer.choices[0].message.content or ""
 
     alone = [ask(options) for options in variants]
@@ -196,7 +148,7 @@ def test_concurrent_requests_get_their_own_sampling(client: openai.OpenAI) -> No
 )
 def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI, options: Any, param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="bot", messages=MESSAGES, **options)
+        client.chat.completions.create(model="tiny", messages=MESSAGES, **options)
     assert caught.value.param == param
     assert param in caught.value.message
 
@@ -207,11 +159,11 @@ def test_other_refusals(client: openai.OpenAI, endpoint: Endpoint) -> None:
     assert unknown.value.code == "model_not_found"
     long: Any = [{"role": "user", "content": "jumps over the lazy dog " * 300}]
     with pytest.raises(openai.BadRequestError) as too_long:
-        client.chat.completions.create(model="bot", messages=long)
+        client.chat.completions.create(model="tiny", messages=long)
     assert too_long.value.code == "context_length_exceeded"
     huge: Any = [{"role": "user", "content": "x" * (5 << 20)}]
     with pytest.raises(openai.APIStatusError) as too_big:
-        client.chat.completions.create(model="bot", messages=huge)
+        client.chat.completions.create(model="tiny", messages=huge)
     assert too_big.value.status_code == 413
     assert httpx.post(f"{endpoint.url}/v1/embeddings", json={}).json()["error"]["type"] == "invalid_request_error"
 
@@ -219,16 +171,16 @@ def test_other_refusals(client: openai.OpenAI, endpoint: Endpoint) -> None:
 def test_our_own_client(endpoint: Endpoint, offline: Any) -> None:
     text, num_prompt, ids = offline(MESSAGES, 12)
     with Client(endpoint.url) as own:
-        assert own.models() == ["bot"]
+        assert own.models() == ["tiny", endpoint.version.id]
         assert own.health()["status"] == "ok"
-        answer = own.chat("bot", MESSAGES, temperature=0, max_tokens=12)
+        answer = own.chat("tiny", MESSAGES, temperature=0, max_tokens=12)
         assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == (text, num_prompt, len(ids))
         assert answer.model_version == endpoint.version.id
-        assert "".join(own.stream_chat("bot", MESSAGES, temperature=0, max_tokens=12)) == text
+        assert "".join(own.stream_chat("tiny", MESSAGES, temperature=0, max_tokens=12)) == text
         with pytest.raises(NotFound):
             own.chat("nobody", MESSAGES)
         with pytest.raises(ConfigError, match="top_k"):
-            list(own.stream_chat("bot", MESSAGES, top_k=5))
+            list(own.stream_chat("tiny", MESSAGES, top_k=5))
 
 
 def metric(endpoint: Endpoint, name: str) -> float:
@@ -239,7 +191,7 @@ def metric(endpoint: Endpoint, name: str) -> float:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_cancels_its_request(endpoint: Endpoint, stream: bool) -> None:
     # an answer of this request is long: only cancelling makes it short
-    body = {"model": "bot", "prompt": "The quick brown fox", "temperature": 0, "max_tokens": 400}
+    body = {"model": "tiny", "prompt": "The quick brown fox", "temperature": 0, "max_tokens": 400}
     whole = httpx.post(f"{endpoint.url}/v1/completions", json=body, timeout=WAIT_S).json()
     num_whole = whole["usage"]["completion_tokens"]
     assert num_whole > 200
@@ -261,7 +213,7 @@ def test_a_client_that_leaves_cancels_its_request(endpoint: Endpoint, stream: bo
 
 def test_metrics_say_what_happened(endpoint: Endpoint, client: openai.OpenAI) -> None:
     before = {name: metric(endpoint, name) for name in ("forge_prompt_tokens_total", "forge_completion_tokens_total")}
-    answer = client.chat.completions.create(model="bot", messages=MESSAGES, max_tokens=7, temperature=0)
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=7, temperature=0)
     assert answer.usage is not None
     gained = {name: metric(endpoint, name) - value for name, value in before.items()}
     assert list(gained.values()) == [answer.usage.prompt_tokens, answer.usage.completion_tokens]
@@ -269,34 +221,6 @@ def test_metrics_say_what_happened(endpoint: Endpoint, client: openai.OpenAI) ->
     assert 'route="/v1/chat/completions",status="200"' in text
     assert 'route="/v1/chat/completions",status="400"' in text
     assert 'route="unknown",status="404"' in text
-    assert f'deployment="bot",model_version="{endpoint.version.id}",replica="' in text
-    assert "of this replica only" in text
+    assert f'deployment="bot",model="tiny",model_version="{endpoint.version.id}"' in text
     assert "forge_time_to_first_token_seconds_bucket" in text
     assert "password" not in text
-
-
-def test_a_second_application_is_refused_and_a_rejected_version_too(endpoint: Endpoint, store: Store) -> None:
-    from forge_ray.serve.deploy import deploy, undeploy
-
-    with Catalog(store) as catalog:
-        with pytest.raises(ConfigError, match="already serves bot"):
-            deploy(config(free_port(), name="other"), catalog)
-        bad = endpoint.version.model_copy(update={"status": "rejected", "reasons": ("too weak",)}).sealed()
-        catalog.put(bad)
-        with pytest.raises(PolicyError, match="too weak"):
-            deploy(config(free_port(), model=bad.id), catalog)
-    with pytest.raises(NotFound, match="running: bot"):
-        undeploy("nothing")
-
-
-def test_undeploying_takes_the_application_away(endpoint: Endpoint, store: Store) -> None:
-    """Last of this file: it ends the endpoint that the others share."""
-    from ray import serve
-
-    from forge_ray.serve.deploy import undeploy
-
-    with Catalog(store) as catalog:
-        undeploy("bot", catalog)
-        states = [event.data["state"] for event in catalog.events("deployment", endpoint.deployment.id)]
-    assert states == ["running", "stopped"]
-    assert "bot" not in serve.status().applications

@@ -16,6 +16,7 @@ from forge_ray.store import Store
 
 pytestmark = pytest.mark.unit
 
+BOUNDS = {"--model", "--scope", "--rpm", "--tpm", "--concurrency", "--expires"}  # of an API key
 SURFACE = {
     "quickstart": {"--config", "--port", "--set"},
     "models import": {"--name", "--licence", "--alias"},
@@ -35,6 +36,13 @@ SURFACE = {
     "runs show": set(),
     "runs export": {"--step"},
     "audit data": {"--step"},
+    "keys create": {"--name", *BOUNDS},
+    "keys list": set(),
+    "keys show": set(),
+    "keys change": BOUNDS,
+    "keys rotate": {"--grace"},
+    "keys revoke": {"--reason"},
+    "usage": {"--by", "--since"},
     "train": {"--set", "--force"},
     "eval": {"--set"},
     "release": {"--set"},
@@ -134,7 +142,7 @@ def test_unknown_ids_and_missing_clusters_are_mistakes(tmp_path: Path) -> None:
     assert forge("data", "show", "ds_0000000000000000", "--store", store).exit_code == 2
     assert forge("models", "import", str(tmp_path / "absent"), "--store", store).exit_code == 2
     deploy = tmp_path / "deploy.yaml"
-    deploy.write_text("name: a\nmodel: b\n")
+    deploy.write_text("name: a\nmodels: [b]\n")
     done = forge("deploy", str(deploy), "--store", store, "--json")
     assert done.exit_code == 2
     assert "--address" in json.loads(done.stdout)["error"]["hint"]

@@ -62,7 +62,7 @@ def test_run_files_parse(path: Path) -> None:
     config = load(RunConfig, path)
     assert all((ROOT / source.path).is_file() for source in config.data.sources)
     assert config.deploy is not None
-    assert config.deploy.model == config.release.alias
+    assert config.deploy.models == (config.release.alias,)
 
 
 def test_the_template_names_every_setting() -> None:
@@ -165,7 +165,7 @@ def test_rayservice_builds_an_app_that_exists() -> None:
     assert re.search(rf"^def {function}\(", source.read_text(), re.MULTILINE)
     assert set(app["args"]) == {"store", "deploy"}
     deploy = parse(DeployConfig, app["args"]["deploy"])
-    assert deploy.model == load(RunConfig, ROOT / "jobs" / "sft.yaml").release.alias
+    assert deploy.models == (load(RunConfig, ROOT / "jobs" / "sft.yaml").release.alias,)
     worker = RAYSERVICE["rayClusterConfig"]["workerGroupSpecs"][0]
     assert deploy.replicas.max <= worker["maxReplicas"]
     limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]

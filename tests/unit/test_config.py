@@ -180,7 +180,7 @@ def test_a_missing_section_is_named() -> None:
             "for example {min: 0.5}",
         ),
         (
-            ("deploy={name: a, model: b, replicas: {min: 3, max: 2}}",),
+            ("deploy={name: a, models: [b], replicas: {min: 3, max: 2}}",),
             "deploy.replicas: replicas.min=3 exceeds replicas.max=2",
             "raise max or lower min",
         ),
@@ -329,7 +329,7 @@ def test_digest_is_of_the_meaning_not_the_writing() -> None:
     [
         (),
         ("train.adapter={}", "eval.labels=[a, b]", "train.optimizer.lr=1e-5"),
-        ("release.gate={thresholds: {accuracy: {min: 0.5}}, better_than: [{margin: 0.2}]}", "deploy={name: a, model: b}"),
+        ("release.gate={thresholds: {accuracy: {min: 0.5}}, better_than: [{margin: 0.2}]}", "deploy={name: a, models: [b]}"),
     ],
 )
 def test_resolved_is_complete_and_reads_back(overrides: tuple[str, ...]) -> None:
@@ -339,6 +339,6 @@ def test_resolved_is_complete_and_reads_back(overrides: tuple[str, ...]) -> None
 
 
 def test_a_config_is_frozen() -> None:
-    config = parse(DeployConfig, {"name": "a", "model": "b"})
+    config = parse(DeployConfig, {"name": "a", "models": ["b"]})
     with pytest.raises(ValueError, match="frozen"):
         config.port = 1  # type: ignore[misc]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     file = tmp_path / "deploy.yaml"
-    file.write_text("name: a\nmodel: b\n")
+    file.write_text("name: a\nmodels: [b]\n")
     return str(file)
 
 

@@ -20,16 +20,16 @@ ROWS: tuple[set[str], ...] = (
     {"errors", "offline", "quiet"},  # L0
     {"records"},
     {"config"},
-    {"store", "hardware", "progress", "environment", "architecture", "dequantise"},  # L1
+    {"store", "hardware", "progress", "environment", "architecture", "dequantise", "aliases", "haproxy"},  # L1
     {"catalog"},
-    {"data", "inference", "client", "import_model", "cluster"},  # L2
+    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys"},  # L2
     {"train", "evaluate", "lineage"},  # L3
     {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_keys"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

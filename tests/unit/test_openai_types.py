@@ -7,30 +7,36 @@ from typing import Any
 
 import pytest
 
-from forge_ray.serve.openai import (
-    NO_OP,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Reply,
-    parse_request,
-    sse,
-    usage,
-)
+from forge_ray.config.release import Limits
+from forge_ray.inference.engine import Token
+from forge_ray.serve.fields import ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest
+from forge_ray.serve.openai import NO_OP, REASONS, ApiError, parse_request
+from forge_ray.serve.reply import Part, Reply, sse, usage
+from forge_ray.serve.text import Piece
+from forge_ray.serve.tools import Call
 
 pytestmark = pytest.mark.unit
 
 CHAT: dict[str, Any] = {"model": "bot", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "bot", "prompt": "hi"}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("add", "multiply")
+]
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "integer"}}}
+LIMITS = Limits()
 
 
 def chat(**more: Any) -> ChatRequest:
-    return parse_request(ChatRequest, json.dumps(CHAT | more).encode())
+    return parse_request(ChatRequest, json.dumps(CHAT | more).encode(), LIMITS)
 
 
-def refusal(model: Any, body: Any) -> ApiError:
+def completion(**more: Any) -> CompletionRequest:
+    return parse_request(CompletionRequest, json.dumps(TEXT | more).encode(), LIMITS)
+
+
+def refusal(model: Any, body: Any, limits: Limits = LIMITS) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        parse_request(model, body if isinstance(body, bytes) else json.dumps(body).encode())
+        parse_request(model, body if isinstance(body, bytes) else json.dumps(body).encode(), limits)
     assert caught.value.status == 400
     return caught.value
 
@@ -39,7 +45,8 @@ def test_defaults() -> None:
     request = chat()
     assert (request.temperature, request.top_p, request.seed, request.stops) == (None, None, None, ())
     assert request.token_limit == ("max_tokens", None)
-    assert parse_request(CompletionRequest, json.dumps(TEXT).encode()).token_limit == ("max_tokens", 16)
+    assert (request.num_choices, request.num_logprobs, request.offered, request.forced) == (1, None, [], [])
+    assert completion().token_limit == ("max_tokens", None)
 
 
 def test_supported_fields_arrive() -> None:
@@ -59,54 +66,136 @@ def test_supported_fields_arrive() -> None:
     assert chat(stop="one").stops == ("one",)
 
 
-def test_text_parts_are_joined_and_a_tools_answer_keeps_its_id() -> None:
+def test_mistral_s_names_mean_the_same() -> None:
+    assert chat(random_seed=7).first_seed == chat(seed=7).first_seed == 7
+    assert chat(tools=TOOLS, tool_choice="any").forced == chat(tools=TOOLS, tool_choice="required").forced != []
+    assert chat(top_k=-1).top_k == -1
+
+
+def test_tools_that_may_and_that_must_be_called() -> None:
+    assert [tool.function.name for tool in chat(tools=TOOLS).offered] == ["add", "multiply"]
+    assert (chat(tools=TOOLS).forced, chat(tools=TOOLS, tool_choice="none").offered) == ([], [])
+    named = chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "multiply"}})
+    assert [function.name for function in named.forced] == ["multiply"]
+    assert len(named.offered) == 2
+
+
+def test_formats_of_the_answer() -> None:
+    assert chat(response_format={"type": "text"}).response_format.text == ""  # type: ignore[union-attr]
+    assert json.loads(chat(response_format={"type": "json_object"}).response_format.text) == {"type": "object"}  # type: ignore[union-attr]
+    assert json.loads(chat(response_format=SCHEMA).response_format.text) == {"type": "integer"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_prompts_one_or_several(prompt: Any, prompts: Any) -> None:
+    assert completion(prompt=prompt).prompts == prompts
+
+
+def test_turns_reach_the_template_with_their_calls() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    as_object = {"id": "call_2", "function": {"name": "g", "arguments": {"b": "é"}}, "index": 1}
     request = chat(
         messages=[
+            {"role": "developer", "content": "s"},
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
             {"role": "assistant", "content": "c", "refusal": None, "tool_calls": []},
-            {"role": "tool", "content": "d", "tool_call_id": "call_1"},
+            {"role": "assistant", "content": None, "tool_calls": [call, as_object]},
+            {"role": "tool", "content": "d", "tool_call_id": "call_1", "name": "f"},
         ]
     )
     assert [message.for_template() for message in request.messages] == [
+        {"role": "system", "content": "s"},
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "c"},
-        {"role": "tool", "content": "d", "tool_call_id": "call_1"},
+        {
+            "role": "assistant",
+            "tool_calls": [call, {"id": "call_2", "type": "function", "function": {"name": "g", "arguments": '{"b": "é"}'}}],
+        },
+        {"role": "tool", "content": "d", "tool_call_id": "call_1", "name": "f"},
     ]
 
 
-@pytest.mark.parametrize(("field", "value"), [(name, value) for name, values in NO_OP.items() for value in (None, *values)])
+OFFERED = {"logprobs", "response_format", "tools", "tool_choice", "top_logprobs"}  # by one endpoint and not by the other
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(name, value) for name, values in NO_OP.items() if name not in OFFERED for value in (None, *values)]
+)
 def test_a_value_that_asks_for_nothing_is_accepted(field: str, value: Any) -> None:
     assert chat(**{field: value}) == chat()
+
+
+@pytest.mark.parametrize("field", sorted(OFFERED))
+def test_null_is_the_default(field: str) -> None:
+    assert chat(**{field: None}) == chat()
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("logprobs", True),
-        ("logprobs", 0),
-        ("top_logprobs", 3),
-        ("logit_bias", {"1": 5}),
-        ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
-        ("user", "me"),
-        ("metadata", {"a": "b"}),
+        ("audio", {"voice": "x"}),
         ("best_of", 2),
+        ("best_of", True),
+        ("echo", True),
+        ("functions", [{"name": "f"}]),
+        ("function_call", "auto"),
+        ("min_tokens", 5),
+        ("modalities", ["audio"]),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("prompt_mode", "reasoning"),
+        ("reasoning_effort", "high"),
+        ("safe_prompt", True),
+        ("service_tier", "flex"),
+        ("store", True),
+        ("suffix", "end"),
+        ("verbosity", "low"),
+        ("web_search_options", {}),
     ],
 )
 def test_a_field_that_is_not_offered_is_refused(field: str, value: Any) -> None:
     error = refusal(ChatRequest, CHAT | {field: value})
     assert (error.param, error.code) == (field, "unsupported_parameter")
     assert field in error.message
+    assert REASONS.get(field, "") in error.message
+
+
+def test_what_only_one_endpoint_has_is_refused_by_the_other() -> None:
+    assert refusal(CompletionRequest, TEXT | {"tools": TOOLS}).param == "tools"
+    assert refusal(CompletionRequest, TEXT | {"response_format": {"type": "json_object"}}).param == "response_format"
+    assert refusal(CompletionRequest, TEXT | {"messages": []}).code == "unknown_parameter"
+    assert refusal(EmbeddingRequest, {"model": "bot", "input": "a", "dimensions": 8}).param == "dimensions"
+    assert refusal(TokenizeRequest, {"model": "bot", "prompt": "a", "messages": CHAT["messages"]}).param == "prompt"
 
 
 def test_an_unknown_field_is_refused_even_if_null() -> None:
-    assert refusal(ChatRequest, CHAT | {"top_k": None}).param == "top_k"
-    assert refusal(ChatRequest, CHAT | {"top_k": 5}).code == "unknown_parameter"
-    assert refusal(CompletionRequest, TEXT | {"messages": []}).param == "messages"
+    assert refusal(ChatRequest, CHAT | {"top_q": None}).param == "top_q"
+    assert refusal(ChatRequest, CHAT | {"top_q": 5}).code == "unknown_parameter"
+
+
+@pytest.mark.parametrize(
+    ("limit", "change", "param"),
+    [
+        ({"max_n": 2}, {"n": 3}, "n"),
+        ({"max_stops": 1}, {"stop": ["a", "b"]}, "stop"),
+        ({"max_logprobs": 3}, {"logprobs": True, "top_logprobs": 4}, "top_logprobs"),
+        ({"max_messages": 1}, {"messages": CHAT["messages"] * 2}, "messages"),
+        ({"max_tools": 1}, {"tools": TOOLS}, "tools"),
+    ],
+)
+def test_limits_of_the_deployment(limit: dict[str, int], change: dict[str, Any], param: str) -> None:
+    assert parse_request(ChatRequest, json.dumps(CHAT | change).encode(), LIMITS)
+    error = refusal(ChatRequest, CHAT | change, Limits(**limit))
+    assert error.param == param
+    assert str(next(iter(limit.values()))) in error.message
+
+
+def test_limits_of_completions() -> None:
+    assert refusal(CompletionRequest, TEXT | {"logprobs": 21}).param == "logprobs"
+    assert refusal(CompletionRequest, TEXT | {"prompt": ["a"] * 65}).param == "prompt"
+    assert refusal(CompletionRequest, TEXT | {"echo": True, "logprobs": 1}).param == "echo"
 
 
 @pytest.mark.parametrize(
@@ -117,9 +206,13 @@ def test_an_unknown_field_is_refused_even_if_null() -> None:
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages.0.tool_calls.0.function"),
         ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages.0.name"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": "x", "prefix": True}]}, "messages.0.prefix"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0"),
+        ({"messages": [{"role": "assistant", "content": "x", "prefix": True}, *CHAT["messages"]]}, "messages"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
@@ -129,6 +222,29 @@ def test_an_unknown_field_is_refused_even_if_null() -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"n": True}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"top_k": -2}, "top_k"),
+        ({"seed": 1, "random_seed": 2}, "random_seed"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"user": 5}, "user"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {"name": "has blanks"}}]}, "tools.0.function.name"),
+        ({"tools": TOOLS * 2}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "divide"}}}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": SCHEMA, "tools": TOOLS}, "response_format"),
         ({"stop": ""}, "stop"),
         ({"stop": 5}, "stop"),
         ({"stream": "yes"}, "stream"),
@@ -148,13 +264,15 @@ def test_a_missing_field_is_named(missing: str) -> None:
     assert refusal(ChatRequest, body).param == missing
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"a": NaN}', b'{"a": "\\ud800"}']
+)
 def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
     assert refusal(ChatRequest, body).param is None
 
 
-@pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [1, "a"], [[1]], 5])
-def test_only_one_prompt(prompt: Any) -> None:
+@pytest.mark.parametrize("prompt", ["", [], ["a", ""], [1, "a"], [[1], []], [[1], "a"], 5])
+def test_a_prompt_that_is_none(prompt: Any) -> None:
     assert (refusal(CompletionRequest, {"model": "bot", "prompt": prompt}).param or "").startswith("prompt")
 
 
@@ -165,17 +283,71 @@ def test_error_shape() -> None:
     assert ApiError(503, "down").body()["error"]["type"] == "server_error"
 
 
-def test_replies_parse_as_openais_own_types() -> None:
+def test_headers_of_an_error() -> None:
+    assert ApiError(429, "later", headers={"retry-after": "2"}).headers == {"retry-after": "2"}
+
+
+class Letters:
+    """Token 65 is A; 200 is the first byte of a longer character."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+
+PIECES = (
+    Piece(Token(65, None, -0.5, ((65, -0.5), (66, -1.5))), 0),
+    Piece(Token(200, None, float("-inf"), ((200, float("-inf")),)), 1),
+)
+
+
+def test_replies_parse_as_openai_s_own_types() -> None:
     from openai.types import Completion
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-    for kind, whole, piece in (("chat", ChatCompletion, ChatCompletionChunk), ("text", Completion, Completion)):
-        reply = Reply(kind, "bot", "fp_1")  # type: ignore[arg-type]
-        assert whole.model_validate(reply.whole("hi", "stop", usage(3, 4))).usage.total_tokens == 7
-        chunks = [reply.chunk("", first=True), reply.chunk("hi"), reply.usage_chunk(usage(1, 1))]
-        assert len({piece.model_validate(chunk).id for chunk in chunks if kind == "chat"}) <= 1
-    assert Reply("chat", "bot", "fp").chunk("", first=True)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert Reply("chat", "bot", "fp").chunk("", "stop")["choices"][0]["delta"] == {}
+    part = Part("hi", (), PIECES, 2, "stop")
+    chat_reply = Reply("chat", "bot", "fp_1", Letters(), 2, {"k": "v"})  # type: ignore[arg-type]
+    chat_whole = ChatCompletion.model_validate(chat_reply.whole([part, part], usage(3, 4)), strict=True)
+    assert chat_whole.usage is not None
+    assert (chat_whole.usage.total_tokens, [choice.index for choice in chat_whole.choices]) == (7, [0, 1])
+    text_reply = Reply("text", "bot", "fp_1", Letters(), 2)  # type: ignore[arg-type]
+    assert Completion.model_validate(text_reply.whole([part], usage(3, 4)), strict=True).choices[0].text == "hi"
+    Completion.model_validate(text_reply.chunk(1, part), strict=True)
+    chunks = [chat_reply.first_chunk(0), chat_reply.chunk(0, part), chat_reply.usage_chunk(usage(1, 1))]
+    assert len({ChatCompletionChunk.model_validate(chunk, strict=True).id for chunk in chunks}) == 1
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chat_reply.chunk(0, Part(finish_reason="stop"))["choices"][0]["delta"] == {}
+    assert chat_reply.whole([part], usage(1, 1))["metadata"] == chunks[0]["metadata"] == {"k": "v"}
+
+
+def test_log_probabilities_of_a_chat_and_of_a_text() -> None:
+    part = Part("A", (), PIECES, 2, "stop")
+    content = Reply("chat", "b", "f", Letters(), 2).whole([part], usage(1, 2))["choices"][0]["logprobs"]["content"]  # type: ignore[arg-type]
+    assert content[0] == {
+        "token": "A",
+        "bytes": [65],
+        "logprob": -0.5,
+        "top_logprobs": [
+            {"token": "A", "bytes": [65], "logprob": -0.5},
+            {"token": "B", "bytes": [66], "logprob": -1.5},
+        ],
+    }
+    assert (content[1]["bytes"], content[1]["token"], content[1]["logprob"]) == ([200], "\ufffd", -9999.0)
+    columns = Reply("text", "b", "f", Letters(), 2).whole([part], usage(1, 2))["choices"][0]["logprobs"]  # type: ignore[arg-type]
+    assert columns == {
+        "tokens": ["A", "bytes:\\xc8"],
+        "token_logprobs": [-0.5, -9999.0],
+        "top_logprobs": [{"A": -0.5, "B": -1.5}, {"bytes:\\xc8": -9999.0}],
+        "text_offset": [0, 1],
+    }
+
+
+def test_calls_in_an_answer_and_in_a_stream() -> None:
+    part = Part("", (Call("abcdefghi", "add", '{"a": 1}'),), (), 5, "tool_calls")
+    wanted = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    message = Reply("chat", "b", "f").whole([part], usage(1, 5))["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": None, "refusal": None, "tool_calls": [wanted]}
+    delta = Reply("chat", "b", "f").chunk(0, part, num_calls=2)["choices"][0]["delta"]
+    assert delta == {"tool_calls": [{"index": 2} | wanted]}
 
 
 def test_server_sent_events_keep_characters_and_lines() -> None:

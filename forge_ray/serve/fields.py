@@ -1,0 +1,322 @@
+"""The fields of each request, OpenAI's with Mistral's aliases (level 4; no ray, no torch)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
+NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Wire):
+    """`arguments`: JSON text, or (Mistral's client) the object itself."""
+
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class SaidCall(Wire):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None  # a part of a stream that was sent back
+
+    def for_template(self) -> dict[str, Any]:
+        given = self.function.arguments
+        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class Message(Wire):
+    """One turn. `tool_call_id` and `name` belong to a tool's answer, `tool_calls` and `prefix` to the assistant."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[SaidCall] | None = None
+    prefix: bool = False
+
+    @model_validator(mode="after")
+    def _of_its_role(self) -> Self:
+        for field, role in (
+            ("name", "tool"),
+            ("tool_call_id", "tool"),
+            ("tool_calls", "assistant"),
+            ("prefix", "assistant"),
+        ):
+            if getattr(self, field) and self.role != role:
+                raise ValueError(f"{field}: it belongs to messages of role {role}, not {self.role}")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: it is missing")
+        return self
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+
+    def for_template(self) -> dict[str, Any]:
+        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        if self.content is not None:
+            said["content"] = self.text
+        if self.tool_calls:
+            said["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return said | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
+
+
+class Function(Wire):
+    name: str = Field(pattern=NAME)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @property
+    def schema_(self) -> dict[str, Any]:
+        """What a call's arguments are; without `parameters` an empty object."""
+        return self.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class Tool(Wire):
+    type: Literal["function"] = "function"
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+
+class NamedFunction(Wire):
+    name: str
+
+
+class NamedChoice(Wire):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Wire):
+    name: str = Field(pattern=NAME)
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: it goes with the type json_schema")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The schema of the whole answer as JSON text; "" for free text."""
+        if self.type == "text":
+            return ""
+        schema = self.json_schema.schema_ if self.json_schema else None
+        return json.dumps({"type": "object"} if schema is None else schema, ensure_ascii=False)
+
+
+class StreamOptions(Wire):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class CompletionOptions(Wire):
+    """What both endpoints share. `random_seed` is Mistral's name of `seed`; `top_k` 0 or -1 keeps every token."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    random_seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stop: str | list[str] | None = None
+    n: int | None = Field(None, ge=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=512)
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if "" in self.stops:
+            raise ValueError("stop: an empty string would end every answer")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only allowed when stream is true")
+        if None not in (self.seed, self.random_seed) and self.seed != self.random_seed:
+            raise ValueError(f"random_seed: {self.random_seed} contradicts seed {self.seed}; send one")
+        for token, bias in (self.logit_bias or {}).items():
+            if not (token.isascii() and token.isdigit()) or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias: {token[:20]!r}: {bias} is not a token id with a bias in -100..100")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def first_seed(self) -> int | None:
+        return self.random_seed if self.seed is None else self.seed
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(CompletionOptions):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError(
+                f"max_completion_tokens: {self.max_completion_tokens} contradicts max_tokens {self.max_tokens}; send one"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only allowed when logprobs is true")
+        if any(message.prefix for message in self.messages[:-1]):
+            raise ValueError("messages: only the last one may be a prefix")
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) != len(names):
+            raise ValueError("tools: two of them have the same name")
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise ValueError("tool_choice: a call needs `tools`")
+        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: {self.tool_choice.function.name!r} is none of `tools`")
+        if self.offered and self.response_format and self.response_format.type != "text":
+            raise ValueError("response_format: not together with tools that may be called; set tool_choice to none")
+        if self.offered and self.messages[-1].prefix:
+            raise ValueError("messages: a prefix is not offered together with tools that may be called")
+        return self
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered(self) -> list[Tool]:
+        """Tools that the model sees and may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced(self) -> list[Function]:
+        """Functions of which one must be called; none where the model may answer with a text."""
+        if isinstance(self.tool_choice, NamedChoice):
+            return [tool.function for tool in self.offered if tool.function.name == self.tool_choice.function.name]
+        return [tool.function for tool in self.offered] if self.tool_choice in ("required", "any") else []
+
+
+class CompletionRequest(CompletionOptions):
+    """`prompt`: a text or a list of token ids, or a list of either."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0)
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> Self:
+        if not self.prompts or any(not prompt for prompt in self.prompts):
+            raise ValueError("prompt: it is empty; give a text or token ids")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: log-probabilities of the prompt are not offered; leave out echo or logprobs")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        return prompts_of(self.prompt)
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        return "max_tokens", self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class EmbeddingRequest(Wire):
+    model: str
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    user: str | None = Field(None, max_length=512)
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+
+    @model_validator(mode="after")
+    def _has_inputs(self) -> Self:
+        if not self.inputs or any(not one for one in self.inputs):
+            raise ValueError("input: it is empty; give a text or token ids")
+        return self
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        return prompts_of(self.input)
+
+
+class TokenizeRequest(Wire):
+    """vLLM's: either a `prompt` or `messages`."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: Literal[True] = True
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: send either prompt or messages")
+        if self.messages is None and self.tools:
+            raise ValueError("tools: they go with messages")
+        return self
+
+
+class DetokenizeRequest(Wire):
+    model: str
+    tokens: list[int]
+
+
+def prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
+    """A text, a list of ids or a list of either → the list."""
+    if isinstance(given, str):
+        return [given]
+    return [given] if given and isinstance(given[0], int) else given  # type: ignore[return-value]

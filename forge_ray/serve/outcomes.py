@@ -1,0 +1,79 @@
+"""How the versions behind an alias do, and whether a canary has to go (level 4; pure)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from forge_ray.config.release import AliasRoute, Guard
+
+FAILED = 500  # statuses from here on are the server's fault
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One answer of `version` under `alias`: its status, and seconds per token (0: none was made)."""
+
+    alias: str
+    version: str
+    status: int
+    token_s: float
+
+
+@dataclass
+class Outcomes:
+    """The last answers of every (alias, version), for as long as the longest guard looks back."""
+
+    clock: Callable[[], float] = time.monotonic
+    seen: dict[tuple[str, str], deque[tuple[float, Outcome]]] = field(default_factory=dict)
+    keep_s: float = 3600.0
+
+    def add(self, outcome: Outcome) -> None:
+        answers = self.seen.setdefault((outcome.alias, outcome.version), deque(maxlen=10_000))
+        answers.append((self.clock(), outcome))
+
+    def within(self, alias: str, version: str, seconds: float) -> list[Outcome]:
+        since = self.clock() - min(seconds, self.keep_s)
+        return [outcome for at, outcome in self.seen.get((alias, version), ()) if at >= since]
+
+    def forget(self, alias: str) -> None:
+        """A new route is judged by what follows it."""
+        for key in [key for key in self.seen if key[0] == alias]:
+            del self.seen[key]
+
+    def verdict(self, alias: str, route: AliasRoute) -> str:
+        """Why the route's canaries have to go, or ""."""
+        stable = self.within(alias, route.stable, route.guard.window_s)
+        for version in list(route.versions)[1:]:
+            if why := judge(version, self.within(alias, version, route.guard.window_s), stable, route.guard):
+                return why
+        return ""
+
+
+def judge(version: str, canary: list[Outcome], stable: list[Outcome], guard: Guard) -> str:
+    """Why this canary crosses its bounds, or "". Latency is compared once both have enough answers."""
+    if len(canary) < guard.min_requests:
+        return ""
+    rate = sum(outcome.status >= FAILED for outcome in canary) / len(canary)
+    if rate > guard.max_error_rate:
+        return f"{version}: {rate:.1%} of {len(canary)} answers failed, more than {guard.max_error_rate:.1%}"
+    if len(stable) >= guard.min_requests:
+        own, other = _median(canary), _median(stable)
+        if other and own / other > guard.max_latency_ratio:
+            ratio = own / other
+            rule = f"{guard.max_latency_ratio:g} times is allowed"
+            return f"{version}: {own * 1e3:.0f} ms per token, {ratio:.1f} times the stable one's; {rule}"
+    return ""
+
+
+def _median(outcomes: list[Outcome]) -> float:
+    times = [outcome.token_s for outcome in outcomes if outcome.token_s]
+    return statistics.median(times) if times else 0.0
+
+
+def without_canaries(route: AliasRoute) -> AliasRoute:
+    """The route as it was before: its stable version alone has weight."""
+    return route.model_copy(update={"versions": {route.stable: 1.0}})

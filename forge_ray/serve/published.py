@@ -1,0 +1,70 @@
+"""The store's facts that serving follows: aliases, archived versions, versions (level 4; no ray, no SQLite).
+
+The events are the truth. A reader that looks every second reads each of them once: their names sort by time and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from forge_ray.aliases import route_of
+from forge_ray.catalog import event_path, following
+from forge_ray.config.release import AliasRoute
+from forge_ray.records import Event, ModelVersion, canonical_json
+from forge_ray.store import Store
+
+
+class Published:
+    """What the store says now; `refresh` reads what is new."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.last: dict[tuple[str, str], Event] = {}
+        self._seen: set[str] = set()
+        self._versions: dict[str, ModelVersion] = {}
+
+    def refresh(self) -> list[Event]:
+        """The events that are new."""
+        new = sorted(set(self.store.list("events")) - self._seen)
+        events = [Event.model_validate(self.store.read_json(path)) for path in new]
+        for event in events:
+            known = self.last.get((event.kind, event.subject))
+            if known is None or known.at <= event.at:
+                self.last[event.kind, event.subject] = event
+        self._seen.update(new)
+        return events
+
+    def of(self, kind: str) -> Iterator[tuple[str, Event]]:
+        """(subject, its last event) of one kind."""
+        return ((subject, event) for (of_kind, subject), event in self.last.items() if of_kind == kind)
+
+    def routes(self) -> dict[str, AliasRoute]:
+        return {name: route for name, event in self.of("alias") if (route := route_of(event))}
+
+    def archived(self) -> set[str]:
+        """Aliases and versions out of use."""
+        names = {name for name, event in self.of("alias") if route_of(event) is None}
+        return names | {version for version, event in self.of("model") if event.data["state"] == "archived"}
+
+    def version(self, identifier: str) -> ModelVersion | None:
+        """A model version's record, with the dataset of its run; None where the store has none."""
+        path = f"records/models/{identifier}.json"
+        if identifier not in self._versions:
+            if not self.store.exists(path):
+                return None
+            version = ModelVersion.model_validate(self.store.read_json(path))
+            self._versions[identifier] = version.model_copy(
+                update={"dataset": version.dataset or self._dataset(version.run)}
+            )
+        return self._versions[identifier]
+
+    def _dataset(self, run: str) -> str:
+        path = f"records/runs/{run}.json"
+        return str(self.store.read_json(path)["dataset"]) if run and self.store.exists(path) else ""
+
+    def append(self, event: Event) -> Event:
+        """Write an event behind the last of its subject."""
+        known = self.last.get((event.kind, event.subject))
+        event = following(event, known.at if known else None)
+        self.store.write_once(event_path(event), canonical_json(event.model_dump(mode="json")))
+        return event

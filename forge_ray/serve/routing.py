@@ -1,0 +1,160 @@
+"""Which version answers which name (level 4; pure).
+
+A `Table` says what an endpoint serves at one moment. It is computed from the store's facts alone, so all who read the same
+facts have the same table, and its digest names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from forge_ray.config.release import AliasRoute, DeployConfig, Rule
+from forge_ray.records import Frozen, ModelVersion, digest
+
+
+class ServedVersion(Frozen):
+    """One version of a table. `engine` names the weights that it runs on: its base's, or its own where full or merged."""
+
+    id: str
+    digest: str
+    weights: Literal["full", "adapter", "merged"]
+    engine: str
+    base: str
+    name: str
+    licence: str
+    run: str
+    dataset: str
+    created_at: str
+
+
+class Table(Frozen):
+    """What an endpoint serves. `gone`: names that were archived. `broken`: versions that could not be loaded, and why."""
+
+    versions: dict[str, ServedVersion]
+    routes: dict[str, AliasRoute]
+    gone: tuple[str, ...] = ()
+    broken: dict[str, str] = {}
+
+    @property
+    def id(self) -> str:
+        return digest(self.model_dump(mode="json"))[len("sha256:") :][:16]
+
+    def base_of(self, route: AliasRoute) -> str:
+        """The full version under a route's stable one."""
+        stable = self.versions.get(route.stable)
+        return stable.base if stable else ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the store says, and what was seen of it."""
+
+    routes: Mapping[str, AliasRoute]
+    archived: frozenset[str]
+    version: Callable[[str], ModelVersion | None]
+
+
+def table_of(config: DeployConfig, facts: Facts, broken: Mapping[str, str], before: Table | None = None) -> Table:
+    """The table that follows from the facts.
+
+    An alias whose stable version is `broken` keeps the route that it had `before`: a bad upload takes nothing away.
+    """
+    versions: dict[str, ServedVersion] = {}
+    routes: dict[str, AliasRoute] = {}
+
+    def add(identifier: str) -> ServedVersion | None:
+        if identifier not in versions and (record := facts.version(identifier)):
+            base = identifier if record.weights == "full" else record.base_model
+            if base != identifier and add(base) is None:
+                return None
+            versions[identifier] = _served(record, base, merged=identifier in config.merged)
+        return versions.get(identifier)
+
+    def add_route(name: str, route: AliasRoute) -> None:
+        if route.stable in broken and before and name in before.routes and before.routes[name].stable not in broken:
+            route = before.routes[name]
+        for identifier in versions_of(route):
+            add(identifier)
+        routes[name] = route
+
+    for name in config.models:
+        if name in facts.routes:
+            add_route(name, facts.routes[name])
+        else:
+            add(name)
+    if config.published:
+        bases = {version.base for version in versions.values()}
+        for name, route in facts.routes.items():
+            stable = facts.version(route.stable)
+            if name not in routes and stable and (stable.base_model or stable.id) in bases:
+                add_route(name, route)
+    return Table(
+        versions=dict(sorted(versions.items())),
+        routes=dict(sorted(routes.items())),
+        gone=tuple(sorted(facts.archived)),
+        broken=dict(sorted(broken.items())),
+    )
+
+
+def versions_of(route: AliasRoute) -> list[str]:
+    """Every version that a route names."""
+    targets = [rule.to for rule in route.rules if rule.to != "base"] + [rule.classifier for rule in route.rules]
+    return [identifier for identifier in (*route.versions, *targets, *route.shadow) if identifier]
+
+
+def _served(record: ModelVersion, base: str, merged: bool) -> ServedVersion:
+    weights: Literal["full", "adapter", "merged"] = "merged" if merged and record.weights == "adapter" else record.weights
+    return ServedVersion(
+        id=record.id,
+        digest=record.files_digest,
+        weights=weights,
+        engine=base if weights == "adapter" else record.id,
+        base=base,
+        name=record.name,
+        licence=record.licence,
+        run=record.run,
+        dataset=record.dataset,
+        created_at=record.created_at,
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a route may look at; `labels`: what each classifier answered."""
+
+    headers: Mapping[str, str]
+    user: str
+    num_prompt_tokens: int
+    labels: Mapping[str, str]
+
+
+def decide(route: AliasRoute, request: Request, draw: float) -> tuple[str, str]:
+    """(version or `base`, why): the first rule that matches, else by weight. `draw` in [0, 1)."""
+    for number, rule in enumerate(route.rules, start=1):
+        if _matches(rule, request):
+            return rule.to, f"rule {number}"
+    total, passed = sum(route.versions.values()), 0.0
+    for version, weight in route.versions.items():
+        passed += weight / total
+        if draw < passed and weight:
+            return version, "stable" if version == route.stable else "canary"
+    return route.stable, "stable"  # rounding left `draw` above the sum
+
+
+def _matches(rule: Rule, request: Request) -> bool:
+    wanted = {name.lower(): value for name, value in rule.header.items()}
+    return (
+        all(request.headers.get(name) == value for name, value in wanted.items())
+        and (not rule.user or request.user in rule.user)
+        and (not rule.prompt_tokens_below or request.num_prompt_tokens < rule.prompt_tokens_below)
+        and request.num_prompt_tokens >= rule.prompt_tokens_from
+        and (not rule.classifier or request.labels.get(rule.classifier) == rule.label)
+    )
+
+
+def sticky(name: str, user: str) -> float:
+    """A user's place in [0, 1) for an alias: the same one sees the same version while the weights stand."""
+    return int.from_bytes(hashlib.blake2b(f"{name}\0{user}".encode(), digest_size=8).digest(), "big") / 2**64

@@ -1,0 +1,78 @@
+"""Several answers as one stream, and an answer that ends when its client leaves (level 4; asyncio alone)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before it was answered."""
+
+
+async def merged(streams: Sequence[AsyncGenerator[T, None]], idle_s: float) -> AsyncGenerator[tuple[int, T] | None, None]:
+    """(number of the stream, item) as they come; None where none came for `idle_s` seconds. The first error of a stream ends
+    all of them, and so does closing."""
+    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+
+    async def pump(number: int, stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait((number, item))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
+    running = len(tasks)
+    try:
+        while running:
+            try:
+                if queue.empty():
+                    async with asyncio.timeout(idle_s):
+                        found = await queue.get()
+                else:
+                    found = queue.get_nowait()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                running -= 1
+            else:
+                yield found
+    finally:
+        await _cancelled(*tasks)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; where the client leaves first, `work` is cancelled and `ClientGone` raised. The request's body
+    must have been read."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        await _cancelled(task, gone)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
+    """Ends the tasks and waits until what they hold is closed."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

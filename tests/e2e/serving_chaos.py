@@ -1,0 +1,162 @@
+"""An endpoint behind HAProxy under load while its replicas are killed and its alias moves: a program of its own, because
+HAProxy's switches count only for a Ray that starts after them.
+
+    python tests/e2e/serving_chaos.py STORE --kills 10 --swaps 20 --clients 16
+
+Prints one JSON object: requests, failures with their kinds, kills, swaps, and whether each answer was its version's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "ray")]
+
+from forge_ray.haproxy import set_haproxy
+
+set_haproxy()  # before ray is imported: it reads the switches then
+
+import httpx
+import ray
+from conftest import make_tiny_model
+from endpoint import MESSAGES, make_adapter, register
+
+from forge_ray.catalog import Catalog
+from forge_ray.cluster import connect
+from forge_ray.config.base import parse
+from forge_ray.config.release import AliasRoute, DeployConfig
+from forge_ray.import_model import import_model
+from forge_ray.store import Store
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def prepare(store: Store) -> list[str]:
+    """A store with the tiny model and two adapters; returns the adapters' versions."""
+    with tempfile.TemporaryDirectory() as folder, Catalog(store) as catalog:
+        model = make_tiny_model(Path(folder) / "tiny")
+        base = import_model(catalog, model, "tiny", licence="apache-2.0", alias="tiny")
+        return [register(catalog, make_adapter(model, Path(folder) / str(seed), seed), base, "a").id for seed in (1, 2)]
+
+
+async def load(url: str, clients: int, stop: asyncio.Event, stream: bool) -> tuple[Counter[str], dict[str, set[str]]]:
+    """Clients that ask until `stop`; how their requests ended, and the texts that each version gave."""
+    ends: Counter[str] = Counter()
+    texts: dict[str, set[str]] = {}
+
+    async def one(client: httpx.AsyncClient) -> None:
+        body: dict[str, Any] = {
+            "model": "bot@prod",
+            "messages": MESSAGES,
+            "temperature": 0,
+            "max_tokens": 24,
+            "stream": stream,
+        }
+        while not stop.is_set():
+            try:
+                response = await client.post(f"{url}/v1/chat/completions", json=body)
+            except httpx.HTTPError as error:
+                ends[f"{type(error).__name__}: {error}"] += 1
+                continue
+            if stream:
+                ends[
+                    "ok" if response.text.rstrip().endswith("data: [DONE]") else f"broken stream {response.status_code}"
+                ] += 1
+            else:
+                ends["ok" if response.status_code == 200 else f"{response.status_code} {response.text[:200]}"] += 1
+                if response.status_code == 200:
+                    version = response.headers["x-forge-model-version"]
+                    texts.setdefault(version, set()).add(response.json()["choices"][0]["message"]["content"])
+
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(timeout=120, trust_env=False, limits=limits) as client:
+        await asyncio.gather(*(one(client) for _ in range(clients)))
+    return ends, texts
+
+
+async def chaos(arguments: argparse.Namespace, store: Store, versions: list[str]) -> dict[str, Any]:
+    from forge_ray.serve.board import find_board
+    from forge_ray.serve.deploy import base_url, deploy
+
+    engine = {"precision": "fp32", "page_size": 16, "num_blocks": 256, "max_batch_tokens": 128}
+    with Catalog(store) as catalog:
+        catalog.set_route("bot@prod", AliasRoute(versions={versions[0]: 1}))
+        config = parse(
+            DeployConfig,
+            {"name": "bot", "models": ["tiny"], "port": free_port(), "auth": "none", "engine": engine}
+            | {"replicas": {"min": arguments.replicas, "max": arguments.replicas}},
+        )
+        deployment = deploy(config, catalog, wait_s=180)
+        board = find_board(deployment.id)
+        url, stop, random_ = base_url(config), asyncio.Event(), random.Random(arguments.seed)
+        started = time.monotonic()
+        loading = asyncio.create_task(load(url, arguments.clients, stop, stream=False))
+        kills = swaps = 0
+        while kills < arguments.kills or swaps < arguments.swaps:
+            await asyncio.sleep(0.5)
+            if swaps < arguments.swaps:
+                swaps += 1
+                catalog.set_route("bot@prod", AliasRoute(versions={versions[swaps % 2]: 1}))
+            state = await board.state.remote()
+            seen_now = state["replicas"].values()
+            whole = len(seen_now) >= arguments.replicas and all(seen["live"] and "pid" in seen for seen in seen_now)
+            if kills < arguments.kills and whole:  # one at a time: an endpoint whose every replica is dead cannot answer
+                kills += 1
+                pid = random_.choice(sorted(seen["pid"] for seen in seen_now))
+                os.kill(pid, signal.SIGKILL)
+                while any(seen.get("pid") == pid for seen in (await board.state.remote())["replicas"].values()):
+                    await asyncio.sleep(0.2)
+        await asyncio.sleep(2)
+        stop.set()
+        ends, texts = await loading
+    return {
+        "requests": sum(ends.values()),
+        "failed": sum(count for end, count in ends.items() if end != "ok"),
+        "ends": dict(ends),
+        "answers_per_version": {version: len(found) for version, found in texts.items()},
+        "kills": kills,
+        "swaps": swaps,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("store")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--swaps", type=int, default=20)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    store = Store(arguments.store)
+    versions = prepare(store)
+    connect()
+    try:
+        result = asyncio.run(chaos(arguments, store, versions))
+    finally:
+        from ray import serve
+
+        serve.shutdown()
+        ray.shutdown()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Other people's clients, offline, on one server: `tiny` is the tiny model, `caller` always says the same call."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+import pytest
+from http_server import ENGINE, Fixed, deployment, running
+from pydantic import BaseModel, ConfigDict
+from scripted import Scripted, loaded, saying
+
+from forge_ray.client import Client
+from forge_ray.config.base import parse
+from forge_ray.config.release import EngineConfig
+from forge_ray.data.chat import load_tokenizer_dir
+from forge_ray.errors import ConfigError, NotFound
+from forge_ray.inference.choose import open_engine
+from forge_ray.serve.http import build_http
+from forge_ray.serve.served import Loaded
+
+pytestmark = pytest.mark.e2e
+
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }} <tool_call><|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = 'Let me see. <tool_call>\n{"name": "paint", "arguments": {"colour": "red", "sure": true}}\n</tool_call>'
+MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which colour?"}]
+
+
+class Verdict(BaseModel):
+    """An answer that even a model of random weights can finish."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    colour: Literal["red", "blue"]
+    sure: bool
+
+
+PAINT: Any = {
+    "type": "function",
+    "function": {"name": "paint", "description": "Paints.", "parameters": Verdict.model_json_schema()},
+}
+
+
+@pytest.fixture(scope="module")
+def url(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("clients") / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    config = folder / "config.json"  # tools and their schemas are long in a vocabulary of 400
+    longer = json.loads(config.read_text(encoding="utf-8")) | {"max_position_embeddings": 2048}
+    config.write_text(json.dumps(longer), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    tokenizer = load_tokenizer_dir(folder)
+    engine = open_engine(folder, None, parse(EngineConfig, ENGINE), use_gpu=False)
+    caller = loaded(tokenizer, Scripted(saying(tokenizer, CALL)))
+    tiny = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", tokenizer, (tokenizer.end_of_turn_id,))
+    try:
+        with running(build_http(deployment(Fixed(tiny=tiny, caller=caller)))) as url:
+            yield url
+    finally:
+        engine.close()
+
+
+# ---------------------------------------------------------------- openai, with its strict validation
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, _strict_response_validation=True) as client:
+        yield client
+
+
+def test_openai_chat_and_stream(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "n": 2}
+    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, user="u", metadata={"k": "v"})
+    assert [choice.index for choice in whole.choices] == [0, 1]
+    assert whole.choices[0].logprobs is not None
+    assert len(whole.choices[0].logprobs.content or []) == (whole.usage.completion_tokens if whole.usage else 0) // 2
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    for index in (0, 1):
+        texts = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices if choice.index == index]
+        assert "".join(texts) == whole.choices[index].message.content
+    assert chunks[-1].usage == whole.usage
+
+
+def test_openai_completions(client: openai.OpenAI) -> None:
+    found = client.completions.create(
+        model="tiny", prompt=["one two", "three"], n=2, max_tokens=4, logprobs=2, temperature=0
+    )
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert found.choices[0].logprobs is not None
+    assert len(found.choices[0].logprobs.tokens or []) <= 4
+    # Its type wants a finish reason in every piece of a stream, which OpenAI's own server does not send
+    lenient = openai.OpenAI(base_url=client.base_url, api_key="none")
+    streamed = lenient.completions.create(model="tiny", prompt="one two", max_tokens=4, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == found.choices[0].text
+
+
+def test_openai_structured_answers(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=Verdict, max_tokens=900)
+    assert isinstance(parsed.choices[0].message.parsed, Verdict)
+    loose = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, response_format={"type": "json_object"}, max_tokens=900, logit_bias={"0": -100}
+    )
+    assert (loose.choices[0].message.content or "").lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "paint"}}])
+def test_openai_forced_calls(client: openai.OpenAI, choice: Any) -> None:
+    asked: Any = {"model": "tiny", "messages": MESSAGES, "tools": [PAINT], "tool_choice": choice, "max_tokens": 900}
+    (made,) = client.chat.completions.create(**asked, seed=1).choices
+    assert made.finish_reason == "tool_calls"
+    (call,) = made.message.tool_calls or []
+    assert call.type == "function"
+    Verdict.model_validate_json(call.function.arguments)
+    answered: Any = [
+        *MESSAGES,
+        made.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "done"},
+    ]
+    again = client.chat.completions.create(model="tiny", messages=answered, tools=[PAINT], max_tokens=4)
+    assert again.usage is not None
+    parsed = client.chat.completions.parse(
+        model="tiny",
+        messages=MESSAGES,
+        tools=[openai.pydantic_function_tool(Verdict)],
+        tool_choice="required",
+        max_tokens=900,
+    )
+    (parsed_call,) = parsed.choices[0].message.tool_calls or []
+    assert isinstance(parsed_call.function.parsed_arguments, Verdict)
+
+
+def test_openai_free_calls(client: openai.OpenAI) -> None:
+    (made,) = client.chat.completions.create(model="caller", messages=MESSAGES, tools=[PAINT]).choices
+    assert (made.finish_reason, made.message.content) == ("tool_calls", "Let me see. ")
+    with client.chat.completions.stream(model="caller", messages=MESSAGES, tools=[PAINT]) as stream:
+        stream.until_done()
+        (streamed,) = stream.get_final_completion().choices
+    (call,) = streamed.message.tool_calls or []
+    assert json.loads(call.function.arguments) == {"colour": "red", "sure": True}
+    assert (streamed.finish_reason, streamed.message.content) == ("tool_calls", "Let me see. ")
+
+
+def test_openai_models_embeddings_and_errors(client: openai.OpenAI, url: str) -> None:
+    assert [card.id for card in client.models.list()] == ["tiny", "caller"]
+    assert client.models.retrieve("tiny").owned_by == "forge_ray"
+    plain = client.embeddings.create(model="tiny", input=["one", "two"], encoding_format="float").data
+    # What the client asks for by itself, base64, its own strict validation refuses: it looks before it decodes
+    decoded = openai.OpenAI(base_url=f"{url}/v1", api_key="none").embeddings.create(model="tiny", input=["one", "two"]).data
+    assert decoded[1].embedding == pytest.approx(plain[1].embedding, abs=1e-6)
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(model="other", messages=MESSAGES)
+    assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+    assert unknown.value.request_id
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="tiny", messages=MESSAGES, reasoning_effort="high")
+    assert refused.value.param == "reasoning_effort"
+
+
+def test_openai_async_at_once(url: str) -> None:
+    async def ask() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", _strict_response_validation=True) as client:
+
+            async def one(number: int) -> tuple[str | None, str]:
+                asked: Any = {"model": "tiny", "messages": MESSAGES, "seed": number, "max_tokens": 8}
+                whole = await client.chat.completions.create(**asked)
+                stream = await client.chat.completions.create(**asked, stream=True)
+                return whole.choices[0].message.content, "".join(
+                    [chunk.choices[0].delta.content or "" async for chunk in stream]
+                )
+
+            found = await asyncio.gather(*map(one, range(6)))
+        assert all(whole == streamed for whole, streamed in found)
+        assert len({whole for whole, _ in found}) > 1
+
+    asyncio.run(ask())
+
+
+# ---------------------------------------------------------------- mistralai
+
+
+def test_mistral(url: str) -> None:
+    from mistralai.client import Mistral
+    from mistralai.client.errors import MistralError
+
+    with Mistral(api_key="none", server_url=url) as mistral:
+        asked: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 10}
+        whole = mistral.chat.complete(**asked, random_seed=3)
+        assert whole.usage.completion_tokens
+        assert whole.choices[0].message is not None
+        with mistral.chat.stream(**asked, random_seed=3) as events:
+            pieces = [event.data for event in events]
+        assert (
+            "".join(str(p.choices[0].delta.content or "") for p in pieces if p.choices) == whole.choices[0].message.content
+        )
+        called = mistral.chat.complete(model="tiny", messages=MESSAGES, tools=[PAINT], tool_choice="any", max_tokens=900)
+        (call,) = called.choices[0].message.tool_calls  # type: ignore[union-attr,misc]
+        Verdict.model_validate_json(str(call.function.arguments))
+        with mistral.chat.stream(model="caller", messages=MESSAGES, tools=[PAINT]) as events:
+            found = [call for event in events for c in event.data.choices for call in c.delta.tool_calls or []]
+        assert [call.function.name for call in found] == ["paint"]
+        parsed = mistral.chat.parse(response_format=Verdict, model="tiny", messages=MESSAGES, max_tokens=900)
+        assert isinstance(parsed.choices[0].message.parsed, Verdict)  # type: ignore[index,union-attr]
+        prefix: Any = [*MESSAGES, {"role": "assistant", "content": "It is ", "prefix": True}]
+        continued = mistral.chat.complete(model="tiny", messages=prefix, max_tokens=4)
+        assert str(continued.choices[0].message.content).startswith("It is ")  # type: ignore[union-attr]
+        assert len(mistral.embeddings.create(model="tiny", inputs=["one", "two"]).data) == 2
+        with pytest.raises(MistralError, match="send your own system message") as refused:
+            mistral.chat.complete(**asked, safe_prompt=True)
+        assert (refused.value.status_code, json.loads(refused.value.body)["error"]["param"]) == (400, "safe_prompt")
+
+
+# ---------------------------------------------------------------- langchain
+
+
+def test_langchain(url: str) -> None:
+    from langchain_openai import ChatOpenAI
+
+    def model(name: str, **more: Any) -> Any:
+        return ChatOpenAI(model=name, base_url=f"{url}/v1", api_key="none", max_retries=0, seed=1, **more)  # type: ignore[arg-type]
+
+    tiny = model("tiny", max_tokens=10, temperature=0)
+    whole = tiny.invoke("Which colour?")
+    assert "".join(str(chunk.content) for chunk in tiny.stream("Which colour?")) == whole.content
+    assert whole.usage_metadata["output_tokens"] > 0
+    called = model("caller").bind_tools([PAINT]).invoke("Which colour?")
+    assert [(call["name"], call["args"]) for call in called.tool_calls] == [("paint", {"colour": "red", "sure": True})]
+    forced = model("tiny", max_tokens=900).bind_tools([PAINT], tool_choice="any").invoke("Which colour?")
+    Verdict.model_validate(forced.tool_calls[0]["args"])
+    for method in ("json_schema", "function_calling"):
+        structured = model("tiny", max_tokens=900).with_structured_output(Verdict, method=method)
+        assert isinstance(structured.invoke("Which colour?"), Verdict)
+
+
+# ---------------------------------------------------------------- our own
+
+
+def test_our_own(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Client(url) as client:
+        assert client.models() == ["tiny", "caller"]
+        answer = client.chat("tiny", MESSAGES, max_tokens=4, temperature=0)
+        assert (answer.model_version, answer.route, answer.calls) == ("mv_0", "", ())
+        assert "".join(client.stream_chat("tiny", MESSAGES, max_tokens=4, temperature=0)) == answer.text
+        called = client.chat("caller", MESSAGES, tools=[PAINT])
+        assert (called.finish_reason, called.text) == ("tool_calls", "Let me see. ")
+        assert [(call.name, json.loads(call.arguments)) for call in called.calls] == [
+            ("paint", {"colour": "red", "sure": True})
+        ]
+        with pytest.raises(NotFound):
+            client.chat("other", MESSAGES)
+        with pytest.raises(ConfigError, match="top_q"):
+            client.chat("tiny", MESSAGES, top_q=1)
+
+
+def test_the_key_is_sent_from_the_argument_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_API_KEY", "fk_environment")
+    for given, sent in (("", "Bearer fk_environment"), ("fk_given", "Bearer fk_given")):
+        with Client("http://127.0.0.1:1", api_key=given) as client:
+            assert client._http.headers["authorization"] == sent
+    monkeypatch.delenv("FORGE_API_KEY")
+    with Client("http://127.0.0.1:1") as client:
+        assert "authorization" not in client._http.headers

@@ -1,0 +1,284 @@
+"""Models that change while traffic flows: aliases, canaries, rules, archives, and the end of an endpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from endpoint import MESSAGES, WAIT_S, Endpoint, config, free_port, make_adapter, register
+
+from forge_ray import traffic
+from forge_ray.catalog import Catalog
+from forge_ray.config.base import parse
+from forge_ray.config.release import AliasRoute, Guard
+from forge_ray.errors import ConfigError, NotFound, PolicyError
+from forge_ray.records import ModelVersion
+from forge_ray.store import Store
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def catalog(store: Store) -> Any:
+    with Catalog(store) as catalog:
+        yield catalog
+
+
+@pytest.fixture(scope="module")
+def adapters(catalog: Catalog, endpoint: Endpoint, tiny_model_dir: Path, tmp_path_factory: Any) -> list[ModelVersion]:
+    """Four adapters: one more than the engine holds at once."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return [
+        register(
+            catalog, make_adapter(tiny_model_dir, folder / str(seed), seed, r=4 + 4 * (seed % 2)), endpoint.version, "a"
+        )
+        for seed in range(4)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model_dir: Path, store: Store, adapters: list[ModelVersion]) -> dict[str, str]:
+    """version → its greedy answer by plain transformers and PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+    def answer(model: Any) -> str:
+        ids = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt["input_ids"].shape[1] :]
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    def base() -> Any:
+        return LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+
+    found = {
+        version.id: answer(PeftModel.from_pretrained(base(), store.fetch_dir(f"models/{version.id}")))
+        for version in adapters
+    }
+    return found | {"base": answer(base())}
+
+
+def wait_for(url: str, name: str, version: str) -> None:
+    """Until both replicas answer `name` by `version`."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        found = {httpx.get(f"{url}/v1/models/{name}").json().get("model_version") for _ in range(6)}
+        if found == {version}:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{name} is {found}, not {version}")
+
+
+def test_an_alias_moves_and_answers_are_the_adapters_own(
+    endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
+) -> None:
+    """Names with `:` and `/`; after each move the new adapter's exact answer at once, though the prompt was cached."""
+    name = "ft:tiny:org/support@prod"
+    assert len(set(expected.values())) == 5
+    for version in [*adapters, adapters[0]]:
+        catalog.set_route(name, AliasRoute(versions={version.id: 1}))
+        wait_for(endpoint.url, name, version.id)
+        assert greedy(name) == (expected[version.id], version.id, "stable")
+        assert greedy(version.id)[:2] == (expected[version.id], version.id)
+        assert greedy("tiny")[0] == expected["base"]
+    card = httpx.get(f"{endpoint.url}/v1/models/{name}").json()
+    assert (card["base_model"], card["model_digest"]) == (endpoint.version.id, adapters[0].files_digest)
+
+
+def test_no_request_fails_and_no_answer_is_mixed_while_an_alias_moves(
+    endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
+) -> None:
+    name, one, two = "moving@prod", adapters[0], adapters[1]
+    catalog.set_route(name, AliasRoute(versions={one.id: 1}))
+    wait_for(endpoint.url, name, one.id)
+    stop, seen, failures = threading.Event(), Counter(), []
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                text, version, _ = greedy(name)
+                seen[version, text == expected[version]] += 1
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for version in (two, one) * 3:
+        catalog.set_route(name, AliasRoute(versions={version.id: 1}))
+        wait_for(endpoint.url, name, version.id)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert set(seen) == {(one.id, True), (two.id, True)}
+
+
+def test_a_weighted_set_a_shadow_and_rules(
+    endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
+) -> None:
+    name = "split@prod"
+    one, two, three = adapters[:3]
+    rules = [
+        {"to": three.id, "header": {"X-Domain": "cards"}},
+        {"to": "base", "user": ["guest"]},
+        {"to": "base", "prompt_tokens_from": 400},
+    ]
+    route = parse(AliasRoute, {"versions": {one.id: 50, two.id: 50}, "shadow": [three.id], "rules": rules})
+    catalog.set_route(name, route)
+    wait_for(endpoint.url, name, one.id)
+    answers = Counter(greedy(name) for _ in range(30))
+    assert set(answers) == {(expected[one.id], one.id, "stable"), (expected[two.id], two.id, "canary")}
+    same = {greedy(name, user="alice")[1] for _ in range(6)}
+    assert len(same) == 1  # a user stays with a version
+    assert greedy(name, extra_headers={"X-Domain": "cards"}) == (expected[three.id], three.id, "rule 1")
+    assert greedy(name, user="guest") == (expected["base"], endpoint.version.id, "rule 2")
+
+
+def test_unknown_is_404_archived_is_410_and_a_fallback_is_declared(
+    endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
+) -> None:
+    version = adapters[3]
+    for name, fallback in (("old@prod", ""), ("kind@prod", "base")):
+        catalog.set_route(name, parse(AliasRoute, {"versions": {version.id: 1}, "fallback": fallback}))
+    wait_for(endpoint.url, "kind@prod", version.id)
+    with pytest.raises(openai.NotFoundError, match="not served"):
+        greedy("nobody@prod")
+    catalog.archive(version.id)
+    wait_for_status(endpoint.url, "old@prod", 410)
+    assert greedy("kind@prod") == (expected["base"], endpoint.version.id, "fallback")
+    with pytest.raises(openai.APIStatusError) as gone:
+        greedy("old@prod")
+    assert (gone.value.status_code, gone.value.code) == (410, "model_archived")
+    with pytest.raises(PolicyError, match="archived"):
+        catalog.set_route("new@prod", AliasRoute(versions={version.id: 1}))
+    catalog.archive(version.id, restore=True)
+    wait_for(endpoint.url, "old@prod", version.id)
+    assert greedy("old@prod")[0] == expected[version.id]
+    catalog.set_route("old@prod", None)
+    wait_for_status(endpoint.url, "old@prod", 410)
+
+
+def wait_for_status(url: str, name: str, status: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while {httpx.get(f"{url}/v1/models/{name}").status_code for _ in range(6)} != {status}:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_version_that_cannot_be_loaded_takes_nothing_away(
+    endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any, tmp_path: Path
+) -> None:
+    folder = make_adapter(endpoint_model(catalog, endpoint), tmp_path / "bad", 9)
+    bad = register(catalog, folder, endpoint.version, "bad")
+    path = Path(catalog.store.root) / f"models/{bad.id}/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"torn")
+    catalog.set_route("careful@prod", AliasRoute(versions={adapters[0].id: 1}))
+    wait_for(endpoint.url, "careful@prod", adapters[0].id)
+    catalog.set_route("careful@prod", AliasRoute(versions={bad.id: 1}))
+    deadline = time.monotonic() + WAIT_S
+    while not (broken := board_state(endpoint)["table"]["broken"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "adapter_model.safetensors" in broken[bad.id]
+    assert greedy("careful@prod")[:2] == (expected[adapters[0].id], adapters[0].id)
+    traffic.rollback(catalog, "careful@prod")
+
+
+def endpoint_model(catalog: Catalog, endpoint: Endpoint) -> Path:
+    return catalog.store.fetch_dir(f"models/{endpoint.version.id}")
+
+
+def board_state(endpoint: Endpoint) -> dict[str, Any]:
+    import ray
+
+    from forge_ray.serve.board import find_board
+
+    state: dict[str, Any] = ray.get(find_board(endpoint.deployment.id).state.remote())
+    return state
+
+
+def test_a_canary_that_fails_is_taken_back(endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion]) -> None:
+    import ray
+
+    from forge_ray.serve.board import find_board
+    from forge_ray.serve.outcomes import Outcome
+
+    name, one, two = "canary@prod", adapters[0], adapters[1]
+    catalog.set_route(name, AliasRoute(versions={one.id: 1}))
+    traffic.canary(catalog, name, two.id, 30, Guard(max_error_rate=0.2, min_requests=10))
+    wait_for(endpoint.url, name, one.id)
+    deadline = time.monotonic() + WAIT_S
+    while len(board_state(endpoint)["table"]["routes"].get(name, {"versions": {}})["versions"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    board = find_board(endpoint.deployment.id)
+    failed = [Outcome(name, two.id, 503, 0.0)] * 5 + [Outcome(name, two.id, 200, 0.01)] * 10
+    ray.get(board.report.remote("nobody", {}, failed, ""))
+    while True:
+        with Catalog(catalog.store) as now:  # what the board wrote is seen by a catalogue that is opened after it
+            if now.routes()[name].versions == {one.id: 1.0}:
+                break
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    with Catalog(catalog.store) as now:
+        assert "33.3% of 15 answers failed" in traffic.history(now, name)[-1]["why"]
+
+
+def test_a_killed_replica_comes_back_with_every_published_adapter(
+    endpoint: Endpoint, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
+) -> None:
+    before = board_state(endpoint)["replicas"]
+    pid = next(iter(before.values()))["pid"]
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        now = board_state(endpoint)["replicas"]
+        if (
+            len(now) == 2
+            and pid not in {seen.get("pid") for seen in now.values()}
+            and all(seen["live"] for seen in now.values())
+        ):
+            break
+        time.sleep(0.2)
+    else:
+        raise AssertionError(now)
+    for version in adapters[:3]:
+        answers = {greedy(version.id)[0] for _ in range(6)}
+        assert answers == {expected[version.id]}
+
+
+def test_a_second_application_is_refused_and_a_rejected_version_too(endpoint: Endpoint, catalog: Catalog) -> None:
+    from forge_ray.serve.deploy import deploy, undeploy
+
+    with pytest.raises(ConfigError, match="already serves bot"):
+        deploy(config(free_port(), name="other"), catalog)
+    bad = endpoint.version.model_copy(update={"status": "rejected", "reasons": ("too weak",)}).sealed()
+    catalog.put(bad)
+    with pytest.raises(PolicyError, match="too weak"):
+        deploy(config(free_port(), models=[bad.id]), catalog)
+    with pytest.raises(NotFound, match="running: bot"):
+        undeploy("nothing")
+
+
+def test_undeploying_takes_the_application_away(endpoint: Endpoint, catalog: Catalog) -> None:
+    """Last of this file: it ends the endpoint that the others share."""
+    from ray import serve
+
+    from forge_ray.serve.board import find_board
+    from forge_ray.serve.deploy import undeploy
+
+    undeploy("bot", catalog)
+    states = [event.data["state"] for event in catalog.events("deployment", endpoint.deployment.id)]
+    assert states == ["running", "stopped"]
+    assert "bot" not in serve.status().applications
+    assert find_board(endpoint.deployment.id) is None
