@@ -50,8 +50,8 @@ def tiny_tokenizer() -> Any:
     return fast
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """A random two-layer Llama in fp32 and its tokenizer, as safetensors."""
+def make_tiny_model(folder: Path, num_heads: int = 4) -> Path:
+    """A random two-layer Llama in fp32 and its tokenizer, as safetensors. Heads have 64 / `num_heads` dimensions."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -62,8 +62,8 @@ def make_tiny_model(folder: Path) -> Path:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // 2,
         max_position_embeddings=512,
         initializer_range=0.3,  # wide, so that the argmax is clear and greedy answers differ between prompts
         eos_token_id=tokenizer.eos_token_id,
@@ -78,6 +78,12 @@ def make_tiny_model(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def wide_tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with heads of 32 dimensions: vLLM's CPU attention has none of 16."""
+    return make_tiny_model(tmp_path_factory.mktemp("wide") / "tiny-llama", num_heads=2)
 
 
 @pytest.fixture(scope="session")

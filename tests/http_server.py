@@ -55,7 +55,9 @@ def served(model_dir: Path, name: str = "tiny", **more: Any) -> Served:
     engine = load_engine(model_dir, None, config.engine, use_gpu=False)
     tokenizer = load_tokenizer_dir(model_dir)
     loaded = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", tokenizer, (tokenizer.end_of_turn_id,))
-    return Served(config, "dep_0", Fixed(**{name: loaded}), Metrics("bot", "r0", lambda: [engine.health()]))
+    return Served(
+        config, "dep_0", Fixed(**{name: loaded}), Metrics("bot", "r0", lambda: [engine.health()], lambda: [loaded])
+    )
 
 
 @contextmanager

@@ -12,17 +12,19 @@ import asyncio
 import concurrent.futures
 import contextlib
 import itertools
+import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from forge_ray.config.release import EngineConfig
-from forge_ray.errors import EngineError, RequestError
+from forge_ray.errors import EngineError, PolicyError
 from forge_ray.inference.engine import EngineHealth, FinishReason, Generation, GenerationRequest, Score, Token
-from forge_ray.inference.vllm_settings import check_adapter, engine_arguments, prepare, sampling_params
+from forge_ray.inference.vllm_adapters import ELSEWHERE, servable_adapter
+from forge_ray.inference.vllm_settings import engine_arguments, linear_layers, prepare, refused, sampling_params
 
 STALLED_AFTER_S = 300.0  # one forward pass of a full batch on a slow CPU takes well under a minute
 CLOSE_AFTER_S = 60.0
@@ -50,21 +52,31 @@ def load_vllm_engine(
     With `adapter_dir` the weights that the engine is started with are the base with that adapter.
     """
     on_gpu = prepare(use_gpu)
-    if adapter_dir is not None:
-        check_adapter(adapter_dir, config)
-    engine = VllmEngine(engine_arguments(model_dir, adapter_dir, config, on_gpu), config)
-    if adapter_dir is not None:
-        engine._add("", adapter_dir)
-    return engine
+    if not list(model_dir.glob("*.safetensors")):
+        raise PolicyError(f"{model_dir} has no .safetensors weights", hint="convert the weights to safetensors first")
+    num_adapters = config.max_adapters + (adapter_dir is not None)
+    layers = linear_layers(model_dir) if num_adapters else {}
+    arguments = engine_arguments(model_dir, config, on_gpu, num_adapters, layers)
+    return VllmEngine(arguments, config, layers, adapter_dir)
 
 
 class VllmEngine:
-    """`Engine` over one loaded model; made by `load_vllm_engine`. `arguments` are vLLM's."""
+    """`Engine` over one loaded model; made by `load_vllm_engine`. `arguments` are vLLM's, `layers` those of
+    `servable_adapter`."""
 
-    def __init__(self, arguments: dict[str, Any], config: EngineConfig) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        config: EngineConfig,
+        layers: Mapping[str, tuple[int, int]],
+        adapter_dir: Path | None,
+    ) -> None:
         self.lacks = dict(LACKS)
         self._config = config
         self._numbers = itertools.count(1)
+        self._layers = layers
+        self._scratch = tempfile.TemporaryDirectory(prefix="forge-adapters-")
+        first = self._servable(adapter_dir) if adapter_dir is not None else None
         self._adapter_numbers = itertools.count(1)  # vLLM's ids of adapters; none is used twice
         self._adapters: dict[str, Any] = {}
         self._adapter_lock = threading.Lock()
@@ -83,6 +95,12 @@ class VllmEngine:
             ) from error
         self.max_request_tokens: int = self._llm.model_config.max_model_len
         self._eos = self._llm.tokenizer.eos_token_id if self._llm.tokenizer is not None else None
+        if first is not None:
+            try:
+                self._add("", first)
+            except EngineError:
+                self.close()
+                raise
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Continue all `requests` as one continuous batch; results in the same order."""
@@ -149,8 +167,7 @@ class VllmEngine:
                     f"adapter {name!r} does not fit: {num_loaded} are loaded, engine.max_adapters={most}",
                     hint="unload one, or raise engine.max_adapters",
                 )
-            check_adapter(folder, self._config)
-            self._add(name, folder)
+            self._add(name, self._servable(folder))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter that no pending request names."""
@@ -186,6 +203,7 @@ class VllmEngine:
         with contextlib.suppress(Exception):
             asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(CLOSE_AFTER_S)
         self._stop_loop()
+        self._scratch.cleanup()
 
     async def _shut_down(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -221,6 +239,10 @@ class VllmEngine:
             raise EngineError(f"adapter {name!r} is not loaded in this engine", hint="load_adapter makes it available")
         return lora
 
+    def _servable(self, folder: Path) -> Path:
+        scratch = Path(self._scratch.name) / str(next(self._numbers))
+        return servable_adapter(folder, self._config.max_lora_rank, self._layers, scratch)
+
     def _add(self, name: str, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
@@ -229,10 +251,7 @@ class VllmEngine:
             self._call(self._llm.add_lora(lora))
         except Exception as error:
             self._raise_if_failed()
-            raise EngineError(
-                f"vLLM cannot serve the adapter in {folder}: {error}",
-                hint="serve it merged into its base (deploy.merged), or with engine.kind: transformers",
-            ) from error
+            raise EngineError(f"vLLM cannot serve the adapter in {folder}: {error}", hint=ELSEWHERE) from error
         self._adapters[name] = lora
 
     def _check(self, request: GenerationRequest) -> None:
@@ -254,26 +273,26 @@ class VllmEngine:
                 f" {self.max_request_tokens} (what the model's positions and the cache hold)",
                 hint="shorten the prompt, lower max_new_tokens, or raise engine.num_blocks (on a GPU engine.memory_share)",
             )
+        if request.json_schema and not request.stop_token_ids:
+            raise EngineError("json_schema without stop_token_ids could not end", hint="give the end-of-turn token")
         self._adapter(request.adapter)
 
-    def _stops(self, request: GenerationRequest) -> tuple[int, ...]:
-        """A grammar needs a token to end with, else vLLM would go on without the grammar."""
-        if request.json_schema and not request.stop_token_ids and self._eos is not None:
-            return (self._eos,)
-        return request.stop_token_ids
+    def _ends(self, request: GenerationRequest) -> tuple[int | None, ...]:
+        """What ends an answer and is no part of it. A grammar ends with the tokenizer's own token."""
+        return (*request.stop_token_ids, self._eos) if request.json_schema else request.stop_token_ids
 
     async def _deliver(self, request: GenerationRequest, put: Callable[[list[Token] | EngineError], None]) -> None:
         try:
-            stops = self._stops(request)
-            async for output in self._outputs(request, sampling_params(request, stops, whole=False)):
-                put(_tokens(output.outputs[0], stops, request.num_logprobs))
+            async for output in self._outputs(request, sampling_params(request)):
+                put(_tokens(output.outputs[0], self._ends(request), request.num_logprobs))
         except EngineError as error:
             put(error)
 
     async def _whole(self, request: GenerationRequest) -> Generation:
-        stops = self._stops(request)
-        async for output in self._outputs(request, sampling_params(request, stops, whole=True)):
-            *made, end = _tokens(output.outputs[0], stops, None)
+        made: list[Token] = []
+        async for output in self._outputs(request, sampling_params(request)):
+            made += _tokens(output.outputs[0], self._ends(request), None)
+        end = made[-1]
         assert end.finish_reason is not None
         return Generation(tuple(token.token_id for token in made if token.token_id is not None), end.finish_reason)
 
@@ -283,7 +302,7 @@ class VllmEngine:
             return Score(0.0, 0)
         *before, last = continuation
         request = GenerationRequest((*prompt_ids, *before), max_new_tokens=1)
-        params = sampling_params(request, (), whole=True)
+        params = sampling_params(request)
         params.logprob_token_ids = [last]
         if before:
             params.prompt_logprobs = 0
@@ -318,7 +337,7 @@ class VllmEngine:
                 raise EngineError("the engine was closed", hint=DEAD) from None
             raise
         except VLLMClientError as error:
-            raise RequestError(f"vLLM refuses the request: {error}", hint="change the field that it names") from error
+            raise refused(error) from error
         except VLLMError as error:
             self._raise_if_failed()
             cause = error.__cause__ or error
@@ -342,14 +361,15 @@ async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _tokens(output: Any, stop_token_ids: Sequence[int], num_logprobs: int | None) -> list[Token]:
+def _tokens(output: Any, ends: Sequence[int | None], num_logprobs: int | None) -> list[Token]:
     """What a step of vLLM's adds to a stream; vLLM gives the token that ended it as well, and that one is left out."""
     token_ids = list(output.token_ids)
     if output.finish_reason is not None and output.finish_reason not in FINISH:
         raise EngineError(f"vLLM ended the request: {output.finish_reason}", hint="send the request again")
-    if output.finish_reason == "stop" and token_ids and token_ids[-1] in stop_token_ids:
+    if output.finish_reason == "stop" and token_ids and token_ids[-1] in ends:
         token_ids.pop()
     made = []
     for place, token_id in enumerate(token_ids):

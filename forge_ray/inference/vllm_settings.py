@@ -1,4 +1,4 @@
-"""What `EngineConfig`, an adapter and a request are to vLLM: environment, arguments, limits (level 2).
+"""What `EngineConfig` and a request are to vLLM: environment, arguments, sampling parameters (level 2).
 
 vLLM is imported by the functions here, never before `prepare` has set the environment that it reads on import.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from forge_ray.architecture import empty_model
 from forge_ray.config.release import EngineConfig
-from forge_ray.errors import EngineError, PolicyError
+from forge_ray.errors import EngineError, RequestError
 from forge_ray.hardware import resolve_precision
 from forge_ray.inference.engine import GenerationRequest
 from forge_ray.offline import set_offline_switches
@@ -21,6 +23,7 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 # A page that vLLM's attention kernels can read: on CPUs a multiple of 32, on GPUs of 16
 PAGE_MULTIPLE = {"cpu": 32, "cuda": 16}
 SMALLEST_TOP_P = 1e-6  # keeps the most probable token alone; vLLM takes no 0
+WHITESPACE = r"[ \n\r\t]{0,32}"
 SEED_BITS = 63  # torch's generators take a signed 64-bit integer, and -1 would mean "none" to vLLM
 CPU_CACHE_BYTES = 1 << 26  # passed so that vLLM does not claim 0.9 of main memory; `num_gpu_blocks_override` is what counts
 
@@ -41,7 +44,7 @@ def prepare(use_gpu: bool | None) -> bool:
     """Set the environment, import vLLM, and say whether it computes on a GPU; `EngineError` where it cannot as wanted."""
     set_offline_switches()
     os.environ.update(ENVIRONMENT)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         from vllm.platforms import current_platform
     except ImportError as error:
@@ -61,14 +64,14 @@ def prepare(use_gpu: bool | None) -> bool:
     return on_gpu
 
 
-def engine_arguments(model_dir: Path, adapter_dir: Path | None, config: EngineConfig, on_gpu: bool) -> dict[str, Any]:
+def engine_arguments(
+    model_dir: Path, config: EngineConfig, on_gpu: bool, num_adapters: int, layers: Collection[str]
+) -> dict[str, Any]:
     """Arguments of vLLM's `AsyncEngineArgs`.
 
     On a CPU the cache has `num_blocks` pages; on a GPU it takes what `memory_share` leaves beside the weights. The context
-    is what the model and that cache can hold.
+    is what the model and that cache can hold. `layers` are the names of those that `num_adapters` adapters may change.
     """
-    if not list(model_dir.glob("*.safetensors")):
-        raise PolicyError(f"{model_dir} has no .safetensors weights", hint="convert the weights to safetensors first")
     multiple = PAGE_MULTIPLE["cuda" if on_gpu else "cpu"]
     if config.page_size % multiple:
         raise EngineError(
@@ -89,6 +92,7 @@ def engine_arguments(model_dir: Path, adapter_dir: Path | None, config: EngineCo
         "max_num_seqs": min(config.max_running, config.max_batch_tokens),
         "max_logprobs": -1,
         "language_model_only": True,
+        "structured_outputs_config": {"backend": "guidance"},  # it refuses what it cannot keep; others leave it out
         "disable_log_stats": True,
         "worker_extension_cls": "forge_ray.inference.vllm_worker.EndsWithParent",
     }
@@ -104,39 +108,38 @@ def engine_arguments(model_dir: Path, adapter_dir: Path | None, config: EngineCo
         arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "num_gpu_blocks_override": config.num_blocks + 1}
         arguments |= {"enforce_eager": True}  # compiling takes minutes and gains nothing on CPUs
     arguments["distributed_executor_backend"] = executor
-    num_adapters = config.max_adapters + (adapter_dir is not None)
     if num_adapters:
-        arguments |= {"enable_lora": True, "max_loras": num_adapters, "max_lora_rank": config.max_lora_rank}
+        # On a CPU vLLM gives requests without an adapter the last slot in a batch that has some: it must stay empty
+        num_slots = num_adapters if on_gpu else num_adapters + 1
+        arguments |= {"enable_lora": True, "max_loras": num_slots, "max_lora_rank": config.max_lora_rank}
+        arguments |= {"lora_target_modules": sorted({name.rpartition(".")[2] for name in layers})}
     return arguments
 
 
-def check_adapter(folder: Path, config: EngineConfig) -> None:
-    """`PolicyError` for weights that are not safetensors, `EngineError` for what vLLM cannot serve."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise PolicyError(f"{folder} has no adapter_model.safetensors", hint="export the adapter as safetensors")
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max([int(settings["r"]), *settings.get("rank_pattern", {}).values()])
-    if rank > config.max_lora_rank:
-        raise EngineError(
-            f"the adapter has rank {rank}; this engine serves up to engine.max_lora_rank={config.max_lora_rank}",
-            hint="raise engine.max_lora_rank, or train the adapter with a lower rank",
-        )
-    # vLLM reads one alpha and one rank of the whole adapter, and would scale such layers wrongly without a word
-    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias"):
-        if settings.get(name):
-            raise EngineError(
-                f"the adapter has {name}={settings[name]}, which vLLM does not serve",
-                hint="serve it merged into its base (deploy.merged), or with engine.kind: transformers",
-            )
+def linear_layers(model_dir: Path) -> dict[str, tuple[int, int]]:
+    """The layers that adapters may change: name → inputs and outputs. All linear ones but the head.
+
+    A head that can be adapted costs every token a product with the whole vocabulary, and fails vLLM's engine core when a
+    prompt's log-probabilities are asked for in a batch.
+    """
+    import torch
+
+    model = empty_model(model_dir)
+    head = model.get_output_embeddings()
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
 
 
-def sampling_params(request: GenerationRequest, stop_token_ids: tuple[int, ...], whole: bool) -> Any:
-    """vLLM's `SamplingParams`; `whole` for one output at the end instead of one per step. `EngineError` for values that it
-    does not take."""
+def sampling_params(request: GenerationRequest) -> Any:
+    """vLLM's `SamplingParams`, each step giving what is new; `EngineError` for values that it does not take."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMError
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    schema = _bounded(request.json_schema) if request.json_schema else None
     try:
         return SamplingParams(
             max_tokens=request.max_new_tokens,
@@ -144,15 +147,34 @@ def sampling_params(request: GenerationRequest, stop_token_ids: tuple[int, ...],
             top_p=max(request.top_p, SMALLEST_TOP_P),
             top_k=request.top_k,
             seed=None if request.seed is None else request.seed & ((1 << SEED_BITS) - 1),
-            stop_token_ids=list(stop_token_ids),
-            ignore_eos=True,  # the request lists what ends it
+            stop_token_ids=list(request.stop_token_ids),
+            ignore_eos=schema is None,  # the request lists what ends it; a grammar ends with the tokenizer's own token
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
             logit_bias=dict(request.logit_bias) or None,
             logprobs=request.num_logprobs,
-            structured_outputs=StructuredOutputsParams(json=request.json_schema) if request.json_schema else None,
+            structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.DELTA,
         )
     except (ValueError, VLLMError) as error:
-        raise EngineError(f"vLLM refuses the request: {error}", hint="change the field that it names") from error
+        raise refused(error) from error
+
+
+def _bounded(json_schema: str) -> str:
+    """The schema with a bound on the blanks between two marks: without it a model may go on with blanks for ever."""
+    try:
+        schema = json.loads(json_schema)
+    except ValueError as error:
+        raise EngineError(f"json_schema is not JSON: {error}", hint='for example {"type": "object"}') from None
+    if not isinstance(schema, dict):
+        raise EngineError(
+            f"json_schema: a schema is an object, this is {type(schema).__name__}", hint='for example {"type": "object"}'
+        )
+    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
+
+
+def refused(error: Exception) -> RequestError:
+    """What vLLM says of a request, as ours."""
+    field = "json_schema: " if "grammar" in str(error).lower() else ""
+    return RequestError(f"vLLM refuses the request: {field}{error}", hint="change the field that it names")

@@ -6,6 +6,7 @@ Plain ASGI, so a stream passes through untouched; `front` puts it in its place. 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -25,6 +26,7 @@ from forge_ray.serve.served import Caller, Chosen, Directory, Facts, Loaded
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 CLIENT_CLOSED = 499
+CLOSED_S = 2.0
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 LOG = logging.getLogger("forge_ray.access")
 
@@ -62,6 +64,8 @@ def guarded(
             metrics.request("refused", error.status)
             await refuse(error, sent, {"x-request-id": caller.request_id, **(headers or {})})
         finally:
+            if caller.admission is not None:
+                await _closed(caller)
             if LOG.isEnabledFor(logging.INFO):
                 LOG.info(_line(scope, caller, sent, time.monotonic() - began))
 
@@ -157,6 +161,19 @@ def write_access_log(stream: TextIO | None = None) -> None:
     LOG.handlers[:] = [handler]
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+
+
+async def _closed(caller: Caller) -> None:
+    """Wait until the admission is closed, or close it.
+
+    A stream that is cut while a piece of it is being sent is closed by the event loop, some moments after its response has
+    ended. One that was never begun is closed by nobody.
+    """
+    deadline = time.monotonic() + CLOSED_S
+    while caller.admission is not None and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    if caller.admission is not None:
+        caller.admission.close(0, 0, CLIENT_CLOSED)
 
 
 def _request_id(given: str) -> str:

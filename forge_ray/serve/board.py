@@ -17,15 +17,15 @@ from typing import Any
 
 import ray
 
-from forge_ray.aliases import alias_event
+from forge_ray.aliases import alias_event, route_of
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.keys import ApiKey
-from forge_ray.records import Deployment
+from forge_ray.records import Deployment, Event
 from forge_ray.serve.limits import Counters, Verdict
 from forge_ray.serve.outcomes import Outcome, Outcomes, without_canaries
 from forge_ray.serve.published import Published
-from forge_ray.serve.routing import Facts, Table, table_of
+from forge_ray.serve.routing import Facts, Table, table_of, versions_of
 from forge_ray.store import Store
 
 NAMESPACE = "forge_ray"
@@ -132,8 +132,9 @@ class Board:
 
     async def refresh(self) -> None:
         """Look at the store now."""
-        if self.published.refresh():
-            self.broken = {}  # what was broken may have been mended; preparing tells
+        if new := self.published.refresh():
+            for version in _mentioned(new):  # somebody wants it again: it may have been mended
+                self.broken.pop(version, None)
             self._renew()
 
     def _renew(self) -> None:
@@ -183,6 +184,11 @@ class Board:
                 LOG.error("alias %s rolled back: %s", name, why)
                 self.published.append(alias_event(name, without_canaries(route), f"rolled back: {why}"))
                 self.outcomes.forget(name)
+
+
+def _mentioned(events: list[Event]) -> set[str]:
+    routes = [route for event in events if event.kind == "alias" and (route := route_of(event))]
+    return {version for route in routes for version in versions_of(route)} | {event.subject for event in events}
 
 
 def board_name(deployment: str) -> str:

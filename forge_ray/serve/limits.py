@@ -27,6 +27,7 @@ from forge_ray.serve.served import Admission, Admit, Caller, Chosen, Free, admit
 WINDOW_S = 60.0
 SILENT_S = 30.0  # a replica that was not heard of for so long is dead, and what it ran is over
 BUSY_RETRY_S = 1.0  # requests end at any moment; nobody knows when
+TAKE_S = 2.0  # counters that do not answer for so long are done without
 LOG = logging.getLogger(__name__)
 
 
@@ -154,26 +155,27 @@ def admission(
 
     async def admit(caller: Caller | None, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
         caller = caller or Caller("")
-        key, lease = caller.key, secrets.token_hex(8)  # not the request id, which the client may choose
-        if key is not None:
-            check_grant(caller, chosen.name)
-        if key is not None and (key.rpm or key.tpm or key.concurrency):
-            try:
-                verdict = await take(key, lease, owner, prompt_tokens + most_new_tokens)
-            except Exception:
-                LOG.exception("requests are not counted: the counters do not answer")
-            else:
-                if verdict.reason:
-                    metrics.refused(verdict.reason)
-                    raise _too_much(key, verdict, prompt_tokens + most_new_tokens)
-                caller.headers |= verdict.headers
-        admitted = Admitted(caller, lease, settle, ledger)
+        key, tokens = caller.key, prompt_tokens + most_new_tokens
+        admitted = Admitted(caller, settle, ledger)
         try:
+            if key is not None:
+                check_grant(caller, chosen.name)
+            if key is not None and _is_limited(key):
+                try:
+                    verdict = await asyncio.wait_for(take(key, admitted.lease, owner, tokens), TAKE_S)
+                except Exception:
+                    LOG.exception("requests are not counted: the counters do not answer")
+                else:
+                    if verdict.reason:
+                        metrics.refused(verdict.reason)
+                        raise _too_much(key, verdict, tokens)
+                    caller.headers |= verdict.headers
             admitted.inner = await then(caller, chosen, prompt_tokens, most_new_tokens)
-        except BaseException:
+        except BaseException:  # refused further on, or the client left while the counters were asked
             admitted.give_back(0)
             raise
         caller.name, caller.version, caller.prompt_tokens = chosen.name, chosen.loaded.version, prompt_tokens
+        caller.admission = admitted
         return admitted
 
     return admit
@@ -182,14 +184,18 @@ def admission(
 class Admitted:
     """A request that is being answered."""
 
-    def __init__(self, caller: Caller, lease: str, settle: Callable[..., Awaitable[None]], ledger: Ledger | None) -> None:
-        self._caller, self._lease, self._settle, self._ledger = caller, lease, settle, ledger
-        self._began = time.monotonic()
+    def __init__(self, caller: Caller, settle: Callable[..., Awaitable[None]], ledger: Ledger | None) -> None:
+        self.lease = secrets.token_hex(8)  # not the request id, which the client may choose
         self.inner: Admission = Free()
+        self._caller, self._settle, self._ledger = caller, settle, ledger
+        self._began = time.monotonic()
 
     def close(self, prompt_tokens: int, completion_tokens: int, status: int) -> None:
-        """As `Admission`: tell the access log, the ledger and the counters."""
+        """As `Admission`: tell the access log, the ledger and the counters. A second time does nothing."""
         caller, key = self._caller, self._caller.key
+        if caller.admission is not self:
+            return
+        caller.admission = None
         caller.prompt_tokens, caller.completion_tokens = prompt_tokens, completion_tokens
         if self._ledger is not None:
             self._ledger.add(
@@ -210,10 +216,14 @@ class Admitted:
     def give_back(self, used: int) -> None:
         """Tell the counters that the request ended after `used` tokens."""
         key = self._caller.key
-        if key is not None and (key.rpm or key.tpm or key.concurrency):
-            task = asyncio.ensure_future(self._settle(key.id, self._lease, used))
+        if key is not None and _is_limited(key):
+            task = asyncio.ensure_future(self._settle(key.id, self.lease, used))
             SETTLING.add(task)
             task.add_done_callback(_settled)
+
+
+def _is_limited(key: ApiKey) -> bool:
+    return bool(key.rpm or key.tpm or key.concurrency)
 
 
 SETTLING: set[asyncio.Future[None]] = set()  # a loop keeps no strong reference to its tasks

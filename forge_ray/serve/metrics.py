@@ -1,22 +1,27 @@
 """Prometheus metrics of one replica, and how those of several become one text (level 4; no ray).
 
-`model` is the name that the client sent (an alias, say), `model_version` who answered; `forge_model_info` says which adapter
-on which base a version is. Requests are counted by route and status, answers by name and version.
+`model` is the name that the client sent (an alias, say), `model_version` who answered; `forge_model_info` says which digest
+and adapter a version is. Requests are counted by route and status, answers by name and version.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from forge_ray.inference.engine import EngineHealth
 
+if TYPE_CHECKING:
+    from forge_ray.serve.served import Loaded
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ANSWER = ("deployment", "model", "model_version")
+VERSION = ("model_version", "digest", "adapter")
 UNKNOWN = "unknown"
-MOST_SERIES = 1000  # (name, version) pairs; names come and go while a replica lives, and each costs some 40 series
+MOST_SERIES = 500  # (name, version) pairs; names come and go while a replica lives, and each costs some 60 lines
 
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN_TOKENS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
@@ -25,14 +30,21 @@ WHOLE_REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """What one replica counts. `health` gives the load of its engines, read when somebody looks.
+    """What one replica counts. `health` gives the load of its engines, `ready` the versions that can answer; both are read
+    when somebody looks.
 
     A registry of its own, so that two replicas in one process (a test) do not clash.
     """
 
-    def __init__(self, deployment: str, replica: str, health: Callable[[], Iterable[EngineHealth]] = tuple) -> None:
+    def __init__(
+        self,
+        deployment: str,
+        replica: str,
+        health: Callable[[], Iterable[EngineHealth]] = tuple,
+        ready: Callable[[], Iterable[Loaded]] = tuple,
+    ) -> None:
         self.deployment, self.replica = deployment, replica
-        self._health = health
+        self._health, self._ready = health, ready
         self._pairs: set[tuple[str, str]] = set()
         self._registry = CollectorRegistry()
 
@@ -62,14 +74,14 @@ class Metrics:
         self._running = gauge("requests_running", "Sequences in the batch")
         self._waiting = gauge("requests_waiting", "Sequences that wait in the engine's queue")
         self._held = gauge("tokens_held", "Tokens of sequences that run or wait: prompts and what may still be generated")
-        self._info = gauge("model_info", "1 for each version that is ready to answer", "model_version", "digest", "adapter")
+        self._info = gauge("model_info", "1 for each version that can answer; adapter: its name in the engine", *VERSION)
 
     def request(self, route: str, status: int) -> None:
         """An HTTP request that ended. `route` is the template that matched, never the path that was sent."""
         self._requests.labels(self.deployment, route, str(status)).inc()
 
     def refused(self, reason: str) -> None:
-        """`reason`: key, scope, model, requests, tokens, concurrency, queue."""
+        """`reason`: key, scope; requests, tokens, size, concurrency; queue."""
         self._refused.labels(self.deployment, reason).inc()
 
     def accepted(self, name: str, version: str, prompt_tokens: int, seconds: float) -> None:
@@ -100,20 +112,22 @@ class Metrics:
         self._shadow_tokens.labels(*labels).inc(tokens)
         self._shadowed.labels(*labels).observe(seconds)
 
-    def ready(self, version: str, digest: str, adapter: str) -> None:
-        """A version that can answer from now on; `adapter` is "" where it is full weights."""
-        self._info.labels(self.deployment, version, digest, adapter).set(1)
-
-    def gone(self, version: str, digest: str, adapter: str) -> None:
-        self._info.remove(self.deployment, version, digest, adapter)
-
     def text(self) -> str:
         """The exposition format, with the engines' load as it is now; each sample says which replica it is of."""
         loads = list(self._health())
         self._running.labels(self.deployment).set(sum(load.num_running for load in loads))
         self._waiting.labels(self.deployment).set(sum(load.num_waiting for load in loads))
         self._held.labels(self.deployment).set(sum(load.num_tokens for load in loads))
-        return merged({self.replica: generate_latest(self._registry).decode()})
+        self._info.clear()
+        for loaded in self._ready():
+            self._info.labels(self.deployment, loaded.version, loaded.digest, loaded.adapter).set(1)
+        return merged({self.replica: generate_latest(self).decode()})
+
+    def collect(self) -> Iterator[Metric]:
+        """The families without the times at which their series were made, which double the text; for `generate_latest`."""
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
     def _labels(self, name: str, version: str) -> tuple[str, str, str]:
         if (name, version) not in self._pairs:
@@ -129,34 +143,32 @@ LABEL = re.compile(r'([a-zA-Z_]\w*)="(?:[^"\\]|\\.)*"')
 def merged(texts: Mapping[str, str]) -> str:
     """The expositions of several replicas as one: each family once, each sample with a label `replica`.
 
-    Where two replicas describe a family differently (a roll-out) the first one's text stays. The times at which series were
-    made (`_created`) are left out: they double the text and nobody asks.
+    Where two replicas describe a family differently (a roll-out) the first one's text stays.
     """
     families: dict[str, tuple[dict[str, str], list[str]]] = {}
     for replica, text in texts.items():
-        samples: list[str] = []
+        escaped = replica.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        label, samples = f'{{replica="{escaped}"', list[str]()
         for line in text.split("\n"):
             if line.startswith(("# HELP ", "# TYPE ")):
                 _, kind, name, *_ = line.split(" ", 3)
                 head, samples = families.setdefault(name, ({}, []))
                 head.setdefault(kind, line)
             elif line and not line.startswith("#"):
-                samples.append(_of_replica(line, replica))
-    lines = [
-        line
-        for name, (head, samples) in families.items()
-        if not name.endswith("_created")
-        for line in (*head.values(), *samples)
-    ]
+                samples.append(_labelled(line, label))
+    lines = [line for head, samples in families.values() for line in (*head.values(), *samples)]
     return "".join(line + "\n" for line in lines)
 
 
-def _of_replica(sample: str, replica: str) -> str:
-    if "replica" in LABEL.findall(sample):
+def _labelled(sample: str, label: str) -> str:
+    """`sample` with `label` (`{replica="…"`) as its first, unless it says itself whose it is."""
+    space, brace = sample.index(" "), sample.find("{")
+    if not 0 <= brace < space:
+        return f"{sample[:space]}{label}}}{sample[space:]}"
+    if sample.startswith('{replica="', brace):  # as `Metrics.text` writes it
         return sample
-    escaped = replica.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    end = re.search(r"[{ ]", sample)
-    assert end is not None, f"not a sample: {sample!r}"
-    name, rest = sample[: end.start()], sample[end.start() :]
-    more = f",{rest[1:]}" if rest.startswith("{") and not rest.startswith("{}") else "}" + rest.removeprefix("{}")
-    return f'{name}{{replica="{escaped}"{more}'
+    if sample.startswith("{}", brace):
+        return f"{sample[:brace]}{label}{sample[brace + 1 :]}"
+    if 'replica="' in sample and "replica" in LABEL.findall(sample):
+        return sample
+    return f"{sample[:brace]}{label},{sample[brace + 1 :]}"

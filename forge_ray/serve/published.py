@@ -23,16 +23,16 @@ class Published:
         self._seen: set[str] = set()
         self._versions: dict[str, ModelVersion] = {}
 
-    def refresh(self) -> bool:
-        """Whether an event was new."""
+    def refresh(self) -> list[Event]:
+        """The events that are new."""
         new = sorted(set(self.store.list("events")) - self._seen)
-        for path in new:
-            event = Event.model_validate(self.store.read_json(path))
+        events = [Event.model_validate(self.store.read_json(path)) for path in new]
+        for event in events:
             known = self.last.get((event.kind, event.subject))
             if known is None or known.at <= event.at:
                 self.last[event.kind, event.subject] = event
         self._seen.update(new)
-        return bool(new)
+        return events
 
     def of(self, kind: str) -> Iterator[tuple[str, Event]]:
         """(subject, its last event) of one kind."""

@@ -64,19 +64,20 @@ def table_of(config: DeployConfig, facts: Facts, broken: Mapping[str, str], befo
     """
     versions: dict[str, ServedVersion] = {}
     routes: dict[str, AliasRoute] = {}
+    merged = {facts.routes[name].stable if name in facts.routes else name for name in config.merged}
 
     def add(identifier: str) -> ServedVersion | None:
         if identifier not in versions and (record := facts.version(identifier)):
             base = identifier if record.weights == "full" else record.base_model
             if base != identifier and add(base) is None:
                 return None
-            versions[identifier] = _served(record, base, merged=identifier in config.merged)
+            versions[identifier] = _served(record, base, merged=identifier in merged)
         return versions.get(identifier)
 
     def add_route(name: str, route: AliasRoute) -> None:
         if route.stable in broken and before and name in before.routes and before.routes[name].stable not in broken:
             route = before.routes[name]
-        for identifier in _versions_of(route):
+        for identifier in versions_of(route):
             add(identifier)
         routes[name] = route
 
@@ -95,11 +96,12 @@ def table_of(config: DeployConfig, facts: Facts, broken: Mapping[str, str], befo
         versions=dict(sorted(versions.items())),
         routes=dict(sorted(routes.items())),
         gone=tuple(sorted(facts.archived)),
-        broken={identifier: why for identifier, why in sorted(broken.items()) if identifier in versions},
+        broken=dict(sorted(broken.items())),
     )
 
 
-def _versions_of(route: AliasRoute) -> list[str]:
+def versions_of(route: AliasRoute) -> list[str]:
+    """Every version that a route names."""
     targets = [rule.to for rule in route.rules if rule.to != "base"] + [rule.classifier for rule in route.rules]
     return [identifier for identifier in (*route.versions, *targets, *route.shadow) if identifier]
 

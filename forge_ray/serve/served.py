@@ -67,6 +67,7 @@ class Caller:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     first_token_s: float | None = None
+    admission: Admission | None = None  # as long as it is not closed
 
 
 class Directory(Protocol):
@@ -118,5 +119,6 @@ class Served:
     directory: Directory
     metrics: Metrics
     admit: Admit = admit_all
+    exposition: Callable[[], Awaitable[str]] | None = None  # the metrics of all replicas, where somebody knows them
     # Templates and tokenisation run here, off the event loop; one thread, for tokenizers are not safe to share
     tokenising: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenising"))

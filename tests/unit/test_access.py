@@ -18,13 +18,14 @@ import pytest
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.keys import ApiKey, sha256_of
+from forge_ray.serve import access
 from forge_ray.serve.access import CALLER, LOG, AsgiApp, Granted, authenticated, guarded, scope_of, write_access_log
 from forge_ray.serve.front import front
 from forge_ray.serve.http import build_http
 from forge_ray.serve.limits import Counters
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Chosen, Facts, Served
+from forge_ray.serve.served import Caller, Chosen, Facts, Served
 
 pytestmark = pytest.mark.unit
 
@@ -108,6 +109,8 @@ def test_no_route_answers_without_a_key(served: Served) -> None:
                 assert answer.status_code == 401, (method, path)
                 assert answer.headers["www-authenticate"].startswith('Bearer realm="forge_ray"')
                 assert answer.headers["x-forge-deployment"] == "dep_0"
+                if method == "HEAD":  # has no body
+                    continue
                 error = answer.json()["error"]
                 assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
     assert 'reason="key"}' in served.metrics.text()
@@ -245,6 +248,40 @@ def test_one_line_per_request_without_keys_prompts_or_paths(served: Served, log:
     assert lines[3]["address"] == "127.0.0.1"
     for never in ("x" * 43, "wrong-key", "the prompt", "secret", "what"):
         assert never not in written
+
+
+def test_what_a_broken_stream_used_is_told_before_its_line_is_written(
+    served: Served, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "CLOSED_S", 0.1)
+    closed: list[tuple[int, int, int]] = []
+
+    class Open:
+        """An admission as `limits` gives it."""
+
+        def __init__(self, caller: Caller) -> None:
+            self.caller = caller
+
+        def close(self, prompt_tokens: int, completion_tokens: int, status: int) -> None:
+            self.caller.admission, self.caller.completion_tokens = None, completion_tokens
+            closed.append((prompt_tokens, completion_tokens, status))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        caller = scope["state"]["caller"]
+        caller.admission = admission = Open(caller)
+        if scope["path"] == "/v1/late":
+            asyncio.get_running_loop().call_later(0.02, admission.close, 5, 7, 499)
+        raise asyncio.CancelledError
+
+    async def use(path: str) -> None:
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        with pytest.raises(asyncio.CancelledError):
+            await guarded(app, None, served.metrics)(scope, None, None)
+
+    asyncio.run(use("/v1/late"))
+    asyncio.run(use("/v1/never"))
+    assert closed == [(5, 7, 499), (0, 0, 499)]
+    assert [json.loads(line)["completion_tokens"] for line in log.getvalue().splitlines()] == [7, 0]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from forge_ray.serve.served import Caller, Chosen, Free
 pytestmark = pytest.mark.unit
 
 
-def at_once(step: Coroutine[Any, Any, Any]) -> Any:
+def finished(step: Coroutine[Any, Any, Any]) -> Any:
     """What it gives without ever waiting: two callers cannot come between each other."""
     try:
         step.send(None)
@@ -39,13 +39,13 @@ class Counted:
 
     def take(self, tokens: int = 1, owner: str = "r0") -> Verdict:
         self.number += 1
-        return at_once(self.counters.take(self.key, str(self.number), owner, tokens))
+        return finished(self.counters.take(self.key, str(self.number), owner, tokens))
 
     def settle(self, lease: int, used: int) -> None:
-        at_once(self.counters.settle(self.key.id, str(lease), used))
+        finished(self.counters.settle(self.key.id, str(lease), used))
 
     def renew(self, owner: str) -> None:
-        at_once(self.counters.renew(owner))
+        finished(self.counters.renew(owner))
 
 
 def test_requests_in_any_sixty_seconds() -> None:
@@ -241,6 +241,27 @@ def test_what_comes_after_may_refuse_and_then_nothing_was_taken() -> None:
             with pytest.raises(ApiError, match="closed"):
                 await admit(caller(counted), CHOSEN, 10, 90)
             await asyncio.sleep(0)
+
+    asyncio.run(use())
+
+
+def test_a_client_that_leaves_while_the_counters_are_asked_holds_nothing() -> None:
+    counted = Counted(concurrency=1)
+
+    async def slow(*arguments: Any) -> Verdict:
+        verdict = await counted.counters.take(*arguments)
+        await asyncio.sleep(10)
+        return verdict
+
+    async def use() -> None:
+        metrics = Metrics("bot", "r0")
+        asking = asyncio.create_task(admission(slow, counted.counters.settle, "r0", metrics)(caller(counted), CHOSEN, 1, 1))
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.sleep(0)
+        await admission(counted.counters.take, counted.counters.settle, "r0", metrics)(caller(counted), CHOSEN, 1, 1)
 
     asyncio.run(use())
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -12,12 +19,15 @@ from forge_ray.serve.metrics import Metrics, merged
 pytestmark = pytest.mark.unit
 
 
+READY: list[Any] = [SimpleNamespace(version="mv_1", digest="sha256:0", adapter="a1")]
+
+
 def used(replica: str = "r0", name: str = "support@prod") -> Metrics:
     """Metrics in which everything happened once."""
-    metrics = Metrics("bot", replica, lambda: [EngineHealth(True, "", 3, 2, 500), EngineHealth(True, "", 1, 0, 20)])
+    loads = [EngineHealth(True, "", 3, 2, 500), EngineHealth(True, "", 1, 0, 20)]
+    metrics = Metrics("bot", replica, lambda: loads, lambda: READY)
     metrics.request("/v1/models", 200)
     metrics.refused("tokens")
-    metrics.ready("mv_1", "sha256:0", "mv_1")
     metrics.accepted(name, "mv_1", 12, 0.003)
     metrics.token(name, "mv_1", 0.2, first=True)
     metrics.token(name, "mv_1", 0.03, first=False, count=2)
@@ -49,16 +59,17 @@ def test_what_happened_is_in_the_exposition() -> None:
     assert found["forge_requests_running", "bot", "r0"] == 4
     assert found["forge_requests_waiting", "bot", "r0"] == 2
     assert found["forge_tokens_held", "bot", "r0"] == 520
-    assert found["forge_model_info", "mv_1", "bot", "sha256:0", "mv_1", "r0"] == 1
+    assert found["forge_model_info", "a1", "bot", "sha256:0", "mv_1", "r0"] == 1
     # a shadow costs nobody tokens and counts as no answer
     assert found["forge_shadow_answers_total", "bot", "support@prod", "mv_2", "r0", "503"] == 1
     assert found["forge_shadow_tokens_total", "bot", "support@prod", "mv_2", "r0"] == 9
     assert not [key for key in found if key[0] == "forge_answers_total" and "mv_2" in key]
 
 
-def test_a_version_that_left_is_not_listed() -> None:
+def test_a_version_that_left_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = used()
-    metrics.gone("mv_1", "sha256:0", "mv_1")
+    assert "forge_model_info{" in metrics.text()
+    monkeypatch.setattr(sys.modules[__name__], "READY", [])
     assert "forge_model_info{" not in metrics.text()
 
 
@@ -90,3 +101,45 @@ def test_names_beyond_the_bound_share_one_series(monkeypatch: pytest.MonkeyPatch
     found = values(metrics.text())
     assert found["forge_prompt_tokens_total", "bot", "a", "mv_1", "r0"] == 2
     assert found["forge_prompt_tokens_total", "bot", "unknown", "unknown", "r0"] == 2
+
+
+# ---------------------------------------------------------------- the dashboard
+
+DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "forge-serving.json"
+SELECTED = re.compile(r"(forge_\w+)(?:\{([^}]*)\})?")
+
+
+def expressions(board: Any) -> list[str]:
+    queries = [variable["query"]["query"] for variable in board["templating"]["list"] if variable["type"] == "query"]
+    return queries + [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+
+
+def test_every_metric_and_label_of_the_dashboard_exists() -> None:
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(used().text()):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    asked = expressions(json.loads(DASHBOARD.read_text()))
+    assert len(asked) > 20
+    seen = set()
+    for expression in asked:
+        assert expression.count("(") == expression.count(")")
+        found = SELECTED.findall(expression)
+        assert found, expression
+        for name, selectors in found:
+            assert name in labels, expression
+            assert set(re.findall(r"(\w+)=~?\"", selectors)) <= labels[name], expression
+            seen.add(name)
+        grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
+        assert grouped <= set.union(*(labels[name] for name, _ in found)), expression
+    # and nothing that is counted is left unseen
+    shown = {name.removesuffix("_bucket").removesuffix("_total") for name in seen}
+    families = {family.name for family in text_string_to_metric_families(used().text())}
+    assert families == shown
+
+
+def test_panels_do_not_overlap() -> None:
+    places = [panel["gridPos"] for panel in json.loads(DASHBOARD.read_text())["panels"]]
+    covered = [(x, y) for at in places for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])]
+    assert len(covered) == len(set(covered))
+    assert max(x for x, _ in covered) < 24
