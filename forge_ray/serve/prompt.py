@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
-
-import jsonschema
 
 from forge_ray.config.release import Limits
 from forge_ray.data.chat import ChatTokenizer
 from forge_ray.data.schema import Reject
 from forge_ray.inference.engine import GenerationRequest
+from forge_ray.serve.conform import check_strict
 from forge_ray.serve.fields import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest, Message, Tool
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.served import Loaded
@@ -67,15 +65,13 @@ def _chat_prompt(tokenizer: ChatTokenizer, wanted: ChatRequest) -> Prompt:
             ids += tokenizer.piece_ids(said.text)
         except Reject as error:
             raise ApiError(400, str(error), param="messages") from None
+    for tool in wanted.offered:
+        if tool.function.strict:
+            check_strict(tool.function)
     begun: tuple[Beginning, ...] = ()
-    for function in wanted.forced:
-        check_schema(function.schema_, "tools")
     if wanted.forced:
         begun = beginnings(tokenizer, wanted.forced, several=wanted.parallel_tool_calls is not False)
-    schema = ""
-    if wanted.response_format is not None and (schema := wanted.response_format.text):
-        json_schema = wanted.response_format.json_schema
-        check_schema(json_schema.schema_ if json_schema else None, "response_format")
+    schema = wanted.response_format.text if wanted.response_format is not None else ""
     return Prompt(tuple(ids), said.text if said else "", begun, schema)
 
 
@@ -102,15 +98,6 @@ def ids_of(tokenizer: ChatTokenizer, text: str | Sequence[int], param: str) -> t
     if outside:
         raise ApiError(400, f"{param}: token id {outside[0]} is not in 0..{tokenizer.vocab_size - 1}", param=param)
     return tuple(text)
-
-
-def check_schema(schema: Any, param: str) -> None:
-    """`ApiError` where it is no JSON schema."""
-    try:
-        jsonschema.Draft202012Validator.check_schema(schema or {})
-    except (jsonschema.SchemaError, RecursionError) as error:
-        reason = getattr(error, "message", "nested too deeply")
-        raise ApiError(400, f"{param}: not a JSON schema: {str(reason)[:200]}", param=param) from None
 
 
 def choices_of(
