@@ -131,7 +131,7 @@ def choices_of(
                 temperature=1.0 if wanted.temperature is None else wanted.temperature,
                 top_p=1.0 if wanted.top_p is None else wanted.top_p,
                 top_k=max(wanted.top_k or 0, 0),
-                seed=None if seed is None else seed + number,
+                seed=None if seed is None else _signed_64(seed + number),
                 stop_token_ids=loaded.stop_token_ids,
                 presence_penalty=wanted.presence_penalty or 0.0,
                 frequency_penalty=wanted.frequency_penalty or 0.0,
@@ -146,6 +146,11 @@ def choices_of(
     ]
     _refuse_what_is_lacking(loaded, wanted, choices[0])
     return choices
+
+
+def _signed_64(seed: int) -> int:
+    """The largest seed is followed by the smallest."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _refuse_what_is_lacking(loaded: Loaded, wanted: ChatRequest | CompletionRequest, choice: Choice) -> None:

@@ -204,6 +204,11 @@ def test_choices_have_seeds_of_their_own_and_usage_counts_all(api: Api) -> None:
     assert api.tally.asked[-2] == (one["prompt_tokens"], 3 * 1024)
 
 
+def test_the_largest_seed_is_followed_by_the_smallest(api: Api) -> None:
+    api.chat(seed=(1 << 63) - 1, n=2)
+    assert [request.seed for request in api.engine.requests] == [(1 << 63) - 1, -(1 << 63)]
+
+
 def test_prompts_times_n_in_order(api: Api) -> None:
     api.engine.script = lambda request: ids_of(api.tokenizer, f"{len(request.prompt_ids)}.{request.seed}")
     body = api.text(prompt=[[40], [40, 50]], n=2, seed=1)
@@ -597,6 +602,21 @@ def test_errors_have_one_shape(api: Api, method: str, path: str, status: int) ->
 
 def test_a_body_that_is_too_large(api: Api) -> None:
     assert api.refused(status=413, user="x" * 70000)["code"] == "request_too_large"
+
+
+def test_prompts_longer_than_the_deployment_allows(api: Api) -> None:
+    limits = {"max_prompt_tokens": 20, "max_new_tokens": 5}
+    with running(build_http(deployment(api.served.directory, limits=limits))) as url:
+        sizes = {}
+        for words in (1, 30):
+            body = {"model": "tiny", "prompt": "one " * words}
+            response = httpx.post(f"{url}/v1/completions", json=body)
+            sizes[words] = response.status_code
+        assert sizes == {1: 200, 30: 400}
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+        embedded = httpx.post(f"{url}/v1/embeddings", json={"model": "tiny", "input": "one " * 30})
+        assert (embedded.status_code, embedded.json()["error"]["param"]) == (400, "input")
+    assert api.asked().max_new_tokens == 5
 
 
 def test_what_admission_refuses_is_the_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
