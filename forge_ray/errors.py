@@ -72,6 +72,13 @@ class EngineError(ForgeError, RuntimeError):
     code = "engine"
 
 
+class RequestError(EngineError):
+    """A request that the engine can never answer, such as a schema that makes no grammar: its sender must change it."""
+
+    code = "request"
+    exit_code = EXIT_USAGE
+
+
 class PolicyError(ForgeError, PermissionError):
     """Refused by policy: an unsafe model directory, a rejected version, a gate not passed."""
 

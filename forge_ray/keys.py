@@ -8,9 +8,11 @@ guards what a person could have chosen, and nobody searches 2^256. What is known
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import secrets
+import threading
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
@@ -26,6 +28,8 @@ from forge_ray.store import Store
 Scope = Literal["chat", "metrics", "admin"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 PATTERN = re.compile(r"(fk_[0-9a-f]{12})_[A-Za-z0-9_-]{43}")
+LOCAL_POLL_S, REMOTE_POLL_S = 0.5, 3.0
+LOG = logging.getLogger(__name__)
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -162,6 +166,14 @@ class KeyTail:
         if self._events.refresh():
             self.keys = _by_sha256(self._events.subjects.values())
         return self.keys
+
+    def follow(self, closing: threading.Event) -> None:
+        """Refresh until `closing` is set. While the store cannot be read, the keys that are known stay."""
+        while not closing.wait(LOCAL_POLL_S if self._events.store.is_local else REMOTE_POLL_S):
+            try:
+                self.refresh()
+            except Exception:
+                LOG.exception("keys cannot be read")
 
 
 def _names(store: Store) -> set[str]:

@@ -168,7 +168,7 @@ class DeployConfig(Config):
     models: tuple[str, ...] = Field(min_length=1, description="aliases and versions; the base of each is served too")
     published: bool = Field(True, description="also every alias of the store whose base is one of theirs, now and later")
     merged: tuple[str, ...] = Field(
-        (), description="adapter versions that get an engine of their own, merged into their base"
+        (), description="adapters (aliases or versions) that get an engine of their own, merged into their base"
     )
     aliases: dict[str, AliasRoute] = Field({}, description="set when the file is deployed, as `forge alias set` would")
     host: str = Field("127.0.0.1", description="loopback unless told")

@@ -23,6 +23,27 @@ class RunConfig(Config):
     deploy: DeployConfig | None = None
 
     @model_validator(mode="after")
+    def _can_be_served(self) -> Self:
+        """What is trained here must be able to answer there: said before the first GPU hour, not after the last."""
+        adapter, deploy = self.train.adapter, self.deploy
+        if adapter is None or deploy is None or self.release.alias in deploy.merged:
+            return self
+        engine, merged = deploy.engine, f"or list {self.release.alias!r} in deploy.merged"
+        if adapter.r > engine.max_lora_rank:
+            raise ValueError(
+                f"train.adapter.r={adapter.r} exceeds deploy.engine.max_lora_rank={engine.max_lora_rank}: it could not be"
+                f" served hint: lower r, raise max_lora_rank, {merged}"
+            )
+        if not engine.max_adapters:
+            raise ValueError(
+                f"deploy.engine.max_adapters=0 serves no adapters, and train.adapter makes one hint: raise it, {merged}"
+            )
+        if adapter.method == "dora" or adapter.target_parameters:
+            what = "method=dora" if adapter.method == "dora" else f"target_parameters={list(adapter.target_parameters)}"
+            raise ValueError(f"an adapter with {what} is not served beside others hint: use lora, {merged}")
+        return self
+
+    @model_validator(mode="after")
     def _rows_can_be_shared(self) -> Self:
         length, size = self.data.sequence_length, self.train.sequence_parallel
         if length % size:

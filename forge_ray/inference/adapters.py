@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from forge_ray.errors import EngineError, PolicyError
-from forge_ray.inference.projection import Projection, Rows, Stack, Weight
+from forge_ray.inference.projection import Product, Projection, Rows, Stack, Weight
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -56,8 +56,8 @@ class Adapters:
     """Those that are loaded, and which row of the running step has which. `load` may be called while a step runs; `use`
     belongs to the thread that runs it."""
 
-    def __init__(self, projections: Mapping[str, Projection], rows: Rows) -> None:
-        self._projections = projections
+    def __init__(self, products: Sequence[Product], rows: Rows) -> None:
+        self._products = products
         self._rows = rows
         self._loaded: dict[str, Lora] = {}
         self._resident: tuple[str, ...] = ()
@@ -89,23 +89,30 @@ class Adapters:
             self._reside(tuple(sorted(active)))
         number = {name: index for index, name in enumerate(self._resident)}
         rows = chain.from_iterable(repeat(number.get(name, -1), n) for name, n in zip(names, counts or [1], strict=True))
-        device = next(iter(self._projections.values())).weight.device
+        device = self._products[0].weight.data.device
         self._rows.adapters = torch.tensor(list(rows), device=device)
 
     def _reside(self, names: tuple[str, ...]) -> None:
         """Put these side by side in every layer that one of them changes."""
         self._resident = names
-        for layer, projection in self._projections.items():
-            parts = [
-                (i, self._loaded[name].parts[layer]) for i, name in enumerate(names) if layer in self._loaded[name].parts
-            ]
-            projection.stack = None
-            if parts:
-                projection.stack = Stack(
-                    down=Weight(torch.cat([down for _, (down, _) in parts])),
-                    up=Weight(torch.cat([up for _, (_, up) in parts], dim=1)),
-                    columns=tuple(chain.from_iterable(repeat(i, down.shape[0]) for i, (down, _) in parts)),
-                )
+        for product in self._products:
+            product.stack = _stack(product, [self._loaded[name] for name in names])
+
+
+def _stack(product: Product, loras: Sequence[Lora]) -> Stack | None:
+    """Each adapter's columns write to the rows of their own layer alone."""
+    downs, ups, columns = [], [], []
+    ends = list(accumulate(product.sizes))
+    for number, lora in enumerate(loras):
+        for layer, end, size in zip(product.names, ends, product.sizes, strict=True):
+            if layer in lora.parts:
+                down, up = lora.parts[layer]
+                downs.append(down)
+                ups.append(torch.nn.functional.pad(up, (0, 0, end - size, ends[-1] - end)))
+                columns += [number] * down.shape[0]
+    if not downs:
+        return None
+    return Stack(Weight(torch.cat(downs)), Weight(torch.cat(ups, dim=1)), tuple(columns))
 
 
 def read_adapter(folder: Path, layers: Mapping[str, Layer], max_rank: int | None, like: torch.Tensor) -> Lora:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from forge_ray.errors import EngineError
+from forge_ray.errors import EngineError, RequestError
 
 MAX_GRAMMARS = 64  # compiled schemas kept; a product has a handful
 MAX_SCHEMA_CHARS = 1 << 16
@@ -31,22 +31,22 @@ class Grammars:
         self._compiled = lru_cache(maxsize=MAX_GRAMMARS)(self._compile)
 
     def matcher(self, schema: str, stop_token_ids: tuple[int, ...]) -> Matcher:
-        """A fresh matcher for one answer; `EngineError` if `schema` cannot be compiled."""
+        """A fresh matcher for one answer; `RequestError` if `schema` cannot be compiled."""
         return Matcher(self._compiled(schema).deep_copy(), self._tokenizer.eos_tokens, stop_token_ids, self._vocab_size)
 
     def _compile(self, schema: str) -> Any:
         from llguidance import LLMatcher
 
         if len(schema) > MAX_SCHEMA_CHARS:
-            raise EngineError(
+            raise RequestError(
                 f"json_schema: {len(schema)} characters; at most {MAX_SCHEMA_CHARS}", hint="send a smaller schema"
             )
         try:
             parsed = json.loads(schema)
         except ValueError as error:
-            raise EngineError(f"json_schema is not JSON: {error}", hint='for example {"type": "object"}') from None
+            raise RequestError(f"json_schema is not JSON: {error}", hint='for example {"type": "object"}') from None
         if not isinstance(parsed, dict):
-            raise EngineError(
+            raise RequestError(
                 f"json_schema: a schema is an object, this is {type(parsed).__name__}", hint='for example {"type": "object"}'
             )
         parsed.pop("x-guidance", None)  # settings of the compiler, which are not the sender's to choose
@@ -54,7 +54,7 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             reason = str(matcher.get_error()).strip().splitlines()[0]
-            raise EngineError(
+            raise RequestError(
                 f"json_schema cannot be compiled: {reason}", hint="leave the named keyword out, or say it in another way"
             )
         return matcher

@@ -6,12 +6,14 @@ goes into rearranging it otherwise. That layout is of the same numbers, so nothi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # given the same tensor, where the module has them all
 ROWS = 16  # of a typical step: oneDNN chooses the layout for it
 
 
@@ -59,35 +61,63 @@ class Rows:
 
 @dataclass(frozen=True)
 class Stack:
-    """The adapters of one layer side by side: `down` [all ranks, in], `up` [out, all ranks] with the scale in it."""
+    """The adapters of one product side by side: `down` [all ranks, in], `up` [out, all ranks] with the scale in it."""
 
     down: Weight
     up: Weight
     columns: tuple[int, ...]  # the adapter of each rank
 
 
-class Projection(nn.Module):
-    """Takes the place of an `nn.Linear`."""
+class Product:
+    """One linear layer, or several that are given the same tensor and are multiplied at once (query, key and value). `stack`
+    is set by `adapters.py`."""
 
-    def __init__(self, linear: nn.Linear, rows: Rows) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.product = Weight(linear.weight)
-        self.bias = linear.bias
+    def __init__(self, linears: Mapping[str, nn.Linear], rows: Rows) -> None:
+        self.names = tuple(linears)
+        self.sizes = [linear.out_features for linear in linears.values()]
+        self.weight = Weight(torch.cat([linear.weight.detach() for linear in linears.values()]))
+        self.bias: torch.Tensor | None = None
+        if any(linear.bias is not None for linear in linears.values()):
+            self.bias = torch.cat([_bias(linear) for linear in linears.values()])
         self.rows = rows
         self.stack: Stack | None = None
+        self._given: torch.Tensor | None = None
+        self._parts: tuple[torch.Tensor, ...] = ()
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """What models look at for its dtype and device."""
-        return self.product.data
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.product.apply(x, self.bias)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.weight.apply(x, self.bias)
         if self.stack is None or self.rows.adapters is None:
             return out
         inner = self.stack.down.apply(x)
         return self.stack.up.add(inner * self.rows.mask(self.stack.columns, inner), out)
+
+    def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """What the layer `index` makes of `x`; the others of the same tensor are kept until the last has asked."""
+        if len(self.names) == 1:
+            return self(x)
+        if self._given is not x:
+            self._given, self._parts = x, self(x).split(self.sizes, dim=-1)
+        part = self._parts[index]
+        if index == len(self.names) - 1:
+            self._given, self._parts = None, ()
+        return part
+
+
+class Projection(nn.Module):
+    """Takes the place of an `nn.Linear`."""
+
+    def __init__(self, linear: nn.Linear, product: Product, index: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.product, self._index = product, index
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What models look at for its dtype and device."""
+        return self.product.weight.data
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product.part(x, self._index)
 
 
 def linear_layers(model: Any) -> dict[str, nn.Linear]:
@@ -102,13 +132,24 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
     }
 
 
-def project(model: Any, rows: Rows) -> dict[str, Projection]:
-    """Replace `linear_layers`, and the language model's head, in place."""
-    found = {name: Projection(linear, rows) for name, linear in linear_layers(model).items()}
-    for name, projection in found.items():
+def project(model: Any, rows: Rows) -> tuple[Product, ...]:
+    """Replace `linear_layers`, and the language model's head, in place. Adapters are for the products that are returned."""
+    linears = linear_layers(model)
+    groups: dict[str, list[str]] = {}
+    for name in linears:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, projection)
+        together = next((group for group in TOGETHER if child in group), (child,))
+        groups.setdefault(f"{parent}.{together[0]}", []).append(name)
+    products = tuple(Product({name: linears[name] for name in names}, rows) for names in groups.values())
+    for product in products:
+        for index, name in enumerate(product.names):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Projection(linears[name], product, index))
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        model.set_output_embeddings(Projection(head, Rows()))
-    return found
+        model.set_output_embeddings(Projection(head, Product({"": head}, Rows()), 0))
+    return products
+
+
+def _bias(linear: nn.Linear) -> torch.Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()

@@ -130,8 +130,9 @@ class TransformersEngine:
         self._closing = False
         self._progress = (-1, time.monotonic())
         rows = Rows()
-        self._projections = project(model, rows)
-        self._adapters = Adapters(self._projections, rows)
+        products = project(model, rows)
+        self._layers: dict[str, Any] = {name: model.get_submodule(name) for one in products for name in one.names}
+        self._adapters = Adapters(products, rows)
         self._own = ""
         if own is not None:
             self._own = OWN
@@ -223,7 +224,7 @@ class TransformersEngine:
         if not name or name == OWN:
             raise EngineError(f"an adapter cannot be named {name!r}", hint="use the digest of its files")
         like = torch.empty(0, dtype=self._model.dtype, device=self._model.device)
-        self._adapters.load(name, read_adapter(folder, self._projections, self._config.max_lora_rank, like))
+        self._adapters.load(name, read_adapter(folder, self._layers, self._config.max_lora_rank, like))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; `EngineError` while a pending request names it."""

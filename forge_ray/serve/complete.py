@@ -8,27 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from forge_ray.errors import EngineError
-from forge_ray.inference.engine import Engine, GenerationRequest
+from forge_ray.serve.choice import answer_choice
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.prompt import Choice, Prompt, choices_of, prompts_of
+from forge_ray.serve.prompt import Prompt, choices_of, prompts_of
 from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, joined, sse, usage
 from forge_ray.serve.served import Admission, Caller, Chosen, Facts, Loaded, Served
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.streams import merged, unless_gone
-from forge_ray.serve.text import Piece, answer
-from forge_ray.serve.tools import Beginning, Call, CallParser, markers
 
 KEEP_ALIVE_S = 10.0  # proxies close what is silent for longer, often after 30 s or 60 s
-ONLY_THESE = 100.0  # a bias that leaves the others no chance
 
 Parts = AsyncGenerator[tuple[int, Part] | None, None]
 
@@ -60,7 +56,7 @@ async def complete(served: Served, shadows: Shadows, request: Request, wanted: C
         wanted.num_logprobs,
         wanted.metadata,
     )
-    streams = [_answer(loaded, wanted, choice) for choice in choices]
+    streams = [answer_choice(loaded, wanted, choice) for choice in choices]
     parts = _measured(served, chosen, merged(streams, KEEP_ALIVE_S), started, caller, admission, num_prompt)
     headers = answered_by(chosen)
     if wanted.stream:
@@ -86,66 +82,6 @@ def answered_by(chosen: Chosen) -> dict[str, str]:
 async def _prompts(served: Served, loaded: Loaded, wanted: ChatRequest | CompletionRequest) -> list[Prompt]:
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(served.tokenising, prompts_of, loaded.tokenizer, wanted)
-
-
-async def _answer(loaded: Loaded, wanted: ChatRequest | CompletionRequest, choice: Choice) -> AsyncGenerator[Part, None]:
-    """One choice: its text, its calls and why it ended."""
-    prompt, generation = choice.prompt, choice.generation
-    parser = None
-    marks = {}
-    if isinstance(wanted, ChatRequest) and wanted.offered:
-        functions = [tool.function for tool in wanted.offered]
-        parser = CallParser(loaded.tokenizer.call_style, functions, wanted.parallel_tool_calls is not False)
-        marks = markers(loaded.tokenizer)
-    if prompt.beginnings and parser is not None:
-        begun = await _chosen_beginning(loaded.engine, generation, prompt.beginnings)
-        generation = replace(generation, prompt_ids=(*prompt.ids, *begun.ids), json_schema=begun.json_schema)
-        parser.push(begun.text)
-    if prompt.said:
-        yield Part(prompt.said)
-    num_calls = 0
-    async with aclosing(answer(loaded.engine, loaded.tokenizer, generation, wanted.stops, marks)) as deltas:
-        async for delta in deltas:
-            pieces = tuple(Piece(piece.token, piece.offset + len(prompt.said)) for piece in delta.pieces)
-            if parser is None:
-                yield Part(delta.text, (), pieces, delta.num_tokens, delta.finish_reason)
-                continue
-            found = parser.push(delta.text)
-            if delta.finish_reason is not None:
-                found += parser.flush()
-            calls = tuple(part for part in found if isinstance(part, Call))
-            num_calls += len(calls)
-            ended = "stop" if parser.finished else delta.finish_reason
-            text = "".join(part for part in found if isinstance(part, str))
-            yield Part(text, calls, pieces, delta.num_tokens, "tool_calls" if ended == "stop" and num_calls else ended)
-            if parser.finished:
-                return
-
-
-async def _chosen_beginning(engine: Engine, request: GenerationRequest, ways: Sequence[Beginning]) -> Beginning:
-    """The one that the model itself would write: where they part, it picks among their next tokens."""
-    at = 0
-    while len(ways) > 1:
-        allowed = sorted({way.ids[at] for way in ways if len(way.ids) > at})
-        token_id: int | None = allowed[0]
-        if len(allowed) > 1:
-            step = replace(
-                request,
-                prompt_ids=(*request.prompt_ids, *ways[0].ids[:at]),
-                max_new_tokens=1,
-                stop_token_ids=(),
-                logit_bias=tuple((token, ONLY_THESE) for token in allowed),
-                num_logprobs=None,
-                json_schema="",
-            )
-            async with aclosing(engine.stream(step)) as tokens:  # type: ignore[type-var]
-                async for token in tokens:
-                    token_id = token.token_id
-                    break
-        # A token that none of them has, in spite of the bias: the first way, for one must be gone
-        ways = [way for way in ways if len(way.ids) > at and way.ids[at] == token_id] or ways[:1]
-        at += 1
-    return ways[0]
 
 
 async def _collected(parts: Parts, num_choices: int) -> list[list[Part]]:

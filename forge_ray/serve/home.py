@@ -25,7 +25,8 @@ from forge_ray.serve.routing import ServedVersion
 from forge_ray.serve.served import Loaded
 from forge_ray.store import Store
 
-IN_USE_S = 2.0  # an adapter chosen so recently may be about to be asked for
+IN_USE_S = 0.5  # an adapter chosen so recently may be about to be asked for
+ROOM_S = 30.0  # a request whose adapter must be loaded waits so long for one that nobody needs
 LOG = logging.getLogger(__name__)
 
 
@@ -103,9 +104,11 @@ class Home:
         return False
 
     def _make_room(self) -> None:
-        for adapter in sorted(self.used, key=self.used.__getitem__):
-            if self._unload(adapter):
+        deadline = time.monotonic() + ROOM_S
+        while time.monotonic() < deadline:
+            if any(self._unload(adapter) for adapter in sorted(self.used, key=self.used.__getitem__)):
                 return
+            time.sleep(0.02)
         raise EngineError(
             f"all {self.max_adapters} adapters in memory are in use",
             hint="send the request again, or raise engine.max_adapters",

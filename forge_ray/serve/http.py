@@ -82,7 +82,8 @@ def build_http(served: Served) -> AsgiApp:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
+        text = await served.exposition() if served.exposition else served.metrics.text()
+        return Response(text, media_type=CONTENT_TYPE)
 
     return _counted(app, served)
 

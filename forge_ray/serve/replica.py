@@ -28,7 +28,7 @@ from forge_ray.serve.home import Homes
 from forge_ray.serve.ledger import Ledger
 from forge_ray.serve.limits import Verdict
 from forge_ray.serve.live import Live
-from forge_ray.serve.metrics import Metrics
+from forge_ray.serve.metrics import Metrics, merged
 from forge_ray.serve.outcomes import Outcome
 from forge_ray.serve.published import Published
 from forge_ray.serve.routing import Table
@@ -61,10 +61,12 @@ class Replica:
             )
         self.live.go_live(table.id)
         self.metrics = Metrics(self.deployment.name, self.name, self.homes.health, lambda: self.live.current.loaded.values())
-        self.served = Served(config, self.deployment.id, self.live, self.metrics, self._admit)
+        self.served = Served(config, self.deployment.id, self.live, self.metrics, self._admit, self._exposition)
         self.keys = KeyTail(Store(store_uri)) if needs_keys(config) else None
         if self.keys is not None:
             self.keys.refresh()
+            # not with the pulse: a board that is away must not keep a revoked key alive
+            threading.Thread(target=self.keys.follow, args=(self.closing,), name="keys", daemon=True).start()
         self.ledger = Ledger(Store(store_uri), self.name)
         for loop in (self._follow, self._pulse):
             threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
@@ -91,6 +93,14 @@ class Replica:
 
     async def _settle(self, *arguments: Any) -> None:
         await self._board().settle.remote(*arguments)
+
+    async def _exposition(self) -> str:
+        """The metrics of all replicas: a scrape reaches one of them, and nobody can choose which."""
+        try:
+            others: dict[str, str] = await self._board().metrics.remote()
+        except ray.exceptions.RayError:
+            others = {}
+        return merged(others | {self.name: self.metrics.text()})
 
     def _board(self) -> Any:
         return board_of(self.deployment, self.store_uri)
@@ -124,8 +134,6 @@ class Replica:
             try:
                 sent, self.outcomes[:] = list(self.outcomes), []
                 ray.get(self._board().report.remote(self.name, self._load(), sent, self.metrics.text()), timeout=BOARD_S)
-                if self.keys is not None:
-                    self.keys.refresh()
             except (ray.exceptions.RayError, TimeoutError):
                 continue
 

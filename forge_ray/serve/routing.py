@@ -64,13 +64,14 @@ def table_of(config: DeployConfig, facts: Facts, broken: Mapping[str, str], befo
     """
     versions: dict[str, ServedVersion] = {}
     routes: dict[str, AliasRoute] = {}
+    merged = {facts.routes[name].stable if name in facts.routes else name for name in config.merged}
 
     def add(identifier: str) -> ServedVersion | None:
         if identifier not in versions and (record := facts.version(identifier)):
             base = identifier if record.weights == "full" else record.base_model
             if base != identifier and add(base) is None:
                 return None
-            versions[identifier] = _served(record, base, merged=identifier in config.merged)
+            versions[identifier] = _served(record, base, merged=identifier in merged)
         return versions.get(identifier)
 
     def add_route(name: str, route: AliasRoute) -> None:

@@ -119,5 +119,6 @@ class Served:
     directory: Directory
     metrics: Metrics
     admit: Admit = admit_all
+    exposition: Callable[[], Awaitable[str]] | None = None  # the metrics of all replicas, where somebody knows them
     # Templates and tokenisation run here, off the event loop; one thread, for tokenizers are not safe to share
     tokenising: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenising"))

@@ -12,6 +12,7 @@ import time
 from contextlib import aclosing
 
 from forge_ray.errors import EngineError
+from forge_ray.serve.choice import answer_choice
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import choices_of, prompts_of
@@ -47,9 +48,9 @@ class Shadows:
             prompts = await loop.run_in_executor(self._served.tokenising, prompts_of, loaded.tokenizer, wanted)
             # The first choice stands for all: a shadow is there to be measured, not to double the load
             choice = choices_of(self._served.config.limits, loaded, wanted, prompts)[0]
-            async with aclosing(loaded.engine.stream(choice.generation)) as tokens:  # type: ignore[type-var]
-                async for token in tokens:
-                    num_tokens += token.token_id is not None
+            async with aclosing(answer_choice(loaded, wanted, choice)) as parts:
+                async for part in parts:
+                    num_tokens = part.num_tokens
         except ApiError as error:
             status = error.status
         except EngineError:

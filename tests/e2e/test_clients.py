@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import openai
 import pytest
 from http_server import ENGINE, Fixed, deployment, running
@@ -184,6 +185,65 @@ def test_openai_async_at_once(url: str) -> None:
         assert len({whole for whole, _ in found}) > 1
 
     asyncio.run(ask())
+
+
+# ---------------------------------------------------------------- each field, on a real engine
+
+
+def test_each_field_changes_what_the_model_says(url: str) -> None:
+    """From the wire to the text: nothing on the way drops one."""
+
+    def ask(path: str = "chat/completions", **more: Any) -> Any:
+        asked = {"messages": MESSAGES} if path == "chat/completions" else {"prompt": "one two three"}
+        body = {"model": "tiny", "seed": 1, "max_tokens": 12, **asked, **more}
+        response = httpx.post(
+            f"{url}/v1/{path}", json={key: item for key, item in body.items() if item is not None}, timeout=60
+        )
+        assert response.status_code == 200, response.text
+        (choice,) = response.json()["choices"]
+        return choice
+
+    def text(**more: Any) -> str:
+        return str(ask(**more)["message"]["content"])
+
+    usual = text()
+    assert usual == text()
+    greedy = text(temperature=0)
+    changes: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1.9},
+        {"top_p": 0.01},
+        {"seed": 2},
+        {"seed": None, "random_seed": 2},
+        {"max_tokens": 3},
+        {"max_tokens": None, "max_completion_tokens": 3},
+        {"stop": usual[3:5]},
+        {"logit_bias": {"40": 100}},
+        {"response_format": {"type": "json_object"}},
+        {"tools": [PAINT]},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "It is", "prefix": True}]},
+    ]
+    for change in changes:
+        assert text(**change) != usual, change
+    long = text(temperature=0, max_tokens=100)  # long enough to say a token twice
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        assert text(temperature=0, max_tokens=100, **{penalty: 2}) != long
+    assert text(top_k=1) == greedy != usual
+    assert text(top_p=0.01) == greedy
+    assert text(tools=[PAINT], tool_choice="none") == usual
+    assert ask(logprobs=True)["logprobs"]["content"]
+    assert {len(entry["top_logprobs"]) for entry in ask(logprobs=True, top_logprobs=3)["logprobs"]["content"]} == {3}
+    columns = ask("completions", logprobs=1, temperature=0)["logprobs"]
+    assert columns["token_logprobs"] == pytest.approx([max(top.values()) for top in columns["top_logprobs"]])
+    assert ask("completions", echo=True)["text"] == "one two three" + ask("completions")["text"]
+    schema = {"enum": ["red", "blue"]}
+    format_: Any = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema}}
+    assert json.loads(text(response_format=format_, max_tokens=60)) in schema["enum"]
+    refused = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string", "pattern": "(?=a)b"}}}
+    response = httpx.post(
+        f"{url}/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, "response_format": refused}, timeout=60
+    )
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
 
 
 # ---------------------------------------------------------------- mistralai

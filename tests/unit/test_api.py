@@ -22,7 +22,7 @@ from scripted import Scripted, ids_of, loaded, saying
 
 from forge_ray.data.chat import load_tokenizer_dir
 from forge_ray.data.hf import HfTokenizer
-from forge_ray.errors import EngineError
+from forge_ray.errors import EngineError, RequestError
 from forge_ray.inference.engine import GenerationRequest, Token
 from forge_ray.serve import complete
 from forge_ray.serve.http import build_http
@@ -310,6 +310,15 @@ def test_what_the_engine_lacks_is_refused_with_the_name_of_the_one_that_has_it(
 def test_refusals_name_the_field(api: Api, sent: dict[str, Any], param: str) -> None:
     assert api.refused(**sent)["param"] == param
     assert not api.engine.requests
+
+
+def test_a_schema_that_the_engine_cannot_keep_is_the_client_s_to_change(api: Api) -> None:
+    api.engine.script = lambda request: [RequestError("json_schema cannot be compiled: no", hint="x")]
+    for stream in (False, True):
+        error = api.refused(response_format={"type": "json_object"}, stream=stream)
+        assert (error["param"], error["type"]) == ("response_format", "invalid_request_error")
+        assert api.refused(tools=TOOLS, tool_choice="required", stream=stream)["param"] == "tools"
+    assert api.tally.closed[-1][2] == 400
 
 
 # ---------------------------------------------------------------- tools

@@ -184,6 +184,26 @@ def test_a_missing_section_is_named() -> None:
             "deploy.replicas: replicas.min=3 exceeds replicas.max=2",
             "raise max or lower min",
         ),
+        (
+            ("deploy={name: a, models: [b]}", "train.adapter={r: 128}"),
+            "train.adapter.r=128 exceeds deploy.engine.max_lora_rank=64: it could not be served",
+            "lower r, raise max_lora_rank, or list",
+        ),
+        (
+            ("deploy={name: a, models: [b], engine: {max_adapters: 0}}", "train.adapter={r: 8}"),
+            "deploy.engine.max_adapters=0 serves no adapters",
+            "raise it, or list",
+        ),
+        (
+            ("deploy={name: a, models: [b]}", "train.adapter={method: dora}"),
+            "an adapter with method=dora is not served beside others",
+            "use lora, or list",
+        ),
+        (
+            ("deploy={name: a, models: [b], aliases: {'-x': {versions: {c: 1}}}}",),
+            "deploy: aliases: '-x' is no name",
+            "for example support@prod",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(overrides: tuple[str, ...], message: str, hint: str) -> None:

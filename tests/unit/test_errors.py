@@ -20,6 +20,7 @@ TREE: dict[str, tuple[str, int, type[Exception]]] = {
     "StoreError": ("store", 1, OSError),
     "TrainingError": ("training", 1, RuntimeError),
     "EngineError": ("engine", 1, RuntimeError),
+    "RequestError": ("request", 2, RuntimeError),
     "PolicyError": ("policy", 3, PermissionError),
 }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -151,6 +154,40 @@ def test_a_replica_reads_only_what_is_new(catalog: Catalog, monkeypatch: pytest.
     assert tail.refresh()[sha256_of(text)].revoked_at
     assert len(read) == 1
     assert first[sha256_of(text)].revoked_at == ""
+
+
+def test_following_outlasts_a_store_that_is_away(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keys, "LOCAL_POLL_S", 0.01)
+    tail, closing, away = KeyTail(Store(catalog.store.uri)), threading.Event(), threading.Event()
+    real = Store.read_json
+
+    def read(self: Store, path: str) -> Any:
+        if away.is_set():
+            raise OSError("the store is away")
+        return real(self, path)
+
+    def until(holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not holds():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Store, "read_json", read)
+    follower = threading.Thread(target=tail.follow, args=(closing,))
+    follower.start()
+    _, first = keys.create(catalog, "first", models=("*",))
+    until(lambda: sha256_of(first) in tail.keys)
+    away.set()
+    _, second = keys.create(catalog, "second", models=("*",))
+    until(lambda: "keys cannot be read" in caplog.text)
+    assert set(tail.keys) == {sha256_of(first)}
+    away.clear()
+    until(lambda: sha256_of(second) in tail.keys)
+    closing.set()
+    follower.join(timeout=20)
+    assert not follower.is_alive()
 
 
 def forge(store: str, *arguments: str) -> Result:

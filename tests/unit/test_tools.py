@@ -263,6 +263,18 @@ def test_what_the_schema_of_a_begun_call_lets_through_is_a_call(style: Any, toke
         assert len(calls) == 1
 
 
+@pytest.mark.parametrize("style", ["mistral-v3", "mistral-v11", "mistral-v13"])
+def test_a_prefix_is_encoded_as_mistral_common_does(style: str, tokenizers: dict[str, ChatTokenizer]) -> None:
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    tokenizer: Any = tokenizers[style]
+    user = {"role": "user", "content": "go"}
+    request = ChatCompletionRequest.from_openai([user, {"role": "assistant", "content": "Größe is"}], None, model="m")
+    request.messages[-1].prefix = True  # type: ignore[union-attr]
+    reference = tokenizer.serving.encode_chat_completion(request).tokens
+    assert [*tokenizer.prompt_ids([user]), *tokenizer.piece_ids("Größe is")] == reference
+
+
 def test_one_call_only_where_several_are_not_wanted(tokenizers: dict[str, ChatTokenizer]) -> None:
     (begun,) = beginnings(tokenizers["mistral-v3"], [ADD], several=False)
     assert json.loads(begun.json_schema)["maxItems"] == 1

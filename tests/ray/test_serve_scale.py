@@ -1,0 +1,97 @@
+"""Replicas that come and go under load: from none, up, down, and a rollout, without one broken stream."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from endpoint import MESSAGES, config, free_port
+
+from forge_ray.catalog import Catalog
+from forge_ray.serve.deploy import base_url, deploy, undeploy
+from forge_ray.store import Store
+
+pytestmark = pytest.mark.ray
+
+WAIT_S = 120
+SCALING = {"min": 0, "max": 2, "target_tokens": 400, "upscale_delay_s": 0, "downscale_delay_s": 1}
+
+
+def replica_states() -> Counter[str]:
+    from ray import serve
+
+    (application,) = serve.status().applications.values()
+    (deployment,) = application.deployments.values()
+    return Counter({state.value: count for state, count in deployment.replica_states.items()})
+
+
+def wait_for(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: {replica_states()}"
+        time.sleep(0.2)
+
+
+@contextmanager
+def streams(url: str, clients: int) -> Iterator[Counter[str]]:
+    """So many clients that stream one answer after the other; how each stream ended."""
+    ends: Counter[str] = Counter()
+    stop = threading.Event()
+    body = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 100, "stream": True}
+
+    def run() -> None:
+        with httpx.Client(timeout=WAIT_S) as client:
+            while not stop.is_set():
+                try:
+                    text = client.post(f"{url}/v1/chat/completions", json=body).text
+                    ends["whole" if text.rstrip().endswith("data: [DONE]") else text[-200:]] += 1
+                except httpx.HTTPError as error:
+                    ends[repr(error)] += 1
+
+    threads = [threading.Thread(target=run) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield ends
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_none_up_down_and_a_rollout_break_no_stream(ray_cluster: None, store: Store) -> None:
+    wanted = config(free_port(), replicas=SCALING, limits={"max_new_tokens": 100})
+    url = base_url(wanted)
+    with Catalog(store) as catalog:
+        deploy(wanted, catalog, wait_s=WAIT_S)
+        assert replica_states()["RUNNING"] == 0
+        began = time.monotonic()
+        first = httpx.post(
+            f"{url}/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, "max_tokens": 4}, timeout=WAIT_S
+        )
+        assert first.status_code == 200  # it waited for a replica to start
+        assert time.monotonic() - began > 1
+
+        with streams(url, 10) as ends:
+            wait_for(lambda: replica_states()["RUNNING"] == 2, "up")
+            time.sleep(2)
+        assert set(ends) == {"whole"}
+
+        with streams(url, 2) as ends:  # too little for two: one leaves while it answers
+            wait_for(lambda: replica_states()["RUNNING"] == 1, "down")
+            changed = config(wanted.port, replicas=SCALING | {"min": 1}, limits={"max_new_tokens": 101})
+            second = deploy(changed, catalog, wait_s=WAIT_S)  # a rollout: new replicas first
+            served_by: set[str] = set()
+            wait_for(
+                lambda: served_by.add(httpx.get(f"{url}/health").headers["x-forge-deployment"]) or second.id in served_by,
+                "rollout",
+            )
+            wait_for(lambda: sum(replica_states().values()) == 1, "old replicas leave")
+        assert set(ends) == {"whole"}
+        undeploy(wanted.name, catalog)
