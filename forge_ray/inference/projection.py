@@ -135,11 +135,11 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
 def project(model: Any, rows: Rows) -> tuple[Product, ...]:
     """Replace `linear_layers`, and the language model's head, in place. Adapters are for the products that are returned."""
     linears = linear_layers(model)
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, int], list[str]] = {}
     for name in linears:
         parent, _, child = name.rpartition(".")
         together = next((group for group in TOGETHER if child in group), (child,))
-        groups.setdefault(f"{parent}.{together[0]}", []).append(name)
+        groups.setdefault((f"{parent}.{together[0]}", linears[name].in_features), []).append(name)
     products = tuple(Product({name: linears[name] for name in names}, rows) for names in groups.values())
     for product in products:
         for index, name in enumerate(product.names):

@@ -7,20 +7,18 @@ batch. The order of operations is that of `GenerationRequest`.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from forge_ray.errors import EngineError
 from forge_ray.inference.engine import GenerationRequest, Token
 from forge_ray.inference.grammar import Matcher
 
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's increment, and its two multipliers
-MIX_1 = 0xBF58476D1CE4E5B9
-MIX_2 = 0x94D049BB133111EB
+SEED_MASK = (1 << 64) - 1  # numpy takes no negative seeds; OpenAI's may be
 NUCLEUS_GUESS = 512  # tokens; nearly every nucleus of a language model is smaller
 
 
@@ -56,8 +54,8 @@ def draw(logits: torch.Tensor, drawings: Sequence[Drawing], positions: Sequence[
         if not drawing.is_argmax and not drawing.error:
             try:
                 tokens[row] = draw_one(logits[row].float(), drawing, position)
-            except EngineError as error:
-                drawing.error = error.message
+            except (RuntimeError, ValueError) as error:  # EngineError is one
+                drawing.error = str(error)
     return tokens
 
 
@@ -76,9 +74,8 @@ def draw_one(logits: torch.Tensor, drawing: Drawing, position: int) -> int:
         times = scores.new_tensor(list(drawing.counts.values()))
         penalty = request.presence_penalty + request.frequency_penalty * times
         scores = scores.index_add(0, _ids(drawing.counts.keys(), scores), -penalty)
-    if request.temperature > 0:
-        scores = perturb(scores, request, drawing.seed, position)
-    token = int(scores.argmax())
+    greedy = request.temperature == 0
+    token = int(scores.argmax()) if greedy else sample(scores, request, drawing.seed, position)
     drawing.counts[token] += 1
     if request.num_logprobs is not None:
         drawing.tokens.append(with_logprobs(logits, token, request.num_logprobs))
@@ -95,52 +92,41 @@ def with_logprobs(logits: torch.Tensor, token: int, num: int) -> Token:
     return Token(token, logprob=float(logprobs[token]), top_logprobs=top)
 
 
-def perturb(logits: torch.Tensor, request: GenerationRequest, seed: int, position: int) -> torch.Tensor:
-    """One row of fp32 logits [vocab_size] → scores whose argmax is the sample for `position`."""
+def sample(logits: torch.Tensor, request: GenerationRequest, seed: int, position: int) -> int:
+    """One row of fp32 logits [vocab_size] → the sampled token of `position`."""
     scores = logits / request.temperature
-    if 0 < request.top_k < scores.shape[-1]:
-        scores = _only(scores, scores.topk(request.top_k).indices)
-    if request.top_p < 1.0:
-        scores = nucleus(scores, request.top_p)
-    return scores + gumbel_noise(seed, position, scores.shape[-1], scores.device)
+    noise = gumbel_noise(seed, position, scores.shape[-1], scores.device)
+    kept = candidates(scores, request.top_k, request.top_p)
+    if kept is None:
+        return int((scores + noise).argmax())
+    return int(kept[(scores[kept] + noise[kept]).argmax()])
+
+
+def candidates(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor | None:
+    """Ids of the `top_k` best tokens (0: all), and of these the fewest that reach `top_p`, best first; None: all."""
+    if top_k <= 0 or top_k >= scores.shape[-1]:
+        return nucleus(scores, top_p) if top_p < 1 else None
+    best, ids = scores.topk(top_k)
+    return ids[nucleus(best, top_p)] if top_p < 1 else ids
 
 
 def nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Keep the fewest most probable tokens that together reach `top_p`; the others become -inf."""
-    all_probs = torch.softmax(scores, dim=-1)
-    probs, order = all_probs.topk(min(NUCLEUS_GUESS, scores.shape[-1]))
-    if probs.sum() < top_p:  # a flat distribution: only now sort the whole vocabulary, at ten times the cost
-        probs, order = all_probs.sort(descending=True)
+    """Ids of the fewest most probable tokens that together reach `top_p`, best first."""
+    total = scores.logsumexp(dim=-1)
+    best, order = scores.topk(min(NUCLEUS_GUESS, scores.shape[-1]))
+    if (best - total).exp().sum() < top_p:  # a flat distribution: only now sort the whole vocabulary, at ten times the cost
+        best, order = scores.sort(descending=True)
+    probs = (best - total).exp()
     inside = probs.cumsum(-1) - probs < top_p
     inside[0] = True  # the most probable token always stays
-    return _only(scores, order[inside])
+    return order[inside]
 
 
 def gumbel_noise(seed: int, position: int, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """[vocab_size] standard Gumbel draws: a SplitMix64 stream that starts at a hash of (seed, position)."""
-    start = int.from_bytes(hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest(), "big")
-    state = torch.arange(1, vocab_size + 1, device=device) * _signed(GOLDEN_GAMMA) + _signed(start)
-    state = (state ^ _shift(state, 30)) * _signed(MIX_1)
-    state = (state ^ _shift(state, 27)) * _signed(MIX_2)
-    state = state ^ _shift(state, 31)
-    # 40 bits in (0, 1): small values, which make the large draws, keep fp32's full relative precision
-    uniform = ((_shift(state, 24).double() + 0.5) * 2.0**-40).float().clamp_(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
-
-
-def _only(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(scores, float("-inf")).index_copy(-1, kept, scores[kept])
+    """[vocab_size] standard Gumbel draws; numpy's stream is the same on every machine, and its draws have 53 bits."""
+    stream = np.random.Generator(np.random.PCG64([seed & SEED_MASK, position]))
+    return -torch.from_numpy(stream.standard_exponential(vocab_size)).log_().float().to(device)
 
 
 def _ids(ids: object, like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(list(ids), dtype=torch.long, device=like.device)  # type: ignore[call-overload]
-
-
-def _signed(value: int) -> int:
-    """The same 64 bits as a signed integer: torch's int64 arithmetic wraps around like uint64's."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _shift(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift (torch's `>>` copies the sign)."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -270,6 +270,7 @@ class TransformersEngine:
             )
         self._check_ids(itertools.chain(request.prompt_ids, (token for token, _ in request.logit_bias)))
         check_drawing(request)
+        self._check_adapter(request.adapter)
         grammar = None
         if request.json_schema:
             if not isinstance(self._grammars, Grammars):
@@ -284,13 +285,16 @@ class TransformersEngine:
             if not 0 <= token < self.vocab_size:
                 raise EngineError(f"token id {token} is not in 0..{self.vocab_size - 1}", hint="use this model's tokenizer")
 
+    def _check_adapter(self, name: str) -> None:
+        if name and name not in self._adapters.names:
+            raise EngineError(f"adapter {name!r} is not loaded", hint="load it first")
+
     def _submit(self, pending: _Pending, streaming: bool) -> str:
         drawing = pending.drawing
         name = request_name(next(self._numbers), drawing.adapter)
         with self._lock:
             self._raise_if_failed()
-            if drawing.adapter and drawing.adapter not in self._adapters.names:
-                raise EngineError(f"adapter {drawing.adapter!r} is not loaded", hint="load it first")
+            self._check_adapter(drawing.adapter)  # again: it may have been unloaded since
             self._pending[name] = pending
             self._num_tokens += pending.num_tokens
         accepted = self._batching.add_request(
@@ -338,8 +342,7 @@ class TransformersEngine:
         with self._alone:
             try:
                 with self._batching.pause():
-                    if adapter and adapter not in self._adapters.names:
-                        raise EngineError(f"adapter {adapter!r} is not loaded", hint="load it first")
+                    self._check_adapter(adapter)
                     try:
                         self._adapters.use([adapter])
                         yield

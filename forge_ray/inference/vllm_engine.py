@@ -21,11 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forge_ray.config.release import EngineConfig
-<<<<<<< HEAD
 from forge_ray.errors import EngineError, PolicyError
-=======
-from forge_ray.errors import EngineError, RequestError
->>>>>>> api
 from forge_ray.inference.engine import EngineHealth, FinishReason, Generation, GenerationRequest, Score, Token
 from forge_ray.inference.vllm_adapters import ELSEWHERE, servable_adapter
 from forge_ray.inference.vllm_settings import engine_arguments, linear_layers, prepare, refused, sampling_params
@@ -341,11 +337,7 @@ class VllmEngine:
                 raise EngineError("the engine was closed", hint=DEAD) from None
             raise
         except VLLMClientError as error:
-<<<<<<< HEAD
             raise refused(error) from error
-=======
-            raise RequestError(f"vLLM refuses the request: {error}", hint="change the field that it names") from error
->>>>>>> api
         except VLLMError as error:
             self._raise_if_failed()
             cause = error.__cause__ or error

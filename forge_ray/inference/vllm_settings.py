@@ -14,7 +14,7 @@ from typing import Any
 
 from forge_ray.architecture import empty_model
 from forge_ray.config.release import EngineConfig
-from forge_ray.errors import EngineError
+from forge_ray.errors import EngineError, RequestError
 from forge_ray.hardware import resolve_precision
 from forge_ray.inference.engine import GenerationRequest
 from forge_ray.offline import set_offline_switches
@@ -174,7 +174,7 @@ def _bounded(json_schema: str) -> str:
     return json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
 
 
-def refused(error: Exception) -> EngineError:
+def refused(error: Exception) -> RequestError:
     """What vLLM says of a request, as ours."""
     field = "json_schema: " if "grammar" in str(error).lower() else ""
-    return EngineError(f"vLLM refuses the request: {field}{error}", hint="change the field that it names")
+    return RequestError(f"vLLM refuses the request: {field}{error}", hint="change the field that it names")

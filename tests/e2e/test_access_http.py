@@ -37,6 +37,7 @@ class Endpoint:
     catalog: Catalog
     log: io.StringIO
     ledger: Ledger
+    scrape: str
 
     def key(self, name: str, **fields: Any) -> tuple[str, str]:
         """A new key's id and text."""
@@ -49,6 +50,13 @@ class Endpoint:
     def used(self, key_id: str) -> list[Used]:
         self.ledger.flush()
         return [line for line in lines(self.catalog.store) if line.key == key_id]
+
+    def generated(self) -> float:
+        """Tokens so far, as the metrics have it."""
+        text = httpx.get(f"{self.url}/metrics", headers={"x-api-key": self.scrape}).text
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("forge_completion_tokens_total{")
+        )
 
     def logged(self, key_id: str) -> list[dict[str, Any]]:
         return [line for line in map(json.loads, self.log.getvalue().splitlines()) if line["key"] == key_id]
@@ -65,7 +73,8 @@ def endpoint(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     health = lambda: [engine.health()]  # noqa: E731
     app = front(ready, tail.refresh, counters.take, counters.settle, "r0", health, ledger)
     with Catalog(store) as catalog, running(app) as url:
-        yield Endpoint(url, catalog, stream, ledger)
+        _, scrape = keys.create(catalog, "prometheus", scopes=("metrics",))
+        yield Endpoint(url, catalog, stream, ledger, scrape)
     ledger.close()
     engine.close()
     LOG.handlers[:], LOG.propagate = before[0], before[2]
@@ -129,7 +138,7 @@ def test_requests_per_minute_hold_for_clients_that_come_at_once(endpoint: Endpoi
         assert error.code == "rate_limit_exceeded"
         assert 0 < int(error.response.headers["retry-after"]) <= 60
         assert error.response.headers["x-ratelimit-limit-requests"] == "5"
-    metrics = httpx.get(f"{endpoint.url}/metrics", headers={"x-api-key": endpoint.key("scrape", scopes=("metrics",))[1]})
+    metrics = httpx.get(f"{endpoint.url}/metrics", headers={"x-api-key": endpoint.scrape})
     assert 'forge_refused_total{replica="r0",deployment="bot",reason="requests"} 15.0' in metrics.text
     assert 'model="tiny",model_version="mv_0",status="200"' in metrics.text
 
@@ -154,19 +163,27 @@ def test_one_at_a_time_and_tokens_that_come_back(endpoint: Endpoint) -> None:
         assert size.value.response.headers["x-should-retry"] == "false"
 
 
-def test_a_client_that_leaves_is_charged_for_what_was_made(endpoint: Endpoint) -> None:
-    key_id, text = endpoint.key("leaver")
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stream": True}
-    with httpx.stream("POST", f"{endpoint.url}/v1/completions", json=body, headers={"x-api-key": text}) as response:
-        pieces = response.iter_lines()
-        while not next(pieces).startswith("data: "):
-            pass
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_charged_for_what_was_made(endpoint: Endpoint, stream: bool) -> None:
+    key_id, text = endpoint.key(f"leaver-{stream}")
+    before = endpoint.generated()
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stream": stream}
+    url, headers = f"{endpoint.url}/v1/completions", {"x-api-key": text}
+    if stream:
+        with httpx.stream("POST", url, json=body, headers=headers) as response:
+            pieces = response.iter_lines()
+            while not next(pieces).startswith("data: "):
+                pass
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, headers=headers, timeout=0.15)
     until(lambda: bool(endpoint.logged(key_id)))
     (line,) = endpoint.used(key_id)
     assert line.status == 499
-    assert 0 < line.completion_tokens < 400
+    assert int(stream) <= line.completion_tokens < 400
+    assert line.completion_tokens == endpoint.generated() - before
     (logged,) = endpoint.logged(key_id)
-    assert (logged["status"], logged["client_gone"]) == (200, True)
+    assert (logged["status"], logged["client_gone"]) == (200 if stream else 499, True)
     assert logged["completion_tokens"] == line.completion_tokens
 
 

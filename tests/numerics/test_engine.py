@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mistral_common
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -16,7 +18,8 @@ from transformers import LlamaForCausalLM
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
 from forge_ray.inference.engine import Generation, GenerationRequest
-from forge_ray.inference.sampling import gumbel_noise, nucleus, perturb
+from forge_ray.inference.grammar import Grammars, Matcher, load_grammars
+from forge_ray.inference.sampling import gumbel_noise, nucleus, sample
 from forge_ray.inference.transformers_engine import TransformersEngine, load_engine
 from tests import engine_contract
 from tests.engine_contract import PROMPTS, WAIT_S, Reference
@@ -58,20 +61,6 @@ def greedy(model: LlamaForCausalLM, prompt: tuple[int, ...], max_new_tokens: int
     return tuple(out[0, len(prompt) :].tolist())
 
 
-def test_one_batch_of_greedy_prompts_equals_generate(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
-    found = engine.generate([GenerationRequest(prompt, 20) for prompt in PROMPTS])
-    expected = [Generation(greedy(reference, prompt, 20), "length") for prompt in PROMPTS]
-    assert found == expected
-    assert len({generation.token_ids for generation in found}) > 1  # else the test would prove little
-
-
-def test_generation_ends_at_a_stop_token_which_is_not_part_of_it(engine: TransformersEngine) -> None:
-    (whole,) = engine.generate([GenerationRequest(PROMPTS[3], 12)])
-    stop = whole.token_ids[5]
-    (cut,) = engine.generate([GenerationRequest(PROMPTS[3], 12, stop_token_ids=(stop, 3))])
-    assert cut == Generation(whole.token_ids[: whole.token_ids.index(stop)], "stop")
-
-
 def test_a_cache_too_small_for_all_still_gives_the_same_answers(tiny_model_dir: Path, reference: LlamaForCausalLM) -> None:
     small = load_engine(tiny_model_dir, None, CONFIG.model_copy(update={"num_blocks": 8}), use_gpu=False)
     try:
@@ -81,17 +70,6 @@ def test_a_cache_too_small_for_all_still_gives_the_same_answers(tiny_model_dir: 
         assert len(PROMPTS[0]) + len(full.token_ids) == 8 * 16
     finally:
         small.close()
-
-
-def test_a_seeded_request_is_the_same_alone_and_in_a_batch(engine: TransformersEngine) -> None:
-    wanted = GenerationRequest(PROMPTS[2], 24, temperature=1.0, top_p=0.9, seed=11)
-    others = [GenerationRequest(p, 30, temperature=0.5 + i / 4, seed=i) for i, p in enumerate(PROMPTS)]
-    (alone,) = engine.generate([wanted])
-    batch = engine.generate([*others[:4], wanted, *others[4:]])
-    assert batch[4] == alone
-    assert engine.generate([wanted]) == [alone]
-    (other_seed,) = engine.generate([GenerationRequest(PROMPTS[2], 24, temperature=1.0, top_p=0.9, seed=12)])
-    assert other_seed != alone
 
 
 def test_requests_of_one_batch_keep_their_own_sampling(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
@@ -116,13 +94,11 @@ def test_samples_follow_the_distribution(temperature: float, top_p: float) -> No
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     probs = torch.softmax(logits / temperature, dim=-1)
     if top_p < 1:
-        kept = nucleus(torch.log(probs), top_p).isfinite()
+        kept = nucleus(torch.log(probs), top_p)
         assert probs[kept].sum() >= top_p > probs[kept].sum() - probs[kept].min()
-        probs = torch.where(kept, probs, 0) / probs[kept].sum()
+        probs = torch.zeros_like(probs).index_copy(0, kept, probs[kept]) / probs[kept].sum()
     num = 4000
-    counts = Counter(
-        int(perturb(logits, GenerationRequest((1,), 1, temperature, top_p), seed, 3).argmax()) for seed in range(num)
-    )
+    counts = Counter(sample(logits, GenerationRequest((1,), 1, temperature, top_p), seed, 3) for seed in range(num))
     for token, prob in enumerate(probs.tolist()):
         sigma = (num * prob * (1 - prob)) ** 0.5
         assert abs(counts[token] - num * prob) <= 5 * sigma + 1e-9
@@ -151,8 +127,7 @@ def test_noise_is_standard_gumbel_and_differs_by_position() -> None:
 
 
 def test_nucleus_of_a_flat_distribution_needs_the_whole_vocabulary() -> None:
-    kept = nucleus(torch.zeros(4096), 0.75).isfinite()
-    assert int(kept.sum()) == 3072
+    assert len(nucleus(torch.zeros(4096), 0.75)) == 3072
 
 
 def test_score_equals_teacher_forcing(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
@@ -188,14 +163,6 @@ def test_scoring_while_generating_changes_neither(engine: TransformersEngine) ->
     assert all(score == quiet for score in scores)
 
 
-def test_stream_gives_the_tokens_of_generate_then_the_reason(engine: TransformersEngine) -> None:
-    async def collect() -> list[tuple[int | None, str | None]]:
-        return [(token.token_id, token.finish_reason) async for token in engine.stream(GenerationRequest(PROMPTS[5], 9))]
-
-    (whole,) = engine.generate([GenerationRequest(PROMPTS[5], 9)])
-    assert asyncio.run(collect()) == [*((token_id, None) for token_id in whole.token_ids), (None, "length")]
-
-
 def test_closing_a_stream_frees_its_place(engine: TransformersEngine) -> None:
     async def take_two() -> None:
         stream = engine.stream(GenerationRequest(PROMPTS[0], 400))
@@ -222,6 +189,17 @@ def test_closing_a_stream_frees_its_place(engine: TransformersEngine) -> None:
         (GenerationRequest(PROMPTS[0], 0), "max_new_tokens=0"),
         (GenerationRequest(PROMPTS[0], 5, temperature=-1.0), "temperature=-1.0"),
         (GenerationRequest(PROMPTS[0], 5, temperature=1.0, top_p=1.5), "top_p=1.5"),
+        (GenerationRequest(PROMPTS[0], 5, top_k=-1), "top_k=-1"),
+        (GenerationRequest(PROMPTS[0], 5, temperature=float("nan")), "temperature=nan"),
+        (GenerationRequest(PROMPTS[0], 5, presence_penalty=float("inf")), "must be finite"),
+        (GenerationRequest(PROMPTS[0], 5, logit_bias=((4, float("nan")),)), "must be finite"),
+        (GenerationRequest(PROMPTS[0], 5, logit_bias=((4, 1.0), (4, 2.0))), "a token twice"),
+        (GenerationRequest(PROMPTS[0], 5, logit_bias=((400_000, 1.0),)), "token id 400000 is not in 0.."),
+        (GenerationRequest((1, -1), 5), "token id -1"),
+        (GenerationRequest(PROMPTS[0], 5, num_logprobs=-1), "num_logprobs=-1"),
+        (GenerationRequest(PROMPTS[0], 5, json_schema="{}"), "without stop_token_ids"),
+        (GenerationRequest(PROMPTS[0], 5, json_schema='{"not": {}}', stop_token_ids=(1,)), "json_schema cannot be compiled"),
+        (GenerationRequest(PROMPTS[0], 5, json_schema=" " * 70_000, stop_token_ids=(1,)), "70000 characters"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_with_its_numbers(
@@ -232,6 +210,76 @@ def test_what_cannot_be_generated_is_refused_with_its_numbers(
     assert named in caught.value.message
     assert caught.value.hint
     assert engine.health().ok
+
+
+def test_a_row_that_fails_fails_alone(
+    engine: TransformersEngine, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(self: Matcher, token_id: int) -> None:
+        raise EngineError("the grammar failed: too complex")
+
+    monkeypatch.setattr(Matcher, "accept", explode)
+    wrong = GenerationRequest(PROMPTS[1], 200, json_schema='{"type": "object"}', stop_token_ids=(2,))
+    found: list[Generation] = []
+    thread = threading.Thread(target=lambda: found.extend(engine.generate([GenerationRequest(PROMPTS[0], 30)])))
+    thread.start()
+    with pytest.raises(EngineError, match="too complex"):
+        engine.generate([wrong])
+
+    async def first() -> None:
+        async for _ in engine.stream(wrong):
+            raise AssertionError("no token was drawn")
+
+    with pytest.raises(EngineError, match="too complex"):
+        asyncio.run(first())
+    thread.join(WAIT_S)
+    assert [one.token_ids for one in found] == [greedy(reference, PROMPTS[0], 30)]
+    assert engine.health().ok
+
+
+def test_a_prompt_longer_than_a_step_among_others(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
+    """Cut into several steps, with others decoding beside it; then again, its prefix found in the cache."""
+    long = tuple((11 * k) % 240 + 12 for k in range(200))
+    for _ in range(2):
+        found = engine.generate(
+            [GenerationRequest(PROMPTS[2], 30), GenerationRequest(long, 10), GenerationRequest(long[:150], 10)]
+        )
+        prompts = ((PROMPTS[2], 30), (long, 10), (long[:150], 10))
+        assert [one.token_ids for one in found] == [greedy(reference, *prompt) for prompt in prompts]
+
+
+def test_top_k_and_top_p_leave_what_they_say() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.5, -1.0, -3.0])
+
+    def drawn(**settings: float) -> set[int]:
+        wanted = GenerationRequest((1,), 1, 5.0, top_k=3, **settings)  # type: ignore[arg-type]
+        return {sample(logits, wanted, seed, 1) for seed in range(-300, 300)}
+
+    assert len(drawn()) == 3
+    assert {0, 1} < drawn()
+    assert drawn(top_p=0.35) == {0}  # of the three, renormalised, the first alone has more
+
+
+def test_a_grammar_over_mistrals_own_tokenizer_file(tmp_path: Path) -> None:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    data = next(Path(mistral_common.__file__).parent.glob("data/tekken_*.json"))
+    (tmp_path / "tekken.json").write_bytes(data.read_bytes())
+    tokenizer = MistralTokenizer.from_file(data).instruct_tokenizer.tokenizer
+    grammars = load_grammars(tmp_path, tokenizer.n_words)
+    assert isinstance(grammars, Grammars)
+    matcher = grammars.matcher('{"type": "array", "items": {"enum": ["é", "ab"]}, "minItems": 2, "maxItems": 2}', (2,))
+    torch.manual_seed(0)
+    ids: list[int] = []
+    while True:
+        allowed = matcher.allowed()
+        if bool(allowed[2]):
+            break
+        ids.append(int(torch.multinomial(allowed.double(), 1)))
+        matcher.accept(ids[-1])
+    assert len(json.loads(tokenizer.decode(ids))) == 2
+    assert not allowed[:2].any()
+    assert "tokenizer.json or tekken.json" in str(load_grammars(tmp_path / "none", 10))
 
 
 def test_scoring_beyond_the_models_positions_is_refused(engine: TransformersEngine) -> None:

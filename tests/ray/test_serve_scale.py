@@ -28,7 +28,7 @@ def replica_states() -> Counter[str]:
 
     (application,) = serve.status().applications.values()
     (deployment,) = application.deployments.values()
-    return Counter({state.value: count for state, count in deployment.replica_states.items()})
+    return Counter({str(state): count for state, count in deployment.replica_states.items()})
 
 
 def wait_for(condition: Any, what: str) -> None:

@@ -83,7 +83,7 @@ def test_tokens_are_reserved_and_what_was_not_used_comes_back() -> None:
     # an answer that outlasts the window gives nothing back that is not counted any more
     counted.now += 61
     assert counted.take(100).reason == ""
-    counted.settle(4, 0)
+    counted.settle(5, 0)
     assert counted.take(1).reason == "tokens"
 
 
