@@ -158,7 +158,8 @@ class Homes:
         model_dir = folder if version.weights == "full" else fetch_version(self.store, version.base)[1]
         tokenizer = load_tokenizer_dir(model_dir)
         merged = folder if version.weights == "merged" else None
-        engine = open_engine(model_dir, merged, self.config.engine, use_gpu=self.config.gpus_per_replica > 0)
+        on_gpu = self.config.gpus_per_replica > 0
+        engine = open_engine(model_dir, merged, self.config.engine, on_gpu, merge=merged is not None)
         home = Home(engine, tokenizer, end_token_ids(tokenizer, model_dir), self.config.engine.max_adapters)
         home.warm("")
         return home
