@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "error: $(PYTHON) is absent or older than Python 3.11 ($$($(PYTHON) --version 2>&1))"; \
 	    echo "hint: make PYTHON=/path/to/python3.11"; exit 2; } >&2
-	@echo "installing into .venv: some 110 packages, 2 GB on disk; takes minutes, once"
+	@echo "installing into .venv: some 130 packages, 2 GB on disk; takes minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "  1/3 torch"
 	@$(PIP) install -c constraints.txt torch==2.13.0

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from forge_ray.config.release import EngineConfig
+from forge_ray.hardware import resolve_precision
 from forge_ray.inference.engine import Engine
 
 
-def open_engine(model_dir: Path, adapter_dir: Path | None, config: EngineConfig, use_gpu: bool | None = None) -> Engine:
+def open_engine(
+    model_dir: Path, adapter_dir: Path | None, config: EngineConfig, use_gpu: bool | None = None, merge: bool = False
+) -> Engine:
     """Load safetensors from local folders and start generating; `adapter_dir`: a PEFT folder on top of the weights.
 
-    `EngineError` where the engine cannot start, `PolicyError` for weights that are not safetensors.
+    With `merge` the adapter is summed into the weights. `EngineError` where the engine cannot start, `PolicyError` for
+    weights that are not safetensors.
     """
     match config.kind:
         case "transformers":
             from forge_ray.inference.transformers_engine import load_engine
 
-            return load_engine(model_dir, adapter_dir, config, use_gpu)
+            return load_engine(model_dir, adapter_dir, config, use_gpu, merge)
         case "vllm":
             from forge_ray.inference.vllm_engine import load_vllm_engine
 
-            return load_vllm_engine(model_dir, adapter_dir, config, use_gpu)
+            if adapter_dir is None or not merge:
+                return load_vllm_engine(model_dir, adapter_dir, config, use_gpu)
+            with tempfile.TemporaryDirectory(prefix="forge-merged-") as folder:  # read once, when the engine starts
+                _write_merged(model_dir, adapter_dir, resolve_precision(config.precision, bool(use_gpu)), Path(folder))
+                return load_vllm_engine(Path(folder), None, config, use_gpu)
+
+
+def _write_merged(model_dir: Path, adapter_dir: Path, precision: str, folder: Path) -> None:
+    """The merged weights with everything else of the base's folder."""
+    import torch
+
+    from forge_ray.inference.transformers_engine import DTYPES, load_model
+
+    load_model(model_dir, adapter_dir, DTYPES[precision], torch.device("cpu"), merge=True).save_pretrained(folder)
+    for path in model_dir.iterdir():
+        if path.is_file() and not (folder / path.name).exists() and ".safetensors" not in path.name:
+            shutil.copy2(path, folder / path.name)

@@ -166,9 +166,9 @@ def _bounded(json_schema: str) -> str:
     try:
         schema = json.loads(json_schema)
     except ValueError as error:
-        raise EngineError(f"json_schema is not JSON: {error}", hint='for example {"type": "object"}') from None
+        raise RequestError(f"json_schema is not JSON: {error}", hint='for example {"type": "object"}') from None
     if not isinstance(schema, dict):
-        raise EngineError(
+        raise RequestError(
             f"json_schema: a schema is an object, this is {type(schema).__name__}", hint='for example {"type": "object"}'
         )
     return json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})

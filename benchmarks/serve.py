@@ -1,0 +1,449 @@
+"""How fast serving is, as ratios on one machine: the endpoint and what stands beside it take turns.
+
+    python benchmarks/serve.py                                  everything that this machine can, SmolLM2-135M, both engines
+    python benchmarks/serve.py --rows endpoint,overhead --engines vllm --rounds 5
+    python benchmarks/serve.py --device cuda --engines vllm --rows raw,endpoint --model FOLDER
+    python benchmarks/serve.py --rows ray-llm                   needs the extra `bench`
+
+| row | what | over |
+| --- | --- | --- |
+| endpoint | tokens/s of the deployed endpoint, behind HAProxy, streams | the same engine called in its own process |
+| raw | tokens/s of our engine in its own process | vLLM's AsyncLLM alone (vllm) |
+| ray-llm | tokens/s of the endpoint (vllm) | ray.serve.llm on the same vLLM |
+| overhead | p50 and p99 of a request that costs no computing, behind HAProxy | bare Starlette on uvicorn (a difference) |
+| batching | tokens/s of all requests at once, in process | transformers' `generate`, one after the other |
+| adapters | tokens/s of requests on many adapters in one batch | an engine without adapters; one adapter after the other |
+| overload | p99 of what is accepted at four times the load | the same with the batch just full; the refusals' p99 |
+| adapter | seconds from an alias's move to the first token of an adapter that the endpoint never saw | |
+
+This process is the client: it sends over HTTP and computes nothing. All others are those of serve_processes.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+HERE = Path(__file__).parent
+START_S = 900.0
+MODEL = "measured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `target` states what `value` should be, `met` whether it is."""
+
+    row: str
+    engine: str
+    what: str
+    value: float
+    unit: str
+    target: str
+    met: bool | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request as the client saw it; seconds since it was sent."""
+
+    status: int
+    first_s: float
+    total_s: float
+    tokens: int
+    version: str
+
+
+class Process:
+    """A function of serve_processes.py in a process of its own."""
+
+    def __init__(self, name: str, **arguments: Any) -> None:
+        log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{name}-", suffix=".log", delete=False)  # noqa: SIM115
+        self.log = log.name
+        path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, str(HERE / "serve_processes.py"), name, json.dumps(arguments)]
+        self.child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        self.ready = self._answer()
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self.child.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.child.stdout is not None
+        if line := self.child.stdout.readline():
+            return dict(json.loads(line))
+        raise SystemExit(f"a process ended; its log: {self.log}\n{Path(self.log).read_text()[-2000:]}")
+
+    def close(self) -> None:
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+        try:
+            self.child.wait(60)
+            Path(self.log).unlink()
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+
+
+@contextmanager
+def process(name: str, **arguments: Any) -> Iterator[Process]:
+    made = Process(name, **arguments)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Answer:
+    """One streamed completion."""
+    begun, first, tokens = time.perf_counter(), 0.0, 0
+    wanted = {"model": MODEL, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, **body}
+    async with session.post(f"{url}/v1/completions", json=wanted) as response:
+        version = response.headers.get("x-forge-model-version", "")
+        if response.status != 200:
+            await response.read()
+            return Answer(response.status, 0.0, time.perf_counter() - begun, 0, version)
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                first = first or time.perf_counter() - begun
+                if b'"usage":{' in line or b'"usage": {' in line:
+                    tokens = json.loads(line[6:])["usage"]["completion_tokens"]
+    return Answer(response.status, first, time.perf_counter() - begun, tokens, version)
+
+
+def over_http(url: str, bodies: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """All of them at once."""
+
+    async def everything() -> list[Answer]:
+        timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            return list(await asyncio.gather(*(ask(session, url, body) for body in bodies)))
+
+    begun = time.perf_counter()
+    answers = asyncio.run(everything())
+    seconds = time.perf_counter() - begun
+    if bad := [answer.status for answer in answers if answer.status != 200]:
+        raise SystemExit(f"{len(bad)} of {len(bodies)} requests were answered {bad[0]}")
+    return {"tokens": sum(answer.tokens for answer in answers), "seconds": seconds}
+
+
+def rates(rounds: int, *ways: Callable[[], dict[str, float]]) -> list[float]:
+    """Median tokens/s of each way; they take turns, the first turn warms up."""
+    found: list[list[float]] = [[] for _ in ways]
+    for turn in range(rounds + 1):
+        for way, rate in zip(ways, found, strict=True):
+            result = way()
+            if turn:
+                rate.append(result["tokens"] / result["seconds"])
+    return [statistics.median(rate) for rate in found]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+
+
+class Bench:
+    """What the rows share."""
+
+    def __init__(self, options: argparse.Namespace, made: dict[str, Any]) -> None:
+        self.options = options
+        self.model_dir: str = made["model_dir"]
+        self.versions: list[str] = made["versions"]
+        self.folders: list[str] = made["folders"]
+        self.use_gpu = options.device == "cuda"
+        length = options.prompt_tokens
+        # No two begin alike: a prefix that is in the cache already would make later turns faster
+        self.turn = 0
+        self.length = length
+
+    def prompts(self) -> list[list[int]]:
+        """New ones each time, the same number of tokens each."""
+        self.turn += 1
+        seeds = range(self.options.clients)
+        return [[100 + (7919 * (self.turn * 1000 + s) + 31 * k * k) % 4000 for k in range(self.length)] for s in seeds]
+
+    def settings(self, kind: str, **more: Any) -> dict[str, Any]:
+        running = max(self.options.clients, 8)
+        return {"kind": kind, "max_running": running, "max_adapters": 0, "memory_share": 0.4, **more}
+
+    def engine(self, kind: str, adapters: int = 0) -> Any:
+        names = {f"sha256:{k}": folder for k, folder in enumerate(self.folders[:adapters])}
+        settings = self.settings(kind, max_adapters=adapters, max_lora_rank=self.options.rank)
+        return process("engine", model_dir=self.model_dir, settings=settings, use_gpu=self.use_gpu, adapters=names)
+
+    def endpoint(self, kind: str, engine: dict[str, Any] | None = None, **more: Any) -> Any:
+        deploy = {
+            "models": [MODEL],
+            "published": False,
+            "gpus_per_replica": int(self.use_gpu),
+            "cpus_per_replica": os.cpu_count(),
+            "engine": self.settings(kind, **(engine or {})),
+            **more,
+        }
+        return process("endpoint", store=self.options.store, deploy=deploy)
+
+    def inside(self, engine: Process, do: str = "load", **more: Any) -> dict[str, float]:
+        return engine.ask(do, prompts=self.prompts(), max_tokens=self.options.new_tokens, **more)
+
+    def through(self, url: str, **more: Any) -> dict[str, float]:
+        bodies = [{"prompt": prompt, "max_tokens": self.options.new_tokens, **more} for prompt in self.prompts()]
+        return over_http(url, bodies)
+
+
+def ratio(row: str, kind: str, what: str, over: float, under: float, least: float) -> list[Row]:
+    share = over / under
+    return [
+        Row(row, kind, what, round(share, 3), "×", f"≥ {least}", share >= least),
+        Row(row, kind, "  from, to", round(under, 1), f"→ {over:.1f} tokens/s", ""),
+    ]
+
+
+def endpoint_row(bench: Bench, kind: str) -> list[Row]:
+    with bench.engine(kind) as engine, bench.endpoint(kind) as endpoint:
+        url = endpoint.ready["url"]
+        through, inside = rates(bench.options.rounds, lambda: bench.through(url), lambda: bench.inside(engine))
+    return ratio("endpoint", kind, "endpoint over the engine in process", through, inside, 0.9)
+
+
+def raw_row(bench: Bench, kind: str) -> list[Row]:
+    if kind != "vllm":
+        return []
+    with bench.engine(kind) as engine:
+        ours, raw = rates(bench.options.rounds, lambda: bench.inside(engine), lambda: bench.inside(engine, "raw"))
+    return ratio("raw", kind, "our engine over vLLM's AsyncLLM", ours, raw, 0.95)
+
+
+def ray_llm_row(bench: Bench, kind: str) -> list[Row]:
+    if kind != "vllm":
+        return []
+    beside = {"use_gpu": bench.use_gpu, "max_running": max(bench.options.clients, 8), "context": 2048}
+    with bench.endpoint(kind) as endpoint, process("ray_llm", model_dir=bench.model_dir, **beside) as other:
+        ways = [lambda: bench.through(endpoint.ready["url"]), lambda: bench.through(other.ready["url"], ignore_eos=True)]
+        ours, theirs = rates(bench.options.rounds, *ways)
+    return ratio("ray-llm", kind, "endpoint over ray.serve.llm", ours, theirs, 1.0)
+
+
+def overhead_row(bench: Bench, kind: str) -> list[Row]:
+    """No engine: once for all of them."""
+    body = {"prompt": [100] * bench.length, "max_tokens": 32}
+
+    async def latencies(url: str, stream: bool) -> list[float]:
+        found = []
+        async with aiohttp.ClientSession() as session:
+            for _ in range(bench.options.requests):
+                begun = time.perf_counter()
+                async with session.post(
+                    f"{url}/v1/completions", json={"model": MODEL, "stream": stream, **body}
+                ) as response:
+                    await response.read()
+                    assert response.status == 200, response.status
+                found.append(1000 * (time.perf_counter() - begun))
+        return found
+
+    rows = []
+    with ExitStack() as stack:
+        at = {
+            "bare": stack.enter_context(process("uvicorn", app="bare", model_dir=bench.model_dir)).ready["url"],
+            "app": stack.enter_context(process("uvicorn", app="null", model_dir=bench.model_dir)).ready["url"],
+            "haproxy": stack.enter_context(process("null_endpoint", model_dir=bench.model_dir)).ready["url"],
+        }
+        for stream in (False, True):
+            found: dict[str, list[float]] = {name: [] for name in at}
+            for turn in range(bench.options.rounds + 1):
+                for name, url in at.items():
+                    measured = asyncio.run(latencies(url, stream))
+                    found[name] += measured if turn else []
+            kind = "stream of 32" if stream else "whole"
+            for share in (0.5, 0.99):
+                bare, app, haproxy = (percentile(found[name], share) for name in at)
+                added, p50 = haproxy - bare, share == 0.5 and not stream
+                target = "≤ 3" if p50 else ""
+                met = added <= 3 if p50 else None
+                rows.append(Row("overhead", "", f"p{share * 100:.0f} added, {kind}", round(added, 2), "ms", target, met))
+                rows.append(
+                    Row("overhead", "", "  bare", round(bare, 2), f"ms; on uvicorn {app:.2f}, HAProxy {haproxy:.2f}", "")
+                )
+    return rows
+
+
+def batching_row(bench: Bench, kind: str) -> list[Row]:
+    arguments = {"model_dir": bench.model_dir, "use_gpu": bench.use_gpu}
+    with bench.engine(kind) as engine, process("sequential", **arguments) as other:
+
+        def few() -> dict[str, float]:
+            return other.ask("load", prompts=bench.prompts()[:2], max_tokens=bench.options.new_tokens)
+
+        together, alone = rates(bench.options.rounds, lambda: bench.inside(engine), few)
+    return ratio("batching", kind, f"{bench.options.clients} at once over `generate`", together, alone, 4.0)
+
+
+def adapters_row(bench: Bench, kind: str) -> list[Row]:
+    count = bench.options.adapters
+    names = [f"sha256:{k % count}" for k in range(bench.options.clients)]
+
+    with bench.engine(kind, count) as engine, bench.engine(kind) as merged:
+
+        def swapped() -> dict[str, float]:
+            prompts, total = bench.prompts(), {"tokens": 0.0, "seconds": 0.0}
+            for k in range(count):
+                mine = prompts[k::count]
+                done = engine.ask(
+                    "load", prompts=mine, max_tokens=bench.options.new_tokens, names=[f"sha256:{k}"] * len(mine)
+                )
+                total = {key: total[key] + done[key] for key in total}
+            return total
+
+        ways = [lambda: bench.inside(engine, names=names), lambda: bench.inside(merged), swapped]
+        mixed, whole, serial = rates(bench.options.rounds, *ways)
+    return [
+        *ratio("adapters", kind, f"{count} mixed over one merged model", mixed, whole, 0.4),
+        *ratio("adapters", kind, f"{count} mixed over one after the other", mixed, serial, 2.0),
+    ]
+
+
+def overload_row(bench: Bench, kind: str) -> list[Row]:
+    most = 8
+
+    async def press(url: str, clients: int, seconds: float) -> list[Answer]:
+        answers: list[Answer] = []
+        end = time.perf_counter() + seconds
+
+        async def client(session: aiohttp.ClientSession) -> None:
+            while time.perf_counter() < end:
+                body = {"prompt": bench.prompts()[0], "max_tokens": bench.options.new_tokens}
+                answers.append(await ask(session, url, body))
+                if answers[-1].status != 200:
+                    await asyncio.sleep(0.5)  # far sooner than Retry-After asks
+
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            await asyncio.gather(*(client(session) for _ in range(clients)))
+        return answers
+
+    with bench.endpoint(kind, {"max_running": most}, limits={"max_queued_requests": most}) as endpoint:
+        url = endpoint.ready["url"]
+        asyncio.run(press(url, most, 5))
+        calm = [answer.total_s for answer in asyncio.run(press(url, most, bench.options.seconds))]
+        answers = asyncio.run(press(url, 4 * 2 * most, bench.options.seconds))
+    accepted = [answer.total_s for answer in answers if answer.status == 200]
+    refused = [1000 * answer.total_s for answer in answers if answer.status in (429, 503)]
+    failed = len(answers) - len(accepted) - len(refused)
+    times = percentile(accepted, 0.99) / percentile(calm, 0.99)
+    late = percentile(refused, 0.99) if refused else float("inf")
+    return [
+        Row("overload", kind, "p99 of the accepted over unloaded", round(times, 2), "×", "≤ 2", times <= 2),
+        Row("overload", kind, f"p99 of {len(refused)} refusals", round(late, 1), "ms", "≤ 50", late <= 50),
+        Row("overload", kind, f"failed of {len(answers)}", failed, "", "0", failed == 0),
+    ]
+
+
+def adapter_row(bench: Bench, kind: str) -> list[Row]:
+    """The last adapter is one that no other row uses."""
+    new, first = bench.versions[-1], bench.versions[0]
+    body = {"model": "bench@prod", "prompt": [100] * bench.length, "max_tokens": 1}
+
+    async def wait_for(url: str, version: str) -> None:
+        async with aiohttp.ClientSession() as session:
+            while (await ask(session, url, body)).version != version:
+                await asyncio.sleep(0.02)
+
+    engine = {"max_adapters": 2, "max_lora_rank": bench.options.rank}
+    route = {"bench@prod": {"versions": {first: 1}}}
+    with bench.endpoint(kind, engine, models=[MODEL, first], aliases=route) as endpoint:
+        url = endpoint.ready["url"]
+        asyncio.run(wait_for(url, first))
+        begun = time.perf_counter()
+        endpoint.ask("alias", name="bench@prod", version=new)
+        asyncio.run(wait_for(url, new))
+        seconds = time.perf_counter() - begun
+    return [
+        Row("adapter", kind, "from the alias's move to the new adapter's token", round(seconds, 2), "s", "< 5", seconds < 5)
+    ]
+
+
+ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
+    "endpoint": endpoint_row,
+    "raw": raw_row,
+    "overhead": overhead_row,
+    "batching": batching_row,
+    "adapters": adapters_row,
+    "overload": overload_row,
+    "adapter": adapter_row,
+    "ray-llm": ray_llm_row,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--engines", default="transformers,vllm")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", default="", help="a folder with safetensors and tokenizer, else SmolLM2-135M")
+    parser.add_argument("--store", default="", help="where the model and its adapters are kept between calls")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=8, choices=(8, 16, 32, 64, 128, 256))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=300, help="per turn of `overhead`")
+    parser.add_argument("--seconds", type=float, default=20, help="of `overload`")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    wanted = options.rows.split(",")
+    if unknown := set(wanted) - set(ROWS):
+        parser.error(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}")
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as scratch:
+        options.store = options.store or scratch
+        with process(
+            "prepare", store=options.store, model=options.model, num_adapters=options.adapters, rank=options.rank
+        ) as made:
+            bench = Bench(options, made.ready)
+        rows: list[Row] = []
+        for name in wanted:
+            for kind in options.engines.split(",")[: 1 if name == "overhead" else None]:
+                print(f"{name} {kind}", file=sys.stderr)
+                rows += ROWS[name](bench, kind)
+    report(options, rows)
+
+
+def report(options: argparse.Namespace, rows: list[Row]) -> None:
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    load = os.getloadavg()[0]
+    print(
+        f"{options.clients} clients, {options.prompt_tokens} + {options.new_tokens} tokens, median of {options.rounds};",
+        end=" ",
+    )
+    print(f"{os.cpu_count()} CPUs, load {load:.1f} at the end, {options.device}\n")
+    print("| row | engine | what | value | target |  |\n| --- | --- | --- | ---: | --- | --- |")
+    for row in rows:
+        met = {True: "met", False: "missed", None: ""}[row.met]
+        print(f"| {row.row} | {row.engine} | {row.what} | {row.value} {row.unit} | {row.target} | {met} |")
+
+
+if __name__ == "__main__":
+    main()
