@@ -126,33 +126,36 @@ def test_our_own_client(endpoint: Endpoint, offline: Any) -> None:
             list(own.stream_chat("tiny", MESSAGES, repetition_penalty=1.1))
 
 
-def metric(endpoint: Endpoint, name: str) -> float:
-    """Summed over both replicas; what the other one counted is up to five seconds old."""
+NAMES = ("forge_prompt_tokens_total", "forge_completion_tokens_total", "forge_requests_running")
+
+
+def metrics(endpoint: Endpoint) -> list[float]:
+    """`NAMES`, summed over both replicas; what the other one counted is up to five seconds old."""
     lines = httpx.get(f"{endpoint.url}/metrics", timeout=WAIT_S).text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+    return [sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{")) for name in NAMES]
 
 
-def settled(endpoint: Endpoint, name: str) -> float:
-    """Once it has not changed for longer than metrics travel."""
-    value, since = metric(endpoint, name), time.monotonic()
+def settled(endpoint: Endpoint) -> list[float]:
+    """Once they have not changed for longer than they travel."""
+    values, since = metrics(endpoint), time.monotonic()
     while time.monotonic() - since < 6:
         time.sleep(0.5)
-        if (now := metric(endpoint, name)) != value:
-            value, since = now, time.monotonic()
-    return value
+        if (now := metrics(endpoint)) != values:
+            values, since = now, time.monotonic()
+    return values
 
 
 def test_metrics_of_both_replicas_and_a_client_that_leaves(endpoint: Endpoint, client: openai.OpenAI) -> None:
-    names = ("forge_prompt_tokens_total", "forge_completion_tokens_total")
-    before = [settled(endpoint, name) for name in names]
+    before = settled(endpoint)
     answers = [
         client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=7, temperature=0).usage for _ in range(8)
     ]
-    gained = [settled(endpoint, name) - value for name, value in zip(names, before, strict=True)]
-    assert gained == [
-        sum(usage.prompt_tokens for usage in answers if usage),
-        sum(usage.completion_tokens for usage in answers if usage),
-    ]
+    body = {"model": "tiny", "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 400}
+    url = f"{endpoint.url}/v1/completions"
+    whole = httpx.post(url, json=body, timeout=WAIT_S).json()["usage"]
+    after = settled(endpoint)
+    assert after[0] - before[0] == sum(usage.prompt_tokens for usage in answers if usage) + 3
+    assert after[1] - before[1] == sum(usage.completion_tokens for usage in answers if usage) + whole["completion_tokens"]
     text = httpx.get(f"{endpoint.url}/metrics").text
     assert 'route="/v1/chat/completions",status="200"' in text
     assert f'deployment="bot",model="tiny",model_version="{endpoint.version.id}"' in text
@@ -160,15 +163,11 @@ def test_metrics_of_both_replicas_and_a_client_that_leaves(endpoint: Endpoint, c
     assert "forge_time_to_first_token_seconds_bucket" in text
     assert "password" not in text
 
-    # an answer of this request is long: only cancelling makes it short
-    body = {"model": "tiny", "prompt": "The quick brown fox", "temperature": 0, "max_tokens": 400}
-    url = f"{endpoint.url}/v1/completions"
-    num_whole = httpx.post(url, json=body, timeout=WAIT_S).json()["usage"]["completion_tokens"]
-    assert num_whole > 200
-    before_leaving = settled(endpoint, names[1])
+    assert whole["completion_tokens"] > 200  # a long answer: only cancelling makes it short
     with httpx.stream("POST", url, json=body | {"stream": True}, timeout=WAIT_S) as response:
         assert next(response.iter_lines()).startswith("data: ")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url, json=body, timeout=0.15)
-    assert 0 < settled(endpoint, names[1]) - before_leaving < 2 * num_whole
-    assert metric(endpoint, "forge_requests_running") == 0
+    left = settled(endpoint)
+    assert 0 < left[1] - after[1] < 2 * whole["completion_tokens"]
+    assert left[2] == 0
