@@ -30,7 +30,13 @@ def connect(address: str | None = None) -> None:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, runtime_env={"env_vars": dict(SWITCHES)}, logging_level=logging.WARNING)
+        try:
+            ray.init(address=address, runtime_env={"env_vars": dict(SWITCHES)}, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"no Ray cluster answers at {address!r}: {error}",
+                hint="`auto` on one of its nodes, HOST:6379 from elsewhere; `ray status` says whether it runs",
+            ) from None
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
         ray.init(
