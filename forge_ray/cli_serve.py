@@ -49,9 +49,9 @@ def deploy(
         raise ConfigError("no cluster to deploy on", hint="give --address auto on a node of it, or use `forge serve` here")
     if not show_status:
         config = _deploy_file(file, overrides)
-        connect(address)
+        connect(address, show_logs=False)
         return pipeline.deploy(config, store)
-    connect(address)
+    connect(address, show_logs=False)
     return _status(store, as_json)
 
 
@@ -117,7 +117,7 @@ def undeploy(store: Store, as_json: bool, name: str, address: str | None) -> Any
 
     if not (address or os.environ.get("RAY_ADDRESS")):
         raise ConfigError("no cluster given", hint="--address auto on a node of it, or set RAY_ADDRESS")
-    connect(address)
+    connect(address, show_logs=False)
     with Catalog(store) as index:
         stop(name, index)
     return {"stopped": name}
@@ -156,7 +156,7 @@ def wait_for_ctrl_c(name: str) -> None:
 @click.option("--api-key", default="", envvar="FORGE_API_KEY", help="Where it wants one; else FORGE_API_KEY.")
 @click.option("--model", help="Name of the model; default: the first that the endpoint has.")
 @click.option("--system", help="System message.")
-@click.option("--max-tokens", default=256, show_default=True)
+@click.option("--max-tokens", type=int, help="Of an answer; default: what the endpoint allows.")
 @click.option("--temperature", default=0.0, show_default=True)
 def chat(
     store: Store,
@@ -166,14 +166,14 @@ def chat(
     api_key: str,
     model: str | None,
     system: str | None,
-    max_tokens: int,
+    max_tokens: int | None,
     temperature: float,
 ) -> Any:
     """Ask a served model: one question, or without TEXT a conversation."""
     from forge_ray.client import Client
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    options = {"max_tokens": max_tokens, "temperature": temperature}
+    options: dict[str, Any] = {"temperature": temperature} | ({"max_tokens": max_tokens} if max_tokens else {})
     with Client(url, api_key=api_key) as client:
         name = model or client.models()[0]
         if text is None:

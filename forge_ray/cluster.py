@@ -20,7 +20,7 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def connect(address: str | None = None) -> None:
+def connect(address: str | None = None, show_logs: bool = True) -> None:
     """`address`, else RAY_ADDRESS (set inside a job), else a local Ray that ends with this process."""
     set_offline_switches()
     quiet_libraries()
@@ -31,7 +31,12 @@ def connect(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, runtime_env={"env_vars": dict(SWITCHES)}, logging_level=logging.WARNING)
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": dict(SWITCHES)},
+                log_to_driver=show_logs,
+                logging_level=logging.WARNING,
+            )
         except ConnectionError as error:
             raise ConfigError(
                 f"no Ray cluster answers at {address!r}: {error}",
