@@ -40,8 +40,8 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
         except ConnectionError as error:
             raise ConfigError(
                 f"no Ray cluster answers at {address!r}: {error}",
-                hint="`auto` on one of its nodes, HOST:6379 from elsewhere; `ray status` says whether it runs; a cluster with a"
-                " token (Ray's default) also wants RAY_AUTH_MODE=token here",
+                hint="`auto` on one of its nodes, HOST:6379 from elsewhere; `ray status` says whether it runs; a cluster"
+                " with a token (Ray's default) also wants RAY_AUTH_MODE=token here",
             ) from None
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
