@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from forge_ray.errors import ConfigError, EngineError, ForgeError, NotFound
+from forge_ray.errors import ConfigError, EngineError, ForgeError, NotFound, PolicyError
 
 TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 10.0
@@ -149,8 +149,12 @@ def _error(response: httpx.Response) -> ForgeError:
         message = response.text[:200]
     text = f"{response.request.url} answered {response.status_code}: {message}"
     match response.status_code:
-        case 404:
+        case 404 | 410:
             return NotFound(text, hint="ask for a name that `models()` lists")
+        case 401 | 403:
+            return PolicyError(text, hint="pass `api_key`, or set FORGE_API_KEY, to a key that may do this")
+        case 429:
+            return EngineError(text, hint=f"send the request again after {response.headers.get('retry-after', 1)} s")
         case status if status < 500:
             return ConfigError(text, hint="change the request")
         case _:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import secrets
 import threading
@@ -24,11 +23,11 @@ from forge_ray.catalog import Catalog
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import Event, Frozen
 from forge_ray.store import Store
+from forge_ray.tail import EventTail
 
 Scope = Literal["chat", "metrics", "admin"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 PATTERN = re.compile(r"(fk_[0-9a-f]{12})_[A-Za-z0-9_-]{43}")
-LOCAL_POLL_S, REMOTE_POLL_S = 0.5, 3.0
 LOG = logging.getLogger(__name__)
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -131,59 +130,29 @@ def keys_of(catalog: Catalog) -> dict[str, ApiKey]:
     return _by_sha256(catalog.events("key", subject) for subject in catalog.subjects("key"))
 
 
-class EventTail:
-    """The events of one kind as a store has them, without the catalogue's index; cheap to ask again every second.
-
-    Names are listed, and only files that were not seen are read. The first look reads all.
-    """
-
-    def __init__(self, store: Store, kind: str) -> None:
-        self.store, self.kind = store, kind
-        self.subjects: dict[str, list[Event]] = {}
-        self._seen: set[str] = set()
-
-    def refresh(self) -> bool:
-        """Take in what is new; whether an event of this kind was."""
-        changed = False
-        for name in sorted(_names(self.store) - self._seen):
-            read = self.store.read_json(f"events/{name}")
-            if read["kind"] == self.kind:  # others may be of a kind that only a newer version knows
-                event = Event.model_validate(read)
-                self.subjects.setdefault(event.subject, []).append(event)
-                changed = True
-            self._seen.add(name)
-        return changed
-
-
 class KeyTail:
     """`keys_of` for a replica, which opens no catalogue. `keys` is replaced as a whole and never changed."""
 
     def __init__(self, store: Store) -> None:
         self.keys: Mapping[str, ApiKey] = {}
-        self._events = EventTail(store, "key")
+        self._tail = EventTail(store, "key")
+        self._events: dict[str, list[Event]] = {}
 
     def refresh(self) -> Mapping[str, ApiKey]:
-        if self._events.refresh():
-            self.keys = _by_sha256(self._events.subjects.values())
+        new = self._tail.new()
+        for event in new:
+            self._events.setdefault(event.subject, []).append(event)
+        if new:
+            self.keys = _by_sha256(self._events.values())
         return self.keys
 
     def follow(self, closing: threading.Event) -> None:
         """Refresh until `closing` is set. While the store cannot be read, the keys that are known stay."""
-        while not closing.wait(LOCAL_POLL_S if self._events.store.is_local else REMOTE_POLL_S):
+        while not closing.wait(self._tail.poll_s):
             try:
                 self.refresh()
             except Exception:
                 LOG.exception("keys cannot be read")
-
-
-def _names(store: Store) -> set[str]:
-    if not store.is_local:
-        return {path.rsplit("/", 1)[-1] for path in store.list("events")}
-    try:
-        # not `Store.list`, which asks for the size of each: this is done every second
-        return {name for name in os.listdir(store.local("events")) if not name.startswith(".")}
-    except FileNotFoundError:
-        return set()
 
 
 def _by_sha256(subjects: Iterable[list[Event]]) -> dict[str, ApiKey]:

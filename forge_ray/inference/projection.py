@@ -17,11 +17,19 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # given t
 ROWS = 16  # of a typical step: oneDNN chooses the layout for it
 
 
+def _can_pack(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
 class Weight:
     """[out, in], packed where that helps."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.packed = _can_pack(weight)
         if self.packed:
             self.data = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
         else:

@@ -126,6 +126,7 @@ class TransformersEngine:
         self._num_tokens = 0
         self._lock = threading.Lock()
         self._alone = threading.Lock()
+        self._loading = threading.Lock()
         self._failure = ""
         self._closing = False
         self._progress = (-1, time.monotonic())
@@ -213,18 +214,19 @@ class TransformersEngine:
     def load_adapter(self, name: str, folder: Path) -> None:
         """Make a PEFT LoRA folder available under `name`. Requests that run are not disturbed: what is read here is first
         looked at by a step that has a request for it."""
-        if name in self._adapters.names:
-            return
-        others = len(self._adapters.names) - bool(self._own)
-        if others >= self._config.max_adapters:
-            raise EngineError(
-                f"adapter {name!r}: {others} are loaded already, engine.max_adapters={self._config.max_adapters}",
-                hint="unload one, or raise engine.max_adapters",
-            )
-        if not name or name == OWN:
-            raise EngineError(f"an adapter cannot be named {name!r}", hint="use the digest of its files")
-        like = torch.empty(0, dtype=self._model.dtype, device=self._model.device)
-        self._adapters.load(name, read_adapter(folder, self._layers, self._config.max_lora_rank, like))
+        with self._loading:  # the bound is counted before the files are read
+            if name in self._adapters.names:
+                return
+            others = len(self._adapters.names) - bool(self._own)
+            if others >= self._config.max_adapters:
+                raise EngineError(
+                    f"adapter {name!r}: {others} are loaded already, engine.max_adapters={self._config.max_adapters}",
+                    hint="unload one, or raise engine.max_adapters",
+                )
+            if not name or name == OWN:
+                raise EngineError(f"an adapter cannot be named {name!r}", hint="use the digest of its files")
+            like = torch.empty(0, dtype=self._model.dtype, device=self._model.device)
+            self._adapters.load(name, read_adapter(folder, self._layers, self._config.max_lora_rank, like))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; `EngineError` while a pending request names it."""

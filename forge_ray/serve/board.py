@@ -29,10 +29,10 @@ from forge_ray.serve.routing import Facts, Table, table_of, versions_of
 from forge_ray.store import Store
 
 NAMESPACE = "forge_ray"
-LOCAL_POLL_S, REMOTE_POLL_S = 0.5, 3.0  # how often the store is looked at
 WATCH_S = 5.0  # a watch that sees nothing new returns after this
 SILENT_S = 5.0  # a replica that has not reported for so long is not waited for
 GONE_S = 60.0
+ALONE_S = 600.0  # a board that no replica asks ends; the next replica starts another
 LOG = logging.getLogger(__name__)
 
 
@@ -69,6 +69,7 @@ class Board:
         self.live: Table | None = None
         self._changed = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
+        self._last_seen = time.monotonic()
 
     async def start(self) -> dict[str, Any]:
         """The table by which a new replica begins."""
@@ -95,10 +96,12 @@ class Board:
             "live": self.live.id if self.live else "",
         }
 
-    async def report(self, replica: str, load: dict[str, int], outcomes: list[Outcome], metrics: str) -> None:
-        """A replica's pulse, with what it answered since the last one."""
+    async def report(self, replica: str, load: dict[str, int], outcomes: list[Outcome], metrics: str | None) -> None:
+        """A replica's pulse, with what it answered since the last one; `metrics` comes with every tenth or so."""
         seen = self.replicas.setdefault(replica, Seen(time.monotonic()))
-        seen.at, seen.load, seen.metrics = time.monotonic(), load, metrics
+        seen.at, seen.load, self._last_seen = time.monotonic(), load, time.monotonic()
+        if metrics is not None:
+            seen.metrics = metrics
         for outcome in outcomes:
             self.outcomes.add(outcome)
         await self.counters.renew(replica)
@@ -161,15 +164,19 @@ class Board:
             del self.replicas[name]
         return {name: seen for name, seen in self.replicas.items() if now - seen.at < SILENT_S}
 
+    def _alone_for(self) -> float:
+        return time.monotonic() - max((seen.at for seen in self.replicas.values()), default=self._last_seen)
+
     def _tell(self) -> None:
         """Wake every watch, and let the next ones wait for the next change."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def _look(self) -> None:
-        every = LOCAL_POLL_S if self.published.store.is_local else REMOTE_POLL_S
         while True:
-            await asyncio.sleep(every)
+            await asyncio.sleep(self.published.tail.poll_s)
+            if self._alone_for() > ALONE_S:
+                ray.actor.exit_actor()
             try:
                 await self.refresh()
                 self._guard()

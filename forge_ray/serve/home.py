@@ -97,11 +97,13 @@ class Home:
     def _unload(self, adapter: str) -> bool:
         if time.monotonic() - self.used[adapter] < IN_USE_S:
             return False
-        with contextlib.suppress(EngineError):
+        last = self.used.pop(adapter)  # first: whoever asks now has it loaded again
+        try:
             self.engine.unload_adapter(adapter)
-            del self.used[adapter]
-            return True
-        return False
+        except EngineError:
+            self.used[adapter] = last
+            return False
+        return True
 
     def _make_room(self) -> None:
         deadline = time.monotonic() + ROOM_S
@@ -123,9 +125,19 @@ class Homes:
         self.store = store
         self.homes: dict[str, Home] = {}
         self._folders: dict[str, Path] = {}
+        self._ready: dict[str, tuple[ServedVersion, Loaded]] = {}
 
     def ready(self, version: ServedVersion) -> Loaded:
-        """Fetch, verify and load what a version needs; raises `ForgeError` with the reason where it cannot be served."""
+        """Fetch, verify and load what a version needs, once; `ForgeError` with the reason where it cannot be served."""
+        known = self._ready.get(version.id)
+        if known is None or known[0] != version or version.engine not in self.homes:
+            known = self._ready[version.id] = (version, self._make_ready(version))
+        loaded, home = known[1], self.homes[version.engine]
+        if loaded.adapter and len(home.used) < home.max_adapters:
+            home.load(loaded.adapter, self._folders[version.id])
+        return loaded
+
+    def _make_ready(self, version: ServedVersion) -> Loaded:
         record, folder = fetch_version(self.store, version.id)
         if record.files_digest != version.digest:
             raise StoreError(
@@ -136,9 +148,7 @@ class Homes:
             self.homes[version.engine] = self._open(version, folder)
         home = self.homes[version.engine]
         adapter = version.digest if version.weights == "adapter" else ""
-        if adapter and (len(home.used) < home.max_adapters or home.touch(adapter)):
-            home.load(adapter, folder)
-        elif adapter and not home.max_adapters:
+        if adapter and not home.max_adapters:
             raise EngineError(
                 f"{version.id} is an adapter and engine.max_adapters is 0", hint="raise it, or list the version in `merged`"
             )
@@ -172,6 +182,7 @@ class Homes:
             state = home.engine.health()
             if key not in engines and not state.num_running and not state.num_waiting:
                 del self.homes[key]
+                self._ready = {name: ready for name, ready in self._ready.items() if ready[0].engine != key}
                 home.engine.close()
 
     def health(self) -> list[EngineHealth]:

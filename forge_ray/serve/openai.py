@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from forge_ray.config.release import Limits
+from forge_ray.data.strict_json import Reject, decode, reject_deep
 from forge_ray.serve.fields import (
     ChatRequest,
     CompletionOptions,
@@ -102,14 +103,7 @@ R = TypeVar("R", ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeReque
 
 def parse_request(model: type[R], raw: bytes, limits: Limits) -> R:
     """The body as `model`; an `ApiError` 400 names the first field that is wrong."""
-    try:
-        body = json.loads(raw, parse_constant=_no_number)
-        if SURROGATE.search(raw):
-            json.dumps(body, ensure_ascii=False).encode()  # half a character, as an escape, is no text
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not valid JSON") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, f"the body is a JSON {type(body).__name__}, not an object")
+    body = _object(raw)
     own = model.model_fields.keys()
     body = {key: value for key, value in body.items() if key in own or not _asks_nothing(NO_OP, key, value)}
     if isinstance(body.get("messages"), list):
@@ -129,14 +123,23 @@ def parse_request(model: type[R], raw: bytes, limits: Limits) -> R:
         found = model.model_validate(body)
     except ValidationError as error:
         raise _bad_field(error) from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
     _within(found, limits)
     return found
 
 
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        body = decode(raw)
+        reject_deep(body)
+        if SURROGATE.search(raw):
+            json.dumps(body, ensure_ascii=False).encode()  # half a character, as an escape, is no text
+    except UnicodeEncodeError:
+        raise ApiError(400, "the body is not valid JSON: lone surrogate") from None
+    except Reject as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body is a JSON {type(body).__name__}, not an object")
+    return body
 
 
 def _within(wanted: BaseModel, limits: Limits) -> None:

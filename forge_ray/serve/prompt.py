@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
-
-import jsonschema
 
 from forge_ray.config.release import Limits
 from forge_ray.data.chat import ChatTokenizer
 from forge_ray.data.schema import Reject
 from forge_ray.inference.engine import GenerationRequest
+from forge_ray.serve.conform import check_strict
 from forge_ray.serve.fields import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest, Message, Tool
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.served import Loaded
@@ -67,15 +65,13 @@ def _chat_prompt(tokenizer: ChatTokenizer, wanted: ChatRequest) -> Prompt:
             ids += tokenizer.piece_ids(said.text)
         except Reject as error:
             raise ApiError(400, str(error), param="messages") from None
+    for tool in wanted.offered:
+        if tool.function.strict:
+            check_strict(tool.function)
     begun: tuple[Beginning, ...] = ()
-    for function in wanted.forced:
-        check_schema(function.schema_, "tools")
     if wanted.forced:
         begun = beginnings(tokenizer, wanted.forced, several=wanted.parallel_tool_calls is not False)
-    schema = ""
-    if wanted.response_format is not None and (schema := wanted.response_format.text):
-        json_schema = wanted.response_format.json_schema
-        check_schema(json_schema.schema_ if json_schema else None, "response_format")
+    schema = wanted.response_format.text if wanted.response_format is not None else ""
     return Prompt(tuple(ids), said.text if said else "", begun, schema)
 
 
@@ -104,15 +100,6 @@ def ids_of(tokenizer: ChatTokenizer, text: str | Sequence[int], param: str) -> t
     return tuple(text)
 
 
-def check_schema(schema: Any, param: str) -> None:
-    """`ApiError` where it is no JSON schema."""
-    try:
-        jsonschema.Draft202012Validator.check_schema(schema or {})
-    except (jsonschema.SchemaError, RecursionError) as error:
-        reason = getattr(error, "message", "nested too deeply")
-        raise ApiError(400, f"{param}: not a JSON schema: {str(reason)[:200]}", param=param) from None
-
-
 def choices_of(
     limits: Limits, loaded: Loaded, wanted: ChatRequest | CompletionRequest, prompts: Sequence[Prompt]
 ) -> list[Choice]:
@@ -131,7 +118,7 @@ def choices_of(
                 temperature=1.0 if wanted.temperature is None else wanted.temperature,
                 top_p=1.0 if wanted.top_p is None else wanted.top_p,
                 top_k=max(wanted.top_k or 0, 0),
-                seed=None if seed is None else seed + number,
+                seed=None if seed is None else _signed_64(seed + number),
                 stop_token_ids=loaded.stop_token_ids,
                 presence_penalty=wanted.presence_penalty or 0.0,
                 frequency_penalty=wanted.frequency_penalty or 0.0,
@@ -146,6 +133,11 @@ def choices_of(
     ]
     _refuse_what_is_lacking(loaded, wanted, choices[0])
     return choices
+
+
+def _signed_64(seed: int) -> int:
+    """The largest seed is followed by the smallest."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _refuse_what_is_lacking(loaded: Loaded, wanted: ChatRequest | CompletionRequest, choice: Choice) -> None:

@@ -1,7 +1,4 @@
-"""The store's facts that serving follows: aliases, archived versions, versions (level 4; no ray, no SQLite).
-
-The events are the truth. A reader that looks every second reads each of them once: their names sort by time and stay.
-"""
+"""The store's facts that serving follows: aliases, archived versions, versions (level 4; no ray, no SQLite)."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from forge_ray.catalog import event_path, following
 from forge_ray.config.release import AliasRoute
 from forge_ray.records import Event, ModelVersion, canonical_json
 from forge_ray.store import Store
+from forge_ray.tail import EventTail
 
 
 class Published:
@@ -20,18 +18,16 @@ class Published:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.last: dict[tuple[str, str], Event] = {}
-        self._seen: set[str] = set()
+        self.tail = EventTail(store, "alias", "model")
         self._versions: dict[str, ModelVersion] = {}
 
     def refresh(self) -> list[Event]:
         """The events that are new."""
-        new = sorted(set(self.store.list("events")) - self._seen)
-        events = [Event.model_validate(self.store.read_json(path)) for path in new]
+        events = self.tail.new()
         for event in events:
             known = self.last.get((event.kind, event.subject))
             if known is None or known.at <= event.at:
                 self.last[event.kind, event.subject] = event
-        self._seen.update(new)
         return events
 
     def of(self, kind: str) -> Iterator[tuple[str, Event]]:

@@ -6,6 +6,7 @@ follows the board's tables, one tells the board how it does.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -36,6 +37,8 @@ from forge_ray.serve.served import Admission, Chosen, Served
 from forge_ray.store import Store
 
 PULSE_S = 0.5
+METRICS_EVERY = 10  # pulses
+MOST_OUTCOMES = 10_000  # kept while the board is away
 BOARD_S = 30.0  # a board that does not answer for so long is done without
 LOG = logging.getLogger(__name__)
 
@@ -130,12 +133,18 @@ class Replica:
 
     def _pulse(self) -> None:
         """Tell the board that this replica lives, how loaded it is, and how its answers went."""
-        while not self.closing.wait(PULSE_S):
+        for number in itertools.count():
+            if self.closing.wait(PULSE_S):
+                return
+            sent = self.outcomes[:]
+            text = self.metrics.text() if number % METRICS_EVERY == 0 else None  # costs milliseconds
             try:
-                sent, self.outcomes[:] = list(self.outcomes), []
-                ray.get(self._board().report.remote(self.name, self._load(), sent, self.metrics.text()), timeout=BOARD_S)
+                ray.get(self._board().report.remote(self.name, self._load(), sent, text), timeout=BOARD_S)
+                del self.outcomes[: len(sent)]
             except (ray.exceptions.RayError, TimeoutError):
-                continue
+                del self.outcomes[:-MOST_OUTCOMES]
+            except Exception:  # a replica without a pulse would be taken for dead
+                LOG.exception("the pulse failed")
 
     def _load(self) -> dict[str, int]:
         return {"pid": os.getpid(), **self.homes.load()}

@@ -20,9 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jsonschema
-
 from forge_ray.data.template import CallStyle, ChatTokenizer
+from forge_ray.serve.conform import conforms
 from forge_ray.serve.fields import Function
 from forge_ray.serve.text import overlap
 
@@ -154,7 +153,7 @@ class CallParser:
         function = next((function for function in self.functions if function.name == value.get("name")), None)
         if function is None or not isinstance(arguments, dict):
             return None
-        if function.strict and not jsonschema.Draft202012Validator(function.schema_).is_valid(arguments):
+        if function.strict and not conforms(arguments, function.schema_):
             return None
         given = value.get("id")
         identifier = given if isinstance(given, str) and MISTRAL_ID.fullmatch(given) else new_id()

@@ -16,11 +16,13 @@ from http_server import ENGINE, Fixed, deployment, running
 from pydantic import BaseModel, ConfigDict
 from scripted import Scripted, loaded, saying
 
+from forge_ray import client as client_module
 from forge_ray.client import Client
 from forge_ray.config.base import parse
 from forge_ray.config.release import EngineConfig
 from forge_ray.data.chat import load_tokenizer_dir
-from forge_ray.errors import ConfigError, NotFound
+from forge_ray.data.hf import HfTokenizer
+from forge_ray.errors import ConfigError, EngineError, ForgeError, NotFound, PolicyError
 from forge_ray.inference.choose import open_engine
 from forge_ray.serve.http import build_http
 from forge_ray.serve.served import Loaded
@@ -63,9 +65,15 @@ def url(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     tokenizer = load_tokenizer_dir(folder)
     engine = open_engine(folder, None, parse(EngineConfig, ENGINE), use_gpu=False)
     caller = loaded(tokenizer, Scripted(saying(tokenizer, CALL)))
+    newer_tokenizer = load_tokenizer_dir(folder)  # the same model, as if it had been taught Mistral's newer calls
+    assert isinstance(newer_tokenizer, HfTokenizer)
+    newer_tokenizer.tokenizer.chat_template = TEMPLATE.replace("<tool_call>", "[TOOL_CALLS]").replace(
+        "</tool_call>", "[ARGS]"
+    )
+    newer = Loaded("mv_1", "sha256:" + "1" * 64, engine, "", newer_tokenizer, (tokenizer.end_of_turn_id,))
     tiny = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", tokenizer, (tokenizer.end_of_turn_id,))
     try:
-        with running(build_http(deployment(Fixed(tiny=tiny, caller=caller)))) as url:
+        with running(build_http(deployment(Fixed(tiny=tiny, caller=caller, newer=newer)))) as url:
             yield url
     finally:
         engine.close()
@@ -141,6 +149,22 @@ def test_openai_forced_calls(client: openai.OpenAI, choice: Any) -> None:
     assert isinstance(parsed_call.function.parsed_arguments, Verdict)
 
 
+def test_openai_forced_calls_with_the_name_outside_the_json(client: openai.OpenAI) -> None:
+    functions = [
+        {"type": "function", "function": PAINT["function"] | {"name": name}} for name in ("paint", "painting", "draw")
+    ]
+    called = set()
+    for seed in range(8):
+        asked: Any = {"model": "newer", "messages": MESSAGES, "tools": functions, "seed": seed, "temperature": 1.9}
+        (made,) = client.chat.completions.create(**asked, tool_choice="required", max_tokens=400).choices
+        (call,) = made.message.tool_calls or []
+        assert call.type == "function"
+        Verdict.model_validate_json(call.function.arguments)
+        called.add(call.function.name)
+    assert len(called) > 1
+    assert called <= {"paint", "painting", "draw"}
+
+
 def test_openai_free_calls(client: openai.OpenAI) -> None:
     (made,) = client.chat.completions.create(model="caller", messages=MESSAGES, tools=[PAINT]).choices
     assert (made.finish_reason, made.message.content) == ("tool_calls", "Let me see. ")
@@ -153,7 +177,7 @@ def test_openai_free_calls(client: openai.OpenAI) -> None:
 
 
 def test_openai_models_embeddings_and_errors(client: openai.OpenAI, url: str) -> None:
-    assert [card.id for card in client.models.list()] == ["tiny", "caller"]
+    assert [card.id for card in client.models.list()] == ["tiny", "caller", "newer"]
     assert client.models.retrieve("tiny").owned_by == "forge_ray"
     plain = client.embeddings.create(model="tiny", input=["one", "two"], encoding_format="float").data
     # What the client asks for by itself, base64, its own strict validation refuses: it looks before it decodes
@@ -307,7 +331,7 @@ def test_langchain(url: str) -> None:
 
 def test_our_own(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Client(url) as client:
-        assert client.models() == ["tiny", "caller"]
+        assert client.models() == ["tiny", "caller", "newer"]
         answer = client.chat("tiny", MESSAGES, max_tokens=4, temperature=0)
         assert (answer.model_version, answer.route, answer.calls) == ("mv_0", "", ())
         assert "".join(client.stream_chat("tiny", MESSAGES, max_tokens=4, temperature=0)) == answer.text
@@ -320,6 +344,27 @@ def test_our_own(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
             client.chat("other", MESSAGES)
         with pytest.raises(ConfigError, match="top_q"):
             client.chat("tiny", MESSAGES, top_q=1)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "hint"),
+    [
+        (400, ConfigError, "change the request"),
+        (401, PolicyError, "FORGE_API_KEY"),
+        (403, PolicyError, "FORGE_API_KEY"),
+        (404, NotFound, "models"),
+        (410, NotFound, "models"),
+        (429, EngineError, "after 7 s"),
+        (503, EngineError, "send the request again"),
+    ],
+)
+def test_refusals_as_errors(status: int, kind: type[ForgeError], hint: str) -> None:
+    body = {"error": {"message": "no", "type": "x", "param": None, "code": None}}
+    request = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions")
+    error = client_module._error(httpx.Response(status, json=body, headers={"retry-after": "7"}, request=request))
+    assert type(error) is kind
+    assert error.message.endswith(": no")
+    assert hint in error.hint
 
 
 def test_the_key_is_sent_from_the_argument_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,10 @@ TOOLS: list[Any] = [
 USER = [{"role": "user", "content": "hi"}]
 
 
+def strict(schema: Any) -> Any:
+    return {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
+
+
 class Tally:
     """An admission that notes how it ended."""
 
@@ -131,7 +135,7 @@ def running_api(tiny_model_dir: Path) -> Iterator[Api]:
         "shadowed": loaded(tokenizer, engine),
         "ft:base:org/x:1": loaded(tokenizer, engine),
     }
-    served = replace(deployment(ByUser(**names), limits={"max_body_bytes": 65536}), admit=tally.admit)
+    served = replace(deployment(ByUser(**names), limits={"max_body_bytes": 1 << 17}), admit=tally.admit)
     with running(build_http(served)) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield Api(url=url, engine=engine, shadow=shadow, tokenizer=tokenizer, tally=tally, served=served, client=client)
 
@@ -202,6 +206,11 @@ def test_choices_have_seeds_of_their_own_and_usage_counts_all(api: Api) -> None:
     assert body["usage"]["prompt_tokens"] == one["prompt_tokens"] == api.tally.closed[-1][0]
     assert api.tally.closed[-2] == (one["prompt_tokens"], 3 * one["completion_tokens"], 200)
     assert api.tally.asked[-2] == (one["prompt_tokens"], 3 * 1024)
+
+
+def test_the_largest_seed_is_followed_by_the_smallest(api: Api) -> None:
+    api.chat(seed=(1 << 63) - 1, n=2)
+    assert [request.seed for request in api.engine.requests] == [(1 << 63) - 1, -(1 << 63)]
 
 
 def test_prompts_times_n_in_order(api: Api) -> None:
@@ -299,10 +308,9 @@ def test_what_the_engine_lacks_is_refused_with_the_name_of_the_one_that_has_it(
         ({"max_tokens": 1025}, "max_tokens"),
         ({"messages": [{"role": "user", "content": "<|im_start|>"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x " * 5000}]}, "messages"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": 5}}}},
-            "response_format",
-        ),
+        ({"tools": [strict({"type": 5})]}, "tools"),
+        ({"tools": [strict({"patternProperties": {"a": {}}})]}, "tools"),
+        ({"tools": [strict({"description": "x" * 70000})]}, "tools"),
         ({"n": 9}, "n"),
         ({"safe_prompt": True}, "safe_prompt"),
     ],
@@ -596,7 +604,22 @@ def test_errors_have_one_shape(api: Api, method: str, path: str, status: int) ->
 
 
 def test_a_body_that_is_too_large(api: Api) -> None:
-    assert api.refused(status=413, user="x" * 70000)["code"] == "request_too_large"
+    assert api.refused(status=413, user="x" * 140000)["code"] == "request_too_large"
+
+
+def test_prompts_longer_than_the_deployment_allows(api: Api) -> None:
+    limits = {"max_prompt_tokens": 20, "max_new_tokens": 5}
+    with running(build_http(deployment(api.served.directory, limits=limits))) as url:
+        sizes = {}
+        for words in (1, 30):
+            body = {"model": "tiny", "prompt": "one " * words}
+            response = httpx.post(f"{url}/v1/completions", json=body)
+            sizes[words] = response.status_code
+        assert sizes == {1: 200, 30: 400}
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+        embedded = httpx.post(f"{url}/v1/embeddings", json={"model": "tiny", "input": "one " * 30})
+        assert (embedded.status_code, embedded.json()["error"]["param"]) == (400, "input")
+    assert api.asked().max_new_tokens == 5
 
 
 def test_what_admission_refuses_is_the_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -23,6 +24,8 @@ SURFACE = {
     "models list": set(),
     "models show": set(),
     "models promote": {"--alias"},
+    "models archive": set(),
+    "models restore": set(),
     "data prepare": {"--set"},
     "data list": set(),
     "data show": {"--rows", "--split"},
@@ -48,9 +51,17 @@ SURFACE = {
     "release": {"--set"},
     "run": {"--set", "--force"},
     "submit": {"--address", "--set", "--no-wait"},
-    "deploy": {"--address", "--set"},
-    "serve": {"--set"},
-    "chat": {"--url", "--model", "--system", "--max-tokens", "--temperature"},
+    "deploy": {"--address", "--set", "--status", "--serve-yaml"},
+    "undeploy": {"--address"},
+    "serve": {"--set", "--haproxy"},
+    "chat": {"--url", "--api-key", "--model", "--system", "--max-tokens", "--temperature"},
+    "alias list": set(),
+    "alias history": set(),
+    "alias set": {"--to", "--shadow", "--fallback", "--file", "--why", "--url"},
+    "alias canary": {"--to", "--percent", "--max-error-rate", "--max-latency-ratio", "--min-requests", "--why", "--url"},
+    "alias promote": {"--why", "--url"},
+    "alias rollback": {"--why", "--url"},
+    "alias archive": {"--why"},
     "lineage": {"--to", "--rows"},
     "catalog rebuild": set(),
 }
@@ -121,6 +132,37 @@ def test_promote_moves_the_alias_and_a_rejected_version_is_refused(filled: str) 
     assert "exact_match=0.1 is below the minimum 0.4" in refused.stderr
     shown = json.loads(forge("models", "show", "prod", "--store", filled, "--json").stdout)
     assert shown["id"] == good
+
+
+def test_an_alias_moves_by_its_verbs(filled: str, tmp_path: Path) -> None:
+    good, bad = version_of(filled, "accepted"), version_of(filled, "rejected")
+
+    def alias(*words: str, code: int = 0) -> Any:
+        done = forge("alias", *words, "--store", filled, "--json")
+        assert done.exit_code == code, done.output
+        return json.loads(done.stdout)
+
+    moved = alias("set", "support@prod", "--to", good, "--fallback", "base", "--why", "first")
+    assert moved == {"alias": "support@prod", "route": {"versions": {good: 1}, "fallback": "base"}}
+    assert alias("list") == {"support@prod": moved["route"]}
+    assert alias("set", "support@prod", "--to", bad, code=3)["error"]["code"] == "policy"
+    assert "--to mv_a=95" in alias("set", "support@prod", "--to", f"{good}=many", code=2)["error"]["hint"]
+    assert "give --to VERSION" in alias("set", "support@prod", code=2)["error"]["message"]
+    assert "stable version already" in alias("canary", "support@prod", "--to", good, code=2)["error"]["message"]
+    route = tmp_path / "route.yaml"
+    route.write_text(f"versions: {{{good}: 1}}\nrules: [{{to: base, user: [guest]}}]\n")
+    assert alias("set", "support@prod", "--file", str(route))["route"]["rules"] == [{"to": "base", "user": ["guest"]}]
+    assert alias("rollback", "support@prod")["route"] == moved["route"]
+    alias("archive", "support@prod")
+    assert alias("list") == {}
+    assert [
+        move["why"]
+        for move in json.loads(forge("alias", "history", "support@prod", "--store", filled, "--json").stdout)["results"]
+    ] == ["first", "", "rolled back", ""]
+    assert json.loads(forge("models", "archive", good, "--store", filled, "--json").stdout)["state"] == "archived"
+    assert json.loads(forge("models", "restore", good, "--store", filled, "--json").stdout)["state"] == "active"
+    table = forge("alias", "history", "support@prod", "--store", filled)
+    assert "archived" in table.output
 
 
 def test_a_mistake_ends_with_2_and_says_key_value_rule_and_remedy(tmp_path: Path) -> None:

@@ -219,12 +219,12 @@ def test_a_header_whose_length_reads_as_a_pickle_is_none(good: Path, catalog: Ca
 
 
 def test_the_same_directory_twice_is_one_version(good: Path, catalog: Catalog) -> None:
-    first = import_model(catalog, good, "base", licence="apache-2.0", alias="base")
-    again = import_model(catalog, good, "base", alias="base")
+    first = import_model(catalog, good, "base", licence="apache-2.0", alias="ground")
+    again = import_model(catalog, good, "base", alias="ground")
     moved = import_model(catalog, Path(shutil.copytree(good, good.parent / "another name")), "base")
     assert first == again == moved
     assert catalog.all(ModelVersion) == [first]
-    assert catalog.model("base") == first
+    assert catalog.model("ground") == first
     assert (first.status, first.weights, first.licence) == ("imported", "full", "apache-2.0")
     assert sorted(entry.path for entry in first.files) == [
         "config.json",

@@ -159,7 +159,7 @@ def test_a_replica_reads_only_what_is_new(catalog: Catalog, monkeypatch: pytest.
 def test_following_outlasts_a_store_that_is_away(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(keys, "LOCAL_POLL_S", 0.01)
+    monkeypatch.setattr("forge_ray.tail.LOCAL_POLL_S", 0.01)
     tail, closing, away = KeyTail(Store(catalog.store.uri)), threading.Event(), threading.Event()
     real = Store.read_json
 

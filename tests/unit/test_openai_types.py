@@ -265,7 +265,19 @@ def test_a_missing_field_is_named(missing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"a": NaN}', b'{"a": "\\ud800"}']
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a": NaN}',
+        b'{"a": 1, "a": 2}',
+        b'{"a": ' + b"[" * 80 + b"]" * 80 + b"}",
+        b'{"a": "\\ud800"}',
+    ],
 )
 def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
     assert refusal(ChatRequest, body).param is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from forge_ray.data.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.data.hf import HfTokenizer
 from forge_ray.data.mistral import load_mistral
 from forge_ray.data.schema import Reject
+from forge_ray.serve.conform import conforms
 from forge_ray.serve.fields import Function
 from forge_ray.serve.text import Detokenizer
 from forge_ray.serve.tools import Call, CallParser, beginnings, markers
@@ -124,6 +126,32 @@ def test_a_strict_function_takes_only_arguments_of_its_schema() -> None:
     text = written("hermes", ("add", {"a": "one"}))
     assert parsed(CallParser("hermes", [strict]), text) == (text, [])
     assert parsed(CallParser("hermes", [ADD]), text) == ("", [("add", {"a": "one"})])
+
+
+BOMB: dict[str, Any] = {
+    "$defs": {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)} | {"d40": {"type": "object"}},
+    "$ref": "#/$defs/d0",
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "conforming"),
+    [
+        ({"properties": {"a": {"type": "integer"}}, "additionalProperties": False}, {"a": 1}, True),
+        ({"properties": {"a": {"type": "integer"}}, "additionalProperties": False}, {"b": 1}, False),
+        ({"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"enum": [1]}}}, {"a": 2}, False),
+        ({"properties": {"a": {"pattern": "(x+)+y"}}}, {"a": "x" * 60}, True),
+        ({"properties": {"a": {"$ref": "http://127.0.0.1:1/schema"}}}, {"a": 1}, False),
+        ({"properties": {"a": {"multipleOf": 0.5}}}, {"a": 10**400}, False),
+        ({"$ref": "#"}, {}, False),
+        (BOMB, {}, False),
+        ({"properties": {"a": {"allOf": [{"$ref": "#"}] * 2}}}, json.loads('{"a":' * 60 + "{}" + "}" * 60), False),
+    ],
+)
+def test_conforming_is_found_out_in_bounded_time(schema: dict[str, Any], value: Any, conforming: bool) -> None:
+    started = time.monotonic()
+    assert conforms(value, schema) == conforming
+    assert time.monotonic() - started < 20  # 2**40 steps would take weeks
 
 
 def test_ids_that_mistral_takes_back_are_kept() -> None:
