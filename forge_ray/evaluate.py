@@ -149,7 +149,7 @@ def evaluate(store: Store, subject: Subject, manifest: DatasetManifest, config: 
     import torch
 
     from forge_ray.data.chat import load_tokenizer_dir
-    from forge_ray.inference.transformers_engine import load_engine
+    from forge_ray.inference.choose import open_engine
 
     started = time.monotonic()
     torch.set_num_threads(max(1, int(config.cpus)))
@@ -157,7 +157,7 @@ def evaluate(store: Store, subject: Subject, manifest: DatasetManifest, config: 
     adapter = store.fetch_dir(subject.adapter) if subject.adapter else None
     tokenizer = load_tokenizer_dir(folder)
     found, labels = examples(store, manifest, config), label_set(store, manifest, config)
-    engine = load_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
+    engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
     items = []
     try:
         for item in score_examples(engine, tokenizer, found, labels, config):
