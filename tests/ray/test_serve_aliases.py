@@ -143,6 +143,25 @@ def test_a_weighted_set_a_shadow_and_rules(
     assert len(same) == 1  # a user stays with a version
     assert greedy(name, extra_headers={"X-Domain": "cards"}) == (expected[three.id], three.id, "rule 1")
     assert greedy(name, user="guest") == (expected["base"], endpoint.version.id, "rule 2")
+    deadline = time.monotonic() + WAIT_S
+    shadowed = f'forge_shadow_answers_total{{deployment="bot",model="{name}",model_version="{three.id}"'
+    while shadowed not in httpx.get(f"{endpoint.url}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_a_classifier_routes_by_its_answer(
+    endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], client: openai.OpenAI, greedy: Any
+) -> None:
+    one, two, judge = adapters[:3]
+    said = client.chat.completions.create(model=judge.id, messages=MESSAGES, temperature=0, max_tokens=8)
+    label = (said.choices[0].message.content or "").strip()
+    for name, wanted in (("domain@prod", label), ("other@prod", "something else")):
+        rules = [{"to": two.id, "classifier": judge.id, "label": wanted}]
+        catalog.set_route(name, parse(AliasRoute, {"versions": {one.id: 1}, "rules": rules}))
+        wait_for(endpoint.url, name, one.id)
+    assert greedy("domain@prod")[1:] == (two.id, "rule 1")
+    assert greedy("other@prod")[1:] == (one.id, "stable")
 
 
 def test_unknown_is_404_archived_is_410_and_a_fallback_is_declared(
