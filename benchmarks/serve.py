@@ -236,7 +236,7 @@ def raw_row(bench: Bench, kind: str) -> list[Row]:
 def ray_llm_row(bench: Bench, kind: str) -> list[Row]:
     if kind != "vllm":
         return []
-    beside = {"use_gpu": bench.use_gpu, "max_running": max(bench.options.clients, 8), "context": 2048}
+    beside = {"use_gpu": bench.use_gpu, "max_running": max(bench.options.clients, 8)}
     with bench.endpoint(kind) as endpoint, process("ray_llm", model_dir=bench.model_dir, **beside) as other:
         ways = [lambda: bench.through(endpoint.ready["url"]), lambda: bench.through(other.ready["url"], ignore_eos=True)]
         ours, theirs = rates(bench.options.rounds, *ways)

@@ -299,7 +299,7 @@ def null_endpoint(model_dir: str) -> tuple[dict, Commands]:
     return {"url": f"http://127.0.0.1:{port}"}, {}
 
 
-def ray_llm(model_dir: str, use_gpu: bool, max_running: int, context: int) -> tuple[dict, Commands]:
+def ray_llm(model_dir: str, use_gpu: bool, max_running: int) -> tuple[dict, Commands]:
     """ray.serve.llm on the same vLLM."""
     from forge_ray.inference.vllm_settings import prepare as set_environment
 
@@ -322,7 +322,7 @@ def ray_llm(model_dir: str, use_gpu: bool, max_running: int, context: int) -> tu
     config = LLMConfig(
         model_loading_config={"model_id": STORE_NAME, "model_source": model_dir},
         engine_kwargs={
-            "max_model_len": context,
+            "max_model_len": -1,
             "max_num_seqs": max_running,
             "enforce_eager": not use_gpu,
             "dtype": "bfloat16",
