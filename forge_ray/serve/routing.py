@@ -81,7 +81,7 @@ def table_of(config: DeployConfig, facts: Facts, broken: Mapping[str, str], befo
             add(identifier)
         routes[name] = route
 
-    for name in config.models:
+    for name in (*config.models, *config.aliases):
         if name in facts.routes:
             add_route(name, facts.routes[name])
         else:

@@ -54,7 +54,10 @@ def test_a_table_has_the_base_and_every_published_alias_on_it() -> None:
     assert set(found.routes) == {"prod", "more", "raw"}
     assert set(found.versions) == {BASE.id, ONE.id, TWO.id}
     assert {item.engine for item in found.versions.values()} == {BASE.id}
-    assert set(table({"prod": route(ONE), "more": route(TWO)}, published=False).routes) == {"prod"}
+    both = {"prod": route(ONE), "more": route(TWO)}
+    assert set(table(both, published=False).routes) == {"prod"}
+    own = {"more": {"versions": {TWO.id: 1}}}
+    assert set(table(both, published=False, aliases=own).routes) == {"prod", "more"}
 
 
 def test_equal_facts_give_equal_tables() -> None:
