@@ -339,20 +339,26 @@ def test_head_and_empty_answers() -> None:
 
 
 def test_an_answer_too_large_to_hold_is_passed_on_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken_late(exchange: Exchange) -> None:
-        exchange.writer.write(f"HTTP/1.1 200 OK\r\ncontent-length: 5000\r\n{OWN}\r\n".encode() + b"x" * 3000)
-        await exchange.writer.drain()
-        await asyncio.sleep(0.05)
-        await reset(exchange)
+    def broken_late(head: str, body: bytes) -> Act:
+        async def act(exchange: Exchange) -> None:
+            exchange.writer.write(f"HTTP/1.1 200 OK\r\n{head}\r\n{OWN}\r\n".encode() + body)
+            await exchange.writer.drain()
+            await asyncio.sleep(0.05)
+            await reset(exchange)
+
+        return act
 
     async def check() -> None:
-        endpoint = Endpoint(reply(body=b"y" * 5000), broken_late)
+        counted = broken_late("content-length: 5000", b"x" * 3000)
+        chunked = broken_late("transfer-encoding: chunked", b"bb8\r\n" + b"x" * 3000 + b"\r\n")
+        endpoint = Endpoint(reply(body=b"y" * 5000), counted, chunked)
         async with between(endpoint) as (client, gateway):
             assert (await client.get("/v1/x")).content == b"y" * 5000
-            with pytest.raises(httpx.RemoteProtocolError):  # no end that looks like one
-                await client.get("/v1/x")
-            assert len(endpoint.seen) == 2
-            assert count(gateway, "failures", reason="begun_cut") == 1
+            for _ in range(2):
+                with pytest.raises(httpx.TransportError):  # no end that looks like one
+                    await client.get("/v1/x")
+            assert len(endpoint.seen) == 3
+            assert count(gateway, "failures", reason="begun_cut") == 2
 
     monkeypatch.setattr("forge_ray.gateway.MAX_HELD", 1000)
     asyncio.run(check())
