@@ -14,6 +14,7 @@ import click
 from forge_ray import __version__
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
+from forge_ray.cli_gateway import GATEWAY
 from forge_ray.cli_keys import ACCESS
 from forge_ray.cli_runs import runs
 from forge_ray.cli_serve import SERVING, wait_for_ctrl_c
@@ -43,7 +44,7 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
-for command in (*SERVING, *ACCESS):
+for command in (*SERVING, *GATEWAY, *ACCESS):
     cli.add_command(command)
 
 

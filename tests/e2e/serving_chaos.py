@@ -1,9 +1,12 @@
-"""An endpoint behind HAProxy under load while its replicas are killed and its alias moves: a program of its own, because
-HAProxy's switches count only for a Ray that starts after them.
+"""An endpoint behind HAProxy and the gateway, under load while its replicas are killed and its alias moves: a program of its
+own, because HAProxy's switches count only for a Ray that starts after them.
 
     python tests/e2e/serving_chaos.py STORE --kills 10 --swaps 20 --clients 16
 
-Prints one JSON object: requests, failures with their kinds, kills, swaps, and whether each answer was its version's own.
+Prints one JSON object: requests, failures with their kinds, kills, swaps, how often the gateway sent a request again and
+why, and whether each answer was its version's own. `--streams N`: so many clients stream. A stream that has begun when its
+replica dies cannot be saved: where it ends with an error event it is counted apart from the failures. `--direct`: without
+the gateway.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +47,8 @@ from forge_ray.config.release import AliasRoute, DeployConfig
 from forge_ray.import_model import import_model
 from forge_ray.store import Store
 
+OK, TOLD = "ok", "stream ended by an error"
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -55,12 +64,12 @@ def prepare(store: Store) -> list[str]:
         return [register(catalog, make_adapter(model, Path(folder) / str(seed), seed), base, "a").id for seed in (1, 2)]
 
 
-async def load(url: str, clients: int, stop: asyncio.Event, stream: bool) -> tuple[Counter[str], dict[str, set[str]]]:
+async def load(url: str, clients: int, streams: int, stop: asyncio.Event) -> tuple[Counter[str], dict[str, set[str]]]:
     """Clients that ask until `stop`; how their requests ended, and the texts that each version gave."""
     ends: Counter[str] = Counter()
     texts: dict[str, set[str]] = {}
 
-    async def one(client: httpx.AsyncClient) -> None:
+    async def one(client: httpx.AsyncClient, stream: bool) -> None:
         body: dict[str, Any] = {
             "model": "bot@prod",
             "messages": MESSAGES,
@@ -74,20 +83,53 @@ async def load(url: str, clients: int, stop: asyncio.Event, stream: bool) -> tup
             except httpx.HTTPError as error:
                 ends[f"{type(error).__name__}: {error}"] += 1
                 continue
-            if stream:
-                ends[
-                    "ok" if response.text.rstrip().endswith("data: [DONE]") else f"broken stream {response.status_code}"
-                ] += 1
+            if response.status_code != 200:
+                ends[f"{response.status_code} {response.text[:200]}"] += 1
+            elif stream:
+                ends[stream_end(response.text)] += 1
             else:
-                ends["ok" if response.status_code == 200 else f"{response.status_code} {response.text[:200]}"] += 1
-                if response.status_code == 200:
-                    version = response.headers["x-forge-model-version"]
-                    texts.setdefault(version, set()).add(response.json()["choices"][0]["message"]["content"])
+                ends[OK] += 1
+                version = response.headers["x-forge-model-version"]
+                texts.setdefault(version, set()).add(response.json()["choices"][0]["message"]["content"])
 
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(timeout=120, trust_env=False, limits=limits) as client:
-        await asyncio.gather(*(one(client) for _ in range(clients)))
+        await asyncio.gather(*(one(client, number < streams) for number in range(clients)))
     return ends, texts
+
+
+def stream_end(text: str) -> str:
+    """Whole, ended by an error that says so, or broken."""
+    if text.rstrip().endswith("data: [DONE]"):
+        return OK
+    last = text.rstrip().rpartition("\n")[2]
+    return (
+        TOLD
+        if last.startswith("data: ") and "error" in json.loads(last.removeprefix("data: "))
+        else f"broken: {text[-200:]}"
+    )
+
+
+@contextmanager
+def gateway(to: str) -> Iterator[str]:
+    """`forge gateway` in front of an endpoint; gives its URL."""
+    words = [sys.executable, "-m", "forge_ray.cli", "gateway", "--to", to, "--port", "0", "--json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())["url"]
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def sent_again(url: str) -> dict[str, int]:
+    """Retries of the gateway by reason."""
+    text = httpx.get(f"{url}/-/gateway/metrics", trust_env=False).text
+    found = re.findall(r'forge_gateway_retries_total\{reason="(\w+)"\} (\d+)', text)
+    return {reason: int(number) for reason, number in found}
 
 
 async def chaos(arguments: argparse.Namespace, store: Store, versions: list[str]) -> dict[str, Any]:
@@ -95,7 +137,7 @@ async def chaos(arguments: argparse.Namespace, store: Store, versions: list[str]
     from forge_ray.serve.deploy import base_url, deploy
 
     engine = {"precision": "fp32", "page_size": 16, "num_blocks": 256, "max_batch_tokens": 128}
-    with Catalog(store) as catalog:
+    with Catalog(store) as catalog, ExitStack() as context:
         catalog.set_route("bot@prod", AliasRoute(versions={versions[0]: 1}))
         config = parse(
             DeployConfig,
@@ -104,9 +146,11 @@ async def chaos(arguments: argparse.Namespace, store: Store, versions: list[str]
         )
         deployment = deploy(config, catalog, wait_s=180)
         board = find_board(deployment.id)
-        url, stop, random_ = base_url(config), asyncio.Event(), random.Random(arguments.seed)
+        front = nullcontext(base_url(config)) if arguments.direct else gateway(base_url(config))
+        url = context.enter_context(front)
+        stop, random_ = asyncio.Event(), random.Random(arguments.seed)
         started = time.monotonic()
-        loading = asyncio.create_task(load(url, arguments.clients, stop, stream=False))
+        loading = asyncio.create_task(load(url, arguments.clients, arguments.streams, stop))
         kills = swaps = 0
         while kills < arguments.kills or swaps < arguments.swaps:
             await asyncio.sleep(0.5)
@@ -125,10 +169,12 @@ async def chaos(arguments: argparse.Namespace, store: Store, versions: list[str]
         await asyncio.sleep(2)
         stop.set()
         ends, texts = await loading
+        again = {} if arguments.direct else sent_again(url)
     return {
         "requests": sum(ends.values()),
-        "failed": sum(count for end, count in ends.items() if end != "ok"),
+        "failed": sum(count for end, count in ends.items() if end not in (OK, TOLD)),
         "ends": dict(ends),
+        "sent_again": again,
         "answers_per_version": {version: len(found) for version, found in texts.items()},
         "kills": kills,
         "swaps": swaps,
@@ -142,6 +188,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--streams", type=int, default=0)
+    parser.add_argument("--direct", action="store_true")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -23,14 +23,14 @@ ROWS: tuple[set[str], ...] = (
     {"store", "hardware", "progress", "environment", "architecture", "dequantise", "aliases", "haproxy"},  # L1
     {"tail"},
     {"catalog"},
-    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys"},  # L2
+    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway"},  # L2
     {"train", "evaluate", "lineage"},  # L3
     {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_keys"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_keys", "cli_gateway"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
@@ -136,6 +136,7 @@ LIGHT = [
     "forge_ray.store",
     "forge_ray.catalog",
     "forge_ray.client",
+    "forge_ray.gateway",
     "forge_ray.pipeline",
     "forge_ray.job",
     "forge_ray.cli",
