@@ -10,7 +10,7 @@ import yaml
 
 from forge_ray.config.data import DataConfig
 from forge_ray.config.reference import reference
-from forge_ray.config.release import AliasRoute
+from forge_ray.config.release import AliasRoute, EngineConfig
 from forge_ray.config.run import RunConfig
 
 pytestmark = pytest.mark.unit
@@ -31,6 +31,8 @@ def test_the_run_files_of_the_pages_are_valid() -> None:
     for block in blocks:
         if set(block) == {"data"}:
             DataConfig.model_validate({"sources": [{"path": "rows.jsonl"}], **block["data"]})
+        elif set(block) == {"engine"}:
+            EngineConfig.model_validate(block["engine"])
         elif "versions" in block:
             AliasRoute.model_validate(block)
         elif "scrape_configs" not in block:  # Prometheus's own
