@@ -145,8 +145,8 @@ class Gateway:
         finally:
             self.num_running -= 1
             self._requests.labels(str(status)).inc()
-        if self.draining or status in (408, 413):  # what is left of the body is not read
-            response.force_close()
+        if (self.draining or status in (408, 413)) and not response.prepared:  # 4xx: the rest of the body is not read
+            response.force_close()  # said in the header; a client must not learn it by losing its next request
         return response
 
     async def _answer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
@@ -230,8 +230,7 @@ class Gateway:
             except TryFailed as failure:
                 self._failures.labels(f"begun_{failure}").inc()
                 log.error("an answer that had begun broke: %s of %s", failure, answer.url.origin())
-                response.force_close()
-                if streams:
+                if streams:  # its end is a clean one: closing here would lose what the client sends next on this connection
                     broken = Refused(
                         502, "the replica died in the middle of its answer; send the request again", "broken_stream"
                     )

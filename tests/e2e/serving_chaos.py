@@ -6,7 +6,7 @@ own, because HAProxy's switches count only for a Ray that starts after them.
 Prints one JSON object: requests, failures with their kinds, kills, swaps, how often the gateway sent a request again and
 why, and whether each answer was its version's own. `--streams N`: so many clients stream. A stream that has begun when its
 replica dies cannot be saved: where it ends with an error event it is counted apart from the failures. `--direct`: without
-the gateway.
+the gateway. `--plain`: Serve's own proxy, which sends nothing again, in place of HAProxy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from forge_ray.haproxy import set_haproxy
 
-set_haproxy()  # before ray is imported: it reads the switches then
+if "--plain" not in sys.argv:
+    set_haproxy()  # before ray is imported: it reads the switches then
 
 import httpx
 import ray
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--streams", type=int, default=0)
     parser.add_argument("--direct", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

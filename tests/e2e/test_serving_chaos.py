@@ -12,9 +12,13 @@ import pytest
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
-def test_no_request_is_lost_while_replicas_die_and_an_alias_moves(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "front",
+    [pytest.param((), id="haproxy"), pytest.param(("--plain",), id="serves-proxy", marks=pytest.mark.large)],
+)
+def test_no_request_is_lost_while_replicas_die_and_an_alias_moves(tmp_path: Path, front: tuple[str, ...]) -> None:
     script = Path(__file__).with_name("serving_chaos.py")
-    words = [sys.executable, str(script), str(tmp_path / "store"), "--kills", "2", "--swaps", "4", "--clients", "8"]
+    words = [sys.executable, str(script), str(tmp_path / "store"), "--kills", "2", "--swaps", "4", "--clients", "8", *front]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -23,3 +27,5 @@ def test_no_request_is_lost_while_replicas_die_and_an_alias_moves(tmp_path: Path
     assert found["requests"] > 20
     assert set(found["answers_per_version"].values()) == {1}  # greedy: each version's own text, whoever sent it
     assert len(found["answers_per_version"]) == 2
+    if front:  # Serve's proxy answers 500 for what a dead replica had; HAProxy leaves few to the gateway, or none
+        assert found["sent_again"].get("status_500", 0) > 0

@@ -399,7 +399,7 @@ def test_a_stream_that_has_not_begun_is_sent_again() -> None:
 @pytest.mark.parametrize("end", [reset, close], ids=["reset", "closed"])
 def test_a_stream_that_breaks_ends_with_an_error_and_is_not_sent_again(end: Act) -> None:
     async def check() -> None:
-        endpoint = Endpoint(events(b'data: {"n":1}\n\n', b'data: {"n":', end=end))
+        endpoint = Endpoint(events(b'data: {"n":1}\n\n', b'data: {"n":', end=end), reply())
         async with between(endpoint) as (client, gateway):
             answer = await client.post("/v1/chat/completions", json=CHAT)
             assert answer.status_code == 200
@@ -408,6 +408,9 @@ def test_a_stream_that_breaks_ends_with_an_error_and_is_not_sent_again(end: Act)
             (error,) = [json.loads(line.removeprefix("data: "))["error"] for line in lines[1:]]  # and no half an event
             assert error["code"] == "broken_stream"
             assert len(endpoint.seen) == 1
+            follow = await client.get("/v1/models")  # what a client sends next is not lost
+            ours, before = (said.extensions["network_stream"].get_extra_info("client_addr") for said in (follow, answer))
+            assert ours == before
             assert sum(count(gateway, "failures", reason=f"begun_{kind}") for kind in ("cut", "reset")) == 1
 
     asyncio.run(check())
