@@ -27,7 +27,8 @@ import torch
 
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.engine import GenerationRequest
-from forge_ray.inference.transformers_engine import DTYPES, TransformersEngine, load_engine, load_model
+from forge_ray.inference.load import DTYPES, load_engine, load_model
+from forge_ray.inference.transformers_engine import TransformersEngine
 
 RATIOS = (
     ("batch", "sequential", "continuous batching over one request after the other"),

@@ -126,7 +126,7 @@ def sequential(model_dir: str, use_gpu: bool) -> tuple[dict, Commands]:
 
     from forge_ray.architecture import open_model
     from forge_ray.hardware import resolve_precision
-    from forge_ray.inference.transformers_engine import DTYPES
+    from forge_ray.inference.load import DTYPES
 
     dtype = DTYPES[resolve_precision("auto", use_gpu)]
     model = open_model(Path(model_dir), dtype).to("cuda" if use_gpu else "cpu").eval()

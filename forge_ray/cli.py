@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from forge_ray import __version__
+from forge_ray.cli_alias import alias
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
 from forge_ray.cli_gateway import GATEWAY
@@ -44,7 +45,7 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
-for command in (*SERVING, *GATEWAY, *ACCESS):
+for command in (*SERVING, *GATEWAY, alias, *ACCESS):
     cli.add_command(command)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.data.chat import load_tokenizer_dir
-from forge_ray.inference.transformers_engine import load_engine
+from forge_ray.inference.load import load_engine
 from forge_ray.serve.http import AsgiApp, build_http
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError

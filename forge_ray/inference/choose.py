@@ -21,7 +21,7 @@ def open_engine(
     """
     match config.kind:
         case "transformers":
-            from forge_ray.inference.transformers_engine import load_engine
+            from forge_ray.inference.load import load_engine
 
             return load_engine(model_dir, adapter_dir, config, use_gpu, merge)
         case "vllm":
@@ -38,7 +38,7 @@ def _write_merged(model_dir: Path, adapter_dir: Path, precision: str, folder: Pa
     """The merged weights with everything else of the base's folder."""
     import torch
 
-    from forge_ray.inference.transformers_engine import DTYPES, load_model
+    from forge_ray.inference.load import DTYPES, load_model
 
     load_model(model_dir, adapter_dir, DTYPES[precision], torch.device("cpu"), merge=True).save_pretrained(folder)
     for path in model_dir.iterdir():

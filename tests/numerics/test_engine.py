@@ -19,8 +19,9 @@ from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
 from forge_ray.inference.engine import Generation, GenerationRequest
 from forge_ray.inference.grammar import Grammars, Matcher, load_grammars
+from forge_ray.inference.load import load_engine
 from forge_ray.inference.sampling import gumbel_noise, nucleus, sample
-from forge_ray.inference.transformers_engine import TransformersEngine, load_engine
+from forge_ray.inference.transformers_engine import TransformersEngine
 from tests import engine_contract
 from tests.engine_contract import PROMPTS, WAIT_S, Reference
 

@@ -18,7 +18,8 @@ from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError
 from forge_ray.inference.batching import salted
 from forge_ray.inference.engine import Generation, GenerationRequest
-from forge_ray.inference.transformers_engine import TransformersEngine, load_engine, load_model
+from forge_ray.inference.load import load_engine, load_model
+from forge_ray.inference.transformers_engine import TransformersEngine
 from tests.engine_contract import PROMPTS, WAIT_S, Reference, reference
 
 pytestmark = pytest.mark.numerics

@@ -120,7 +120,7 @@ def test_the_endpoint_answers_with_adapted_experts_as_offline(jobs: Jobs, tmp_pa
     from forge_ray.config.release import EngineConfig
     from forge_ray.config.train import Adapter
     from forge_ray.inference.engine import GenerationRequest
-    from forge_ray.inference.transformers_engine import load_engine
+    from forge_ray.inference.load import load_engine
     from forge_ray.train.adapter import with_adapter
 
     base = jobs.store.local(f"models/{version('mistral4-sees', jobs, tmp_path / 'model').id}")

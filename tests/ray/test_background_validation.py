@@ -96,7 +96,7 @@ def test_a_killed_task_is_an_incident_and_harms_nothing(store: Store, record: Ru
 def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(store: Store, record: RunRecord) -> None:
     """Of a run that has no record yet; the tuned weights answer, and the way back reaches run and dataset."""
     from forge_ray.inference.engine import GenerationRequest
-    from forge_ray.inference.transformers_engine import load_engine
+    from forge_ray.inference.load import load_engine
     from forge_ray.serve.deploy import deployment_of
     from forge_ray.serve.home import fetch_version
 

@@ -30,7 +30,7 @@ ROWS: tuple[set[str], ...] = (
     {"job", "quickstart", "submit"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_keys", "cli_gateway"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
