@@ -20,7 +20,9 @@ class EngineConfig(Config):
     kind: Literal["transformers", "vllm"] = "transformers"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     page_size: int = Field(32, ge=4, description="tokens per cache block")
-    num_blocks: int = Field(512, ge=2, description="cache blocks: page_size * num_blocks tokens in flight")
+    num_blocks: int = Field(
+        512, ge=2, description="cache blocks: page_size * num_blocks tokens in flight; vllm on a GPU takes memory_share"
+    )
     max_batch_tokens: int = Field(512, ge=16, description="tokens per forward pass")
     max_running: int = Field(64, ge=1, description="sequences that are generated at once; more wait")
     max_adapters: int = Field(8, ge=0, description="adapters in memory at once; 0: none, which is faster")
