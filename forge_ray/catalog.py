@@ -155,10 +155,12 @@ class Catalog:
         return self.get_as(ModelVersion, version)
 
     def promote(self, reference: str, alias: str) -> ModelVersion:
-        """Point `alias` at a version; a rejected one is refused. Pointing again at the same one writes nothing."""
-        version = self.releasable(reference)
-        if self.routes().get(alias) != AliasRoute(versions={version.id: 1}):
-            self.set_route(alias, AliasRoute(versions={version.id: 1}))
+        """Point `alias` at a version; a rejected one is refused. Its rules, shadows and fallback stay, canaries end.
+        Pointing again at the same one writes nothing."""
+        version, now = self.releasable(reference), self.routes().get(alias)
+        wanted = (now or AliasRoute(versions={version.id: 1})).model_copy(update={"versions": {version.id: 1.0}})
+        if now != wanted:
+            self.set_route(alias, wanted)
         return version
 
     def releasable(self, reference: str) -> ModelVersion:

@@ -53,6 +53,16 @@ def test_a_canary_is_promoted_or_rolled_back(catalog: Catalog) -> None:
     assert traffic.in_words(found) == f"{one} 0.9, {two} 0.1"
 
 
+def test_a_release_keeps_what_else_the_alias_says(catalog: Catalog) -> None:
+    one, two = add(catalog, "one"), add(catalog, "two")
+    catalog.set_route("a", parse(AliasRoute, {"versions": {one: 95, two: 5}, "fallback": "base", "shadow": [two]}))
+    catalog.promote(two, "a")
+    assert catalog.routes()["a"] == parse(AliasRoute, {"versions": {two: 1}, "fallback": "base", "shadow": [two]})
+    moves = len(traffic.history(catalog, "a"))
+    catalog.promote(two, "a")
+    assert len(traffic.history(catalog, "a")) == moves
+
+
 def test_an_archived_alias_is_none_until_it_is_rolled_back(catalog: Catalog) -> None:
     one = add(catalog, "one")
     catalog.promote(one, "a")
