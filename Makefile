@@ -26,7 +26,8 @@ quickstart: $(STAMP)
 	@$(BIN)/forge quickstart
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -q -m "not gpu and not large"
+	@$(BIN)/python -m pytest -q -m unit -n 2
+	@$(BIN)/python -m pytest -q -m "not unit and not gpu and not large"
 
 test-large: $(DEV)
 	@$(BIN)/python -m pytest -q -rP -m large
@@ -37,7 +38,7 @@ lint: $(DEV)
 	@$(BIN)/mypy
 
 check: lint
-	@$(BIN)/python -m pytest -q -m unit
+	@$(BIN)/python -m pytest -q -m unit -n 2
 
 format: $(DEV)
 	@$(BIN)/ruff check --fix .

@@ -107,3 +107,44 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=8, include_dashboard=False, address="local", configure_logging=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def endpoint(ray_cluster: None, store: Any) -> Iterator[Any]:
+    """One endpoint for all serving tests: its start takes twenty seconds. Two replicas of the tiny model."""
+    from ray import serve
+    from serving import WAIT_S, Endpoint, config, free_port
+
+    from forge_ray.catalog import Catalog
+    from forge_ray.serve.deploy import base_url, deploy
+
+    wanted = config(free_port())
+    with Catalog(store) as catalog:
+        deployment = deploy(wanted, catalog, wait_s=WAIT_S)
+        yield Endpoint(base_url(wanted), deployment, catalog.model("tiny"))
+    serve.shutdown()
+
+
+@pytest.fixture(scope="session")
+def client(endpoint: Any) -> Iterator[Any]:
+    import openai
+    from serving import WAIT_S
+
+    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def greedy(client: Any) -> Any:
+    """name → its greedy answer to `MESSAGES`, and which version and route gave it."""
+
+    from serving import MESSAGES
+
+    def ask(name: str, **more: Any) -> tuple[str, str, str]:
+        raw = client.chat.completions.with_raw_response.create(
+            model=name, messages=MESSAGES, temperature=0, max_tokens=16, **more
+        )
+        text = raw.parse().choices[0].message.content or ""
+        return text, raw.headers["x-forge-model-version"], raw.headers.get("x-forge-route", "")
+
+    return ask

@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "ray")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forge_ray.haproxy import set_haproxy
 
@@ -39,7 +39,7 @@ if "--plain" not in sys.argv:
 import httpx
 import ray
 from conftest import make_tiny_model
-from endpoint import MESSAGES, make_adapter, register
+from serving import MESSAGES, make_adapter, register
 
 from forge_ray.catalog import Catalog
 from forge_ray.cluster import connect

@@ -40,7 +40,9 @@ def through_worlds(job: TrainJob, run: Run) -> None:
     assert [start["world_size"] for start in attempts.read(job.store, job.run)] == [2, 1, 3]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in ("zero2-full", "zero3-lora") else pytest.mark.large) for c in CASES]
+)
 def test_two_then_one_then_three_workers(case: str, jobs: Jobs, run: Run) -> None:
     steady, elastic = job_of(jobs, f"steady-{case}", **CASES[case]), job_of(jobs, f"elastic-{case}", **CASES[case])
     run(steady, ranks=2)
@@ -55,6 +57,7 @@ def test_two_then_one_then_three_workers(case: str, jobs: Jobs, run: Run) -> Non
     assert difference < 1e-5
 
 
+@pytest.mark.large
 def test_stage_1_in_bf16_reshards_too(jobs: Jobs, run: Run) -> None:
     steady = job_of(jobs, "steady-bf16", "bf16", zero_stage=1, adapter=LORA)
     elastic = job_of(jobs, "elastic-bf16", "bf16", zero_stage=1, adapter=LORA)

@@ -29,7 +29,7 @@ def lines(job: TrainJob) -> list[dict[str, Any]]:
     return metrics.read(job.store.local(f"runs/{job.run}") / metrics.METRICS)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.large), 2])
 def test_one_failed_computation_changes_no_bit(ranks: int, jobs: Jobs, run: Run) -> None:
     """Computed again from the same random state: with dropout it would show. Every engine leaves the update out."""
     pairs = [

@@ -54,7 +54,7 @@ def test_resumed_equals_uninterrupted_and_the_weights_may_move(jobs: Jobs, run: 
         assert export_digest(job) == export_digest(whole[name]), name
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", [pytest.param("zero2", marks=pytest.mark.large), "zero3"])
 def test_another_number_of_workers(name: str, jobs: Jobs, run: Run) -> None:
     case = {"zero2": {"zero_stage": 2, "offload": OPTIMIZER}, "zero3": {"zero_stage": 3, "offload": BOTH}}[name]
     settings: dict[str, Any] = {"max_steps": 6, "checkpoint": {"every_steps": 2}, **case}

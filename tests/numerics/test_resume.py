@@ -37,7 +37,7 @@ def again(job: TrainJob, run: str) -> TrainJob:
     return replace(job, run=run, name=run)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.large), 2])
 def test_resumed_equals_uninterrupted_to_the_last_bit(jobs: Jobs, run: Run, ranks: int) -> None:
     """Killed in the fifth step, resumed from the fourth: every engine, full and LoRA, and one of them in bf16."""
     kinds = {

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from endpoint import MESSAGES, WAIT_S, Endpoint
+from serving import MESSAGES, WAIT_S, Endpoint
 
 from forge_ray.catalog import Catalog
 from forge_ray.client import Client
@@ -50,7 +50,7 @@ def test_deploying_leaves_a_record_and_an_event(endpoint: Endpoint, store: Store
 
 
 def test_models(client: openai.OpenAI, endpoint: Endpoint) -> None:
-    assert [card.id for card in client.models.list()] == ["tiny", endpoint.version.id]
+    assert {"tiny", endpoint.version.id} <= {card.id for card in client.models.list()}
     assert client.models.retrieve("tiny").owned_by == "forge_ray"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
@@ -114,7 +114,7 @@ def test_concurrent_requests_get_their_own_sampling(client: openai.OpenAI) -> No
 def test_our_own_client(endpoint: Endpoint, offline: Any) -> None:
     text, num_prompt, ids = offline(MESSAGES, 12)
     with Client(endpoint.url) as own:
-        assert own.models() == ["tiny", endpoint.version.id]
+        assert {"tiny", endpoint.version.id} <= set(own.models())
         assert own.health()["status"] == "ok"
         answer = own.chat("tiny", MESSAGES, temperature=0, max_tokens=12)
         assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == (text, num_prompt, len(ids))
@@ -150,11 +150,11 @@ def test_metrics_of_both_replicas_and_a_client_that_leaves(endpoint: Endpoint, c
     answers = [
         client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=7, temperature=0).usage for _ in range(8)
     ]
-    body = {"model": "tiny", "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 400}
+    body = {"model": "tiny", "prompt": "The quick brown fox", "temperature": 0, "max_tokens": 400}
     url = f"{endpoint.url}/v1/completions"
     whole = httpx.post(url, json=body, timeout=WAIT_S).json()["usage"]
     after = settled(endpoint)
-    assert after[0] - before[0] == sum(usage.prompt_tokens for usage in answers if usage) + 3
+    assert after[0] - before[0] == sum(usage.prompt_tokens for usage in answers if usage) + whole["prompt_tokens"]
     assert after[1] - before[1] == sum(usage.completion_tokens for usage in answers if usage) + whole["completion_tokens"]
     text = httpx.get(f"{endpoint.url}/metrics").text
     assert 'route="/v1/chat/completions",status="200"' in text

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from endpoint import MESSAGES, WAIT_S, Endpoint, config, free_port, make_adapter, register
+from serving import MESSAGES, WAIT_S, Endpoint, config, free_port, make_adapter, register
 
 from forge_ray import traffic
 from forge_ray.catalog import Catalog
@@ -144,8 +144,11 @@ def test_a_weighted_set_a_shadow_and_rules(
     assert greedy(name, extra_headers={"X-Domain": "cards"}) == (expected[three.id], three.id, "rule 1")
     assert greedy(name, user="guest") == (expected["base"], endpoint.version.id, "rule 2")
     deadline = time.monotonic() + WAIT_S
-    shadowed = f'forge_shadow_answers_total{{deployment="bot",model="{name}",model_version="{three.id}"'
-    while shadowed not in httpx.get(f"{endpoint.url}/metrics").text:
+    shadowed = f'model="{name}",model_version="{three.id}"'
+    while not any(
+        line.startswith("forge_shadow_answers_total") and shadowed in line
+        for line in httpx.get(f"{endpoint.url}/metrics").text.splitlines()
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.5)
 

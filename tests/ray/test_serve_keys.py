@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from endpoint import WAIT_S, config, free_port
+from serving import WAIT_S, config, free_port
 
 from forge_ray import keys
 from forge_ray.catalog import Catalog

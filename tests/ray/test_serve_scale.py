@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from endpoint import MESSAGES, config, free_port
+from serving import MESSAGES, config, free_port
 
 from forge_ray.catalog import Catalog
 from forge_ray.serve.deploy import base_url, deploy, undeploy

@@ -200,6 +200,7 @@ def test_the_workers_reason_is_what_the_error_says(config: RunConfig, store: Sto
     assert "resumes it from its last checkpoint" in caught.value.hint
 
 
+@pytest.mark.large
 def test_two_workers_that_share_their_rows(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
     """Each is fed the rows of the whole batch; they count once."""
     from forge_ray.recipes.sft import train_loop
