@@ -10,9 +10,10 @@ def quiet_libraries() -> None:
     """A filter, not a level: DeepSpeed sets its own level when it is imported."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logger = logging.getLogger("DeepSpeed")
-    if _errors_only not in logger.filters:
-        logger.addFilter(_errors_only)
+    for name in ("DeepSpeed", "ray.serve"):
+        logger = logging.getLogger(name)
+        if _errors_only not in logger.filters:
+            logger.addFilter(_errors_only)
 
 
 def _errors_only(record: logging.LogRecord) -> bool:
