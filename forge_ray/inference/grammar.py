@@ -37,20 +37,7 @@ class Grammars:
     def _compile(self, schema: str) -> Any:
         from llguidance import LLMatcher
 
-        if len(schema) > MAX_SCHEMA_CHARS:
-            raise RequestError(
-                f"json_schema: {len(schema)} characters; at most {MAX_SCHEMA_CHARS}", hint="send a smaller schema"
-            )
-        try:
-            parsed = json.loads(schema)
-        except ValueError as error:
-            raise RequestError(f"json_schema is not JSON: {error}", hint='for example {"type": "object"}') from None
-        if not isinstance(parsed, dict):
-            raise RequestError(
-                f"json_schema: a schema is an object, this is {type(parsed).__name__}", hint='for example {"type": "object"}'
-            )
-        parsed.pop("x-guidance", None)  # settings of the compiler, which are not the sender's to choose
-        grammar = LLMatcher.grammar_from_json_schema(parsed, defaults={"whitespace_pattern": WHITESPACE})
+        grammar = LLMatcher.grammar_from_json_schema(read_schema(schema), defaults={"whitespace_pattern": WHITESPACE})
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             reason = str(matcher.get_error()).strip().splitlines()[0]
@@ -58,6 +45,22 @@ class Grammars:
                 f"json_schema cannot be compiled: {reason}", hint="leave the named keyword out, or say it in another way"
             )
         return matcher
+
+
+def read_schema(text: str) -> dict[str, Any]:
+    """The schema that a request sent; `RequestError` where it is none, or too large."""
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise RequestError(f"json_schema: {len(text)} characters; at most {MAX_SCHEMA_CHARS}", hint="send a smaller schema")
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"json_schema is not JSON: {error}", hint='for example {"type": "object"}') from None
+    if not isinstance(parsed, dict):
+        raise RequestError(
+            f"json_schema: a schema is an object, this is {type(parsed).__name__}", hint='for example {"type": "object"}'
+        )
+    parsed.pop("x-guidance", None)  # settings of the compiler, which are not the sender's to choose
+    return parsed
 
 
 class Matcher:

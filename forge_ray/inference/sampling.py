@@ -7,6 +7,7 @@ batch. The order of operations is that of `GenerationRequest`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,27 @@ class Drawing:
         request = self.request
         changed = request.logit_bias or request.presence_penalty or request.frequency_penalty or self.grammar
         return request.temperature == 0 and request.num_logprobs is None and not changed
+
+
+def check_drawing(request: GenerationRequest) -> None:
+    """Refuse settings that mean nothing."""
+    if not request.temperature >= 0 or not 0 <= request.top_p <= 1 or request.top_k < 0:
+        raise EngineError(
+            f"temperature={request.temperature}, top_p={request.top_p}, top_k={request.top_k}: want temperature >= 0,"
+            " top_p in 0..1 and top_k >= 0",
+            hint="temperature 0 is greedy, top_p 1 and top_k 0 keep every token",
+        )
+    numbers = (request.temperature, request.presence_penalty, request.frequency_penalty)
+    if not all(map(math.isfinite, (*numbers, *(value for _, value in request.logit_bias)))):
+        raise EngineError(
+            f"temperature, penalties {numbers} and the values of logit_bias must be finite", hint="-100 keeps a token out"
+        )
+    if len({token for token, _ in request.logit_bias}) < len(request.logit_bias):
+        raise EngineError("logit_bias names a token twice", hint="give one value per token")
+    if request.num_logprobs is not None and request.num_logprobs < 0:
+        raise EngineError(f"num_logprobs={request.num_logprobs} is negative", hint="0 gives that of the token itself")
+    if request.json_schema and not request.stop_token_ids:
+        raise EngineError("json_schema without stop_token_ids could not end", hint="give the end-of-turn token")
 
 
 def draw(logits: torch.Tensor, drawings: Sequence[Drawing], positions: Sequence[int]) -> torch.Tensor:

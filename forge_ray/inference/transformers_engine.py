@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import queue
 import secrets
 import threading
@@ -33,7 +32,7 @@ from forge_ray.inference.embedding import MAX_INPUTS, mean_states
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
 from forge_ray.inference.grammar import Grammars
 from forge_ray.inference.projection import Rows, project
-from forge_ray.inference.sampling import Drawing
+from forge_ray.inference.sampling import Drawing, check_drawing
 from forge_ray.inference.scoring import score_continuations
 
 POLL_S = 0.1  # how soon the watching thread sees a dead generation thread
@@ -363,27 +362,6 @@ class TransformersEngine:
             else:
                 with contextlib.suppress(RuntimeError):
                     one.loop.call_soon_threadsafe(one.queue.put_nowait, error)
-
-
-def check_drawing(request: GenerationRequest) -> None:
-    """Refuse settings that mean nothing."""
-    if not request.temperature >= 0 or not 0 <= request.top_p <= 1 or request.top_k < 0:
-        raise EngineError(
-            f"temperature={request.temperature}, top_p={request.top_p}, top_k={request.top_k}: want temperature >= 0,"
-            " top_p in 0..1 and top_k >= 0",
-            hint="temperature 0 is greedy, top_p 1 and top_k 0 keep every token",
-        )
-    numbers = (request.temperature, request.presence_penalty, request.frequency_penalty)
-    if not all(map(math.isfinite, (*numbers, *(value for _, value in request.logit_bias)))):
-        raise EngineError(
-            f"temperature, penalties {numbers} and the values of logit_bias must be finite", hint="-100 keeps a token out"
-        )
-    if len({token for token, _ in request.logit_bias}) < len(request.logit_bias):
-        raise EngineError("logit_bias names a token twice", hint="give one value per token")
-    if request.num_logprobs is not None and request.num_logprobs < 0:
-        raise EngineError(f"num_logprobs={request.num_logprobs} is negative", hint="0 gives that of the token itself")
-    if request.json_schema and not request.stop_token_ids:
-        raise EngineError("json_schema without stop_token_ids could not end", hint="give the end-of-turn token")
 
 
 def _put_all(items: list[tuple[Any, GenerationOutput | EngineError]]) -> None:

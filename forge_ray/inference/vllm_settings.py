@@ -17,13 +17,13 @@ from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, RequestError
 from forge_ray.hardware import resolve_precision
 from forge_ray.inference.engine import GenerationRequest
+from forge_ray.inference.grammar import WHITESPACE, read_schema
 from forge_ray.offline import set_offline_switches
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 # A page that vLLM's attention kernels can read: on CPUs a multiple of 32, on GPUs of 16
 PAGE_MULTIPLE = {"cpu": 32, "cuda": 16}
 SMALLEST_TOP_P = 1e-6  # keeps the most probable token alone; vLLM takes no 0
-WHITESPACE = r"[ \n\r\t]{0,32}"
 SEED_BITS = 63  # torch's generators take a signed 64-bit integer, and -1 would mean "none" to vLLM
 CPU_CACHE_BYTES = 1 << 26  # passed so that vLLM does not claim 0.9 of main memory; `num_gpu_blocks_override` is what counts
 
@@ -163,15 +163,7 @@ def sampling_params(request: GenerationRequest) -> Any:
 
 def _bounded(json_schema: str) -> str:
     """The schema with a bound on the blanks between two marks: without it a model may go on with blanks for ever."""
-    try:
-        schema = json.loads(json_schema)
-    except ValueError as error:
-        raise RequestError(f"json_schema is not JSON: {error}", hint='for example {"type": "object"}') from None
-    if not isinstance(schema, dict):
-        raise RequestError(
-            f"json_schema: a schema is an object, this is {type(schema).__name__}", hint='for example {"type": "object"}'
-        )
-    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
+    return json.dumps({**read_schema(json_schema), "x-guidance": {"whitespace_pattern": WHITESPACE}})
 
 
 def refused(error: Exception) -> RequestError:

@@ -25,7 +25,7 @@ from forge_ray.serve.openai import ApiError
 from forge_ray.serve.served import Caller, Chosen, Directory, Facts, Loaded
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
-CLIENT_CLOSED = 499
+CLIENT_CLOSED = 499  # nginx's number for a client that went away before the answer
 CLOSED_S = 2.0
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 LOG = logging.getLogger("forge_ray.access")
@@ -51,7 +51,7 @@ def guarded(
             return
         began, sent = time.monotonic(), Sent(send)
         given = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        caller = sent.caller = Caller(_request_id(given.get("x-request-id", "")))
+        caller = sent.caller = Caller(request_id_of(given.get("x-request-id", "")))
         scope.setdefault("state", {}).update(request_id=caller.request_id, caller=caller)
         CALLER.set(caller)
         try:
@@ -176,7 +176,8 @@ async def _closed(caller: Caller) -> None:
         caller.admission.close(0, 0, CLIENT_CLOSED)
 
 
-def _request_id(given: str) -> str:
+def request_id_of(given: str) -> str:
+    """The client's own id for the request if it can stand in a log line, else a new one."""
     return given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
 
 

@@ -56,7 +56,8 @@ class Seen:
 class Board:
     """The actor; made by `board_of`."""
 
-    def __init__(self, record: dict[str, Any], store_uri: str) -> None:
+    def __init__(self, record: dict[str, Any], store_uri: str, alone_s: float = ALONE_S) -> None:
+        self.alone_s = alone_s
         self.deployment = Deployment.model_validate(record)
         self.config = parse(DeployConfig, self.deployment.config)
         self.published = Published(Store(store_uri))
@@ -175,8 +176,8 @@ class Board:
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(self.published.tail.poll_s)
-            if self._alone_for() > ALONE_S:
-                ray.actor.exit_actor()
+            if self._alone_for() > self.alone_s:
+                ray.kill(ray.get_runtime_context().current_actor)
             try:
                 await self.refresh()
                 self._guard()
@@ -202,7 +203,7 @@ def board_name(deployment: str) -> str:
     return f"board-{deployment}"
 
 
-def board_of(deployment: Deployment, store_uri: str) -> Any:
+def board_of(deployment: Deployment, store_uri: str, alone_s: float = ALONE_S) -> Any:
     """The deployment's board; started if there is none. It needs no CPU and outlives the process that asked first."""
     actor: Any = ray.remote(Board)
     return actor.options(
@@ -213,7 +214,7 @@ def board_of(deployment: Deployment, store_uri: str) -> Any:
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=1000,
-    ).remote(deployment.model_dump(mode="json"), store_uri)
+    ).remote(deployment.model_dump(mode="json"), store_uri, alone_s)
 
 
 def find_board(deployment: str) -> Any:

@@ -174,6 +174,9 @@ async def _measured(
     except EngineError:
         status = 503
         raise
+    except Exception:
+        status = 500  # not the client's leaving: a canary is judged by it
+        raise
     finally:
         admission.close(num_prompt, sum(num_tokens.values()), status)
         metrics.finished(*who, time.monotonic() - started, status)

@@ -7,8 +7,6 @@ logged.
 from __future__ import annotations
 
 import logging
-import re
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -19,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from forge_ray.errors import EngineError
+from forge_ray.serve.access import CLIENT_CLOSED, request_id_of
 from forge_ray.serve.complete import complete
 from forge_ray.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from forge_ray.serve.inputs import detokenize, embed, tokenize
@@ -28,8 +27,6 @@ from forge_ray.serve.served import Served
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.streams import ClientGone
 
-CLIENT_CLOSED = 499  # nginx's number for a client that went away before the answer
-REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 log = logging.getLogger(__name__)
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
@@ -126,7 +123,7 @@ def _counted(app: AsgiApp, served: Served) -> AsgiApp:
             return
         status = CLIENT_CLOSED
         state = scope.setdefault("state", {})
-        request_id = state.setdefault("request_id", request_id_of(scope))
+        request_id = state.setdefault("request_id", request_id_of(Headers(scope=scope).get("x-request-id", "")))
         extra = [(b"x-request-id", request_id.encode()), (b"x-forge-deployment", served.deployment.encode())]
 
         async def send_signed(message: MutableMapping[str, Any]) -> None:
@@ -145,12 +142,6 @@ def _counted(app: AsgiApp, served: Served) -> AsgiApp:
             served.metrics.request(route, status)
 
     return asgi
-
-
-def request_id_of(scope: MutableMapping[str, Any]) -> str:
-    """The client's own id for the request if it can stand in a log line, else a new one."""
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if REQUEST_ID.fullmatch(given) else "req_" + secrets.token_hex(12)
 
 
 async def _body(served: Served, request: Request) -> bytes:

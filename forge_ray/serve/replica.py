@@ -56,6 +56,7 @@ class Replica:
         self.live = Live(self.homes)
         self.outcomes: list[Outcome] = []
         self.closing = threading.Event()
+        self.board: Any = None
         table = self._first_table(config)
         self.broken = self.live.prepare(table)
         if self.live.prepared is None or not self.live.prepared.loaded:
@@ -77,8 +78,7 @@ class Replica:
     def _first_table(self, config: DeployConfig) -> Table:
         """From the board, or from the store where it does not answer."""
         try:
-            board = board_of(self.deployment, self.store_uri)
-            return Table.model_validate(ray.get(board.start.remote(), timeout=BOARD_S))
+            return Table.model_validate(ray.get(self._board().start.remote(), timeout=BOARD_S))
         except (ray.exceptions.RayError, TimeoutError):
             LOG.warning("no board: beginning by the store alone")
             published = Published(Store(self.store_uri))
@@ -106,7 +106,10 @@ class Replica:
         return merged(others | {self.name: self.metrics.text()})
 
     def _board(self) -> Any:
-        return board_of(self.deployment, self.store_uri)
+        """Looked up once: it is asked for every request of a key that has limits. `_follow` notices when it is gone."""
+        if self.board is None:
+            self.board = board_of(self.deployment, self.store_uri)
+        return self.board
 
     async def _admit(self, caller: Any, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
         return _Watched(chosen, self.outcomes, time.monotonic())
@@ -126,6 +129,7 @@ class Replica:
                     self.broken = self.live.prepare(Table.model_validate(told["prepare"]))
                 self.live.tidy()
             except (ray.exceptions.RayError, TimeoutError):
+                self.board = None
                 self.closing.wait(1)
             except Exception:  # a table that cannot be prepared must not stop the next one from coming
                 LOG.exception("following failed")

@@ -279,6 +279,23 @@ def test_a_killed_replica_comes_back_with_every_published_adapter(
         assert answers == {expected[version.id]}
 
 
+def test_a_board_that_no_replica_asks_ends_and_one_that_is_killed_comes_back(endpoint: Endpoint, store: Store) -> None:
+    import ray
+
+    from forge_ray.serve.board import board_of, find_board
+
+    other = endpoint.deployment.model_copy(update={"name": "nobody's"}).sealed()
+    ray.get(board_of(other, store.uri, alone_s=1).start.remote())
+    deadline = time.monotonic() + WAIT_S
+    while find_board(other.id) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    ray.kill(find_board(endpoint.deployment.id))
+    while (board := find_board(endpoint.deployment.id)) is None or len(ray.get(board.state.remote())["replicas"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_a_second_application_is_refused_and_a_rejected_version_too(endpoint: Endpoint, catalog: Catalog) -> None:
     from forge_ray.serve.deploy import deploy, undeploy
 

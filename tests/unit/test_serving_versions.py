@@ -18,6 +18,7 @@ from forge_ray.inference.engine import EngineHealth
 from forge_ray.records import ModelVersion, files_digest
 from forge_ray.serve import home
 from forge_ray.serve.home import Homes, end_token_ids, fetch_version
+from forge_ray.serve.replica import needs_keys
 from forge_ray.serve.routing import ServedVersion
 from forge_ray.store import Store
 
@@ -144,6 +145,21 @@ def test_what_no_version_needs_is_let_go_when_no_request_does(homes: Homes) -> N
     homes.tidy({base.id: served(base)})
     assert second.closed
     assert homes.ready(served(other)).engine is not second
+
+
+@pytest.mark.parametrize(
+    ("settings", "haproxy", "keys"),
+    [
+        ({}, "0", False),
+        ({"host": "0.0.0.0"}, "0", True),
+        ({}, "1", True),  # it listens on all interfaces, whatever the host
+        ({"auth": "none"}, "1", False),
+        ({"auth": "keys"}, "0", True),
+    ],
+)
+def test_who_needs_a_key(settings: dict[str, str], haproxy: str, keys: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", haproxy)
+    assert needs_keys(parse(DeployConfig, {"name": "bot", "models": ["x"], **settings})) is keys
 
 
 def test_a_version_of_another_digest_is_refused(homes: Homes) -> None:
