@@ -179,6 +179,7 @@ class RunRecord(Record):
     num_steps: int
     samples_seen: int
     order_digest: str = Field(description="over the global row order of the whole run")
+    order_key: str = Field("", description="what that order follows from: digest of the packed rows; '': the dataset's id")
     attempts: tuple[dict[str, Any], ...] = Field(description="one per start: world size, first step, host")
     incidents: tuple[dict[str, Any], ...] = Field((), description="what went wrong and what was done about it")
     code_digest: str
@@ -192,6 +193,10 @@ class RunRecord(Record):
 
     def sealed(self) -> Self:
         raise TypeError("a run's id is fixed at its start; build the record with id=run_id(...)")
+
+    def identity(self) -> dict[str, Any]:
+        value = super().identity()
+        return value if self.order_key else {key: value[key] for key in value if key != "order_key"}
 
     def parents(self) -> tuple[str, ...]:
         return self.dataset, self.base_model
