@@ -122,7 +122,7 @@ class DatasetManifest(Record):
 
     kind: ClassVar[str] = "datasets"
     prefix: ClassVar[str] = "ds"
-    volatile: ClassVar[frozenset[str]] = frozenset({"files", "seconds", "input_digest"})
+    volatile: ClassVar[frozenset[str]] = frozenset({"files", "seconds", "input_digest", "erased"})
 
     name: str
     format: int
@@ -143,6 +143,7 @@ class DatasetManifest(Record):
     splits: dict[str, SplitStats]
     num_duplicates: int
     rejects: dict[str, int] = Field(description="rejected rows per reason")
+    erased: dict[str, tuple[int, ...]] = Field({}, description="lines of the rows that erasures leave out, per source file")
     sequence_length: int
     files: tuple[FileEntry, ...] = ()
     seconds: float = 0.0
