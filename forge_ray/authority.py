@@ -1,8 +1,8 @@
 """Who may do what: signers, roles, policy (level 1). All of it follows from signed events; nothing here reads the store.
 
 The first signer vouches for itself and is the owner; from then on signers and policy change by an owner's signature alone:
-events without one are as if they had not been written. Refusals are for people who come through these commands; against somebody
-who writes into the store's files it is the signatures that hold, which `forge verify` and the endpoints check.
+events without one are as if they had not been written. Refusals are for people who come through these commands; against
+somebody who writes into the store's files it is the signatures that hold, which `forge verify` and the endpoints check.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def check_promotion(
         have = ", ".join(sorted(authority.name_of(one) for one in releasers)) or "nobody"
         raise PolicyError(
             f"policy.protected: {alias!r} is moved by two releasers together; for {version} there is {have}",
-            hint=f"`forge approve {version} --alias {alias}` by {' or '.join(others) or 'another releaser, yet to be added'}",
+            hint=f"`forge approve {version} --alias {alias}` by {' or '.join(others) or 'another releaser, yet to add'}",
         )
     if authority.policy.independent_validation:
         trainers = set(trained_by)

@@ -160,7 +160,7 @@ class Catalog:
         return {name: route.stable for name, route in self.routes().items()}
 
     def routes(self) -> dict[str, AliasRoute]:
-        """alias → what it stands for now. Where the policy wants signatures, moves without one of a releaser do not count."""
+        """alias → what it stands for now. Where the policy wants signatures, moves that no releaser signed do not count."""
         rows = self._db.execute("select body from events where kind = 'alias' order by at, id")
         moves = authority.accepted_moves(self.authority(), [Event.model_validate_json(row[0]) for row in rows])
         return {name: found for name, event in {e.subject: e for e in moves}.items() if (found := route_of(event))}

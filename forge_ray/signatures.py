@@ -2,8 +2,8 @@
 
     signatures/<record id>/<key id>.json     a DSSE envelope around an in-toto statement of the record's sha256
 
-A record names its files by sha256 and its parents by hashes, so one signature over a model version stands for its weights, run
-and dataset.
+A record names its files by sha256 and its parents by hashes, so one signature over a model version stands for its weights,
+its run and its dataset.
 """
 
 from __future__ import annotations

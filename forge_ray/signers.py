@@ -1,4 +1,4 @@
-"""Signers, policy, approvals: the events behind `forge signers`, `forge policy`, `forge approve` (level 2)."""
+"""Signers, policy, approvals: the events behind `forge signers`, `forge policy`, `forge approve` (level 3)."""
 
 from __future__ import annotations
 

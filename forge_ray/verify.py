@@ -1,4 +1,4 @@
-"""Is this what was signed? For records of a store, folders and certificates, offline (level 3)."""
+"""Is this what was signed? For records of a store, folders and certificates, offline (level 2)."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ ROWS: tuple[set[str], ...] = (
     {"audit_log", "authority"},
     {"signatures"},
     {"catalog"},
-    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "signers"},  # L2
-    {"train", "evaluate", "lineage", "verify"},  # L3
+    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
+    {"train", "evaluate", "lineage", "signers"},  # L3
     {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
