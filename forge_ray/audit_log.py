@@ -3,9 +3,9 @@
     audit/log.jsonl     the lines; on object stores, which cannot append, audit/lines/<n>.json, one object each
     audit/head.json     the last line once more, written first: what was cut off the end of the log is still there
 
-A line is written before the file that it tells of, and holds its content: a crash between the two is made good when the store is
-opened next. Lines are signed where the writer has a key, so each is a signed head too: the counter `n`, and by `previous` all
-before it. Model versions carry the head that they were released at, so cutting the log back behind one shows.
+A line is written before the file that it tells of, and holds its content: a crash between the two is made good when the
+store is opened next. Lines are signed where the writer has a key, so each is a signed head too: the counter `n`, and by
+`previous` all before it. Model versions carry the head that they were released at, so cutting the log back behind one shows.
 """
 
 from __future__ import annotations
