@@ -65,7 +65,7 @@ def config_of(folder: Path, kind: str) -> RunConfig:
             "data": {
                 "sources": [{"path": f"{folder}/*.{kind}"}],
                 "curate": [{"rule": "personal_data", "action": "mask"}, near],
-                "sequence_length": 96,
+                "sequence_length": 160,
                 "block_rows": 4,
                 "subject": {"field": "customer"},
             },
