@@ -330,8 +330,8 @@ def _evaluate(
         return catalog.put(report)
 
 
-def release(config: RunConfig, store: Store) -> ModelVersion:
-    """Gate the run's export and register it: accepted and the alias moved, or rejected with the reasons."""
+def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersion:
+    """Gate the run's export and register it: accepted and (with `promote`) the alias moved, or rejected with the reasons."""
     from forge_ray.evaluate import judge
 
     record = train_record(config, store)
@@ -362,8 +362,10 @@ def release(config: RunConfig, store: Store) -> ModelVersion:
             if reasons:
                 it.done(f"{version.id}  rejected: {'; '.join(reasons)}")
             else:
-                catalog.promote(version.id, config.release.alias)
-                it.done(f"{version.id}  {'already ' if known else ''}accepted → {config.release.alias}")
+                if promote:
+                    catalog.promote(version.id, config.release.alias)
+                where = f" → {config.release.alias}" if promote else ""
+                it.done(f"{version.id}  {'already ' if known else ''}accepted{where}")
             return version
 
 
@@ -374,8 +376,8 @@ def _incumbent(
     if name not in catalog.aliases() and not catalog.has(name):
         return None
     version = catalog.model(name)
-    if version.run == record.id:
-        return None
+    if version.run == record.id or version.id in catalog.withdrawn():
+        return None  # a version that learned from erased rows is no rival: it must go in any case
     return _evaluate(catalog, _model_subject(version), manifest, config, name)
 
 

@@ -28,11 +28,12 @@ ROWS: tuple[set[str], ...] = (
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
     {"train", "evaluate", "lineage", "signers"},  # L3
     {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
-    {"pipeline"},  # L5
-    {"job", "quickstart", "submit"},
+    {"pipeline", "erasure"},  # L5
+    {"job", "quickstart", "submit", "purge", "certificate"},
+    {"erase"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_erase"},
     {"cli_trust"},
     {"cli"},
 )
