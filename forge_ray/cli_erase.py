@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -13,6 +14,8 @@ from forge_ray.verbs import verb
 if TYPE_CHECKING:
     from forge_ray.erasure import Plan, Request
     from forge_ray.store import Store
+
+LINES = 20  # of a source file are shown
 
 
 @click.group()
@@ -88,7 +91,7 @@ def erase(
     if not as_json:
         predicate = statement["predicate"]
         for name, lines in predicate["remains"]["source files"].items():
-            click.echo(f"remove there too: {name}, line {', '.join(map(str, lines[:20]))}{' …' if len(lines) > 20 else ''}")
+            click.echo(f"remove there too: {name}, {_lines(lines)}")
         click.echo(f"{store.place}/erasures/{predicate['erasure']}/certificate.json")
     return statement
 
@@ -109,11 +112,9 @@ def _request(subject: str, key_file: str, records: tuple[str, ...], file: str, n
         return Request("subject", (subject,), near_duplicates, key_file)
     if file and not Path(file).is_file():
         raise NotFound(f"no file {file}", hint="a file of rows, in any format that data.sources takes")
-    return (
-        Request("file", (file,), near_duplicates)
-        if file
-        else Request("record", tuple(sorted(set(records))), near_duplicates)
-    )
+    if file:
+        return Request("file", (file,), near_duplicates)
+    return Request("record", tuple(sorted(set(records))), near_duplicates)
 
 
 def show(plan: Plan, begun: bool) -> None:
@@ -125,7 +126,7 @@ def show(plan: Plan, begun: bool) -> None:
         rows = [(d.id, d.name, ", ".join(f"{split} {count}" for split, count in d.held.items())) for d in plan.datasets]
         print_table("Datasets to build again", ("dataset", "name", "records in"), rows)
     if plan.runs:
-        rows = [
+        runs = [
             (
                 run.id,
                 run.name,
@@ -135,24 +136,24 @@ def show(plan: Plan, begun: bool) -> None:
             )
             for run in plan.runs
         ]
-        print_table("Runs", ("run", "name", "steps with the rows", "what becomes of it", "worker hours"), rows)
+        print_table("Runs", ("run", "name", "steps with the rows", "what becomes of it", "worker hours"), runs)
     if plan.versions:
         aliases = {v: ", ".join(n for n, hit in plan.aliases.items() if v in hit) for v in (one.id for one in plan.versions)}
-        rows = [(v.id, v.name, v.status, v.weights, aliases[v.id]) for v in plan.versions]
-        print_table("Model versions to withdraw", ("version", "name", "status", "weights", "aliases"), rows)
+        versions = [(v.id, v.name, v.status, v.weights, aliases[v.id]) for v in plan.versions]
+        print_table("Model versions to withdraw", ("version", "name", "status", "weights", "aliases"), versions)
     for deployment in plan.deployments:
-        click.echo(
-            f"deployment {deployment.id} {deployment.name} ({deployment.state}) serves {', '.join(deployment.versions)}"
-        )
+        click.echo(f"{deployment.id} {deployment.name} ({deployment.state}) serves {', '.join(deployment.versions)}")
     for report in plan.evals:
         click.echo(f"evaluation {report.id} quotes {report.quotes} of the rows")
     for name, lines in plan.outside.items():
-        click.echo(
-            f"not in the store's hands: {name}, line {', '.join(map(str, lines[:20]))}{' …' if len(lines) > 20 else ''}"
-        )
+        click.echo(f"not in the store's hands: {name}, {_lines(lines)}")
     for note in plan.notes:
         click.echo(f"note: {note}")
     click.echo(f"training again: {plan.worker_hours:.2f} worker hours, {plan.gpu_hours:.2f} GPU hours, as the runs took")
 
 
-ERASE = (erase,)
+def _lines(lines: Sequence[int]) -> str:
+    return f"line {', '.join(map(str, lines[:LINES]))}{' …' if len(lines) > LINES else ''}"
+
+
+ERASE = (*top.commands.values(),)

@@ -135,7 +135,7 @@ def _withdraw(store: Store, record: Erasure, plan: Plan, options: Options) -> Fa
         known, archived = catalog.withdrawn(), catalog.archived()
         for version in sorted(gone - set(known)):
             state = WITHDRAWN[retire or version in archived]
-            data = {"state": state, "erasure": record.id, "why": record.why or "rows were erased"}
+            data: Facts = {"state": state, "erasure": record.id, "why": record.why or "rows were erased"}
             catalog.append(Event(kind="model", subject=version, data=data))
         routes = {}
         for alias, hit in plan.aliases.items():

@@ -33,7 +33,8 @@ ENGINE = {"precision": "fp32", "page_size": 16, "num_blocks": 64, "max_batch_tok
 
 
 def rows() -> list[dict[str, Any]]:
-    """Ninety rows of thirty customers, and three of somebody who asks to be forgotten; one row is a near copy of hers."""
+    """Ninety rows of thirty customers, and three of somebody who asks to be forgotten. Rules drop her third row
+    as a near copy of her second, and one of another customer as a near copy of her first."""
     random = Random(0)
     colours = ("red", "green", "blue")
     found = [(f"c{n // 3}", f"Colour of thing {random.randrange(10**6)}, number {n}?", colours[n % 3]) for n in range(90)]
@@ -45,7 +46,7 @@ def rows() -> list[dict[str, Any]]:
     return [row | {"customer": whose} for row, (whose, _, _) in zip(asked, found, strict=True)]
 
 
-def config_of(path: Path, steps: int = 3) -> RunConfig:
+def config_of(path: Path, steps: int = 8) -> RunConfig:
     data = {
         "sources": [{"path": str(path)}],
         "curate": [{"rule": "near_duplicates", "threshold": 0.7}],
@@ -87,6 +88,7 @@ def own(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def forge(store: Store, *arguments: str) -> Any:
     result = CliRunner().invoke(cli, [*arguments, "--store", store.uri, "--json"])
+    assert result.exit_code == 0, result.output
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -115,11 +117,11 @@ def test_what_somebody_taught_is_forgotten(own: Store, tmp_path: Path, monkeypat
     assert everything(own) == before
     assert (plan["num_records"], plan["num_near_duplicates"]) == (3, 1)
     (held,) = plan["datasets"]
-    assert held["held"] == {name: count for name, count in splits.items() if count} | {"dropped": 1}
+    assert held["held"] == {name: count for name, count in splits.items() if count} | {"dropped": 2}
     (run,) = plan["runs"]
     assert (run["id"], run["used"]) == (outcome.run.id, True)
     order = order_of(old, "train", 0, 4)
-    contents = [Rows.of(own, old, "train").records(order.rows_of(step, range(4))) for step in range(3)]
+    contents = [Rows.of(own, old, "train").records(order.rows_of(step, range(4))) for step in range(8)]
     steps = [step + 1 for step, lanes in enumerate(contents) if any(r in hers for lane in lanes for r in lane)]
     assert (run["steps"], run["first_step"], run["last_step"]) == (len(steps), steps[0], steps[-1])
     assert [one["id"] for one in plan["versions"]] == [version.id]
@@ -181,7 +183,7 @@ def test_what_somebody_taught_is_forgotten(own: Store, tmp_path: Path, monkeypat
         assert not own.list(gone, recursive=True), gone
     files = [path for path in Path(own.root).rglob("*") if path.is_file() and path.suffix != ".parquet"]
     assert not [path for path in files if b"Quartz" in path.read_bytes()]
-    assert forge(own, "data", "find", "--subject", "wq") == []
+    assert forge(own, "data", "find", "--subject", "wq")["results"] == []
     again = pipeline.prepare(config, own)
     assert again.id == present[0].id  # the old rows do not come back
     with pytest.raises(NotFound, match="holds such a row"):
@@ -194,3 +196,52 @@ def _killed(*_: Any, **__: Any) -> Any:
 
 def _id(row: dict[str, Any]) -> str:
     return str(row["record"])
+
+
+def test_marked_versions_answer_until_replaced_and_what_is_built_on_them_goes_too(own: Store, tmp_path: Path) -> None:
+    """A second run continues the first, whose rows are hers alone in another source; nothing is left of a third's dataset."""
+    hers, others = [row for row in rows() if row["customer"] == "wq"], [row for row in rows() if row["customer"] != "wq"]
+    paths = [tmp_path / "first.jsonl", tmp_path / "second.jsonl", tmp_path / "third.jsonl"]
+    for path, found in zip(paths, (others[:40] + hers, others[40:80], hers), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    full = {"adapter": None, "max_steps": 2}
+    first = _with(config_of(paths[0]), name="first", train=full, release={"alias": "first"})
+    one = pipeline.run(first, own)
+    second = _with(config_of(paths[1]), name="second", base_model=one.version.id, train=full, release={"alias": "second"})
+    two = pipeline.run(second, own)
+    third = _with(
+        config_of(paths[2]),
+        name="third",
+        data={"splits": {"validation": 0, "test": 0}, "curate": []},
+        release={"alias": "third"},
+        train={"max_steps": 2},
+    )
+    record = pipeline.train(third, own)
+
+    request = Request("file", (str(paths[2]),))
+    plan = forge(own, "erase", "--file", str(paths[2]), "--plan")
+    assert {run["id"]: run["used"] for run in plan["runs"]} == dict.fromkeys((one.run.id, two.run.id, record.id), True)
+    assert {run["id"]: run["steps"] for run in plan["runs"]}[two.run.id] == 0  # it learned by its base alone
+    told = erase(own, request, Options(deployments="mark", keep_weights=True))["predicate"]
+    fates = {run["run"]: run["fate"] for run in told["runs"]}
+    assert fates[one.run.id] == fates[two.run.id] == "retrained"
+    assert fates[record.id] == "removed: no row is left"
+    replaced = {version["version"]: version["replaced_by"] for version in told["versions"]}
+    with Catalog(own) as catalog:
+        assert catalog.routes()["first"].stable == replaced[one.version.id]
+        assert catalog.routes()["second"].stable == replaced[two.version.id]
+        new = catalog.model("second")
+        assert new.base_model == replaced[one.version.id]  # trained on the replacement, not on what it replaces
+        assert catalog.archived() == set()
+        with pytest.raises(PolicyError, match="learned from rows"):
+            catalog.promote(one.version.id, "other")
+    assert own.is_published(f"models/{one.version.id}")  # kept, and blocked
+    assert sorted(told["remains"]["weights"]) == sorted(replaced)
+    assert not own.list(f"runs/{record.id}/export", recursive=True)
+
+
+def _with(config: RunConfig, **changes: Any) -> RunConfig:
+    values = config.model_dump(mode="json")
+    for name, value in changes.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    return parse(RunConfig, values)
