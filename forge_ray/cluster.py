@@ -8,7 +8,7 @@ import os
 from forge_ray.config.train import Scaling
 from forge_ray.errors import ConfigError
 from forge_ray.hardware import gpu_named, main_memory
-from forge_ray.offline import SWITCHES, set_offline_switches
+from forge_ray.offline import SWITCHES, set_offline_switches, without_usage_reports
 from forge_ray.quiet import quiet_libraries
 from forge_ray.store import Store
 
@@ -45,6 +45,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             ) from None
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
+        without_usage_reports()
         ray.init(
             address="local",
             num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
