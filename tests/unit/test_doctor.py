@@ -116,11 +116,10 @@ def test_tls(around: Callable[..., Surroundings], tmp_path: Path) -> None:
     assert told(closed.ray_tls(around(**files)))[1].endswith(f"chmod 600 {tmp_path}/key.pem")
     (tmp_path / "other").mkdir()
     other = certificate(tmp_path / "other", 90)
-    assert (
-        "is not the key of" in told(closed.ray_tls(around(**files | {"RAY_TLS_SERVER_KEY": other["RAY_TLS_SERVER_KEY"]})))[1]
-    )
+    files["RAY_TLS_SERVER_KEY"] = other["RAY_TLS_SERVER_KEY"]
+    assert "is not the key of" in told(closed.ray_tls(around(**files)))[1]
     (tmp_path / "cert.pem").write_text("nonsense")
-    assert "cannot be read" in told(closed.ray_tls(around(**files)))[1].replace("has mode", "cannot be read")
+    assert "cannot be read" in told(closed.ray_tls(around(**files)))[1]
 
 
 def test_listening_sockets_are_read_from_the_system_itself() -> None:
@@ -129,8 +128,8 @@ def test_listening_sockets_are_read_from_the_system_itself() -> None:
         six.bind(("::1", 0))
         for each in (own, six):
             each.listen()
-        links = Path("/proc")
-        found = closed.listening(links, roles=((os.fsdecode(Path("/proc/self/cmdline").read_bytes()[:4]), "raylet"),))
+        this = os.fsdecode(Path("/proc/self/cmdline").read_bytes().partition(b"\0")[0])
+        found = closed.listening(Path("/proc"), roles=((this, "raylet"),))
         here = {(item.address, item.port) for item in found}
         assert {("0.0.0.0", own.getsockname()[1]), ("::1", six.getsockname()[1])} <= here
 
@@ -176,7 +175,7 @@ def test_the_cloud_question(around: Callable[..., Surroundings], tmp_path: Path)
     ("distutils-precedence.pth", "import os; var = 'SETUPTOOLS_USE_DISTUTILS'; enabled = os.environ.get(var, 'local') =="
      " 'local'; enabled and __import__('_distutils_hack').add_shim(); ", "ok"),
     ("distutils-precedence.pth", "import os; os.system('curl x')", "fail"),
-    ("__editable__.forge_ray-0.1.0.pth", "import __editable___forge_ray_finder; __editable___forge_ray_finder.install()", "ok"),
+    ("__editable__.forge.pth", "import __editable___forge_finder; __editable___forge_finder.install()", "ok"),
     ("__editable__.x.pth", "import __editable___x_finder; __editable___x_finder.install(); import evil", "fail"),
     ("litellm_init.pth", "import os, subprocess, sys; subprocess.Popen([sys.executable])", "fail"),
     ("sitecustomize.py", "", "fail"),
