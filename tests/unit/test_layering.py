@@ -21,7 +21,7 @@ ROWS: tuple[set[str], ...] = (
     {"records"},
     {"config"},
     {"store", "hardware", "progress", "environment", "architecture", "dequantise", "aliases", "haproxy"},  # L1
-    {"tail"},
+    {"tail", "model_files", "fenced"},
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway"},  # L2
     {"train", "evaluate", "lineage"},  # L3
