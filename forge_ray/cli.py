@@ -15,6 +15,7 @@ from forge_ray import __version__
 from forge_ray.cli_alias import alias
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
+from forge_ray.cli_doctor import DOCTOR
 from forge_ray.cli_gateway import GATEWAY
 from forge_ray.cli_keys import ACCESS
 from forge_ray.cli_runs import runs
@@ -46,7 +47,7 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
-for command in (*SERVING, *GATEWAY, alias, *ACCESS, *TRUST):
+for command in (*SERVING, *GATEWAY, alias, *ACCESS, *TRUST, *DOCTOR):
     cli.add_command(command)
 
 

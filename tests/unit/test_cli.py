@@ -86,6 +86,7 @@ SURFACE = {
         "--drain-s",
     },
     "chat": {"--url", "--api-key", "--model", "--system", "--max-tokens", "--temperature"},
+    "doctor": {"--address"},
     "alias list": set(),
     "alias history": set(),
     "alias set": {"--to", "--shadow", "--fallback", "--file", "--why", "--url"},

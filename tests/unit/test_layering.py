@@ -21,18 +21,18 @@ ROWS: tuple[set[str], ...] = (
     {"records"},
     {"config"},
     {"store", "hardware", "progress", "environment", "architecture", "dequantise", "aliases", "haproxy"},  # L1
-    {"tail", "signing"},
+    {"tail", "signing", "model_files", "fenced"},
     {"audit_log", "authority"},
     {"signatures"},
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
     {"train", "evaluate", "lineage", "signers"},  # L3
-    {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor"},  # L4
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor"},
     {"cli_trust"},
     {"cli"},
 )
