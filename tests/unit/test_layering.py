@@ -24,8 +24,10 @@ ROWS: tuple[set[str], ...] = (
     {"tail"},
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway"},  # L2
-    {"train", "evaluate", "lineage"},  # L3
-    {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
+    {"train", "safety", "gate", "lineage"},  # L3
+    {"evaluate"},
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "leak", "compare_runs"},  # L4
+    {"reports"},
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},
