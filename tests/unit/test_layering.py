@@ -26,8 +26,10 @@ ROWS: tuple[set[str], ...] = (
     {"signatures"},
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
-    {"train", "evaluate", "lineage", "signers"},  # L3
-    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor"},  # L4
+    {"train", "safety", "gate", "lineage", "signers"},  # L3
+    {"evaluate"},
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs"},  # L4
+    {"reports"},
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},
