@@ -20,17 +20,17 @@ ROWS: tuple[set[str], ...] = (
     {"errors", "offline", "quiet"},  # L0
     {"records"},
     {"config"},
-    {"store", "hardware", "progress", "environment", "architecture", "dequantise", "aliases", "haproxy"},  # L1
-    {"tail"},
+    {"store", "hardware", "progress", "architecture", "dequantise", "aliases", "haproxy"},  # L1
+    {"tail", "environment"},
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway"},  # L2
     {"train", "evaluate", "lineage"},  # L3
-    {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "difference"},  # L4
     {"pipeline"},  # L5
-    {"job", "quickstart", "submit"},
+    {"job", "quickstart", "submit", "reproduce"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_reproduce"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
