@@ -177,11 +177,10 @@ def code_digest() -> str:
 
 
 @functools.cache
-def code_commit() -> str:
+def code_commit(root: Path = Path(__file__).parent) -> str:
     """The git commit that this code is a checkout of, `-dirty` behind it where it was changed; "" where none is known."""
-    root = Path(__file__).parent
     try:
-        _git(root, "ls-files", "--error-unmatch", Path(__file__).name)  # else the checkout is of something around it
+        _git(root, "ls-files", "--error-unmatch", "__init__.py")  # else the checkout is of something around it
         return _git(root, "rev-parse", "HEAD") + ("-dirty" if _git(root, "status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return ""

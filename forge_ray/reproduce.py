@@ -41,7 +41,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
         config, notes = settings(record)
         differences = _before(record, base, version)
-        for line in (*difference.lines(differences), *notes):
+        for line in (*difference.lines(differences | _here(store, record)), *notes):
             print(f"  {line}", file=sys.stderr, flush=True)
         scratch = _below(store, folder)
         try:
@@ -142,6 +142,13 @@ def _before(record: RunRecord, base: ModelVersion, version: ModelVersion | None)
     if record.code_digest != environment.code_digest():
         found["code"] = [_code(record), _code(None)]
     return found
+
+
+def _here(store: Store, record: RunRecord) -> Differences:
+    """How this machine is not as the workers' was; what it is to those that will train is known when they have started."""
+    found = difference.locks(environment.read(store, record.environment_digest), environment.lock())
+    kept = {key: pair for key, pair in found.items() if key.partition(".")[0] not in ("threads", "torch", "switches")}
+    return {"this machine": kept} if kept else {}
 
 
 def _code(record: RunRecord | None) -> str:
