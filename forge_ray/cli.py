@@ -18,6 +18,7 @@ from forge_ray.cli_data import data
 from forge_ray.cli_doctor import DOCTOR
 from forge_ray.cli_gateway import GATEWAY
 from forge_ray.cli_keys import ACCESS
+from forge_ray.cli_reproduce import REPRODUCTION
 from forge_ray.cli_runs import runs
 from forge_ray.cli_serve import SERVING, wait_for_ctrl_c
 from forge_ray.cli_trust import TRUST
@@ -47,7 +48,16 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
-for command in (*SERVING, *GATEWAY, alias, *ACCESS, *TRUST, *DOCTOR):
+COMMANDS = (
+    *SERVING,
+    *GATEWAY,
+    alias,
+    *ACCESS,
+    *TRUST,
+    *DOCTOR,
+    *REPRODUCTION,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

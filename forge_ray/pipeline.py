@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from forge_ray import gate, reports
 from forge_ray.catalog import Catalog
@@ -107,16 +107,6 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
 
 def train(config: RunConfig, store: Store) -> RunRecord:
     """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
-    from forge_ray import follow
-    from forge_ray.candidates import export_best
-    from forge_ray.preflight import refuse_impossible, report_reach
-    from forge_ray.recipes import sft
-    from forge_ray.train import attempts, launch
-    from forge_ray.train.job import TrainJob, run_id
-    from forge_ray.train.record import run_record
-    from forge_ray.train.sinks import open_sinks
-
-    loops = {"sft": (sft.train_loop, sft.validate_checkpoint)}
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     with Catalog(store) as catalog:
         base = import_base(config, catalog)
@@ -135,39 +125,57 @@ def train(config: RunConfig, store: Store) -> RunRecord:
                 f"{manifest.id} has no validation rows: nothing says which checkpoint is the best, or when to stop",
                 hint="set data.splits.validation, or leave out keep_best, early_stopping and export_step=best",
             )
-        identifier = run_id(config.train, precision, manifest, base)
-        with stage("train") as it:
-            if catalog.has(identifier):
-                it.done(f"{identifier}  already trained")
-                return catalog.get_as(RunRecord, identifier)
-            if config.train.scaling.max_workers:
-                connect()
-            if not store.exists(f"runs/{identifier}/result.json"):
-                refuse_impossible(config, store, precision, base, manifest, identifier)
-            store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
-            job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
-            store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
-            report_reach(store, identifier, base, config.train.adapter)
-            tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
-            sinks = open_sinks(store, identifier, config.name, config.train, tags)
-            if not store.exists(f"runs/{identifier}/result.json"):
-                catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
-                try:
-                    with attempts.driving(store, identifier), follow.followed(it, store, identifier, sinks):
-                        loop, validate = loops[config.train.method]
-                        launch.fit(loop, job, validate)
-                except TrainingError as error:
-                    catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
-                    sinks.close(failed=True)
-                    raise
-            sinks.close(failed=False)
-            export_best(job)
-            record = catalog.put(run_record(job, config))
-            catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
-            speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
-            told = f"{record.num_steps} steps{follow.early(record)}, loss {record.metrics['loss']:.3f}, {speed}"
-            it.done(f"{record.id}  {told}{follow.trouble(record)}")
-            return record
+        return train_on(config, catalog, base, manifest, precision)
+
+
+def train_on(
+    config: RunConfig, catalog: Catalog, base: ModelVersion, manifest: DatasetManifest, precision: Literal["bf16", "fp32"]
+) -> RunRecord:
+    """Train on what the store holds; the sources of the rows are not looked at."""
+    from forge_ray import follow
+    from forge_ray.candidates import export_best
+    from forge_ray.preflight import refuse_impossible, report_reach
+    from forge_ray.recipes import sft
+    from forge_ray.train import attempts, launch
+    from forge_ray.train.job import TrainJob, run_id
+    from forge_ray.train.record import run_record
+    from forge_ray.train.sinks import open_sinks
+
+    loops = {"sft": (sft.train_loop, sft.validate_checkpoint)}
+    store, identifier = catalog.store, run_id(config.train, precision, manifest, base)
+    with stage("train") as it:
+        if catalog.has(identifier):
+            made = [version.id for version in catalog.all(ModelVersion) if version.run == identifier]
+            it.done(f"{identifier}  already trained" + (f": {', '.join(made)}" if made else ", no version made of it yet"))
+            return catalog.get_as(RunRecord, identifier)
+        if config.train.scaling.max_workers:
+            connect()
+        if not store.exists(f"runs/{identifier}/result.json"):
+            refuse_impossible(config, store, precision, base, manifest, identifier)
+        store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
+        job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
+        store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
+        report_reach(store, identifier, base, config.train.adapter)
+        tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
+        sinks = open_sinks(store, identifier, config.name, config.train, tags)
+        if not store.exists(f"runs/{identifier}/result.json"):
+            catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
+            try:
+                with attempts.driving(store, identifier), follow.followed(it, store, identifier, sinks):
+                    loop, validate = loops[config.train.method]
+                    launch.fit(loop, job, validate)
+            except TrainingError as error:
+                catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
+                sinks.close(failed=True)
+                raise
+        sinks.close(failed=False)
+        export_best(job)
+        record = catalog.put(run_record(job, config))
+        catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
+        speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
+        told = f"{record.num_steps} steps{follow.early(record)}, loss {record.metrics['loss']:.3f}, {speed}"
+        it.done(f"{record.id}  {told}{follow.trouble(record)}")
+        return record
 
 
 def plan(

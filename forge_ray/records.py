@@ -188,7 +188,10 @@ class RunRecord(Record):
     attempts: tuple[dict[str, Any], ...] = Field(description="one per start: world size, first step, host")
     incidents: tuple[dict[str, Any], ...] = Field((), description="what went wrong and what was done about it")
     code_digest: str
+    code_commit: str = Field("", description="git commit of that code where it is known, `-dirty` behind it if changed")
     environment: dict[str, str] = Field(description="versions of the packages that decide numbers")
+    environment_digest: str = Field("", description="of the lock in `environments/`; of the last attempt's first worker")
+    hardware: dict[str, Any] = Field({}, description="the class of that worker's machine")
     metrics: dict[str, float]
     stopped_early: dict[str, Any] | None = Field(None, description="the step at which it ended, of how many, and why")
     adapter: dict[str, Any] = Field({}, description="what an adapter reached: patterns, weights, shares")

@@ -98,6 +98,8 @@ SURFACE = {
     "alias rollback": {"--why", "--url"},
     "alias archive": {"--why"},
     "lineage": {"--to", "--rows"},
+    "reproduce": {"--rebuild-data", "--keep"},
+    "diff": set(),
     "catalog rebuild": set(),
 }
 
