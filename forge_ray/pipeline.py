@@ -20,7 +20,7 @@ from forge_ray.config.release import DeployConfig, EvalConfig, LeakConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
-from forge_ray.progress import stage
+from forge_ray.progress import Stage, stage
 from forge_ray.records import (
     DatasetManifest,
     Deployment,
@@ -84,24 +84,43 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
-    from forge_ray.data.build import build, index_sources, input_digest
+    from forge_ray.data import erased, work
+    from forge_ray.data.build import index_sources, input_digest
     from forge_ray.data.dataset import tokenizer_digest
 
     def known_version(sources: list[IndexedFile]) -> DatasetManifest | None:
-        wanted = input_digest(config.data, sources, tokenizer_digest(base))
-        return next((found for found in catalog.all(DatasetManifest) if found.input_digest == wanted), None)
+        wanted = input_digest(config.data, sources, tokenizer_digest(base), erased.tombstones(catalog.store))
+        found = next((found for found in catalog.all(DatasetManifest) if found.input_digest == wanted), None)
+        if found or not (noted := work.finished(catalog.store, work.inputs(wanted))):
+            return found
+        return catalog.get_as(DatasetManifest, noted["dataset"])
 
     if quiet and (known := known_version(index_sources(config.data))):
         return known
     with stage("prepare") as it:
         sources = index_sources(config.data, it.update)
         known = known_version(sources)
-        found = known or catalog.put(build(config.name, config.data, base, catalog.store, sources, it.update))
+        found = known or _built(config, catalog, base, sources, it)
         counts = ", ".join(f"{name} {stats.num_records}" for name, stats in found.splits.items())
         counts += f", {sum(found.rejects.values())} quarantined" if found.rejects else ""
         dropped = sum(step.before - step.after for step in found.curation)
         counts += f", {dropped} dropped by rules" if dropped else ""
+        left_out = sum(map(len, found.erased.values()))
+        counts += f", {left_out} erased" if left_out else ""
         it.done(f"{found.id}  {'already built' if known else counts}")
+    return found
+
+
+def _built(
+    config: RunConfig, catalog: Catalog, base: ModelVersion, sources: list[IndexedFile], it: Stage
+) -> DatasetManifest:
+    from forge_ray.data import work
+    from forge_ray.data.build import build
+
+    made = build(config.name, config.data, base, catalog.store, sources, it.update)
+    found = catalog.put(made)
+    if found.input_digest != made.input_digest:  # erasures that touch none of its rows: found by these inputs as well
+        work.finish(catalog.store, work.inputs(made.input_digest), {"dataset": found.id})
     return found
 
 

@@ -128,7 +128,7 @@ class DatasetManifest(Record):
 
     kind: ClassVar[str] = "datasets"
     prefix: ClassVar[str] = "ds"
-    volatile: ClassVar[frozenset[str]] = frozenset({"files", "seconds", "input_digest"})
+    volatile: ClassVar[frozenset[str]] = frozenset({"files", "seconds", "input_digest", "erased"})
 
     name: str
     format: int
@@ -149,6 +149,7 @@ class DatasetManifest(Record):
     splits: dict[str, SplitStats]
     num_duplicates: int
     rejects: dict[str, int] = Field(description="rejected rows per reason")
+    erased: dict[str, tuple[int, ...]] = Field({}, description="lines of the rows that erasures leave out, per source file")
     sequence_length: int
     files: tuple[FileEntry, ...] = ()
     seconds: float = 0.0
@@ -185,6 +186,7 @@ class RunRecord(Record):
     num_steps: int
     samples_seen: int
     order_digest: str = Field(description="over the global row order of the whole run")
+    order_key: str = Field("", description="what that order follows from: digest of the packed rows; '': the dataset's id")
     attempts: tuple[dict[str, Any], ...] = Field(description="one per start: world size, first step, host")
     incidents: tuple[dict[str, Any], ...] = Field((), description="what went wrong and what was done about it")
     code_digest: str
@@ -201,6 +203,10 @@ class RunRecord(Record):
 
     def sealed(self) -> Self:
         raise TypeError("a run's id is fixed at its start; build the record with id=run_id(...)")
+
+    def identity(self) -> dict[str, Any]:
+        value = super().identity()
+        return value if self.order_key else {key: value[key] for key in value if key != "order_key"}
 
     def parents(self) -> tuple[str, ...]:
         return self.dataset, self.base_model
