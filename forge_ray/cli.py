@@ -17,6 +17,7 @@ from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
 from forge_ray.cli_gateway import GATEWAY
 from forge_ray.cli_keys import ACCESS
+from forge_ray.cli_papers import PAPERS
 from forge_ray.cli_runs import runs
 from forge_ray.cli_serve import SERVING, wait_for_ctrl_c
 from forge_ray.errors import TrainingError
@@ -45,7 +46,7 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
-for command in (*SERVING, *GATEWAY, alias, *ACCESS):
+for command in (*SERVING, *GATEWAY, alias, *ACCESS, *PAPERS):
     cli.add_command(command)
 
 

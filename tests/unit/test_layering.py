@@ -25,12 +25,12 @@ ROWS: tuple[set[str], ...] = (
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway"},  # L2
     {"train", "evaluate", "lineage"},  # L3
-    {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "papers"},  # L4
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_papers"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -1,0 +1,125 @@
+"""All papers of a version into a folder, and the pack that an auditor takes away (level 4)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forge_ray.errors import ConfigError
+from forge_ray.papers.bom import bom
+from forge_ray.papers.croissant import croissant
+from forge_ray.papers.evidence import annex_iv, annex_xi, training_content_summary
+from forge_ray.papers.facts import Facts
+from forge_ray.papers.markdown import plain, table
+from forge_ray.papers.model_card import model_card
+from forge_ray.papers.openlineage import openlineage
+from forge_ray.papers.provenance import provenance
+from forge_ray.store import Store
+
+INDEX = "INDEX.md"
+SUMS = "SHA256SUMS"
+KEPT = ("audit",)  # folders of the store that go into a pack whole: the log, where there is one
+WHAT = {
+    "model_card.md": "what the model is, from what, how good; Markdown with Hugging Face's front matter",
+    "bom.cdx.json": "bill of materials, CycloneDX 1.6",
+    "openlineage.jsonl": "how it came to be, OpenLineage 2-0-2 events",
+    "provenance.json": "where the weights came from, in-toto Statement v1 with SLSA provenance v1",
+    "evidence-annex-xi.md": "evidence for Annex XI of the AI Act",
+    "evidence-annex-iv.md": "evidence for Annex IV of the AI Act",
+    "training-content-summary.md": "evidence for the training-content summary",
+}
+
+
+def papers(facts: Facts) -> dict[str, bytes]:
+    """File name → content; the same facts give the same bytes."""
+    found = {
+        "model_card.md": model_card(facts),
+        "bom.cdx.json": bom(facts),
+        **{f"croissant-{dataset.id}.json": croissant(facts, dataset) for dataset in facts.datasets},
+        "openlineage.jsonl": openlineage(facts),
+        "provenance.json": provenance(facts),
+        "evidence-annex-xi.md": annex_xi(facts),
+        "evidence-annex-iv.md": annex_iv(facts),
+        "training-content-summary.md": training_content_summary(facts),
+    }
+    return found | {INDEX: _index(facts, found)}
+
+
+def _index(facts: Facts, found: Mapping[str, bytes]) -> bytes:
+    rows = [
+        (f"[{name}]({name})", WHAT.get(name, "a dataset, Croissant 1.1"), f"{len(content):,}", f"`{_sha256(content)}`")
+        for name, content in found.items()
+    ]
+    parts = [
+        f"# Papers of {plain(facts.version.name)} · {facts.version.id}\n",
+        f"From records up to {facts.at[:19]} UTC. What no record says is called not recorded.\n",
+        table(("paper", "what", "bytes", "sha256"), rows),
+    ]
+    if facts.missing:
+        parts.append(f"Named by a record, but not in this store: {', '.join(facts.missing)}.\n")
+    return "\n".join(parts).encode()
+
+
+def write(folder: Path, found: Mapping[str, bytes]) -> dict[str, str]:
+    """Into `folder`, which is made; returns file name → sha256. Papers of another version there are refused."""
+    known = folder / INDEX
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {str(folder)!r} is a file", hint="give a folder")
+    if known.exists() and known.read_bytes().partition(b"\n")[0] != found[INDEX].partition(b"\n")[0]:
+        raise ConfigError(f"{known} is of another version: their papers would be mixed", hint="give a folder of its own")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in found.items():
+        (folder / name).write_bytes(content)
+    return {name: _sha256(content) for name, content in found.items()}
+
+
+def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> str:
+    """A tar of the papers, the records behind them as the store has them, their signatures and the log where there are some,
+    and how to check it all offline; returns its sha256. The same store gives the same bytes."""
+    entries = {f"papers/{name}": content for name, content in found.items()}
+    for record in facts.records:
+        entries[f"records/{record.kind}/{record.id}.json"] = store.read(f"records/{record.kind}/{record.id}.json")
+        entries |= {name: store.read(name) for name in store.list(f"signatures/{record.id}")}
+    for folder in KEPT:
+        entries |= {name: store.read(name) for name in store.list(folder, recursive=True)}
+    entries["README.md"] = _readme(facts, entries)
+    sums = "".join(f"{_sha256(content)}  {name}\n" for name, content in sorted(entries.items()))
+    entries[SUMS] = sums.encode()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in sorted(entries.items()):
+            info = tarfile.TarInfo(name)  # no owner, no time: nothing but names and bytes
+            info.size, info.mode = len(content), 0o644
+            archive.addfile(info, io.BytesIO(content))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return _sha256(buffer.getvalue())
+
+
+def _readme(facts: Facts, entries: Mapping[str, Any]) -> bytes:
+    signed = sorted(name for name in entries if name.startswith("signatures/"))
+    logged = any(name.startswith("audit/") for name in entries)
+    lines = [
+        f"# Evidence pack of {plain(facts.version.name)} · {facts.version.id}\n",
+        "`papers/` was made from `records/`, which are the store's own bytes. Nothing here needs a network.\n",
+        "1. Whole and unchanged: `sha256sum -c SHA256SUMS`.",
+        "2. The weights: the `sha256` of each file is in `records/models/`; compare with `sha256sum` of yours.",
+        "3. Ids: a record's id begins the hash of its content; `forge papers` on a store with these records gives `papers/`"
+        " again, byte for byte, with the same release of forge_ray.",
+    ]
+    lines.append(
+        f"4. Signatures: {len(signed)} DSSE envelopes (`signatures/`), to be checked with the signers' public keys, which"
+        " this pack does not vouch for: get them another way."
+        if signed
+        else "4. Signatures: none on record."
+    )
+    lines.append("5. The audit log is in `audit/`." if logged else "5. Audit log: none on record.")
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
