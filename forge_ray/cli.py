@@ -20,6 +20,7 @@ from forge_ray.cli_keys import ACCESS
 from forge_ray.cli_papers import PAPERS
 from forge_ray.cli_runs import runs
 from forge_ray.cli_serve import SERVING, wait_for_ctrl_c
+from forge_ray.cli_trust import TRUST
 from forge_ray.errors import TrainingError
 from forge_ray.verbs import Verbs, load_run_file, run_file, verb
 
@@ -46,7 +47,7 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
-for command in (*SERVING, *GATEWAY, alias, *ACCESS, *PAPERS):
+for command in (*SERVING, *GATEWAY, alias, *ACCESS, *TRUST, *PAPERS):
     cli.add_command(command)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def audit() -> None:
-    """Prove afterwards what a run did: data."""
+    """Prove afterwards what was done: data, log, verify."""
 
 
 @verb(audit, "data")

@@ -225,6 +225,7 @@ class ModelVersion(Record):
 
     kind: ClassVar[str] = "models"
     prefix: ClassVar[str] = "mv"
+    volatile: ClassVar[frozenset[str]] = frozenset({"log_head"})
 
     name: str
     status: Literal["imported", "candidate", "accepted", "rejected"]
@@ -239,6 +240,7 @@ class ModelVersion(Record):
     evals: tuple[str, ...] = ()
     licence: str
     source: str = Field(default="", description="where imported weights came from: a file name and its sha256")
+    log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
 
     def parents(self) -> tuple[str, ...]:
         return tuple(parent for parent in (self.run, self.dataset, self.base_model, *self.evals) if parent)
@@ -274,15 +276,30 @@ class Deployment(Record):
 RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment)
 
 
+EventKind = Literal["alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction"]
+
+
 class Event(Frozen):
-    """What changes over time: alias moves, run states, deployments going up and down, versions that are archived, keys.
-    Appended, never edited."""
+    """What changes over time: alias moves, run states, deployments going up and down, versions that are archived, keys, and
+    who may do so. Appended, never edited; signed where whoever wrote it has a key."""
 
     at: str = Field(default_factory=utc_now)
-    kind: Literal["alias", "run", "deployment", "model", "key"]
+    kind: EventKind
     subject: str
     data: dict[str, Any]
+    key: str = Field("", description="id of the key that signed it")
+    signature: str = Field("", description="base64, over `to_sign()`")
+
+    def _said(self, *without: str) -> dict[str, Any]:
+        value = self.model_dump(mode="json", exclude=set(without))
+        return {name: item for name, item in value.items() if item or name not in ("key", "signature")}
+
+    def to_sign(self) -> bytes:
+        return canonical_json(self._said("signature"))
+
+    def stored(self) -> bytes:
+        return canonical_json(self._said())
 
     @property
     def id(self) -> str:
-        return short_id("evt", self.model_dump(mode="json"))
+        return short_id("evt", self._said("signature"))

@@ -21,16 +21,19 @@ ROWS: tuple[set[str], ...] = (
     {"records"},
     {"config"},
     {"store", "hardware", "progress", "environment", "architecture", "dequantise", "aliases", "haproxy"},  # L1
-    {"tail"},
+    {"tail", "signing"},
+    {"audit_log", "authority"},
+    {"signatures"},
     {"catalog"},
-    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway"},  # L2
-    {"train", "evaluate", "lineage"},  # L3
+    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
+    {"train", "evaluate", "lineage", "signers"},  # L3
     {"recipes", "serve", "control", "preflight", "candidates", "follow", "papers"},  # L4
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_papers"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway"},
+    {"cli_trust", "cli_papers"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
