@@ -32,14 +32,17 @@ def export() -> None:
 def papers(
     store: Store, as_json: bool, reference: str, out: str, pack: str | None, power_w: float | None, base_flops: float | None
 ) -> Any:
-    """Model card, bill of materials, Croissant, OpenLineage, provenance and evidence of a version, from its records."""
+    """Model card, bill of materials, Croissant, OpenLineage, provenance and evidence of a version, from its records.
+
+    With FORGE_SIGNER set, the provenance is signed too."""
     from forge_ray.catalog import Catalog
     from forge_ray.papers import write
     from forge_ray.papers.facts import gather
+    from forge_ray.signing import private_key
 
     with Catalog(store) as index:
         facts = gather(index, reference, power_w, base_flops)
-    made = write.papers(facts)
+    made = write.papers(facts, private_key())
     digests = write.write(Path(out), made)
     packed = write.pack(Path(pack), store, facts, made) if pack else None
     if not as_json:

@@ -72,7 +72,8 @@ def annex_iv(facts: Facts) -> bytes:
         Row("2(d)", "training data: provenance, scope, main properties", *_rows(facts)),
         Row("2(d)", "how data was obtained, chosen, labelled", *_obtained(facts)),
         Row("2(d)", "cleaning", *_curation(facts)),
-        Row("2(e)", "human oversight"),
+        Row("2(e)", "human oversight: who decided before release", *_approvals(facts)),
+        Row("2(e)", "human oversight: measures in use"),
         Row("2(f)", "changes that are planned beforehand"),
         Row("2(g)", "test data, metrics, results", *_scores(facts)),
         Row("2(g)", "test reports, dated", *_reports(facts)),
@@ -288,8 +289,16 @@ def _reports(facts: Facts) -> tuple[str, str]:
 
 def _signers(facts: Facts) -> tuple[str, str]:
     signed = {report.id: facts.signatures[report.id] for report in facts.own_evals if report.id in facts.signatures}
-    told = "; ".join(f"envelope of {', '.join(keys)} beside {name}" for name, keys in signed.items())
-    return (f"{told} (whether it holds is checked with the public key)" if told else ""), _ids(*signed)
+    return "; ".join(f"{name}: {plain(', '.join(keys))}" for name, keys in signed.items()), _ids(*signed)
+
+
+def _approvals(facts: Facts) -> tuple[str, str]:
+    told = [
+        f"{plain(a.decision)} by {plain(a.who)}, {a.at[:10]}{f' for {plain(a.alias)}' if a.alias else ''}"
+        f"{'' if a.holds else ' (the signature does not hold)'}{f': {plain(a.why)}' if a.why else ''}"
+        for a in facts.approvals
+    ]
+    return "; ".join(told), facts.version.id
 
 
 def _groups(facts: Facts) -> tuple[str, str]:
@@ -336,13 +345,17 @@ def _integrity(facts: Facts) -> tuple[str, str]:
     text = f"sha256 of {len(facts.version.files)} weight files ({code(facts.version.files_digest)})"
     if facts.training:
         text += f", of the order of samples ({code(facts.training.run.order_digest)})"
+    if facts.version.log_head:
+        text += f"; audit log at release: {code(facts.version.log_head)}"
+    if signers := facts.signatures.get(facts.version.id):
+        text += f"; signed by {plain(', '.join(signers))}"
     return f"{text}; ids are hashes of content", _ids(facts.version.id, _runs(facts))
 
 
 def _changes(facts: Facts) -> tuple[str, str]:
     told = []
     for event in facts.events:
-        state = event.data.get("state")
+        state = event.data.get("state") or event.data.get("decision")
         what = f"alias {plain(event.subject)} points at it" if event.kind == "alias" else f"{event.kind} {event.subject}"
         told.append(f"{event.at[:19]} {what}{f': {plain(str(state))}' if state else ''}")
     return "; ".join(told), facts.version.id

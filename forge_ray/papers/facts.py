@@ -13,6 +13,7 @@ from typing import Any
 
 from forge_ray import __version__
 from forge_ray.aliases import route_of
+from forge_ray.authority import Authority
 from forge_ray.catalog import Catalog
 from forge_ray.errors import ConfigError
 from forge_ray.papers import compute
@@ -26,6 +27,7 @@ from forge_ray.records import (
     RunRecord,
     digest,
 )
+from forge_ray.signatures import valid_signers
 from forge_ray.store import Store
 
 NOT_RECORDED = "not recorded"
@@ -52,9 +54,21 @@ class Package:
 
 
 @dataclass(frozen=True)
+class Approval:
+    """A person's signed yes or no; `holds`: whether the signature is one of a signer of this store."""
+
+    at: str
+    who: str
+    holds: bool
+    decision: str
+    alias: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Facts:
-    """`chain`: the version, its base, and so on to the imported one; `trainings`: newest first. `signatures`: record → key
-    ids of the envelopes beside it. `at`: time of the newest record or event, so equal stores give equal papers."""
+    """`chain`: the version, its base, and so on to the imported one; `trainings`: newest first. `signatures`: record →
+    signers whose envelope beside it holds. `at`: time of the newest record or event, so equal stores give equal papers."""
 
     version: ModelVersion
     chain: tuple[ModelVersion, ...]
@@ -68,6 +82,7 @@ class Facts:
     architecture: dict[str, Any]
     parameters: dict[str, int]
     signatures: dict[str, tuple[str, ...]]
+    approvals: tuple[Approval, ...]
     missing: tuple[str, ...]
     at: str
     power_w: float | None
@@ -147,7 +162,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
     for name, value in (("--power-w", power_w), ("--base-flops", base_flops)):
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} {value:g} is no positive number", hint="leave it out where it is not known")
-    version = catalog.model(reference)
+    version, known = catalog.model(reference), catalog.authority()
     missing: list[str] = []
 
     def found(record_id: str, kind: type[Any]) -> Any:
@@ -200,7 +215,8 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         packages=_packages(runs[0].environment if runs else {}),
         architecture=_configuration(catalog.store, chain),
         parameters={each.id: count for each in chain if (count := num_parameters(catalog.store, each)) is not None},
-        signatures={record.id: keys for record in records if (keys := _signatures(catalog.store, record.id))},
+        signatures=_signatures(catalog, known, records),
+        approvals=tuple(_approval(known, event) for event in events if event.kind == "approval"),
         missing=tuple(dict.fromkeys(missing)),
         at=max([record.created_at for record in records] + [event.at for event in events]),
         power_w=power_w,
@@ -220,9 +236,19 @@ def _events(catalog: Catalog, version: str, deployments: list[str]) -> tuple[Eve
     return tuple(sorted(found, key=lambda event: (event.at, event.id)))
 
 
-def _signatures(store: Store, record: str) -> tuple[str, ...]:
-    """Ids of the keys whose envelopes lie beside a record; whether they hold is not asked here."""
-    return tuple(path.rsplit("/", 1)[-1].removesuffix(".json") for path in store.list(f"signatures/{record}"))
+def _signatures(catalog: Catalog, known: Authority, records: list[Record]) -> dict[str, tuple[str, ...]]:
+    """Record → signers whose envelope beside it holds."""
+    found = {record.id: valid_signers(catalog.store, known, record) for record in records}
+    return {record: tuple(f"{known.name_of(key)} ({key})" for key in keys) for record, keys in found.items() if keys}
+
+
+def _approval(known: Authority, event: Event) -> Approval:
+    who = f"{known.name_of(event.key)} ({event.key})" if event.key in known.signers else event.key
+    data = event.data
+    holds = known.is_valid(event)
+    return Approval(
+        event.at, who, holds, str(data.get("decision", "")), str(data.get("alias", "")), str(data.get("why", ""))
+    )
 
 
 def _configuration(store: Store, chain: list[ModelVersion]) -> dict[str, Any]:

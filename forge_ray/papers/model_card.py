@@ -101,7 +101,8 @@ def _glance(facts: Facts) -> list[tuple[str, str]]:
         ("context", said(facts.architecture.get("max_position_embeddings"))),
         ("licence", plain(version.licence)),
         ("base model", f"{plain(origin.name)} ({origin.id}), {plain(origin.licence)}, from {code(origin.source)}"),
-        ("released by", f"forge_ray, record of {version.created_at[:19]} UTC"),
+        ("on record since", f"{version.created_at[:19]} UTC"),
+        ("signed by", plain(", ".join(facts.signatures.get(version.id, ()))) or NOT_RECORDED),
     ]
 
 

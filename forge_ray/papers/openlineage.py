@@ -28,7 +28,7 @@ def openlineage(facts: Facts) -> bytes:
     for dataset in facts.datasets:
         sources = [_source(facts, source) for source in dataset.sources]
         found = {"tokenizer_digest": dataset.tokenizer_digest, "rejects": dataset.rejects, "kinds": dataset.kinds}
-        made = [_dataset(facts, dataset)]
+        made = [_dataset(facts, dataset) | _statistics(facts, dataset)]
         events += _pair(
             facts, "prepare", dataset.id, dataset.name, _before(dataset), dataset.created_at, sources, made, found
         )
@@ -87,7 +87,7 @@ def _pair(
     facet = {"_producer": producer(facts), "_schemaURL": f"{SPEC}#/$defs/RunFacet"} | said
     job_type = {
         "_producer": producer(facts),
-        "_schemaURL": f"{FACETS}/2-0-3/JobTypeJobFacet.json#/$defs/JobTypeJobFacet",
+        "_schemaURL": f"{FACETS}/2-0-4/JobTypeJobFacet.json#/$defs/JobTypeJobFacet",
         "processingType": "BATCH",
         "integration": "FORGE_RAY",
         "jobType": step.upper(),
@@ -127,17 +127,18 @@ def _of(facts: Facts, identifier: str) -> list[Json]:
 
 
 def _dataset(facts: Facts, dataset: DatasetManifest) -> Json:
-    value = _named(facts, dataset.id, sha256_of(dataset))
-    value["outputFacets"] = {
-        "outputStatistics": {
-            "_producer": producer(facts),
-            "_schemaURL": f"{FACETS}/1-0-2/{STATISTICS}.json#/$defs/{STATISTICS}",
-            "rowCount": sum(split.num_records for split in dataset.splits.values()),
-            "size": sum(entry.size for entry in dataset.files),
-            "fileCount": len(dataset.files),
-        }
+    return _named(facts, dataset.id, sha256_of(dataset))
+
+
+def _statistics(facts: Facts, dataset: DatasetManifest) -> Json:
+    facet = {
+        "_producer": producer(facts),
+        "_schemaURL": f"{FACETS}/1-0-2/{STATISTICS}.json#/$defs/{STATISTICS}",
+        "rowCount": sum(split.num_records for split in dataset.splits.values()),
+        "size": sum(entry.size for entry in dataset.files),
+        "fileCount": len(dataset.files),
     }
-    return value
+    return {"outputFacets": {"outputStatistics": facet}}
 
 
 def _version(facts: Facts, version: ModelVersion) -> Json:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from forge_ray.catalog import event_path
 from forge_ray.errors import ConfigError
 from forge_ray.papers.bom import bom
 from forge_ray.papers.croissant import croissant
@@ -18,6 +20,7 @@ from forge_ray.papers.markdown import plain, table
 from forge_ray.papers.model_card import model_card
 from forge_ray.papers.openlineage import openlineage
 from forge_ray.papers.provenance import provenance
+from forge_ray.signing import IN_TOTO, PrivateKey, envelope
 from forge_ray.store import Store
 
 INDEX = "INDEX.md"
@@ -28,15 +31,16 @@ WHAT = {
     "bom.cdx.json": "bill of materials, CycloneDX 1.6",
     "openlineage.jsonl": "how it came to be, OpenLineage 2-0-2 events",
     "provenance.json": "where the weights came from, in-toto Statement v1 with SLSA provenance v1",
+    "provenance.dsse.json": "the same, signed: a DSSE envelope",
     "evidence-annex-xi.md": "evidence for Annex XI of the AI Act",
     "evidence-annex-iv.md": "evidence for Annex IV of the AI Act",
     "training-content-summary.md": "evidence for the training-content summary",
 }
 
 
-def papers(facts: Facts) -> dict[str, bytes]:
-    """File name → content; the same facts give the same bytes."""
-    found = {
+def papers(facts: Facts, key: PrivateKey | None = None) -> dict[str, bytes]:
+    """File name → content; the same facts give the same bytes, but for the signature of a P-256 `key`, which is salted."""
+    found: dict[str, bytes] = {
         "model_card.md": model_card(facts),
         "bom.cdx.json": bom(facts),
         **{f"croissant-{dataset.id}.json": croissant(facts, dataset) for dataset in facts.datasets},
@@ -46,6 +50,10 @@ def papers(facts: Facts) -> dict[str, bytes]:
         "evidence-annex-iv.md": annex_iv(facts),
         "training-content-summary.md": training_content_summary(facts),
     }
+    if key is not None:
+        found["provenance.dsse.json"] = (
+            json.dumps(envelope(found["provenance.json"], IN_TOTO, key), indent=1) + "\n"
+        ).encode()
     return found | {INDEX: _index(facts, found)}
 
 
@@ -78,12 +86,14 @@ def write(folder: Path, found: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> str:
-    """A tar of the papers, the records behind them as the store has them, their signatures and the log where there are some,
-    and how to check it all offline; returns its sha256. The same store gives the same bytes."""
+    """A tar of the papers, the records and events behind them as the store has them, signatures and the log where there are
+    some, and how to check it all offline; returns its sha256. The same store gives the same bytes."""
     entries = {f"papers/{name}": content for name, content in found.items()}
     for record in facts.records:
         entries[f"records/{record.kind}/{record.id}.json"] = store.read(f"records/{record.kind}/{record.id}.json")
         entries |= {name: store.read(name) for name in store.list(f"signatures/{record.id}")}
+    for event in facts.events:
+        entries[event_path(event)] = store.read(event_path(event))
     for folder in KEPT:
         entries |= {name: store.read(name) for name in store.list(folder, recursive=True)}
     entries["README.md"] = _readme(facts, entries)
@@ -101,23 +111,26 @@ def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> 
 
 
 def _readme(facts: Facts, entries: Mapping[str, Any]) -> bytes:
-    signed = sorted(name for name in entries if name.startswith("signatures/"))
+    signed = [name for name in entries if name.startswith("signatures/") or name.endswith(".dsse.json")]
     logged = any(name.startswith("audit/") for name in entries)
     lines = [
         f"# Evidence pack of {plain(facts.version.name)} · {facts.version.id}\n",
-        "`papers/` was made from `records/`, which are the store's own bytes. Nothing here needs a network.\n",
+        "`papers/` was made from `records/` and `events/`, which are the store's own bytes. Nothing here needs a network.\n",
         "1. Whole and unchanged: `sha256sum -c SHA256SUMS`.",
         "2. The weights: the `sha256` of each file is in `records/models/`; compare with `sha256sum` of yours.",
-        "3. Ids: a record's id begins the hash of its content; `forge papers` on a store with these records gives `papers/`"
-        " again, byte for byte, with the same release of forge_ray.",
+        "3. The papers: `forge papers` on the store gives them again, byte for byte, while nothing new is on record there.",
     ]
     lines.append(
-        f"4. Signatures: {len(signed)} DSSE envelopes (`signatures/`), to be checked with the signers' public keys, which"
-        " this pack does not vouch for: get them another way."
+        f"4. Signatures: {len(signed)} DSSE envelopes; `forge verify FILE --key NAME.pub` for each. Get the keys another"
+        " way: a pack cannot vouch for itself."
         if signed
         else "4. Signatures: none on record."
     )
-    lines.append("5. The audit log is in `audit/`." if logged else "5. Audit log: none on record.")
+    lines.append(
+        "5. The audit log is in `audit/`: each line holds the hash of the line before it, `head.json` the last."
+        if logged
+        else "5. Audit log: none on record."
+    )
     return ("\n".join(lines) + "\n").encode()
 
 
