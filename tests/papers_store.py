@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -12,6 +13,7 @@ from forge_ray.config.base import parse, resolved
 from forge_ray.config.run import RunConfig
 from forge_ray.import_model import import_model
 from forge_ray.records import (
+    Check,
     CurationStep,
     DatasetManifest,
     Deployment,
@@ -23,6 +25,7 @@ from forge_ray.records import (
     SourceFile,
     SourceStats,
     SplitStats,
+    canonical_json,
     digest,
     files_digest,
 )
@@ -31,6 +34,7 @@ from forge_ray.store import Store
 STEPS = 4
 TOKENS, TRAINED = 13_212, 1_238  # of each run
 HOSTILE = "rows/<script>alert(1)</script>|`x`\n# heading.jsonl"
+LEFT_PAD = {"version": "1.3.0", "record": ""}
 ENVIRONMENT = {"python": "3.11.7", "machine": "x86_64", "torch": "2.13.0+cpu", "ray": "2.60.0", "vllm": "absent"}
 
 
@@ -45,6 +49,7 @@ def filled(root: Path, model: Path) -> tuple[Store, dict[str, str]]:
         second = catalog.put(run(store, "run_2222222222222222", dataset.id, middle, {"r": 16, "alpha": 32}))
         own = catalog.put(report(second.id, dataset.id, 0.875))
         rival = catalog.put(report(base.id, dataset.id, 0.0))
+        leak = catalog.put(leaks(second.id, dataset.id))
         tuned = catalog.put(version(store, "tickets", second, middle, "adapter", (own.id, rival.id)))
         catalog.promote(tuned.id, "support@prod")
         endpoint = Deployment(
@@ -59,7 +64,7 @@ def filled(root: Path, model: Path) -> tuple[Store, dict[str, str]]:
         deployed = catalog.put(endpoint.sealed())
         catalog.append(Event(kind="deployment", subject=deployed.id, data={"state": "up"}))
     ids = {"base": base.id, "middle": middle.id, "tuned": tuned.id, "dataset": dataset.id, "deployed": deployed.id}
-    return store, ids | {"first": first.id, "second": second.id, "own": own.id, "rival": rival.id}
+    return store, ids | {"first": first.id, "second": second.id, "own": own.id, "rival": rival.id, "leak": leak.id}
 
 
 def manifest(name: str, base: str, rows: int) -> DatasetManifest:
@@ -132,6 +137,10 @@ def run(store: Store, identifier: str, dataset: str, base: ModelVersion, adapter
         weights = struct.pack("<Q", len(header)) + header + bytes(24)
         (folder / "adapter_model.safetensors").write_bytes(weights)
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "of": identifier}))
+    lock = canonical_json({"packages": {"torch": {"version": "2.13.0+cpu", "record": "77" * 32}, "left-pad": LEFT_PAD}})
+    lock_digest = hashlib.sha256(lock).hexdigest() if adapter else ""  # the older run is from before locks were kept
+    if adapter:
+        store.write_once(f"environments/{lock_digest}.json", lock)
     return RunRecord(
         id=identifier,
         name="tickets",
@@ -151,7 +160,10 @@ def run(store: Store, identifier: str, dataset: str, base: ModelVersion, adapter
         ),
         incidents=({"number": 1, "at": "2026-11-25T01:18:00.000+00:00", "kind": "restart", "step": 1},),
         code_digest=digest("code"),
+        code_commit="c0ffee" * 6 + "abcd" if adapter else "",
         environment=ENVIRONMENT,
+        environment_digest=lock_digest and f"sha256:{lock_digest}",
+        hardware={"machine": "x86_64", "cpu": "EPYC 9654", "gpus": []} if adapter else {},
         metrics={"loss": 0.25, "seconds": 36.0, "tokens": float(TOKENS), "trained_tokens": float(TRAINED)},
         adapter={"trained": 32_768} if adapter else {},
         export=store.files(f"runs/{identifier}/export"),
@@ -173,6 +185,7 @@ def version(
         base_model=base.id,
         run=made_by.id,
         evals=evals,
+        checks=(Check(name="exact_match", value=0.875, bound=0.5, passed=True),) if evals else (),
         licence=base.licence,
     ).sealed()
     store.copy_dir(f"models/{base.id}" if weights == "full" else f"runs/{made_by.id}/export", f"models/{made.id}")
@@ -188,7 +201,25 @@ def report(subject: str, dataset: str, score: float) -> EvalReport:
         config={},
         num_examples=18,
         metrics={"exact_match": score, "loss": 0.1256},
+        per_slice={"source": {"tickets": {"exact_match": score, "count": 18.0}}},
+        costs={"latency_ms_per_token": 3.25},
+        undefined=("perplexity",),
         per_class={"late|parcel": {"f1": score, "support": 9.0}, "refund": {"f1": 1.0, "support": 9.0}},
         items_sha256="f6" * 32,
         seconds=8.0,
+    ).sealed()
+
+
+def leaks(subject: str, dataset: str) -> EvalReport:
+    """A leak audit."""
+    return EvalReport(
+        subject=subject,
+        subject_digest=digest(subject),
+        dataset=dataset,
+        split="train",
+        config={"leak": {}},
+        num_examples=64,
+        metrics={"leak_auc": 0.53, "exposure_max": 1.5},
+        per_class={},
+        items_sha256="99" * 32,
     ).sealed()

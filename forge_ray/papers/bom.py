@@ -6,7 +6,7 @@ import json
 import uuid
 from typing import Any
 
-from forge_ray.papers.facts import NOT_RECORDED, Facts, sha256_of, spdx
+from forge_ray.papers.facts import NOT_RECORDED, Facts, Package, sha256_of, spdx
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion
 
 Json = dict[str, Any]
@@ -19,7 +19,9 @@ def bom(facts: Facts) -> bytes:
     forge: Json = {"type": "application", "bom-ref": "forge-ray", "name": "forge-ray"}
     if code:
         forge |= {"description": "the code that trained", "hashes": [_sha256(code)]}
-    packages = [_package(package.name, package.version, package.licence) for package in facts.packages]
+    if facts.training and facts.training.run.code_commit:
+        forge["version"] = facts.training.run.code_commit
+    packages = [_package(package) for package in facts.packages]
     components = [
         *(_model(each) for each in facts.chain[1:]),
         *(_dataset(dataset) for dataset in facts.datasets),
@@ -39,7 +41,7 @@ def bom(facts: Facts) -> bytes:
         },
         "components": components,
         "dependencies": _dependencies(facts, [package["bom-ref"] for package in packages]),
-        # the environment lists the packages that decide numbers, not all that were installed
+        # Python packages and no more: what the system itself brought is not on record
         "compositions": [{"aggregate": "incomplete", "assemblies": [version.id]}],
     }
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
@@ -128,9 +130,10 @@ def _model_card(facts: Facts) -> Json:
         for name, value in report.metrics.items()
     ]
     metrics += [
-        {"type": name, "value": f"{value:.10g}", "slice": f"class {group}; {report.split} of {report.dataset}; {report.id}"}
-        for report in facts.own_evals[:1]
-        for group, scores in report.per_class.items()
+        {"type": name, "value": f"{value:.10g}", "slice": f"{kind} {of}; {report.split} of {report.dataset}; {report.id}"}
+        for report in facts.own_evals
+        for kind, groups in ({"class": report.per_class} | report.per_slice).items()
+        for of, scores in groups.items()
         for name, value in scores.items()
     ]
     compute = {
@@ -163,11 +166,14 @@ def _dependencies(facts: Facts, packages: list[str]) -> list[Json]:
     return [{"ref": ref, "dependsOn": list(dict.fromkeys(names))} for ref, names in rows.items()]
 
 
-def _package(name: str, version: str, licence: str) -> Json:
+def _package(package: Package) -> Json:
+    name, version = package.name, package.version
     purl = f"pkg:generic/python@{version}" if name == "python" else f"pkg:pypi/{name}@{version.replace('+', '%2B')}"
     value: Json = {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
-    if licence:
-        value["licenses"] = [{"expression": licence}]
+    if package.licence:
+        value["licenses"] = [{"expression": package.licence}]
+    if package.record:
+        value["properties"] = [{"name": "forge:sha256_of_RECORD", "value": package.record}]
     return value
 
 

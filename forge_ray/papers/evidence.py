@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from forge_ray.papers.facts import BY_HAND, Facts
 from forge_ray.papers.markdown import code, counts, flops, hours, plain, said, table
-from forge_ray.papers.model_card import energy, parameters, subject
+from forge_ray.papers.model_card import energy, hardware, parameters, subject
 
 TOKENS_SIZES = ((10**9, "less than 1 billion tokens"), (10**13, "1 billion to 10 trillion tokens"))
 
@@ -43,9 +43,10 @@ def annex_xi(facts: Facts) -> bytes:
         Row("1(2)(c)", "measures against unsuitable sources; identifiable biases"),
         Row("1(2)(d)", "compute: FLOPs", *_flops(facts)),
         Row("1(2)(d)", "compute: training time", *_time(facts)),
+        Row("1(2)(d)", "compute: hardware", *_hardware(facts)),
         Row("1(2)(e)", "energy, known or estimated", *_energy(facts)),
         Row("2(1)", "evaluation: strategies and results (models with systemic risk)", *_scores(facts)),
-        Row("2(2)", "adversarial testing (models with systemic risk)"),
+        Row("2(2)", "adversarial testing (models with systemic risk)", *_metrics(facts, "safety")),
         Row("2(3)", "architecture of the system (models with systemic risk)"),
     ]
     share = "" if facts.share is None else f" Here: {facts.share:.3g}."
@@ -69,6 +70,7 @@ def annex_iv(facts: Facts) -> bytes:
         Row("2(b)", "what the system is designed to optimise; settings", *_design(facts)),
         Row("2(b)", "rationale and assumptions; trade-offs"),
         Row("2(c)", "compute used to develop, train, test", *_flops(facts)),
+        Row("2(c)", "hardware it was trained on", *_hardware(facts)),
         Row("2(d)", "training data: provenance, scope, main properties", *_rows(facts)),
         Row("2(d)", "how data was obtained, chosen, labelled", *_obtained(facts)),
         Row("2(d)", "cleaning", *_curation(facts)),
@@ -79,6 +81,8 @@ def annex_iv(facts: Facts) -> bytes:
         Row("2(g)", "test reports, dated", *_reports(facts)),
         Row("2(g)", "who signed the test reports", *_signers(facts)),
         Row("2(h)", "cybersecurity: integrity of data and weights", *_integrity(facts)),
+        Row("2(h)", "cybersecurity: rows that the weights give away", *_metrics(facts, "leak", "extraction", "exposure")),
+        Row("2(h)", "cybersecurity: answers to hostile prompts", *_metrics(facts, "safety")),
         Row("3", "capabilities and limits, accuracy for groups", *_groups(facts)),
         Row("3", "foreseeable unintended outcomes; risks to fundamental rights"),
         Row("4", "why these metrics fit"),
@@ -280,6 +284,24 @@ def _scores(facts: Facts) -> tuple[str, str]:
         if report.metrics
     ]
     return "; ".join(reports), _ids(*(report.id for report in facts.evals))
+
+
+def _metrics(facts: Facts, *kinds: str) -> tuple[str, str]:
+    """The scores whose names begin with one of `kinds`."""
+    told = {
+        report.id: ", ".join(
+            f"{plain(name)} {said(value)}" for name, value in report.metrics.items() if name.startswith(kinds)
+        )
+        for report in facts.own_evals
+    }
+    return "; ".join(text for text in told.values() if text), _ids(*(name for name, text in told.items() if text))
+
+
+def _hardware(facts: Facts) -> tuple[str, str]:
+    if not facts.training or not facts.training.run.hardware:
+        return "", ""
+    sizes = ", ".join(str(size) for size in facts.training.compute.world_sizes)
+    return f"{hardware(facts)}; workers: {sizes or 'number not recorded'}", facts.training.run.id
 
 
 def _reports(facts: Facts) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from forge_ray import __version__
+from forge_ray import __version__, environment
 from forge_ray.aliases import route_of
 from forge_ray.authority import Authority
 from forge_ray.catalog import Catalog
@@ -32,7 +32,7 @@ from forge_ray.store import Store
 
 NOT_RECORDED = "not recorded"
 BY_HAND = "not recorded: provide by hand"
-ABOUT_A_VERSION = ("model", "approval", "erasure", "reproduction")  # kinds of events whose subject it is
+DECIDED = ("model", "approval", "erasure", "reproduction")  # kinds of events about a version, its runs or its datasets
 MAX_HEADER = 100 << 20
 
 
@@ -51,6 +51,7 @@ class Package:
     name: str
     version: str
     licence: str  # SPDX; "" where the package says none, or another version is installed here than the run had
+    record: str = ""  # sha256 of the list of its files, from the environment lock
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
     deployments = tuple(
         record for record in catalog.all(Deployment) if version.id in (record.model_version, *record.models.values())
     )
-    events = _events(catalog, version.id, [deployment.id for deployment in deployments])
+    subjects = [version.id, *(run.id for run in runs), *by_id]
+    events = _events(catalog, version.id, subjects, [deployment.id for deployment in deployments])
     records: list[Record] = [*chain, *runs, *datasets, *evals, *deployments]
     return Facts(
         version=version,
@@ -212,7 +214,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         aliases=aliases,
         events=events,
         deployments=deployments,
-        packages=_packages(runs[0].environment if runs else {}),
+        packages=_packages(catalog.store, runs[0]) if runs else (),
         architecture=_configuration(catalog.store, chain),
         parameters={each.id: count for each in chain if (count := num_parameters(catalog.store, each)) is not None},
         signatures=_signatures(catalog, known, records),
@@ -224,9 +226,9 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
     )
 
 
-def _events(catalog: Catalog, version: str, deployments: list[str]) -> tuple[Event, ...]:
-    """What happened to the version: alias moves that name it, what was decided about it, its endpoints."""
-    found = [event for kind in ABOUT_A_VERSION for event in catalog.events(kind, version)]
+def _events(catalog: Catalog, version: str, subjects: list[str], deployments: list[str]) -> tuple[Event, ...]:
+    """What happened to the version: alias moves that name it, what was decided about it and its origins, its endpoints."""
+    found = [event for kind in DECIDED for subject in subjects for event in catalog.events(kind, subject)]
     found += [event for identifier in deployments for event in catalog.events("deployment", identifier)]
     for alias in catalog.subjects("alias"):
         for event in catalog.events("alias", alias):
@@ -287,11 +289,14 @@ def num_parameters(store: Store, version: ModelVersion) -> int | None:
     return total if names else None
 
 
-def _packages(environment: dict[str, str]) -> tuple[Package, ...]:
+def _packages(store: Store, run: RunRecord) -> tuple[Package, ...]:
+    """All that the environment lock lists; of a run without one, those that decide numbers."""
+    found = {name: {"version": version} for name, version in run.environment.items() if name != "machine"}
+    found |= environment.read(store, run.environment_digest).get("packages", {})
     return tuple(
-        Package(name, version, _licence(name, version))
-        for name, version in sorted(environment.items())
-        if version != "absent" and name != "machine"
+        Package(name, each["version"], _licence(name, each["version"]), each.get("record", ""))
+        for name, each in sorted(found.items())
+        if each["version"] != "absent"
     )
 
 

@@ -173,33 +173,46 @@ def _training(facts: Facts) -> str:
         ("incidents", plain(", ".join(incidents) + (f", {more} more" if more > 0 else "")) or "none"),
         ("order of samples", code(run.order_digest)),
         ("loss at the end", f"{said(run.metrics.get('loss'))} (validation {said(run.metrics.get('validation_loss'))})"),
+        ("code's commit", said(run.code_commit)),
+        ("hardware", hardware(facts)),
+        ("environment lock", code(run.environment_digest)),
         ("environment", ", ".join(f"{name} {value}" for name, value in sorted(run.environment.items())) or NOT_RECORDED),
     ]
     return table(("", ""), rows)
 
 
 def _evaluation(facts: Facts) -> list[str]:
+    """A table of scores for each set of metrics, so that a leak audit stands apart; then the worst classes and slices."""
     if not facts.evals:
         return [f"{NOT_RECORDED}: no report names this version.\n"]
-    names = list(dict.fromkeys(name for report in facts.evals for name in report.metrics))
-    rows = [
-        (
-            report.id,
-            subject(facts, report),
-            f"{report.split} of {report.dataset}",
-            f"{report.num_examples:,}",
-            *(said(report.metrics[name]) if name in report.metrics else "–" for name in names),
-        )
-        for report in facts.evals
-    ]
-    parts = [table(("report", "of", "examples from", "number", *names), rows)]
-    for report in facts.own_evals[:1]:
-        if report.per_class:
-            ranked = sorted(report.per_class.items(), key=lambda item: (item[1].get("f1", 0.0), item[0]))
-            columns = list(dict.fromkeys(key for _, scores in ranked for key in scores))
-            worst = [(plain(name), *(said(scores.get(key)) for key in columns)) for name, scores in ranked[:WORST]]
-            parts += [f"The classes of {report.id}, worst first:\n", table(("class", *columns), worst)]
+    groups: dict[tuple[str, ...], list[EvalReport]] = {}
+    for report in facts.evals:
+        groups.setdefault(tuple(report.metrics), []).append(report)
+    parts = []
+    for reports in groups.values():
+        rows = [("examples", *(f"{r.num_examples:,}, {r.split} of {r.dataset}" for r in reports))]
+        names = dict.fromkeys(name for r in reports for name in (*r.metrics, *r.costs, *r.undefined))
+        rows += [(plain(name), *(_score(r, name) for r in reports)) for name in names]
+        parts.append(table(("", *(f"{subject(facts, r)} · {r.id}" for r in reports)), rows))
+    for report in facts.own_evals:
+        for kind, found in ({"class": report.per_class} | report.per_slice).items():
+            parts += _worst(report, kind, found)
     return parts
+
+
+def _score(report: EvalReport, name: str) -> str:
+    value = report.metrics.get(name, report.costs.get(name))
+    return said(value) if value is not None else "no finite number" if name in report.undefined else "–"
+
+
+def _worst(report: EvalReport, kind: str, found: dict[str, dict[str, float]]) -> list[str]:
+    if not found:
+        return []
+    ranked = sorted(found.items(), key=lambda item: (item[1].get("f1", item[1].get("exact_match", 0.0)), item[0]))
+    columns = list(dict.fromkeys(key for _, scores in ranked for key in scores))
+    rows = [(plain(name), *(said(scores.get(key)) for key in columns)) for name, scores in ranked[:WORST]]
+    which = f"the {WORST} lowest of {len(ranked):,}" if len(ranked) > WORST else "lowest first"
+    return [f"{report.id} by {plain(kind)}, {which}:\n", table((plain(kind), *columns), rows)]
 
 
 def subject(facts: Facts, report: EvalReport) -> str:
@@ -218,8 +231,21 @@ def _gate(facts: Facts) -> str:
         for rule in gate.get("better_than", [])
     ]
     verdict = facts.version.status + (f": {plain('; '.join(facts.version.reasons))}" if facts.version.reasons else "")
+    if facts.version.checks:
+        rows = [
+            (plain(c.name), said(c.value), said(c.bound), "passed" if c.passed else "failed", plain(c.reason) or "–")
+            for c in facts.version.checks
+        ]
+        return f"Verdict on record: {verdict}.\n\n{table(('check', 'value', 'bound', '', 'why'), rows)}"
     asked = "; ".join(rules) or f"no rule ({NOT_RECORDED})"
     return f"Asked by the run file: {asked}. Verdict on record: {verdict}.\n"
+
+
+def hardware(facts: Facts) -> str:
+    """Of the first worker of the last start."""
+    found = facts.training.run.hardware if facts.training else {}
+    names = found.get("gpus") or [found.get("cpu")]
+    return plain(", ".join(str(name) for name in names if name)) or NOT_RECORDED
 
 
 def compute_table(facts: Facts) -> str:

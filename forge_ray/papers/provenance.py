@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from forge_ray.papers.facts import Facts, sha256_of
+from forge_ray.records import RunRecord
 
 Json = dict[str, Any]
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -36,7 +37,9 @@ def _trained(facts: Facts) -> Json:
     needed.append(_thing(run.dataset, sha256_of(facts.training.dataset) if facts.training.dataset else ""))
     if facts.training.dataset:
         needed += [_thing(source.path, source.sha256, "source") for source in facts.training.dataset.sources]
-    needed.append(_thing("forge-ray", run.code_digest, "code"))
+    needed.append(_code(run))
+    if run.environment_digest:
+        needed.append(_thing("environment lock", run.environment_digest, "environment"))
     needed += [
         {"uri": f"pkg:pypi/{package.name}@{package.version.replace('+', '%2B')}", "annotations": {"of": "environment"}}
         for package in facts.packages
@@ -54,6 +57,7 @@ def _trained(facts: Facts) -> Json:
                 "export_step": run.export_step,
                 "starts": [{"first_step": a["first_step"], "world_size": a["world_size"]} for a in run.attempts],
                 "environment": run.environment,
+                "hardware": run.hardware,
             },
             "resolvedDependencies": needed,
         },
@@ -71,6 +75,14 @@ def _trained(facts: Facts) -> Json:
             + [{"name": version.id, "digest": {"sha256": sha256_of(version)}, "annotations": {"of": "record"}}],
         },
     }
+
+
+def _code(run: RunRecord) -> Json:
+    """The code's own digest, and the commit where it was an unchanged checkout of one."""
+    value = _thing("forge-ray", run.code_digest, "code")
+    if run.code_commit and not run.code_commit.endswith("-dirty"):
+        value["digest"]["gitCommit"] = run.code_commit
+    return value
 
 
 def _imported(facts: Facts) -> Json:

@@ -92,6 +92,10 @@ def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> 
     for record in facts.records:
         entries[f"records/{record.kind}/{record.id}.json"] = store.read(f"records/{record.kind}/{record.id}.json")
         entries |= {name: store.read(name) for name in store.list(f"signatures/{record.id}")}
+    for training in facts.trainings:
+        lock = f"environments/{training.run.environment_digest.removeprefix('sha256:')}.json"
+        if training.run.environment_digest and store.exists(lock):
+            entries[lock] = store.read(lock)
     for event in facts.events:
         entries[event_path(event)] = store.read(event_path(event))
     for folder in KEPT:

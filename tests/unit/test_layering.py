@@ -20,19 +20,23 @@ ROWS: tuple[set[str], ...] = (
     {"errors", "offline", "quiet"},  # L0
     {"records"},
     {"config"},
-    {"store", "hardware", "progress", "environment", "architecture", "dequantise", "aliases", "haproxy"},  # L1
-    {"tail", "signing"},
+    {"store", "hardware", "progress", "architecture", "dequantise", "aliases", "haproxy"},  # L1
+    {"tail", "signing", "model_files", "fenced", "environment"},
     {"audit_log", "authority"},
     {"signatures"},
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
-    {"train", "evaluate", "lineage", "signers"},  # L3
-    {"recipes", "serve", "control", "preflight", "candidates", "follow", "papers"},  # L4
+    {"train", "safety", "gate", "lineage", "signers"},  # L3
+    {"evaluate"},
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs", "papers"},  # L4
+    {"difference"},
+    {"reports"},
     {"pipeline"},  # L5
-    {"job", "quickstart", "submit"},
+    {"job", "quickstart", "submit", "reproduce"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor"},
+    {"cli_reproduce"},
     {"cli_trust", "cli_papers"},
     {"cli"},
 )

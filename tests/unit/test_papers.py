@@ -58,9 +58,11 @@ def test_every_fact_is_in_its_papers(facts: Facts, found: dict[str, bytes], made
     for identifier in ids.values():
         assert identifier in card, identifier
     assert "79 records" in card
-    assert "personal\\_data" not in card.split("| rule")[0]  # rules stand in their table
     assert "| personal_data | 99 | 99 | 11 | email 12 | none |" in card
-    assert "exact\\_match min 0.5; exact\\_match better than base by 0.2" in card
+    assert "| exact\\_match | 0.875 | 0.5 | passed | – |" in card
+    assert "| latency\\_ms\\_per\\_token | 3.25 | 3.25 |" in card
+    assert "| perplexity | no finite number | no finite number |" in card
+    assert "EPYC 9654" in card
     assert "restart at step 1" in card
     assert "step 0 on 2 workers, step 1 on 1 workers" in card
     assert "alias support@prod" in card
@@ -75,13 +77,18 @@ def test_every_fact_is_in_its_papers(facts: Facts, found: dict[str, bytes], made
     for name, value in ENVIRONMENT.items():
         wanted = name != "machine" and value != "absent"
         assert (f'"name": "{name}"' in bom) == wanted, name
+    for name, version in (("left-pad", "1.3.0"), ("torch", "2.13.0%2Bcpu")):
+        assert f"pkg:pypi/{name}@{version}" in bom
+    assert "77" * 32 in bom
     for report in facts.own_evals:
         for name, value in report.metrics.items():
-            assert {"type": name, "value": f"{value:.10g}", "slice": f"test of {report.dataset}; {report.id}"} in (
+            assert {"type": name, "value": f"{value:.10g}", "slice": f"{report.split} of {report.dataset}; {report.id}"} in (
                 as_json(found, "bom.cdx.json")["metadata"]["component"]["modelCard"]["quantitativeAnalysis"][
                     "performanceMetrics"
                 ]
             )
+    assert "leak\\_auc 0.53, exposure\\_max 1.5 |" in found["evidence-annex-iv.md"].decode()
+    assert "answers to hostile prompts | not recorded" in found["evidence-annex-iv.md"].decode()
     rows = found["training-content-summary.md"].decode()
     assert "3,160 tokens: less than 1 billion tokens" in rows
     assert "CC-BY-4.0 90, none given 7" in rows
@@ -160,6 +167,9 @@ def test_provenance_names_what_the_weights_came_from(facts: Facts, made: tuple[S
     needed = {each["name"]: each.get("digest", {}).get("sha256") for each in build["resolvedDependencies"] if "name" in each}
     assert needed[ids["middle"]] == facts.chain[1].files_digest.removeprefix("sha256:")
     assert f"ds_{needed[ids['dataset']][:16]}" == ids["dataset"]
+    assert f"sha256:{needed['environment lock']}" == facts.trainings[0].run.environment_digest
+    (code,) = [each for each in build["resolvedDependencies"] if each.get("name") == "forge-ray"]
+    assert code["digest"]["gitCommit"] == facts.trainings[0].run.code_commit
     assert needed["forge-ray"] == facts.trainings[0].run.code_digest.removeprefix("sha256:")
     assert build["externalParameters"]["config"] == facts.trainings[0].run.config
     assert details["metadata"]["invocationId"] == ids["second"]
@@ -253,6 +263,8 @@ def test_hugging_face_reads_the_card(found: dict[str, bytes], made: tuple[Store,
     assert {(result.metric_type, result.metric_value) for result in data.eval_results} == {
         ("exact_match", 0.875),
         ("loss", 0.1256),
+        ("leak_auc", 0.53),
+        ("exposure_max", 1.5),
     }
 
 
@@ -274,6 +286,7 @@ def test_equal_stores_give_equal_bytes(
         assert content[name] == made[0].read(name)
     assert sum(name.startswith("events/") for name in content) == len(facts.events) == 2
     assert "audit/log.jsonl" in content
+    assert f"environments/{facts.trainings[0].run.environment_digest.removeprefix('sha256:')}.json" in content
 
 
 @pytest.fixture
