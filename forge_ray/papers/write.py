@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from forge_ray import audit_log
 from forge_ray.catalog import event_path
 from forge_ray.errors import ConfigError
 from forge_ray.papers.bom import bom
@@ -25,7 +26,7 @@ from forge_ray.store import Store
 
 INDEX = "INDEX.md"
 SUMS = "SHA256SUMS"
-KEPT = ("audit",)  # folders of the store that go into a pack whole: the log, where there is one
+LINES = "audit/lines.jsonl"  # those about what is in the pack; the others tell of other people's models and keys
 WHAT = {
     "model_card.md": "what the model is, from what, how good; Markdown with Hugging Face's front matter",
     "bom.cdx.json": "bill of materials, CycloneDX 1.6",
@@ -86,8 +87,8 @@ def write(folder: Path, found: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> str:
-    """A tar of the papers, the records and events behind them as the store has them, signatures and the log where there are
-    some, and how to check it all offline; returns its sha256. The same store gives the same bytes."""
+    """A tar of the papers, the records and events behind them as the store has them, their signatures, their lines of the
+    audit log, and how to check it all offline; returns its sha256. The same store gives the same bytes."""
     entries = {f"papers/{name}": content for name, content in found.items()}
     for record in facts.records:
         entries[f"records/{record.kind}/{record.id}.json"] = store.read(f"records/{record.kind}/{record.id}.json")
@@ -98,9 +99,10 @@ def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> 
             entries[lock] = store.read(lock)
     for event in facts.events:
         entries[event_path(event)] = store.read(event_path(event))
-    for folder in KEPT:
-        entries |= {name: store.read(name) for name in store.list(folder, recursive=True)}
-    entries["README.md"] = _readme(facts, entries)
+    told = [line for line in audit_log.lines(store) if json.loads(line)["path"] in entries]
+    if told:
+        entries[LINES] = b"".join(line + b"\n" for line in told)
+    entries["README.md"] = _readme(facts, entries, audit_log.head(store) if told else "")
     sums = "".join(f"{_sha256(content)}  {name}\n" for name, content in sorted(entries.items()))
     entries[SUMS] = sums.encode()
     buffer = io.BytesIO()
@@ -114,9 +116,8 @@ def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> 
     return _sha256(buffer.getvalue())
 
 
-def _readme(facts: Facts, entries: Mapping[str, Any]) -> bytes:
+def _readme(facts: Facts, entries: Mapping[str, Any], head: str) -> bytes:
     signed = [name for name in entries if name.startswith("signatures/") or name.endswith(".dsse.json")]
-    logged = any(name.startswith("audit/") for name in entries)
     lines = [
         f"# Evidence pack of {plain(facts.version.name)} · {facts.version.id}\n",
         "`papers/` was made from `records/` and `events/`, which are the store's own bytes. Nothing here needs a network.\n",
@@ -131,8 +132,9 @@ def _readme(facts: Facts, entries: Mapping[str, Any]) -> bytes:
         else "4. Signatures: none on record."
     )
     lines.append(
-        "5. The audit log is in `audit/`: each line holds the hash of the line before it, `head.json` the last."
-        if logged
+        f"5. Audit log: `{LINES}` has the lines about what is in here. That the log is whole is shown where it is kept:"
+        f" `forge audit verify --head {head}`."
+        if head
         else "5. Audit log: none on record."
     )
     return ("\n".join(lines) + "\n").encode()

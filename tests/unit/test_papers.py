@@ -285,8 +285,16 @@ def test_equal_stores_give_equal_bytes(
         name = f"records/{record.kind}/{record.id}.json"
         assert content[name] == made[0].read(name)
     assert sum(name.startswith("events/") for name in content) == len(facts.events) == 2
-    assert "audit/log.jsonl" in content
+    lines = [json.loads(line) for line in content["audit/lines.jsonl"].splitlines()]
+    stored = {name for name in content if name.startswith(("records/", "events/"))}
+    assert {line["path"] for line in lines} == stored
+    assert f"--head {head_of(made[0])}" in content["README.md"].decode()
     assert f"environments/{facts.trainings[0].run.environment_digest.removeprefix('sha256:')}.json" in content
+
+
+def head_of(store: Store) -> str:
+    lines = store.read("audit/log.jsonl").splitlines()
+    return f"{json.loads(lines[-1])['n']}:{hashlib.sha256(lines[-1]).hexdigest()}"
 
 
 @pytest.fixture
@@ -305,10 +313,23 @@ def forge(*words: str) -> Any:
 def test_the_verb_writes_signs_packs_and_refuses(made: tuple[Store, dict[str, str]], tmp_path: Path, signer: Path) -> None:
     store, ids = str(shutil.copytree(made[0].root, tmp_path / "store")), made[1]
     folder, archive = tmp_path / "out", tmp_path / "pack.tar"
-    named = forge("signers", "add", "alice", "--public", str(public_half(signer)), "--role", "owner", "--store", store)
+    named = forge(
+        "signers",
+        "add",
+        "alice",
+        "--public",
+        str(public_half(signer)),
+        "--role",
+        "owner",
+        "--role",
+        "releaser",
+        "--store",
+        store,
+    )
     assert named.exit_code == 0, named.output
-    signed = forge("sign", ids["tuned"], "--store", store)
-    assert signed.exit_code == 0, signed.output
+    for words in (("sign", ids["tuned"]), ("approve", ids["tuned"], "--why", "scores read")):
+        said = forge(*words, "--store", store)
+        assert said.exit_code == 0, said.output
     done = forge("papers", "support@prod", "--out", str(folder), "--pack", str(archive), "--store", store, "--json")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
@@ -317,7 +338,11 @@ def test_the_verb_writes_signs_packs_and_refuses(made: tuple[Store, dict[str, st
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
         assert name == "INDEX.md" or sha256 in (folder / "INDEX.md").read_text()
     assert hashlib.sha256(archive.read_bytes()).hexdigest() == told["pack"]["sha256"]
-    assert "signed by alice (sk\\_" in (folder / "evidence-annex-iv.md").read_text()
+    evidence = (folder / "evidence-annex-iv.md").read_text()
+    assert "signed by alice (sk\\_" in evidence
+    assert "| approve by alice (sk\\_" in evidence
+    assert "not hold" not in evidence
+    assert ": scores read | " in evidence
     checked = forge("verify", str(folder / "provenance.dsse.json"), "--key", str(public_half(signer)), "--store", store)
     assert checked.exit_code == 0, checked.output
     with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as opened:
