@@ -18,6 +18,7 @@ from forge_ray.cli_data import data
 from forge_ray.cli_doctor import DOCTOR
 from forge_ray.cli_gateway import GATEWAY
 from forge_ray.cli_keys import ACCESS
+from forge_ray.cli_papers import PAPERS
 from forge_ray.cli_reproduce import REPRODUCTION
 from forge_ray.cli_runs import runs
 from forge_ray.cli_serve import SERVING, wait_for_ctrl_c
@@ -56,6 +57,7 @@ COMMANDS = (
     *TRUST,
     *DOCTOR,
     *REPRODUCTION,
+    *PAPERS,
 )
 for command in COMMANDS:
     cli.add_command(command)

@@ -97,6 +97,8 @@ SURFACE = {
     "alias promote": {"--why", "--url"},
     "alias rollback": {"--why", "--url"},
     "alias archive": {"--why"},
+    "papers": {"--out", "--pack", "--power-w", "--base-flops"},
+    "export mlflow": {"--uri", "--experiment", "--with-weights"},
     "lineage": {"--to", "--rows"},
     "reproduce": {"--rebuild-data", "--keep"},
     "diff": set(),

@@ -28,7 +28,7 @@ ROWS: tuple[set[str], ...] = (
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
     {"train", "safety", "gate", "lineage", "signers"},  # L3
     {"evaluate"},
-    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs"},  # L4
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs", "papers"},  # L4
     {"difference"},
     {"reports"},
     {"pipeline"},  # L5
@@ -37,7 +37,7 @@ ROWS: tuple[set[str], ...] = (
     {"verbs"},  # L6
     {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor"},
     {"cli_reproduce"},
-    {"cli_trust"},
+    {"cli_trust", "cli_papers"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
