@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +22,26 @@ from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunReco
 from forge_ray.store import Store
 
 SHOWN = 10
+DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b")  # a terminal shows its start
 SETS = ("cpu_flags", "gpus")  # of which only what one side lacks is worth a look
 COSTS = ("tokens", "trained_tokens", "seconds", "worker_hours", "tokens_per_s", "peak_bytes", "mfu", "flops")
 
 
 def changes(old: Any, new: Any, path: str = "") -> dict[str, list[Any]]:
-    """Dotted path → [old, new] of every leaf that differs; None where a side has nothing. Lists are leaves."""
+    """Dotted path → [old, new] of every leaf that differs; None where a side has nothing. Lists are leaves, but for those of
+    equally many sections, which are named by their number."""
+    if _sections(old) and _sections(new) and len(old) == len(new):
+        old, new = ({str(number): item for number, item in enumerate(value)} for value in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         found: dict[str, list[Any]] = {}
         for key in sorted(old.keys() | new.keys()):
             found |= changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return found
     return {} if old == new else {path: [old, new]}
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value)
 
 
 def locks(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
@@ -96,7 +105,9 @@ def _word(value: Any) -> str:
         return "–"
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return " ".join(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return DIGEST.sub(r"\1…", value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------- two versions
@@ -132,7 +143,7 @@ def diff(catalog: Catalog, old: str, new: str) -> dict[str, Any]:
         "versions": [_head(side) for side in (before, after)],
         "same_weights": before.version.files_digest == after.version.files_digest,
         "data": _data(store, before, after),
-        "config": changes(_config(store, before), _config(store, after)),
+        "config": _configs(store, before, after),
         "code": changes(_code(before), _code(after)),
         "environment": made.get("environment", {}),
         "hardware": made.get("hardware", {}),
@@ -157,6 +168,13 @@ def _head(side: Side) -> dict[str, Any]:
         "dataset": side.dataset.id if side.dataset else "",
         "source": version.source,
     }
+
+
+def _configs(store: Store, before: Side, after: Side) -> dict[str, list[Any]]:
+    old, new = _config(store, before), _config(store, after)
+    if not old or not new:  # one was imported: against nothing every setting would differ
+        return changes({"run": before.version.run or None}, {"run": after.version.run or None})
+    return changes(old, new)
 
 
 def _config(store: Store, side: Side) -> dict[str, Any]:
@@ -342,7 +360,7 @@ def _told_evaluation(report: dict[str, Any]) -> list[str]:
     for kind, word in (("right_to_wrong", "right → wrong"), ("wrong_to_right", "wrong → right")):
         flips = report[kind]
         if flips:
-            more = f", {SHOWN} of them" if len(flips) > SHOWN else ""
+            more = f", the first {SHOWN}" if len(flips) > SHOWN else ""
             shown.append(f"    {word}: {len(flips)}{more}")
         for flip in flips[:SHOWN]:
             texts = [json.dumps(flip[key], ensure_ascii=False)[:60] for key in ("reference", "was", "is")]

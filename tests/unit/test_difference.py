@@ -120,7 +120,7 @@ def put_version(
         order_digest="",
         attempts=({"world_size": 2, "environments": [digest(lock)]},),
         code_digest=f"sha256:{name}",
-        code_commit=name * 20,
+        code_commit=name * 40,
         environment={},
         environment_digest=digest(lock),
         hardware=lock["hardware"],
@@ -184,7 +184,7 @@ def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[Model
     assert found["data"]["moved"] == 1  # rec_9: what was a test is trained on
     assert found["data"]["counts"]["train.num_records"] == [3, 4]
     assert found["config"] == {"train.optimizer.lr": [1e-3, 1e-2]}
-    assert found["code"] == {"commit": ["a" * 20, "b" * 20], "digest": ["sha256:a", "sha256:b"]}
+    assert found["code"] == {"commit": ["a" * 40, "b" * 40], "digest": ["sha256:a", "sha256:b"]}
     assert found["environment"] == {
         "packages.numpy": ["2.3.5 (RECORD bbbbbbbbbbbb)", "2.3.5 (RECORD eeeeeeeeeeee)"],
         "packages.torch": ["2.13.0", "2.12.0"],
@@ -206,6 +206,7 @@ def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[Model
         "  train: 2 records in both, 1 only in the first, 2 only in the second",
         "  1 records are in another split",
         "  train.optimizer.lr: 0.001 → 0.01",
+        f"  commit: {'a' * 12}… → bbbbbbbbbbbb…",
         "  packages.torch: 2.13.0 → 2.12.0",
         "  hardware.cpu_flags: avx512f → amx_bf16",
         '      rec_8  wants "yes": "yes" → "no"',
@@ -251,6 +252,28 @@ def test_the_verb_prints_both_ways(catalog: Catalog, versions: tuple[ModelVersio
     assert (done.exit_code, "wrong → right: 1" in done.output) == (0, True)
     assert json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)["config"] == {"train.optimizer.lr": [1e-3, 1e-2]}
     assert CliRunner().invoke(cli, ["diff", versions[0].id, "nothing", "--store", catalog.store.root]).exit_code == 2
+
+
+def test_sections_in_a_list_are_named_by_their_number() -> None:
+    old = {"sources": [{"path": "a", "weight": 1.0}, {"path": "b"}], "curate": [{"rule": "x"}]}
+    new = {"sources": [{"path": "a", "weight": 2.0}, {"path": "c"}], "curate": []}
+    assert difference.changes(old, new) == {
+        "curate": [[{"rule": "x"}], []],
+        "sources.0.weight": [1.0, 2.0],
+        "sources.1.path": ["b", "c"],
+    }
+
+
+def test_an_imported_version_has_no_settings_to_compare(
+    catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]
+) -> None:
+    values = versions[0].model_dump() | {"run": "", "evals": (), "id": "", "status": "imported", "source": "folder"}
+    imported = catalog.put(ModelVersion.model_validate(values).sealed())
+    found = difference.diff(catalog, imported.id, versions[1].id)
+    assert found["config"] == {"run": [None, "run_b"]}
+    assert found["data"] == {"dataset": [None, catalog.get_as(RunRecord, "run_b").dataset]}
+    assert found["environment"] == {}
+    assert "run: – → run_b" in "\n".join(difference.told(found))
 
 
 # ---------------------------------------------------------------- reproduce, before anything is computed
