@@ -106,7 +106,7 @@ def _word(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return " ".join(value)
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.0f}" if value.is_integer() else f"{value:.6g}"
     return DIGEST.sub(r"\1…", value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
