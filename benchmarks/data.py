@@ -317,14 +317,14 @@ def prepared(folder: Path, cpus: int) -> Any:
 def stream(folder: Path, cpus: int) -> dict[str, Any]:
     """Tokens per second that one worker is given, in micro-batches of 4 rows, and how long it waits for the first."""
     from forge_ray.data.build import build, index_sources
-    from forge_ray.data.order import Order
+    from forge_ray.data.order import order_of
     from forge_ray.data.stream import Feed, Rows, local_batches, ray_batches
 
     config, catalog, base, _, store = prepared(folder, cpus)
     manifest = build("bench", config, base, store, index_sources(config))
     catalog.close()
     rows = Rows.of(store, manifest, "train")
-    order = Order(manifest.id, 0, rows.num_rows, rows.block_rows, 4)
+    order = order_of(manifest, "train", 0, 4)
     feed = Feed(rows, order, order.lanes(0, 1), 0, max(1, 2 * rows.num_rows // 4))
     found: dict[str, Any] = {}
     for name, reader in (("thread", local_batches), ("ray", ray_batches)):

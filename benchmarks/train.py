@@ -166,7 +166,7 @@ def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from trl import SFTConfig, SFTTrainer
 
-    from forge_ray.data.order import Order
+    from forge_ray.data.order import order_of
     from forge_ray.data.stream import Rows
     from forge_ray.train.model import with_adapter
 
@@ -174,7 +174,7 @@ def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
     packed = "packed" in method
     job = job_of(folder, steps, threads, "unused", engine="torch", zero_stage=0)
     rows = Rows.of(job.store, job.dataset, "train")
-    order = Order(job.dataset.id, job.config.seed, rows.num_rows, rows.block_rows, ROWS)
+    order = order_of(job.dataset, "train", job.config.seed, ROWS)
     taken = rows.take([order.row(index) for index in range(steps * ROWS)])
     examples: list[dict[str, Any]] = []
     for ids, mask, segments in zip(

@@ -26,3 +26,10 @@ def route_of(event: Event) -> AliasRoute | None:
     route = AliasRoute.model_validate(event.data.get("route") or {"versions": {stable: 1}})
     # what is stored has its keys sorted; the stable version is the first
     return route.model_copy(update={"versions": {stable: route.versions[stable], **route.versions}})
+
+
+def gives_up_canaries(before: AliasRoute | None, after: AliasRoute | None) -> bool:
+    """Whether `after` is `before` with its stable version alone."""
+    if before is None or after is None:
+        return False
+    return after.versions.keys() == {before.stable} and after.model_copy(update={"versions": before.versions}) == before

@@ -15,10 +15,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from forge_ray import audit_log, authority, signing
 from forge_ray.aliases import alias_event, route_of
 from forge_ray.config.release import ALIAS, AliasRoute
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import RECORD_TYPES, Event, ModelVersion, Record, canonical_json
+from forge_ray.signatures import record_path, require_signed, sign_record, signed_event, signers_of
 from forge_ray.store import Store
 
 R = TypeVar("R", bound=Record)
@@ -40,6 +42,7 @@ class Catalog:
         self.store = store
         self._db = sqlite3.connect(_index_path(store), timeout=30)
         self._db.executescript(SCHEMA)
+        audit_log.redo(store)
         self._sync()
 
     def __enter__(self) -> Catalog:
@@ -70,25 +73,44 @@ class Catalog:
         return int(count)
 
     def put(self, record: R) -> R:
-        """Write `record` to the store, once, and index it. The first of two equal records stays."""
-        path = f"records/{record.kind}/{record.id}.json"
+        """Write `record` to the store, once, and index it; signed where this process has a key. The first of two equal ones
+        stays. Raises `PolicyError` where the policy wants roles and the signer has none for it."""
+        path = record_path(record)
         if self.store.exists(path):
             record = type(record).model_validate(self.store.read_json(path))
         else:
-            self.store.write_once(path, canonical_json(record.model_dump(mode="json")))
+            what = record.kind
+            if isinstance(record, ModelVersion):
+                what = "imported models" if record.status == "imported" else what
+                record = record.model_copy(update={"log_head": audit_log.head(self.store)})
+            self.check_may(what)
+            content = canonical_json(record.model_dump(mode="json"))
+            audit_log.publish(self.store, path, content, f"{record.kind}.put", record.id)
+            if key := signing.private_key():
+                sign_record(self.store, record, content, key)
         self._index(record)
         self._db.commit()
         return record
 
     def append(self, event: Event) -> Event:
         """Write `event` behind all others of its subject, whatever this machine's clock says: the last move wins."""
+        self.check_may(f"{event.kind} events")
         query = "select max(at) from events where kind = ? and subject = ?"
         (last,) = self._db.execute(query, (event.kind, event.subject)).fetchone()
-        event = following(event, last)
-        self.store.write_once(event_path(event), canonical_json(event.model_dump(mode="json")))
+        event = write_event(self.store, event, last)
         self._index_event(event)
         self._db.commit()
         return event
+
+    def authority(self) -> authority.Authority:
+        """Signers and policy as they are now."""
+        rows = self._db.execute("select body from events where kind in ('signer', 'policy') order by at, id")
+        return authority.folded(Event.model_validate_json(row[0]) for row in rows)
+
+    def check_may(self, what: str) -> None:
+        """Raise `PolicyError` unless the signer of this process may write `what` (`authority.MAY`)."""
+        key = signing.private_key()
+        authority.check_may(self.authority(), what, signing.key_id(key.public_key()) if key else "")
 
     def _index(self, record: Record) -> None:
         row = (record.id, record.kind, record.created_at, getattr(record, "name", ""), record.model_dump_json())
@@ -138,8 +160,10 @@ class Catalog:
         return {name: route.stable for name, route in self.routes().items()}
 
     def routes(self) -> dict[str, AliasRoute]:
-        """alias → what it stands for now."""
-        return {name: found for name, event in self.last("alias").items() if (found := route_of(event))}
+        """alias → what it stands for now. Where the policy wants signatures, moves that no releaser signed do not count."""
+        rows = self._db.execute("select body from events where kind = 'alias' order by at, id")
+        moves = authority.accepted_moves(self.authority(), [Event.model_validate_json(row[0]) for row in rows])
+        return {name: found for name, event in {e.subject: e for e in moves}.items() if (found := route_of(event))}
 
     def archived(self) -> set[str]:
         """Model versions that were taken out of use."""
@@ -178,7 +202,15 @@ class Catalog:
                 f"{version.id} is a candidate: step {version.step} of {version.run}, which no gate has judged",
                 hint="deploy it by its id, or let the run end and `forge release` it",
             )
+        self.require_signed(version)
         return version
+
+    def require_signed(self, version: ModelVersion) -> None:
+        """Raise `PolicyError` where the policy wants signatures and the version, or a report it was judged by, has none."""
+        found = self.authority()
+        if found.policy.signatures:
+            for record in (version, *(self.get(report) for report in version.evals)):
+                require_signed(self.store, found, record)
 
     def resolved_route(self, alias: str, route: AliasRoute) -> AliasRoute:
         """`route` with every reference as the id of a version that may answer. Shadows may be candidates, for nobody sees
@@ -202,9 +234,27 @@ class Catalog:
 
     def set_route(self, alias: str, route: AliasRoute | None, why: str = "") -> None:
         """Let `alias` stand for `route` from now on; None archives it."""
-        if route is None and alias not in self.routes():
+        now = self.routes().get(alias)
+        if route is None and now is None:
             raise NotFound(f"no alias {alias!r} in {self.store.place}", hint="`forge alias list`")
-        self.append(alias_event(alias, route and self.resolved_route(alias, route), why))
+        wanted = route and self.resolved_route(alias, route)
+        if wanted:
+            known = set(now.versions) if now else set()
+            for version in [one for one in wanted.versions if one not in known or one != wanted.stable]:
+                self._check_promotion(alias, version)
+        self.append(alias_event(alias, wanted, why))
+
+    def _check_promotion(self, alias: str, version: str) -> None:
+        key = signing.private_key()
+        run = self.get_as(ModelVersion, version).run
+        authority.check_promotion(
+            self.authority(),
+            alias,
+            version,
+            signing.key_id(key.public_key()) if key else "",
+            self.events("approval", version),
+            signers_of(self.store, run) if run else (),
+        )
 
     def archive(self, reference: str, restore: bool = False) -> ModelVersion:
         """Take a version out of use (or back): whoever asks for it by name is answered 410, or by the alias's fallback."""
@@ -224,6 +274,15 @@ def event_path(event: Event) -> str:
     """Where an event is stored: names sort by time."""
     moment = event.at.partition("+")[0].replace(":", "")  # HDFS has no colons in names
     return f"events/{moment}~{event.id}.json"
+
+
+def write_event(store: Store, event: Event, last: str | None) -> Event:
+    """Write `event` behind the moment `last`, signed where this process has a key, with its line in the audit log."""
+    event = signed_event(following(event, last))
+    why = str(event.data.get("why") or event.data.get("reason") or "")
+    said = event.data.get("state") or event.data.get("action") or event.data.get("decision") or "set"
+    audit_log.publish(store, event_path(event), event.stored(), f"{event.kind}.{said}", event.subject, why)
+    return event
 
 
 def following(event: Event, last: str | None) -> Event:

@@ -15,11 +15,13 @@ from forge_ray import __version__
 from forge_ray.cli_alias import alias
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
+from forge_ray.cli_doctor import DOCTOR
 from forge_ray.cli_gateway import GATEWAY
 from forge_ray.cli_keys import ACCESS
 from forge_ray.cli_reproduce import REPRODUCTION
 from forge_ray.cli_runs import runs
 from forge_ray.cli_serve import SERVING, wait_for_ctrl_c
+from forge_ray.cli_trust import TRUST
 from forge_ray.errors import TrainingError
 from forge_ray.verbs import Verbs, load_run_file, run_file, verb
 
@@ -46,7 +48,16 @@ cli.add_command(data)
 
 cli.add_command(runs)
 cli.add_command(audit)
-for command in (*SERVING, *GATEWAY, alias, *ACCESS, *REPRODUCTION):
+COMMANDS = (
+    *SERVING,
+    *GATEWAY,
+    alias,
+    *ACCESS,
+    *TRUST,
+    *DOCTOR,
+    *REPRODUCTION,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -44,6 +44,12 @@ class DataError(ForgeError, ValueError):
     code = "data"
 
 
+class NothingLeft(DataError):
+    """Sources of which erasures leave nothing to train on."""
+
+    code = "nothing_left"
+
+
 class NotFound(ForgeError, LookupError):
     """An id, alias or file that is not in the store."""
 

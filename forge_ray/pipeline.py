@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from forge_ray import gate, reports
 from forge_ray.catalog import Catalog
 from forge_ray.cluster import connect, open_store, room_of_a_worker
-from forge_ray.config.base import config_digest, resolved
-from forge_ray.config.release import DeployConfig, EvalConfig
+from forge_ray.config.base import config_digest, parse, resolved
+from forge_ray.config.release import DeployConfig, EvalConfig, LeakConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
-from forge_ray.progress import stage
+from forge_ray.progress import Stage, stage
 from forge_ray.records import (
     DatasetManifest,
     Deployment,
@@ -33,7 +34,6 @@ from forge_ray.store import Store
 
 if TYPE_CHECKING:
     from forge_ray.data.ingest import IndexedFile
-    from forge_ray.evaluate import Subject
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
 
@@ -84,24 +84,43 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
-    from forge_ray.data.build import build, index_sources, input_digest
+    from forge_ray.data import erased, work
+    from forge_ray.data.build import index_sources, input_digest
     from forge_ray.data.dataset import tokenizer_digest
 
     def known_version(sources: list[IndexedFile]) -> DatasetManifest | None:
-        wanted = input_digest(config.data, sources, tokenizer_digest(base))
-        return next((found for found in catalog.all(DatasetManifest) if found.input_digest == wanted), None)
+        wanted = input_digest(config.data, sources, tokenizer_digest(base), erased.tombstones(catalog.store))
+        found = next((found for found in catalog.all(DatasetManifest) if found.input_digest == wanted), None)
+        if found or not (noted := work.finished(catalog.store, work.inputs(wanted))):
+            return found
+        return catalog.get_as(DatasetManifest, noted["dataset"])
 
     if quiet and (known := known_version(index_sources(config.data))):
         return known
     with stage("prepare") as it:
         sources = index_sources(config.data, it.update)
         known = known_version(sources)
-        found = known or catalog.put(build(config.name, config.data, base, catalog.store, sources, it.update))
+        found = known or _built(config, catalog, base, sources, it)
         counts = ", ".join(f"{name} {stats.num_records}" for name, stats in found.splits.items())
         counts += f", {sum(found.rejects.values())} quarantined" if found.rejects else ""
         dropped = sum(step.before - step.after for step in found.curation)
         counts += f", {dropped} dropped by rules" if dropped else ""
+        left_out = sum(map(len, found.erased.values()))
+        counts += f", {left_out} erased" if left_out else ""
         it.done(f"{found.id}  {'already built' if known else counts}")
+    return found
+
+
+def _built(
+    config: RunConfig, catalog: Catalog, base: ModelVersion, sources: list[IndexedFile], it: Stage
+) -> DatasetManifest:
+    from forge_ray.data import work
+    from forge_ray.data.build import build
+
+    made = build(config.name, config.data, base, catalog.store, sources, it.update)
+    found = catalog.put(made)
+    if found.input_digest != made.input_digest:  # erasures that touch none of its rows: found by these inputs as well
+        work.finish(catalog.store, work.inputs(made.input_digest), {"dataset": found.id})
     return found
 
 
@@ -240,21 +259,13 @@ def _pretty(config: RunConfig) -> bytes:
 
 
 def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
-    """(base, tuned) on the same held-out rows, under the same scoring."""
+    """(base, tuned) on the same held-out rows, under the same scoring; and the leak audit, where eval.leak asks for it."""
     record = train_record(config, store)
     with Catalog(store) as catalog:
-        return _evaluate_both(catalog, record, config.eval)
-
-
-def _evaluate_both(
-    catalog: Catalog, record: RunRecord, config: EvalConfig, quiet: bool = False
-) -> tuple[EvalReport, EvalReport]:
-    manifest = catalog.get_as(DatasetManifest, record.dataset)
-    base = _model_subject(catalog.get_as(ModelVersion, record.base_model))
-    return (
-        _evaluate(catalog, base, manifest, config, "base", quiet),
-        _evaluate(catalog, _run_subject(record), manifest, config, "tuned", quiet),
-    )
+        found = reports.evaluate_both(catalog, record, config.eval)
+        if config.eval.leak:
+            reports.audit_leak(catalog, record, config.eval)
+        return found
 
 
 def train_record(config: RunConfig, store: Store) -> RunRecord:
@@ -271,68 +282,39 @@ def train_record(config: RunConfig, store: Store) -> RunRecord:
         return catalog.get_as(RunRecord, identifier)
 
 
-def _model_subject(version: ModelVersion) -> Subject:
-    from forge_ray.evaluate import Subject
+def audit_leak(reference: str, store: Store, leak: LeakConfig) -> EvalReport:
+    """What a finished run, or a version made of one, gives away of its training rows."""
+    from forge_ray.lineage import resolve
 
-    if version.weights == "adapter":
-        return Subject(version.id, version.files_digest, f"models/{version.base_model}", f"models/{version.id}")
-    return Subject(version.id, version.files_digest, f"models/{version.id}")
-
-
-def _run_subject(record: RunRecord) -> Subject:
-    from forge_ray.evaluate import Subject
-
-    export = f"runs/{record.id}/export"
-    if record.export_kind == "adapter":
-        return Subject(record.id, files_digest(record.export), f"models/{record.base_model}", export)
-    return Subject(record.id, files_digest(record.export), export)
-
-
-def _evaluate(
-    catalog: Catalog, subject: Subject, manifest: DatasetManifest, config: EvalConfig, what: str, quiet: bool = False
-) -> EvalReport:
-    wanted = (subject.id, manifest.id, resolved(config))
-    known = next((r for r in catalog.all(EvalReport) if (r.subject, r.dataset, r.config) == wanted), None)
-    if known and quiet:
-        return known
-    with stage("evaluate") as it:
-        if known:
-            it.done(f"{known.id}  {what}: already evaluated")
-            return known
-        connect()
-        import ray
-
-        from forge_ray.evaluate import evaluate as run_evaluation
-
-        task = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_retries=1)(run_evaluation)
-        report: EvalReport | None = None
-        updates: Any = task.options(num_returns="streaming").remote(catalog.store, subject, manifest, config)
-        for reference in updates:
-            update = ray.get(reference)
-            if "report" in update:
-                report = EvalReport.model_validate(update["report"])
-            else:
-                it.update(update["done"], update["total"], f"{what}: {update['done']}/{update['total']} examples")
-        assert report is not None
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
-        it.done(f"{report.id}  {what}: {scores}")
-        return catalog.put(report)
+    with Catalog(store) as catalog:
+        found = catalog.get(resolve(catalog, reference))
+        run = found.run if isinstance(found, ModelVersion) else found.id
+        if not run or not catalog.has(run):
+            raise NotFound(
+                f"{reference} has no finished run here, so its training rows are not known",
+                hint="give a run (`forge runs list`), or a version that was released from one",
+            )
+        record = catalog.get_as(RunRecord, run)
+        config = parse(EvalConfig, record.config["eval"]).model_copy(update={"leak": leak})
+        if isinstance(found, ModelVersion) and found.files_digest != files_digest(record.export):
+            return reports.audit_leak(catalog, record, config, subject=reports.model_subject(found), num_steps=found.step)
+        return reports.audit_leak(catalog, record, config)
 
 
 def release(config: RunConfig, store: Store) -> ModelVersion:
     """Gate the run's export and register it: accepted and the alias moved, or rejected with the reasons."""
-    from forge_ray.evaluate import judge
-
     record = train_record(config, store)
     with Catalog(store) as catalog:
-        base_report, report = _evaluate_both(catalog, record, config.eval, quiet=True)
+        base_report, report = reports.evaluate_both(catalog, record, config.eval, quiet=True)
+        leak = reports.audit_leak(catalog, record, config.eval, quiet=True) if config.eval.leak else None
         manifest = catalog.get_as(DatasetManifest, record.dataset)
         incumbents: dict[str, EvalReport | None] = {"base": base_report}
-        for rule in config.release.gate.better_than:
-            if rule.incumbent not in incumbents:
-                incumbents[rule.incumbent] = _incumbent(catalog, rule.incumbent, record, manifest, config.eval)
+        for name in gate.incumbents_of(config.release.gate):
+            if name not in incumbents:
+                incumbents[name] = reports.incumbent(catalog, name, record, manifest, config.eval)
         with stage("release") as it:
-            reasons = judge(config.release.gate, report, incumbents)
+            checks = gate.checks(config.release.gate, report, incumbents, leak)
+            reasons = gate.reasons(checks)
             version = ModelVersion(
                 name=config.name,
                 status="rejected" if reasons else "accepted",
@@ -342,7 +324,8 @@ def release(config: RunConfig, store: Store) -> ModelVersion:
                 files_digest=files_digest(record.export),
                 base_model=record.base_model,
                 run=record.id,
-                evals=(report.id, base_report.id),
+                evals=_ids(report, base_report, leak, *incumbents.values()),
+                checks=checks,
                 licence=catalog.get_as(ModelVersion, record.base_model).licence,
             ).sealed()
             store.copy_dir(f"runs/{record.id}/export", f"models/{version.id}")
@@ -356,16 +339,8 @@ def release(config: RunConfig, store: Store) -> ModelVersion:
             return version
 
 
-def _incumbent(
-    catalog: Catalog, name: str, record: RunRecord, manifest: DatasetManifest, config: EvalConfig
-) -> EvalReport | None:
-    """The rival's report; None where the alias points nowhere yet, or at this very run."""
-    if name not in catalog.aliases() and not catalog.has(name):
-        return None
-    version = catalog.model(name)
-    if version.run == record.id:
-        return None
-    return _evaluate(catalog, _model_subject(version), manifest, config, name)
+def _ids(*found: EvalReport | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(report.id for report in found if report))
 
 
 def deploy(config: DeployConfig, store: Store) -> Deployment:

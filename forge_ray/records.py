@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 ID_HEX = 16
+MEASURED_ANEW = frozenset({"latency_ms_per_token"})  # no two measurements agree, so it decides no id
 
 
 def canonical_json(value: Any) -> bytes:
@@ -32,6 +33,11 @@ def short_id(prefix: str, value: Any) -> str:
 
 def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _without_empty(value: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Fields that came later are left out where they are empty: records that were written before keep their ids."""
+    return {key: item for key, item in value.items() if key not in names or item}
 
 
 class Frozen(BaseModel):
@@ -122,7 +128,7 @@ class DatasetManifest(Record):
 
     kind: ClassVar[str] = "datasets"
     prefix: ClassVar[str] = "ds"
-    volatile: ClassVar[frozenset[str]] = frozenset({"files", "seconds", "input_digest"})
+    volatile: ClassVar[frozenset[str]] = frozenset({"files", "seconds", "input_digest", "erased"})
 
     name: str
     format: int
@@ -143,6 +149,7 @@ class DatasetManifest(Record):
     splits: dict[str, SplitStats]
     num_duplicates: int
     rejects: dict[str, int] = Field(description="rejected rows per reason")
+    erased: dict[str, tuple[int, ...]] = Field({}, description="lines of the rows that erasures leave out, per source file")
     sequence_length: int
     files: tuple[FileEntry, ...] = ()
     seconds: float = 0.0
@@ -179,6 +186,7 @@ class RunRecord(Record):
     num_steps: int
     samples_seen: int
     order_digest: str = Field(description="over the global row order of the whole run")
+    order_key: str = Field("", description="what that order follows from: digest of the packed rows; '': the dataset's id")
     attempts: tuple[dict[str, Any], ...] = Field(description="one per start: world size, first step, host")
     incidents: tuple[dict[str, Any], ...] = Field((), description="what went wrong and what was done about it")
     code_digest: str
@@ -196,16 +204,20 @@ class RunRecord(Record):
     def sealed(self) -> Self:
         raise TypeError("a run's id is fixed at its start; build the record with id=run_id(...)")
 
+    def identity(self) -> dict[str, Any]:
+        value = super().identity()
+        return value if self.order_key else {key: value[key] for key in value if key != "order_key"}
+
     def parents(self) -> tuple[str, ...]:
         return self.dataset, self.base_model
 
 
 class EvalReport(Record):
-    """Scores of one set of weights on one evaluation set."""
+    """Scores of one set of weights on one evaluation set; of a leak audit, what they give away of their training rows."""
 
     kind: ClassVar[str] = "evals"
     prefix: ClassVar[str] = "ev"
-    volatile: ClassVar[frozenset[str]] = frozenset({"seconds"})
+    volatile: ClassVar[frozenset[str]] = frozenset({"seconds", "costs"})
 
     subject: str = Field(description="id of the run or model version that was evaluated")
     subject_digest: str
@@ -215,11 +227,28 @@ class EvalReport(Record):
     num_examples: int
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
+    per_slice: dict[str, dict[str, dict[str, float]]] = Field({}, description="kind of slice → its value → scores, count")
+    undefined: tuple[str, ...] = Field((), description="metrics that are not a finite number: a model that diverged")
     items_sha256: str
+    costs: dict[str, float] = Field({}, description="what answering takes: latency_ms_per_token, size_bytes")
     seconds: float = 0.0
 
     def parents(self) -> tuple[str, ...]:
         return self.subject, self.dataset
+
+    def identity(self) -> dict[str, Any]:
+        return _without_empty(super().identity(), "per_slice", "undefined")
+
+
+class Check(Frozen):
+    """One thing that a gate looked at: a value, its bound, and whether it passed; `reason` says why not, or why it was not
+    judged. `value` is None where there is no finite number."""
+
+    name: str
+    value: float | None
+    bound: float | None
+    passed: bool
+    reason: str = ""
 
 
 class ModelVersion(Record):
@@ -228,6 +257,7 @@ class ModelVersion(Record):
 
     kind: ClassVar[str] = "models"
     prefix: ClassVar[str] = "mv"
+    volatile: ClassVar[frozenset[str]] = frozenset({"log_head"})
 
     name: str
     status: Literal["imported", "candidate", "accepted", "rejected"]
@@ -240,14 +270,19 @@ class ModelVersion(Record):
     step: int = Field(0, description="of the run's checkpoint, where it is a candidate")
     dataset: str = Field("", description="of a candidate: its run may have no record yet")
     evals: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = Field((), description="what its gate looked at, in the order of the run file")
     licence: str
     source: str = Field(default="", description="where imported weights came from: a file name and its sha256")
+    log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
 
     def parents(self) -> tuple[str, ...]:
         return tuple(parent for parent in (self.run, self.dataset, self.base_model, *self.evals) if parent)
 
     def identity(self) -> dict[str, Any]:
-        value = super().identity()
+        value = _without_empty(super().identity(), "checks")
+        for check in value.get("checks", []):
+            if check["name"] in MEASURED_ANEW:
+                check["value"] = None
         return value if self.status == "candidate" else {key: value[key] for key in value if key not in ("step", "dataset")}
 
 
@@ -277,15 +312,30 @@ class Deployment(Record):
 RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment)
 
 
+EventKind = Literal["alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction"]
+
+
 class Event(Frozen):
-    """What changes over time: alias moves, run states, deployments going up and down, versions that are archived, keys,
-    runs that were computed again. Appended, never edited."""
+    """What changes over time: alias moves, run states, deployments going up and down, versions that are archived, keys, and
+    who may do so. Appended, never edited; signed where whoever wrote it has a key."""
 
     at: str = Field(default_factory=utc_now)
-    kind: Literal["alias", "run", "deployment", "model", "key", "reproduction"]
+    kind: EventKind
     subject: str
     data: dict[str, Any]
+    key: str = Field("", description="id of the key that signed it")
+    signature: str = Field("", description="base64, over `to_sign()`")
+
+    def _said(self, *without: str) -> dict[str, Any]:
+        value = self.model_dump(mode="json", exclude=set(without))
+        return {name: item for name, item in value.items() if item or name not in ("key", "signature")}
+
+    def to_sign(self) -> bytes:
+        return canonical_json(self._said("signature"))
+
+    def stored(self) -> bytes:
+        return canonical_json(self._said())
 
     @property
     def id(self) -> str:
-        return short_id("evt", self.model_dump(mode="json"))
+        return short_id("evt", self._said("signature"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.config.data import DataConfig
-from forge_ray.data import mixture
+from forge_ray.data import erased, mixture
 from forge_ray.data.dataset import FORMAT, SPLITS, tokenizer_digest
 from forge_ray.data.decontaminate import build_index, evaluation_texts
 from forge_ray.data.duplicates import find_duplicates
@@ -30,7 +30,7 @@ from forge_ray.data.readers import Chunk
 from forge_ray.data.rows import Job, Segment, job_key, run_job
 from forge_ray.data.shards import run_partition, run_tail, run_unused
 from forge_ray.data.work import Summary, read_batches, write_array, write_plan
-from forge_ray.errors import DataError
+from forge_ray.errors import DataError, NothingLeft
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest
 from forge_ray.store import MANIFEST, Store
 
@@ -50,12 +50,12 @@ def _silent(done: float, total: float, text: str) -> None:
     """No one watches."""
 
 
-def _row_settings(config: DataConfig, base: ModelVersion) -> str:
-    """What decides how a row becomes tokens, but for its source's own settings (`_source_settings`)."""
+def _row_settings(config: DataConfig, base: ModelVersion, tombstones: str) -> str:
+    """What decides whether and how a row becomes tokens, but for its source's own settings (`_source_settings`)."""
     value = settings_of(config)
     for key in ("sources", "block_rows", "max_invalid_fraction"):
         value.pop(key)
-    return digest([FORMAT, value, tokenizer_digest(base)])
+    return digest([FORMAT, value, tokenizer_digest(base), *filter(None, [tombstones])])
 
 
 def _source_settings(config: DataConfig, number: int) -> dict[str, Any]:
@@ -99,10 +99,11 @@ def build(
     jobs = _jobs(config, sources)
     if not jobs:
         raise DataError(f"none of {len(sources)} files has a row", hint="check data.sources")
-    settings = _row_settings(config, base)
+    tombstones = erased.tombstones(store)
+    settings = _row_settings(config, base, tombstones)
     history = []
     for segment in segments(config):
-        segment = replace(segment, indexes=_indexes(config, segment, store))
+        segment = replace(segment, indexes=_indexes(config, segment, store), tombstones=tombstones)
         jobs = [
             replace(job, key=job_key(segment, settings, [job.key, job.dropped, *segment.indexes.values()])) for job in jobs
         ]
@@ -117,7 +118,7 @@ def build(
                 replace(job, parts=tuple(part["path"] for part in summary["parts"]), dropped=drop)
                 for job, summary, drop in zip(jobs, summaries, dropped, strict=True)
             ]
-    return _assemble(name, config, base, store, sources, jobs, history, settings, started, progress)
+    return _assemble(name, config, base, store, sources, jobs, history, settings, tombstones, started, progress)
 
 
 def _jobs(config: DataConfig, sources: list[IndexedFile]) -> list[Job]:
@@ -203,6 +204,7 @@ def _assemble(
     jobs: list[Job],
     history: History,
     settings: str,
+    tombstones: str,
     started: float,
     progress: Progress,
 ) -> DatasetManifest:
@@ -237,7 +239,7 @@ def _assemble(
         summaries = _reduce(config, base, store, plan, history, progress)
         stats, files = _collect(config, store, staging, summaries)
         files += _write_unused(store, staging, plan, len(unused))
-        manifest = manifest_of(name, config, base, sources, jobs, history, summaries, stats, epochs, kinds)
+        manifest = manifest_of(name, config, base, sources, jobs, history, summaries, stats, epochs, kinds, tombstones)
         seconds = round(time.monotonic() - started, 3)
         ordered = tuple(sorted(files, key=lambda entry: entry.path))
         manifest = manifest.model_copy(update={"files": ordered, "seconds": seconds})
@@ -270,7 +272,8 @@ def _reduce(
         ]
     if not any(task["split"] == SPLITS.index("train") for task in tasks):
         used = sum(counts["records"] for counts in totals.values())
-        raise DataError(f"no row of {used} falls into the train split", hint="add rows, or lower data.splits")
+        kind = NothingLeft if any(summary.get("erased") for summary in history[0]) else DataError
+        raise kind(f"no row of {used} falls into the train split", hint="add rows, or lower data.splits")
     work = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
         partial(run_partition, config=config, base=base.id, store=store)
     )

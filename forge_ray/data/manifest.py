@@ -13,16 +13,16 @@ from forge_ray.data.ingest import IndexedFile
 from forge_ray.data.rows import Job, Segment
 from forge_ray.data.shards import source_counts
 from forge_ray.data.work import Summary
-from forge_ray.errors import DataError
+from forge_ray.errors import DataError, NothingLeft
 from forge_ray.records import CurationStep, DatasetManifest, ModelVersion, SourceFile, SourceStats, SplitStats, digest
 
 History = list[list[Summary]]  # of every segment, of every job
 
 
-def input_digest(config: DataConfig, sources: list[IndexedFile], tokenizer: str) -> str:
-    """What decides a dataset, known before it is built."""
+def input_digest(config: DataConfig, sources: list[IndexedFile], tokenizer: str, tombstones: str) -> str:
+    """What decides a dataset, known before it is built. `tombstones` is their name, "" where there are none."""
     files = sorted((source.source, source.sha256) for source in sources)
-    return digest([FORMAT, settings_of(config), files, tokenizer])
+    return digest([FORMAT, settings_of(config), files, tokenizer, *filter(None, [tombstones])])
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
@@ -58,6 +58,10 @@ def check_invalid(config: DataConfig, history: History, places: Callable[[], str
     dropped = sum(total_of(history, "dropped").values())
     kept = sum(part["num_rows"] for summary in history[-1] for part in summary["parts"])
     total = kept + reasons.total() + dropped
+    if not kept and any(summary.get("erased") for summaries in history for summary in summaries):
+        raise NothingLeft(
+            "no row is left: the others are erased, dropped or invalid", hint="add rows, or remove what was made of them"
+        )
     table = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(8))
     if not kept and not dropped:
         raise DataError(
@@ -98,11 +102,15 @@ def manifest_of(
     stats: dict[str, SplitStats],
     epochs: list[float],
     kinds: dict[str, int],
+    tombstones: str,
 ) -> DatasetManifest:
     per_file: dict[tuple[int, str], Counter[str]] = {}
+    erased: dict[str, list[int]] = {}
     licences: dict[int, Counter[str]] = {}
     for summaries_of_segment in history:
         for job, summary in zip(jobs, summaries_of_segment, strict=True):
+            for number, line in summary.get("erased", []):
+                erased.setdefault(job.chunks[number].name, []).append(line)
             for what in ("accepted", "rejected", "dropped"):
                 for number, count in summary[what].items():
                     chunk = job.chunks[int(number)]
@@ -115,7 +123,7 @@ def manifest_of(
     return DatasetManifest(
         name=name,
         format=FORMAT,
-        input_digest=input_digest(config, sources, tokenizer_digest(base)),
+        input_digest=input_digest(config, sources, tokenizer_digest(base), tombstones),
         config=resolved(config),
         tokenizer_digest=tokenizer_digest(base),
         base_model=base.id,
@@ -150,6 +158,7 @@ def manifest_of(
         num_duplicates=sum(summary["num_duplicates"] for summary in summaries),
         rejects=dict(sorted(total_of(history, "reasons").items())),
         sequence_length=config.sequence_length,
+        erased={name: tuple(sorted(lines)) for name, lines in sorted(erased.items())},
     ).sealed()
 
 

@@ -1,11 +1,13 @@
-"""The order of samples: a pure function of (dataset id, seed, epoch, global index), O(1) memory per index (level 2).
+"""The order of samples: a pure function of (key, seed, epoch, global index), O(1) memory per index (level 2).
 
 The global batch has a fixed number G of packed rows and is made of G *lanes*. In an epoch of n rows, position p belongs
 to column p mod G; the columns laid end to end are one walk over all blocks in shuffled order, so a lane reads whole blocks
 one after another and nothing is materialised. Epochs run into each other: no row is dropped, each appears once per epoch.
 A rank owns a contiguous N-th of the lanes, so another world size moves lanes between ranks and changes no global batch.
+The key is the digest of the split's packed rows (`order_of`): datasets with equal rows are used in the same order, whatever
+files they came from.
 
-    order = Order("ds_…", seed=0, num_rows=1000, block_rows=64, global_batch=8)
+    order = Order(key="sha256:…", seed=0, num_rows=1000, block_rows=64, global_batch=8)
     [order.row(8 * step + lane) for lane in range(8)]      # the rows of one optimizer step
 """
 
@@ -15,6 +17,8 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
+from forge_ray.records import DatasetManifest
+
 MASK64 = (1 << 64) - 1
 FEISTEL_ROUNDS = 6
 
@@ -23,7 +27,7 @@ FEISTEL_ROUNDS = 6
 class Order:
     """`num_rows` rows in blocks of `block_rows` (the last may be shorter), `global_batch` rows per step."""
 
-    dataset: str
+    key: str
     seed: int
     num_rows: int
     block_rows: int
@@ -62,7 +66,7 @@ class Order:
         return block * self.block_rows + permute(offset, rows, self._key(epoch, block))
 
     def _key(self, epoch: int, block: int) -> int:
-        return _key(self.dataset, self.seed, epoch, block)
+        return _key(self.key, self.seed, epoch, block)
 
     def lanes(self, rank: int, world_size: int) -> range:
         """The lanes that `rank` owns: contiguous; where they do not divide evenly some ranks own one more."""
@@ -86,9 +90,15 @@ class Order:
         return found
 
 
+def order_of(manifest: DatasetManifest, split: str, seed: int, global_batch: int, key: str = "") -> Order:
+    """The order of a split's packed rows. `key` is given for a run that was made when the dataset's id was the key."""
+    stats = manifest.splits[split]
+    return Order(key or stats.rows_digest, seed, stats.num_rows, stats.block_rows, global_batch)
+
+
 @lru_cache(maxsize=4096)
-def _key(dataset: str, seed: int, epoch: int, block: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{dataset}/{seed}/{epoch}/{block}".encode()).digest()[:8], "little")
+def _key(key: str, seed: int, epoch: int, block: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{key}/{seed}/{epoch}/{block}".encode()).digest()[:8], "little")
 
 
 def permute(value: int, size: int, key: int) -> int:

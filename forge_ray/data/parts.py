@@ -121,6 +121,7 @@ class Parts:
         self.splits: list[npt.NDArray[np.int8]] = []
         self.unused: list[dict[str, Any]] = []
         self.parts: list[dict[str, Any]] = []
+        self.erased: list[tuple[int, int]] = []  # chunk and line of rows that tombstones leave out
         self.images: set[str] = set()
         self.bytes = 0
 
@@ -129,6 +130,10 @@ class Parts:
         self.tally.rejected[chunk] += 1
         self.tally.reasons[reason] += 1
         self._unused(chunk, line, offset, sha256, reason, INVALID, None)
+
+    def erase(self, chunk: int, line: int) -> None:
+        """A row that a tombstone leaves out: nothing of it is kept but its place."""
+        self.erased.append((chunk, line))
 
     def drop(self, rule: int, item: Taken, reason: str) -> None:
         self.tally.dropped[item.chunk] += 1
@@ -274,7 +279,10 @@ class Parts:
             unused = f"{self.key}-unused.arrow"
             write_batches(self.store, unused, pa.Table.from_pylist(self.unused, UNUSED), [len(self.unused)])
         steps = {str(number): step.as_json() for number, step in self.steps.items()}
-        return {"key": self.key, "parts": self.parts, "unused": unused, "steps": steps, **self.tally.as_json()}
+        return {"key": self.key, "parts": self.parts, "unused": unused, "steps": steps} | {
+            "erased": self.erased,
+            **self.tally.as_json(),
+        }
 
 
 def is_multimodal(record: DataRecord) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from forge_ray.config.curate import NearDuplicates
 from forge_ray.config.data import DataConfig
+from forge_ray.data import erased
 from forge_ray.data.chat import encode_batch
 from forge_ray.data.curate import compile_rule, meta_fields
 from forge_ray.data.dataset import load_tokenizer
@@ -49,6 +50,7 @@ class Segment:
     last: int
     barrier: int | None
     indexes: dict[int, str] = field(default_factory=dict)  # rule → work file that it needs
+    tombstones: str = ""  # what `erased.read` is asked for
 
 
 def run_job(row: dict[str, Any], segment: Segment, config: DataConfig, base: str, store: Store) -> dict[str, Any]:
@@ -67,9 +69,14 @@ def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: S
         index = read_array(store, segment.indexes[number]) if number in segment.indexes else None
         checks.append((number, compile_rule(config.curate[number], index)))
     finish = _finish(out, segment, config, base, store)
+    gone = erased.read(store, segment.tombstones)
     batch: list[Taken] = []
     for item in _input(job, segment, config, store, out):
+        read = item.record
         if all(out.judge(number, item, check(item.record)) for number, check in checks):
+            if item.record is not read and gone.holds(item.record, None):
+                out.erase(item.chunk, item.line)
+                continue
             batch.append(item)
         if len(batch) == BATCH:
             finish(batch)
@@ -120,11 +127,11 @@ def _encoded(
 
 
 def _input(job: Job, segment: Segment, config: DataConfig, store: Store, out: Parts) -> Iterator[Taken]:
-    return _read(job, config, out) if segment.first == 0 else _resumed(job, segment, store, out)
+    return _read(job, segment, config, store, out) if segment.first == 0 else _resumed(job, segment, store, out)
 
 
-def _read(job: Job, config: DataConfig, out: Parts) -> Iterator[Taken]:
-    keep = kept_columns(config)
+def _read(job: Job, segment: Segment, config: DataConfig, store: Store, out: Parts) -> Iterator[Taken]:
+    keep, gone, subject = kept_columns(config), erased.read(store, segment.tombstones), subject_of(config, store)
     for number, chunk in enumerate(job.chunks):
         source = config.sources[chunk.source]
         images = image_reader(chunk)
@@ -138,6 +145,9 @@ def _read(job: Job, config: DataConfig, out: Parts) -> Iterator[Taken]:
                     record = parse_record(raw.value, source.shape, source.mapping, keep, images)
             except Reject as reason:
                 out.reject(number, raw.line, raw.offset, raw.sha256, str(reason))
+                continue
+            if gone.keys and gone.holds(record, subject(record)):
+                out.erase(number, raw.line)
                 continue
             if source.licence and "licence" not in record.meta:
                 record.meta["licence"] = source.licence

@@ -46,6 +46,11 @@ def once(store: Store, key: str, work: Callable[[], Summary]) -> Summary:
     return finished(store, key) or finish(store, key, work())
 
 
+def inputs(input_digest: str) -> str:
+    """The key under which a build that made an older dataset once more is noted."""
+    return f"inputs-{input_digest[len('sha256:') :][:32]}"
+
+
 def write_batches(store: Store, name: str, table: pa.Table, cuts: Sequence[int]) -> None:
     """One Arrow file whose record batches end at the row numbers `cuts`, so that a reader can take some of them."""
     sink = pa.BufferOutputStream()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from forge_ray import environment
-from forge_ray.data.order import Order
+from forge_ray.data.order import order_of
 from forge_ray.data.stream import Arrays, Feed, Rows, local_batches, ray_batches
 from forge_ray.errors import TrainingError
 from forge_ray.train import attempts, checkpoint, launch, metrics, speed, watchdog
@@ -68,7 +68,7 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
 
     # 2. the order of samples
     rows = Rows.of(store, job.dataset, "train")
-    order = Order(job.dataset.id, config.seed, rows.num_rows, rows.block_rows, config.global_batch)
+    order = order_of(job.dataset, "train", config.seed, config.global_batch)
     lanes = order.lanes(context.data_rank, context.data_size)
     total_steps = num_steps(config, rows.num_rows)
     guards = Guards(job, rows, order, total_steps, context)
@@ -300,7 +300,7 @@ def _validate(
     count = min(rows.num_rows, job.config.validation.max_rows)
     if not count:
         return {}
-    order = Order(job.dataset.id, 0, rows.num_rows, rows.block_rows, global_batch=1)
+    order = order_of(job.dataset, "validation", 0, global_batch=1)
     sample = [order.row(index) for index in range(count)]
     engine.model.eval()
     total, tokens = 0.0, 0.0

@@ -115,6 +115,7 @@ def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
             )
         if version.id in archived:
             raise PolicyError(f"{version.id} is archived", hint=f"`forge models restore {version.id}` first")
+        catalog.require_signed(version)
         models[name] = version.id
     first = catalog.model(config.models[0])
     return Deployment(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from forge_ray.aliases import route_of
-from forge_ray.catalog import event_path, following
+from forge_ray.authority import accepted_moves, folded
+from forge_ray.catalog import write_event
 from forge_ray.config.release import AliasRoute
-from forge_ray.records import Event, ModelVersion, canonical_json
+from forge_ray.records import Event, ModelVersion
 from forge_ray.store import Store
 from forge_ray.tail import EventTail
 
@@ -18,16 +19,19 @@ class Published:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.last: dict[tuple[str, str], Event] = {}
-        self.tail = EventTail(store, "alias", "model")
+        self.tail = EventTail(store, "alias", "model", "signer", "policy")
+        self._events: list[Event] = []
         self._versions: dict[str, ModelVersion] = {}
 
     def refresh(self) -> list[Event]:
-        """The events that are new."""
+        """The events that are new. Under `policy.signatures` an alias move that no releaser signed is as if it were not."""
         events = self.tail.new()
-        for event in events:
-            known = self.last.get((event.kind, event.subject))
-            if known is None or known.at <= event.at:
-                self.last[event.kind, event.subject] = event
+        if events:
+            self._events = sorted((*self._events, *events), key=lambda event: (event.at, event.id))
+            authority = folded(event for event in self._events if event.kind in ("signer", "policy"))
+            moves = accepted_moves(authority, [event for event in self._events if event.kind == "alias"])
+            states = [event for event in self._events if event.kind == "model"]
+            self.last = {(event.kind, event.subject): event for event in (*moves, *states)}
         return events
 
     def of(self, kind: str) -> Iterator[tuple[str, Event]]:
@@ -61,6 +65,4 @@ class Published:
     def append(self, event: Event) -> Event:
         """Write an event behind the last of its subject."""
         known = self.last.get((event.kind, event.subject))
-        event = following(event, known.at if known else None)
-        self.store.write_once(event_path(event), canonical_json(event.model_dump(mode="json")))
-        return event
+        return write_event(self.store, event, known.at if known else None)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from forge_ray.catalog import Catalog
-from forge_ray.data.order import Order
+from forge_ray.data.order import Order, order_of
 from forge_ray.data.stream import Rows
 from forge_ray.errors import NotFound, StoreError
 from forge_ray.records import DatasetManifest, RunRecord
@@ -53,6 +53,7 @@ def facts_of(store: Store, run: str) -> Facts:
                 "dataset": record.dataset,
                 "step": record.num_steps,
                 "order_digest": record.order_digest,
+                "order_key": record.order_key,
             }
             settings: dict[str, Any] = record.config["train"]
         else:
@@ -60,7 +61,8 @@ def facts_of(store: Store, run: str) -> Facts:
             settings = _settings(store, run)
         manifest = catalog.get_as(DatasetManifest, found["dataset"])
     rows = Rows.of(store, manifest, "train")
-    order = Order(manifest.id, settings["seed"], rows.num_rows, rows.block_rows, settings["global_batch"])
+    key = found.get("order_key") or manifest.id  # of a run that was made when the order followed from the dataset's id
+    order = order_of(manifest, "train", settings["seed"], settings["global_batch"], key)
     lines = metrics.parse(store.read(f"runs/{run}/{metrics.METRICS}").decode())
     return Facts(run, rows, order, found["step"], found["order_digest"], lines)
 

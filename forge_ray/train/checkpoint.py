@@ -52,6 +52,7 @@ class Position:
     zero_stage: int
     world_size: int
     left_out: str = ""  # digest of the steps and rows that guards left out before this step
+    order_key: str = ""  # what the order of samples follows from; "" before it was written down: the dataset's id
 
 
 IDENTITY = ("run", "config_digest", "dataset", "base_digest", "engine", "zero_stage")
@@ -71,6 +72,7 @@ def expected(job: TrainJob) -> Position:
         engine=job.config.engine,
         zero_stage=job.config.zero_stage,
         world_size=0,
+        order_key=job.dataset.splits["train"].rows_digest,
     )
 
 

@@ -12,7 +12,7 @@ from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
 from forge_ray.store import MANIFEST, Store
 
-LOOP = 2  # raised when the loop changes what the same settings compute
+LOOP = 3  # raised when the loop changes what the same settings compute
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
         num_steps=result["num_steps"],
         samples_seen=result["samples_seen"],
         order_digest=result["order_digest"],
+        order_key=job.dataset.splits["train"].rows_digest,
         attempts=tuple(result["attempts"]),
         incidents=tuple(incidents.read(job.store, job.run)),
         code_digest=newest.get("code_digest") or environment.code_digest(),

@@ -25,7 +25,7 @@ from forge_ray.config.data import DataConfig
 from forge_ray.data import dataset
 from forge_ray.data.build import build, index_sources
 from forge_ray.data.ingest import expand, index_file
-from forge_ray.data.order import Order
+from forge_ray.data.order import order_of
 from forge_ray.data.readers import read_raw
 from forge_ray.data.stream import Feed, Rows, local_batches, ray_batches
 from forge_ray.errors import DataError, NotFound, StoreError
@@ -213,7 +213,7 @@ def test_a_dataset_is_built_and_read_in_the_bucket(
 
     def feed(place: Store) -> Feed:
         rows = Rows.of(place, manifest, "train")
-        order = Order(manifest.id, 0, rows.num_rows, rows.block_rows, global_batch=2)
+        order = order_of(manifest, "train", 0, global_batch=2)
         return Feed(rows, order, order.lanes(1, 2), 1, 5)
 
     for disk, near, far in zip(

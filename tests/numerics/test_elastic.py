@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Jobs, Run, exported, first_steps, largest_difference, losses
 
-from forge_ray.data.order import Order
+from forge_ray.data.order import order_of
 from forge_ray.train import attempts
 from forge_ray.train.job import TrainJob
 
@@ -48,8 +48,7 @@ def test_two_then_one_then_three_workers(case: str, jobs: Jobs, run: Run) -> Non
     run(steady, ranks=2)
     through_worlds(elastic, run)
     result = elastic.store.read_json(f"runs/{elastic.run}/result.json")
-    stats = elastic.dataset.splits["train"]
-    order = Order(elastic.dataset.id, elastic.config.seed, stats.num_rows, stats.block_rows, elastic.config.global_batch)
+    order = order_of(elastic.dataset, "train", elastic.config.seed, elastic.config.global_batch)
     assert result["order_digest"] == order.digest(STEPS)
     assert losses(elastic) == pytest.approx(losses(steady), rel=2e-6)
     difference = largest_difference(exported(elastic), exported(steady))

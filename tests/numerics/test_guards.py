@@ -131,7 +131,6 @@ def test_a_row_that_makes_a_worker_fail_is_found_put_aside_and_named(jobs: Jobs,
 
 
 def order_of(job: TrainJob) -> Any:
-    from forge_ray.data.order import Order
+    from forge_ray.data import order
 
-    stats = job.dataset.splits["train"]
-    return Order(job.dataset.id, job.config.seed, stats.num_rows, stats.block_rows, job.config.global_batch)
+    return order.order_of(job.dataset, "train", job.config.seed, job.config.global_batch)

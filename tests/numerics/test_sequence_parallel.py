@@ -12,6 +12,7 @@ import pytest
 from conftest import SEQUENCE_LENGTH, Jobs, Run, export_digest, exported, first_steps, largest_difference, losses
 from worker import KILLED
 
+from forge_ray.data import order
 from forge_ray.data.order import Order
 from forge_ray.data.stream import Rows
 from forge_ray.errors import ConfigError
@@ -35,8 +36,7 @@ def shared(jobs: Jobs, name: str, size: int = 2, workers: int = 2, precision: st
 
 
 def order_of(job: TrainJob) -> Order:
-    stats = job.dataset.splits["train"]
-    return Order(job.dataset.id, job.config.seed, stats.num_rows, stats.block_rows, job.config.global_batch)
+    return order.order_of(job.dataset, "train", job.config.seed, job.config.global_batch)
 
 
 def audited(job: TrainJob, num_steps: int) -> None:

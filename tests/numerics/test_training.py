@@ -89,7 +89,7 @@ def test_clipping_and_schedule_are_those_of_plain_torch(jobs: Jobs, run: Run, ti
     from conftest import SEQUENCE_LENGTH
     from transformers import LlamaForCausalLM
 
-    from forge_ray.data.order import Order
+    from forge_ray.data.order import order_of
     from forge_ray.data.stream import Rows
 
     options = {"lr": 1e-2, "eps": 1.0, "weight_decay": 0.1}  # an eps so large that AdamW feels the scale of the gradient
@@ -97,7 +97,7 @@ def test_clipping_and_schedule_are_those_of_plain_torch(jobs: Jobs, run: Run, ti
     run(job)
 
     rows = Rows.of(job.store, job.dataset, "train")
-    order = Order(job.dataset.id, 0, rows.num_rows, rows.block_rows, 4)
+    order = order_of(job.dataset, "train", 0, 4)
     batch = {name: torch.from_numpy(value) for name, value in rows.batch(order.rows_of(0, range(4))).items()}
     assert batch["input_ids"].shape == (4, SEQUENCE_LENGTH)
     model = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).train()

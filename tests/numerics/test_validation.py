@@ -11,7 +11,7 @@ import torch
 from conftest import Jobs, Run, export_digest, exported, first_steps, losses
 from worker import KILLED
 
-from forge_ray.data.order import Order
+from forge_ray.data.order import order_of
 from forge_ray.data.stream import Rows
 from forge_ray.errors import NotFound, StoreError, TrainingError
 from forge_ray.records import files_digest
@@ -113,7 +113,7 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
     assert validation.best_step(job.store, job.run) == best.step
 
     rows = Rows.of(job.store, job.dataset, "train")
-    order = Order(job.dataset.id, job.config.seed, rows.num_rows, rows.block_rows, 4)
+    order = order_of(job.dataset, "train", job.config.seed, 4)
     assert found["order_digest"] == order.digest(step)
     lines = metrics.read(job.store.local(folder(job)) / metrics.METRICS)
     facts = audit.Facts(job.run, rows, order, step, found["order_digest"], lines)

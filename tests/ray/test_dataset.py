@@ -22,7 +22,7 @@ from forge_ray.data.build import build as build_dataset
 from forge_ray.data.build import index_sources
 from forge_ray.data.chat import encode
 from forge_ray.data.ingest import expand, index_file
-from forge_ray.data.order import Order
+from forge_ray.data.order import order_of
 from forge_ray.data.schema import parse_record
 from forge_ray.data.stream import Feed, Rows, local_batches, ray_batches
 from forge_ray.errors import DataError, NotFound
@@ -247,7 +247,7 @@ def test_too_many_bad_rows_fail_with_a_table_and_leave_nothing(
 def test_ray_batches_equal_local_batches(built: DatasetManifest, store: Store) -> None:
     """Both give the rows of the order, over the end of an epoch and from the middle of a window."""
     rows = Rows.of(store, built, "train")
-    order = Order(built.id, 3, rows.num_rows, rows.block_rows, global_batch=4)
+    order = order_of(built, "train", 3, global_batch=4)
     num_steps = rows.num_rows // 4 + 3
     for rank, first_step in ((0, 0), (1, 3)):
         feed = Feed(rows, order, order.lanes(rank, 2), first_step, num_steps)

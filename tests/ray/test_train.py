@@ -15,7 +15,7 @@ from forge_ray import environment, pipeline, preflight
 from forge_ray.catalog import Catalog
 from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.run import RunConfig
-from forge_ray.data.order import Order
+from forge_ray.data.order import order_of
 from forge_ray.data.stream import Rows
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.records import DatasetManifest, canonical_json
@@ -99,8 +99,8 @@ def test_two_workers_survive_a_kill_with_the_same_weights(
     assert {attempt["world_size"] for attempt in result["attempts"]} == {2}
     (incident,) = result["incidents"]  # no row is blamed for it by the rank that lost its peer
     assert (incident["kind"], incident["step"]) == ("restart", 2)
-    stats, lines = manifest.splits["train"], metrics.read(store.local(f"runs/{job.run}/{metrics.METRICS}"))
-    order = Order(manifest.id, job.config.seed, stats.num_rows, stats.block_rows, job.config.global_batch)
+    lines = metrics.read(store.local(f"runs/{job.run}/{metrics.METRICS}"))
+    order = order_of(manifest, "train", job.config.seed, job.config.global_batch)
     facts = audit.Facts(job.run, Rows.of(store, manifest, "train"), order, 6, result["order_digest"], lines)
     assert audit.audit(facts, lambda done, total, text: None).problems == ()
     killed = exported(job)
@@ -115,8 +115,7 @@ def test_the_pipeline_trains_and_then_finds_the_run(
     config: RunConfig, store: Store, manifest: DatasetManifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = pipeline.train(config, store)
-    stats = manifest.splits["train"]
-    order = Order(manifest.id, 0, stats.num_rows, stats.block_rows, config.train.global_batch)
+    order = order_of(manifest, "train", 0, config.train.global_batch)
     assert record.order_digest == order.digest(6)
     assert record.samples_seen == 6 * config.train.global_batch
     assert record.metrics["trained_tokens"] > 0
@@ -220,6 +219,6 @@ def test_two_workers_that_share_their_rows(config: RunConfig, store: Store, mani
     launch.fit(train_loop, job)
     lines = metrics.read(store.local(f"runs/{job.run}") / metrics.METRICS)
     rows = Rows.of(store, manifest, "train")
-    order = Order(manifest.id, 5, rows.num_rows, rows.block_rows, train.global_batch)
+    order = order_of(manifest, "train", 5, train.global_batch)
     found = audit.audit(audit.Facts(job.run, rows, order, 2, order.digest(2), lines), lambda *_: None)
     assert (found.steps_compared, found.problems) == (2, ())

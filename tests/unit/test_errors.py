@@ -16,6 +16,7 @@ TREE: dict[str, tuple[str, int, type[Exception]]] = {
     "ForgeError": ("error", 1, Exception),
     "ConfigError": ("config", 2, ValueError),
     "DataError": ("data", 1, ValueError),
+    "NothingLeft": ("nothing_left", 1, ValueError),
     "NotFound": ("not_found", 2, LookupError),
     "StoreError": ("store", 1, OSError),
     "TrainingError": ("training", 1, RuntimeError),

@@ -21,16 +21,23 @@ ROWS: tuple[set[str], ...] = (
     {"records"},
     {"config"},
     {"store", "hardware", "progress", "architecture", "dequantise", "aliases", "haproxy"},  # L1
-    {"tail", "environment"},
+    {"tail", "signing", "model_files", "fenced", "environment"},
+    {"audit_log", "authority"},
+    {"signatures"},
     {"catalog"},
-    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway"},  # L2
-    {"train", "evaluate", "lineage"},  # L3
-    {"recipes", "serve", "control", "preflight", "candidates", "follow", "difference"},  # L4
+    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
+    {"train", "safety", "gate", "lineage", "signers"},  # L3
+    {"evaluate"},
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs"},  # L4
+    {"difference"},
+    {"reports"},
     {"pipeline"},  # L5
     {"job", "quickstart", "submit", "reproduce"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_reproduce"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor"},
+    {"cli_reproduce"},
+    {"cli_trust"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

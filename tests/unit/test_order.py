@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forge_ray.data.order import Order, permute, unpermute
+from forge_ray.data.order import Order, order_of, permute, unpermute
+from forge_ray.records import DatasetManifest, SplitStats
 
 pytestmark = pytest.mark.unit
 WORLD_SIZES = (1, 2, 3, 4, 6, 8)
@@ -75,3 +76,21 @@ def test_lanes_that_do_not_divide_go_to_some_ranks_more() -> None:
     assert [order.lanes(rank, 3) for rank in range(3)] == [range(0, 1), range(1, 2), range(2, 4)]
     with pytest.raises(ValueError, match="leaves some of 5 ranks without a lane"):
         order.lanes(0, 5)
+
+
+def test_equal_rows_are_used_in_equal_order_whatever_the_dataset_is_called() -> None:
+    """And a run that was made when the dataset's id was the key keeps its order."""
+    stats = SplitStats(
+        num_records=9,
+        num_rows=100,
+        num_tokens=9,
+        num_trained_tokens=9,
+        rows_digest="sha256:rows",
+        block_rows=8,
+        shard_rows=(100,),
+    )
+    made = {"name": "x", "format": 2, "config": {}, "tokenizer_digest": "", "base_model": "", "sources": ()}
+    made |= {"num_duplicates": 0, "rejects": {}, "sequence_length": 8, "input_digest": ""}
+    first, second = (DatasetManifest(id=name, splits={"train": stats}, **made) for name in ("ds_a", "ds_b"))
+    assert order_of(first, "train", 0, 4) == order_of(second, "train", 0, 4) == Order("sha256:rows", 0, 100, 8, 4)
+    assert order_of(first, "train", 0, 4, key=first.id) == Order("ds_a", 0, 100, 8, 4)
