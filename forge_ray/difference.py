@@ -22,6 +22,8 @@ from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunReco
 from forge_ray.store import Store
 
 SHOWN = 10
+HARDWARE = "hardware."
+ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's digest is over those that are there
 DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b")  # a terminal shows its start
 SETS = ("cpu_flags", "gpus")  # of which only what one side lacks is worth a look
 COSTS = ("tokens", "trained_tokens", "seconds", "worker_hours", "tokens_per_s", "peak_bytes", "mfu", "flops")
@@ -77,8 +79,8 @@ def environments(old_store: Store, old: RunRecord, new_store: Store, new: RunRec
     found = locks(*sides)
     if not all(sides):  # trained before locks were kept: what the record itself says
         found |= {f"packages.{name}": pair for name, pair in changes(old.environment, new.environment).items()}
-    hardware = {key: pair for key, pair in found.items() if key.startswith("hardware.")}
-    others = {key: pair for key, pair in found.items() if key not in hardware}
+    others = {key: pair for key, pair in found.items() if not key.startswith(HARDWARE)}
+    hardware = {key.removeprefix(HARDWARE): pair for key, pair in found.items() if key not in others}
     if len(_machines(old)) > 1 or len(_machines(new)) > 1:
         others |= changes({"machines": _machines(old)}, {"machines": _machines(new)})
     return ({"environment": others} if others else {}) | ({"hardware": hardware} if hardware else {})
@@ -96,7 +98,10 @@ def lines(differences: dict[str, Any]) -> list[str]:
         pairs = {"": value} if isinstance(value, list) else value
         for key, pair in pairs.items():
             head = f"{name} {key}".strip()
-            found.append(f"{head}: {_word(pair[0])} → {_word(pair[1])}" if isinstance(pair, list) else f"{head}: {pair}")
+            words = [_word(side) for side in pair]
+            if words[0] == words[1]:  # apart only behind the digits that are shown
+                words = [str(side) for side in pair]
+            found.append(f"{head}: {words[0]} → {words[1]}")
     return found
 
 
@@ -253,10 +258,11 @@ def _rules(manifest: DatasetManifest) -> list[str]:
 
 def _evaluations(store: Store, before: Side, after: Side) -> list[dict[str, Any]]:
     """Reports of both on the same split of the same dataset; where there are none, the newest of each."""
-    olds, news = ({(r.dataset, r.split): r for r in side.reports} for side in (before, after))
+    olds, news = ({(r.dataset, r.split, "leak" in r.config): r for r in side.reports} for side in (before, after))
     shared = [(olds[key], news[key]) for key in olds if key in news]
-    if not shared and before.reports and after.reports:
-        shared = [(before.reports[-1], after.reports[-1])]
+    if not any(not is_leak for _, _, is_leak in olds.keys() & news.keys()):
+        newest = [[r for r in side.reports if "leak" not in r.config][-1:] for side in (before, after)]
+        shared += list(zip(*newest, strict=False))
     return [_evaluation(store, old, new) for old, new in shared]
 
 
@@ -268,7 +274,10 @@ def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any
         "settings": changes(old.config, new.config),
         "metrics": {name: [old.metrics.get(name), new.metrics.get(name)] for name in sorted({*old.metrics, *new.metrics})},
         "num_examples": [old.num_examples, new.num_examples],
+        "costs": changes(old.costs, new.costs),
     }
+    if "leak" in old.config:  # its items have no answer that is right or wrong
+        return found
     try:
         before, after = _items(store, old), _items(store, new)
     except ForgeError as error:
@@ -290,8 +299,10 @@ def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any
 
 
 def _items(store: Store, report: EvalReport) -> dict[str, dict[str, Any]]:
-    data = store.read(f"evals/{report.id}/items.jsonl")
-    if hashlib.sha256(data).hexdigest() != report.items_sha256:
+    folder = f"evals/{report.id}"
+    data = store.read(f"{folder}/{ITEMS[0]}")
+    more = [store.read(f"{folder}/{name}") for name in ITEMS[1:] if store.exists(f"{folder}/{name}")]
+    if hashlib.sha256(b"".join([data, *more])).hexdigest() != report.items_sha256:
         raise StoreError(f"evals/{report.id}/items.jsonl is not what the report was made of", hint="restore the file")
     return {item["record"]: item for item in map(json.loads, data.splitlines())}
 
@@ -351,7 +362,7 @@ def _told_evaluation(report: dict[str, Any]) -> list[str]:
     for name, (old, new) in report["metrics"].items():
         pair = ["–" if value is None else f"{value:.4g}" for value in (old, new)]
         shown.append(f"    {name}: {pair[0]} → {pair[1]}")
-    shown += [f"    settings {line}" for line in lines({"": report["settings"]})]
+    shown += [f"    {line}" for line in lines({"settings": report["settings"], "costs": report["costs"]})]
     if "problem" in report:
         shown.append(f"    {report['problem']}")
     if "num_common" not in report:

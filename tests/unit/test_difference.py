@@ -130,7 +130,7 @@ def put_version(
     )
     catalog.put(record)
     items = [{"record": key, "reference": "yes", "prediction": text} for key, text in answers.items()]
-    data = b"".join(canonical_json(item) + b"\n" for item in items)
+    data, safety = b"".join(canonical_json(item) + b"\n" for item in items), b'{"failures":[]}\n'
     report = catalog.put(
         EvalReport(
             subject=run,
@@ -141,10 +141,25 @@ def put_version(
             num_examples=len(items),
             metrics={"exact_match": sum(text == "yes" for text in answers.values()) / len(items)},
             per_class={},
-            items_sha256=hashlib.sha256(data).hexdigest(),
+            items_sha256=hashlib.sha256(data + safety).hexdigest(),
+            costs={"latency_ms_per_token": lr * 1000},
         ).sealed()
     )
     store.write(f"evals/{report.id}/items.jsonl", data)
+    store.write(f"evals/{report.id}/safety.jsonl", safety)
+    catalog.put(  # a leak audit is a report too, whose items are not answers
+        EvalReport(
+            subject=run,
+            subject_digest=files_digest(files),
+            dataset=manifest.id,
+            split="train",
+            config={"leak": {}},
+            num_examples=1,
+            metrics={"exposure": lr},
+            per_class={},
+            items_sha256="",
+        ).sealed()
+    )
     return catalog.put(
         ModelVersion(
             name=name,
@@ -192,7 +207,7 @@ def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[Model
         "switches.OMP_NUM_THREADS": [None, "2"],
         "threads": [1, 2],
     }
-    assert found["hardware"] == {"hardware.cpu": ["EPYC", "Xeon"], "hardware.cpu_flags": [["avx512f"], ["amx_bf16"]]}
+    assert found["hardware"] == {"cpu": ["EPYC", "Xeon"], "cpu_flags": [["avx512f"], ["amx_bf16"]]}
     (report,) = found["evaluation"]
     assert report["metrics"] == {"exact_match": [2 / 3, 0.5]}
     assert (report["num_common"], report["right"]) == (2, [1, 1])
@@ -208,7 +223,8 @@ def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[Model
         "  train.optimizer.lr: 0.001 → 0.01",
         f"  commit: {'a' * 12}… → bbbbbbbbbbbb…",
         "  packages.torch: 2.13.0 → 2.12.0",
-        "  hardware.cpu_flags: avx512f → amx_bf16",
+        "    costs latency_ms_per_token: 1 → 10",
+        "  cpu_flags: avx512f → amx_bf16",
         '      rec_8  wants "yes": "yes" → "no"',
         "equal: cost, size",
     ):
@@ -222,7 +238,8 @@ def test_a_version_does_not_differ_from_itself(catalog: Catalog, versions: tuple
     assert [found[name] for name in ("data", "config", "code", "environment", "hardware", "gate", "cost", "size")] == [
         {}
     ] * 8
-    (report,) = found["evaluation"]
+    report, leak = found["evaluation"]
+    assert leak["metrics"] == {"exposure": [1e-3, 1e-3]}
     assert (report["right_to_wrong"], report["wrong_to_right"], report["num_common"]) == ([], [], 3)
 
 
