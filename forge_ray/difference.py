@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +22,28 @@ from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunReco
 from forge_ray.store import Store
 
 SHOWN = 10
+HARDWARE = "hardware."
+ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's digest is over those that are there
+DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b")  # a terminal shows its start
 SETS = ("cpu_flags", "gpus")  # of which only what one side lacks is worth a look
 COSTS = ("tokens", "trained_tokens", "seconds", "worker_hours", "tokens_per_s", "peak_bytes", "mfu", "flops")
 
 
 def changes(old: Any, new: Any, path: str = "") -> dict[str, list[Any]]:
-    """Dotted path → [old, new] of every leaf that differs; None where a side has nothing. Lists are leaves."""
+    """Dotted path → [old, new] of every leaf that differs; None where a side has nothing. Lists are leaves, but for those of
+    equally many sections, which are named by their number."""
+    if _sections(old) and _sections(new) and len(old) == len(new):
+        old, new = ({str(number): item for number, item in enumerate(value)} for value in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         found: dict[str, list[Any]] = {}
         for key in sorted(old.keys() | new.keys()):
             found |= changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return found
     return {} if old == new else {path: [old, new]}
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value)
 
 
 def locks(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
@@ -68,8 +79,8 @@ def environments(old_store: Store, old: RunRecord, new_store: Store, new: RunRec
     found = locks(*sides)
     if not all(sides):  # trained before locks were kept: what the record itself says
         found |= {f"packages.{name}": pair for name, pair in changes(old.environment, new.environment).items()}
-    hardware = {key: pair for key, pair in found.items() if key.startswith("hardware.")}
-    others = {key: pair for key, pair in found.items() if key not in hardware}
+    others = {key: pair for key, pair in found.items() if not key.startswith(HARDWARE)}
+    hardware = {key.removeprefix(HARDWARE): pair for key, pair in found.items() if key not in others}
     if len(_machines(old)) > 1 or len(_machines(new)) > 1:
         others |= changes({"machines": _machines(old)}, {"machines": _machines(new)})
     return ({"environment": others} if others else {}) | ({"hardware": hardware} if hardware else {})
@@ -87,7 +98,10 @@ def lines(differences: dict[str, Any]) -> list[str]:
         pairs = {"": value} if isinstance(value, list) else value
         for key, pair in pairs.items():
             head = f"{name} {key}".strip()
-            found.append(f"{head}: {_word(pair[0])} → {_word(pair[1])}" if isinstance(pair, list) else f"{head}: {pair}")
+            words = [_word(side) for side in pair]
+            if words[0] == words[1]:  # apart only behind the digits that are shown
+                words = [str(side) for side in pair]
+            found.append(f"{head}: {words[0]} → {words[1]}")
     return found
 
 
@@ -96,7 +110,9 @@ def _word(value: Any) -> str:
         return "–"
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return " ".join(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.6g}"
+    return DIGEST.sub(r"\1…", value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------- two versions
@@ -132,7 +148,7 @@ def diff(catalog: Catalog, old: str, new: str) -> dict[str, Any]:
         "versions": [_head(side) for side in (before, after)],
         "same_weights": before.version.files_digest == after.version.files_digest,
         "data": _data(store, before, after),
-        "config": changes(_config(store, before), _config(store, after)),
+        "config": _configs(store, before, after),
         "code": changes(_code(before), _code(after)),
         "environment": made.get("environment", {}),
         "hardware": made.get("hardware", {}),
@@ -157,6 +173,13 @@ def _head(side: Side) -> dict[str, Any]:
         "dataset": side.dataset.id if side.dataset else "",
         "source": version.source,
     }
+
+
+def _configs(store: Store, before: Side, after: Side) -> dict[str, list[Any]]:
+    old, new = _config(store, before), _config(store, after)
+    if not old or not new:  # one was imported: against nothing every setting would differ
+        return changes({"run": before.version.run or None}, {"run": after.version.run or None})
+    return changes(old, new)
 
 
 def _config(store: Store, side: Side) -> dict[str, Any]:
@@ -235,10 +258,11 @@ def _rules(manifest: DatasetManifest) -> list[str]:
 
 def _evaluations(store: Store, before: Side, after: Side) -> list[dict[str, Any]]:
     """Reports of both on the same split of the same dataset; where there are none, the newest of each."""
-    olds, news = ({(r.dataset, r.split): r for r in side.reports} for side in (before, after))
+    olds, news = ({(r.dataset, r.split, "leak" in r.config): r for r in side.reports} for side in (before, after))
     shared = [(olds[key], news[key]) for key in olds if key in news]
-    if not shared and before.reports and after.reports:
-        shared = [(before.reports[-1], after.reports[-1])]
+    if not any(not is_leak for _, _, is_leak in olds.keys() & news.keys()):
+        newest = [[r for r in side.reports if "leak" not in r.config][-1:] for side in (before, after)]
+        shared += list(zip(*newest, strict=False))
     return [_evaluation(store, old, new) for old, new in shared]
 
 
@@ -250,7 +274,10 @@ def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any
         "settings": changes(old.config, new.config),
         "metrics": {name: [old.metrics.get(name), new.metrics.get(name)] for name in sorted({*old.metrics, *new.metrics})},
         "num_examples": [old.num_examples, new.num_examples],
+        "costs": changes(old.costs, new.costs),
     }
+    if "leak" in old.config:  # its items have no answer that is right or wrong
+        return found
     try:
         before, after = _items(store, old), _items(store, new)
     except ForgeError as error:
@@ -272,8 +299,10 @@ def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any
 
 
 def _items(store: Store, report: EvalReport) -> dict[str, dict[str, Any]]:
-    data = store.read(f"evals/{report.id}/items.jsonl")
-    if hashlib.sha256(data).hexdigest() != report.items_sha256:
+    folder = f"evals/{report.id}"
+    data = store.read(f"{folder}/{ITEMS[0]}")
+    more = [store.read(f"{folder}/{name}") for name in ITEMS[1:] if store.exists(f"{folder}/{name}")]
+    if hashlib.sha256(b"".join([data, *more])).hexdigest() != report.items_sha256:
         raise StoreError(f"evals/{report.id}/items.jsonl is not what the report was made of", hint="restore the file")
     return {item["record"]: item for item in map(json.loads, data.splitlines())}
 
@@ -333,7 +362,7 @@ def _told_evaluation(report: dict[str, Any]) -> list[str]:
     for name, (old, new) in report["metrics"].items():
         pair = ["–" if value is None else f"{value:.4g}" for value in (old, new)]
         shown.append(f"    {name}: {pair[0]} → {pair[1]}")
-    shown += [f"    settings {line}" for line in lines({"": report["settings"]})]
+    shown += [f"    {line}" for line in lines({"settings": report["settings"], "costs": report["costs"]})]
     if "problem" in report:
         shown.append(f"    {report['problem']}")
     if "num_common" not in report:
@@ -342,7 +371,7 @@ def _told_evaluation(report: dict[str, Any]) -> list[str]:
     for kind, word in (("right_to_wrong", "right → wrong"), ("wrong_to_right", "wrong → right")):
         flips = report[kind]
         if flips:
-            more = f", {SHOWN} of them" if len(flips) > SHOWN else ""
+            more = f", the first {SHOWN}" if len(flips) > SHOWN else ""
             shown.append(f"    {word}: {len(flips)}{more}")
         for flip in flips[:SHOWN]:
             texts = [json.dumps(flip[key], ensure_ascii=False)[:60] for key in ("reference", "was", "is")]

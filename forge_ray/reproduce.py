@@ -20,12 +20,13 @@ from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, ForgeError, NotFound, StoreError
 from forge_ray.hardware import resolve_precision
 from forge_ray.lineage import resolve
-from forge_ray.progress import stage
+from forge_ray.progress import Stage, stage
 from forge_ray.records import DatasetManifest, Event, FileEntry, ModelVersion, Record, RunRecord, files_digest
 from forge_ray.store import MANIFEST, Store, verify_files
 
 WEIGHTS = ".safetensors"
 TENSORS_SHOWN = 20
+ON_A_TERMINAL = 5
 R = TypeVar("R", bound=Record)
 Differences = dict[str, Any]
 
@@ -40,6 +41,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
         base = _sealed(catalog.get_as(ModelVersion, record.base_model))
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
         config, notes = settings(record)
+        catalog.check_may("reproduction events")  # before hours are spent on one
         differences = _before(record, base, version)
         for line in (*difference.lines(differences | _here(store, record)), *notes):
             print(f"  {line}", file=sys.stderr, flush=True)
@@ -49,7 +51,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
                 size = _link(store, folder, f"models/{base.id}", base.files, "the base model")
                 there.put(base)
                 if rebuild_data:
-                    rebuilt = _rebuild(config, there, base, manifest, it)
+                    rebuilt = _rebuild(config, store, folder, there, base, manifest, it)
                     differences |= {"data": _sources(manifest, rebuilt)} if rebuilt.id != manifest.id else {}
                 if not scratch.is_published(f"datasets/{manifest.id}"):
                     size += _link(store, folder, f"datasets/{manifest.id}", manifest.files, "the dataset")
@@ -183,12 +185,21 @@ def _link(store: Store, folder: str, relative: str, files: tuple[FileEntry, ...]
     return sum(entry.size for entry in files)
 
 
-def _rebuild(config: RunConfig, there: Catalog, base: ModelVersion, manifest: DatasetManifest, it: Any) -> DatasetManifest:
-    """The dataset from its sources once more, into the scratch store."""
+def _rebuild(
+    config: RunConfig, store: Store, folder: str, there: Catalog, base: ModelVersion, manifest: DatasetManifest, it: Stage
+) -> DatasetManifest:
+    """The dataset from its sources once more, into the scratch store; without the rows that were erased since."""
     connect()
+    from forge_ray.data import erased, subject
     from forge_ray.data.build import build, index_sources
 
-    return build(manifest.name, config.data, base, there.store, index_sources(config.data, it.update), it.update)
+    for path in (subject.KEY, *store.list(erased.FOLDER)):  # what the store says must be left out
+        if store.exists(path):
+            store.link(path, f"{folder}/{path}")
+    try:
+        return build(manifest.name, config.data, base, there.store, index_sources(config.data, it.update), it.update)
+    finally:
+        there.store.delete(subject.KEY)
 
 
 def _sources(old: DatasetManifest, new: DatasetManifest) -> Differences:
@@ -200,7 +211,8 @@ def _sources(old: DatasetManifest, new: DatasetManifest) -> Differences:
 
 
 def _counts(manifest: DatasetManifest) -> dict[str, Any]:
-    return {"format": manifest.format, "records": {name: split.num_records for name, split in manifest.splits.items()}}
+    records = {name: split.num_records for name, split in manifest.splits.items()}
+    return {"format": manifest.format, "records": records, "erased": sum(map(len, manifest.erased.values()))}
 
 
 def _precision(
@@ -222,7 +234,7 @@ def _after(store: Store, record: RunRecord, scratch: Store, again: RunRecord) ->
     if again.id != record.id:
         found["settings"] = [record.id, again.id]
     found |= difference.environments(store, record, scratch, again)
-    for name in ("num_steps", "order_digest", "stopped_early", "export_step"):
+    for name in ("num_steps", "order_key", "order_digest", "stopped_early", "export_step"):
         if getattr(record, name) != getattr(again, name):
             found[name] = [getattr(record, name), getattr(again, name)]
     sizes = [run.attempts[-1]["world_size"] if run.attempts else None for run in (record, again)]
@@ -244,7 +256,7 @@ def _first_other_step(store: Store, record: RunRecord, scratch: Store, again: Ru
         sides.append({line["step"]: line.get("loss") for line in lines})
     before, after = sides
     step = next((step for step in sorted(before.keys() & after.keys()) if before[step] != after[step]), None)
-    return {} if step is None else {"first_step": step, "was": before[step], "is": after[step]}
+    return {} if step is None else {f"step {step}": [before[step], after[step]]}
 
 
 def _weights(
@@ -332,7 +344,7 @@ def told(found: dict[str, Any]) -> list[str]:
             lines.append(
                 f"  {weights['num_differ']} of {weights['num_tensors']} tensors differ, by {weights['largest']:.3g} at most"
             )
-            for item in weights["tensors"]:
+            for item in weights["tensors"][:ON_A_TERMINAL]:
                 kinds = f"  {item['was']} → {item['is']}" if "was" in item else ""
                 largest = f"  {item['largest']:.3g} at most, in {item['share']:.1%} of it" if "largest" in item else ""
                 lines.append(f"    {item['name']}{largest}{kinds}")

@@ -120,7 +120,7 @@ def put_version(
         order_digest="",
         attempts=({"world_size": 2, "environments": [digest(lock)]},),
         code_digest=f"sha256:{name}",
-        code_commit=name * 20,
+        code_commit=name * 40,
         environment={},
         environment_digest=digest(lock),
         hardware=lock["hardware"],
@@ -130,7 +130,7 @@ def put_version(
     )
     catalog.put(record)
     items = [{"record": key, "reference": "yes", "prediction": text} for key, text in answers.items()]
-    data = b"".join(canonical_json(item) + b"\n" for item in items)
+    data, safety = b"".join(canonical_json(item) + b"\n" for item in items), b'{"failures":[]}\n'
     report = catalog.put(
         EvalReport(
             subject=run,
@@ -141,10 +141,25 @@ def put_version(
             num_examples=len(items),
             metrics={"exact_match": sum(text == "yes" for text in answers.values()) / len(items)},
             per_class={},
-            items_sha256=hashlib.sha256(data).hexdigest(),
+            items_sha256=hashlib.sha256(data + safety).hexdigest(),
+            costs={"latency_ms_per_token": lr * 1000},
         ).sealed()
     )
     store.write(f"evals/{report.id}/items.jsonl", data)
+    store.write(f"evals/{report.id}/safety.jsonl", safety)
+    catalog.put(  # a leak audit is a report too, whose items are not answers
+        EvalReport(
+            subject=run,
+            subject_digest=files_digest(files),
+            dataset=manifest.id,
+            split="train",
+            config={"leak": {}},
+            num_examples=1,
+            metrics={"exposure": lr},
+            per_class={},
+            items_sha256="",
+        ).sealed()
+    )
     return catalog.put(
         ModelVersion(
             name=name,
@@ -184,7 +199,7 @@ def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[Model
     assert found["data"]["moved"] == 1  # rec_9: what was a test is trained on
     assert found["data"]["counts"]["train.num_records"] == [3, 4]
     assert found["config"] == {"train.optimizer.lr": [1e-3, 1e-2]}
-    assert found["code"] == {"commit": ["a" * 20, "b" * 20], "digest": ["sha256:a", "sha256:b"]}
+    assert found["code"] == {"commit": ["a" * 40, "b" * 40], "digest": ["sha256:a", "sha256:b"]}
     assert found["environment"] == {
         "packages.numpy": ["2.3.5 (RECORD bbbbbbbbbbbb)", "2.3.5 (RECORD eeeeeeeeeeee)"],
         "packages.torch": ["2.13.0", "2.12.0"],
@@ -192,7 +207,7 @@ def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[Model
         "switches.OMP_NUM_THREADS": [None, "2"],
         "threads": [1, 2],
     }
-    assert found["hardware"] == {"hardware.cpu": ["EPYC", "Xeon"], "hardware.cpu_flags": [["avx512f"], ["amx_bf16"]]}
+    assert found["hardware"] == {"cpu": ["EPYC", "Xeon"], "cpu_flags": [["avx512f"], ["amx_bf16"]]}
     (report,) = found["evaluation"]
     assert report["metrics"] == {"exact_match": [2 / 3, 0.5]}
     assert (report["num_common"], report["right"]) == (2, [1, 1])
@@ -206,8 +221,10 @@ def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[Model
         "  train: 2 records in both, 1 only in the first, 2 only in the second",
         "  1 records are in another split",
         "  train.optimizer.lr: 0.001 → 0.01",
+        f"  commit: {'a' * 12}… → bbbbbbbbbbbb…",
         "  packages.torch: 2.13.0 → 2.12.0",
-        "  hardware.cpu_flags: avx512f → amx_bf16",
+        "    costs latency_ms_per_token: 1 → 10",
+        "  cpu_flags: avx512f → amx_bf16",
         '      rec_8  wants "yes": "yes" → "no"',
         "equal: cost, size",
     ):
@@ -221,7 +238,8 @@ def test_a_version_does_not_differ_from_itself(catalog: Catalog, versions: tuple
     assert [found[name] for name in ("data", "config", "code", "environment", "hardware", "gate", "cost", "size")] == [
         {}
     ] * 8
-    (report,) = found["evaluation"]
+    report, leak = found["evaluation"]
+    assert leak["metrics"] == {"exposure": [1e-3, 1e-3]}
     assert (report["right_to_wrong"], report["wrong_to_right"], report["num_common"]) == ([], [], 3)
 
 
@@ -251,6 +269,28 @@ def test_the_verb_prints_both_ways(catalog: Catalog, versions: tuple[ModelVersio
     assert (done.exit_code, "wrong → right: 1" in done.output) == (0, True)
     assert json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)["config"] == {"train.optimizer.lr": [1e-3, 1e-2]}
     assert CliRunner().invoke(cli, ["diff", versions[0].id, "nothing", "--store", catalog.store.root]).exit_code == 2
+
+
+def test_sections_in_a_list_are_named_by_their_number() -> None:
+    old = {"sources": [{"path": "a", "weight": 1.0}, {"path": "b"}], "curate": [{"rule": "x"}]}
+    new = {"sources": [{"path": "a", "weight": 2.0}, {"path": "c"}], "curate": []}
+    assert difference.changes(old, new) == {
+        "curate": [[{"rule": "x"}], []],
+        "sources.0.weight": [1.0, 2.0],
+        "sources.1.path": ["b", "c"],
+    }
+
+
+def test_an_imported_version_has_no_settings_to_compare(
+    catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]
+) -> None:
+    values = versions[0].model_dump() | {"run": "", "evals": (), "id": "", "status": "imported", "source": "folder"}
+    imported = catalog.put(ModelVersion.model_validate(values).sealed())
+    found = difference.diff(catalog, imported.id, versions[1].id)
+    assert found["config"] == {"run": [None, "run_b"]}
+    assert found["data"] == {"dataset": [None, catalog.get_as(RunRecord, "run_b").dataset]}
+    assert found["environment"] == {}
+    assert "run: – → run_b" in "\n".join(difference.told(found))
 
 
 # ---------------------------------------------------------------- reproduce, before anything is computed
