@@ -93,7 +93,8 @@ SURFACE = {
     "alias promote": {"--why", "--url"},
     "alias rollback": {"--why", "--url"},
     "alias archive": {"--why"},
-    "lineage": {"--to", "--rows"},
+    "trace": {"--file", "--subject"},
+    "lineage": {"--to", "--rows", "--svg", "--html"},
     "catalog rebuild": set(),
 }
 

@@ -27,12 +27,14 @@ ROWS: tuple[set[str], ...] = (
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
     {"train", "evaluate", "lineage", "signers"},  # L3
+    {"impact", "lineage_page"},
+    {"trace"},
     {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
     {"pipeline"},  # L5
     {"job", "quickstart", "submit"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_trace"},
     {"cli_trust"},
     {"cli"},
 )
