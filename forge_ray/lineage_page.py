@@ -13,7 +13,8 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from forge_ray.catalog import Catalog
+from forge_ray.catalog import Catalog, described
+from forge_ray.records import ModelVersion
 
 BOX_W, BOX_H, GAP_X, GAP_Y, BEND_H, MARGIN = 264, 64, 72, 18, 10, 24
 CHARS = 36  # of a monospaced font of 11 pixels, 6.6 wide, that fit into a box
@@ -48,32 +49,42 @@ class Graph:
 
 
 def graph_of(catalog: Catalog, found: dict[str, Any]) -> Graph:
-    """Nodes and edges of what `lineage.lineage` found."""
+    """Everything that what `lineage.lineage` found was made from, and everything that was made of it."""
     graph = Graph(found["id"])
     pointing: dict[str, list[str]] = {}
-    for alias, version in catalog.aliases().items():
-        pointing.setdefault(version, []).append(alias)
+    for alias, version in sorted(catalog.aliases().items()):
+        pointing.setdefault(version, []).append(f"alias {alias}")
     archived = catalog.archived()
 
-    def add(node: dict[str, Any]) -> None:
-        identifier, kind = node["id"], node.get("kind", "record")
-        status = [*(f"alias {alias}" for alias in sorted(pointing.get(identifier, ())))]
-        status += ["archived"] if identifier in archived else []
-        if kind in ("deployments", "runs", "missing"):
-            events = catalog.events("deployment" if kind == "deployments" else "run", identifier)
-            status += [str(events[-1].data["state"])] if events else []
-        status += [f"in {node['split']}"] if node.get("split") else []
-        known = graph.nodes.get(identifier)
-        if known is None or len(" · ".join(status)) > len(known.status):
-            graph.nodes[identifier] = Node(identifier, kind, node.get("label", ""), " · ".join(status))
-        for below in node.get("origins", ()):
-            graph.edges.add((below["id"], identifier))
-            add(below)
-        for above in node.get("uses", ()):
-            graph.edges.add((identifier, above["id"]))
-            add(above)
+    def add(identifier: str, *status: str) -> None:
+        kind, label = described(catalog, identifier)
+        events = catalog.events("deployment" if kind == "deployments" else "run", identifier)
+        if kind == "models":
+            status = (*status, catalog.get_as(ModelVersion, identifier).status)
+        status = (*status, *(str(event.data["state"]) for event in events[-1:]), *pointing.get(identifier, ()))
+        status = (*status, "archived") if identifier in archived else status
+        graph.nodes[identifier] = Node(identifier, kind, label, " · ".join(status))
 
-    add(found)
+    def follow(start: str, upwards: bool) -> None:
+        waiting = [start]
+        while waiting:
+            identifier = waiting.pop()
+            for near in catalog.parents(identifier) if upwards else catalog.children(identifier):
+                graph.edges.add((near, identifier) if upwards else (identifier, near))
+                if near not in graph.nodes:
+                    add(near)
+                    waiting.append(near)
+
+    if "row" in found:
+        graph.nodes[found["id"]] = Node(found["id"], "record", found["label"], "")
+        for dataset in found["uses"]:
+            graph.edges.add((found["id"], dataset["id"]))
+            add(dataset["id"], f"in {dataset['split']}")
+            follow(dataset["id"], upwards=False)
+        return graph
+    add(found["id"])
+    follow(found["id"], upwards=True)
+    follow(found["id"], upwards=False)
     return graph
 
 
