@@ -84,7 +84,7 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
-    from forge_ray.data import erased, work
+    from forge_ray.data import erased, index, work
     from forge_ray.data.build import index_sources, input_digest
     from forge_ray.data.dataset import tokenizer_digest
 
@@ -101,6 +101,8 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
         sources = index_sources(config.data, it.update)
         known = known_version(sources)
         found = known or _built(config, catalog, base, sources, it)
+        if known is None:
+            index.build(catalog.store, found)
         counts = ", ".join(f"{name} {stats.num_records}" for name, stats in found.splits.items())
         counts += f", {sum(found.rejects.values())} quarantined" if found.rejects else ""
         dropped = sum(step.before - step.after for step in found.curation)

@@ -27,7 +27,8 @@ ROWS: tuple[set[str], ...] = (
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
     {"train", "safety", "gate", "lineage", "signers"},  # L3
-    {"evaluate"},
+    {"evaluate", "impact", "lineage_page"},
+    {"trace"},
     {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs", "papers"},  # L4
     {"difference"},
     {"reports"},
@@ -36,7 +37,7 @@ ROWS: tuple[set[str], ...] = (
     {"show"},
     {"verbs"},  # L6
     {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor"},
-    {"cli_reproduce"},
+    {"cli_reproduce", "cli_trace"},
     {"cli_trust", "cli_papers"},
     {"cli"},
 )
