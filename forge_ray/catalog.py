@@ -316,12 +316,18 @@ def tree(catalog: Catalog, record_id: str, towards: str = "origins") -> dict[str
     follow = catalog.parents if towards == "origins" else catalog.children
 
     def node(identifier: str, path: tuple[str, ...]) -> dict[str, Any]:
-        record = catalog.get(identifier) if catalog.has(identifier) else None
         below = [node(near, (*path, near)) for near in follow(identifier) if near not in path]
-        label = "not finished" if record is None and catalog.events("run", identifier) else _label(record)
-        return {"id": identifier, "kind": record.kind if record else "missing", "label": label, towards: below}
+        kind, label = described(catalog, identifier)
+        return {"id": identifier, "kind": kind, "label": label, towards: below}
 
     return node(record_id, (record_id,))
+
+
+def described(catalog: Catalog, identifier: str) -> tuple[str, str]:
+    """Kind and label of a node of the lineage; `missing` where the store has no record of it."""
+    record = catalog.get(identifier) if catalog.has(identifier) else None
+    label = "not finished" if record is None and catalog.events("run", identifier) else _label(record)
+    return record.kind if record else "missing", label
 
 
 def walk(catalog: Catalog, start: str, goal: str) -> list[str]:

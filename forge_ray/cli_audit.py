@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def audit() -> None:
-    """Prove afterwards what was done: data, log, verify."""
+    """Prove afterwards what was done: data, leak, log, verify."""
 
 
 @verb(audit, "data")
@@ -56,3 +56,51 @@ def audit_data(store: Store, as_json: bool, run: str, shown: tuple[int, ...]) ->
             hint="do not release what it trained; compare the store with a backup",
         )
     return asdict(found) | {"steps": steps}
+
+
+@verb(audit, "leak")
+@click.argument("reference", metavar="run_…|mv_…|ALIAS")
+@click.option("--max-records", default=64, show_default=True, help="Training records, and as many held-out ones.")
+@click.option("--candidates", default=127, show_default=True, help="Codes that each canary's is ranked among.")
+@click.option("--seed", default=0, show_default=True, help="Draws records, candidates and the bootstrap.")
+def audit_leak(store: Store, as_json: bool, reference: str, max_records: int, candidates: int, seed: int) -> Any:
+    """What the weights give away of the rows they were trained on: membership, extraction, exposure of canaries."""
+    from forge_ray import pipeline
+    from forge_ray.config.base import parse
+    from forge_ray.config.release import LeakConfig
+
+    values = {"max_records": max_records, "candidates": candidates, "seed": seed}
+    report = pipeline.audit_leak(reference, store, parse(LeakConfig, values, where="forge audit leak"))
+    if not as_json:
+        from forge_ray.show import print_table
+
+        told, records, canaries = report.metrics, report.per_slice["records"], report.per_slice["canaries"]
+
+        def value(name: str, form: str = ".3f") -> str:
+            return format(told[name], form) if name in told else "-"
+
+        rows = [
+            (
+                "membership AUC",
+                f"{value('leak_auc')}  [{value('leak_auc_low')}, {value('leak_auc_high')}]",
+                "",
+                "leak_auc_base",
+            ),
+            ("loss gap, nats per token", value("leak_gap"), "", "leak_gap_base"),
+            ("said word for word", value("extraction_rate", ".1%"), value("extraction_rate_held_out", ".1%"), ""),
+            (
+                "exposure, bits, mean",
+                value("exposure_mean", ".2f"),
+                value("exposure_held_out_mean", ".2f"),
+                "exposure_base_mean",
+            ),
+            ("exposure, bits, worst", value("exposure_max", ".2f"), "", ""),
+        ]
+        print_table(
+            f"{report.subject}: {records['train']['count']:.0f} training and {records['held_out']['count']:.0f} held-out"
+            f" records, {canaries['train']['count']:.0f} and {canaries['held_out']['count']:.0f} canaries",
+            ("", "training rows", "held out", "base model"),
+            [(what, mine, other, value(base) if base else "") for what, mine, other, base in rows],
+        )
+        click.echo(f"{report.id}  a model that does not know its canaries has 1.44 bits on average, an AUC of 0.5")
+    return report

@@ -1,4 +1,4 @@
-"""`forge data …`: prepare, list, show, card, diff, find, export, clean (level 6)."""
+"""`forge data …`: prepare, list, show, card, diff, find, export, canaries, clean (level 6)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def data() -> None:
-    """Datasets: prepare, list, show, card, diff, find, export, clean."""
+    """Datasets: prepare, list, show, card, diff, find, export, canaries, clean."""
 
 
 @verb(data, "prepare")
@@ -165,6 +165,21 @@ def data_export(store: Store, as_json: bool, dataset: str, target: Path, split: 
     if not as_json:
         click.echo(f"{count:,} records in {target}")
     return {"dataset": dataset, "split": split, "file": str(target), "records": count}
+
+
+@verb(data, "canaries")
+@click.argument("target", metavar="OUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--count", default=32, show_default=True, help="Rows; some of them will be held out, which is their control.")
+@click.option("--digits", default=8, show_default=True, help="Length of each row's random code.")
+@click.option("--seed", default=0, show_default=True)
+def data_canaries(store: Store, as_json: bool, target: Path, count: int, digits: int, seed: int) -> Any:
+    """Rows with random codes, to list among data.sources: `forge audit leak` then measures how well they are remembered."""
+    from forge_ray.data import canaries
+
+    canaries.write(target, canaries.generate(count, digits, seed))
+    if not as_json:
+        click.echo(f"{count} canaries in {target}; add to data.sources: {{path: {target}, name: canaries}}")
+    return {"file": str(target), "count": count, "digits": digits, "seed": seed}
 
 
 @verb(data, "clean")

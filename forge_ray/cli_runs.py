@@ -1,7 +1,8 @@
-"""`forge runs …`: what was trained, how it went, and a checkpoint of it to serve (level 6)."""
+"""`forge runs …`: what was trained, how it went, how attempts compare, and a checkpoint of one to serve (level 6)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,20 +15,28 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def runs() -> None:
-    """Training runs: list, show, export."""
+    """Training runs: list, show, export, compare."""
 
 
 @verb(runs, "list")
 def runs_list(store: Store, as_json: bool) -> Any:
-    """Every training run that has started, with its last state."""
+    """Every training run that has started: its state, what changed against the one before, and what that brought."""
     from forge_ray.catalog import Catalog
-    from forge_ray.show import print_table, started_runs
+    from forge_ray.compare_runs import attempts, listed
+    from forge_ray.show import print_table
 
     with Catalog(store) as index:
-        found = started_runs(index)
+        found = listed(attempts(index))
     if not as_json:
-        rows = [(r["id"], r["state"], r["name"], r["steps"], r["loss"], r["dataset"], r["at"][:19]) for r in found]
-        print_table("Runs", ("run", "state", "name", "steps", "loss", "dataset", "since (UTC)"), rows)
+        header = ("run", "state", "name", "steps", "score", "change", "verdict", "changed", "since (UTC)")
+        rows = []
+        for r in found:
+            score = f"{r['metric']} {r['score']:.4g}" if r["score"] is not None else ""
+            gain = f"{r['gain']:+.4g}" if r["gain"] is not None else ""
+            rows.append(
+                (r["id"], r["state"], r["name"], r["steps"], score, gain, r["verdict"], r["changed_in_words"], r["at"][:16])
+            )
+        print_table("Runs", header, rows)
     return found
 
 
@@ -57,3 +66,21 @@ def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
     if not as_json:
         click.echo(f"serve it: forge serve jobs/deploy.yaml --set model={version.id}")
     return version
+
+
+@verb(runs, "compare")
+@click.argument("run_ids", metavar="run_… run_… …", nargs=-1, required=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="FILE.png, or FILE.html with the differences.")
+def runs_compare(store: Store, as_json: bool, run_ids: tuple[str, ...], out: Path | None) -> Any:
+    """Loss curves and scores of several runs in one picture, and what differs between them."""
+    from forge_ray.catalog import Catalog
+    from forge_ray.compare_runs import compare, table
+    from forge_ray.show import print_table
+
+    with Catalog(store) as index:
+        found, target = compare(index, run_ids, out)
+    header, *rows = table(found)
+    if not as_json:
+        print_table("Runs compared", tuple(header), rows)
+        click.echo(f"written: {target}")
+    return {"file": str(target), "runs": header[1:], "table": {row[0]: row[1:] for row in rows}}

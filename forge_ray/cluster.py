@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 from forge_ray.config.train import Scaling
 from forge_ray.errors import ConfigError
 from forge_ray.hardware import gpu_named, main_memory
-from forge_ray.offline import SWITCHES, set_offline_switches
+from forge_ray.offline import SWITCHES, set_offline_switches, without_usage_reports
 from forge_ray.quiet import quiet_libraries
 from forge_ray.store import Store
 
@@ -45,14 +47,39 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             ) from None
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
-        ray.init(
-            address="local",
-            num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        without_usage_reports()
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     quiet_data()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started here has the address 127.0.0.1: its ports are closed to the network, and no name server is asked
+    who the node is. Its processes look for no dashboard, for there is none: Ray Train's own (2.60) would ask that of any
+    other cluster on this machine whether its controller lives, and end the run when told that it does not.
+    """
+    from ray._private import ray_constants
+
+    own = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+    before = {name: os.environ.get(name) for name in own}
+    several, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = several
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def quiet_data() -> None:

@@ -1,4 +1,4 @@
-"""Evaluation sets through an Engine → scores; and the gate (level 3).
+"""Evaluation sets through an Engine → scores (level 3); `gate` judges them.
 
 The same prompts, engine and scoring for every model. Three views of the same held-out rows, because a small chat model can
 fail the first on format alone: the generated answer (exact match), the likeliest of a label set, and the loss.
@@ -9,21 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.release import EvalConfig, Gate
+from forge_ray.config.release import Contamination, EvalConfig
+from forge_ray.data.canaries import is_canary
 from forge_ray.data.chat import chat_tokenizer, encode_chat, prompt_ids
+from forge_ray.data.contamination import contaminated, stream_records
 from forge_ray.data.dataset import read_records
-from forge_ray.errors import ConfigError, DataError
+from forge_ray.errors import DataError
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
 from forge_ray.records import DatasetManifest, EvalReport
+from forge_ray.safety import SafetyPrompt, answer_prompts
 from forge_ray.store import Store
 
 OTHER = "(other)"
 BATCH = 64
+TIMED_PROMPTS = 5
+TIMED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Example:
     messages: tuple[dict[str, Any], ...]
     tools: list[Any] | None
     answer: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,28 @@ class Subject:
 
 
 def examples(store: Store, manifest: DatasetManifest, config: EvalConfig) -> list[Example]:
-    """The chat rows of the split by record id; raises `DataError` when there is none."""
+    """The chat rows of the split by record id, canaries left out; raises `DataError` when there is none."""
     found = []
     for row in read_records(store, manifest, config.split):
+        if is_canary(row["content"]):
+            continue
         messages = row["content"].get("messages", [])
         if messages and messages[-1]["role"] == "assistant" and messages[-1].get("content"):
             context = tuple({**message, "weight": 0} for message in messages[:-1])
-            found.append(Example(row["record"], context, row["content"].get("tools"), messages[-1]["content"]))
+            tools, answer = row["content"].get("tools"), messages[-1]["content"]
+            found.append(Example(row["record"], context, tools, answer, source_name(manifest, row)))
     if not found:
         raise DataError(
             f"{manifest.id} has no chat row that ends in an answer in its {config.split} split",
             hint="raise data.splits, or evaluate the other split with eval.split",
         )
     return found[: config.max_examples or None]
+
+
+def source_name(manifest: DatasetManifest, row: dict[str, Any]) -> str:
+    """The mixture's name of the source that a record came from; its file, in versions that have no mixture."""
+    number = row.get("source")
+    return manifest.mixture[number].name if number is not None and number < len(manifest.mixture) else row["file"]
 
 
 def label_set(store: Store, manifest: DatasetManifest, config: EvalConfig) -> tuple[str, ...]:
@@ -93,6 +109,7 @@ def score_examples(
             scores = dict(zip(candidates, engine.score(prompt, list(candidates.values())), strict=True))
             yield {
                 "record": example.record,
+                "source": example.source,
                 "reference": example.answer,
                 "prediction": tokenizer.decode(generation.token_ids, skip_special_tokens=True),
                 "finish_reason": generation.finish_reason,
@@ -142,10 +159,85 @@ def _class_scores(items: Sequence[dict[str, Any]], label: str) -> dict[str, floa
     return {"precision": precision, "recall": recall, "f1": f1, "support": float(sum(actual))}
 
 
-def evaluate(store: Store, subject: Subject, manifest: DatasetManifest, config: EvalConfig) -> Iterator[dict[str, Any]]:
-    """Score `subject`; yields `{"done", "total"}` on the way and the `EvalReport` as `{"report": …}` at the end."""
-    import time
+def slice_scores(
+    items: Sequence[dict[str, Any]], labels: Sequence[str], slices: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """kind of slice → its value → scores of the items there and their `count`. A reference outside the label set is in the
+    slice `(other)`."""
 
+    def value(item: dict[str, Any], kind: str) -> str:
+        if kind == "source":
+            return str(item["source"])
+        reference = normalise(item["reference"])
+        return reference if reference in labels else OTHER
+
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for kind in slices:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for item in items:
+            groups.setdefault(value(item, kind), []).append(item)
+        found[kind] = {}
+        for of, group in sorted(groups.items()):
+            scores = {name: score for name, score in summarise(group, labels)[0].items() if name != "macro_f1"}
+            found[kind][of] = scores | {"count": float(len(group))}
+    return found
+
+
+def only_finite(
+    metrics: dict[str, float], per_slice: dict[str, dict[str, dict[str, float]]]
+) -> tuple[dict[str, float], dict[str, dict[str, dict[str, float]]], tuple[str, ...]]:
+    """(metrics, per slice, names of what was left out): NaN has no JSON, and a model that diverged has a report too."""
+    undefined = [name for name, value in metrics.items() if not math.isfinite(value)]
+    kept: dict[str, dict[str, dict[str, float]]] = {}
+    for kind, values in per_slice.items():
+        kept[kind] = {}
+        for of, scores in values.items():
+            undefined += [f"{kind}:{of}:{name}" for name, value in scores.items() if not math.isfinite(value)]
+            kept[kind][of] = {name: value for name, value in scores.items() if math.isfinite(value)}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}, kept, tuple(undefined)
+
+
+def latency_ms_per_token(engine: Engine, tokenizer: Any, found: Sequence[Example]) -> float | None:
+    """Median over a few single requests of `TIMED_TOKENS` tokens each, prompt included. No stop token, so that every model
+    says as many; None where no prompt leaves room for them."""
+    times = []
+    for example in found:
+        prompt = tuple(prompt_ids(tokenizer, list(example.messages), example.tools))
+        if len(prompt) + TIMED_TOKENS > engine.max_request_tokens:
+            continue
+        started = time.perf_counter()
+        engine.generate([GenerationRequest(prompt, TIMED_TOKENS)])
+        times.append((time.perf_counter() - started) * 1000 / TIMED_TOKENS)
+        if len(times) == TIMED_PROMPTS:
+            break
+    return sorted(times)[len(times) // 2] if times else None
+
+
+def size_bytes(store: Store, subject: Subject) -> int:
+    """Of the safetensors that an engine loads to answer as `subject`."""
+    folders = [folder for folder in (subject.folder, subject.adapter) if folder]
+    return sum(e.size for folder in folders for e in store.files(folder) if e.path.endswith(".safetensors"))
+
+
+def find_contamination(
+    store: Store, manifest: DatasetManifest, found: Sequence[Example], config: EvalConfig, rule: Contamination
+) -> list[dict[str, Any]]:
+    """See `data.contamination`; of the rows that are evaluated, and no others."""
+    wanted = {example.record for example in found}
+    rows = (row for row in stream_records(store, manifest, config.split) if row["record"] in wanted)
+    return contaminated(rows, stream_records(store, manifest, "train"), rule)
+
+
+def evaluate(
+    store: Store,
+    subject: Subject,
+    manifest: DatasetManifest,
+    config: EvalConfig,
+    prompts: tuple[SafetyPrompt, ...],
+    settings: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Score `subject`; yields `{"done", "total"}` on the way and the `EvalReport` as `{"report": …}` at the end.
+    `prompts` are those of the files that `config.safety` names; `settings` is what the report says of its config."""
     import torch
 
     from forge_ray.data.chat import load_tokenizer_dir
@@ -157,33 +249,57 @@ def evaluate(store: Store, subject: Subject, manifest: DatasetManifest, config: 
     adapter = store.fetch_dir(subject.adapter) if subject.adapter else None
     tokenizer = load_tokenizer_dir(folder)
     found, labels = examples(store, manifest, config), label_set(store, manifest, config)
+    shared = find_contamination(store, manifest, found, config, config.contamination) if config.contamination else []
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
-    items = []
+    items, answers, total = [], [], len(found) + len(prompts)
     try:
         for item in score_examples(engine, tokenizer, found, labels, config):
             items.append(item)
-            yield {"done": len(items), "total": len(found)}
+            yield {"done": len(items), "total": total}
+        for answer in answer_prompts(engine, tokenizer, prompts, config.safety_max_new_tokens):
+            answers.append(answer)
+            yield {"done": len(items) + len(answers), "total": total}
+        latency = latency_ms_per_token(engine, tokenizer, found)
     finally:
         engine.close()
     metrics, per_class = summarise(items, labels)
-    lines = "".join(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in items).encode()
+    if prompts:
+        metrics["safety_pass_rate"] = sum(not answer["failures"] for answer in answers) / len(answers)
+    if config.contamination:
+        metrics["contamination"] = len(shared) / len(items)
+    metrics, per_slice, undefined = only_finite(metrics, slice_scores(items, labels, config.slices))
+    costs = {"size_bytes": float(size_bytes(store, subject))} | ({"latency_ms_per_token": latency} if latency else {})
+    kept = {"items.jsonl": items}
+    kept |= {"safety.jsonl": answers} if prompts else {}
+    kept |= {"contaminated.jsonl": shared} if config.contamination else {}
+    written = {name: json_lines(rows) for name, rows in kept.items()}
     report = EvalReport(
         subject=subject.id,
         subject_digest=subject.digest,
         dataset=manifest.id,
         split=config.split,
-        config=config.model_dump(mode="json"),
+        config=settings,
         num_examples=len(items),
         metrics=metrics,
         per_class=per_class,
-        items_sha256=hashlib.sha256(lines).hexdigest(),
+        per_slice=per_slice,
+        undefined=undefined,
+        items_sha256=hashlib.sha256(b"".join(written.values())).hexdigest(),
+        costs=costs,
         seconds=round(time.monotonic() - started, 3),
     ).sealed()
     with store.staged_dir(f"evals/{report.id}") as target:
-        (target / "items.jsonl").write_bytes(lines)
+        for name, lines in written.items():
+            (target / name).write_bytes(lines)
         if labels:
             plot_confusion(items, labels, target / "confusion.png", f"{subject.id} · {config.split} of {manifest.id}")
     yield {"report": report.model_dump(mode="json")}
+
+
+def json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    """One object a line; what is not a finite number is null, for JSON has no word for it."""
+    plain = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
+    return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in plain).encode()
 
 
 def plot_confusion(items: Sequence[dict[str, Any]], labels: Sequence[str], path: Path, title: str) -> None:
@@ -214,32 +330,3 @@ def plot_confusion(items: Sequence[dict[str, Any]], labels: Sequence[str], path:
     axes.set(xlabel="generated answer", ylabel="reference")
     axes.set_title(title, fontsize=9)
     figure.savefig(path)
-
-
-def judge(gate: Gate, report: EvalReport, incumbents: dict[str, EvalReport | None]) -> tuple[str, ...]:
-    """Reasons why `report` does not pass; empty when it does. `incumbents` maps the names in the gate to their reports."""
-    reasons = []
-    for name, threshold in gate.thresholds.items():
-        value = _metric(report, name)
-        if threshold.min is not None and value < threshold.min:
-            reasons.append(f"{name}={value:.4g} is below the minimum {threshold.min:g}")
-        if threshold.max is not None and value > threshold.max:
-            reasons.append(f"{name}={value:.4g} is above the maximum {threshold.max:g}")
-    for rule in gate.better_than:
-        other = incumbents[rule.incumbent]
-        if other is None:  # an alias that points nowhere yet
-            continue
-        value, rival = _metric(report, rule.metric), _metric(other, rule.metric)
-        gain = rival - value if rule.metric in ("loss", "perplexity") else value - rival
-        if gain < rule.margin or gain <= 0:
-            reasons.append(f"{rule.metric}={value:.4g} is not better than {rule.incumbent} ({rival:.4g}) by {rule.margin:g}")
-    return tuple(reasons)
-
-
-def _metric(report: EvalReport, name: str) -> float:
-    if name not in report.metrics:
-        raise ConfigError(
-            f"release.gate names the metric {name!r}, which {report.id} does not have",
-            hint=f"one of {', '.join(sorted(report.metrics))}",
-        )
-    return report.metrics[name]

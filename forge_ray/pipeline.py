@@ -10,12 +10,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from forge_ray import gate, reports
 from forge_ray.catalog import Catalog
 from forge_ray.cluster import connect, open_store, room_of_a_worker
-from forge_ray.config.base import config_digest, resolved
-from forge_ray.config.release import DeployConfig, EvalConfig
+from forge_ray.config.base import config_digest, parse, resolved
+from forge_ray.config.release import DeployConfig, EvalConfig, LeakConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound, TrainingError
 from forge_ray.hardware import resolve_precision
@@ -33,7 +34,6 @@ from forge_ray.store import Store
 
 if TYPE_CHECKING:
     from forge_ray.data.ingest import IndexedFile
-    from forge_ray.evaluate import Subject
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
 
@@ -84,7 +84,7 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
-    from forge_ray.data import erased, work
+    from forge_ray.data import erased, index, work
     from forge_ray.data.build import index_sources, input_digest
     from forge_ray.data.dataset import tokenizer_digest
 
@@ -101,6 +101,8 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
         sources = index_sources(config.data, it.update)
         known = known_version(sources)
         found = known or _built(config, catalog, base, sources, it)
+        if known is None:
+            index.build(catalog.store, found)
         counts = ", ".join(f"{name} {stats.num_records}" for name, stats in found.splits.items())
         counts += f", {sum(found.rejects.values())} quarantined" if found.rejects else ""
         dropped = sum(step.before - step.after for step in found.curation)
@@ -126,16 +128,6 @@ def _built(
 
 def train(config: RunConfig, store: Store) -> RunRecord:
     """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
-    from forge_ray import follow
-    from forge_ray.candidates import export_best
-    from forge_ray.preflight import refuse_impossible, report_reach
-    from forge_ray.recipes import sft
-    from forge_ray.train import attempts, launch
-    from forge_ray.train.job import TrainJob, run_id
-    from forge_ray.train.record import run_record
-    from forge_ray.train.sinks import open_sinks
-
-    loops = {"sft": (sft.train_loop, sft.validate_checkpoint)}
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     with Catalog(store) as catalog:
         base = import_base(config, catalog)
@@ -154,39 +146,57 @@ def train(config: RunConfig, store: Store) -> RunRecord:
                 f"{manifest.id} has no validation rows: nothing says which checkpoint is the best, or when to stop",
                 hint="set data.splits.validation, or leave out keep_best, early_stopping and export_step=best",
             )
-        identifier = run_id(config.train, precision, manifest, base)
-        with stage("train") as it:
-            if catalog.has(identifier):
-                it.done(f"{identifier}  already trained")
-                return catalog.get_as(RunRecord, identifier)
-            if config.train.scaling.max_workers:
-                connect()
-            if not store.exists(f"runs/{identifier}/result.json"):
-                refuse_impossible(config, store, precision, base, manifest, identifier)
-            store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
-            job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
-            store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
-            report_reach(store, identifier, base, config.train.adapter)
-            tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
-            sinks = open_sinks(store, identifier, config.name, config.train, tags)
-            if not store.exists(f"runs/{identifier}/result.json"):
-                catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
-                try:
-                    with attempts.driving(store, identifier), follow.followed(it, store, identifier, sinks):
-                        loop, validate = loops[config.train.method]
-                        launch.fit(loop, job, validate)
-                except TrainingError as error:
-                    catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
-                    sinks.close(failed=True)
-                    raise
-            sinks.close(failed=False)
-            export_best(job)
-            record = catalog.put(run_record(job, config))
-            catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
-            speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
-            told = f"{record.num_steps} steps{follow.early(record)}, loss {record.metrics['loss']:.3f}, {speed}"
-            it.done(f"{record.id}  {told}{follow.trouble(record)}")
-            return record
+        return train_on(config, catalog, base, manifest, precision)
+
+
+def train_on(
+    config: RunConfig, catalog: Catalog, base: ModelVersion, manifest: DatasetManifest, precision: Literal["bf16", "fp32"]
+) -> RunRecord:
+    """Train on what the store holds; the sources of the rows are not looked at."""
+    from forge_ray import follow
+    from forge_ray.candidates import export_best
+    from forge_ray.preflight import refuse_impossible, report_reach
+    from forge_ray.recipes import sft
+    from forge_ray.train import attempts, launch
+    from forge_ray.train.job import TrainJob, run_id
+    from forge_ray.train.record import run_record
+    from forge_ray.train.sinks import open_sinks
+
+    loops = {"sft": (sft.train_loop, sft.validate_checkpoint)}
+    store, identifier = catalog.store, run_id(config.train, precision, manifest, base)
+    with stage("train") as it:
+        if catalog.has(identifier):
+            made = [version.id for version in catalog.all(ModelVersion) if version.run == identifier]
+            it.done(f"{identifier}  already trained" + (f": {', '.join(made)}" if made else ", no version made of it yet"))
+            return catalog.get_as(RunRecord, identifier)
+        if config.train.scaling.max_workers:
+            connect()
+        if not store.exists(f"runs/{identifier}/result.json"):
+            refuse_impossible(config, store, precision, base, manifest, identifier)
+        store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
+        job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
+        store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
+        report_reach(store, identifier, base, config.train.adapter)
+        tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
+        sinks = open_sinks(store, identifier, config.name, config.train, tags)
+        if not store.exists(f"runs/{identifier}/result.json"):
+            catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
+            try:
+                with attempts.driving(store, identifier), follow.followed(it, store, identifier, sinks):
+                    loop, validate = loops[config.train.method]
+                    launch.fit(loop, job, validate)
+            except TrainingError as error:
+                catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
+                sinks.close(failed=True)
+                raise
+        sinks.close(failed=False)
+        export_best(job)
+        record = catalog.put(run_record(job, config))
+        catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
+        speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
+        told = f"{record.num_steps} steps{follow.early(record)}, loss {record.metrics['loss']:.3f}, {speed}"
+        it.done(f"{record.id}  {told}{follow.trouble(record)}")
+        return record
 
 
 def plan(
@@ -251,21 +261,13 @@ def _pretty(config: RunConfig) -> bytes:
 
 
 def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
-    """(base, tuned) on the same held-out rows, under the same scoring."""
+    """(base, tuned) on the same held-out rows, under the same scoring; and the leak audit, where eval.leak asks for it."""
     record = train_record(config, store)
     with Catalog(store) as catalog:
-        return _evaluate_both(catalog, record, config.eval)
-
-
-def _evaluate_both(
-    catalog: Catalog, record: RunRecord, config: EvalConfig, quiet: bool = False
-) -> tuple[EvalReport, EvalReport]:
-    manifest = catalog.get_as(DatasetManifest, record.dataset)
-    base = _model_subject(catalog.get_as(ModelVersion, record.base_model))
-    return (
-        _evaluate(catalog, base, manifest, config, "base", quiet),
-        _evaluate(catalog, _run_subject(record), manifest, config, "tuned", quiet),
-    )
+        found = reports.evaluate_both(catalog, record, config.eval)
+        if config.eval.leak:
+            reports.audit_leak(catalog, record, config.eval)
+        return found
 
 
 def train_record(config: RunConfig, store: Store) -> RunRecord:
@@ -282,68 +284,39 @@ def train_record(config: RunConfig, store: Store) -> RunRecord:
         return catalog.get_as(RunRecord, identifier)
 
 
-def _model_subject(version: ModelVersion) -> Subject:
-    from forge_ray.evaluate import Subject
+def audit_leak(reference: str, store: Store, leak: LeakConfig) -> EvalReport:
+    """What a finished run, or a version made of one, gives away of its training rows."""
+    from forge_ray.lineage import resolve
 
-    if version.weights == "adapter":
-        return Subject(version.id, version.files_digest, f"models/{version.base_model}", f"models/{version.id}")
-    return Subject(version.id, version.files_digest, f"models/{version.id}")
-
-
-def _run_subject(record: RunRecord) -> Subject:
-    from forge_ray.evaluate import Subject
-
-    export = f"runs/{record.id}/export"
-    if record.export_kind == "adapter":
-        return Subject(record.id, files_digest(record.export), f"models/{record.base_model}", export)
-    return Subject(record.id, files_digest(record.export), export)
-
-
-def _evaluate(
-    catalog: Catalog, subject: Subject, manifest: DatasetManifest, config: EvalConfig, what: str, quiet: bool = False
-) -> EvalReport:
-    wanted = (subject.id, manifest.id, resolved(config))
-    known = next((r for r in catalog.all(EvalReport) if (r.subject, r.dataset, r.config) == wanted), None)
-    if known and quiet:
-        return known
-    with stage("evaluate") as it:
-        if known:
-            it.done(f"{known.id}  {what}: already evaluated")
-            return known
-        connect()
-        import ray
-
-        from forge_ray.evaluate import evaluate as run_evaluation
-
-        task = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_retries=1)(run_evaluation)
-        report: EvalReport | None = None
-        updates: Any = task.options(num_returns="streaming").remote(catalog.store, subject, manifest, config)
-        for reference in updates:
-            update = ray.get(reference)
-            if "report" in update:
-                report = EvalReport.model_validate(update["report"])
-            else:
-                it.update(update["done"], update["total"], f"{what}: {update['done']}/{update['total']} examples")
-        assert report is not None
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
-        it.done(f"{report.id}  {what}: {scores}")
-        return catalog.put(report)
+    with Catalog(store) as catalog:
+        found = catalog.get(resolve(catalog, reference))
+        run = found.run if isinstance(found, ModelVersion) else found.id
+        if not run or not catalog.has(run):
+            raise NotFound(
+                f"{reference} has no finished run here, so its training rows are not known",
+                hint="give a run (`forge runs list`), or a version that was released from one",
+            )
+        record = catalog.get_as(RunRecord, run)
+        config = parse(EvalConfig, record.config["eval"]).model_copy(update={"leak": leak})
+        if isinstance(found, ModelVersion) and found.files_digest != files_digest(record.export):
+            return reports.audit_leak(catalog, record, config, subject=reports.model_subject(found), num_steps=found.step)
+        return reports.audit_leak(catalog, record, config)
 
 
 def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersion:
     """Gate the run's export and register it: accepted and (with `promote`) the alias moved, or rejected with the reasons."""
-    from forge_ray.evaluate import judge
-
     record = train_record(config, store)
     with Catalog(store) as catalog:
-        base_report, report = _evaluate_both(catalog, record, config.eval, quiet=True)
+        base_report, report = reports.evaluate_both(catalog, record, config.eval, quiet=True)
+        leak = reports.audit_leak(catalog, record, config.eval, quiet=True) if config.eval.leak else None
         manifest = catalog.get_as(DatasetManifest, record.dataset)
         incumbents: dict[str, EvalReport | None] = {"base": base_report}
-        for rule in config.release.gate.better_than:
-            if rule.incumbent not in incumbents:
-                incumbents[rule.incumbent] = _incumbent(catalog, rule.incumbent, record, manifest, config.eval)
+        for name in gate.incumbents_of(config.release.gate):
+            if name not in incumbents:
+                incumbents[name] = reports.incumbent(catalog, name, record, manifest, config.eval)
         with stage("release") as it:
-            reasons = judge(config.release.gate, report, incumbents)
+            checks = gate.checks(config.release.gate, report, incumbents, leak)
+            reasons = gate.reasons(checks)
             version = ModelVersion(
                 name=config.name,
                 status="rejected" if reasons else "accepted",
@@ -353,7 +326,8 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
                 files_digest=files_digest(record.export),
                 base_model=record.base_model,
                 run=record.id,
-                evals=(report.id, base_report.id),
+                evals=_ids(report, base_report, leak, *incumbents.values()),
+                checks=checks,
                 licence=catalog.get_as(ModelVersion, record.base_model).licence,
             ).sealed()
             store.copy_dir(f"runs/{record.id}/export", f"models/{version.id}")
@@ -369,16 +343,8 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
             return version
 
 
-def _incumbent(
-    catalog: Catalog, name: str, record: RunRecord, manifest: DatasetManifest, config: EvalConfig
-) -> EvalReport | None:
-    """The rival's report; None where the alias points nowhere yet, or at this very run."""
-    if name not in catalog.aliases() and not catalog.has(name):
-        return None
-    version = catalog.model(name)
-    if version.run == record.id or version.id in catalog.withdrawn():
-        return None  # a version that learned from erased rows is no rival: it must go in any case
-    return _evaluate(catalog, _model_subject(version), manifest, config, name)
+def _ids(*found: EvalReport | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(report.id for report in found if report))
 
 
 def deploy(config: DeployConfig, store: Store) -> Deployment:

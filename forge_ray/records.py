@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 ID_HEX = 16
+MEASURED_ANEW = frozenset({"latency_ms_per_token"})  # no two measurements agree, so it decides no id
 
 
 def canonical_json(value: Any) -> bytes:
@@ -32,6 +33,11 @@ def short_id(prefix: str, value: Any) -> str:
 
 def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _without_empty(value: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Fields that came later are left out where they are empty: records that were written before keep their ids."""
+    return {key: item for key, item in value.items() if key not in names or item}
 
 
 class Frozen(BaseModel):
@@ -184,7 +190,10 @@ class RunRecord(Record):
     attempts: tuple[dict[str, Any], ...] = Field(description="one per start: world size, first step, host")
     incidents: tuple[dict[str, Any], ...] = Field((), description="what went wrong and what was done about it")
     code_digest: str
+    code_commit: str = Field("", description="git commit of that code where it is known, `-dirty` behind it if changed")
     environment: dict[str, str] = Field(description="versions of the packages that decide numbers")
+    environment_digest: str = Field("", description="of the lock in `environments/`; of the last attempt's first worker")
+    hardware: dict[str, Any] = Field({}, description="the class of that worker's machine")
     metrics: dict[str, float]
     stopped_early: dict[str, Any] | None = Field(None, description="the step at which it ended, of how many, and why")
     adapter: dict[str, Any] = Field({}, description="what an adapter reached: patterns, weights, shares")
@@ -204,11 +213,11 @@ class RunRecord(Record):
 
 
 class EvalReport(Record):
-    """Scores of one set of weights on one evaluation set."""
+    """Scores of one set of weights on one evaluation set; of a leak audit, what they give away of their training rows."""
 
     kind: ClassVar[str] = "evals"
     prefix: ClassVar[str] = "ev"
-    volatile: ClassVar[frozenset[str]] = frozenset({"seconds"})
+    volatile: ClassVar[frozenset[str]] = frozenset({"seconds", "costs"})
 
     subject: str = Field(description="id of the run or model version that was evaluated")
     subject_digest: str
@@ -218,11 +227,28 @@ class EvalReport(Record):
     num_examples: int
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
+    per_slice: dict[str, dict[str, dict[str, float]]] = Field({}, description="kind of slice → its value → scores, count")
+    undefined: tuple[str, ...] = Field((), description="metrics that are not a finite number: a model that diverged")
     items_sha256: str
+    costs: dict[str, float] = Field({}, description="what answering takes: latency_ms_per_token, size_bytes")
     seconds: float = 0.0
 
     def parents(self) -> tuple[str, ...]:
         return self.subject, self.dataset
+
+    def identity(self) -> dict[str, Any]:
+        return _without_empty(super().identity(), "per_slice", "undefined")
+
+
+class Check(Frozen):
+    """One thing that a gate looked at: a value, its bound, and whether it passed; `reason` says why not, or why it was not
+    judged. `value` is None where there is no finite number."""
+
+    name: str
+    value: float | None
+    bound: float | None
+    passed: bool
+    reason: str = ""
 
 
 class ModelVersion(Record):
@@ -244,6 +270,7 @@ class ModelVersion(Record):
     step: int = Field(0, description="of the run's checkpoint, where it is a candidate")
     dataset: str = Field("", description="of a candidate: its run may have no record yet")
     evals: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = Field((), description="what its gate looked at, in the order of the run file")
     licence: str
     source: str = Field(default="", description="where imported weights came from: a file name and its sha256")
     log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
@@ -252,7 +279,10 @@ class ModelVersion(Record):
         return tuple(parent for parent in (self.run, self.dataset, self.base_model, *self.evals) if parent)
 
     def identity(self) -> dict[str, Any]:
-        value = super().identity()
+        value = _without_empty(super().identity(), "checks")
+        for check in value.get("checks", []):
+            if check["name"] in MEASURED_ANEW:
+                check["value"] = None
         return value if self.status == "candidate" else {key: value[key] for key in value if key not in ("step", "dataset")}
 
 

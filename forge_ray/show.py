@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.catalog import Catalog
-from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord
+from forge_ray.records import DatasetManifest, EvalReport, ModelVersion
 from forge_ray.store import Store
 
 if TYPE_CHECKING:
@@ -101,21 +101,6 @@ def models(catalog: Catalog) -> list[dict[str, Any]]:
                 "metrics": report.metrics if report else {},
             }
         )
-    return found
-
-
-def started_runs(catalog: Catalog) -> list[dict[str, Any]]:
-    """One entry per run that has an event, with its last state and, if it finished, its numbers."""
-    found = []
-    for identifier in catalog.subjects("run"):
-        last = catalog.events("run", identifier)[-1]
-        entry = {"id": identifier, "state": last.data["state"], "at": last.at, "name": "", "steps": "", "loss": ""}
-        entry |= {"dataset": "", "why": str(last.data.get("why", ""))}
-        if catalog.has(identifier):
-            record = catalog.get_as(RunRecord, identifier)
-            entry |= {"name": record.name, "steps": str(record.num_steps), "dataset": record.dataset}
-            entry["loss"] = f"{record.metrics['loss']:.4f}"
-        found.append(entry)
     return found
 
 

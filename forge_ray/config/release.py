@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,26 @@ class EngineConfig(Config):
         return self.page_size * self.num_blocks
 
 
+class Contamination(Config):
+    ngram: int = Field(13, ge=2, description="words in a row that an evaluated and a training row share")
+    template_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="what more than this share of the evaluated rows (and at least three) have in common is no evidence, but"
+        " the task's wording",
+    )
+
+
+class LeakConfig(Config):
+    """What the weights give away of their training rows; docs/gates.md."""
+
+    max_records: int = Field(64, ge=2, description="training records, and as many held-out ones, that are compared")
+    max_canaries: int = Field(16, ge=1, description="canaries of the training rows, and as many held-out ones")
+    candidates: int = Field(127, ge=1, description="other codes that a canary's is ranked among: 127 can show 7 bits")
+    seed: int = Field(0, ge=0, description="draws the records, the candidates and the bootstrap")
+
+
 class EvalConfig(Config):
     split: Literal["test", "validation"] = "test"
     max_examples: int = Field(0, ge=0, description="0: all of the split; else the first by record id")
@@ -41,9 +61,31 @@ class EvalConfig(Config):
     labels: Literal["from_data"] | tuple[str, ...] | None = Field(
         None, description="label set of a classification task; `from_data`: the distinct answers of the train split"
     )
+    slices: tuple[Literal["label", "source"], ...] = Field(
+        (), description="scores for each reference label, for each source of the mixture"
+    )
+    safety: tuple[str, ...] = Field((), description="JSONL files of prompts and of what their answers must (not) match")
+    safety_max_new_tokens: int = Field(128, ge=1, description="of an answer to a safety prompt")
+    contamination: Contamination | None = Field(None, description="measure what evaluated rows share with training rows")
+    leak: LeakConfig | None = Field(None, description="measure what the weights give away of training rows")
     engine: EngineConfig = EngineConfig()
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _labels_to_slice_by(self) -> Self:
+        if "label" in self.slices and not self.labels:
+            raise ValueError("eval.slices has `label` and eval.labels is not set hint: set labels=from_data, or a list")
+        return self
+
+    def scoring(self) -> dict[str, Any]:
+        """What decides the scores of a report, as JSON-ready data. What was added later and is not asked for is left out, so
+        reports that were written before are found again; the leak audit has a report of its own."""
+        later: dict[str, Any] = {"slices": [], "safety": [], "contamination": None}
+        value = self.model_dump(mode="json", exclude={"leak"})
+        if not self.safety:
+            value.pop("safety_max_new_tokens")
+        return {key: item for key, item in value.items() if key not in later or item != later[key]}
 
 
 class Threshold(Config):
@@ -65,9 +107,43 @@ class BetterThan(Config):
     margin: float = Field(0.0, ge=0, description="how much better, in the metric's own unit")
 
 
+class NoWorseThan(Config):
+    """Non-regression against another model on the same examples, as a whole or slice by slice."""
+
+    incumbent: str = Field("base", description="`base`, an alias or a model version; an alias not yet set passes")
+    metric: str = "exact_match"
+    slices: Literal["label", "source", "none"] = Field("none", description="`none`: all examples at once; else eval.slices")
+    tolerance: float = Field(0.0, ge=0, description="how much worse it may be, in the metric's own unit")
+    min_examples: int = Field(1, ge=1, description="a slice with fewer is not judged")
+
+
+class Budgets(Config):
+    """What answering may take. `null`: no bound."""
+
+    size_bytes: int | None = Field(None, ge=1, description="of the safetensors that an engine loads, base and adapter")
+    latency_ms_per_token: float | None = Field(None, gt=0, description="median of single requests to the evaluation engine")
+
+
+class LeakBounds(Config):
+    """Of the leak audit (eval.leak). `null`: no bound."""
+
+    max_auc: float | None = Field(None, ge=0, le=1, description="training against held-out records by their loss; 0.5: none")
+    max_auc_gain: float | None = Field(None, ge=0, le=1, description="how much of that the base model does not have")
+    max_exposure_mean: float | None = Field(
+        None, ge=0, description="bits, of canaries in the training rows; 1.44: not remembered"
+    )
+    max_exposure: float | None = Field(None, ge=0, description="bits, of the worst canary, which is high by chance at times")
+    max_extraction_gain: float | None = Field(
+        None, ge=0, le=1, description="share of training answers said word for word, less that of held-out ones"
+    )
+
+
 class Gate(Config):
-    thresholds: dict[str, Threshold] = {}
+    thresholds: dict[str, Threshold] = Field({}, description="bounds by metric: of the scores, the costs or the leak audit")
     better_than: tuple[BetterThan, ...] = ()
+    no_worse_than: tuple[NoWorseThan, ...] = ()
+    budgets: Budgets = Budgets()
+    leak: LeakBounds = LeakBounds()
 
 
 class ReleaseConfig(Config):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from forge_ray.config.base import Config
 from forge_ray.config.data import DataConfig
-from forge_ray.config.release import NAME, DeployConfig, EvalConfig, ReleaseConfig
+from forge_ray.config.release import NAME, DeployConfig, EvalConfig, LeakBounds, ReleaseConfig
 from forge_ray.config.train import TrainConfig
 
 
@@ -51,4 +51,17 @@ class RunConfig(Config):
                 f"train.sequence_parallel={size} does not divide data.sequence_length={length}"
                 f" hint: use data.sequence_length={-(-length // size) * size}, or another number of workers to a row"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_has_what_it_bounds(self) -> Self:
+        gate = self.release.gate
+        if gate.leak != LeakBounds() and self.eval.leak is None:
+            raise ValueError("release.gate.leak bounds an audit that eval.leak does not ask for hint: set eval.leak={}")
+        for rule in gate.no_worse_than:
+            if rule.slices != "none" and rule.slices not in self.eval.slices:
+                raise ValueError(
+                    f"release.gate.no_worse_than judges slices={rule.slices}, which eval.slices={list(self.eval.slices)}"
+                    f" lacks hint: add {rule.slices} to eval.slices"
+                )
         return self

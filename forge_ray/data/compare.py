@@ -43,6 +43,25 @@ def diff(store: Store, old: DatasetManifest, new: DatasetManifest) -> dict[str, 
     }
 
 
+def by_split(store: Store, old: DatasetManifest, new: DatasetManifest) -> dict[str, Any]:
+    """`splits`: per split, distinct records of both versions and of one alone; `moved`: in both, but in another split."""
+    sides = [{split: _ids(store, manifest, split) for split in SPLITS} for manifest in (old, new)]
+    splits, stayed = {}, 0
+    for split in SPLITS:
+        before, after = (side[split] for side in sides)
+        common = pc.sum(pc.is_in(before, value_set=after)).as_py() or 0
+        stayed += common
+        splits[split] = {"common": common, "only_old": len(before) - common, "only_new": len(after) - common}
+    whole = [pa.concat_arrays(list(side.values())) for side in sides]
+    both = pc.sum(pc.is_in(whole[0], value_set=whole[1])).as_py() or 0
+    return {"splits": splits, "moved": both - stayed}
+
+
+def _ids(store: Store, manifest: DatasetManifest, split: str) -> pa.Array:
+    tables = [table.column("record") for table in records(store, manifest, split, ["record"])]
+    return pc.unique(pa.chunked_array([chunk for column in tables for chunk in column.chunks], pa.string()))
+
+
 def _table(store: Store, manifest: DatasetManifest) -> pa.Table:
     tables = [table for split in SPLITS for table in records(store, manifest, split, COLUMNS)]
     table = pa.concat_tables(tables)

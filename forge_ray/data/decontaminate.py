@@ -28,19 +28,20 @@ _WHOLE = np.uint64(0x5DEECE66D)
 
 def build_index(texts: Iterable[str], ngram: int) -> npt.NDArray[np.uint64]:
     """Sorted hashes of every run of `ngram` words; of a text with fewer, of the text as a whole."""
-    found = [_marks(text, ngram) for text in texts]
+    found = [marks(text, ngram) for text in texts]
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
 
 
 def contaminated(text: str, index: npt.NDArray[np.uint64], ngram: int) -> bool:
-    marks = _marks(text, ngram)
-    if not len(marks) or not len(index):
+    own = marks(text, ngram)
+    if not len(own) or not len(index):
         return False
-    places = np.minimum(np.searchsorted(index, marks), len(index) - 1)
-    return bool((index[places] == marks).any())
+    places = np.minimum(np.searchsorted(index, own), len(index) - 1)
+    return bool((index[places] == own).any())
 
 
-def _marks(text: str, ngram: int) -> npt.NDArray[np.uint64]:
+def marks(text: str, ngram: int) -> npt.NDArray[np.uint64]:
+    """Hashes of every run of `ngram` words of a text; of a shorter one, of the text as a whole; none below `MIN_WORDS`."""
     hashed = hashes(words(text))
     if len(hashed) >= ngram:
         return runs(hashed, ngram)

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from forge_ray import environment
 from forge_ray.data.order import order_of
 from forge_ray.data.stream import Arrays, Feed, Rows, local_batches, ray_batches
 from forge_ray.errors import TrainingError
 from forge_ray.train import attempts, checkpoint, launch, metrics, speed, watchdog
 from forge_ray.train.audit import fingerprint
-from forge_ray.train.context import Context, agree, join, sum_over_ranks
+from forge_ray.train.context import Context, agree, gather, join, sum_over_ranks
 from forge_ray.train.engine import TorchEngine, TrainEngine
 from forge_ray.train.finish import export, export_kind, finish
 from forge_ray.train.guards import Guards, RollBack
@@ -90,7 +91,9 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
     start = _position(job, context, 0, "", 0, guards)
     found = checkpoint.restore(engine, store, start, context, guards.left_out.digest)
     first_step, chain = (found.step, found.order_digest) if found else (0, "")
-    attempt = agree(attempts.start(store, job.run, context.world_size, first_step) if context.is_first else 0, context)
+    environments = gather(environment.keep(store) if context.local_rank == 0 else "", context)  # once a machine
+    number = attempts.start(store, job.run, context.world_size, first_step, environments) if context.is_first else 0
+    attempt = agree(number, context)
     if context.is_first:
         checkpoint.sweep(store, job.run)
     keep_best = config.validation.keep_best or config.export_step == "best"

@@ -14,11 +14,12 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from forge_ray.environment import code_commit, code_digest
 from forge_ray.errors import NotFound, StoreError, TrainingError
 from forge_ray.records import canonical_json, utc_now
 from forge_ray.store import Store
@@ -27,8 +28,9 @@ HEARTBEAT_S = 5.0
 LEASE_S = 60.0  # without a sign of life for so long, a driver of another machine counts as dead
 
 
-def start(store: Store, run: str, world_size: int, first_step: int) -> int:
-    """Put a new attempt on record; returns its number, from 1. Two that start at once get different numbers."""
+def start(store: Store, run: str, world_size: int, first_step: int, environments: Sequence[str] = ()) -> int:
+    """Put a new attempt on record, with what it is computed with; returns its number, from 1. Two that start at once get
+    different numbers. `environments`: digests of the workers' locks by rank, "" for those whose machine is named already."""
     number = newest(store, run)
     while True:
         number += 1
@@ -39,6 +41,9 @@ def start(store: Store, run: str, world_size: int, first_step: int) -> int:
             "pid": os.getpid(),
             "world_size": world_size,
             "first_step": first_step,
+            "environments": list(dict.fromkeys(item for item in environments if item)),
+            "code_digest": code_digest(),
+            "code_commit": code_commit(),
         }
         if store.create(_path(run, number), canonical_json(value)):
             return number

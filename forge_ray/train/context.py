@@ -86,6 +86,13 @@ def sum_over_ranks(values: list[float], context: Context) -> list[float]:
     return [float(value) for value in tensor]
 
 
+def gather(value: Any, context: Context) -> list[Any]:
+    """Every rank's value, by rank."""
+    box: list[Any] = [None] * context.world_size
+    dist.all_gather_object(box, value)
+    return box
+
+
 def agree(value: Any, context: Context) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]

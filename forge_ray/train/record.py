@@ -6,9 +6,9 @@ import math
 import tempfile
 from pathlib import Path
 
+from forge_ray import environment
 from forge_ray.config.base import resolved
 from forge_ray.config.run import RunConfig
-from forge_ray.environment import code_digest, versions
 from forge_ray.records import RunRecord
 from forge_ray.train import incidents, metrics, validation
 from forge_ray.train.job import TrainJob, identity_digest
@@ -24,6 +24,9 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
     if last is not None and math.isfinite(last):
         scores["validation_loss"] = last
     _redraw(job, found)
+    newest = result["attempts"][-1] if result["attempts"] else {}
+    made_in = next(iter(newest.get("environments", ())), "")  # the workers', not this process's
+    lock = environment.read(job.store, made_in)
     return RunRecord(
         id=job.run,
         name=config.name,
@@ -40,8 +43,11 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
         order_key=job.dataset.splits["train"].rows_digest,
         attempts=tuple(result["attempts"]),
         incidents=tuple(incidents.read(job.store, job.run)),
-        code_digest=code_digest(),
-        environment=versions(),
+        code_digest=newest.get("code_digest") or environment.code_digest(),
+        code_commit=newest.get("code_commit", ""),
+        environment=environment.versions(lock),
+        environment_digest=made_in,
+        hardware=lock.get("hardware", {}),
         metrics=result["metrics"] | scores,
         adapter=job.store.read_json(f"runs/{job.run}/adapter.json") if job.config.adapter else {},
         stopped_early=result["stopped_early"],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 
+from forge_ray.environment import code_commit, code_digest, installed
 from forge_ray.recipes import sft  # noqa: F401
 from forge_ray.train.zero import prepare_environment
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 prepare_environment()
+for find in (installed, code_digest, code_commit):  # what a process finds once; a fork has it
+    find()
 
 import deepspeed  # noqa: E402, F401
 import peft  # noqa: E402, F401

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from forge_ray import pipeline, preflight
+from forge_ray import environment, pipeline, preflight
 from forge_ray.catalog import Catalog
 from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.run import RunConfig
@@ -19,6 +19,7 @@ from forge_ray.data.order import order_of
 from forge_ray.data.stream import Rows
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.records import DatasetManifest, canonical_json
+from forge_ray.reproduce import reproduce
 from forge_ray.store import Store
 from forge_ray.train import audit, launch, metrics
 from forge_ray.train.job import TrainJob, run_id
@@ -119,14 +120,22 @@ def test_the_pipeline_trains_and_then_finds_the_run(
     assert record.samples_seen == 6 * config.train.global_batch
     assert record.metrics["trained_tokens"] > 0
     assert record.config == resolved(config)
+    assert record.attempts[-1]["environments"] == [record.environment_digest]  # one machine, both workers
+    lock = environment.read(store, record.environment_digest)
+    assert (lock["threads"], lock["hardware"]) == (1, record.hardware)
 
     again = pipeline.train(config, store)
     assert again == record
-    assert "already trained" in capsys.readouterr().err
+    assert "already trained, no version made of it yet" in capsys.readouterr().err
     more_workers = parse(
         RunConfig, resolved(config) | {"train": resolved(config)["train"] | {"scaling": {"num_workers": 4}}}
     )
     assert pipeline.train(more_workers, store).id == record.id
+
+    found = reproduce(store, record.id, rebuild_data=True)  # two workers again, on rows read from their files again
+    assert (found["verdict"], found["differences"]) == ("equal", {})
+    with Catalog(store) as catalog:
+        assert catalog.events("reproduction", record.id)[-1].data["state"] == "equal"
 
 
 def test_the_audit_proves_which_rows_were_used(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:

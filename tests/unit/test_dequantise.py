@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forge_ray import dequantise
 from forge_ray.catalog import Catalog
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, PolicyError
 from forge_ray.import_model import import_model
 from forge_ray.store import Store
 
@@ -167,5 +167,5 @@ def test_what_is_not_understood_is_refused(case: str, tmp_path: Path) -> None:
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", {"model.safetensors": with_scale(torch.ones(1))}, FP8)
     (folder / dequantise.INDEX).write_text(json.dumps({"weight_map": {"a.weight": "../model.safetensors"}}))
-    with pytest.raises(ConfigError, match="which is not there"):
+    with pytest.raises(PolicyError, match="which is not beside it"):
         imported(folder, tmp_path)

@@ -11,7 +11,8 @@ import pytest
 from forge_ray.config.base import parse
 from forge_ray.config.release import EvalConfig, Gate
 from forge_ray.errors import ConfigError
-from forge_ray.evaluate import Example, judge, normalise, plot_confusion, score_examples, summarise
+from forge_ray.evaluate import Example, normalise, plot_confusion, score_examples, summarise
+from forge_ray.gate import judge
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
 from forge_ray.records import EvalReport
 

@@ -20,21 +20,26 @@ ROWS: tuple[set[str], ...] = (
     {"errors", "offline", "quiet"},  # L0
     {"records"},
     {"config"},
-    {"store", "hardware", "progress", "environment", "architecture", "dequantise", "aliases", "haproxy"},  # L1
-    {"tail", "signing"},
+    {"store", "hardware", "progress", "architecture", "dequantise", "aliases", "haproxy"},  # L1
+    {"tail", "signing", "model_files", "fenced", "environment"},
     {"audit_log", "authority"},
     {"signatures"},
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
-    {"train", "evaluate", "lineage", "signers"},  # L3
-    {"recipes", "serve", "control", "preflight", "candidates", "follow"},  # L4
+    {"train", "safety", "gate", "lineage", "signers"},  # L3
+    {"evaluate", "impact", "lineage_page"},
+    {"trace"},
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs", "papers"},  # L4
+    {"difference"},
+    {"reports"},
     {"pipeline", "erasure"},  # L5
-    {"job", "quickstart", "submit", "purge", "certificate"},
+    {"job", "quickstart", "submit", "reproduce", "purge", "certificate"},
     {"erase"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_erase"},
-    {"cli_trust"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor", "cli_erase"},
+    {"cli_reproduce", "cli_trace"},
+    {"cli_trust", "cli_papers"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

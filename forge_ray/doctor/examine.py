@@ -1,0 +1,42 @@
+"""Every check, in the order in which it is told (level 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from forge_ray.doctor import closed, machine, stored
+from forge_ray.doctor.finding import Finding, Surroundings
+from forge_ray.store import Store
+
+
+def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[Finding]:
+    """All findings; with `address` also of the cluster's clocks. Changes nothing, and asks nobody outside."""
+    yield closed.ray_token(around)
+    yield closed.ray_tls(around, address)
+    yield from closed.bind_addresses(closed.listening(around.proc), stored.keyless(store))
+    yield from stored.deployments(store)
+    yield from stored.modes(around, store)
+    yield from closed.switches(around)
+    yield closed.cloud_question(around)
+    yield machine.startup_files(around)
+    yield from machine.versions(machine.required_versions(), machine.installed_versions())
+    yield machine.disk(store, store.free_bytes())
+    yield machine.shared_memory(around)
+    yield machine.open_files()
+    yield machine.gpus()
+    if address:
+        yield from machine.clocks(machine.clock_offsets(address))
+    yield from stored.health(store)
+
+
+def lines(findings: list[Finding]) -> list[str]:
+    """For the eye: a line each, and below what is wrong its rule and the command that mends it."""
+    width = max(len(finding.check) for finding in findings)
+    shown = []
+    for finding in findings:
+        status = finding.status.upper() if finding.status == "fail" else finding.status
+        shown.append(f"{status:<4}  {finding.check:<{width}}  {finding.found}")
+        if finding.status != "ok":
+            shown += [f"{'':{width + 8}}rule: {finding.rule}", f"{'':{width + 8}}mend: {finding.mend}"]
+    counts = {status: sum(finding.status == status for finding in findings) for status in ("ok", "warn", "fail")}
+    return [*shown, "", f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed"]

@@ -1,0 +1,55 @@
+"""What a check says, and what it looks at (level 4)."""
+
+from __future__ import annotations
+
+import os
+import site
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what is (`found`), what should be (`rule`), and the command that mends it ("" where nothing is to mend)."""
+
+    check: str
+    status: Status
+    found: str
+    rule: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Of this process: its environment, and where the system tells about itself."""
+
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    home: Path = field(default_factory=Path.home)
+    proc: Path = Path("/proc")
+    shm: Path = Path("/dev/shm")
+    site: tuple[Path, ...] = field(default_factory=lambda: site_folders())
+    now: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+def site_folders() -> tuple[Path, ...]:
+    """Folders whose .pth files Python reads at its start."""
+    names = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+    if site.ENABLE_USER_SITE:
+        names.add(site.getusersitepackages())
+    return tuple(sorted(Path(name) for name in names if Path(name).is_dir() and name != sys.prefix))
+
+
+def is_private(path: Path) -> bool:
+    """Neither group nor others may do anything with it."""
+    return not path.stat().st_mode & 0o077
+
+
+def mode_of(path: Path) -> str:
+    return f"{path.stat().st_mode & 0o7777:o}"

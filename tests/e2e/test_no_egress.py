@@ -1,0 +1,128 @@
+"""Nothing leaves: the whole quick start on a machine whose only cable ends in a packet counter, which stays at 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+NETNS = Path(__file__).with_name("netns.py")
+START_HEAD = ROOT / "cluster/bare/start_head.sh"
+SMALL = {
+    "train.max_steps": "2",
+    "train.validation.max_rows": "2",
+    "eval.max_examples": "2",
+    "release.gate.thresholds.exact_match.min": "0",
+    "release.gate.better_than": "[]",
+}
+LOOK = """
+import urllib.request
+try:
+    urllib.request.urlopen("http://example.org/", timeout=2)
+except OSError:
+    pass
+"""
+LOOPBACK_ONLY = """
+import subprocess
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+from forge_ray.cluster import connect
+connect()
+import ray
+@ray.remote
+def twice(number):
+    return 2 * number
+assert ray.get([twice.remote(number) for number in range(3)]) == [0, 2, 4]
+"""
+
+
+def permitted() -> bool:
+    if not (shutil.which("unshare") and shutil.which("ip")):
+        return False
+    probe = "ip link add forge-out type veth peer name forge-in && mount --make-rprivate /"
+    done = subprocess.run(["unshare", "--net", "--mount", "sh", "-c", probe], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+needs_namespaces = pytest.mark.skipif(not permitted(), reason="this user may not make network namespaces (`unshare --net`)")
+
+
+def environment() -> dict[str, str]:
+    """Without the switches of the tests' own process: what the product sets is what counts."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "HF_", "DO_NOT_TRACK"))}
+    return kept | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def counted(tmp_path: Path, *command: str, **variables: str) -> tuple[dict[str, Any], str]:
+    """What the counter saw of a command, and what the command said."""
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", sys.executable, str(NETNS), str(report), *command],
+        cwd=ROOT,
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert report.is_file(), done.stderr[-4000:]
+    return json.loads(report.read_text()), done.stderr
+
+
+@needs_namespaces
+def test_the_counter_sees_a_connection_a_look_up_and_nothing_else(tmp_path: Path) -> None:
+    seen, said = counted(tmp_path, sys.executable, "-c", LOOK)
+    assert {what.rpartition(" ")[0] for what in seen["control"]} >= {
+        "203.0.113.9 tcp",
+        "2001:db8::9 tcp",
+        "198.51.100.1 udp",
+    }
+    assert any(what == "198.51.100.1 udp 53" for what in seen["seen"]), said
+    quiet, _ = counted(tmp_path, sys.executable, "-c", "import socket; socket.create_server(('', 0))")
+    assert (quiet["exit"], quiet["seen"]) == (0, {})
+
+
+@needs_namespaces
+def test_the_quick_start_sends_no_packet(tmp_path: Path) -> None:
+    overrides = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    command = (sys.executable, "-m", "forge_ray.cli", "quickstart", "--store", str(tmp_path / "store"), *overrides)
+    seen, said = counted(tmp_path, *command)
+    assert seen["control"], "the counter is blind"
+    assert seen["exit"] == 0, said[-4000:]
+    assert seen["seen"] == {}
+    assert "answered by mv_" in said
+
+
+@needs_namespaces
+def test_ray_works_where_there_is_no_way_out_at_all() -> None:
+    done = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", LOOPBACK_ONLY],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@needs_namespaces
+def test_a_head_node_sends_no_packet(tmp_path: Path) -> None:
+    """`start_head.sh` as it stands, dashboard and usage module included; Ray's report and its question come at its start."""
+    with tempfile.TemporaryDirectory(
+        dir="/tmp"
+    ) as folder:  # short: Ray's sockets lie in it, and their names may not be long
+        script = f"{START_HEAD} --ip 198.51.100.2 --temp-dir {folder} -- --num-cpus=1 && sleep 8"
+        seen, said = counted(tmp_path, "bash", "-c", script, HOME=str(tmp_path))
+    assert seen["exit"] == 0, said[-4000:]
+    assert seen["seen"] == {}
