@@ -16,6 +16,7 @@ from forge_ray.cli_alias import alias
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
 from forge_ray.cli_doctor import DOCTOR
+from forge_ray.cli_erase import ERASE
 from forge_ray.cli_gateway import GATEWAY
 from forge_ray.cli_keys import ACCESS
 from forge_ray.cli_papers import PAPERS
@@ -56,6 +57,7 @@ COMMANDS = (
     alias,
     *ACCESS,
     *TRACING,
+    *ERASE,
     *TRUST,
     *DOCTOR,
     *REPRODUCTION,

@@ -303,8 +303,8 @@ def audit_leak(reference: str, store: Store, leak: LeakConfig) -> EvalReport:
         return reports.audit_leak(catalog, record, config)
 
 
-def release(config: RunConfig, store: Store) -> ModelVersion:
-    """Gate the run's export and register it: accepted and the alias moved, or rejected with the reasons."""
+def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersion:
+    """Gate the run's export and register it: accepted and (with `promote`) the alias moved, or rejected with the reasons."""
     record = train_record(config, store)
     with Catalog(store) as catalog:
         base_report, report = reports.evaluate_both(catalog, record, config.eval, quiet=True)
@@ -336,8 +336,10 @@ def release(config: RunConfig, store: Store) -> ModelVersion:
             if reasons:
                 it.done(f"{version.id}  rejected: {'; '.join(reasons)}")
             else:
-                catalog.promote(version.id, config.release.alias)
-                it.done(f"{version.id}  {'already ' if known else ''}accepted → {config.release.alias}")
+                if promote:
+                    catalog.promote(version.id, config.release.alias)
+                where = f" → {config.release.alias}" if promote else ""
+                it.done(f"{version.id}  {'already ' if known else ''}accepted{where}")
             return version
 
 

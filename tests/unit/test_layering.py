@@ -32,11 +32,12 @@ ROWS: tuple[set[str], ...] = (
     {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs", "papers"},  # L4
     {"difference"},
     {"reports"},
-    {"pipeline"},  # L5
-    {"job", "quickstart", "submit", "reproduce"},
+    {"pipeline", "erasure"},  # L5
+    {"job", "quickstart", "submit", "reproduce", "purge", "certificate"},
+    {"erase"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor", "cli_erase"},
     {"cli_reproduce", "cli_trace"},
     {"cli_trust", "cli_papers"},
     {"cli"},
