@@ -57,11 +57,11 @@ COMMANDS = (
     alias,
     *ACCESS,
     *TRACING,
+    *ERASE,
     *TRUST,
     *DOCTOR,
     *REPRODUCTION,
     *PAPERS,
-    *ERASE,
 )
 for command in COMMANDS:
     cli.add_command(command)

@@ -123,5 +123,5 @@ def incumbent(
         return None
     version = catalog.model(name)
     if version.run == record.id or version.id in catalog.withdrawn():
-        return None  # what learned from erased rows is no rival: it must go in any case
+        return None  # a version that learned from erased rows is no rival: it must go in any case
     return evaluate(catalog, model_subject(version), manifest, config, name)

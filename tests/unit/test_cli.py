@@ -61,6 +61,7 @@ SURFACE = {
     "approve": {"--alias", "--refuse", "--why"},
     "sign": {"--openssf", "--out"},
     "verify": {"--key"},
+    "audit leak": {"--max-records", "--candidates", "--seed"},
     "erase": {
         "--subject",
         "--key-file",
@@ -76,7 +77,6 @@ SURFACE = {
         "--why",
         "--yes",
     },
-    "audit leak": {"--max-records", "--candidates", "--seed"},
     "keys create": {"--name", *BOUNDS},
     "keys list": set(),
     "keys show": set(),
