@@ -51,10 +51,16 @@ def data_list(store: Store, as_json: bool) -> Any:
     from forge_ray.show import print_table
 
     with Catalog(store) as index:
-        found = index.all(DatasetManifest)
+        found, present = index.all(DatasetManifest), {manifest.id for manifest in index.datasets()}
     if not as_json:
+        names = {d.id: d.name if d.id in present else f"{d.name} (rows erased)" for d in found}
         rows = [
-            (d.id, d.name, *(f"{d.splits[s].num_records:,}" for s in ("train", "validation", "test")), d.created_at[:19])
+            (
+                d.id,
+                names[d.id],
+                *(f"{d.splits[s].num_records:,}" for s in ("train", "validation", "test")),
+                d.created_at[:19],
+            )
             for d in found
         ]
         print_table("Datasets", ("dataset", "name", "train", "validation", "test", "created (UTC)"), rows)

@@ -144,7 +144,8 @@ def show(plan: Plan, begun: bool) -> None:
     for deployment in plan.deployments:
         click.echo(f"{deployment.id} {deployment.name} ({deployment.state}) serves {', '.join(deployment.versions)}")
     for report in plan.evals:
-        click.echo(f"evaluation {report.id} quotes {report.quotes} of the rows")
+        about = f"{report.quotes} items about the rows" if report.quotes else "answers or labels that they taught"
+        click.echo(f"evaluation {report.id} of {report.subject}: {about}")
     for name, lines in plan.outside.items():
         click.echo(f"not in the store's hands: {name}, {_lines(lines)}")
     for note in plan.notes:

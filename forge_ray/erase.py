@@ -83,7 +83,7 @@ def _once(store: Store, record: Erasure, state: str, work: Callable[[], Facts]) 
                 return event.data
     found = work()
     with Catalog(store) as catalog:
-        catalog.append(Event(kind="erasure", subject=record.id, data={"state": state, **found}))
+        catalog.append(Event(kind="erasure", subject=record.id, data={"state": state, "why": record.why, **found}))
     return found
 
 

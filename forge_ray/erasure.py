@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from forge_ray.catalog import Catalog
 from forge_ray.data import closure, erased
-from forge_ray.data.subject import subject_digest, subject_key
+from forge_ray.data.subject import KEY, subject_digest, subject_key
 from forge_ray.errors import ConfigError
 from forge_ray.impact import Facts
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, ModelVersion, RunRecord
@@ -102,6 +102,8 @@ class AffectedDeployment(Frozen):
 
 
 class AffectedEval(Frozen):
+    """Its items are about the rows (`quotes` of them), are answers of what learned from them, or name labels of theirs."""
+
     id: str
     subject: str
     dataset: str
@@ -145,6 +147,10 @@ def search(catalog: Catalog, request: Request) -> Found:
     else:
         for manifest in manifests:
             if settings := manifest.config.get("subject"):
+                if not request.key_file and not settings.get("key_file") and not store.exists(KEY):
+                    raise ConfigError(
+                        f"{manifest.id} names subjects under {KEY}, which is gone", hint="restore it from a backup"
+                    )
                 key = subject_key(store, request.key_file or settings.get("key_file", ""))
                 subject = subject_digest(key, request.values[0])
                 subjects.add(subject)
@@ -199,7 +205,7 @@ def plan_of(catalog: Catalog, found: Found) -> Plan:
         versions=versions,
         aliases=aliases,
         deployments=_deployments(catalog, gone, aliases),
-        evals=_evals(catalog, {dataset.id for dataset in datasets}, found.records),
+        evals=_evals(catalog, datasets, {*gone, *(run.id for run in runs if run.used)}, found.records),
         outside={name: tuple(sorted(lines)) for name, lines in sorted(outside.items())},
         notes=found.notes,
     )
@@ -308,12 +314,18 @@ def _deployments(catalog: Catalog, gone: set[str], aliases: dict[str, tuple[str,
     return tuple(found)
 
 
-def _evals(catalog: Catalog, datasets: set[str], records: set[str]) -> tuple[AffectedEval, ...]:
+def _evals(
+    catalog: Catalog, datasets: tuple[AffectedDataset, ...], subjects: set[str], records: set[str]
+) -> tuple[AffectedEval, ...]:
     found = []
+    holding = {dataset.id: dataset.held for dataset in datasets}
     for report in catalog.all(EvalReport):
         path = f"evals/{report.id}/items.jsonl"
-        if report.dataset in datasets and catalog.store.exists(path):
-            quotes = closure.quoting(catalog.store.read(path), records.__contains__)
-            if quotes:
-                found.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))
+        if not catalog.store.exists(path):
+            continue
+        held = holding.get(report.dataset, {})
+        quotes = closure.quoting(catalog.store.read(path), records.__contains__) if held else 0
+        labelled = report.config.get("labels") == "from_data" and bool(held.get("train"))
+        if quotes or labelled or report.subject in subjects:
+            found.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))
     return tuple(found)

@@ -1,6 +1,8 @@
 """Rows that may never be used again: tombstones, which every build obeys and from which nothing can be guessed (level 2).
 
-    erasures/<er>.json     {"keys": […]}   HMAC-SHA-256 of record ids and of subject keys, under the store's own key
+    erasures/<er>.json     {"keys": […], "made_with": …}
+
+`keys` are HMAC-SHA-256 of record ids and of subject keys under the store's own key, and `made_with` says which key that was.
 
 A row is left out where it is read, before any rule; where rules change rows, also by what they made of it. So the rest
 of a build goes as if the row had never been in its file.
@@ -15,8 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from forge_ray.data.schema import DataRecord
-from forge_ray.data.subject import subject_key
+from forge_ray.data.subject import KEY, subject_key
 from forge_ray.data.work import WORK
+from forge_ray.errors import StoreError
 from forge_ray.records import canonical_json, digest
 from forge_ray.store import Store
 
@@ -34,7 +37,7 @@ def write_tombstones(store: Store, erasure: str, values: Iterable[str]) -> None:
     keys = {key_of(key, value) for value in values}
     if store.exists(path):
         keys.update(store.read_json(path)["keys"])
-    store.write(path, canonical_json({"keys": sorted(keys)}))
+    store.write(path, canonical_json({"keys": sorted(keys), "made_with": key_of(key, "made with")}))
 
 
 def of_erasure(store: Store, erasure: str) -> Erased:
@@ -43,10 +46,14 @@ def of_erasure(store: Store, erasure: str) -> Erased:
 
 
 def tombstones(store: Store) -> str:
-    """A name for all tombstones of the store as they are now, under which workers find them; "" where there are none."""
+    """A name for all tombstones of the store as they are now, under which workers find them; "" where there are none. Raises
+    `StoreError` where the key that they were made with is gone: erased rows would not be known."""
     found: set[str] = set()
     for path in store.list(FOLDER):
-        found.update(store.read_json(path)["keys"])
+        value = store.read_json(path)
+        if not store.exists(KEY) or value["made_with"] != key_of(store.read(KEY).strip(), "made with"):
+            raise StoreError(f"{KEY} is not the key that {path} was made with", hint=f"restore {KEY} from a backup")
+        found.update(value["keys"])
     if not found:
         return ""
     keys = sorted(found)

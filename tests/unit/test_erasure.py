@@ -17,7 +17,7 @@ from forge_ray.data import closure, erased
 from forge_ray.data.schema import DataRecord
 from forge_ray.erase import Options, _fate, _replaced, _without_datasets
 from forge_ray.erasure import AffectedDataset, AffectedRun
-from forge_ray.errors import ConfigError, PolicyError
+from forge_ray.errors import ConfigError, PolicyError, StoreError
 from forge_ray.records import Event, ModelVersion
 from forge_ray.store import Store
 
@@ -44,6 +44,12 @@ def test_tombstones_tell_nobody_what_they_are_of(store: Store, tmp_path: Path) -
     assert not gone.holds(DataRecord({"text": "y"}), None)
     listed = store.read("erasures/er_1.json").decode()
     assert record.id.removeprefix("rec_") not in listed
+    kept = store.read("keys/subject.key")
+    for lost in (lambda: store.delete("keys/subject.key"), lambda: store.write("keys/subject.key", b"f" * 64)):
+        lost()
+        with pytest.raises(StoreError, match=r"keys/subject.key is not the key that erasures/er_1.json"):
+            erased.tombstones(store)
+    store.write("keys/subject.key", kept)
     other = Store(str(tmp_path / "other"))  # another key: the same record has another tombstone
     erased.write_tombstones(other, "er_1", {record.id})
     assert not set(store.read_json("erasures/er_1.json")["keys"]) & set(other.read_json("erasures/er_1.json")["keys"])
