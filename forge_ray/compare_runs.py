@@ -105,8 +105,10 @@ def differences(before: Attempt, after: Attempt) -> dict[str, tuple[Any, Any]]:
 
 
 def _settings(attempt: Attempt) -> dict[str, Any]:
-    tree = {key: attempt.config[key] for key in ("base_model", "data", "train", "eval") if key in attempt.config}
-    return tree | {"dataset": attempt.dataset}
+    tree: dict[str, Any] = {
+        key: attempt.config[key] for key in ("base_model", "data", "train", "eval") if key in attempt.config
+    }
+    return {"dataset": attempt.dataset, **tree}
 
 
 def _pairs(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:

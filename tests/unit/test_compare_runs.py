@@ -77,8 +77,8 @@ def test_each_attempt_says_what_changed_and_what_it_brought(catalog: Catalog) ->
     assert (second["metric"], second["score"], second["gain"], second["before"]) == ("macro_f1", 0.75, 0.25, "run_a")
     assert second["changed"]["train.optimizer.lr"] == [0.0002, 0.001]
     assert second["changed"]["dataset"] == ["ds_1", "ds_2"]
-    assert second["changed_in_words"].startswith("seed 0→1, optimizer.lr 0.0002→0.001, ")
-    assert second["changed_in_words"].endswith(", adapter {method: lora, r: 16, alpha: 32…→none")  # a section is one change
+    told = "dataset ds_1→ds_2, seed 0→1, optimizer.lr 0.0002→0.001, adapter {method: lora, r: 16, alpha: 32…→none"
+    assert second["changed_in_words"] == told  # a section that is gone is one change
     assert second["verdict"] == "accepted"
     assert (failed["state"], failed["name"], failed["score"], failed["why"]) == ("failed", "tickets", None, "no disk")
     assert failed["changed"]["train.micro_batch_size"] == [1, 2]  # of the config in its folder: it has no record
@@ -90,7 +90,7 @@ def test_each_attempt_says_what_changed_and_what_it_brought(catalog: Catalog) ->
 def test_many_changes_are_counted(catalog: Catalog) -> None:
     before, after, *_ = attempts(catalog)
     told = in_words(differences(before, after), most=2)
-    assert told == "seed 0→1, optimizer.lr 0.0002→0.001, and 2 more"
+    assert told == "dataset ds_1→ds_2, seed 0→1, and 2 more"
 
 
 def test_curves_hold_what_loop_and_tasks_found(catalog: Catalog) -> None:
