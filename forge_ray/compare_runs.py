@@ -265,7 +265,8 @@ def table(found: Sequence[Attempt]) -> list[list[str]]:
     """Header and rows, one column per run: verdict and scores, then each setting that is not the same in all."""
     rows = [["", *(attempt.run for attempt in found)], ["name", *(attempt.name for attempt in found)]]
     rows.append(["state", *(attempt.state for attempt in found)])
-    rows.append(["version", *(f"{a.version.id} ({a.version.status})" if a.version else "-" for a in found)])
+    rows.append(["version", *(a.version.id if a.version else "-" for a in found)])
+    rows.append(["verdict", *(a.version.status if a.version else "-" for a in found)])
     rows.append(["steps", *(str(a.record.num_steps) if a.record else "-" for a in found)])
     for name in dict.fromkeys(name for a in found if a.report for name in a.report.metrics):
         better = "↓" if name in LOWER_IS_BETTER else "↑"
