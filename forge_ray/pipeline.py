@@ -256,8 +256,8 @@ def train_record(config: RunConfig, store: Store) -> RunRecord:
 
 
 def audit_leak(reference: str, store: Store, settings: dict[str, Any]) -> EvalReport:
-    """What a finished run, or a version made of one, gives away of its training rows; `settings` of eval.leak go before those
-    of its run file."""
+    """What a finished run, or a version made of one, gives away of its training rows; `settings` (of eval.leak) go before
+    those of its run file."""
     from forge_ray.lineage import resolve
 
     with Catalog(store) as catalog:
