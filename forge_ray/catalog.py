@@ -24,6 +24,8 @@ from forge_ray.signatures import record_path, require_signed, sign_record, signe
 from forge_ray.store import Store
 
 R = TypeVar("R", bound=Record)
+WITHDRAWN = ("withdrawn", "erased")  # states of a version that learned from erased rows: still there, and gone
+OUT_OF_USE = ("archived", "erased")  # states in which nobody is answered by a version
 TYPES = {record.prefix: record for record in RECORD_TYPES}
 
 SCHEMA = """
@@ -167,7 +169,13 @@ class Catalog:
 
     def archived(self) -> set[str]:
         """Model versions that were taken out of use."""
-        return {subject for subject, event in self.last("model").items() if event.data["state"] == "archived"}
+        return {subject for subject, event in self.last("model").items() if event.data["state"] in OUT_OF_USE}
+
+    def withdrawn(self) -> dict[str, str]:
+        """Model versions that learned from erased rows → the erasure; no alias may be pointed at one, served or not."""
+        rows = self._db.execute("select body from events where kind = 'model' order by at, id")
+        events = (Event.model_validate_json(row[0]) for row in rows)
+        return {event.subject: event.data["erasure"] for event in events if event.data["state"] in WITHDRAWN}
 
     def model(self, reference: str) -> ModelVersion:
         """A model version by id or alias."""
@@ -190,6 +198,7 @@ class Catalog:
     def releasable(self, reference: str) -> ModelVersion:
         """A version that clients may be answered by; `PolicyError` for one rejected, never judged, or archived."""
         version = self.model(reference)
+        self._refuse_withdrawn(version.id)
         if version.id in self.archived():
             raise PolicyError(f"{version.id} is archived", hint=f"`forge models restore {version.id}` first")
         if version.status == "rejected":
@@ -204,6 +213,13 @@ class Catalog:
             )
         self.require_signed(version)
         return version
+
+    def _refuse_withdrawn(self, version: str) -> None:
+        if erasure := self.withdrawn().get(version):
+            raise PolicyError(
+                f"{version} learned from rows that {erasure} erased",
+                hint=f"`forge lineage {erasure}` and erasures/{erasure}/certificate.json name what replaces it",
+            )
 
     def require_signed(self, version: ModelVersion) -> None:
         """Raise `PolicyError` where the policy wants signatures and the version, or a report it was judged by, has none."""
@@ -259,6 +275,8 @@ class Catalog:
     def archive(self, reference: str, restore: bool = False) -> ModelVersion:
         """Take a version out of use (or back): whoever asks for it by name is answered 410, or by the alias's fallback."""
         version = self.model(reference)
+        if restore:
+            self._refuse_withdrawn(version.id)
         if (version.id in self.archived()) == restore:
             self.append(Event(kind="model", subject=version.id, data={"state": "active" if restore else "archived"}))
         return version
@@ -298,12 +316,18 @@ def tree(catalog: Catalog, record_id: str, towards: str = "origins") -> dict[str
     follow = catalog.parents if towards == "origins" else catalog.children
 
     def node(identifier: str, path: tuple[str, ...]) -> dict[str, Any]:
-        record = catalog.get(identifier) if catalog.has(identifier) else None
         below = [node(near, (*path, near)) for near in follow(identifier) if near not in path]
-        label = "not finished" if record is None and catalog.events("run", identifier) else _label(record)
-        return {"id": identifier, "kind": record.kind if record else "missing", "label": label, towards: below}
+        kind, label = described(catalog, identifier)
+        return {"id": identifier, "kind": kind, "label": label, towards: below}
 
     return node(record_id, (record_id,))
+
+
+def described(catalog: Catalog, identifier: str) -> tuple[str, str]:
+    """Kind and label of a node of the lineage; `missing` where the store has no record of it."""
+    record = catalog.get(identifier) if catalog.has(identifier) else None
+    label = "not finished" if record is None and catalog.events("run", identifier) else _label(record)
+    return record.kind if record else "missing", label
 
 
 def walk(catalog: Catalog, start: str, goal: str) -> list[str]:
@@ -340,6 +364,8 @@ def _label(record: Record | None) -> str:
         case "ev":
             scores = ", ".join(f"{key} {value:.3g}" for key, value in list(data["metrics"].items())[:3])
             return f"{data['split']} of {data['dataset']}: {scores}"
+        case "er":
+            return f"{data['num_records']} records by {data['asked_by']}: {data['why'] or 'no reason given'}"
         case "mv":
             step = f", step {data['step']}" if data["step"] else ""
             return f"{data['name']} ({data['status']}, {data['weights']}{step})"

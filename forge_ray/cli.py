@@ -16,11 +16,14 @@ from forge_ray.cli_alias import alias
 from forge_ray.cli_audit import audit
 from forge_ray.cli_data import data
 from forge_ray.cli_doctor import DOCTOR
+from forge_ray.cli_erase import ERASE
 from forge_ray.cli_gateway import GATEWAY
 from forge_ray.cli_keys import ACCESS
+from forge_ray.cli_papers import PAPERS
 from forge_ray.cli_reproduce import REPRODUCTION
 from forge_ray.cli_runs import runs
 from forge_ray.cli_serve import SERVING, wait_for_ctrl_c
+from forge_ray.cli_trace import TRACING
 from forge_ray.cli_trust import TRUST
 from forge_ray.errors import TrainingError
 from forge_ray.verbs import Verbs, load_run_file, run_file, verb
@@ -53,9 +56,12 @@ COMMANDS = (
     *GATEWAY,
     alias,
     *ACCESS,
+    *TRACING,
+    *ERASE,
     *TRUST,
     *DOCTOR,
     *REPRODUCTION,
+    *PAPERS,
 )
 for command in COMMANDS:
     cli.add_command(command)
@@ -288,27 +294,6 @@ def submit(store: Store, as_json: bool, file: str, address: str, overrides: tupl
     if not as_json:
         click.echo(f"job {result['job']}: {result['status']}")
     return result
-
-
-@verb(cli, "lineage")
-@click.argument("reference", metavar="ID|ALIAS|FINGERPRINT")
-@click.option("--to", "goal", help="Print only the chain from ID to this one.")
-@click.option("--rows", default=3, show_default=True, help="Training rows to show under a dataset.")
-def lineage(store: Store, as_json: bool, reference: str, goal: str | None, rows: int) -> Any:
-    """What something was made from, down to rows one can read, and what was made of it."""
-    from forge_ray import lineage as trace
-    from forge_ray.catalog import Catalog
-
-    with Catalog(store) as index:
-        if goal:
-            chain = trace.path(index, reference, goal)
-            if not as_json:
-                click.echo(" — ".join(chain))
-            return {"chain": chain}
-        found = trace.lineage(index, reference, rows)
-    if not as_json:
-        click.echo("\n".join(trace.draw(found)))
-    return found
 
 
 @verb(catalog, "rebuild")

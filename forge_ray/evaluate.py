@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.config.release import Contamination, EvalConfig
+from forge_ray.data.canaries import is_canary
 from forge_ray.data.chat import chat_tokenizer, encode_chat, prompt_ids
 from forge_ray.data.contamination import contaminated, stream_records
 from forge_ray.data.dataset import read_records
@@ -53,9 +54,11 @@ class Subject:
 
 
 def examples(store: Store, manifest: DatasetManifest, config: EvalConfig) -> list[Example]:
-    """The chat rows of the split by record id; raises `DataError` when there is none."""
+    """The chat rows of the split by record id, canaries left out; raises `DataError` when there is none."""
     found = []
     for row in read_records(store, manifest, config.split):
+        if is_canary(row["content"]):
+            continue
         messages = row["content"].get("messages", [])
         if messages and messages[-1]["role"] == "assistant" and messages[-1].get("content"):
             context = tuple({**message, "weight": 0} for message in messages[:-1])

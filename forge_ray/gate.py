@@ -140,6 +140,7 @@ def _budgets(gate: Gate, report: EvalReport) -> Iterator[Check]:
 LEAK_METRICS = {
     "max_auc": "leak_auc",
     "max_auc_gain": "leak_auc_gain",
+    "max_exposure_mean": "exposure_mean",
     "max_exposure": "exposure_max",
     "max_extraction_gain": "extraction_gain",
 }
@@ -153,8 +154,8 @@ def _leak(bounds: LeakBounds, leak: EvalReport | None) -> Iterator[Check]:
         value = leak.metrics.get(name, math.nan) if leak else math.nan
         if leak is None:
             told = f"{name} was not measured, its bound is {bound:g}: eval.leak is not set"
-        elif name == "exposure_max" and name not in leak.metrics:
-            told = f"exposure_max is not known, its bound is {bound:g}: no canary is among the training rows"
+        elif name.startswith("exposure") and name not in leak.metrics and name not in leak.undefined:
+            told = f"{name} is not known, its bound is {bound:g}: no canary is among the training rows"
         else:
             told = f"{name}={value:.4g} is above the maximum {bound:g}"
         yield _check(name, value, bound, value <= bound, told)

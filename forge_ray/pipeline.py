@@ -84,7 +84,7 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
-    from forge_ray.data import erased, work
+    from forge_ray.data import erased, index, work
     from forge_ray.data.build import index_sources, input_digest
     from forge_ray.data.dataset import tokenizer_digest
 
@@ -101,6 +101,8 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
         sources = index_sources(config.data, it.update)
         known = known_version(sources)
         found = known or _built(config, catalog, base, sources, it)
+        if known is None:
+            index.build(catalog.store, found)
         counts = ", ".join(f"{name} {stats.num_records}" for name, stats in found.splits.items())
         counts += f", {sum(found.rejects.values())} quarantined" if found.rejects else ""
         dropped = sum(step.before - step.after for step in found.curation)
@@ -301,8 +303,8 @@ def audit_leak(reference: str, store: Store, leak: LeakConfig) -> EvalReport:
         return reports.audit_leak(catalog, record, config)
 
 
-def release(config: RunConfig, store: Store) -> ModelVersion:
-    """Gate the run's export and register it: accepted and the alias moved, or rejected with the reasons."""
+def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersion:
+    """Gate the run's export and register it: accepted and (with `promote`) the alias moved, or rejected with the reasons."""
     record = train_record(config, store)
     with Catalog(store) as catalog:
         base_report, report = reports.evaluate_both(catalog, record, config.eval, quiet=True)
@@ -334,8 +336,10 @@ def release(config: RunConfig, store: Store) -> ModelVersion:
             if reasons:
                 it.done(f"{version.id}  rejected: {'; '.join(reasons)}")
             else:
-                catalog.promote(version.id, config.release.alias)
-                it.done(f"{version.id}  {'already ' if known else ''}accepted → {config.release.alias}")
+                if promote:
+                    catalog.promote(version.id, config.release.alias)
+                where = f" → {config.release.alias}" if promote else ""
+                it.done(f"{version.id}  {'already ' if known else ''}accepted{where}")
             return version
 
 

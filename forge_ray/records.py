@@ -309,7 +309,27 @@ class Deployment(Record):
         return value if self.models else {key: value[key] for key in value if key != "models"}
 
 
-RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment)
+class Erasure(Record):
+    """Rows that must go, and what follows. Its id is that of the request alone, so that asking again goes on where a process
+    was killed. It names nobody and no record: `asked` is an HMAC, the rows are tombstones in `erasures/<id>.json`."""
+
+    kind: ClassVar[str] = "erasures"
+    prefix: ClassVar[str] = "er"
+    volatile: ClassVar[frozenset[str]] = frozenset({"num_records", "why", "by", "options", "plan"})
+
+    asked_by: Literal["subject", "record", "file"]
+    asked: str = Field(description="HMAC of the subject, the record ids or the file, under the store's subject key")
+    near_duplicates: bool = Field(description="whether near duplicates of the rows go too")
+    num_records: int
+    why: str = ""
+    by: str = Field("", description="user@host, as the system knows it")
+    options: dict[str, Any] = Field(description="what is done with runs, weights and deployments")
+    plan: dict[str, Any] = Field(
+        description="what held the rows then: datasets, runs, versions, aliases, deployments, evals"
+    )
+
+
+RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment, Erasure)
 
 
 EventKind = Literal["alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction"]

@@ -122,6 +122,6 @@ def incumbent(
     if name not in catalog.aliases() and not catalog.has(name):
         return None
     version = catalog.model(name)
-    if version.run == record.id:
-        return None
+    if version.run == record.id or version.id in catalog.withdrawn():
+        return None  # a version that learned from erased rows is no rival: it must go in any case
     return evaluate(catalog, model_subject(version), manifest, config, name)

@@ -129,9 +129,10 @@ class LeakBounds(Config):
 
     max_auc: float | None = Field(None, ge=0, le=1, description="training against held-out records by their loss; 0.5: none")
     max_auc_gain: float | None = Field(None, ge=0, le=1, description="how much of that the base model does not have")
-    max_exposure: float | None = Field(
-        None, ge=0, description="bits, of the worst canary; needs canaries in the training rows"
+    max_exposure_mean: float | None = Field(
+        None, ge=0, description="bits, of canaries in the training rows; 1.44: not remembered"
     )
+    max_exposure: float | None = Field(None, ge=0, description="bits, of the worst canary, which is high by chance at times")
     max_extraction_gain: float | None = Field(
         None, ge=0, le=1, description="share of training answers said word for word, less that of held-out ones"
     )

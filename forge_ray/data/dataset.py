@@ -66,6 +66,7 @@ UNUSED = pa.schema(
         ("line", pa.int64()),
         ("offset", pa.int64()),
         ("raw_sha256", pa.string()),
+        ("subject", pa.string()),
         ("content", pa.string()),
     ]
 )

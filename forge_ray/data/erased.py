@@ -29,9 +29,17 @@ def key_of(key: bytes, value: str) -> str:
 
 
 def write_tombstones(store: Store, erasure: str, values: Iterable[str]) -> None:
-    """Record ids and subject keys that no build may use from now on. The same again is fine, others are refused."""
-    key = subject_key(store, "")
-    store.write_once(f"{FOLDER}/{erasure}.json", canonical_json({"keys": sorted({key_of(key, value) for value in values})}))
+    """Record ids and subject keys that no build may use from now on; what is there already stays."""
+    key, path = subject_key(store, ""), f"{FOLDER}/{erasure}.json"
+    keys = {key_of(key, value) for value in values}
+    if store.exists(path):
+        keys.update(store.read_json(path)["keys"])
+    store.write(path, canonical_json({"keys": sorted(keys)}))
+
+
+def of_erasure(store: Store, erasure: str) -> Erased:
+    """The tombstones of one erasure."""
+    return Erased(subject_key(store, ""), frozenset(store.read_json(f"{FOLDER}/{erasure}.json")["keys"]))
 
 
 def tombstones(store: Store) -> str:

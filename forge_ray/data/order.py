@@ -48,6 +48,31 @@ class Order:
         walk_position, column = divmod(position, self.global_batch)
         return self._walk(epoch, column * length + min(column, longer) + walk_position)
 
+    def index_of(self, row: int, epoch: int) -> int:
+        """The global index at which `row` comes in an epoch: `row(index_of(r, e)) == r`, with `index // num_rows == e`."""
+        if not 0 <= row < self.num_rows or epoch < 0:
+            raise ValueError(f"row {row} of epoch {epoch} is none of {self}")
+        length, longer = divmod(self.num_rows, self.global_batch)
+        place, wide = self._place(epoch, row), longer * (length + 1)
+        if place < wide:
+            column, walk_position = divmod(place, length + 1)
+        else:
+            column, walk_position = divmod(place - wide, length)
+            column += longer
+        return epoch * self.num_rows + walk_position * self.global_batch + column
+
+    def _place(self, epoch: int, row: int) -> int:
+        """The inverse of `_walk`."""
+        last = self.num_blocks - 1
+        last_rows = self.num_rows - last * self.block_rows
+        block, inside = divmod(row, self.block_rows)
+        rows = last_rows if block == last else self.block_rows
+        offset = unpermute(inside, rows, self._key(epoch, block))
+        ordinal, last_ordinal = (unpermute(b, self.num_blocks, self._key(epoch, -1)) for b in (block, last))
+        if ordinal <= last_ordinal:
+            return ordinal * self.block_rows + offset
+        return (ordinal - 1) * self.block_rows + last_rows + offset
+
     def _walk(self, epoch: int, place: int) -> int:
         """The row at `place` of the epoch's walk: blocks shuffled, and the rows inside each block shuffled."""
         last = self.num_blocks - 1

@@ -25,6 +25,7 @@ BATCH_ROWS = 128  # rows of a part that can be read alone: a partition reads lit
 PART_BYTES = 64 << 20
 INVALID = -1  # the number of the rule of a row that never became a record
 LENGTHS = tuple(2**n for n in range(3, 21))
+NOTHING = DataRecord({})  # of a row that never became a record
 
 UNUSED = pa.schema(
     [
@@ -35,6 +36,7 @@ UNUSED = pa.schema(
         ("raw_sha256", pa.string()),
         ("rule", pa.int32()),
         ("record", pa.string()),
+        ("subject", pa.string()),
         ("content", pa.string()),
     ]
 )
@@ -70,6 +72,7 @@ class Taken:
     raw_sha256: str
     record: DataRecord
     flags: str = ""
+    subject: str | None = None
 
 
 @dataclass
@@ -129,7 +132,7 @@ class Parts:
         """A row that never became a record, or whose record cannot be trained."""
         self.tally.rejected[chunk] += 1
         self.tally.reasons[reason] += 1
-        self._unused(chunk, line, offset, sha256, reason, INVALID, None)
+        self._unused(Taken(chunk, line, offset, sha256, NOTHING), reason, INVALID)
 
     def erase(self, chunk: int, line: int) -> None:
         """A row that a tombstone leaves out: nothing of it is kept but its place."""
@@ -138,21 +141,21 @@ class Parts:
     def drop(self, rule: int, item: Taken, reason: str) -> None:
         self.tally.dropped[item.chunk] += 1
         self.steps[rule].reasons[reason.split(" of rec_")[0]] += 1  # those that name another record are counted as one
-        self._unused(item.chunk, item.line, item.offset, item.raw_sha256, reason, rule, item.record)
+        self._unused(item, reason, rule)
 
-    def _unused(
-        self, chunk: int, line: int, offset: int, sha256: str, reason: str, rule: int, record: DataRecord | None
-    ) -> None:
+    def _unused(self, item: Taken, reason: str, rule: int) -> None:
+        is_record = item.record is not NOTHING
         self.unused.append(
             {
-                "chunk": chunk,
-                "line": line,
-                "offset": offset,
+                "chunk": item.chunk,
+                "line": item.line,
+                "offset": item.offset,
                 "reason": reason,
-                "raw_sha256": sha256,
+                "raw_sha256": item.raw_sha256,
                 "rule": rule,
-                "record": record.id if record else "",
-                "content": record.json if record else "",
+                "record": item.record.id if is_record else "",
+                "subject": item.subject,
+                "content": item.record.json if is_record else "",
             }
         )
 
@@ -180,20 +183,18 @@ class Parts:
                     if not self.store.exists(path):
                         self.store.write(path, data)
 
-    def add_curated(self, batch: Sequence[Taken], subjects: Sequence[str | None], near: NearDuplicates | None) -> None:
+    def add_curated(self, batch: Sequence[Taken], near: NearDuplicates | None) -> None:
         """Records that wait for a rule over all of them."""
-        columns = _placed(batch, subjects)
+        columns = _placed(batch)
         columns["raw_sha256"] = pa.array([item.raw_sha256 for item in batch], pa.string())
         columns["meta"] = pa.array([json.dumps(item.record.meta) for item in batch], pa.string())
         signatures = [signature(texts(item.record), near) if near else np.zeros(0, np.uint32) for item in batch]
         columns["signature"] = _lists(signatures, pa.uint32())
         self._add(pa.table(columns, schema=CURATED))
 
-    def add_encoded(
-        self, batch: Sequence[Taken], subjects: Sequence[str | None], documents: Sequence[list[Encoded]], config: Any
-    ) -> None:
+    def add_encoded(self, batch: Sequence[Taken], documents: Sequence[list[Encoded]], config: Any) -> None:
         """Records with their tokens: of each no document (it is not packed), one, or several."""
-        columns = _placed(batch, subjects)
+        columns = _placed(batch)
         places = [place(record_bytes(item.record.canonical), config) for item in batch]
         splits = np.array([split for split, _ in places], np.int8)
         flat = [document for found in documents for document in found]
@@ -289,7 +290,7 @@ def is_multimodal(record: DataRecord) -> bool:
     return any(isinstance(message.get("content"), list) for message in record.messages)
 
 
-def _placed(batch: Sequence[Taken], subjects: Sequence[str | None]) -> dict[str, pa.Array]:
+def _placed(batch: Sequence[Taken]) -> dict[str, pa.Array]:
     contents = [item.record.canonical for item in batch]
     return {
         "chunk": pa.array([item.chunk for item in batch], pa.int32()),
@@ -297,7 +298,7 @@ def _placed(batch: Sequence[Taken], subjects: Sequence[str | None]) -> dict[str,
         "offset": pa.array([item.offset for item in batch], pa.int64()),
         "kind": pa.array([item.record.kind for item in batch], pa.string()),
         "record": pa.array([record_bytes(content) for content in contents], pa.binary(12)),
-        "subject": pa.array(subjects, pa.string()),
+        "subject": pa.array([item.subject for item in batch], pa.string()),
         "flags": pa.array([item.flags for item in batch], pa.string()),
         "content": pa.array(contents, pa.binary()).cast(pa.string()),
     }

@@ -87,7 +87,6 @@ def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: S
 
 def _finish(out: Parts, segment: Segment, config: DataConfig, base: str, store: Store) -> Callable[[list[Taken]], None]:
     """What is done with the records that all rules of the segment keep."""
-    subject = subject_of(config, store)
     barrier = None if segment.barrier is None else config.curate[segment.barrier]
     tokenizer = load_tokenizer(store, base) if barrier is None else None
     gc.freeze()  # what was imported lives as long as the process: no collection need walk it
@@ -99,11 +98,10 @@ def _finish(out: Parts, segment: Segment, config: DataConfig, base: str, store: 
             batch, documents = _encoded(batch, tokenizer, config, out)
         if not batch:
             return
-        subjects = [subject(item.record) for item in batch]
         if barrier is None:
-            out.add_encoded(batch, subjects, documents, config)
+            out.add_encoded(batch, documents, config)
         else:
-            out.add_curated(batch, subjects, barrier if isinstance(barrier, NearDuplicates) else None)
+            out.add_curated(batch, barrier if isinstance(barrier, NearDuplicates) else None)
 
     return finish
 
@@ -146,12 +144,13 @@ def _read(job: Job, segment: Segment, config: DataConfig, store: Store, out: Par
             except Reject as reason:
                 out.reject(number, raw.line, raw.offset, raw.sha256, str(reason))
                 continue
-            if gone.keys and gone.holds(record, subject(record)):
+            whose = subject(record)
+            if gone.holds(record, whose):
                 out.erase(number, raw.line)
                 continue
             if source.licence and "licence" not in record.meta:
                 record.meta["licence"] = source.licence
-            yield Taken(number, raw.line, raw.offset, raw.sha256, record)
+            yield Taken(number, raw.line, raw.offset, raw.sha256, record, subject=whose)
 
 
 def _resumed(job: Job, segment: Segment, store: Store, out: Parts) -> Iterator[Taken]:
@@ -163,7 +162,9 @@ def _resumed(job: Job, segment: Segment, store: Store, out: Parts) -> Iterator[T
         for batch in read_batches(store, part):
             for row in batch.drop_columns(["signature"]).to_pylist():
                 record = DataRecord(json.loads(row["content"]), row["kind"], json.loads(row["meta"]))
-                item = Taken(row["chunk"], row["line"], row["offset"], row["raw_sha256"], record, row["flags"])
+                item = Taken(
+                    row["chunk"], row["line"], row["offset"], row["raw_sha256"], record, row["flags"], row["subject"]
+                )
                 if row_number in gone:
                     out.drop(segment.first - 1, item, gone[row_number])
                 else:

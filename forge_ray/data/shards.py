@@ -254,7 +254,10 @@ def run_unused(row: dict[str, Any], store: Store) -> dict[str, Any]:
             names = np.array([shared["chunks"][n]["name"] for n in job["chunks"]], object)
             table = pa.Table.from_batches([batch])
             file = pa.array(names[table.column("chunk").to_numpy()].tolist(), pa.string())
-            table = table.append_column("file", file).select(UNUSED.names).cast(UNUSED)
+            table = table.append_column("file", file)
+            if "subject" not in table.column_names:  # of a piece that an earlier version left in the work area
+                table = table.append_column("subject", pa.nulls(table.num_rows, pa.string()))
+            table = table.select(UNUSED.names).cast(UNUSED)
             invalid = table.column("rule").to_numpy() < 0
             tables["quarantine"].append(table.filter(pa.array(invalid)))
             tables["dropped"].append(table.filter(pa.array(~invalid)))
@@ -264,7 +267,7 @@ def run_unused(row: dict[str, Any], store: Store) -> dict[str, Any]:
         if table.num_rows:
             name = f"{folder}/part-{row['part']:05d}.parquet"
             if folder == "quarantine":
-                table = table.drop_columns(["rule", "record", "content"])
+                table = table.drop_columns(["rule", "record", "subject", "content"])
             file = write_parquet(store, f"{row['to']}/{name}", table, 16 * RECORD_GROUP)
             entries.append(FileEntry(path=name, size=file["size"], sha256=file["sha256"]).model_dump())
     return {"entries": json.dumps(entries)}

@@ -79,6 +79,11 @@ class Rows:
             found.append(_read_block(self, block, ("records",))["records"][offset].as_py())
         return found
 
+    def block_records(self, number: int) -> list[list[str]]:
+        """The record ids inside each row of a block."""
+        found: list[list[str]] = _read_block(self, number, ("records",))["records"].to_pylist()
+        return found
+
 
 def model_inputs(rows: Arrays) -> Arrays:
     """int64 copies of the columns, and position ids that restart with every document."""

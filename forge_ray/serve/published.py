@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from forge_ray.aliases import route_of
 from forge_ray.authority import accepted_moves, folded
-from forge_ray.catalog import write_event
+from forge_ray.catalog import OUT_OF_USE, write_event
 from forge_ray.config.release import AliasRoute
 from forge_ray.records import Event, ModelVersion
 from forge_ray.store import Store
@@ -44,7 +44,7 @@ class Published:
     def archived(self) -> set[str]:
         """Aliases and versions out of use."""
         names = {name for name, event in self.of("alias") if route_of(event) is None}
-        return names | {version for version, event in self.of("model") if event.data["state"] == "archived"}
+        return names | {version for version, event in self.of("model") if event.data["state"] in OUT_OF_USE}
 
     def version(self, identifier: str) -> ModelVersion | None:
         """A model version's record, with the dataset of its run; None where the store has none."""

@@ -66,35 +66,36 @@ class MlFlow:
     def __init__(self, uri: str, run: str, name: str, config: TrainConfig, tags: dict[str, str]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where --json prints one object
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # a server that is gone must not hold up the end of a run
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        self._client = MlflowClient(tracking_uri=uri)
-        experiment = self._client.get_experiment_by_name(name)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        found = self._client.search_runs([number], filter_string=f"tags.`forge.run` = '{run}'")
+        self.client = MlflowClient(tracking_uri=uri)
+        experiment = self.client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        found = self.client.search_runs([number], filter_string=f"tags.`forge.run` = '{run}'")
         if found:
-            self._run = found[0].info.run_id
-            self._client.update_run(self._run, status="RUNNING")
+            self.run_id = found[0].info.run_id
+            self.client.update_run(self.run_id, status="RUNNING")
         else:
-            self._run = self._client.create_run(number, tags={"forge.run": run, **tags}, run_name=run).info.run_id
-            self._client.log_batch(self._run, params=[Param(key, value) for key, value in flat(config.identity()).items()])
-        known = self._client.get_run(self._run).data.metrics
-        self.written = {(key, item.step) for key in known for item in self._client.get_metric_history(self._run, key)}
+            self.run_id = self.client.create_run(number, tags={"forge.run": run, **tags}, run_name=run).info.run_id
+            self.client.log_batch(self.run_id, params=[Param(key, value) for key, value in flat(config.identity()).items()])
+        known = self.client.get_run(self.run_id).data.metrics
+        self.written = {(key, item.step) for key in known for item in self.client.get_metric_history(self.run_id, key)}
 
     def write(self, step: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self._run, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
     def flush(self) -> None:
         pass
 
     def close(self, failed: bool) -> None:
-        self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
+        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
@@ -121,9 +122,7 @@ class Sinks:
             return
         self._looked = time.monotonic()
         lines = metrics.read(self.store.local(f"runs/{self.run}/{metrics.METRICS}"))
-        told = [(line["step"], _values(line)) for line in (lines if is_over else lines[:-1])]
-        scores = [(result.step, result.loss) for result in validation.read(self.store, self.run)]
-        told += [(step, {"validation_loss": loss}) for step, loss in scores if loss is not None and math.isfinite(loss)]
+        told = series(self.store, self.run, lines if is_over else lines[:-1])
         for name, sink in self.sinks.items():
             self._tried(name, lambda sink=sink: _write(sink, told))  # type: ignore[misc]
 
@@ -139,6 +138,13 @@ class Sinks:
             if name not in self._complained:
                 self._complained.add(name)
                 print(f"  train.sinks: {name} failed, training goes on: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def series(store: Store, run: str, lines: list[dict[str, Any]]) -> list[tuple[int, dict[str, float]]]:
+    """(step, values) of the lines of `metrics.jsonl`, then those of the validations."""
+    scores = [(result.step, result.loss) for result in validation.read(store, run)]
+    told = [(line["step"], _values(line)) for line in lines]
+    return told + [(step, {"validation_loss": loss}) for step, loss in scores if loss is not None and math.isfinite(loss)]
 
 
 def _values(line: dict[str, Any]) -> dict[str, float]:

@@ -27,17 +27,19 @@ ROWS: tuple[set[str], ...] = (
     {"catalog"},
     {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
     {"train", "safety", "gate", "lineage", "signers"},  # L3
-    {"evaluate"},
-    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs"},  # L4
+    {"evaluate", "impact", "lineage_page"},
+    {"trace"},
+    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs", "papers"},  # L4
     {"difference"},
     {"reports"},
-    {"pipeline"},  # L5
-    {"job", "quickstart", "submit", "reproduce"},
+    {"pipeline", "erasure"},  # L5
+    {"job", "quickstart", "submit", "reproduce", "purge", "certificate"},
+    {"erase"},
     {"show"},
     {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor"},
-    {"cli_reproduce"},
-    {"cli_trust"},
+    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor", "cli_erase"},
+    {"cli_reproduce", "cli_trace"},
+    {"cli_trust", "cli_papers"},
     {"cli"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

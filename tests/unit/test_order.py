@@ -47,6 +47,24 @@ def test_every_row_once_per_epoch_and_equal_batches_at_any_world_size(
             assert [row for rank in ranks for row in rank] == expected
 
 
+@given(
+    num_rows=st.integers(1, 150),
+    block_rows=st.integers(1, 40),
+    global_batch=st.integers(1, 170),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_where_a_row_comes_is_the_inverse_of_which_row_comes(
+    num_rows: int, block_rows: int, global_batch: int, seed: int
+) -> None:
+    """For every row of three epochs, also where the batch is larger than the dataset and the last block is short."""
+    order = Order("ds_test", seed, num_rows, block_rows, global_batch)
+    for index in range(3 * num_rows):
+        assert order.index_of(order.row(index), index // num_rows) == index
+    with pytest.raises(ValueError, match="is none of"):
+        order.index_of(num_rows, 0)
+
+
 def test_order_depends_on_dataset_seed_and_epoch() -> None:
     def first(dataset: str = "ds_a", seed: int = 0, epoch: int = 0) -> list[int]:
         order = Order(dataset, seed, 500, 32, 8)

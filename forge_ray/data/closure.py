@@ -1,0 +1,197 @@
+"""Which records an erasure is about, and where dataset versions hold them (level 2).
+
+Asked for by id, by whose they are, or by rows. With them go their near duplicates, as the curation of a dataset version
+found them, and the rows as they were read, where rules masked something afterwards: without these the row would be back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from forge_ray.config.base import parse
+from forge_ray.config.data import DataConfig
+from forge_ray.data.curate import compile_rule
+from forge_ray.data.dataset import SPLITS
+from forge_ray.data.find import expand
+from forge_ray.data.ingest import index_file
+from forge_ray.data.lines import Raw
+from forge_ray.data.readers import Chunk, image_reader, read_raw
+from forge_ray.data.rows import kept_columns
+from forge_ray.data.schema import DataRecord, Reject, parse_line, parse_record
+from forge_ray.errors import DataError, ForgeError
+from forge_ray.records import DatasetManifest
+from forge_ray.store import Store
+
+DROPPED = "dropped"
+OF = re.compile(r"duplicate of (rec_[0-9a-f]+)$")
+IMAGE = re.compile(r'"(sha256:[0-9a-f]{64})"')
+PLACE = ["record", "file", "line"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A record where a dataset version has it: in a split, or among those that a rule dropped."""
+
+    dataset: str
+    split: str
+    record: str
+    file: str
+    line: int
+
+
+def tables(store: Store, dataset: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    """(split or `dropped`, columns) of every file of records; columns that an older version has not are left out."""
+    for name in (*(f"records/{split}" for split in SPLITS), DROPPED):
+        for path in store.list(f"datasets/{dataset}/{name}"):
+            with store.filesystem.open_input_file(store.path(path)) as stream:
+                file = pq.ParquetFile(stream)
+                wanted = [column for column in columns if column in file.schema_arrow.names]
+                for group in range(file.num_row_groups):
+                    yield name.rsplit("/", 1)[-1], file.read_row_group(group, columns=wanted)
+
+
+def held(store: Store, dataset: str, records: Iterable[str]) -> list[Held]:
+    """Every place of a dataset version where one of the records lies."""
+    wanted, found = pa.array(sorted(records), pa.string()), []
+    for split, table in tables(store, dataset, PLACE):
+        for row in table.filter(pc.is_in(table.column("record"), value_set=wanted)).to_pylist():
+            found.append(Held(dataset, split, row["record"], row["file"], row["line"]))
+    return found
+
+
+def of_subject(store: Store, dataset: str, subject: str) -> set[str]:
+    """Records of one person, by the HMAC that stands beside each; those that rules dropped are among them."""
+    found: set[str] = set()
+    for _, table in tables(store, dataset, ["record", "subject"]):
+        if "subject" in table.column_names:
+            found.update(table.filter(pc.equal(table.column("subject"), subject)).column("record").to_pylist())
+    return found - {""}
+
+
+def near_duplicates(store: Store, dataset: str, records: set[str]) -> set[str]:
+    """Members of the clusters that any of `records` is in, as this dataset version's curation found them."""
+    clusters: dict[str, set[str]] = {}
+    for split, table in tables(store, dataset, ["record", "reason"]):
+        if split != DROPPED:
+            continue
+        for row in table.filter(pc.match_substring(table.column("reason"), "duplicate of rec_")).to_pylist():
+            if found := OF.search(row["reason"]):
+                clusters.setdefault(found[1], {found[1]}).add(row["record"])
+    return {record for members in clusters.values() if members & records for record in members} - records
+
+
+def as_read(manifest: DatasetManifest, places: list[Held]) -> tuple[set[str], list[str]]:
+    """Ids of the rows before rules masked them, read again from their files, and what could not be read. A row that is no
+    longer where it was is passed over: it is known by what the rules made of it alone."""
+    config = parse(DataConfig, manifest.config)
+    masks = [rule for rule in config.curate if getattr(rule, "action", "") == "mask"]
+    if not masks:
+        return set(), []
+    checks = [compile_rule(rule) for rule in masks]
+    wanted: dict[str, dict[int, str]] = {}
+    for place in places:
+        wanted.setdefault(place.file, {})[place.line] = place.record
+    found: set[str] = set()
+    try:
+        files = {file.name: file for file in expand(config)}
+    except ForgeError as error:
+        return found, [f"{manifest.id}: {error.message}"]
+    for name, lines in wanted.items():
+        if name not in files:
+            continue
+        for chunk, raw in _rows(config, files[name].path, name, files[name].format, files[name].source):
+            if raw.line not in lines or (record := _parsed(config, chunk, raw)) is None:
+                continue
+            after = record
+            for check in checks:
+                after = check(after).record or after
+            if after.id == lines[raw.line]:
+                found.add(record.id)
+    return found, [f"{name}: not there" for name in wanted if name not in files]
+
+
+def of_rows(path: Path, manifests: Iterable[DatasetManifest]) -> set[str]:
+    """Ids that the rows of a file have in any dataset version: under the shape and mapping of each source, as they are read
+    and as rules mask them. Raises `DataError` where a row is none under any of them."""
+    shapes: dict[str, DataConfig] = {}
+    for manifest in manifests:
+        for source in manifest.config["sources"]:
+            one = {"sources": [{**source, "path": str(path), "format": "auto", "checksums": ""}]}
+            one |= {key: manifest.config[key] for key in ("curate", "subject", "max_line_bytes") if key in manifest.config}
+            config = parse(DataConfig, one)
+            shapes[config.model_dump_json()] = config
+    found: set[str] = set()
+    understood: set[int] = set()
+    seen: set[int] = set()
+    for config in shapes.values() or [parse(DataConfig, {"sources": [{"path": str(path)}]})]:
+        checks = [compile_rule(rule) for rule in config.curate if getattr(rule, "action", "") == "mask"]
+        for file in expand(config):
+            for chunk, raw in _rows(config, file.path, file.name, file.format, 0):
+                seen.add(raw.line)
+                if (record := _parsed(config, chunk, raw)) is None:
+                    continue
+                understood.add(raw.line)
+                found.add(record.id)
+                for check in checks:
+                    record = check(record).record or record
+                found.add(record.id)
+    if missing := sorted(seen - understood):
+        raise DataError(
+            f"{path} line {missing[0]} is no row under the settings of any dataset version ({len(missing)} of {len(seen)})",
+            hint="give the rows in the form that the sources have",
+        )
+    return found
+
+
+def _rows(config: DataConfig, path: str, name: str, format: str, source: int) -> Iterator[tuple[Chunk, Raw]]:
+    for chunk in index_file(path, name, format, source, max_line_bytes=config.max_line_bytes).chunks:
+        for raw in read_raw(chunk, config.max_line_bytes):
+            yield chunk, raw
+
+
+def _parsed(config: DataConfig, chunk: Chunk, raw: Raw) -> DataRecord | None:
+    source, keep, images = config.sources[chunk.source], kept_columns(config), image_reader(chunk)
+    if raw.reason:
+        return None
+    try:
+        if raw.raw is not None:
+            return parse_line(raw.raw, source.shape, source.mapping, keep, images)
+        return parse_record(raw.value, source.shape, source.mapping, keep, images)
+    except Reject:
+        return None
+
+
+def rows_with(store: Store, dataset: str, split: str, records: set[str]) -> list[int]:
+    """Numbers of the packed rows in which one of the records lies."""
+    wanted, found, start = pa.array(sorted(records), pa.string()), [], 0
+    for path in store.list(f"datasets/{dataset}/packed/{split}"):
+        with store.filesystem.open_input_file(store.path(path)) as stream:
+            for group in range((file := pq.ParquetFile(stream)).num_row_groups):
+                column = file.read_row_group(group, columns=["records"]).column("records").combine_chunks()
+                hits = pc.is_in(column.flatten(), value_set=wanted)
+                owners = pc.list_parent_indices(column).filter(hits).to_pylist()
+                found += sorted({start + row for row in owners})
+                start += len(column)
+    return found
+
+
+def images(store: Store, dataset: str) -> set[str]:
+    """Names of the images that the records of a dataset version show."""
+    found: set[str] = set()
+    for _, table in tables(store, dataset, ["content"]):
+        for content in table.column("content").to_pylist():
+            found.update(IMAGE.findall(content or ""))
+    return found
+
+
+def quoting(lines: bytes, holds: Callable[[str], bool]) -> int:
+    """How many lines of an evaluation's items are about a record for which `holds(id)`."""
+    return sum(holds(json.loads(line)["record"]) for line in lines.splitlines())

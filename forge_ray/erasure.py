@@ -1,0 +1,322 @@
+"""What must change when rows are erased: datasets, runs and their steps, versions, aliases, deployments (level 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from forge_ray.catalog import Catalog
+from forge_ray.data import closure, erased
+from forge_ray.data.order import order_of
+from forge_ray.data.subject import subject_digest, subject_key
+from forge_ray.errors import ConfigError
+from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, ModelVersion, RunRecord
+from forge_ray.serve.routing import versions_of
+from forge_ray.store import MANIFEST, Store
+
+TRAINED_ON = ("train", "validation")  # what decides weights: the validation rows choose the checkpoint and the end
+
+
+@dataclass(frozen=True)
+class Request:
+    """Whose or which rows. `values`: one subject, record ids, or one path of a file with rows."""
+
+    by: Literal["subject", "record", "file"]
+    values: tuple[str, ...]
+    near_duplicates: bool = True
+    key_file: str = ""
+
+    def fingerprint(self, store: Store) -> str:
+        """An HMAC of what was asked: the same request has the same, and nobody without the key can guess it."""
+        if self.by == "file":
+            return erased.fingerprint_of(store, Path(self.values[0]).read_bytes().hex())
+        return erased.fingerprint_of(store, "\n".join(sorted(value.strip() for value in self.values)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """`near` are the near duplicates of `asked`; `read` the ids of rows before rules masked them; `subjects` HMACs."""
+
+    asked: frozenset[str]
+    near: frozenset[str]
+    read: frozenset[str]
+    subjects: frozenset[str]
+    places: tuple[closure.Held, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def records(self) -> set[str]:
+        return {*self.asked, *self.near}
+
+    @property
+    def tombstones(self) -> set[str]:
+        return {*self.asked, *self.near, *self.read, *self.subjects}
+
+
+class AffectedDataset(Frozen):
+    id: str
+    name: str
+    held: dict[str, int]  # split, or `dropped` → records
+    changed: bool = False  # whether without the rows others are trained on, as a near duplicate that takes their place
+
+    @property
+    def decides_weights(self) -> bool:
+        return self.changed or any(self.held.get(split) for split in TRAINED_ON)
+
+
+class AffectedRun(Frozen):
+    """`used`: it trained on the rows, or on weights that did; else its dataset holds them where no training looks.
+    `steps`: how many of its optimizer steps had one of the rows in the batch."""
+
+    id: str
+    name: str
+    dataset: str
+    base_model: str
+    used: bool
+    finished: bool
+    adapter: bool
+    num_steps: int
+    steps: int
+    first_step: int
+    last_step: int
+    worker_hours: float
+    gpu_hours: float
+
+
+class AffectedVersion(Frozen):
+    id: str
+    name: str
+    status: str
+    weights: str
+    run: str
+
+
+class AffectedDeployment(Frozen):
+    id: str
+    name: str
+    state: str
+    versions: tuple[str, ...]
+
+
+class AffectedEval(Frozen):
+    id: str
+    subject: str
+    dataset: str
+    quotes: int
+
+
+class Plan(Frozen):
+    """What an erasure changes. `outside`: source files that hold the rows where the store cannot reach, with the lines."""
+
+    num_records: int
+    num_near_duplicates: int
+    datasets: tuple[AffectedDataset, ...]
+    runs: tuple[AffectedRun, ...]
+    versions: tuple[AffectedVersion, ...]
+    aliases: dict[str, tuple[str, ...]]
+    deployments: tuple[AffectedDeployment, ...]
+    evals: tuple[AffectedEval, ...]
+    outside: dict[str, tuple[int, ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def worker_hours(self) -> float:
+        return sum(run.worker_hours for run in self.runs if run.used and run.finished)
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(run.gpu_hours for run in self.runs if run.used and run.finished)
+
+
+def present(catalog: Catalog) -> list[DatasetManifest]:
+    """Dataset versions whose rows are in the store."""
+    return [found for found in catalog.all(DatasetManifest) if catalog.store.is_published(f"datasets/{found.id}")]
+
+
+def search(catalog: Catalog, request: Request) -> Found:
+    """The records that a request is about, with all that must go with them. Raises `NotFound` for no such file."""
+    store, manifests = catalog.store, present(catalog)
+    asked: set[str] = set()
+    subjects: set[str] = set()
+    if request.by == "record":
+        if wrong := [value for value in request.values if not value.startswith("rec_")]:
+            raise ConfigError(f"{wrong[0]!r} is no record id", hint="forge data show ds_… prints them: rec_…")
+        asked.update(request.values)
+    elif request.by == "file":
+        asked = closure.of_rows(Path(request.values[0]), catalog.all(DatasetManifest))
+    else:
+        for manifest in manifests:
+            if settings := manifest.config.get("subject"):
+                key = subject_key(store, request.key_file or settings.get("key_file", ""))
+                subject = subject_digest(key, request.values[0])
+                subjects.add(subject)
+                asked |= closure.of_subject(store, manifest.id, subject)
+        if not subjects:
+            raise ConfigError(
+                "no dataset version of this store says whose its rows are",
+                hint="set data.subject, or use --record or --file",
+            )
+    near: set[str] = set()
+    while request.near_duplicates:
+        more = set().union(*(closure.near_duplicates(store, m.id, asked | near) for m in manifests)) - asked - near
+        if not more:
+            break
+        near |= more
+    places = [place for manifest in manifests for place in closure.held(store, manifest.id, asked | near)]
+    read: set[str] = set()
+    notes: list[str] = []
+    for manifest in manifests:
+        if mine := [place for place in places if place.dataset == manifest.id]:
+            ids, problems = closure.as_read(manifest, mine)
+            read |= ids
+            notes += problems
+    return Found(
+        asked=frozenset(asked),
+        near=frozenset(near),
+        read=frozenset(read),
+        subjects=frozenset(subjects),
+        places=tuple(places),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def plan_of(catalog: Catalog, found: Found) -> Plan:
+    """Everything that was made of the records. Nothing is changed."""
+    manifests = {manifest.id: manifest for manifest in catalog.all(DatasetManifest)}
+    counts: dict[str, dict[str, int]] = {}
+    outside: dict[str, set[int]] = {}
+    for place in found.places:
+        held = counts.setdefault(place.dataset, {})
+        held[place.split] = held.get(place.split, 0) + 1
+        outside.setdefault(place.file, set()).add(place.line)
+    datasets = tuple(AffectedDataset(id=key, name=manifests[key].name, held=held) for key, held in sorted(counts.items()))
+    runs, versions = _made_of(catalog, datasets, found.records)
+    gone = {version.id for version in versions}
+    aliases = standing_for(catalog, gone)
+    return Plan(
+        num_records=len(found.asked),
+        num_near_duplicates=len(found.near),
+        datasets=datasets,
+        runs=runs,
+        versions=versions,
+        aliases=aliases,
+        deployments=_deployments(catalog, gone, aliases),
+        evals=_evals(catalog, {dataset.id for dataset in datasets}, found.records),
+        outside={name: tuple(sorted(lines)) for name, lines in sorted(outside.items())},
+        notes=found.notes,
+    )
+
+
+def extended(catalog: Catalog, plan: Plan, changed: set[str]) -> Plan:
+    """The same plan where training rows of the datasets `changed` turned out to be others, with what was made of those."""
+    if not changed:
+        return plan
+    datasets = tuple(one.model_copy(update={"changed": one.id in changed}) for one in plan.datasets)
+    runs, versions = _made_of(catalog, datasets, set())
+    before = {run.id: run for run in plan.runs}
+    runs = tuple(before[run.id].model_copy(update={"used": run.used}) if run.id in before else run for run in runs)
+    aliases = standing_for(catalog, {version.id for version in versions})
+    return plan.model_copy(update={"datasets": datasets, "runs": runs, "versions": versions, "aliases": aliases})
+
+
+def standing_for(catalog: Catalog, versions: set[str]) -> dict[str, tuple[str, ...]]:
+    """alias → those of `versions` that its route names, in any part."""
+    routes = sorted(catalog.routes().items())
+    return {name: hit for name, route in routes if (hit := tuple(one for one in versions_of(route) if one in versions))}
+
+
+def _made_of(
+    catalog: Catalog, datasets: tuple[AffectedDataset, ...], records: set[str]
+) -> tuple[tuple[AffectedRun, ...], tuple[AffectedVersion, ...]]:
+    """Runs on the datasets, versions of those runs, runs on those versions, and so on."""
+    holding = {dataset.id for dataset in datasets}
+    decisive = {dataset.id for dataset in datasets if dataset.decides_weights}
+    runs, versions = catalog.all(RunRecord), catalog.all(ModelVersion)
+    unfinished = _unfinished(catalog)
+    used = {run for run, dataset in unfinished.items() if dataset in decisive}
+    gone: set[str] = set()
+    while True:
+        more = {run.id for run in runs if run.dataset in decisive or run.base_model in gone} - used
+        used |= more
+        new = {v.id for v in versions if v.run in used or v.base_model in gone or v.dataset in decisive} - gone
+        gone |= new
+        if not more and not new:
+            break
+    listed = [_run(catalog, run, run.id in used, records) for run in runs if run.id in used or run.dataset in holding]
+    listed += [_begun(run, dataset, dataset in decisive) for run, dataset in unfinished.items() if dataset in holding]
+    return tuple(listed), tuple(
+        AffectedVersion(id=v.id, name=v.name, status=v.status, weights=v.weights, run=v.run)
+        for v in versions
+        if v.id in gone
+    )
+
+
+def _run(catalog: Catalog, run: RunRecord, used: bool, records: set[str]) -> AffectedRun:
+    settings = run.config["train"]
+    manifest = catalog.get_as(DatasetManifest, run.dataset)
+    steps: list[int] = []
+    if rows := set(closure.rows_with(catalog.store, run.dataset, "train", records)):
+        order = order_of(manifest, "train", run.seed, settings["global_batch"], run.order_key or run.dataset)
+        lanes = range(order.global_batch)
+        steps = [step + 1 for step in range(run.num_steps) if not rows.isdisjoint(order.rows_of(step, lanes))]
+    workers = max((attempt["world_size"] for attempt in run.attempts), default=1)
+    hours = run.metrics.get("seconds", 0.0) / 3600 * workers
+    return AffectedRun(
+        id=run.id,
+        name=run.name,
+        dataset=run.dataset,
+        base_model=run.base_model,
+        used=used,
+        finished=True,
+        adapter=run.export_kind == "adapter",
+        num_steps=run.num_steps,
+        steps=len(steps),
+        first_step=steps[0] if steps else 0,
+        last_step=steps[-1] if steps else 0,
+        worker_hours=hours,
+        gpu_hours=hours * settings.get("scaling", {}).get("gpus_per_worker", 0),
+    )
+
+
+def _begun(run: str, dataset: str, used: bool) -> AffectedRun:
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("num_steps", "steps", "first_step", "last_step", "worker_hours", "gpu_hours"), 0
+    )
+    return AffectedRun(id=run, name="", dataset=dataset, base_model="", used=used, finished=False, adapter=False, **nothing)
+
+
+def _unfinished(catalog: Catalog) -> dict[str, str]:
+    """Runs without a record that have a checkpoint → their dataset."""
+    found = {}
+    for run in catalog.subjects("run"):
+        if catalog.has(run):
+            continue
+        for path in catalog.store.list(f"runs/{run}/checkpoints", recursive=True):
+            if path.endswith("/" + MANIFEST):
+                found[run] = str(catalog.store.read_json(path)["position"]["dataset"])
+                break
+    return found
+
+
+def _deployments(catalog: Catalog, gone: set[str], aliases: dict[str, tuple[str, ...]]) -> tuple[AffectedDeployment, ...]:
+    last = catalog.last("deployment")
+    found = []
+    for record in catalog.all(Deployment):
+        now = {version for name in record.models for version in aliases.get(name, ())}
+        hit = tuple(sorted((now | {record.model_version, *record.models.values()}) & gone))
+        if hit:
+            state = last[record.id].data["state"] if record.id in last else ""
+            found.append(AffectedDeployment(id=record.id, name=record.name, state=state, versions=hit))
+    return tuple(found)
+
+
+def _evals(catalog: Catalog, datasets: set[str], records: set[str]) -> tuple[AffectedEval, ...]:
+    found = []
+    for report in catalog.all(EvalReport):
+        path = f"evals/{report.id}/items.jsonl"
+        if report.dataset in datasets and catalog.store.exists(path):
+            quotes = closure.quoting(catalog.store.read(path), records.__contains__)
+            if quotes:
+                found.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))
+    return tuple(found)

@@ -1,0 +1,399 @@
+"""What runs did with packed rows, and what came of those runs: versions, aliases, deployments, reports (level 3)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forge_ray.aliases import route_of
+from forge_ray.catalog import Catalog
+from forge_ray.config.base import parse
+from forge_ray.config.release import AliasRoute
+from forge_ray.config.train import TrainConfig
+from forge_ray.data.order import Order
+from forge_ray.errors import ForgeError
+from forge_ray.records import DatasetManifest, Deployment, EvalReport, ModelVersion, RunRecord
+from forge_ray.store import MANIFEST, Store
+from forge_ray.train import incidents, metrics
+from forge_ray.train.job import run_id
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one run did with one record. `how`: `trained` at `steps` (from 1, a step as often as the record was in it), or
+    `validated`: looked at, never trained. `exact` is False where it only may have used it: a sample, or settings gone."""
+
+    record: str
+    run: str
+    dataset: str
+    how: str
+    steps: tuple[int, ...] = ()
+    left_out: tuple[tuple[int, str], ...] = ()  # steps that were to use it, and when an incident took them out
+    exact: bool = True
+    decided: bool = False  # of a validation: it chose the weights that were exported, or when to stop
+
+
+@dataclass(frozen=True)
+class ReachedRun:
+    """`how`: `trained`, `chosen` (by a validation with the record), or `base`: it began from a version that was reached."""
+
+    run: str
+    name: str
+    state: str
+    how: str
+
+
+@dataclass(frozen=True)
+class ReachedVersion:
+    version: str
+    name: str
+    status: str
+    run: str
+    how: str
+    archived: bool
+
+
+@dataclass(frozen=True)
+class ReachedAlias:
+    """An alias that pointed at a version, from `since` to `until` ("": now)."""
+
+    alias: str
+    version: str
+    since: str
+    until: str
+
+
+@dataclass(frozen=True)
+class ReachedDeployment:
+    deployment: str
+    name: str
+    state: str
+    live: bool
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ReachedReport:
+    """An evaluation with the record among its examples, or (`labels`) among the answers that are its label set."""
+
+    report: str
+    subject: str
+    dataset: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Reached:
+    runs: tuple[ReachedRun, ...]
+    versions: tuple[ReachedVersion, ...]
+    aliases: tuple[ReachedAlias, ...]
+    deployments: tuple[ReachedDeployment, ...]
+    evals: tuple[ReachedReport, ...]
+
+
+@dataclass(frozen=True)
+class Affected:
+    """Ids. `runs` and `versions` have weights that the records took part in; `validated` are runs that only measured a loss
+    on one."""
+
+    datasets: tuple[str, ...]
+    runs: tuple[str, ...]
+    versions: tuple[str, ...]
+    aliases: tuple[str, ...]
+    deployments: tuple[str, ...]
+    evals: tuple[str, ...]
+    validated: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, finished or not. `settings` None: they are gone. `told`: step → whether its line says that it was computed."""
+
+    run: str
+    name: str
+    dataset: str
+    base_model: str
+    state: str
+    settings: TrainConfig | None
+    num_steps: int
+    export_step: int
+    incidents: tuple[dict[str, Any], ...]
+    told: dict[int, bool]
+
+    def trained_on(self, manifest: DatasetManifest, record: str, rows: Sequence[int]) -> Iterator[Use]:
+        """At which steps the rows were used, if at any."""
+        if self.settings is None:
+            yield Use(record, self.run, manifest.id, "trained", exact=False)
+            return
+        order = order_of(manifest, self.settings)
+        seen = self.num_steps * order.global_batch
+        indices = sorted(order.index_of(row, epoch) for row in rows for epoch in range(-(-seen // order.num_rows)))
+        used, left_out = [], []
+        for index in indices:
+            if index < seen:
+                step = index // order.global_batch + 1
+                since = self._left_out(step, order.row(index))
+                if since:
+                    left_out.append((step, since))
+                else:
+                    used.append(step)
+        if used or left_out:
+            yield Use(record, self.run, manifest.id, "trained", tuple(used), tuple(left_out))
+
+    def _left_out(self, step: int, row: int) -> str:
+        """When an incident took the row out of the step; "" where none did."""
+        for one in self.incidents:
+            out = incidents.left_out([one])
+            not_finite = one["kind"] == "not_finite" and one["step"] == step and not self.told.get(step, False)
+            if not_finite or step in out.steps or out.rows.get(row, step + 1) <= step:
+                return str(one.get("at", "?"))
+        return ""
+
+    def validated_on(self, manifest: DatasetManifest, record: str) -> Iterator[Use]:
+        """A pass takes a sample of the split, so a record of it may have been in it."""
+        validation = self.settings.validation if self.settings else None
+        if validation is None or validation.max_rows:
+            decided = bool(validation and (validation.early_stopping or validation.keep_best))
+            decided |= bool(self.settings is None or self.settings.export_step == "best")
+            yield Use(record, self.run, manifest.id, "validated", exact=False, decided=decided)
+
+
+def order_of(manifest: DatasetManifest, settings: TrainConfig) -> Order:
+    """The order of samples of a run on a dataset version."""
+    stats = manifest.splits["train"]
+    return Order(manifest.id, settings.seed, stats.num_rows, stats.block_rows, settings.global_batch)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The store's runs and what was made of them, read once."""
+
+    catalog: Catalog
+    runs: dict[str, Run]
+    versions: tuple[ModelVersion, ...]
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Facts:
+        versions = tuple(catalog.all(ModelVersion))
+        runs = {record.id: _finished(catalog.store, record) for record in catalog.all(RunRecord)}
+        candidates = [version for version in versions if version.run and version.run not in runs]
+        for run in dict.fromkeys([*catalog.subjects("run"), *(version.run for version in candidates)]):
+            if run not in runs:
+                runs[run] = _unfinished(catalog, run, [version for version in candidates if version.run == run])
+        return cls(catalog, runs, versions)
+
+    def runs_on(self, dataset: str) -> list[Run]:
+        """Runs on a dataset version; one that nobody can place may have been on any."""
+        return [run for run in self.runs.values() if run.dataset in (dataset, "")]
+
+    def reached(self, uses: Sequence[Use], splits: Sequence[tuple[str, str, str]]) -> Reached:
+        """What came of `uses`; `splits` are (record, dataset, split) of every record that is held."""
+        runs: dict[str, str] = {}
+        for use in uses:
+            if use.how == "trained":
+                if use.steps or not use.exact:
+                    runs[use.run] = "trained"
+            elif use.decided:
+                runs.setdefault(use.run, "chosen")
+        versions = self._versions(runs, uses)
+        ids, archived = set(versions), self.catalog.archived()
+        aliases = tuple(self._aliases(ids))
+        return Reached(
+            tuple(ReachedRun(run, self.runs[run].name, self.runs[run].state, how) for run, how in sorted(runs.items())),
+            tuple(
+                ReachedVersion(v.id, v.name, v.status, v.run, versions[v.id], v.id in archived)
+                for v in self.versions
+                if v.id in versions
+            ),
+            aliases,
+            tuple(self._deployments(ids, aliases)),
+            tuple(self._reports(splits)),
+        )
+
+    def _versions(self, runs: dict[str, str], uses: Sequence[Use]) -> dict[str, str]:
+        """version → how, of those with weights that the uses took part in; adds to `runs` those that began from one."""
+        found: dict[str, str] = {}
+        direct = {use.run: "trained" for use in uses if use.how == "trained"} | runs
+        grown = True
+        while grown:
+            grown = False
+            for run in self.runs.values():
+                if run.run not in runs and run.base_model in found:
+                    runs[run.run], grown = "base", True
+            for version in self.versions:
+                how = "base" if version.base_model in found or runs.get(version.run) == "base" else ""
+                if version.run in direct and self._took_part(version, direct[version.run], uses):
+                    how = direct[version.run]
+                if how and version.id not in found:
+                    found[version.id], grown = how, True
+        return found
+
+    def _took_part(self, version: ModelVersion, how: str, uses: Sequence[Use]) -> bool:
+        """Whether the records were used up to the step whose weights the version has. A candidate's checkpoint may have had
+        steps that an incident took out later."""
+        run, mine = self.runs[version.run], [use for use in uses if use.run == version.run and use.how == "trained"]
+        last = version.step or run.export_step
+        if how == "chosen" or not last or any(not use.exact for use in mine):
+            return True
+        later = [
+            step for use in mine for step, at in use.left_out if version.status == "candidate" and at > version.created_at
+        ]
+        return any(step <= last for step in (*later, *(step for use in mine for step in use.steps)))
+
+    def _aliases(self, versions: set[str]) -> Iterator[ReachedAlias]:
+        for alias in self.catalog.subjects("alias"):
+            moves = self.catalog.events("alias", alias)
+            for move, after in zip(moves, [*(later.at for later in moves[1:]), ""], strict=True):
+                for version in sorted(_named(route_of(move)) & versions):
+                    yield ReachedAlias(alias, version, move.at, after)
+
+    def _deployments(self, versions: set[str], aliases: Sequence[ReachedAlias]) -> Iterator[ReachedDeployment]:
+        bases = {version.id: version.base_model or version.id for version in self.versions}
+        last_of_name: dict[str, str] = {}
+        deployments = self.catalog.all(Deployment)
+        states = {one.id: self.catalog.events("deployment", one.id) for one in deployments}
+        ups = sorted((e.at, e.subject) for found in states.values() for e in found if e.data["state"] == "running")
+        names = {one.id: one.name for one in deployments}
+        for _, identifier in ups:
+            last_of_name[names[identifier]] = identifier
+        for one in deployments:
+            started = {one.model_version, *one.models.values()}
+            served = started & versions
+            end = ""
+            if states[one.id] and states[one.id][-1].data["state"] != "running":
+                end = states[one.id][-1].at
+            asked = {one.model, *one.models, *one.config.get("models", ())}
+            own = {bases.get(version, version) for version in started}
+            for move in aliases:  # where an alias went while the deployment was up, its answers went
+                if (not end or move.since < end) and (not move.until or move.until > one.created_at):
+                    follows = one.config.get("published", True) and bases.get(move.version) in own
+                    if move.alias in asked or follows:
+                        served.add(move.version)
+            if served:
+                state = states[one.id][-1].data["state"] if states[one.id] else "unknown"
+                live = state == "running" and last_of_name.get(one.name) == one.id
+                yield ReachedDeployment(one.id, one.name, state, live, tuple(sorted(served)))
+
+    def _reports(self, splits: Sequence[tuple[str, str, str]]) -> Iterator[ReachedReport]:
+        for report in self.catalog.all(EvalReport):
+            inside = {record for record, dataset, split in splits if (dataset, split) == (report.dataset, report.split)}
+            labels = report.config.get("labels") == "from_data" and any(
+                (dataset, split) == (report.dataset, "train") for _, dataset, split in splits
+            )
+            if inside and _has_item(self.catalog.store, report, inside):
+                yield ReachedReport(report.id, report.subject, report.dataset, report.split)
+            elif labels:
+                yield ReachedReport(report.id, report.subject, report.dataset, "labels")
+
+
+def _named(route: AliasRoute | None) -> set[str]:
+    """Every version that an alias sends anything to."""
+    if route is None:
+        return set()
+    ruled = {name for rule in route.rules for name in (rule.to, rule.classifier)}
+    return {*route.versions, *route.shadow, *ruled} - {"", "base"}
+
+
+def _has_item(store: Store, report: EvalReport, records: set[str]) -> bool:
+    """Whether one of the records was among the examples; without a list of them, it was."""
+    path = f"evals/{report.id}/items.jsonl"
+    if not store.exists(path):
+        return True
+    return any(json.loads(line).get("record") in records for line in store.read(path).splitlines() if line.strip())
+
+
+def _finished(store: Store, record: RunRecord) -> Run:
+    return Run(
+        record.id,
+        record.name,
+        record.dataset,
+        record.base_model,
+        "succeeded",
+        _settings(record.config),
+        record.num_steps,
+        record.export_step or record.num_steps,
+        record.incidents,
+        _told(store, record.id),
+    )
+
+
+def _unfinished(catalog: Catalog, run: str, candidates: Sequence[ModelVersion]) -> Run:
+    """A run without a record, from its folder: as far as its newest checkpoint, its last line or a candidate of it."""
+    store = catalog.store
+    found: dict[str, Any] = {}
+    for path in store.list(f"runs/{run}"):
+        if path.rsplit("/", 1)[-1].startswith("config-"):
+            found = store.read_json(path)
+    positions = [
+        _position(store, path)
+        for path in store.list(f"runs/{run}/checkpoints", recursive=True)
+        if path.endswith("/" + MANIFEST)
+    ]
+    told = _told(store, run)
+    settings = _settings(found)
+    dataset = next((p["dataset"] for p in positions if p), "") or next((v.dataset for v in candidates if v.dataset), "")
+    base = next((version.base_model for version in candidates), "")
+    models = {model.files_digest: model.id for model in catalog.all(ModelVersion)}
+    base = base or next((models.get(p["base_digest"], "") for p in positions if p), "")
+    if settings and not (dataset and base):
+        dataset, base = _by_id(catalog, run, settings) or (dataset, base)
+    events = catalog.events("run", run)
+    return Run(
+        run,
+        found.get("name", ""),
+        dataset,
+        base,
+        events[-1].data["state"] if events else "unknown",
+        settings if dataset else None,
+        max([0, *(p["step"] for p in positions if p), *told, *(version.step for version in candidates)]),
+        0,
+        tuple(incidents.read(store, run)),
+        told,
+    )
+
+
+def _by_id(catalog: Catalog, run: str, settings: TrainConfig) -> tuple[str, str] | None:
+    """(dataset, base) of a run before its first checkpoint: those from which its id follows."""
+    for dataset in catalog.all(DatasetManifest):
+        for base in catalog.all(ModelVersion):
+            if run in (run_id(settings, precision, dataset, base) for precision in ("bf16", "fp32")):
+                return dataset.id, base.id
+    return None
+
+
+def _position(store: Store, path: str) -> dict[str, Any]:
+    try:
+        position: dict[str, Any] = store.read_json(path)["position"]
+    except (ForgeError, KeyError, TypeError):
+        return {}
+    return position
+
+
+def _settings(config: dict[str, Any]) -> TrainConfig | None:
+    try:
+        return parse(TrainConfig, config["train"])
+    except (ForgeError, KeyError):
+        return None
+
+
+def _told(store: Store, run: str) -> dict[int, bool]:
+    path = f"runs/{run}/{metrics.METRICS}"
+    lines = metrics.parse(store.read(path).decode()) if store.exists(path) else []
+    return {line["step"]: "left_out" not in line for line in lines}
+
+
+def ranges(steps: Sequence[int]) -> str:
+    """Steps for people: `3, 7–9 (5 times in 4 steps)`."""
+    times = Counter(steps)
+    runs: list[list[int]] = []
+    for step in sorted(times):
+        if runs and step == runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    shown = [str(a) if a == b else f"{a}–{b}" for a, b in runs[:8]] + (["…"] if len(runs) > 8 else [])
+    more = "" if len(steps) == len(times) else f" in {len(times)} steps"
+    return f"{', '.join(shown)} ({len(steps)} time{'s' if len(steps) > 1 else ''}{more})"

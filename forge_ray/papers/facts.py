@@ -1,0 +1,327 @@
+"""Everything that is on record about one model version, gathered once (level 4).
+
+Nothing is typed by hand but two figures that no record has: the watts of a worker, the base model's training compute.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from forge_ray import __version__, environment
+from forge_ray.aliases import route_of
+from forge_ray.authority import Authority
+from forge_ray.catalog import Catalog
+from forge_ray.errors import ConfigError
+from forge_ray.papers import compute
+from forge_ray.records import (
+    DatasetManifest,
+    Deployment,
+    EvalReport,
+    Event,
+    ModelVersion,
+    Record,
+    RunRecord,
+    digest,
+)
+from forge_ray.signatures import valid_signers
+from forge_ray.store import Store
+
+NOT_RECORDED = "not recorded"
+BY_HAND = "not recorded: provide by hand"
+DECIDED = ("model", "approval", "erasure", "reproduction")  # kinds of events about a version, its runs or its datasets
+MAX_HEADER = 100 << 20
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of the chain."""
+
+    run: RunRecord
+    dataset: DatasetManifest | None
+    started_at: str
+    compute: compute.RunCompute
+
+
+@dataclass(frozen=True)
+class Package:
+    name: str
+    version: str
+    licence: str  # SPDX; "" where the package says none, or another version is installed here than the run had
+    record: str = ""  # sha256 of the list of its files, from the environment lock
+
+
+@dataclass(frozen=True)
+class Approval:
+    """A person's signed yes or no; `holds`: whether the signature is one of a signer of this store."""
+
+    at: str
+    who: str
+    holds: bool
+    decision: str
+    alias: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`chain`: the version, its base, and so on to the imported one; `trainings`: newest first. `signatures`: record →
+    signers whose envelope beside it holds. `at`: time of the newest record or event, so equal stores give equal papers."""
+
+    version: ModelVersion
+    chain: tuple[ModelVersion, ...]
+    trainings: tuple[Training, ...]
+    datasets: tuple[DatasetManifest, ...]
+    evals: tuple[EvalReport, ...]
+    aliases: tuple[str, ...]
+    events: tuple[Event, ...]
+    deployments: tuple[Deployment, ...]
+    packages: tuple[Package, ...]
+    architecture: dict[str, Any]
+    parameters: dict[str, int]
+    signatures: dict[str, tuple[str, ...]]
+    approvals: tuple[Approval, ...]
+    missing: tuple[str, ...]
+    at: str
+    power_w: float | None
+    base_flops: float | None
+    forge_version: str = __version__
+
+    @property
+    def training(self) -> Training | None:
+        """The run that made this version."""
+        return self.trainings[0] if self.trainings and self.trainings[0].run.id == self.version.run else None
+
+    @property
+    def dataset(self) -> DatasetManifest | None:
+        """What this version was trained on."""
+        wanted = self.training.run.dataset if self.training else self.version.dataset
+        return next((dataset for dataset in self.datasets if dataset.id == wanted), None)
+
+    @property
+    def base(self) -> ModelVersion | None:
+        """The model that this one was trained from."""
+        return self.chain[1] if len(self.chain) > 1 else None
+
+    @property
+    def origin(self) -> ModelVersion:
+        """The imported model at the end of the chain, or the oldest that is on record."""
+        return self.chain[-1]
+
+    @property
+    def own_evals(self) -> tuple[EvalReport, ...]:
+        return tuple(report for report in self.evals if report.subject in (self.version.id, self.version.run))
+
+    @property
+    def rows(self) -> int | None:
+        """Records that the version was trained on."""
+        train = self.dataset.splits.get("train") if self.dataset else None
+        return train.num_records if train else None
+
+    @property
+    def flops(self) -> float | None:
+        """Of all runs from the imported model to this version; None unless each is known and none is missing."""
+        return _sum([training.compute.flops for training in self.trainings]) if self._is_whole else None
+
+    @property
+    def worker_hours(self) -> float | None:
+        return _sum([training.compute.worker_hours for training in self.trainings]) if self._is_whole else None
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """From stated power alone: worker hours x watts per worker."""
+        return None if self.power_w is None or self.worker_hours is None else self.worker_hours * self.power_w / 1000
+
+    @property
+    def share(self) -> float | None:
+        """Of the base model's training compute."""
+        return None if self.flops is None or not self.base_flops else self.flops / self.base_flops
+
+    @property
+    def _is_whole(self) -> bool:
+        trained = {version.run for version in self.chain if version.run}
+        return bool(self.trainings) and trained == {training.run.id for training in self.trainings}
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Every record that the papers speak of, each once."""
+        runs = tuple(training.run for training in self.trainings)
+        found: tuple[Record, ...] = (*self.chain, *runs, *self.datasets, *self.evals, *self.deployments)
+        return tuple({record.id: record for record in found}.values())
+
+
+def _sum(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if values and len(known) == len(values) else None
+
+
+def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_flops: float | None = None) -> Facts:
+    """The facts of a version, by its id or alias. Raises `NotFound`, and `ConfigError` for figures that mean nothing."""
+    for name, value in (("--power-w", power_w), ("--base-flops", base_flops)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name} {value:g} is no positive number", hint="leave it out where it is not known")
+    version, known = catalog.model(reference), catalog.authority()
+    missing: list[str] = []
+
+    def found(record_id: str, kind: type[Any]) -> Any:
+        if not record_id:
+            return None
+        if catalog.has(record_id):
+            return catalog.get_as(kind, record_id)
+        missing.append(record_id)
+        return None
+
+    chain = [version]
+    while (base := found(chain[-1].base_model, ModelVersion)) and base not in chain:
+        chain.append(base)
+    runs: list[RunRecord] = [run for each in chain if (run := found(each.run, RunRecord))]
+    evals: list[EvalReport] = [report for name in version.evals if (report := found(name, EvalReport))]
+    evals += [
+        report
+        for report in catalog.all(EvalReport)
+        if report.subject in (version.id, version.run or version.id) and report not in evals
+    ]
+    wanted = [*(run.dataset for run in runs), *([] if runs else [version.dataset]), *(report.dataset for report in evals)]
+    datasets: list[DatasetManifest] = [
+        manifest for name in dict.fromkeys(wanted) if (manifest := found(name, DatasetManifest))
+    ]
+    by_id = {manifest.id: manifest for manifest in datasets}
+    trainings = tuple(
+        Training(
+            run,
+            by_id.get(run.dataset),
+            min((str(attempt["at"]) for attempt in run.attempts if "at" in attempt), default=""),
+            compute.of_run(catalog.store, run, by_id.get(run.dataset)),
+        )
+        for run in runs
+    )
+    aliases = tuple(sorted(name for name, route in catalog.routes().items() if version.id in route.versions))
+    deployments = tuple(
+        record for record in catalog.all(Deployment) if version.id in (record.model_version, *record.models.values())
+    )
+    subjects = [version.id, *(run.id for run in runs), *by_id]
+    events = _events(catalog, version.id, subjects, [deployment.id for deployment in deployments])
+    records: list[Record] = [*chain, *runs, *datasets, *evals, *deployments]
+    return Facts(
+        version=version,
+        chain=tuple(chain),
+        trainings=trainings,
+        datasets=tuple(datasets),
+        evals=tuple(evals),
+        aliases=aliases,
+        events=events,
+        deployments=deployments,
+        packages=_packages(catalog.store, runs[0]) if runs else (),
+        architecture=_configuration(catalog.store, chain),
+        parameters={each.id: count for each in chain if (count := num_parameters(catalog.store, each)) is not None},
+        signatures=_signatures(catalog, known, records),
+        approvals=tuple(_approval(known, event) for event in events if event.kind == "approval"),
+        missing=tuple(dict.fromkeys(missing)),
+        at=max([record.created_at for record in records] + [event.at for event in events]),
+        power_w=power_w,
+        base_flops=base_flops,
+    )
+
+
+def _events(catalog: Catalog, version: str, subjects: list[str], deployments: list[str]) -> tuple[Event, ...]:
+    """What happened to the version: alias moves that name it, what was decided about it and its origins, its endpoints."""
+    found = [event for kind in DECIDED for subject in subjects for event in catalog.events(kind, subject)]
+    found += [event for identifier in deployments for event in catalog.events("deployment", identifier)]
+    for alias in catalog.subjects("alias"):
+        for event in catalog.events("alias", alias):
+            route = route_of(event)
+            if route and version in (*route.versions, *route.shadow):
+                found.append(event)
+    return tuple(sorted(found, key=lambda event: (event.at, event.id)))
+
+
+def _signatures(catalog: Catalog, known: Authority, records: list[Record]) -> dict[str, tuple[str, ...]]:
+    """Record → signers whose envelope beside it holds."""
+    found = {record.id: valid_signers(catalog.store, known, record) for record in records}
+    return {record: tuple(f"{known.name_of(key)} ({key})" for key in keys) for record, keys in found.items() if keys}
+
+
+def _approval(known: Authority, event: Event) -> Approval:
+    who = f"{known.name_of(event.key)} ({event.key})" if event.key in known.signers else event.key
+    data = event.data
+    holds = known.is_valid(event)
+    return Approval(
+        event.at, who, holds, str(data.get("decision", "")), str(data.get("alias", "")), str(data.get("why", ""))
+    )
+
+
+def _configuration(store: Store, chain: list[ModelVersion]) -> dict[str, Any]:
+    """`config.json` of the weights that the version runs on: its own, or its base's where it is an adapter."""
+    for version in chain:
+        path = f"models/{version.id}/config.json"
+        if version.weights == "full" and store.exists(path):
+            value = store.read_json(path)
+            return value if isinstance(value, dict) else {}
+    return {}
+
+
+def num_parameters(store: Store, version: ModelVersion) -> int | None:
+    """Counted from the headers of the version's safetensors files; None where they are not in the store."""
+    total = 0
+    names = [entry.path for entry in version.files if entry.path.endswith(".safetensors")]
+    for name in names:
+        path = f"models/{version.id}/{name}"
+        if not store.exists(path):
+            return None
+        with store.filesystem.open_input_file(store.path(path)) as stream:
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER
+            if length >= MAX_HEADER:
+                return None
+            try:
+                header = json.loads(stream.read(length))
+            except ValueError:
+                return None
+        for key, entry in header.items():
+            if key != "__metadata__":
+                size = 1
+                for extent in entry["shape"]:
+                    size *= int(extent)
+                total += size
+    return total if names else None
+
+
+def _packages(store: Store, run: RunRecord) -> tuple[Package, ...]:
+    """All that the environment lock lists; of a run without one, those that decide numbers."""
+    found = {name: {"version": version} for name, version in run.environment.items() if name != "machine"}
+    found |= environment.read(store, run.environment_digest).get("packages", {})
+    return tuple(
+        Package(name, each["version"], _licence(name, each["version"]), each.get("record", ""))
+        for name, each in sorted(found.items())
+        if each["version"] != "absent"
+    )
+
+
+def _licence(name: str, version: str) -> str:
+    if name == "python":
+        return "PSF-2.0"
+    try:
+        found = dict(importlib.metadata.metadata(name).json)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    said = str(found.get("license_expression") or found.get("license") or "")
+    return spdx(said) if found.get("version") == version else ""
+
+
+def spdx(licence: str) -> str:
+    """The licence as an SPDX expression in its right spelling; "" where it is none."""
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    try:
+        return str(canonicalize_license_expression(licence))
+    except InvalidLicenseExpression:
+        return ""
+
+
+def sha256_of(record: Record) -> str:
+    """Hex of the hash whose beginning is the record's id."""
+    value = record.config_digest if isinstance(record, RunRecord) else digest(record.identity())
+    return value.removeprefix("sha256:")

@@ -1,0 +1,148 @@
+"""A run and its version in an MLflow server (level 4): for those who look there. Our records stay what counts.
+
+The run is found again by its tag `forge.run`, the version by `forge.version`: a second export writes nothing twice, and goes
+on where a broken one ended.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from forge_ray.catalog import Catalog
+from forge_ray.config.base import parse
+from forge_ray.config.train import TrainConfig
+from forge_ray.errors import ConfigError, NotFound, StoreError
+from forge_ray.records import EvalReport, ModelVersion, RunRecord
+from forge_ray.store import Store
+from forge_ray.train import metrics
+from forge_ray.train.sinks import MlFlow, series
+
+BATCH = 1000  # MLflow takes no more values at once
+NO_ALIAS = re.compile(r"[^A-Za-z0-9_-]")  # MLflow's aliases have no other characters
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Where things are in MLflow. `aliases`: ours → theirs."""
+
+    run: str
+    mlflow_run: str
+    experiment: str
+    metrics: int
+    version: str = ""
+    registered: str = ""
+    registered_version: str = ""
+    aliases: dict[str, str] | None = None
+
+
+def export(catalog: Catalog, reference: str, uri: str, experiment: str, with_weights: bool) -> Exported:
+    """A run by its id, or a version by its id or alias with the run that made it. Raises `ConfigError` where MLflow is not
+    installed or its server refuses."""
+    version, run = _found(catalog, reference)
+    if with_weights and version is None:
+        raise ConfigError(f"--with-weights: {run.id} is a run, its weights belong to a version", hint="export the version")
+    try:
+        import mlflow  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"mlflow is not installed ({error})", hint="pip install 'forge-ray[mlflow]'") from None
+    try:
+        return _export(catalog, version, run, uri, experiment or run.name, with_weights)
+    except (ConfigError, StoreError, NotFound):
+        raise
+    except Exception as error:  # whatever a foreign library raises
+        raise ConfigError(
+            f"MLflow at {uri} failed: {type(error).__name__}: {error}", hint="is the server up, and may you write there?"
+        ) from None
+
+
+def _found(catalog: Catalog, reference: str) -> tuple[ModelVersion | None, RunRecord]:
+    if catalog.has(reference) and isinstance(record := catalog.get(reference), RunRecord):
+        return None, record
+    version = catalog.model(reference)
+    if not catalog.has(version.run):
+        raise NotFound(
+            f"{version.id} has no run on record: {version.run or 'it was imported'}",
+            hint="export a version that was trained",
+        )
+    return version, catalog.get_as(RunRecord, version.run)
+
+
+def _export(
+    catalog: Catalog, version: ModelVersion | None, run: RunRecord, uri: str, experiment: str, with_weights: bool
+) -> Exported:
+    store = catalog.store
+    tags = {"forge.dataset": run.dataset, "forge.base_model": run.base_model, "forge.code_digest": run.code_digest}
+    tags |= {"forge.config_digest": run.config_digest, "forge.order_digest": run.order_digest}
+    sink = MlFlow(uri, run.id, experiment, parse(TrainConfig, run.config["train"]), tags)
+    path = f"runs/{run.id}/{metrics.METRICS}"
+    told = series(store, run.id, metrics.parse(store.read(path).decode()) if store.exists(path) else [])
+    _log(sink, told)
+    sink.close(failed=False)
+    exported = Exported(run.id, sink.run_id, experiment, sum(len(values) for _, values in told))
+    return exported if version is None else _register(catalog, version, exported, sink.client, with_weights)
+
+
+def _log(sink: MlFlow, told: list[tuple[int, dict[str, float]]]) -> None:
+    """What MLflow lacks, a thousand values a request: that is its limit, and one a step would take hours for a long run."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    missing = [
+        Metric(name, value, now, step)
+        for step, values in told
+        for name, value in values.items()
+        if (name, step) not in sink.written
+    ]
+    for first in range(0, len(missing), BATCH):
+        sink.client.log_batch(sink.run_id, metrics=missing[first : first + BATCH])
+
+
+def _register(catalog: Catalog, version: ModelVersion, exported: Exported, client: Any, with_weights: bool) -> Exported:
+    from mlflow.exceptions import MlflowException
+
+    name = version.name
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        client.create_registered_model(name)
+    known = client.search_model_versions(f"name = '{name}' and tags.`forge.version` = '{version.id}'")
+    number = str(known[0].version) if known else ""
+    if not number:
+        source = f"forge:/models/{version.id}#{version.files_digest}"
+        if with_weights:
+            source = _weights(catalog.store, version, exported.mlflow_run, client)
+        tags = _tags(catalog, version)
+        number = str(client.create_model_version(name, source, exported.mlflow_run, tags=tags).version)
+    aliases = {alias: NO_ALIAS.sub("-", alias) for alias, target in catalog.aliases().items() if target == version.id}
+    for theirs in aliases.values():
+        client.set_registered_model_alias(name, theirs, number)
+    client.set_model_version_tag(name, number, "forge.aliases", ", ".join(sorted(aliases)))
+    found = vars(exported) | {"version": version.id, "registered": name, "registered_version": number, "aliases": aliases}
+    return Exported(**found)
+
+
+def _weights(store: Store, version: ModelVersion, run: str, client: Any) -> str:
+    client.log_artifacts(run, str(store.fetch_dir(f"models/{version.id}")), f"models/{version.id}")
+    return f"runs:/{run}/models/{version.id}"
+
+
+def _tags(catalog: Catalog, version: ModelVersion) -> dict[str, str]:
+    """Our ids, and the scores that the version was judged by."""
+    tags = {
+        "forge.version": version.id,
+        "forge.run": version.run,
+        "forge.status": version.status,
+        "forge.files_digest": version.files_digest,
+        "forge.base_model": version.base_model,
+        "forge.licence": version.licence,
+        "forge.evals": ", ".join(version.evals),
+    }
+    if version.evals and catalog.has(version.evals[0]):
+        scores = catalog.get_as(EvalReport, version.evals[0]).metrics
+        tags |= {f"forge.eval.{name}": f"{value:.10g}" for name, value in scores.items()}
+    return tags

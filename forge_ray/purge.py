@@ -1,0 +1,85 @@
+"""What is deleted at the end of an erasure, named with its digests before it goes (level 5)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from forge_ray.catalog import Catalog
+from forge_ray.data import closure, erased, work
+from forge_ray.erasure import Plan, present
+from forge_ray.errors import StoreError
+from forge_ray.records import EvalReport, FileEntry, files_digest
+from forge_ray.store import Store
+
+
+def folders(plan: Plan, weights: Iterable[str]) -> list[str]:
+    """What holds the rows, or learned from them. Records, metrics and reports stay: they say what was, and quote nothing."""
+    found = []
+    for dataset in plan.datasets:
+        found += [f"datasets/{dataset.id}", f"cards/{dataset.id}", f"index/{dataset.id}"]
+    for run in plan.runs:
+        if run.used:
+            found += [f"runs/{run.id}/checkpoints", f"runs/{run.id}/export"]
+    return [*found, *(f"evals/{report.id}" for report in plan.evals), *(f"models/{version}" for version in weights)]
+
+
+def files(store: Store, folder: str) -> tuple[FileEntry, ...]:
+    """Every file of a folder with its size and sha256: from its manifest where it was published."""
+    if store.is_published(folder):
+        return tuple(entry.model_copy(update={"path": f"{folder}/{entry.path}"}) for entry in store.files(folder))
+    found = []
+    for path in store.list(folder, recursive=True):
+        data = store.read(path)
+        found.append(FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+    return tuple(found)
+
+
+def lone_images(catalog: Catalog, plan: Plan) -> list[str]:
+    """Images that no dataset but the affected ones shows."""
+    gone = {dataset.id for dataset in plan.datasets}
+    mine = set().union(*(closure.images(catalog.store, dataset) for dataset in gone)) if gone else set()
+    for manifest in present(catalog) if mine else []:
+        if manifest.id not in gone:
+            mine -= closure.images(catalog.store, manifest.id)
+    return sorted(f"images/{name.removeprefix('sha256:')}" for name in mine)
+
+
+def listed(catalog: Catalog, plan: Plan, weights: Iterable[str]) -> tuple[FileEntry, ...]:
+    """All that is to go, before anything goes."""
+    store = catalog.store
+    found = [entry for folder in folders(plan, weights) for entry in files(store, folder)]
+    for path in lone_images(catalog, plan):
+        if store.exists(path):
+            data = store.read(path)
+            found.append(FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+    return tuple(sorted(found, key=lambda entry: entry.path))
+
+
+def purge(store: Store, plan: Plan, weights: Iterable[str], listing: tuple[FileEntry, ...]) -> str:
+    """Delete what was listed, and the work area, whose pieces may hold any row. Again is fine. Returns the list's digest."""
+    for folder in folders(plan, weights):
+        store.delete_dir(folder)
+    for entry in listing:
+        if entry.path.startswith("images/"):
+            store.delete(entry.path)
+    work.clean(store)
+    return files_digest(listing)
+
+
+def check_gone(catalog: Catalog, erasure: str) -> None:
+    """Raise `StoreError` where a dataset version or the items of an evaluation still hold one of the rows."""
+    store, gone = catalog.store, erased.of_erasure(catalog.store, erasure)
+    for manifest in present(catalog):
+        for _, table in closure.tables(store, manifest.id, ["record"]):
+            if left := [record for record in table.column("record").to_pylist() if record and gone.has(record)]:
+                raise StoreError(
+                    f"{manifest.id} still holds {len(left)} of the rows of {erasure}",
+                    hint="it was built while they were erased: give the same command once more",
+                )
+    for report in catalog.all(EvalReport):
+        path = f"evals/{report.id}/items.jsonl"
+        if store.exists(path) and closure.quoting(store.read(path), gone.has):
+            raise StoreError(
+                f"{path} still quotes rows of {erasure}", hint="it was written meanwhile: give the same command once more"
+            )
