@@ -193,10 +193,10 @@ def _rebuild(store: Store, plan: Plan, options: Options) -> Facts:
             made[old.id] = ""
             continue
         made[old.id] = new.id
-        digests = [[found.splits[split].rows_digest for split in TRAINED_ON] for found in (old, new)]
-        if not affected.decides_weights and digests[0] != digests[1]:
-            changed.append(old.id)
-    return {"datasets": made, "changed": changed}
+        for split in TRAINED_ON:
+            if not affected.held.get(split) and old.splits[split].rows_digest != new.splits[split].rows_digest:
+                changed.append(old.id)
+    return {"datasets": made, "changed": sorted(set(changed))}
 
 
 def _without_datasets(data: Facts, made: dict[str, str]) -> Facts:

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from forge_ray.catalog import Catalog
 from forge_ray.data import closure, erased
-from forge_ray.data.order import order_of
 from forge_ray.data.subject import subject_digest, subject_key
 from forge_ray.errors import ConfigError
+from forge_ray.impact import Facts
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, ModelVersion, RunRecord
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import MANIFEST, Store
 
-TRAINED_ON = ("train", "validation")  # what decides weights: the validation rows choose the checkpoint and the end
+TRAINED_ON = ("train", "validation")  # what can decide weights: validation rows may choose the checkpoint and the end
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,11 @@ class AffectedDataset(Frozen):
     held: dict[str, int]  # split, or `dropped` → records
     changed: bool = False  # whether without the rows others are trained on, as a near duplicate that takes their place
 
-    @property
-    def decides_weights(self) -> bool:
-        return self.changed or any(self.held.get(split) for split in TRAINED_ON)
+    def decides(self, train: dict[str, Any]) -> bool:
+        """Whether the weights of a run with these settings depend on the rows."""
+        validation = train.get("validation", {})
+        chooses = validation.get("early_stopping") or validation.get("keep_best") or train.get("export_step") == "best"
+        return self.changed or bool(self.held.get("train")) or bool(chooses and self.held.get("validation"))
 
 
 class AffectedRun(Frozen):
@@ -231,20 +233,23 @@ def _made_of(
 ) -> tuple[tuple[AffectedRun, ...], tuple[AffectedVersion, ...]]:
     """Runs on the datasets, versions of those runs, runs on those versions, and so on."""
     holding = {dataset.id for dataset in datasets}
-    decisive = {dataset.id for dataset in datasets if dataset.decides_weights}
+    may = {dataset.id for dataset in datasets if dataset.changed or any(map(dataset.held.get, TRAINED_ON))}
     runs, versions = catalog.all(RunRecord), catalog.all(ModelVersion)
+    by_id = {dataset.id: dataset for dataset in datasets}
+    decided = {run.id for run in runs if run.dataset in holding and by_id[run.dataset].decides(run.config["train"])}
     unfinished = _unfinished(catalog)
-    used = {run for run, dataset in unfinished.items() if dataset in decisive}
+    used = {run for run, dataset in unfinished.items() if dataset in may}
     gone: set[str] = set()
     while True:
-        more = {run.id for run in runs if run.dataset in decisive or run.base_model in gone} - used
+        more = {run.id for run in runs if run.id in decided or run.base_model in gone} - used
         used |= more
-        new = {v.id for v in versions if v.run in used or v.base_model in gone or v.dataset in decisive} - gone
+        new = {v.id for v in versions if v.run in used or v.base_model in gone or (not v.run and v.dataset in may)} - gone
         gone |= new
         if not more and not new:
             break
-    listed = [_run(catalog, run, run.id in used, records) for run in runs if run.id in used or run.dataset in holding]
-    listed += [_begun(run, dataset, dataset in decisive) for run, dataset in unfinished.items() if dataset in holding]
+    facts = Facts.of(catalog)
+    listed = [_run(catalog, facts, run, run.id in used, records) for run in runs if run.id in used or run.dataset in holding]
+    listed += [_begun(run, dataset, dataset in may) for run, dataset in unfinished.items() if dataset in holding]
     return tuple(listed), tuple(
         AffectedVersion(id=v.id, name=v.name, status=v.status, weights=v.weights, run=v.run)
         for v in versions
@@ -252,14 +257,11 @@ def _made_of(
     )
 
 
-def _run(catalog: Catalog, run: RunRecord, used: bool, records: set[str]) -> AffectedRun:
+def _run(catalog: Catalog, facts: Facts, run: RunRecord, used: bool, records: set[str]) -> AffectedRun:
     settings = run.config["train"]
     manifest = catalog.get_as(DatasetManifest, run.dataset)
-    steps: list[int] = []
-    if rows := set(closure.rows_with(catalog.store, run.dataset, "train", records)):
-        order = order_of(manifest, "train", run.seed, settings["global_batch"], run.order_key or run.dataset)
-        lanes = range(order.global_batch)
-        steps = [step + 1 for step in range(run.num_steps) if not rows.isdisjoint(order.rows_of(step, lanes))]
+    rows = closure.rows_with(catalog.store, run.dataset, "train", records)
+    steps = sorted({step for use in facts.runs[run.id].trained_on(manifest, "", rows) for step in use.steps}) if rows else []
     workers = max((attempt["world_size"] for attempt in run.attempts), default=1)
     hours = run.metrics.get("seconds", 0.0) / 3600 * workers
     return AffectedRun(

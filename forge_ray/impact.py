@@ -13,7 +13,7 @@ from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute
 from forge_ray.config.train import TrainConfig
-from forge_ray.data.order import Order
+from forge_ray.data.order import order_of
 from forge_ray.errors import ForgeError
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, ModelVersion, RunRecord
 from forge_ray.store import MANIFEST, Store
@@ -122,13 +122,14 @@ class Run:
     export_step: int
     incidents: tuple[dict[str, Any], ...]
     told: dict[int, bool]
+    order_key: str = ""  # "" of a run that was made when the order followed from the dataset's id
 
     def trained_on(self, manifest: DatasetManifest, record: str, rows: Sequence[int]) -> Iterator[Use]:
         """At which steps the rows were used, if at any."""
         if self.settings is None:
             yield Use(record, self.run, manifest.id, "trained", exact=False)
             return
-        order = order_of(manifest, self.settings)
+        order = order_of(manifest, "train", self.settings.seed, self.settings.global_batch, self.order_key or manifest.id)
         seen = self.num_steps * order.global_batch
         indices = sorted(order.index_of(row, epoch) for row in rows for epoch in range(-(-seen // order.num_rows)))
         used, left_out = [], []
@@ -159,12 +160,6 @@ class Run:
             decided = bool(validation and (validation.early_stopping or validation.keep_best))
             decided |= bool(self.settings is None or self.settings.export_step == "best")
             yield Use(record, self.run, manifest.id, "validated", exact=False, decided=decided)
-
-
-def order_of(manifest: DatasetManifest, settings: TrainConfig) -> Order:
-    """The order of samples of a run on a dataset version."""
-    stats = manifest.splits["train"]
-    return Order(manifest.id, settings.seed, stats.num_rows, stats.block_rows, settings.global_batch)
 
 
 @dataclass(frozen=True)
@@ -317,6 +312,7 @@ def _finished(store: Store, record: RunRecord) -> Run:
         record.export_step or record.num_steps,
         record.incidents,
         _told(store, record.id),
+        record.order_key,
     )
 
 
@@ -352,7 +348,15 @@ def _unfinished(catalog: Catalog, run: str, candidates: Sequence[ModelVersion]) 
         0,
         tuple(incidents.read(store, run)),
         told,
+        _order_key(catalog, dataset, positions),
     )
+
+
+def _order_key(catalog: Catalog, dataset: str, positions: Sequence[dict[str, Any]]) -> str:
+    """What the order of an unfinished run follows from, as its checkpoints say; before the first, what it does today."""
+    if written := [position for position in positions if position]:
+        return str(written[0].get("order_key", ""))
+    return catalog.get_as(DatasetManifest, dataset).splits["train"].rows_digest if catalog.has(dataset) else ""
 
 
 def _by_id(catalog: Catalog, run: str, settings: TrainConfig) -> tuple[str, str] | None:

@@ -194,4 +194,4 @@ def images(store: Store, dataset: str) -> set[str]:
 
 def quoting(lines: bytes, holds: Callable[[str], bool]) -> int:
     """How many lines of an evaluation's items are about a record for which `holds(id)`."""
-    return sum(holds(json.loads(line)["record"]) for line in lines.splitlines())
+    return sum(holds(str(json.loads(line).get("record", ""))) for line in lines.splitlines())

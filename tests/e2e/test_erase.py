@@ -199,7 +199,7 @@ def _id(row: dict[str, Any]) -> str:
 
 
 def test_marked_versions_answer_until_replaced_and_what_is_built_on_them_goes_too(own: Store, tmp_path: Path) -> None:
-    """A second run continues the first, whose rows are hers alone in another source; a third's dataset has nothing left."""
+    """The second run continues the first, which learned from her rows; the third learned from nothing else."""
     hers, others = [row for row in rows() if row["customer"] == "wq"], [row for row in rows() if row["customer"] != "wq"]
     paths = [tmp_path / "first.jsonl", tmp_path / "second.jsonl", tmp_path / "third.jsonl"]
     for path, found in zip(paths, (others[:40] + hers, others[40:80], hers), strict=True):

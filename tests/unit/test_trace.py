@@ -19,10 +19,11 @@ from forge_ray.cli import cli
 from forge_ray.config.release import AliasRoute, Rule
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset import SPLITS, place, record_bytes
+from forge_ray.data.order import order_of
 from forge_ray.data.schema import parse_record
 from forge_ray.data.subject import subject_digest, subject_key
 from forge_ray.errors import ConfigError
-from forge_ray.impact import order_of, ranges
+from forge_ray.impact import ranges
 from forge_ray.records import DatasetManifest, Event, RunRecord, canonical_json
 from forge_ray.trace import affected, of_file, of_record, of_subject_value, trace
 from forge_ray.train import incidents
@@ -100,7 +101,10 @@ def scan(catalog: Catalog, found: RunRecord, rows: list[list[str]]) -> dict[str,
     """record → step → times, by walking through the whole run as its loop did."""
     manifest = catalog.get_as(DatasetManifest, found.dataset)
     settings = TrainConfig.model_validate(found.config["train"])
-    order, out = order_of(manifest, settings), incidents.left_out(found.incidents)
+    order, out = (
+        order_of(manifest, "train", settings.seed, settings.global_batch, manifest.id),
+        incidents.left_out(found.incidents),
+    )
     told = json.loads(catalog.store.read(f"runs/{found.id}/metrics.jsonl"))
     not_finite = {one["step"] for one in found.incidents if one["kind"] == "not_finite"} - ({1} if "loss" in told else set())
     seen: dict[str, Counter[int]] = {}
@@ -228,7 +232,7 @@ def test_only_versions_of_later_steps_saw_it(catalog: Catalog) -> None:
     data = dataset(catalog, [record_of(n) for n in numbers], rows)
     base = version(catalog, "base")
     settings = train_config(global_batch=1)
-    order = order_of(data, TrainConfig.model_validate(settings))
+    order = order_of(data, "train", 0, 1, data.id)
     target = record_of(numbers[order.row(4)]).id  # step 5 alone
     spike = {"number": 1, "at": "2999-01-01", "kind": "spike", "step": 5, "last_step": 6}
     early = run(catalog, "early", data.id, base.id, num_steps=8, export_step=4, train=settings)
@@ -255,7 +259,7 @@ def test_runs_that_are_not_finished_count_as_far_as_they_went(catalog: Catalog) 
     data = dataset(catalog, [record_of(n) for n in numbers], [[record_of(n).id] for n in numbers])
     base = version(catalog, "base")
     settings = train_config(global_batch=1)
-    order = order_of(data, TrainConfig.model_validate(settings))
+    order = order_of(data, "train", 0, 1, data.id)
     third, sixth = (record_of(numbers[order.row(step - 1)]).id for step in (3, 6))
     store = catalog.store
     for name in ("saved", "running", "lost"):
