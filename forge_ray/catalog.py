@@ -19,7 +19,7 @@ from forge_ray import audit_log, authority, signing
 from forge_ray.aliases import alias_event, route_of
 from forge_ray.config.release import ALIAS, AliasRoute
 from forge_ray.errors import ConfigError, NotFound, PolicyError
-from forge_ray.records import RECORD_TYPES, Event, ModelVersion, Record, canonical_json
+from forge_ray.records import RECORD_TYPES, DatasetManifest, Event, ModelVersion, Record, canonical_json
 from forge_ray.signatures import record_path, require_signed, sign_record, signed_event, signers_of
 from forge_ray.store import Store
 
@@ -143,6 +143,10 @@ class Catalog:
         rows = self._db.execute("select body from records where kind = ? order by created_at, id", (record_type.kind,))
         return [record_type.model_validate_json(row[0]) for row in rows]
 
+    def datasets(self) -> list[DatasetManifest]:
+        """Dataset versions whose rows are in the store: those of others were erased, and their records tell of what was."""
+        return [found for found in self.all(DatasetManifest) if self.store.exists(f"datasets/{found.id}")]
+
     def events(self, kind: str, subject: str) -> list[Event]:
         rows = self._db.execute("select body from events where kind = ? and subject = ? order by at, id", (kind, subject))
         return [Event.model_validate_json(row[0]) for row in rows]
@@ -198,7 +202,7 @@ class Catalog:
     def releasable(self, reference: str) -> ModelVersion:
         """A version that clients may be answered by; `PolicyError` for one rejected, never judged, or archived."""
         version = self.model(reference)
-        self._refuse_withdrawn(version.id)
+        self.refuse_withdrawn(version.id)
         if version.id in self.archived():
             raise PolicyError(f"{version.id} is archived", hint=f"`forge models restore {version.id}` first")
         if version.status == "rejected":
@@ -214,7 +218,8 @@ class Catalog:
         self.require_signed(version)
         return version
 
-    def _refuse_withdrawn(self, version: str) -> None:
+    def refuse_withdrawn(self, version: str) -> None:
+        """Raise `PolicyError` for a version that learned from erased rows."""
         if erasure := self.withdrawn().get(version):
             raise PolicyError(
                 f"{version} learned from rows that {erasure} erased",
@@ -276,7 +281,7 @@ class Catalog:
         """Take a version out of use (or back): whoever asks for it by name is answered 410, or by the alias's fallback."""
         version = self.model(reference)
         if restore:
-            self._refuse_withdrawn(version.id)
+            self.refuse_withdrawn(version.id)
         if (version.id in self.archived()) == restore:
             self.append(Event(kind="model", subject=version.id, data={"state": "active" if restore else "archived"}))
         return version

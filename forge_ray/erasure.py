@@ -131,14 +131,9 @@ class Plan(Frozen):
         return sum(run.gpu_hours for run in self.runs if run.used and run.finished)
 
 
-def present(catalog: Catalog) -> list[DatasetManifest]:
-    """Dataset versions whose rows are in the store."""
-    return [found for found in catalog.all(DatasetManifest) if catalog.store.is_published(f"datasets/{found.id}")]
-
-
 def search(catalog: Catalog, request: Request) -> Found:
     """The records that a request is about, with all that must go with them. Raises `NotFound` for no such file."""
-    store, manifests = catalog.store, present(catalog)
+    store, manifests = catalog.store, catalog.datasets()
     asked: set[str] = set()
     subjects: set[str] = set()
     if request.by == "record":

@@ -131,6 +131,7 @@ def train(config: RunConfig, store: Store) -> RunRecord:
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     with Catalog(store) as catalog:
         base = import_base(config, catalog)
+        catalog.refuse_withdrawn(base.id)
         manifest = _prepare(config, catalog, quiet=True)
         if not manifest.splits["train"].num_rows:
             kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from forge_ray.catalog import Catalog
 from forge_ray.data import closure, erased, work
-from forge_ray.erasure import Plan, present
+from forge_ray.erasure import Plan
 from forge_ray.errors import StoreError
 from forge_ray.records import EvalReport, FileEntry, files_digest
 from forge_ray.store import Store
@@ -39,7 +39,7 @@ def lone_images(catalog: Catalog, plan: Plan) -> list[str]:
     """Images that no dataset but the affected ones shows."""
     gone = {dataset.id for dataset in plan.datasets}
     mine = set().union(*(closure.images(catalog.store, dataset) for dataset in gone)) if gone else set()
-    for manifest in present(catalog) if mine else []:
+    for manifest in catalog.datasets() if mine else []:
         if manifest.id not in gone:
             mine -= closure.images(catalog.store, manifest.id)
     return sorted(f"images/{name.removeprefix('sha256:')}" for name in mine)
@@ -70,7 +70,7 @@ def purge(store: Store, plan: Plan, weights: Iterable[str], listing: tuple[FileE
 def check_gone(catalog: Catalog, erasure: str) -> None:
     """Raise `StoreError` where a dataset version or the items of an evaluation still hold one of the rows."""
     store, gone = catalog.store, erased.of_erasure(catalog.store, erasure)
-    for manifest in present(catalog):
+    for manifest in catalog.datasets():
         for _, table in closure.tables(store, manifest.id, ["record"]):
             if left := [record for record in table.column("record").to_pylist() if record and gone.has(record)]:
                 raise StoreError(

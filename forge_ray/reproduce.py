@@ -40,6 +40,9 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
         record, version = run_of(catalog, reference)
         base = _sealed(catalog.get_as(ModelVersion, record.base_model))
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
+        catalog.refuse_withdrawn(version.id if version else "")
+        if not store.exists(f"datasets/{manifest.id}"):
+            raise NotFound(f"the rows of {manifest.id} are not in this store", hint="were they erased? its record remains")
         config, notes = settings(record)
         catalog.check_may("reproduction events")  # before hours are spent on one
         differences = _before(record, base, version)

@@ -84,7 +84,7 @@ class Traced:
 
 def trace(catalog: Catalog, queries: Sequence[Query]) -> Traced:
     """Everything that saw the records of `queries`, and everything that came of that."""
-    manifests, facts = catalog.all(DatasetManifest), Facts.of(catalog)
+    manifests, facts = catalog.datasets(), Facts.of(catalog)
     asked: dict[str, list[str]] = {}
     for query in queries:
         for record in query.records:
@@ -136,7 +136,7 @@ def of_subject_value(catalog: Catalog, value: str, asked: str = "subject") -> Qu
     """Every record of a person, under the key of each dataset version; `asked` is what the answer calls them."""
     records: dict[str, None] = {}
     without = []
-    for manifest in catalog.all(DatasetManifest):
+    for manifest in catalog.datasets():
         subject = manifest.config.get("subject")
         if not subject:
             without.append(manifest.id)

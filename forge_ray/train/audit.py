@@ -60,6 +60,8 @@ def facts_of(store: Store, run: str) -> Facts:
             found = _newest_position(store, run)
             settings = _settings(store, run)
         manifest = catalog.get_as(DatasetManifest, found["dataset"])
+    if not store.exists(f"datasets/{manifest.id}"):
+        raise NotFound(f"the rows of {manifest.id} are not in this store", hint="were they erased? the run's record remains")
     rows = Rows.of(store, manifest, "train")
     key = found.get("order_key") or manifest.id  # of a run that was made when the order followed from the dataset's id
     order = order_of(manifest, "train", settings["seed"], settings["global_batch"], key)

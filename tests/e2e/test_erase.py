@@ -26,6 +26,7 @@ from forge_ray.erasure import Request
 from forge_ray.errors import NotFound, PolicyError
 from forge_ray.records import DatasetManifest, Deployment, Event, RunRecord
 from forge_ray.store import Store
+from forge_ray.trace import affected
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_cluster")]
 SECRET = "the parcel for Wilhelmina Quartz never came"
@@ -86,9 +87,9 @@ def own(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     return made
 
 
-def forge(store: Store, *arguments: str) -> Any:
+def forge(store: Store, *arguments: str, ends: tuple[int, ...] = (0,)) -> Any:
     result = CliRunner().invoke(cli, [*arguments, "--store", store.uri, "--json"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code in ends, result.output
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -184,6 +185,11 @@ def test_what_somebody_taught_is_forgotten(own: Store, tmp_path: Path, monkeypat
     files = [path for path in Path(own.root).rglob("*") if path.is_file() and path.suffix != ".parquet"]
     assert not [path for path in files if b"Quartz" in path.read_bytes()]
     assert forge(own, "data", "find", "--subject", "wq")["results"] == []
+    with Catalog(own) as catalog:
+        traced = affected(catalog, hers)
+        assert not any(vars(traced).values()), traced
+    for verb in (("audit", "data", outcome.run.id), ("reproduce", version.id)):
+        assert "erased" in forge(own, *verb, ends=(2, 3))["error"]["hint" if verb[0] == "audit" else "message"]
     again = pipeline.prepare(config, own)
     assert again.id == present[0].id  # the old rows do not come back
     with pytest.raises(NotFound, match="holds such a row"):
