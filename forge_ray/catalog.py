@@ -316,16 +316,25 @@ def following(event: Event, last: str | None) -> Event:
     return event.model_copy(update={"at": later.isoformat(timespec="milliseconds")})
 
 
+ORDER = ("runs", "datasets", "models", "evals", "deployments", "missing")  # of what lies beside each other in a lineage
+
+
 def tree(catalog: Catalog, record_id: str, towards: str = "origins") -> dict[str, Any]:
-    """The lineage of one record as nested nodes: `origins` follows parents, `uses` follows children."""
+    """The lineage of one record as nested nodes: `origins` follows parents, `uses` follows children. What several came from
+    has its own branches where it stands first; elsewhere it is named alone, so a long chain of versions stays short."""
     follow = catalog.parents if towards == "origins" else catalog.children
+    seen: set[str] = set()
 
-    def node(identifier: str, path: tuple[str, ...]) -> dict[str, Any]:
-        below = [node(near, (*path, near)) for near in follow(identifier) if near not in path]
+    def node(identifier: str) -> dict[str, Any]:
         kind, label = described(catalog, identifier)
-        return {"id": identifier, "kind": kind, "label": label, towards: below}
+        found: dict[str, Any] = {"id": identifier, "kind": kind, "label": label, towards: []}
+        if identifier not in seen:
+            seen.add(identifier)
+            near = sorted(follow(identifier), key=lambda one: (ORDER.index(described(catalog, one)[0]), one))
+            found[towards] = [node(one) for one in near]
+        return found
 
-    return node(record_id, (record_id,))
+    return node(record_id)
 
 
 def described(catalog: Catalog, identifier: str) -> tuple[str, str]:

@@ -60,17 +60,15 @@ def audit_data(store: Store, as_json: bool, run: str, shown: tuple[int, ...]) ->
 
 @verb(audit, "leak")
 @click.argument("reference", metavar="run_…|mv_…|ALIAS")
-@click.option("--max-records", default=64, show_default=True, help="Training records, and as many held-out ones.")
-@click.option("--candidates", default=127, show_default=True, help="Codes that each canary's is ranked among.")
-@click.option("--seed", default=0, show_default=True, help="Draws records, candidates and the bootstrap.")
-def audit_leak(store: Store, as_json: bool, reference: str, max_records: int, candidates: int, seed: int) -> Any:
+@click.option("--max-records", type=int, help="Training records, and as many held-out ones; else as its run file says.")
+@click.option("--candidates", type=int, help="Codes that each canary's is ranked among.")
+@click.option("--seed", type=int, help="Draws records, candidates and the bootstrap.")
+def audit_leak(store: Store, as_json: bool, reference: str, **settings: int | None) -> Any:
     """What the weights give away of the rows they were trained on: membership, extraction, exposure of canaries."""
     from forge_ray import pipeline
-    from forge_ray.config.base import parse
-    from forge_ray.config.release import LeakConfig
 
-    values = {"max_records": max_records, "candidates": candidates, "seed": seed}
-    report = pipeline.audit_leak(reference, store, parse(LeakConfig, values, where="forge audit leak"))
+    given = {name: value for name, value in settings.items() if value is not None}
+    report = pipeline.audit_leak(reference, store, given)
     if not as_json:
         from forge_ray.show import print_table
 

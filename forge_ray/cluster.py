@@ -62,8 +62,8 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
     """A Ray that is started here has the address 127.0.0.1: its ports are closed to the network, and no name server is asked
-    who the node is. Its processes look for no dashboard, for there is none: Ray Train's own (2.60) would ask that of any
-    other cluster on this machine whether its controller lives, and end the run when told that it does not.
+    who the node is. Its processes look for no dashboard, for there is none: Ray Train (2.60) would ask that of any other
+    cluster on this machine whether its controller lives, and end the run when told that it does not.
     """
     from ray._private import ray_constants
 

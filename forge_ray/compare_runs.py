@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,29 +97,33 @@ def _metric(config: dict[str, Any]) -> str:
 
 
 def differences(before: Attempt, after: Attempt) -> dict[str, tuple[Any, Any]]:
-    """setting → (before, after) of what decides weights or scores; the dataset by its id."""
+    """setting → (before, after) of what decides weights or scores; the dataset by its id, where both are known."""
     old, new = _settings(before), _settings(after)
-    return {
-        key: (old.get(key), new.get(key))
-        for key in [*old, *(k for k in new if k not in old)]
-        if old.get(key) != new.get(key)
-    }
+    if not (before.dataset and after.dataset):
+        old, new = ({key: item for key, item in tree.items() if key != "dataset"} for tree in (old, new))
+    return dict(_pairs(old, new, ""))
 
 
 def _settings(attempt: Attempt) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    tree: dict[str, Any] = {
+        key: attempt.config[key] for key in ("base_model", "data", "train", "eval") if key in attempt.config
+    }
+    return {"dataset": attempt.dataset, **tree}
 
-    def walk(value: Any, prefix: str) -> None:
-        if isinstance(value, dict) and value:
-            for key, item in value.items():
-                walk(item, f"{prefix}.{key}" if prefix else key)
-        else:
-            flat[prefix] = value
 
-    walk({key: attempt.config.get(key, {}) for key in ("base_model", "data", "train", "eval")}, "")
-    if attempt.dataset:
-        flat["dataset"] = attempt.dataset
-    return flat
+def _pairs(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):  # a section that is not there is one change, not many
+        if old != new:
+            yield prefix, (old, new)
+        return
+    for key in [*old, *(key for key in new if key not in old)]:
+        yield from _pairs(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def in_words(changes: dict[str, tuple[Any, Any]], most: int = IN_WORDS) -> str:
@@ -261,17 +265,16 @@ def table(found: Sequence[Attempt]) -> list[list[str]]:
     """Header and rows, one column per run: verdict and scores, then each setting that is not the same in all."""
     rows = [["", *(attempt.run for attempt in found)], ["name", *(attempt.name for attempt in found)]]
     rows.append(["state", *(attempt.state for attempt in found)])
-    rows.append(["version", *(f"{a.version.id} ({a.version.status})" if a.version else "-" for a in found)])
+    rows.append(["version", *(a.version.id if a.version else "-" for a in found)])
+    rows.append(["verdict", *(a.version.status if a.version else "-" for a in found)])
     rows.append(["steps", *(str(a.record.num_steps) if a.record else "-" for a in found)])
     for name in dict.fromkeys(name for a in found if a.report for name in a.report.metrics):
         better = "↓" if name in LOWER_IS_BETTER else "↑"
         scores = [a.report.metrics.get(name) if a.report else None for a in found]
         rows.append([f"{name} {better}", *("-" if score is None else f"{score:.4g}" for score in scores)])
     settings = [_settings(attempt) for attempt in found]
-    for key in dict.fromkeys(key for values in settings for key in values):
-        values = [each.get(key) for each in settings]
-        if any(value != values[0] for value in values):
-            rows.append([key, *map(_value, values)])
+    for key in dict.fromkeys(key for tree in settings for key, _ in _pairs(settings[0], tree, "")):
+        rows.append([key, *(_value(_at(tree, key)) for tree in settings)])
     return rows
 
 

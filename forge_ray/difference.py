@@ -26,7 +26,7 @@ HARDWARE = "hardware."
 ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's digest is over those that are there
 DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b")  # a terminal shows its start
 SETS = ("cpu_flags", "gpus")  # of which only what one side lacks is worth a look
-COSTS = ("tokens", "trained_tokens", "seconds", "worker_hours", "tokens_per_s", "peak_bytes", "mfu", "flops")
+COSTS = ("tokens", "trained_tokens", "seconds", "tokens_per_s", "peak_bytes", "mfu")
 
 
 def changes(old: Any, new: Any, path: str = "") -> dict[str, list[Any]]:
@@ -205,18 +205,15 @@ def _size(side: Side) -> dict[str, Any]:
 
 
 def _cost(store: Store, side: Side) -> dict[str, Any]:
-    """Worker hours by the metrics of each step, which say how many workers took it."""
-    from forge_ray.train import metrics
+    """Of the run that made it; what nothing on record says is left out."""
+    from forge_ray.papers.compute import of_run
 
     if side.run is None:
         return {}
     found: dict[str, Any] = {name: side.run.metrics[name] for name in COSTS if name in side.run.metrics}
-    found["steps"], path = side.run.num_steps, f"runs/{side.run.id}/{metrics.METRICS}"
-    if store.exists(path):
-        taken = metrics.parse(store.read(path).decode())
-        seconds = sum(line["seconds"] * max(1, len(line.get("peak_bytes", ()))) for line in taken)
-        found["worker_hours"] = round(seconds / 3600, 6)
-    return found
+    spent = of_run(store, side.run, side.dataset)
+    more = {"steps": side.run.num_steps, "worker_hours": spent.worker_hours, "flops": spent.flops}
+    return found | {name: value for name, value in more.items() if value is not None}
 
 
 # ---------------------------------------------------------------- data

@@ -16,7 +16,7 @@ from typing import Any
 
 from forge_ray.errors import PolicyError
 
-CPU_S, WALL_S = 20, 300  # a loaded machine may be slow; a bomb uses its seconds
+CPU_S, WALL_S = 5, 300  # a loaded machine may be slow; a bomb uses its seconds
 MEMORY = 3 << 30
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

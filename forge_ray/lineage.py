@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from forge_ray.catalog import Catalog, tree, walk
+from forge_ray.catalog import ORDER, Catalog, tree, walk
 from forge_ray.errors import NotFound
 from forge_ray.records import DatasetManifest, Deployment, ModelVersion
 
@@ -74,7 +74,6 @@ def path(catalog: Catalog, start: str, goal: str) -> list[str]:
 
 
 WORDS = {"evals": "judged by", "runs": "trained by", "datasets": "from rows", "models": "from model"}
-ORDER = ("runs", "datasets", "models", "evals", "deployments", "missing")
 
 
 def draw(value: dict[str, Any]) -> list[str]:

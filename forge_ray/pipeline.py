@@ -285,8 +285,9 @@ def train_record(config: RunConfig, store: Store) -> RunRecord:
         return catalog.get_as(RunRecord, identifier)
 
 
-def audit_leak(reference: str, store: Store, leak: LeakConfig) -> EvalReport:
-    """What a finished run, or a version made of one, gives away of its training rows."""
+def audit_leak(reference: str, store: Store, settings: dict[str, Any]) -> EvalReport:
+    """What a finished run, or a version made of one, gives away of its training rows; `settings` (of eval.leak) go before
+    those of its run file."""
     from forge_ray.lineage import resolve
 
     with Catalog(store) as catalog:
@@ -298,7 +299,9 @@ def audit_leak(reference: str, store: Store, leak: LeakConfig) -> EvalReport:
                 hint="give a run (`forge runs list`), or a version that was released from one",
             )
         record = catalog.get_as(RunRecord, run)
-        config = parse(EvalConfig, record.config["eval"]).model_copy(update={"leak": leak})
+        config = parse(EvalConfig, record.config["eval"])
+        leak = parse(LeakConfig, resolved(config.leak or LeakConfig()) | settings, where="eval.leak")
+        config = config.model_copy(update={"leak": leak})
         if isinstance(found, ModelVersion) and found.files_digest != files_digest(record.export):
             return reports.audit_leak(catalog, record, config, subject=reports.model_subject(found), num_steps=found.step)
         return reports.audit_leak(catalog, record, config)

@@ -35,6 +35,9 @@ KINDS = {
 }
 
 
+MAX_ALIASES = 32
+
+
 def load(model: type[C], path: str | Path, overrides: tuple[str, ...] = ()) -> C:
     """Read `path`, apply `overrides` (each `key.path=yaml value`) and validate it as `model`."""
     file = Path(path)
@@ -44,13 +47,26 @@ def load(model: type[C], path: str | Path, overrides: tuple[str, ...] = ()) -> C
         values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}", hint="check the indentation near that line") from error
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply to be a run file", hint="start from jobs/sft.yaml") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping", hint="start with `name: …`")
     return parse(model, apply_overrides(values, overrides), where=str(path))
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice in one section; PyYAML would let the last one win in silence."""
+    """Refuses a key that is written twice in one section, where PyYAML would let the last one win in silence, and more
+    aliases than a person writes: aliases of aliases multiply."""
+
+    num_aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self.num_aliases += 1
+            if self.num_aliases > MAX_ALIASES:
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -134,7 +134,7 @@ def _saved_dataset(folder: str) -> Iterator[str]:
     """Files of a Dataset or DatasetDict that Hugging Face's `save_to_disk` wrote."""
     if _exists(folder, "state.json"):
         for file in _json(folder, "state.json")["_data_files"]:
-            path = _inside(folder, file["filename"])
+            path = _inside(folder, _own(folder, file["filename"]))
             if not _exists(folder, file["filename"]):
                 raise NotFound(
                     f"data.sources: {path!r} is missing, which state.json lists", hint="copy the whole folder again"
@@ -142,7 +142,7 @@ def _saved_dataset(folder: str) -> Iterator[str]:
             yield path
     elif _exists(folder, "dataset_dict.json"):
         for split in _json(folder, "dataset_dict.json")["splits"]:
-            yield from _saved_dataset(_inside(folder, split))
+            yield from _saved_dataset(_inside(folder, _own(folder, split)))
     else:
         raise DataError(
             f"data.sources: {folder!r} is a folder, and holds no dataset that `save_to_disk` wrote",
@@ -159,6 +159,16 @@ def _inside(folder: str, name: str) -> str:
     """The path of a file in a folder, which may be a URI with options."""
     place, mark, options = folder.partition("?") if "://" in folder else (folder, "", "")
     return f"{place.rstrip('/')}/{quote(name) if '://' in folder else name}{mark}{options}"
+
+
+def _own(folder: str, name: str) -> str:
+    """A name that a saved dataset gives, which may come from elsewhere: of something in its own folder."""
+    if not name or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+        raise DataError(
+            f"data.sources: {folder!r} names {name!r}, which leads out of it",
+            hint="save the dataset again with save_to_disk",
+        )
+    return name
 
 
 def _exists(folder: str, name: str) -> bool:

@@ -64,7 +64,9 @@ def _fit_once(loop: Loop, job: TrainJob, validate: Validate | None) -> None:
         return
 
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from forge_ray.train.process_group import ProcessGroup
 
     # our verified checkpoints are the state; Ray's snapshot is rewritten in place, and a torn one refuses every start
     job.store.delete(f"runs/{job.run}/{RAY_SNAPSHOT}")
@@ -81,7 +83,7 @@ def _fit_once(loop: Loop, job: TrainJob, validate: Validate | None) -> None:
     trainer = TorchTrainer(
         loop,
         train_loop_config=replace(job, under_ray=True).to_json(),
-        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
+        torch_config=ProcessGroup(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             **size, use_gpu=bool(scaling.gpus_per_worker), resources_per_worker=resources
         ),

@@ -81,12 +81,12 @@ def counted(tmp_path: Path, *command: str, **variables: str) -> tuple[dict[str, 
 @needs_namespaces
 def test_the_counter_sees_a_connection_a_look_up_and_nothing_else(tmp_path: Path) -> None:
     seen, said = counted(tmp_path, sys.executable, "-c", LOOK)
-    assert {what.rpartition(" ")[0] for what in seen["control"]} >= {
+    assert {" ".join(what.split()[:2]) for what in seen["control"]} >= {
         "203.0.113.9 tcp",
         "2001:db8::9 tcp",
         "198.51.100.1 udp",
     }
-    assert any(what == "198.51.100.1 udp 53" for what in seen["seen"]), said
+    assert any("udp 53 .example.org." in what for what in seen["seen"]), said
     quiet, _ = counted(tmp_path, sys.executable, "-c", "import socket; socket.create_server(('', 0))")
     assert (quiet["exit"], quiet["seen"]) == (0, {})
 

@@ -31,6 +31,7 @@ from forge_ray.data.work import WORK
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.records import DatasetManifest, ModelVersion
 from forge_ray.store import Store, verify_files
+from forge_ray.trace import of_file, of_subject_value, trace
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -116,6 +117,49 @@ def test_more_files_leave_finished_work_and_every_record_in_its_split(
     assert splits[0].items() <= splits[1].items()
     for manifest in (first, second):
         verify_files(own.local(f"datasets/{manifest.id}"), manifest.files)
+
+
+def test_rows_are_traced_through_masks_and_clusters(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+    """Of a build with every kind of rule: what stayed, what was masked, what was dropped and for which record."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    words = "the quick brown fox jumps over a lazy dog and then goes home to sleep for the whole long night again "
+
+    def said(text: str, who: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": "tell me"}, {"role": "assistant", "content": text}]
+        return {"messages": turns, "customer": who}
+
+    lines = [chat(n, customer=f"c{n % 4}") for n in range(20)]
+    lines += [said(words * 3, "anna"), said(words * 3 + "twice", "anna"), said("mail a@example.com today", "otto")]
+    lines += [said("no", "otto")]
+    write(rows / "a.jsonl", lines)
+    rules = [
+        {"rule": "near_duplicates"},
+        {"rule": "personal_data", "action": "mask"},
+        {"rule": "length", "min_chars": 10},
+    ]
+    with Catalog(own) as catalog:
+        manifest = catalog.put(
+            prepare(config_of(rows, subject={"field": "customer"}, curate=rules, sequence_length=512), base, own)
+        )
+        queries = of_file(catalog, str(rows / "a.jsonl"))
+        found = trace(catalog, queries)
+        by_line = {one.asked[0].rpartition(":")[2]: one for one in found.records}
+        assert found.nowhere == ()
+        assert len(by_line) == len(lines)
+        for line, one in by_line.items():
+            assert {held.place.line for held in one.held} == {int(line)}
+        first, second, masked, short = (by_line[str(n)] for n in (21, 22, 23, 24))
+        assert second.held[0].place.kept == first.record
+        assert [(held.place.record, held.relation) for held in first.alike] == [(second.record, "dropped for it")]
+        assert [(held.place.record, held.relation) for held in second.alike] == [(first.record, "stays for it")]
+        assert masked.record != parse_record(lines[22]).id
+        assert (short.held[0].place.split, short.held[0].place.reason) == ("dropped", "fewer than min_chars characters")
+        kept = [one.record for one in found.records if one.held[0].place.split != "dropped"]
+        whose = {name: set(of_subject_value(catalog, name).records) for name in ("c0", "c1", "c2", "c3", "anna", "otto")}
+        assert set().union(*whose.values()) == set(kept)
+        assert whose["otto"] == {masked.record}
+        assert sum(stats.num_records for stats in manifest.splits.values()) == len(kept)
 
 
 def test_diff_and_find(tmp_path: Path, base: ModelVersion, own: Store) -> None:

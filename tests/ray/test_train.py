@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.records import DatasetManifest, canonical_json
 from forge_ray.reproduce import reproduce
 from forge_ray.store import Store
+from forge_ray.trace import of_file, trace
 from forge_ray.train import audit, launch, metrics
 from forge_ray.train.job import TrainJob, run_id
 
@@ -157,6 +159,34 @@ def test_the_audit_proves_which_rows_were_used(config: RunConfig, store: Store, 
         "1 of 6 steps are not on record, the first is step 2",
         "step 4 was given other rows",
     ]
+
+
+def test_a_trace_names_the_steps_that_the_audit_proves(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+    """From every row of the source file, and back from every step."""
+    record = pipeline.train(config, store)
+    facts = audit.facts_of(store, record.id)
+    steps = range(1, facts.num_steps + 1)
+    used = {
+        step: [rec for lane in audit.records_of(facts.rows, facts.order, step) for rec in lane["records"]] for step in steps
+    }
+    assert store.exists(f"index/{manifest.id}")
+    with Catalog(store) as catalog:
+        queries = of_file(catalog, str(RUN.with_name("colours.jsonl")))
+        found = trace(catalog, queries)
+    assert found.nowhere == ()
+    held = Counter(held.place.split for one in found.records for held in one.held if held.dataset == manifest.id)
+    assert held == {split: stats.num_records for split, stats in manifest.splits.items() if stats.num_records}
+    traced = {
+        one.record: Counter(use.steps)
+        for one in found.records
+        for use in one.uses
+        if (use.run, use.how) == (record.id, "trained")
+    }
+    expected: dict[str, Counter[int]] = {}
+    for step, records in used.items():
+        for name in records:
+            expected.setdefault(name, Counter())[step] += 1
+    assert traced == expected
 
 
 def test_a_second_driver_of_a_run_is_refused(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:

@@ -252,3 +252,16 @@ def test_tree_says_what_is_missing(catalog: Catalog) -> None:
     data = catalog.put(dataset(model("never put")))
     (below,) = tree(catalog, data.id)["origins"]
     assert (below["kind"], below["label"], below["origins"]) == ("missing", "not in this store", [])
+
+
+def test_a_long_chain_of_versions_stays_short(catalog: Catalog) -> None:
+    """Each is trained from the one before, on rows that were packed for that one: two ways from each to all before it."""
+    last = catalog.put(model("base"))
+    for number in range(40):
+        data = catalog.put(dataset(last).model_copy(update={"id": f"ds_{number:016d}"}))
+        made = run(data, last).model_copy(update={"id": f"run_{number:016d}"})
+        catalog.put(made)
+        last = catalog.put(model(f"m{number}", run=made.id, base_model=last.id, status="accepted"))
+    found = str(tree(catalog, last.id))
+    assert len(found) < 40 * 1000
+    assert "run_0000000000000000" in found

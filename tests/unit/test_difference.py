@@ -216,6 +216,7 @@ def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[Model
     assert "not the same items: 3 and 2, of which 2 are common" in report["problem"]
     assert found["gate"] == {"reasons": [[], ["exact_match=0.5 is low"]], "status": ["accepted", "rejected"]}
     assert found["cost"] == found["size"] == {}
+    assert difference._cost(catalog.store, difference.Side.of(catalog, old.id))["worker_hours"] == 1.0  # 1800 s, two workers
     told = "\n".join(difference.told(found))
     for line in (
         "  train: 2 records in both, 1 only in the first, 2 only in the second",
