@@ -5,7 +5,6 @@ Everything is read from records and from what the stages left beside them; what 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -15,15 +14,15 @@ from forge_ray import environment
 from forge_ray.catalog import Catalog
 from forge_ray.data import compare
 from forge_ray.data.dataset import SPLITS
-from forge_ray.errors import ForgeError, StoreError
+from forge_ray.errors import ForgeError
 from forge_ray.evaluate import normalise
 from forge_ray.lineage import resolve
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord
 from forge_ray.store import Store
+from forge_ray.verify import read_items
 
 SHOWN = 10
 HARDWARE = "hardware."
-ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's digest is over those that are there
 DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b")  # a terminal shows its start
 SETS = ("cpu_flags", "gpus")  # of which only what one side lacks is worth a look
 COSTS = ("tokens", "trained_tokens", "seconds", "tokens_per_s", "peak_bytes", "mfu")
@@ -296,12 +295,7 @@ def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any
 
 
 def _items(store: Store, report: EvalReport) -> dict[str, dict[str, Any]]:
-    folder = f"evals/{report.id}"
-    data = store.read(f"{folder}/{ITEMS[0]}")
-    more = [store.read(f"{folder}/{name}") for name in ITEMS[1:] if store.exists(f"{folder}/{name}")]
-    if hashlib.sha256(b"".join([data, *more])).hexdigest() != report.items_sha256:
-        raise StoreError(f"evals/{report.id}/items.jsonl is not what the report was made of", hint="restore the file")
-    return {item["record"]: item for item in map(json.loads, data.splitlines())}
+    return {item["record"]: item for item in map(json.loads, read_items(store, report).splitlines())}
 
 
 def _is_right(item: dict[str, Any]) -> bool:

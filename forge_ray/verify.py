@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from typing import Any
 from forge_ray import audit_log, signing
 from forge_ray.authority import Authority, Signer
 from forge_ray.catalog import Catalog
-from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError
+from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError, StoreError
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, Record, RunRecord, files_digest
 from forge_ray.signatures import record_path, signers_of, valid_signers
 from forge_ray.store import MANIFEST, Store, hash_dir, verify_files
+
+ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's digest is over those that are there
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,19 @@ def check_files(store: Store, record: Record) -> str:
         verify_files(store.fetch_dir(f"datasets/{record.id}", verify=False), record.files)
         return f"{len(record.files)} files"
     if isinstance(record, EvalReport):
-        import hashlib
-
-        found = hashlib.sha256(store.read(f"evals/{record.id}/items.jsonl")).hexdigest()
-        if found != record.items_sha256:
-            raise PolicyError(f"{record.id}: items.jsonl is not what the report says", hint="restore it from a backup")
+        read_items(store, record)
         return "its items"
     return "the record"
+
+
+def read_items(store: Store, report: EvalReport) -> bytes:
+    """`items.jsonl` of a report, checked with what else it was made of; raises `StoreError` where that was changed."""
+    folder = f"evals/{report.id}"
+    items = store.read(f"{folder}/{ITEMS[0]}")
+    more = [store.read(f"{folder}/{name}") for name in ITEMS[1:] if store.exists(f"{folder}/{name}")]
+    if hashlib.sha256(b"".join([items, *more])).hexdigest() != report.items_sha256:
+        raise StoreError(f"{folder}/{ITEMS[0]} is not what the report was made of", hint="restore it from a backup")
+    return items
 
 
 def verify_record(catalog: Catalog, record_id: str, found: Authority) -> list[Checked]:

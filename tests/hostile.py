@@ -120,12 +120,6 @@ def gguf_text(value: bytes, length: int | None = None) -> bytes:
 
 
 REPLACED = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50} for _ in range(12)]
-BACKTRACKING = {
-    "type": "Split",
-    "pattern": {"Regex": "(?:(?:a+)+)+b"},
-    "behavior": "Isolated",
-    "invert": False,
-}
 
 
 def tokenizer(**values: Any) -> Make:

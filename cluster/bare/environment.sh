@@ -6,7 +6,7 @@
 export RAY_USAGE_STATS_ENABLED=0
 export RAY_USAGE_STATS_REPORT_URL=http://127.0.0.1:9/
 export RAY_DATA_USAGE_DISABLED=1
-export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1
 if [[ ! -e "$HOME/ray_bootstrap_config.yaml" ]]; then
     echo '{}' >"$HOME/ray_bootstrap_config.yaml"
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -49,7 +50,22 @@ def subject_key(store: Store, key_file: str) -> bytes:
             )
         return path.read_bytes().strip()
     if not store.exists(KEY):
-        store.write(KEY, secrets.token_hex(32).encode())
-        if store.is_local:
-            os.chmod(store.local(KEY), 0o600)
+        _make(store, secrets.token_hex(32).encode())
     return store.read(KEY).strip()
+
+
+def _make(store: Store, key: bytes) -> None:
+    """Never readable by others, not for a moment; of two processes that make one at once the first one's stays."""
+    if not store.is_local:
+        store.create(KEY, key)
+        return
+    path = store.local(KEY)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    aside = path.with_name(f".new-{os.getpid()}")
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+        stream.write(key)
+        stream.flush()
+        os.fsync(stream.fileno())
+    with contextlib.suppress(FileExistsError):
+        os.link(aside, path)
+    aside.unlink()

@@ -19,9 +19,12 @@ ROOT = Path(__file__).parents[2]
 NETNS = Path(__file__).with_name("netns.py")
 START_HEAD = ROOT / "cluster/bare/start_head.sh"
 SMALL = {
-    "train.max_steps": "2",
-    "train.validation.max_rows": "2",
-    "eval.max_examples": "2",
+    "data.sequence_length": "128",
+    "train.max_steps": "1",
+    "train.global_batch": "1",
+    "train.micro_batch_size": "1",
+    "train.validation.max_rows": "1",
+    "eval.max_examples": "1",
     "release.gate.thresholds.exact_match.min": "0",
     "release.gate.better_than": "[]",
 }
