@@ -9,11 +9,12 @@ from typing import Any, Literal
 from forge_ray.catalog import Catalog
 from forge_ray.data import closure, erased
 from forge_ray.data.subject import KEY, subject_digest, subject_key
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, DataError
 from forge_ray.impact import Facts
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, ModelVersion, RunRecord
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import MANIFEST, Store
+from forge_ray.trace import of_file
 
 TRAINED_ON = ("train", "validation")  # what can decide weights: validation rows may choose the checkpoint and the end
 
@@ -143,7 +144,13 @@ def search(catalog: Catalog, request: Request) -> Found:
             raise ConfigError(f"{wrong[0]!r} is no record id", hint="forge data show ds_… prints them: rec_…")
         asked.update(request.values)
     elif request.by == "file":
-        asked = closure.of_rows(Path(request.values[0]), catalog.all(DatasetManifest))
+        rows = of_file(catalog, request.values[0])
+        if unread := [row for row in rows if not row.records]:
+            raise DataError(
+                f"{unread[0].asked} is {unread[0].note} ({len(unread)} of {len(rows)} rows)",
+                hint="give the rows in the form that the sources have",
+            )
+        asked = {record for row in rows for record in row.records}
     else:
         for manifest in manifests:
             if settings := manifest.config.get("subject"):

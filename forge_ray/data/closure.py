@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,7 +25,7 @@ from forge_ray.data.lines import Raw
 from forge_ray.data.readers import Chunk, image_reader, read_raw
 from forge_ray.data.rows import kept_columns
 from forge_ray.data.schema import DataRecord, Reject, parse_line, parse_record
-from forge_ray.errors import DataError, ForgeError
+from forge_ray.errors import ForgeError
 from forge_ray.records import DatasetManifest
 from forge_ray.store import Store
 
@@ -116,39 +115,6 @@ def as_read(manifest: DatasetManifest, places: list[Held]) -> tuple[set[str], li
             if after.id == lines[raw.line]:
                 found.add(record.id)
     return found, [f"{name}: not there" for name in wanted if name not in files]
-
-
-def of_rows(path: Path, manifests: Iterable[DatasetManifest]) -> set[str]:
-    """Ids that the rows of a file have in any dataset version: under the shape and mapping of each source, as they are read
-    and as rules mask them. Raises `DataError` where a row is none under any of them."""
-    shapes: dict[str, DataConfig] = {}
-    for manifest in manifests:
-        for source in manifest.config["sources"]:
-            one = {"sources": [{**source, "path": str(path), "format": "auto", "checksums": ""}]}
-            one |= {key: manifest.config[key] for key in ("curate", "subject", "max_line_bytes") if key in manifest.config}
-            config = parse(DataConfig, one)
-            shapes[config.model_dump_json()] = config
-    found: set[str] = set()
-    understood: set[int] = set()
-    seen: set[int] = set()
-    for config in shapes.values() or [parse(DataConfig, {"sources": [{"path": str(path)}]})]:
-        checks = [compile_rule(rule) for rule in config.curate if getattr(rule, "action", "") == "mask"]
-        for file in expand(config):
-            for chunk, raw in _rows(config, file.path, file.name, file.format, 0):
-                seen.add(raw.line)
-                if (record := _parsed(config, chunk, raw)) is None:
-                    continue
-                understood.add(raw.line)
-                found.add(record.id)
-                for check in checks:
-                    record = check(record).record or record
-                found.add(record.id)
-    if missing := sorted(seen - understood):
-        raise DataError(
-            f"{path} line {missing[0]} is no row under the settings of any dataset version ({len(missing)} of {len(seen)})",
-            hint="give the rows in the form that the sources have",
-        )
-    return found
 
 
 def _rows(config: DataConfig, path: str, name: str, format: str, source: int) -> Iterator[tuple[Chunk, Raw]]:

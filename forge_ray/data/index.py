@@ -154,7 +154,17 @@ def of_subject(store: Store, manifest: DatasetManifest, subject: str) -> list[st
                 rows = list(_rows_at(pq.ParquetFile(stream), mine))
             found += [row["record"] for row in rows if row["subject"] == subject]
         start += count
-    return sorted(found)
+    return sorted({*found, *_dropped_of(store, manifest, subject)})
+
+
+def _dropped_of(store: Store, manifest: DatasetManifest, subject: str) -> Iterator[str]:
+    for path in store.list(f"datasets/{manifest.id}/dropped"):
+        with store.filesystem.open_input_file(store.path(path)) as stream:
+            knows = "subject" in pq.read_schema(stream).names  # versions from before do not say whose a dropped row was
+        if knows:
+            where = pc.field("subject") == subject
+            table = pq.read_table(store.path(path), columns=["record"], filesystem=store.filesystem, filters=where)
+            yield from table.column("record").to_pylist()
 
 
 def rows_with(store: Store, manifest: DatasetManifest, record: str, place: Place) -> list[int]:
