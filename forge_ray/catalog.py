@@ -1,4 +1,4 @@
-"""SQLite index over the store's records, and the lineage walk (level 1).
+"""SQLite index over the store's records and events (level 1).
 
 The store's files are the truth. The index holds nothing that `rebuild` cannot recreate; it lives beside a local store, or
 in the user's cache for a remote one. Workers never open it.
@@ -10,10 +10,9 @@ import hashlib
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from forge_ray import audit_log, authority, signing
 from forge_ray.aliases import alias_event, route_of
@@ -167,9 +166,13 @@ class Catalog:
 
     def routes(self) -> dict[str, AliasRoute]:
         """alias → what it stands for now. Where the policy wants signatures, moves that no releaser signed do not count."""
-        rows = self._db.execute("select body from events where kind = 'alias' order by at, id")
-        moves = authority.accepted_moves(self.authority(), [Event.model_validate_json(row[0]) for row in rows])
+        moves = authority.accepted_moves(self.authority(), self.moves())
         return {name: found for name, event in {e.subject: e for e in moves}.items() if (found := route_of(event))}
+
+    def moves(self) -> list[Event]:
+        """Every move of every alias, oldest first."""
+        rows = self._db.execute("select body from events where kind = 'alias' order by at, id")
+        return [Event.model_validate_json(row[0]) for row in rows]
 
     def archived(self) -> set[str]:
         """Model versions that were taken out of use."""
@@ -314,77 +317,6 @@ def following(event: Event, last: str | None) -> Event:
         return event
     later = datetime.fromisoformat(last) + timedelta(milliseconds=1)
     return event.model_copy(update={"at": later.isoformat(timespec="milliseconds")})
-
-
-ORDER = ("runs", "datasets", "models", "evals", "deployments", "missing")  # of what lies beside each other in a lineage
-
-
-def tree(catalog: Catalog, record_id: str, towards: str = "origins") -> dict[str, Any]:
-    """The lineage of one record as nested nodes: `origins` follows parents, `uses` follows children. What several came from
-    has its own branches where it stands first; elsewhere it is named alone, so a long chain of versions stays short."""
-    follow = catalog.parents if towards == "origins" else catalog.children
-    seen: set[str] = set()
-
-    def node(identifier: str) -> dict[str, Any]:
-        kind, label = described(catalog, identifier)
-        found: dict[str, Any] = {"id": identifier, "kind": kind, "label": label, towards: []}
-        if identifier not in seen:
-            seen.add(identifier)
-            near = sorted(follow(identifier), key=lambda one: (ORDER.index(described(catalog, one)[0]), one))
-            found[towards] = [node(one) for one in near]
-        return found
-
-    return node(record_id)
-
-
-def described(catalog: Catalog, identifier: str) -> tuple[str, str]:
-    """Kind and label of a node of the lineage; `missing` where the store has no record of it."""
-    record = catalog.get(identifier) if catalog.has(identifier) else None
-    label = "not finished" if record is None and catalog.events("run", identifier) else _label(record)
-    return record.kind if record else "missing", label
-
-
-def walk(catalog: Catalog, start: str, goal: str) -> list[str]:
-    """The shortest chain of ids from `start` to `goal`, in either direction; empty when there is none."""
-    frontier, came_from = [start], {start: ""}
-    while frontier and goal not in came_from:
-        reached = []
-        for identifier in frontier:
-            for near in (*catalog.parents(identifier), *catalog.children(identifier)):
-                if near not in came_from:
-                    came_from[near] = identifier
-                    reached.append(near)
-        frontier = reached
-    if goal not in came_from:
-        return []
-    return list(reversed(list(_back(came_from, goal))))
-
-
-def _back(came_from: dict[str, str], identifier: str) -> Iterator[str]:
-    while identifier:
-        yield identifier
-        identifier = came_from[identifier]
-
-
-def _label(record: Record | None) -> str:
-    if record is None:
-        return "not in this store"
-    data = record.model_dump()
-    match record.prefix:
-        case "ds":
-            return f"{data['name']}: {sum(s['num_records'] for s in data['splits'].values())} records"
-        case "run":
-            return f"{data['name']}: {data['method']}, {data['num_steps']} steps, {data['samples_seen']} samples"
-        case "ev":
-            scores = ", ".join(f"{key} {value:.3g}" for key, value in list(data["metrics"].items())[:3])
-            return f"{data['split']} of {data['dataset']}: {scores}"
-        case "er":
-            return f"{data['num_records']} records by {data['asked_by']}: {data['why'] or 'no reason given'}"
-        case "mv":
-            step = f", step {data['step']}" if data["step"] else ""
-            return f"{data['name']} ({data['status']}, {data['weights']}{step})"
-        case _:
-            return f"{data['name']} → {data['model']}"
 
 
 def _stem(path: str) -> str:

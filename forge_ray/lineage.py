@@ -2,11 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from forge_ray.catalog import ORDER, Catalog, tree, walk
+from forge_ray.catalog import Catalog
 from forge_ray.errors import NotFound
-from forge_ray.records import DatasetManifest, Deployment, ModelVersion
+from forge_ray.records import DatasetManifest, Deployment, ModelVersion, Record
+
+ORDER = ("runs", "datasets", "models", "evals", "deployments", "missing")  # of what lies beside each other in a lineage
+
+
+def tree(catalog: Catalog, record_id: str, towards: str = "origins") -> dict[str, Any]:
+    """The lineage of one record as nested nodes: `origins` follows parents, `uses` follows children. What several came from
+    has its own branches where it stands first; elsewhere it is named alone, so a long chain of versions stays short."""
+    follow = catalog.parents if towards == "origins" else catalog.children
+    seen: set[str] = set()
+
+    def node(identifier: str) -> dict[str, Any]:
+        kind, label = described(catalog, identifier)
+        found: dict[str, Any] = {"id": identifier, "kind": kind, "label": label, towards: []}
+        if identifier not in seen:
+            seen.add(identifier)
+            near = sorted(follow(identifier), key=lambda one: (ORDER.index(described(catalog, one)[0]), one))
+            found[towards] = [node(one) for one in near]
+        return found
+
+    return node(record_id)
+
+
+def described(catalog: Catalog, identifier: str) -> tuple[str, str]:
+    """Kind and label of a node of the lineage; `missing` where the store has no record of it."""
+    record = catalog.get(identifier) if catalog.has(identifier) else None
+    label = "not finished" if record is None and catalog.events("run", identifier) else _label(record)
+    return record.kind if record else "missing", label
+
+
+def walk(catalog: Catalog, start: str, goal: str) -> list[str]:
+    """The shortest chain of ids from `start` to `goal`, in either direction; empty when there is none."""
+    frontier, came_from = [start], {start: ""}
+    while frontier and goal not in came_from:
+        reached = []
+        for identifier in frontier:
+            for near in (*catalog.parents(identifier), *catalog.children(identifier)):
+                if near not in came_from:
+                    came_from[near] = identifier
+                    reached.append(near)
+        frontier = reached
+    if goal not in came_from:
+        return []
+    return list(reversed(list(_back(came_from, goal))))
+
+
+def _back(came_from: dict[str, str], identifier: str) -> Iterator[str]:
+    while identifier:
+        yield identifier
+        identifier = came_from[identifier]
+
+
+def _label(record: Record | None) -> str:
+    if record is None:
+        return "not in this store"
+    data = record.model_dump()
+    match record.prefix:
+        case "ds":
+            return f"{data['name']}: {sum(s['num_records'] for s in data['splits'].values())} records"
+        case "run":
+            return f"{data['name']}: {data['method']}, {data['num_steps']} steps, {data['samples_seen']} samples"
+        case "ev":
+            scores = ", ".join(f"{key} {value:.3g}" for key, value in list(data["metrics"].items())[:3])
+            return f"{data['split']} of {data['dataset']}: {scores}"
+        case "er":
+            return f"{data['num_records']} records by {data['asked_by']}: {data['why'] or 'no reason given'}"
+        case "mv":
+            step = f", step {data['step']}" if data["step"] else ""
+            return f"{data['name']} ({data['status']}, {data['weights']}{step})"
+        case _:
+            return f"{data['name']} → {data['model']}"
 
 
 def resolve(catalog: Catalog, text: str) -> str:

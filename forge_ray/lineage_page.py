@@ -13,7 +13,8 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from forge_ray.catalog import Catalog, described
+from forge_ray.catalog import Catalog
+from forge_ray.lineage import described
 from forge_ray.records import ModelVersion
 
 BOX_W, BOX_H, GAP_X, GAP_Y, BEND_H, MARGIN = 264, 64, 72, 18, 10, 24

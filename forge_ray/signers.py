@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray import signing
-from forge_ray.authority import ROLES, Policy, Signer
+from forge_ray.aliases import route_of
+from forge_ray.authority import ROLES, Authority, Policy, Signer, accepted_moves
 from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.errors import ConfigError, NotFound, PolicyError
@@ -88,10 +89,24 @@ def set_policy(catalog: Catalog, changes: dict[str, Any], why: str) -> Policy:
             "policy.protected needs two releasers, or nothing could be moved any more",
             hint="`forge signers create NAME --role releaser`",
         )
+    if policy.signatures and not found.policy.signatures:
+        _refuse_to_strand(catalog, found.model_copy(update={"policy": policy}))
     catalog.append(
         Event(kind="policy", subject="policy", data=policy.model_dump(mode="json") | ({"why": why} if why else {}))
     )
     return catalog.authority().policy
+
+
+def _refuse_to_strand(catalog: Catalog, wanted: Authority) -> None:
+    """Aliases that answer today must answer tomorrow: those whose last move no releaser signed would be gone at once."""
+    now = catalog.routes()
+    signed = {event.subject: event for event in accepted_moves(wanted, catalog.moves())}
+    if lost := sorted(name for name, route in now.items() if name not in signed or route_of(signed[name]) != route):
+        raise PolicyError(
+            f"policy.signatures: no releaser signed what {', '.join(lost)} stand{'s' if len(lost) == 1 else ''} for,"
+            " so endpoints would not answer by it any more",
+            hint=f"a releaser first: forge alias set {lost[0]} --to {now[lost[0]].stable}, or forge alias archive {lost[0]}",
+        )
 
 
 def approve(catalog: Catalog, reference: str, alias: str, refuse: bool, why: str) -> Event:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from forge_ray import candidates, pipeline
-from forge_ray.catalog import Catalog, tree
+from forge_ray.catalog import Catalog
 from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound, PolicyError
+from forge_ray.lineage import tree
 from forge_ray.recipes import sft
 from forge_ray.records import Event, RunRecord, canonical_json
 from forge_ray.store import Store

@@ -302,3 +302,20 @@ def test_mistakes_are_named(catalog: Catalog, people: dict[str, Any], tmp_path: 
         signers.approve(catalog, "mv_x", "", False, "")
     with pytest.raises(PolicyError, match="no key to sign with"):
         signers.sign(catalog, "mv_x")
+
+
+def test_a_policy_strands_no_alias_that_answers(catalog: Catalog, people: dict[str, Any]) -> None:
+    with signing.acting(people["tina"]):
+        version = catalog.put(model("m"))
+    catalog.promote(version.id, "prod")
+    with (
+        signing.acting(people["olga"]),
+        pytest.raises(PolicyError, match="no releaser signed what prod stands for") as refused,
+    ):
+        signers.set_policy(catalog, {"signatures": True}, "")
+    assert f"forge alias set prod --to {version.id}" in refused.value.hint
+    assert not catalog.authority().policy.signatures
+    with signing.acting(people["rosa"]):
+        catalog.set_route("prod", catalog.routes()["prod"])
+    allow(catalog, people, signatures=True)
+    assert catalog.aliases() == {"prod": version.id}

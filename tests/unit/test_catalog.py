@@ -10,8 +10,9 @@ from typing import Any, cast
 import pytest
 
 from forge_ray import records
-from forge_ray.catalog import Catalog, tree, walk
+from forge_ray.catalog import Catalog
 from forge_ray.errors import ConfigError, NotFound, PolicyError
+from forge_ray.lineage import tree, walk
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, Event, ModelVersion, RunRecord
 from forge_ray.store import Store
 
