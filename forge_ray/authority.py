@@ -32,7 +32,7 @@ MAY: dict[str, tuple[Role, ...]] = {
     "models": ("trainer", "validator"),
     "erasures": ("data_steward",),
     "deployments": ("releaser",),
-    "run events": ("trainer", "validator"),
+    "run events": ("trainer",),
     "alias events": ("releaser",),
     "deployment events": ("releaser",),
     "model events": ("releaser", "data_steward"),

@@ -31,6 +31,7 @@ def import_model(catalog: Catalog, path: str | Path, name: str, licence: str = "
     same = origin.rpartition(" ")[2]  # the digest; the folder's name may be another
     version = next((known for known in catalog.all(ModelVersion) if known.source.rpartition(" ")[2] == same), None)
     if version is None:
+        catalog.check_may("imported models")
         version = _import(catalog, source, origin, name, licence)
     if alias:
         catalog.promote(version.id, alias)

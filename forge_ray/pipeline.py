@@ -119,6 +119,7 @@ def _built(
     from forge_ray.data import work
     from forge_ray.data.build import build
 
+    catalog.check_may("datasets")  # who may not is told now, not when the rows are packed
     made = build(config.name, config.data, base, catalog.store, sources, it.update)
     found = catalog.put(made)
     if found.input_digest != made.input_digest:  # erasures that touch none of its rows: found by these inputs as well

@@ -74,6 +74,7 @@ def _report(
         if known:
             it.done(f"{known.id}  {what}: already evaluated")
             return known
+        catalog.check_may("evals")
         connect()
         import ray
 

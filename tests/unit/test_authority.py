@@ -319,3 +319,12 @@ def test_a_policy_strands_no_alias_that_answers(catalog: Catalog, people: dict[s
         catalog.set_route("prod", catalog.routes()["prod"])
     allow(catalog, people, signatures=True)
     assert catalog.aliases() == {"prod": version.id}
+
+
+def test_who_may_not_is_told_before_the_work(catalog: Catalog, people: dict[str, Any], tiny_model_dir: Path) -> None:
+    from forge_ray.import_model import import_model
+
+    allow(catalog, people, roles=True)
+    with signing.acting(people["rosa"]), pytest.raises(PolicyError, match="imported models are written by"):
+        import_model(catalog, tiny_model_dir, "tiny")
+    assert not catalog.store.exists("models")
