@@ -41,7 +41,7 @@ __all__ = ["Affected", "Query", "Traced", "affected", "of_file", "of_record", "o
 @dataclass(frozen=True)
 class Query:
     """What was asked, and the records that it stands for: none if no dataset version could have made one of it (`note`).
-    `unsearched` are dataset versions that cannot answer, for they keep no subject."""
+    `unsearched` are dataset versions that cannot answer, for they keep no subject, or not how their rows were read."""
 
     asked: str
     records: tuple[str, ...]
@@ -152,7 +152,9 @@ def of_subject_value(catalog: Catalog, value: str, asked: str = "subject") -> Qu
 
 def of_file(catalog: Catalog, path: str) -> list[Query]:
     """One query a row of a file (any format that a run file's sources may have)."""
-    readings = _readings(catalog.all(DatasetManifest))
+    manifests = catalog.all(DatasetManifest)
+    readings = _readings(manifests)
+    unsearched = tuple(manifest.id for manifest in manifests if not manifest.config.get("sources"))
     limit = max((config.max_line_bytes for config, _, _ in readings), default=16 << 20)
     found = []
     for file in expand(parse(DataConfig, {"sources": [{"path": path}]})):
@@ -173,7 +175,7 @@ def of_file(catalog: Catalog, path: str) -> list[Query]:
                         continue
                     ids |= dict.fromkeys(_stages(record, masks))
                 note = "" if ids else f"no record: {'; '.join(dict.fromkeys(reasons)) or 'no dataset version reads it'}"
-                found.append(Query(f"{file.name}:{raw.line}", tuple(ids), note))
+                found.append(Query(f"{file.name}:{raw.line}", tuple(ids), note, unsearched))
     return found
 
 
@@ -181,6 +183,8 @@ def _readings(manifests: Sequence[DatasetManifest]) -> list[tuple[DataConfig, in
     """The distinct ways in which dataset versions make records of rows: (settings, number of the source, masking rules)."""
     found: dict[str, tuple[DataConfig, int, tuple[Any, ...]]] = {}
     for manifest in manifests:
+        if not manifest.config.get("sources"):
+            continue  # told as not searched
         config = parse(DataConfig, manifest.config)
         masks = tuple(rule for rule in config.curate if getattr(rule, "action", "") == "mask")
         for number, source in enumerate(config.sources):
