@@ -52,7 +52,7 @@ def lines(found: Traced) -> Iterator[str]:
         elif query.asked not in query.records and len(query.records) > 1:
             yield f"{query.asked}: {len(query.records)} records"
         if query.unsearched:
-            yield f"  {len(query.unsearched)} of {found.num_datasets} dataset versions cannot say: no data.subject, or no sources"
+            yield f"  {len(query.unsearched)} of {found.num_datasets} versions cannot say: no data.subject, or no sources"
     for one in found.records[:SHOWN]:
         asked = [name for name in one.asked if name != one.record]
         yield one.record + (f"  ({', '.join(asked[:3])})" if asked else "")

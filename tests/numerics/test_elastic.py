@@ -40,9 +40,7 @@ def through_worlds(job: TrainJob, run: Run) -> None:
     assert [start["world_size"] for start in attempts.read(job.store, job.run)] == [2, 1, 3]
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=() if c in ("zero2-full", "zero3-lora") else pytest.mark.large) for c in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c == "zero3-lora" else pytest.mark.large) for c in CASES])
 def test_two_then_one_then_three_workers(case: str, jobs: Jobs, run: Run) -> None:
     steady, elastic = job_of(jobs, f"steady-{case}", **CASES[case]), job_of(jobs, f"elastic-{case}", **CASES[case])
     run(steady, ranks=2)

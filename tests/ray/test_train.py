@@ -134,7 +134,11 @@ def test_the_pipeline_trains_and_then_finds_the_run(
     )
     assert pipeline.train(more_workers, store).id == record.id
 
-    found = reproduce(store, record.id, rebuild_data=True)  # two workers again, on rows read from their files again
+
+@pytest.mark.large
+def test_two_workers_again_on_rows_read_again(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+    record = pipeline.train(config, store)
+    found = reproduce(store, record.id, rebuild_data=True)
     assert (found["verdict"], found["differences"]) == ("equal", {})
     with Catalog(store) as catalog:
         assert catalog.events("reproduction", record.id)[-1].data["state"] == "equal"
