@@ -96,7 +96,7 @@ def _held(held: Held) -> tuple[str, ...]:
 
 
 def _used(use: Any) -> str:
-    from forge_ray.impact import ranges
+    from forge_ray.train.uses import ranges
 
     if use.how == "validated":
         return f"{use.run} validated on its split" + (" and chose by it" if use.decided else "")

@@ -8,7 +8,7 @@ have read it. Where something cannot be known exactly (a run whose settings are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from forge_ray.impact import Affected, Facts, Reached, Use
 from forge_ray.records import DatasetManifest
 from forge_ray.store import Store
 
-__all__ = ["Affected", "Query", "Traced", "affected", "of_file", "of_record", "of_subject_value", "trace"]
+__all__ = ["Affected", "Query", "Traced", "of_file", "of_record", "of_subject_value", "trace"]
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,6 @@ def trace(catalog: Catalog, queries: Sequence[Query]) -> Traced:
     reached = facts.reached([use for one in found for use in one.uses], splits)
     nowhere = tuple(query.asked for query in queries if not any(record in by_record for record in query.records))
     return Traced(len(manifests), tuple(queries), tuple(found), nowhere, reached, _affected(found, reached))
-
-
-def affected(catalog: Catalog, record_ids: Iterable[str]) -> Affected:
-    """Ids of all that used any of the records, in this order: datasets, runs, versions, aliases, deployments, reports."""
-    return trace(catalog, [of_record(record) for record in sorted(record_ids)]).affected
 
 
 def _affected(found: Sequence[TracedRecord], reached: Reached) -> Affected:

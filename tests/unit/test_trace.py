@@ -23,12 +23,16 @@ from forge_ray.data.order import order_of
 from forge_ray.data.schema import parse_record
 from forge_ray.data.subject import subject_digest, subject_key
 from forge_ray.errors import ConfigError
-from forge_ray.impact import ranges
 from forge_ray.records import DatasetManifest, Event, RunRecord, canonical_json
-from forge_ray.trace import affected, of_file, of_record, of_subject_value, trace
+from forge_ray.trace import of_file, of_record, of_subject_value, trace
 from forge_ray.train import incidents
+from forge_ray.train.uses import ranges
 
 pytestmark = pytest.mark.unit
+
+
+def affected(catalog: Catalog, records: set[str]) -> Any:
+    return trace(catalog, [of_record(record) for record in sorted(records)]).affected
 
 
 @pytest.fixture
