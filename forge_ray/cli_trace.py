@@ -75,12 +75,19 @@ def lines(found: Traced) -> Iterator[str]:
             for a in reached.aliases
         ]
         branches += [
-            f"deployment  {d.deployment}  {d.name}: {'live' if d.live else d.state}, {', '.join(d.versions)}"
+            f"deployment  {d.deployment}  {d.name}: {_up(d.live, d.state)}, {', '.join(d.versions)}"
             for d in reached.deployments
         ]
         branches += [f"report      {e.report}  on {e.dataset} {e.how}, of {e.subject}" for e in reached.evals]
         yield "came of it" if branches else "nothing came of it: no run used a row that holds it"
         yield from _tree(branches)
+
+
+def _up(live: bool, state: str) -> str:
+    """What the events say: an endpoint whose process was killed wrote none."""
+    if live:
+        return "up, by its last event"
+    return "replaced" if state == "running" else state
 
 
 def _tree(branches: list[str]) -> Iterator[str]:
