@@ -26,7 +26,7 @@ from forge_ray.erasure import Request
 from forge_ray.errors import NotFound, PolicyError
 from forge_ray.records import DatasetManifest, Deployment, Event, RunRecord
 from forge_ray.store import Store
-from forge_ray.trace import affected
+from forge_ray.trace import of_record, trace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_cluster")]
 SECRET = "the parcel for Wilhelmina Quartz never came"
@@ -186,7 +186,7 @@ def test_what_somebody_taught_is_forgotten(own: Store, tmp_path: Path, monkeypat
     assert not [path for path in files if b"Quartz" in path.read_bytes()]
     assert forge(own, "data", "find", "--subject", "wq")["results"] == []
     with Catalog(own) as catalog:
-        traced = affected(catalog, hers)
+        traced = trace(catalog, [of_record(one) for one in sorted(hers)]).affected
         assert not any(vars(traced).values()), traced
     for verb in (("audit", "data", outcome.run.id), ("reproduce", version.id)):
         assert "erased" in forge(own, *verb, ends=(2, 3))["error"]["hint" if verb[0] == "audit" else "message"]
