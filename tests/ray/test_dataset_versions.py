@@ -157,8 +157,9 @@ def test_rows_are_traced_through_masks_and_clusters(tmp_path: Path, base: ModelV
         assert (short.held[0].place.split, short.held[0].place.reason) == ("dropped", "fewer than min_chars characters")
         kept = [one.record for one in found.records if one.held[0].place.split != "dropped"]
         whose = {name: set(of_subject_value(catalog, name).records) for name in ("c0", "c1", "c2", "c3", "anna", "otto")}
-        assert set().union(*whose.values()) == set(kept)
-        assert whose["otto"] == {masked.record}
+        assert set().union(*whose.values()) == set(by_record := {one.record for one in found.records})
+        assert (whose["otto"], whose["anna"]) == ({masked.record, short.record}, {first.record, second.record})
+        assert set(kept) == by_record - {second.record, short.record}
         assert sum(stats.num_records for stats in manifest.splits.values()) == len(kept)
 
 
