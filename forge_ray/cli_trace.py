@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from forge_ray.errors import ConfigError
+from forge_ray.errors import EXIT_FAILED, ConfigError
 from forge_ray.verbs import Verbs, verb
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ def trace(store: Store, as_json: bool, records: tuple[str, ...], files: tuple[st
         found = tracer.trace(index, queries)
     if not as_json:
         click.echo("\n".join(lines(found)))
+    if found.broken:  # what was found is out, and is not all
+        if as_json:
+            from forge_ray.job import as_json as plain
+
+            click.echo(json.dumps(plain(asdict(found)), ensure_ascii=False))
+        sys.exit(EXIT_FAILED)
     return asdict(found)
 
 
@@ -53,6 +60,8 @@ def lines(found: Traced) -> Iterator[str]:
             yield f"{query.asked}: {len(query.records)} records"
         if query.unsearched:
             yield f"  {len(query.unsearched)} of {found.num_datasets} versions cannot say: no data.subject, or no sources"
+    for reason in found.broken.values():
+        yield f"not searched: {reason}"
     for one in found.records[:SHOWN]:
         asked = [name for name in one.asked if name != one.record]
         yield one.record + (f"  ({', '.join(asked[:3])})" if asked else "")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from forge_ray.catalog import Catalog
-from forge_ray.data import closure, erased
-from forge_ray.data.subject import KEY, subject_digest, subject_key
+from forge_ray.data import closure, erased, index
+from forge_ray.data.index import Place, is_record_id
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.impact import Facts
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, ModelVersion, RunRecord
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import MANIFEST, Store
-from forge_ray.trace import of_file
+from forge_ray.trace import of_each, of_file, subject_digests
 
+T = TypeVar("T")
 TRAINED_ON = ("train", "validation")  # what can decide weights: validation rows may choose the checkpoint and the end
 
 
@@ -37,13 +41,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Found:
-    """`near` are the near duplicates of `asked`; `read` the ids of rows before rules masked them; `subjects` HMACs."""
+    """`near` are the near duplicates of `asked`; `read` the ids of rows before rules masked them; `subjects` HMACs;
+    `places` by dataset version."""
 
     asked: frozenset[str]
     near: frozenset[str]
     read: frozenset[str]
     subjects: frozenset[str]
-    places: tuple[closure.Held, ...]
+    places: dict[str, list[Place]]
     notes: tuple[str, ...]
 
     @property
@@ -140,7 +145,7 @@ def search(catalog: Catalog, request: Request) -> Found:
     asked: set[str] = set()
     subjects: set[str] = set()
     if request.by == "record":
-        if wrong := [value for value in request.values if not value.startswith("rec_")]:
+        if wrong := [value for value in request.values if not is_record_id(value)]:
             raise ConfigError(f"{wrong[0]!r} is no record id", hint="forge data show ds_… prints them: rec_…")
         asked.update(request.values)
     elif request.by == "file":
@@ -152,32 +157,21 @@ def search(catalog: Catalog, request: Request) -> Found:
             )
         asked = {record for row in rows for record in row.records}
     else:
-        for manifest in manifests:
-            if settings := manifest.config.get("subject"):
-                if not request.key_file and not settings.get("key_file") and not store.exists(KEY):
-                    raise ConfigError(
-                        f"{manifest.id} names subjects under {KEY}, which is gone", hint="restore it from a backup"
-                    )
-                key = subject_key(store, request.key_file or settings.get("key_file", ""))
-                subject = subject_digest(key, request.values[0])
-                subjects.add(subject)
-                asked |= closure.of_subject(store, manifest.id, subject)
-        if not subjects:
+        digests = subject_digests(store, manifests, request.values[0], request.key_file)
+        if not digests:
             raise ConfigError(
                 "no dataset version of this store says whose its rows are",
                 hint="set data.subject, or use --record or --file",
             )
-    near: set[str] = set()
-    while request.near_duplicates:
-        more = set().union(*(closure.near_duplicates(store, m.id, asked | near) for m in manifests)) - asked - near
-        if not more:
-            break
-        near |= more
-    places = [place for manifest in manifests for place in closure.held(store, manifest.id, asked | near)]
+        theirs = [manifest for manifest in manifests if manifest.id in digests]
+        subjects = set(digests.values())
+        asked.update(*_everywhere(theirs, lambda manifest: index.of_subject(store, manifest, digests[manifest.id])).values())
+    near = _near(store, manifests, asked) if request.near_duplicates else set()
+    places = _everywhere(manifests, lambda manifest: _places(store, manifest, asked | near))
     read: set[str] = set()
     notes: list[str] = []
     for manifest in manifests:
-        if mine := [place for place in places if place.dataset == manifest.id]:
+        if mine := places[manifest.id]:
             ids, problems = closure.as_read(manifest, mine)
             read |= ids
             notes += problems
@@ -186,9 +180,33 @@ def search(catalog: Catalog, request: Request) -> Found:
         near=frozenset(near),
         read=frozenset(read),
         subjects=frozenset(subjects),
-        places=tuple(places),
+        places={dataset: mine for dataset, mine in places.items() if mine},
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _everywhere(manifests: list[DatasetManifest], look: Callable[[DatasetManifest], T]) -> dict[str, T]:
+    """What is found in each dataset version; raises `DataError` if one of them cannot be searched."""
+    found, broken = of_each(manifests, look)
+    if broken:
+        reason = next(iter(broken.values()))
+        raise DataError(f"a dataset version cannot be searched: {reason}", hint="restore it from a backup, then erase")
+    return found
+
+
+def _near(store: Store, manifests: list[DatasetManifest], asked: set[str]) -> set[str]:
+    """Near duplicates of the records in any dataset version, of those in another one, and so on."""
+    found: set[str] = set()
+    while True:
+        known = asked | found
+        look = partial(closure.near_duplicates, store, records=known)
+        if not (more := set().union(*_everywhere(manifests, look).values()) - known):
+            return found
+        found |= more
+
+
+def _places(store: Store, manifest: DatasetManifest, records: set[str]) -> list[Place]:
+    return [*index.places(store, manifest, records), *index.dropped(store, manifest, records)]
 
 
 def plan_of(catalog: Catalog, found: Found) -> Plan:
@@ -196,12 +214,12 @@ def plan_of(catalog: Catalog, found: Found) -> Plan:
     manifests = {manifest.id: manifest for manifest in catalog.all(DatasetManifest)}
     counts: dict[str, dict[str, int]] = {}
     outside: dict[str, set[int]] = {}
-    for place in found.places:
-        held = counts.setdefault(place.dataset, {})
-        held[place.split] = held.get(place.split, 0) + 1
-        outside.setdefault(place.file, set()).add(place.line)
+    for dataset, places in found.places.items():
+        counts[dataset] = dict(Counter(place.split for place in places))
+        for place in places:
+            outside.setdefault(place.file, set()).add(place.line)
     datasets = tuple(AffectedDataset(id=key, name=manifests[key].name, held=held) for key, held in sorted(counts.items()))
-    runs, versions = _made_of(catalog, datasets, found.records)
+    runs, versions = _made_of(catalog, datasets, found.places)
     gone = {version.id for version in versions}
     aliases = standing_for(catalog, gone)
     return Plan(
@@ -223,7 +241,7 @@ def extended(catalog: Catalog, plan: Plan, changed: set[str]) -> Plan:
     if not changed:
         return plan
     datasets = tuple(one.model_copy(update={"changed": one.id in changed}) for one in plan.datasets)
-    runs, versions = _made_of(catalog, datasets, set())
+    runs, versions = _made_of(catalog, datasets, {})
     before = {run.id: run for run in plan.runs}
     runs = tuple(before[run.id].model_copy(update={"used": run.used}) if run.id in before else run for run in runs)
     aliases = standing_for(catalog, {version.id for version in versions})
@@ -237,7 +255,7 @@ def standing_for(catalog: Catalog, versions: set[str]) -> dict[str, tuple[str, .
 
 
 def _made_of(
-    catalog: Catalog, datasets: tuple[AffectedDataset, ...], records: set[str]
+    catalog: Catalog, datasets: tuple[AffectedDataset, ...], places: dict[str, list[Place]]
 ) -> tuple[tuple[AffectedRun, ...], tuple[AffectedVersion, ...]]:
     """Runs on the datasets, versions of those runs, runs on those versions, and so on."""
     holding = {dataset.id for dataset in datasets}
@@ -256,7 +274,11 @@ def _made_of(
         if not more and not new:
             break
     facts = Facts.of(catalog)
-    listed = [_run(catalog, facts, run, run.id in used, records) for run in runs if run.id in used or run.dataset in holding]
+    listed = [
+        _run(catalog, facts, run, run.id in used, places.get(run.dataset, []))
+        for run in runs
+        if run.id in used or run.dataset in holding
+    ]
     listed += [_begun(run, dataset, dataset in may) for run, dataset in unfinished.items() if dataset in holding]
     return tuple(listed), tuple(
         AffectedVersion(id=v.id, name=v.name, status=v.status, weights=v.weights, run=v.run)
@@ -265,10 +287,10 @@ def _made_of(
     )
 
 
-def _run(catalog: Catalog, facts: Facts, run: RunRecord, used: bool, records: set[str]) -> AffectedRun:
+def _run(catalog: Catalog, facts: Facts, run: RunRecord, used: bool, places: list[Place]) -> AffectedRun:
     settings = run.config["train"]
     manifest = catalog.get_as(DatasetManifest, run.dataset)
-    rows = closure.rows_with(catalog.store, run.dataset, "train", records)
+    rows = sorted({row for rows in index.rows_with(catalog.store, manifest, places).values() for row in rows})
     steps = sorted({step for use in facts.runs[run.id].trained_on(manifest, "", rows) for step in use.steps}) if rows else []
     workers = max((attempt["world_size"] for attempt in run.attempts), default=1)
     hours = run.metrics.get("seconds", 0.0) / 3600 * workers

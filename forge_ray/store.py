@@ -83,6 +83,11 @@ class Store:
     def exists(self, relative: str) -> bool:
         return bool(self._fs.get_file_info(self.path(relative)).type != pafs.FileType.NotFound)
 
+    def size(self, relative: str) -> int:
+        """Bytes of a file; -1 where there is none."""
+        info = self._fs.get_file_info(self.path(relative))
+        return int(info.size) if info.type == pafs.FileType.File else -1
+
     def read(self, relative: str) -> bytes:
         try:
             with self._fs.open_input_stream(self.path(relative)) as stream:

@@ -8,34 +8,30 @@ have read it. Where something cannot be known exactly (a run whose settings are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.config.data import DataConfig
 from forge_ray.data.curate import compile_rule
 from forge_ray.data.find import expand
-from forge_ray.data.index import (
-    Place,
-    duplicates_of,
-    is_record_id,
-    of_subject,
-    place_of,
-    place_of_dropped,
-    rows_with,
-)
+from forge_ray.data.index import Place, dropped, duplicates, is_record_id, of_subject, places, rows_with
 from forge_ray.data.ingest import index_file
 from forge_ray.data.readers import image_reader, read_raw
 from forge_ray.data.schema import DataRecord, Reject, parse_line, parse_record
 from forge_ray.data.subject import KEY, subject_digest, subject_key
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, DataError
 from forge_ray.impact import Affected, Facts, Reached, Use
 from forge_ray.records import DatasetManifest
 from forge_ray.store import Store
 
 __all__ = ["Affected", "Query", "Traced", "of_file", "of_record", "of_subject_value", "trace"]
+
+T = TypeVar("T")
+LOOKERS = 8  # dataset versions that are looked into at once: a look-up waits for the disk more than it works
 
 
 @dataclass(frozen=True)
@@ -72,9 +68,11 @@ class TracedRecord:
 
 @dataclass(frozen=True)
 class Traced:
-    """`records` are those that some dataset version holds or dropped; `nowhere` are queries of which there is no trace."""
+    """`records` are those that some dataset version holds or dropped; `nowhere` are queries of which there is no trace.
+    `broken`: dataset version → why nothing can be looked up in it."""
 
     num_datasets: int
+    broken: dict[str, str]
     queries: tuple[Query, ...]
     records: tuple[TracedRecord, ...]
     nowhere: tuple[str, ...]
@@ -82,25 +80,55 @@ class Traced:
     affected: Affected
 
 
+@dataclass(frozen=True)
+class Inside:
+    """What one dataset version knows of records: record → its places, those of its duplicates, and its packed rows."""
+
+    held: dict[str, tuple[Held, ...]]
+    alike: dict[str, tuple[Held, ...]]
+    rows: dict[str, list[int]]
+
+
 def trace(catalog: Catalog, queries: Sequence[Query]) -> Traced:
     """Everything that saw the records of `queries`, and everything that came of that."""
-    manifests, facts = catalog.datasets(), Facts.of(catalog)
+    facts, manifests = Facts.of(catalog), catalog.datasets()
     asked: dict[str, list[str]] = {}
     for query in queries:
         for record in query.records:
             asked.setdefault(record, []).append(query.asked)
-    found, by_record = [], {}
+    inside, broken = of_each(manifests, lambda manifest: _inside(catalog.store, manifest, asked, facts))
+    found = []
     for record, names in asked.items():
-        held = tuple(_held(catalog.store, manifests, record))
-        if held:
-            by_record[record] = held
-            uses = tuple(_uses(catalog.store, facts, manifests, record, held))
-            alike = tuple(_alike(catalog.store, manifests, record, held))
+        if held := _joined(one.held.get(record, ()) for one in inside.values()):
+            uses = tuple(_uses(facts, manifests, inside, record))
+            alike = _joined(one.alike.get(record, ()) for one in inside.values())
             found.append(TracedRecord(record, tuple(dict.fromkeys(names)), held, alike, uses))
     splits = [(one.record, held.dataset, held.place.split) for one in found for held in one.held]
     reached = facts.reached([use for one in found for use in one.uses], splits)
-    nowhere = tuple(query.asked for query in queries if not any(record in by_record for record in query.records))
-    return Traced(len(manifests), tuple(queries), tuple(found), nowhere, reached, _affected(found, reached))
+    there = {one.record for one in found}
+    nowhere = tuple(query.asked for query in queries if there.isdisjoint(query.records))
+    return Traced(len(inside), broken, tuple(queries), tuple(found), nowhere, reached, _affected(found, reached))
+
+
+def of_each(
+    manifests: Sequence[DatasetManifest], look: Callable[[DatasetManifest], T]
+) -> tuple[dict[str, T], dict[str, str]]:
+    """What `look` finds in each dataset version, and of those that have no index why not."""
+
+    def tried(manifest: DatasetManifest) -> T | DataError:
+        try:
+            return look(manifest)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        answers = dict(zip((manifest.id for manifest in manifests), pool.map(tried, manifests), strict=True))
+    broken = {name: answer.message for name, answer in answers.items() if isinstance(answer, DataError)}
+    return {name: answer for name, answer in answers.items() if not isinstance(answer, DataError)}, broken
+
+
+def _joined(parts: Iterable[tuple[Held, ...]]) -> tuple[Held, ...]:
+    return tuple(held for part in parts for held in part)
 
 
 def _affected(found: Sequence[TracedRecord], reached: Reached) -> Affected:
@@ -129,20 +157,28 @@ def of_record(record: str) -> Query:
 
 def of_subject_value(catalog: Catalog, value: str, asked: str = "subject") -> Query:
     """Every record of a person, under the key of each dataset version; `asked` is what the answer calls them."""
-    records: dict[str, None] = {}
-    without = []
-    for manifest in catalog.datasets():
+    manifests = catalog.datasets()
+    digests = subject_digests(catalog.store, manifests, value)
+    theirs = [manifest for manifest in manifests if manifest.id in digests]
+    found, broken = of_each(theirs, lambda manifest: of_subject(catalog.store, manifest, digests[manifest.id]))
+    without = (manifest.id for manifest in manifests if manifest.id not in digests)
+    records = dict.fromkeys(record for ids in found.values() for record in ids)
+    return Query(asked, tuple(records), unsearched=(*without, *broken))
+
+
+def subject_digests(store: Store, manifests: Sequence[DatasetManifest], value: str, key_file: str = "") -> dict[str, str]:
+    """What stands for a person in each dataset version that says whose its rows are, under its own key or `key_file`."""
+    found = {}
+    for manifest in manifests:
         subject = manifest.config.get("subject")
         if not subject:
-            without.append(manifest.id)
             continue
-        if not subject["key_file"] and not catalog.store.exists(KEY):  # a new key would find nobody
+        if not (file := key_file or subject.get("key_file", "")) and not store.exists(KEY):  # a new key would find nobody
             raise ConfigError(
                 f"{manifest.id} names its subjects under the store's key, and {KEY} is gone", hint="restore it from a backup"
             )
-        digest = subject_digest(subject_key(catalog.store, subject["key_file"]), value)
-        records |= dict.fromkeys(of_subject(catalog.store, manifest, digest))
-    return Query(asked, tuple(records), unsearched=tuple(without))
+        found[manifest.id] = subject_digest(subject_key(store, file), value)
+    return found
 
 
 def of_file(catalog: Catalog, path: str) -> list[Query]:
@@ -201,38 +237,44 @@ def _stages(record: DataRecord, masks: Sequence[Any]) -> Iterator[str]:
 # ---------------------------------------------------------------- where it is, and what used it
 
 
-def _held(store: Store, manifests: Sequence[DatasetManifest], record: str) -> Iterator[Held]:
-    for manifest in manifests:
-        if place := place_of(store, manifest, record):
-            yield Held(manifest.id, manifest.name, place)
-        for dropped in place_of_dropped(store, manifest, record):
-            yield Held(manifest.id, manifest.name, dropped)
+def _inside(store: Store, manifest: DatasetManifest, records: Collection[str], facts: Facts) -> Inside:
+    found = [*places(store, manifest, records), *dropped(store, manifest, records)]
+    held: dict[str, tuple[Held, ...]] = {}
+    for place in found:
+        held[place.record] = (*held.get(place.record, ()), Held(manifest.id, manifest.name, place))
+    trained = [place for place in found if place.split == "train"]
+    rows = rows_with(store, manifest, trained) if trained and facts.runs_on(manifest.id) else {}
+    return Inside(held, _alike(store, manifest, records, held), rows)
 
 
-def _alike(store: Store, manifests: Sequence[DatasetManifest], record: str, held: Sequence[Held]) -> Iterator[Held]:
-    """The cluster of the record in each dataset version: the one that stays, and those that were dropped for it."""
-    for manifest in manifests:
-        heads = [item.place.kept for item in held if item.dataset == manifest.id and item.place.kept]
-        for head in dict.fromkeys([*heads, record]):
+def _alike(
+    store: Store, manifest: DatasetManifest, records: Collection[str], held: dict[str, tuple[Held, ...]]
+) -> dict[str, tuple[Held, ...]]:
+    """The cluster of each record in a dataset version: the one that stays, and those that were dropped for it."""
+    heads = {record: [held.place.kept for held in held.get(record, ()) if held.place.kept] for record in records}
+    clusters: dict[str, list[Place]] = {}
+    for place in duplicates(store, manifest, {*records, *(head for found in heads.values() for head in found)}):
+        clusters.setdefault(place.kept, []).append(place)
+    stay = {place.record: place for place in places(store, manifest, {head for found in heads.values() for head in found})}
+    alike: dict[str, tuple[Held, ...]] = {}
+    for record, mine in heads.items():
+        found: list[tuple[Place, str]] = []
+        for head in dict.fromkeys([*mine, record]):
             if head != record:
-                stays = place_of(store, manifest, head) or Place(head, "unknown", "", 0, -1)  # masked later, or dropped
-                yield Held(manifest.id, manifest.name, stays, "stays for it")
-            for other in duplicates_of(store, manifest, head):
-                if other.record != record:
-                    yield Held(manifest.id, manifest.name, other, "dropped with it" if head != record else "dropped for it")
+                found.append((stay.get(head) or Place(head, "unknown", "", 0, -1), "stays for it"))  # masked, or dropped
+            relation = "dropped with it" if head != record else "dropped for it"
+            found += [(other, relation) for other in clusters.get(head, ()) if other.record != record]
+        if found:
+            alike[record] = tuple(Held(manifest.id, manifest.name, place, how) for place, how in found)
+    return alike
 
 
-def _uses(
-    store: Store, facts: Facts, manifests: Sequence[DatasetManifest], record: str, held: Sequence[Held]
-) -> Iterator[Use]:
-    by_id = {manifest.id: manifest for manifest in manifests}
-    for item in held:
-        manifest, split = by_id[item.dataset], item.place.split
-        runs = facts.runs_on(item.dataset)
-        if split == "train" and runs:
-            rows = rows_with(store, manifest, record, item.place)
-            for run in runs if rows else ():
-                yield from run.trained_on(manifest, record, rows)
-        elif split == "validation":
-            for run in runs:
-                yield from run.validated_on(manifest, record)
+def _uses(facts: Facts, manifests: Sequence[DatasetManifest], inside: dict[str, Inside], record: str) -> Iterator[Use]:
+    for manifest in manifests:
+        one = inside.get(manifest.id)
+        for held in one.held.get(record, ()) if one else ():
+            for run in facts.runs_on(manifest.id):
+                if held.place.split == "train" and one and record in one.rows:
+                    yield from run.trained_on(manifest, record, one.rows[record])
+                elif held.place.split == "validation":
+                    yield from run.validated_on(manifest, record)

@@ -1,4 +1,4 @@
-"""Which records an erasure is about, and where dataset versions hold them (level 2).
+"""Which records go with those that an erasure is about (level 2).
 
 Asked for by id, by whose they are, or by rows. With them go their near duplicates, as the curation of a dataset version
 found them, and the rows as they were read, where rules masked something afterwards: without these the row would be back.
@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from forge_ray.config.base import parse
 from forge_ray.config.data import DataConfig
+from forge_ray.data import index
 from forge_ray.data.curate import compile_rule
 from forge_ray.data.dataset import SPLITS
 from forge_ray.data.find import expand
+from forge_ray.data.index import Place
 from forge_ray.data.ingest import index_file
 from forge_ray.data.lines import Raw
 from forge_ray.data.readers import Chunk, image_reader, read_raw
@@ -30,20 +30,7 @@ from forge_ray.records import DatasetManifest
 from forge_ray.store import Store
 
 DROPPED = "dropped"
-OF = re.compile(r"duplicate of (rec_[0-9a-f]+)$")
 IMAGE = re.compile(r'"(sha256:[0-9a-f]{64})"')
-PLACE = ["record", "file", "line"]
-
-
-@dataclass(frozen=True)
-class Held:
-    """A record where a dataset version has it: in a split, or among those that a rule dropped."""
-
-    dataset: str
-    split: str
-    record: str
-    file: str
-    line: int
 
 
 def tables(store: Store, dataset: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
@@ -57,37 +44,13 @@ def tables(store: Store, dataset: str, columns: list[str]) -> Iterator[tuple[str
                     yield name.rsplit("/", 1)[-1], file.read_row_group(group, columns=wanted)
 
 
-def held(store: Store, dataset: str, records: Iterable[str]) -> list[Held]:
-    """Every place of a dataset version where one of the records lies."""
-    wanted, found = pa.array(sorted(records), pa.string()), []
-    for split, table in tables(store, dataset, PLACE):
-        for row in table.filter(pc.is_in(table.column("record"), value_set=wanted)).to_pylist():
-            found.append(Held(dataset, split, row["record"], row["file"], row["line"]))
-    return found
-
-
-def of_subject(store: Store, dataset: str, subject: str) -> set[str]:
-    """Records of one person, by the HMAC that stands beside each; those that rules dropped are among them."""
-    found: set[str] = set()
-    for _, table in tables(store, dataset, ["record", "subject"]):
-        if "subject" in table.column_names:
-            found.update(table.filter(pc.equal(table.column("subject"), subject)).column("record").to_pylist())
-    return found - {""}
-
-
-def near_duplicates(store: Store, dataset: str, records: set[str]) -> set[str]:
+def near_duplicates(store: Store, manifest: DatasetManifest, records: set[str]) -> set[str]:
     """Members of the clusters that any of `records` is in, as this dataset version's curation found them."""
-    clusters: dict[str, set[str]] = {}
-    for split, table in tables(store, dataset, ["record", "reason"]):
-        if split != DROPPED:
-            continue
-        for row in table.filter(pc.match_substring(table.column("reason"), "duplicate of rec_")).to_pylist():
-            if found := OF.search(row["reason"]):
-                clusters.setdefault(found[1], {found[1]}).add(row["record"])
-    return {record for members in clusters.values() if members & records for record in members} - records
+    heads = records | {place.kept for place in index.dropped(store, manifest, records) if place.kept}
+    return (heads | {place.record for place in index.duplicates(store, manifest, heads)}) - records
 
 
-def as_read(manifest: DatasetManifest, places: list[Held]) -> tuple[set[str], list[str]]:
+def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[set[str], list[str]]:
     """Ids of the rows before rules masked them, read again from their files, and what could not be read. A row that is no
     longer where it was is passed over: it is known by what the rules made of it alone."""
     config = parse(DataConfig, manifest.config)
@@ -133,20 +96,6 @@ def _parsed(config: DataConfig, chunk: Chunk, raw: Raw) -> DataRecord | None:
         return parse_record(raw.value, source.shape, source.mapping, keep, images)
     except Reject:
         return None
-
-
-def rows_with(store: Store, dataset: str, split: str, records: set[str]) -> list[int]:
-    """Numbers of the packed rows in which one of the records lies."""
-    wanted, found, start = pa.array(sorted(records), pa.string()), [], 0
-    for path in store.list(f"datasets/{dataset}/packed/{split}"):
-        with store.filesystem.open_input_file(store.path(path)) as stream:
-            for group in range((file := pq.ParquetFile(stream)).num_row_groups):
-                column = file.read_row_group(group, columns=["records"]).column("records").combine_chunks()
-                hits = pc.is_in(column.flatten(), value_set=wanted)
-                owners = pc.list_parent_indices(column).filter(hits).to_pylist()
-                found += sorted({start + row for row in owners})
-                start += len(column)
-    return found
 
 
 def images(store: Store, dataset: str) -> set[str]:

@@ -1,23 +1,24 @@
 """Which blocks of a dataset version hold a record, and which records are a person's: answered without reading it (level 2).
 
-    index/<ds>/records.npy      sorted uint64: 40 bits of the record id ‖ 24 bits of the packed block, or a reserved value
-    index/<ds>/subjects.npy     sorted uint64: 32 bits of the subject's HMAC ‖ 32 bits of the row's number in records/
-    index/<ds>/*-fences.npy     of every `CHUNK` entries the first one, and a digest
+    index/<ds>/records.bin      sorted, 7 bytes each: 36 bits of the record id ‖ 20 of the packed block, or a reserved value
+    index/<ds>/subjects.bin     sorted, 8 bytes each: 32 bits of the subject's HMAC ‖ 32 of the row's number in records/
+    index/<ds>/*-fences.npy     first entries and digests of the chunks: see `sorted_numbers`
     index/<ds>/about.json       format, dataset, rows of each part of records/
 
 Derived from records/, packed/ and dropped/ alone: it may be removed, and is built again where it is absent or does not
-verify. A look-up is two searches, one among the fences and one in a chunk whose digest is checked first. What it finds are
-candidates, for ids are cut short; they are checked against the dataset's rows, so none is wrong and none is missing.
+verify. A look-up is two searches, one among the fences and one in a chunk whose digest is checked first; nothing else is
+read, of a remote store neither. What it finds are candidates, for ids are cut short; they are checked against the dataset's
+rows, so none is wrong and none is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,29 +30,28 @@ import pyarrow.parquet as pq
 from forge_ray.config.data import Splits
 from forge_ray.data.dataset import SPLITS, shuffle_key, split_of
 from forge_ray.data.schema import RECORD_HEX
+from forge_ray.data.sorted_numbers import Sorted, Uint64s, write_sorted
 from forge_ray.data.stream import Rows
 from forge_ray.errors import ConfigError, DataError, ForgeError, StoreError
 from forge_ray.records import DatasetManifest, canonical_json
-from forge_ray.store import Store, sha256_file
+from forge_ray.store import Store
 
-__all__ = ["Place", "build", "duplicates_of", "of_subject", "place_of", "place_of_dropped", "rows_with"]
+__all__ = ["Place", "build", "dropped", "duplicates", "is_record_id", "of_subject", "places", "rows_with"]
 
-FORMAT = 1
-CHUNK = 1 << 16  # entries that share a digest: 512 KiB, hashed in half a millisecond
-BLOCK_BITS = 24
+FORMAT = 2
+BLOCK_BITS = 20
 BLOCK_MASK = (1 << BLOCK_BITS) - 1
-RECORD_DIGITS, SUBJECT_DIGITS = 10, 8  # hex digits that an entry keeps
+RECORD_DIGITS, SUBJECT_DIGITS = 9, 8  # hex digits that an entry keeps
+WIDTHS = {"records": 7, "subjects": 8}  # bytes of an entry
 # Reserved values in the place of a block: the record is held out, is in no packed row, was dropped, or is the one that stays
 # of some that were dropped as its duplicates.
 VALIDATION, TEST, UNPACKED, DROPPED, KEPT = (BLOCK_MASK - number for number in range(5))
 FIRST_RESERVED = KEPT
-FENCE = np.dtype([("first", "<u8"), ("digest", "<u8", 2)])
 BATCH_ROWS = 1 << 14
-SMALL = 1 << 20  # bytes that are read rather than mapped
 DUPLICATE = r" of (?P<kept>rec_[0-9a-f]{24})$"
 FOUND = ["record", "source", "file", "line", "offset"]
-Uint64s = npt.NDArray[np.uint64]
 T = TypeVar("T")
+BUILDING = threading.Lock()  # one at a time, for its memory
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,6 @@ class Place:
     blocks: tuple[int, ...] = ()
 
 
-@dataclass
-class Sorted:
-    """A sorted array on disk with its fences; a chunk is checked the first time that it is read."""
-
-    values: Uint64s
-    fences: npt.NDArray[Any]
-    path: str
-    checked: set[int] = field(default_factory=set)
-
-    def within(self, low: int, high: int) -> Uint64s:
-        """The entries low..high; raises `StoreError` where a chunk is not what was written."""
-        first = max(0, int(np.searchsorted(self.fences["first"], np.uint64(low), "left")) - 1)
-        last = int(np.searchsorted(self.fences["first"], np.uint64(high), "right"))
-        parts = [self._chunk(number) for number in range(first, last)]
-        entries = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
-        start, end = np.searchsorted(entries, np.uint64(low), "left"), np.searchsorted(entries, np.uint64(high), "right")
-        return entries[start:end]
-
-    def _chunk(self, number: int) -> Uint64s:
-        entries = np.asarray(self.values[number * CHUNK : (number + 1) * CHUNK])
-        if number not in self.checked:
-            if _digest(entries) != self.fences["digest"][number].tobytes():
-                raise StoreError(f"{self.path}: chunk {number} is not what was written", hint="remove the folder `index`")
-            self.checked.add(number)
-        return entries
-
-
 @dataclass(frozen=True)
 class Index:
     records: Sorted
@@ -107,44 +80,47 @@ class Index:
 # ---------------------------------------------------------------- look-ups
 
 
-def place_of(store: Store, manifest: DatasetManifest, record: str) -> Place | None:
-    """Where the record is in the dataset, with the blocks that may hold it; None where it is not."""
-    codes = _codes(store, manifest, record)
-    if not (codes - {DROPPED, KEPT}):
-        return None
-    raw = bytes.fromhex(record.removeprefix("rec_"))
-    split = SPLITS[split_of(raw, Splits.model_validate(manifest.config["splits"]))]
-    key = shuffle_key(raw, manifest.config["shuffle_seed"])
-    paths = [path for path, _ in _open(store, manifest.id).parts if path.startswith(f"records/{split}/")]
-    if not paths:
-        return None
-    path = f"datasets/{manifest.id}/{paths[key * len(paths) >> 64]}"  # the parts divide the keys evenly
-    filters = pc.field("key") == pa.scalar(key, pa.uint64())
-    table = pq.read_table(store.path(path), columns=FOUND, filesystem=store.filesystem, filters=filters)
-    row = next((row for row in table.to_pylist() if row["record"] == record), None)
-    if row is None:
-        return None
-    return Place(split=split, blocks=_blocks(manifest, codes), **row)
-
-
-def place_of_dropped(store: Store, manifest: DatasetManifest, record: str) -> list[Place]:
-    """Every row that a rule of `data.curate` dropped when its record was this one."""
-    if DROPPED not in _codes(store, manifest, record):
+def places(store: Store, manifest: DatasetManifest, records: Collection[str]) -> list[Place]:
+    """Where those of the records are that the dataset holds, with the blocks that may hold them; by record."""
+    codes = {record: found for record, found in _codes(store, manifest, records).items() if found - {DROPPED, KEPT}}
+    if not codes:
         return []
-    return _dropped(store, manifest, pc.field("record") == record)
+    splits = Splits.model_validate(manifest.config["splits"])
+    parts = _parts_by_split(_open(store, manifest.id))
+    wanted: dict[tuple[str, str], dict[int, None]] = {}
+    for record in codes:
+        raw = bytes.fromhex(record.removeprefix("rec_"))
+        split, key = SPLITS[split_of(raw, splits)], shuffle_key(raw, manifest.config["shuffle_seed"])
+        if paths := parts[split]:  # which divide the keys evenly
+            wanted.setdefault((split, paths[key * len(paths) >> 64]), {})[key] = None
+    found = []
+    for (split, path), keys in wanted.items():
+        where = pc.field("key").isin(pa.array(keys, pa.uint64()))
+        table = pq.read_table(
+            store.path(f"datasets/{manifest.id}/{path}"), columns=FOUND, filesystem=store.filesystem, filters=where
+        )
+        for row in table.to_pylist():
+            if row["record"] in codes:
+                found.append(Place(split=split, blocks=_blocks(codes[row["record"]]), **row))
+    return sorted(found, key=lambda place: place.record)
 
 
-def duplicates_of(store: Store, manifest: DatasetManifest, record: str) -> list[Place]:
-    """The dropped rows that are duplicates of this record."""
-    if KEPT not in _codes(store, manifest, record):
-        return []
-    return _dropped(store, manifest, pc.ends_with(pc.field("reason"), f" of {record}"))
+def dropped(store: Store, manifest: DatasetManifest, records: Collection[str]) -> list[Place]:
+    """Every row that a rule of `data.curate` dropped when its record was one of these."""
+    mine = [record for record, found in _codes(store, manifest, records).items() if DROPPED in found]
+    return _dropped(store, manifest, "record", mine) if mine else []
+
+
+def duplicates(store: Store, manifest: DatasetManifest, records: Collection[str]) -> list[Place]:
+    """The dropped rows that are duplicates of one of these records (`kept`)."""
+    mine = [record for record, found in _codes(store, manifest, records).items() if KEPT in found]
+    return _dropped(store, manifest, "kept", mine) if mine else []
 
 
 def of_subject(store: Store, manifest: DatasetManifest, subject: str) -> list[str]:
     """Ids of the records whose subject's HMAC is `subject` (`subject.subject_digest`), sorted."""
-    low = int(subject[:SUBJECT_DIGITS], 16) << 32
-    entries = _asked(store, manifest, lambda index: index.subjects.within(low, low | 0xFFFFFFFF))
+    low = np.array([int(subject[:SUBJECT_DIGITS], 16) << 32], np.uint64)
+    _, entries = _asked(store, manifest, lambda index: index.subjects.within(low, 0xFFFFFFFF))
     numbers = np.sort(entries & np.uint64(0xFFFFFFFF)).astype(np.int64)
     found, start = [], 0
     for path, count in _open(store, manifest.id).parts:
@@ -167,18 +143,22 @@ def _dropped_of(store: Store, manifest: DatasetManifest, subject: str) -> Iterat
             yield from table.column("record").to_pylist()
 
 
-def rows_with(store: Store, manifest: DatasetManifest, record: str, place: Place) -> list[int]:
-    """The packed training rows that hold the record, by number; once for each time that it is inside."""
-    if not place.blocks or "train" not in manifest.splits:
-        return []
-    rows = Rows.of(store, manifest, "train")
-    shift = _shift(manifest)
-    found = []
-    for code in place.blocks:
-        for block in range(code << shift, min((code + 1) << shift, _num_blocks(manifest))):
-            for offset, inside in enumerate(rows.block_records(block)):
-                found += [block * rows.block_rows + offset] * (record in inside)
-    return sorted(found)
+def rows_with(store: Store, manifest: DatasetManifest, found: Iterable[Place]) -> dict[str, list[int]]:
+    """Record → numbers of the packed training rows that hold it, ascending, for those that are in one."""
+    if "train" not in manifest.splits:
+        return {}
+    rows, shift, num_blocks = Rows.of(store, manifest, "train"), _shift(manifest), _num_blocks(manifest)
+    asked: dict[int, set[str]] = {}
+    for place in found:
+        for code in place.blocks:
+            for block in range(code << shift, min((code + 1) << shift, num_blocks)):
+                asked.setdefault(block, set()).add(place.record)
+    held: dict[str, list[int]] = {}
+    for block in sorted(asked):
+        for offset, inside in enumerate(rows.block_records(block)):
+            for record in asked[block].intersection(inside):
+                held.setdefault(record, []).append(block * rows.block_rows + offset)
+    return held
 
 
 def is_record_id(text: str) -> bool:
@@ -187,28 +167,37 @@ def is_record_id(text: str) -> bool:
     return text != digits and len(digits) == RECORD_HEX and not digits.strip("0123456789abcdef")
 
 
-def _codes(store: Store, manifest: DatasetManifest, record: str) -> set[int]:
-    """Blocks and reserved values under the first digits of the id."""
-    if not is_record_id(record):
-        raise ConfigError(f"{record!r} is no record id", hint="`forge data show ds_…` prints them: rec_ and 24 digits")
-    start = len("rec_")
-    low = int(record[start : start + RECORD_DIGITS], 16) << BLOCK_BITS
-    entries = _asked(store, manifest, lambda index: index.records.within(low, low | BLOCK_MASK))
-    return {int(entry) & BLOCK_MASK for entry in entries}
+def _codes(store: Store, manifest: DatasetManifest, records: Collection[str]) -> dict[str, set[int]]:
+    """Record → blocks and reserved values under the first digits of its id; only those that have any."""
+    if wrong := [record for record in records if not is_record_id(record)]:
+        raise ConfigError(f"{wrong[0]!r} is no record id", hint="`forge data show ds_…` prints them: rec_ and 24 digits")
+    ordered, start = sorted(set(records)), len("rec_")
+    lows = np.array([int(record[start : start + RECORD_DIGITS], 16) << BLOCK_BITS for record in ordered], np.uint64)
+    owners, entries = _asked(store, manifest, lambda index: index.records.within(lows, BLOCK_MASK))
+    found: dict[str, set[int]] = {}
+    for owner, entry in zip(owners.tolist(), entries.tolist(), strict=True):
+        found.setdefault(ordered[owner], set()).add(entry & BLOCK_MASK)
+    return found
 
 
-def _blocks(manifest: DatasetManifest, codes: set[int]) -> tuple[int, ...]:
+def _blocks(codes: set[int]) -> tuple[int, ...]:
     return tuple(sorted(code for code in codes if code < FIRST_RESERVED))
 
 
-def _dropped(store: Store, manifest: DatasetManifest, where: pc.Expression) -> list[Place]:
-    columns = ["record", "reason", "file", "line", "offset"]
+def _parts_by_split(index: Index) -> dict[str, list[str]]:
+    return {split: [path for path, _ in index.parts if path.startswith(f"records/{split}/")] for split in SPLITS}
+
+
+def _dropped(store: Store, manifest: DatasetManifest, column: str, records: list[str]) -> list[Place]:
+    """Rows of dropped/ whose `record`, or the one that stays for them (`kept`), is one of `records`."""
+    columns, wanted = ["record", "reason", "file", "line", "offset"], pa.array(records, pa.string())
     found = []
     for path in store.list(f"datasets/{manifest.id}/dropped"):
-        table = pq.read_table(store.path(path), columns=columns, filesystem=store.filesystem, filters=where)
-        for row in table.to_pylist():
-            kept = row["reason"].rpartition(" of rec_")[2] if " of rec_" in row["reason"] else ""
-            found.append(Place(split="dropped", kept=f"rec_{kept}" if kept else "", **row))
+        table = pq.read_table(store.path(path), columns=columns, filesystem=store.filesystem)
+        kept = pc.struct_field(pc.extract_regex(table.column("reason"), DUPLICATE), "kept")
+        table = table.append_column("kept", pc.fill_null(kept, ""))
+        for row in table.filter(pc.is_in(table.column(column), value_set=wanted)).to_pylist():
+            found.append(Place(split="dropped", **row))
     return found
 
 
@@ -228,38 +217,47 @@ def _asked(store: Store, manifest: DatasetManifest, ask: Callable[[Index], T]) -
     try:
         return ask(_open(store, manifest.id))
     except (ForgeError, OSError, ValueError, KeyError):
-        _open.cache_clear()
-        build(store, manifest)
+        with BUILDING:
+            build(store, manifest)
         return ask(_open(store, manifest.id))
 
 
 @lru_cache(maxsize=128)
 def _open(store: Store, dataset: str) -> Index:
-    folder = store.fetch_dir(f"index/{dataset}", verify=False)
-    about: dict[str, Any] = {}
+    read: dict[str, bytes] = {}
     for entry in store.files(f"index/{dataset}"):
-        path = folder / entry.path
-        large = entry.path in ("records.npy", "subjects.npy")  # whose chunks are checked when they are read
-        if path.stat().st_size != entry.size or (not large and sha256_file(path) != entry.sha256):
+        path = f"index/{dataset}/{entry.path}"
+        if entry.path.endswith(".bin"):  # whose chunks are checked when they are read
+            whole = store.size(path) == entry.size
+        else:
+            read[entry.path] = store.read(path)
+            whole = hashlib.sha256(read[entry.path]).hexdigest() == entry.sha256
+        if not whole:
             raise StoreError(f"{path} is not what its manifest says", hint="remove the folder `index`")
-    about = json.loads((folder / "about.json").read_bytes())
+    about: dict[str, Any] = json.loads(read["about.json"])
     if (about["format"], about["dataset"]) != (FORMAT, dataset):
-        raise StoreError(f"{folder} is of {about}", hint="remove the folder `index`")
-    parts = tuple((path, count) for path, count in about["parts"])
-    return Index(_sorted(folder, "records"), _sorted(folder, "subjects"), parts)
-
-
-def _sorted(folder: Path, name: str) -> Sorted:
-    path = folder / f"{name}.npy"
-    values = np.load(path, mmap_mode="r" if path.stat().st_size > SMALL else None, allow_pickle=False)
-    return Sorted(values, np.load(folder / f"{name}-fences.npy", allow_pickle=False), str(path))
+        raise StoreError(f"index/{dataset} is of {about}", hint="remove the folder `index`")
+    arrays = {
+        name: Sorted.of(store, f"index/{dataset}/{name}.bin", width, read[f"{name}-fences.npy"])
+        for name, width in WIDTHS.items()
+    }
+    return Index(**arrays, parts=tuple((path, count) for path, count in about["parts"]))
 
 
 # ---------------------------------------------------------------- building
 
 
 def build(store: Store, manifest: DatasetManifest) -> None:
-    """Write the index of a dataset version; memory is a few times the index (16 bytes a record)."""
+    """Write the index of a dataset version; memory is a few times the index (15 bytes a record). Raises `DataError` for ids
+    that are not hex."""
+    try:
+        records, subjects, parts = _read(store, manifest)
+    except ValueError as error:
+        raise DataError(f"{manifest.id}: {error}", hint="restore the dataset, or build it again") from None
+    write(store, manifest.id, records, subjects, parts)
+
+
+def _read(store: Store, manifest: DatasetManifest) -> tuple[Uint64s, Uint64s, list[list[Any]]]:
     packed = np.unique(np.concatenate([np.zeros(0, np.uint64), *_packed(store, manifest)]))
     known = np.unique(packed >> np.uint64(BLOCK_BITS))
     entries, subjects, parts, number = [packed], [np.zeros(0, np.uint64)], [], 0
@@ -277,15 +275,14 @@ def build(store: Store, manifest: DatasetManifest) -> None:
             parts.append([path.removeprefix(f"datasets/{manifest.id}/"), table.num_rows])
             number += table.num_rows
     entries += _of_dropped(store, manifest)
-    write(store, manifest.id, np.unique(np.concatenate(entries)), np.unique(np.concatenate(subjects)), parts)
+    return np.unique(np.concatenate(entries)), np.unique(np.concatenate(subjects)), parts
 
 
 def write(store: Store, dataset: str, records: Uint64s, subjects: Uint64s, parts: list[list[Any]]) -> None:
     """Publish sorted entries as the index of a dataset."""
     with store.staged_dir(f"index/{dataset}") as folder:
         for name, values in (("records", records), ("subjects", subjects)):
-            np.save(folder / f"{name}.npy", values.astype("<u8"), allow_pickle=False)
-            np.save(folder / f"{name}-fences.npy", _fences(values), allow_pickle=False)
+            write_sorted(folder, name, values, WIDTHS[name])
         (folder / "about.json").write_bytes(canonical_json({"format": FORMAT, "dataset": dataset, "parts": parts}))
     _open.cache_clear()
 
@@ -337,23 +334,11 @@ def _digits(column: pa.ChunkedArray, start: int, count: int) -> Uint64s:
     ends = np.frombuffer(cut.buffers()[1], np.int32)[cut.offset : cut.offset + len(cut) + 1]
     values = HEX[np.frombuffer(cut.buffers()[2], np.uint8)[ends[0] : ends[-1]]]
     if (np.diff(ends) != count).any() or (values > 15).any():
-        raise DataError("a record id or a subject of the dataset is not hex", hint="restore the dataset, or build it again")
+        raise ValueError("a record id or a subject is not hex")
     found = np.zeros(len(cut), np.uint64)
     for digit in values.reshape(-1, count).T:
         found = found << np.uint64(4) | digit
     return found
-
-
-def _fences(values: Uint64s) -> npt.NDArray[Any]:
-    fences = np.zeros(-(-len(values) // CHUNK), FENCE)
-    for number in range(len(fences)):
-        chunk = values[number * CHUNK : (number + 1) * CHUNK]
-        fences[number] = (chunk[0], np.frombuffer(_digest(chunk), "<u8"))
-    return fences
-
-
-def _digest(entries: Uint64s) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(entries, "<u8").tobytes()).digest()[:16]
 
 
 def _num_blocks(manifest: DatasetManifest) -> int:
@@ -362,7 +347,7 @@ def _num_blocks(manifest: DatasetManifest) -> int:
 
 
 def _shift(manifest: DatasetManifest) -> int:
-    """Blocks of a dataset with more of them than 24 bits can number share an entry, in groups of a power of two."""
+    """Blocks of a dataset with more of them than 20 bits can number share an entry, in groups of a power of two."""
     shift = 0
     while _num_blocks(manifest) >> shift >= FIRST_RESERVED:
         shift += 1

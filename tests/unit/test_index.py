@@ -12,15 +12,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forge_ray.catalog import Catalog
-from forge_ray.data import index
+from forge_ray.data import index, sorted_numbers
 from forge_ray.data.dataset import SPLITS, read_records
-from forge_ray.data.index import Sorted, duplicates_of, of_subject, place_of, place_of_dropped, rows_with
+from forge_ray.data.index import Place, dropped, duplicates, of_subject, places, rows_with
+from forge_ray.data.sorted_numbers import CHUNK, Sorted, write_sorted
 from forge_ray.errors import ConfigError, DataError, StoreError
 from forge_ray.records import DatasetManifest
 from forge_ray.store import Store
 
 pytestmark = pytest.mark.unit
 SUBJECTS = [f"{number:032x}" for number in (1, 2, 1 << 120, (1 << 120) + 1)]  # two pairs alike in their first 32 bits
+
+
+def place_of(store: Store, manifest: DatasetManifest, record: str) -> Place | None:
+    return next(iter(places(store, manifest, [record])), None)
 
 
 def made(catalog: Catalog, seed: int = 0, count: int = 60, block_rows: int = 3) -> tuple[DatasetManifest, list[list[str]]]:
@@ -50,19 +55,26 @@ def test_records_rows_and_subjects_are_those_of_a_scan(
     seed: int, chunk: int, block_rows: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with pytest.MonkeyPatch.context() as patch, Catalog(store_at(tmp_path_factory.mktemp("store"))) as catalog:
-        patch.setattr(index, "CHUNK", chunk)
+        patch.setattr(sorted_numbers, "CHUNK", chunk)
         manifest, rows = made(catalog, seed, block_rows=block_rows)
         store = catalog.store
         by_subject: dict[str, set[str]] = {}
+        everywhere, expected = [], {}
         for split in SPLITS:
             for row in read_records(store, manifest, split):
                 place = place_of(store, manifest, row["record"])
                 assert place is not None
                 assert (place.split, place.file, place.line) == (split, row["file"], row["line"])
                 inside = [number for number, members in enumerate(rows) if row["record"] in members]
-                assert rows_with(store, manifest, row["record"], place) == inside
+                assert rows_with(store, manifest, [place]) == ({row["record"]: inside} if inside else {})
+                everywhere.append(place)
+                expected |= {row["record"]: inside} if inside else {}
                 if row["subject"]:
                     by_subject.setdefault(row["subject"], set()).add(row["record"])
+        asked = [place.record for place in everywhere] + [record_of(n).id for n in range(1000, 1020)]
+        random.Random(seed).shuffle(asked)
+        assert places(store, manifest, asked) == sorted(everywhere, key=lambda place: place.record)
+        assert rows_with(store, manifest, everywhere) == expected
         for subject in SUBJECTS:
             assert of_subject(store, manifest, subject) == sorted(by_subject.get(subject, ()))
         assert of_subject(store, manifest, "f" * 32) == []
@@ -70,40 +82,41 @@ def test_records_rows_and_subjects_are_those_of_a_scan(
 
 
 def test_ids_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
-    """40 bits find candidates; the dataset's rows decide."""
+    """36 bits find candidates; the dataset's rows decide."""
     with Catalog(store_at(tmp_path)) as catalog:
         manifest, _ = made(catalog)
         record = read_records(catalog.store, manifest, "train")[0]["record"]
         alike = record[:-1] + ("0" if record[-1] != "0" else "1")
-        assert index._codes(catalog.store, manifest, alike) == index._codes(catalog.store, manifest, record) != set()
+        codes = index._codes(catalog.store, manifest, [alike, record])
+        assert codes[alike] == codes[record] != set()
         assert place_of(catalog.store, manifest, alike) is None
 
 
 def test_dropped_records_and_what_stayed_for_them(tmp_path: Path) -> None:
     with Catalog(store_at(tmp_path)) as catalog:
         gone, other, stays = (record_of(n).id for n in (100, 101, 1))
-        dropped = [(gone, f"near duplicate of {stays}"), (gone, f"duplicate of {gone}"), (other, "no licence")]
-        manifest = dataset(catalog, [record_of(n) for n in range(20)], dropped=dropped)
-        found = place_of_dropped(catalog.store, manifest, gone)
-        assert [(place.reason, place.kept) for place in found] == [
-            (f"near duplicate of {stays}", stays),
-            (f"duplicate of {gone}", gone),
+        left_out = [(gone, f"near duplicate of {stays}"), (gone, f"duplicate of {gone}"), (other, "no licence")]
+        manifest = dataset(catalog, [record_of(n) for n in range(20)], dropped=left_out)
+        store = catalog.store
+        assert [(place.record, place.reason, place.kept) for place in dropped(store, manifest, [gone, stays, other])] == [
+            (gone, f"near duplicate of {stays}", stays),
+            (gone, f"duplicate of {gone}", gone),
+            (other, "no licence", ""),
         ]
-        assert [place.record for place in duplicates_of(catalog.store, manifest, stays)] == [gone]
-        assert duplicates_of(catalog.store, manifest, other) == []
-        assert place_of(catalog.store, manifest, gone) is None
-        assert place_of_dropped(catalog.store, manifest, stays) == []
+        assert [(place.record, place.kept) for place in duplicates(store, manifest, [stays, other])] == [(gone, stays)]
+        assert [place.kept for place in duplicates(store, manifest, [gone, stays])] == [stays, gone]
+        assert place_of(store, manifest, gone) is None
+        assert dropped(store, manifest, [stays]) == duplicates(store, manifest, [other]) == []
 
 
 def damage(store: Store, dataset: str, name: str) -> None:
     path = Path(store.root) / "index" / dataset / name
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
-    path.unlink()  # what is mapped keeps its bytes
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["records.npy", "subjects.npy", "records-fences.npy", "about.json", "MANIFEST.json"])
+@pytest.mark.parametrize("name", ["records.bin", "subjects.bin", "records-fences.npy", "about.json", "MANIFEST.json"])
 def test_a_damaged_index_is_built_again(name: str, tmp_path: Path) -> None:
     with Catalog(store_at(tmp_path)) as catalog:
         store = catalog.store
@@ -133,22 +146,34 @@ def test_an_index_that_was_removed_is_built_again(tmp_path: Path) -> None:
         catalog.store.delete_dir("index")
         index._open.cache_clear()
         assert place_of(catalog.store, manifest, record) is not None
-        size = sum(path.stat().st_size for path in (Path(catalog.store.root) / "index").rglob("records.npy"))
+        size = sum(path.stat().st_size for path in (Path(catalog.store.root) / "index").rglob("records.bin"))
         assert size > 0
 
 
-def test_a_chunk_is_checked_before_it_answers() -> None:
-    values = np.arange(0, 3 << 17, 3, dtype=np.uint64)
-    whole = Sorted(values, index._fences(values), "x")
-    assert whole.within(7, 12).tolist() == [9, 12]
-    assert whole.within(0, 0).tolist() == [0]
-    border = int(values[index.CHUNK])
-    assert whole.within(border - 3, border).tolist() == [border - 3, border]
-    assert whole.within(int(values[-1]) + 1, (1 << 64) - 1).tolist() == []
-    bent = values.copy()
-    bent[index.CHUNK + 5] += 1
+@pytest.mark.parametrize("width", [7, 8])
+def test_a_chunk_is_checked_before_it_answers(width: int, tmp_path: Path) -> None:
+    store, values = store_at(tmp_path), np.arange(0, 3 << 17, 3, dtype=np.uint64)
+    Path(store.root).mkdir(exist_ok=True)
+    write_sorted(Path(store.root), "x", values, width)
+    whole = Sorted.of(store, "x.bin", width, store.read("x-fences.npy"))
+
+    def within(low: int, high: int) -> list[int]:
+        owners, found = whole.within(np.array([low], np.uint64), high - low)
+        assert set(owners.tolist()) <= {0}
+        return found.tolist()
+
+    assert within(7, 12) == [9, 12]
+    assert within(0, 0) == [0]
+    border = int(values[CHUNK])
+    assert within(border - 3, border) == [border - 3, border]
+    assert within(int(values[-1]) + 1, (1 << 55)) == []
+    owners, found = whole.within(np.array([7, 9, border - 4], np.uint64), 4)
+    assert (owners.tolist(), found.tolist()) == ([0, 1, 1, 2, 2], [9, 9, 12, border - 3, border])
+    bent = bytearray(store.read("x.bin"))
+    bent[(CHUNK + 5) * width] += 1
+    store.write("x.bin", bytes(bent))
     with pytest.raises(StoreError, match="chunk 1 is not what was written"):
-        Sorted(bent, whole.fences, "x").within(border, border + 9)
+        Sorted(store, "x.bin", width, whole.fences).within(np.array([border], np.uint64), 9)
 
 
 def test_more_blocks_than_an_entry_can_number_share_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +187,7 @@ def test_more_blocks_than_an_entry_can_number_share_entries(tmp_path: Path, monk
             place = place_of(catalog.store, manifest, row["record"])
             assert place is not None
             inside = [number for number, members in enumerate(rows) if row["record"] in members]
-            assert rows_with(catalog.store, manifest, row["record"], place) == inside
+            assert rows_with(catalog.store, manifest, [place]).get(row["record"], []) == inside
 
 
 def test_what_is_no_record_id_is_refused_and_ids_that_are_not_hex_are_said(tmp_path: Path) -> None:
@@ -172,5 +197,5 @@ def test_what_is_no_record_id_is_refused_and_ids_that_are_not_hex_are_said(tmp_p
             with pytest.raises(ConfigError, match="is no record id"):
                 place_of(catalog.store, manifest, text)
         broken = dataset(catalog, [record_of(n) for n in range(9)], [["rec_not hex, but of 24 x"]])
-        with pytest.raises(DataError, match="is not hex"):
+        with pytest.raises(DataError, match=f"{broken.id}: a record id or a subject is not hex"):
             index.build(catalog.store, broken)

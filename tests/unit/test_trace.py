@@ -394,6 +394,28 @@ def test_the_verb(catalog: Catalog) -> None:
     assert forge().exit_code == 2
 
 
+def test_a_version_that_cannot_be_searched_is_said_and_hides_no_other(catalog: Catalog) -> None:
+    (number,) = train_ids(1)
+    subject = {"subject": {"field": "customer"}}
+    whose = subject_digest(subject_key(catalog.store, ""), "person 7")
+    good = dataset(catalog, [record_of(number)], subjects={record_of(number).id: whose}, data=subject)
+    bad = dataset(catalog, [record_of(number)], [["rec_not hex, but of 24 x"]], data=subject, name="bad")
+
+    def forge(verb: str, *words: str) -> Any:
+        return CliRunner().invoke(cli, [verb, *words, "--store", catalog.store.root])
+
+    for asked in ((record_of(number).id,), ("--subject", "person 7")):
+        found = forge("trace", *asked)
+        assert found.exit_code == 1
+        assert f"not searched: {bad.id}: a record id or a subject is not hex" in found.output
+        assert good.id in found.output
+        found = forge("trace", *asked, "--json")
+        assert (found.exit_code, json.loads(found.stdout)["affected"]["datasets"]) == (1, [good.id])
+    erase = forge("erase", "--record", record_of(number).id, "--plan")  # which must be sure of all
+    assert erase.exit_code == 1
+    assert f"a dataset version cannot be searched: {bad.id}" in erase.output
+
+
 def test_steps_for_people() -> None:
     assert ranges([3]) == "3 (1 time)"
     assert ranges([1, 2, 3, 3, 9]) == "1–3, 9 (5 times in 4 steps)"
