@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 from forge_ray.config.train import Scaling
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.hardware import gpu_named, main_memory
 from forge_ray.offline import SWITCHES, set_offline_switches, without_usage_reports
 from forge_ray.quiet import quiet_libraries
@@ -48,14 +48,21 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
         without_usage_reports()
-        with _on_loopback():
-            ray.init(
-                address="local",
-                num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        try:
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+        except Exception as error:  # Ray gives up after 30 s, and says so with a bare Exception
+            raise ClusterError(
+                f"Ray did not start on this machine: {error}",
+                hint=f"its {os.cpu_count()} cores are at load {os.getloadavg()[0]:.0f}: try again when it is quieter; Ray's"
+                " own words are in /tmp/ray/session_latest/logs; `forge doctor` looks at disk and shared memory",
+            ) from error
     quiet_data()
 
 

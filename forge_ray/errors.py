@@ -66,6 +66,12 @@ class StoreError(ForgeError, OSError):
         return ForgeError.__str__(self)
 
 
+class ClusterError(ForgeError, RuntimeError):
+    """A Ray of this machine that does not come up."""
+
+    code = "cluster"
+
+
 class TrainingError(ForgeError, RuntimeError):
     """A training run that cannot start or go on."""
 

@@ -19,6 +19,7 @@ TREE: dict[str, tuple[str, int, type[Exception]]] = {
     "NothingLeft": ("nothing_left", 1, ValueError),
     "NotFound": ("not_found", 2, LookupError),
     "StoreError": ("store", 1, OSError),
+    "ClusterError": ("cluster", 1, RuntimeError),
     "TrainingError": ("training", 1, RuntimeError),
     "EngineError": ("engine", 1, RuntimeError),
     "RequestError": ("request", 2, RuntimeError),
