@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ WIDTHS = {"records": 7, "subjects": 8}  # bytes of an entry
 VALIDATION, TEST, UNPACKED, DROPPED, KEPT = (BLOCK_MASK - number for number in range(5))
 FIRST_RESERVED = KEPT
 BATCH_ROWS = 1 << 14
-DUPLICATE = r" of (?P<kept>rec_[0-9a-f]{24})$"
+DUPLICATE = re.compile(r" of (?P<kept>rec_[0-9a-f]{24})$")
 FOUND = ["record", "source", "file", "line", "offset"]
 T = TypeVar("T")
 BUILDING = threading.Lock()  # one at a time, for its memory
@@ -190,14 +191,17 @@ def _parts_by_split(index: Index) -> dict[str, list[str]]:
 
 def _dropped(store: Store, manifest: DatasetManifest, column: str, records: list[str]) -> list[Place]:
     """Rows of dropped/ whose `record`, or the one that stays for them (`kept`), is one of `records`."""
-    columns, wanted = ["record", "reason", "file", "line", "offset"], pa.array(records, pa.string())
-    found = []
+    columns, found = ["record", "reason", "file", "line", "offset"], []
+    ends = pa.array([f" of {record}" for record in records])
     for path in store.list(f"datasets/{manifest.id}/dropped"):
         table = pq.read_table(store.path(path), columns=columns, filesystem=store.filesystem)
-        kept = pc.struct_field(pc.extract_regex(table.column("reason"), DUPLICATE), "kept")
-        table = table.append_column("kept", pc.fill_null(kept, ""))
-        for row in table.filter(pc.is_in(table.column(column), value_set=wanted)).to_pylist():
-            found.append(Place(split="dropped", **row))
+        if column == "kept":
+            wanted = pc.is_in(pc.utf8_slice_codeunits(table.column("reason"), -len(f" of {records[0]}")), value_set=ends)
+        else:
+            wanted = pc.is_in(table.column("record"), value_set=pa.array(records))
+        for row in table.filter(wanted).to_pylist():
+            kept = DUPLICATE.search(row["reason"])
+            found.append(Place(split="dropped", kept=kept["kept"] if kept else "", **row))
     return found
 
 
@@ -308,7 +312,7 @@ def _of_dropped(store: Store, manifest: DatasetManifest) -> Iterator[Uint64s]:
     for path in store.list(f"datasets/{manifest.id}/dropped"):
         table = pq.read_table(store.path(path), columns=["record", "reason"], filesystem=store.filesystem)
         yield _entries(_digits(table.column("record"), len("rec_"), RECORD_DIGITS), DROPPED)
-        kept = pc.struct_field(pc.extract_regex(table.column("reason"), DUPLICATE), "kept")
+        kept = pc.struct_field(pc.extract_regex(table.column("reason"), DUPLICATE.pattern), "kept")
         yield _entries(_digits(kept.drop_null(), len("rec_"), RECORD_DIGITS), KEPT)
 
 
