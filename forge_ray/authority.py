@@ -146,17 +146,19 @@ def _with_signer(before: Authority, event: Event) -> Authority:
     return before.model_copy(update={"signers": before.signers | {event.subject: signer}})
 
 
-def check_may(authority: Authority, what: str, key: str) -> None:
-    """Raise `PolicyError` where the policy wants roles and the signer `key` has none that may write `what`."""
-    roles = MAY[what]
-    if not authority.policy.roles and what not in ("signer events", "policy events"):
-        return
+def check_may(authority: Authority, key: str, *wanted: str) -> None:
+    """Raise `PolicyError` where the policy wants roles and the signer `key` may not write all of `wanted` (of `MAY`)."""
     if not authority.signers:  # the first signer is being added
         return
-    allowed = authority.active(*roles)
-    if any(signer.id == key for signer in allowed):
+    ruled = [what for what in wanted if authority.policy.roles or what in ("signer events", "policy events")]
+    able = [{signer.name: signer.id for signer in authority.active(*MAY[what])} for what in ruled]
+    refused: dict[tuple[str, ...], list[str]] = {}
+    for what, who in zip(ruled, able, strict=True):
+        if key not in who.values():
+            refused.setdefault(MAY[what], []).append(what)
+    if not refused:
         return
-    could = ", ".join(signer.name for signer in allowed) or "nobody yet"
+    could = ", ".join(name for name in able[0] if all(name in who for who in able)) or "nobody yet"
     if not key:
         actor = f"{signing.SIGNER} names no key"
     elif key in authority.signers:
@@ -164,10 +166,8 @@ def check_may(authority: Authority, what: str, key: str) -> None:
         actor += " and retired" if authority.signers[key].retired_at else ""
     else:
         actor = f"{key} is no signer"
-    raise PolicyError(
-        f"policy.roles: {what} are written by {' or '.join(roles)}; {actor}",
-        hint=f"who could: {could} (`forge signers list`)",
-    )
+    rules = "; ".join(f"{', '.join(whats)} are written by {' or '.join(roles)}" for roles, whats in refused.items())
+    raise PolicyError(f"policy.roles: {rules}; {actor}", hint=f"who could: {could} (`forge signers list`)")
 
 
 def is_protected(policy: Policy, alias: str) -> bool:

@@ -108,10 +108,10 @@ class Catalog:
         rows = self._db.execute("select body from events where kind in ('signer', 'policy') order by at, id")
         return authority.folded(Event.model_validate_json(row[0]) for row in rows)
 
-    def check_may(self, what: str) -> None:
-        """Raise `PolicyError` unless the signer of this process may write `what` (`authority.MAY`)."""
+    def check_may(self, *wanted: str) -> None:
+        """Raise `PolicyError` unless the signer of this process may write all of `wanted` (`authority.MAY`)."""
         key = signing.private_key()
-        authority.check_may(self.authority(), what, signing.key_id(key.public_key()) if key else "")
+        authority.check_may(self.authority(), signing.key_id(key.public_key()) if key else "", *wanted)
 
     def _index(self, record: Record) -> None:
         row = (record.id, record.kind, record.created_at, getattr(record, "name", ""), record.model_dump_json())

@@ -63,6 +63,7 @@ def certify(store: Store, record: Erasure, plan: Plan, facts: Facts, options: Fa
             "runs": facts["retrained"]["runs"],
             "versions": versions,
             "aliases": facts["moved"]["aliases"],
+            "waiting": facts["moved"].get("waiting", {}),
             "deployments": [deployment.model_dump(mode="json") for deployment in plan.deployments],
             "purged": {name: facts["purged"][name] for name in ("files", "bytes", "digest", "list")},
             "remains": {

@@ -18,7 +18,7 @@ from forge_ray.config.release import AliasRoute
 from forge_ray.config.run import RunConfig
 from forge_ray.data import erased
 from forge_ray.erasure import TRAINED_ON, AffectedRun, Plan, Request, extended, plan_of, search, standing_for
-from forge_ray.errors import ConfigError, NotFound, NothingLeft
+from forge_ray.errors import ConfigError, NotFound, NothingLeft, PolicyError
 from forge_ray.progress import stage
 from forge_ray.purge import check_gone, listed, purge
 from forge_ray.records import (
@@ -107,12 +107,14 @@ def _record(store: Store, request: Request, options: Options, why: str) -> Erasu
 
 
 def _begun(store: Store, request: Request, options: Options, why: str) -> Erasure:
-    """The erasure of this request. Its tombstones are written before the plan is made, so that none is missing in it."""
+    """The erasure of this request. Its tombstones are written before the plan is made, so that none is missing in it; and
+    before those it is seen that whoever asks may do all that follows."""
     with Catalog(store) as catalog:
-        catalog.check_may("erasures")
         made = _record(store, request, options, why)
         if catalog.has(made.id):
-            return catalog.get_as(Erasure, made.id)
+            made = catalog.get_as(Erasure, made.id)
+            catalog.check_may(*rights(Plan.model_validate(made.plan), options))
+            return made
         with stage("tombstones") as it:
             found = search(catalog, request)
             if not found.places:
@@ -120,11 +122,26 @@ def _begun(store: Store, request: Request, options: Options, why: str) -> Erasur
                     "no dataset version of this store holds such a row",
                     hint="`forge data find` looks for a record or a subject",
                 )
+            catalog.check_may(*rights(plan_of(catalog, found), options))
             erased.write_tombstones(store, made.id, found.tombstones)
             plan = plan_of(catalog, search(catalog, request))
             made = made.model_copy(update={"num_records": plan.num_records, "plan": plan.model_dump(mode="json")})
             it.done(f"{made.id}  {plan.num_records} records, {plan.num_near_duplicates} near duplicates")
         return catalog.put(made)
+
+
+def rights(plan: Plan, options: Options) -> list[str]:
+    """What is written until the end (`authority.MAY`): who may not write all of it would stop half-way."""
+    again = options.retrain != "none"
+    trains = again and any(run.used and run.finished for run in plan.runs)
+    return [
+        *("erasures", "erasure events"),
+        *(("model events",) if plan.versions else ()),
+        *(("alias events",) if plan.aliases else ()),
+        *(("deployment events",) if plan.deployments else ()),
+        *(("datasets",) if again else ()),
+        *(("runs", "run events", "evals", "models") if trains else ()),
+    ]
 
 
 def _withdraw(store: Store, record: Erasure, plan: Plan, options: Options) -> Facts:
@@ -147,7 +164,11 @@ def _withdraw(store: Store, record: Erasure, plan: Plan, options: Options) -> Fa
                 Event(kind="erasure", subject=record.id, data={"state": "alias", "alias": alias, "was": routes[alias]})
             )
             if retire:
-                catalog.set_route(alias, _without(catalog, now, gone), f"{record.id}: {', '.join(hit)} withdrawn")
+                reason = f"{record.id}: {', '.join(hit)} withdrawn"
+                try:
+                    catalog.set_route(alias, _without(catalog, now, gone), reason)
+                except PolicyError:  # nobody has approved of what it would fall back to
+                    catalog.set_route(alias, None, reason)
         routes |= {
             event.data["alias"]: event.data["was"]
             for event in catalog.events("erasure", record.id)
@@ -270,8 +291,10 @@ def _fate(
 
 
 def _move(store: Store, record: Erasure, routes: dict[str, Facts], versions: dict[str, str]) -> Facts:
-    """Aliases back to what they stood for, with replacements in the place of what was withdrawn."""
+    """Aliases back to what they stood for, with replacements in the place of what was withdrawn. A protected alias waits for
+    the approvals of its replacement, as ever; the erasure does not."""
     moved: dict[str, list[str]] = {}
+    waiting: dict[str, str] = {}
     with stage("move") as it, Catalog(store) as catalog:
         for alias, was in routes.items():
             before = parse(AliasRoute, was | {"versions": dict(was["versions"])})
@@ -279,10 +302,16 @@ def _move(store: Store, record: Erasure, routes: dict[str, Facts], versions: dic
             if new is None:
                 continue
             if catalog.routes().get(alias) != new:
-                catalog.set_route(alias, new, f"{record.id}: trained again without the rows")
+                try:
+                    catalog.set_route(alias, new, f"{record.id}: trained again without the rows")
+                except PolicyError as error:
+                    waiting[alias] = f"{new.stable}: {error.message}"
+                    continue
             moved[alias] = list(new.versions)
-        it.done(", ".join(f"{alias} → {new[0]}" for alias, new in moved.items()) or "no alias")
-    return {"aliases": moved}
+        said = [f"{alias} → {new[0]}" for alias, new in moved.items()]
+        said += [f"{alias} waits for {why}" for alias, why in waiting.items()]
+        it.done(", ".join(said) or "no alias")
+    return {"aliases": moved, "waiting": waiting}
 
 
 def _replaced(route: AliasRoute, versions: dict[str, str], gone: set[str]) -> AliasRoute | None:
