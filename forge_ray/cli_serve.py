@@ -93,10 +93,11 @@ def _status(store: Store, as_json: bool) -> Any:
                     name,
                     "yes" if seen["live"] else "preparing",
                     *(str(seen.get(key, 0)) for key in ("running", "waiting", "tokens")),
+                    ", ".join(seen["held"]),
                 )
                 for name, seen in endpoint.get("replicas", {}).items()
             ]
-            print_table("Replicas", ("replica", "up to date", "running", "waiting", "tokens"), rows)
+            print_table("Replicas", ("replica", "up to date", "running", "waiting", "tokens", "in memory"), rows)
             for version, why in table["broken"].items():
                 click.secho(f"{version} cannot be served: {why}", fg="red")
     return found

@@ -50,6 +50,7 @@ class Seen:
     prepared: str = ""
     live: str = ""
     load: dict[str, int] = field(default_factory=dict)
+    held: list[str] = field(default_factory=list)
     metrics: str = ""
 
 
@@ -97,10 +98,13 @@ class Board:
             "live": self.live.id if self.live else "",
         }
 
-    async def report(self, replica: str, load: dict[str, int], outcomes: list[Outcome], metrics: str | None) -> None:
-        """A replica's pulse, with what it answered since the last one; `metrics` comes with every tenth or so."""
+    async def report(
+        self, replica: str, load: dict[str, int], held: list[str], outcomes: list[Outcome], metrics: str | None
+    ) -> None:
+        """A replica's pulse: its load, the versions in its memory, what it answered since the last one; `metrics` comes with
+        every tenth or so."""
         seen = self.replicas.setdefault(replica, Seen(time.monotonic()))
-        seen.at, seen.load, self._last_seen = time.monotonic(), load, time.monotonic()
+        seen.at, seen.load, seen.held, self._last_seen = time.monotonic(), load, held, time.monotonic()
         if metrics is not None:
             seen.metrics = metrics
         for outcome in outcomes:
@@ -129,7 +133,7 @@ class Board:
             "table": table.model_dump(mode="json"),
             "settled": self.live is not None and self.live.id == self.next.id,
             "replicas": {
-                name: {"live": seen.live == table.id, "seen_s": round(now - seen.at, 1), **seen.load}
+                name: {"live": seen.live == table.id, "seen_s": round(now - seen.at, 1), "held": seen.held, **seen.load}
                 for name, seen in self._alive().items()
             },
         }

@@ -185,6 +185,15 @@ class Homes:
                 self._ready = {name: ready for name, ready in self._ready.items() if ready[0].engine != key}
                 home.engine.close()
 
+    def held(self) -> list[str]:
+        """The versions whose weights are in memory."""
+        adapters = [
+            name
+            for name, (version, loaded) in list(self._ready.items())
+            if loaded.adapter and version.engine in self.homes and loaded.adapter in self.homes[version.engine].used
+        ]
+        return sorted({*list(self.homes), *adapters})
+
     def health(self) -> list[EngineHealth]:
         """How each engine is."""
         return [home.engine.health() for home in list(self.homes.values())]

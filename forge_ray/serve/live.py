@@ -70,8 +70,11 @@ class Live:
     def tidy(self) -> None:
         """Some time after a swap: let go of what is not needed."""
         if time.monotonic() - self._swapped > SETTLED_S:
-            waiting = self.prepared.table.versions if self.prepared else {}
-            self.homes.tidy(self.current.table.versions | waiting)
+            tables = [snapshot.table for snapshot in (self.current, self.prepared) if snapshot]
+            needed = {
+                name: version for table in tables for name, version in table.versions.items() if name not in table.gone
+            }
+            self.homes.tidy(needed)
 
     def stable(self, name: str) -> Loaded:
         now = self.current

@@ -143,7 +143,7 @@ class Replica:
             sent = self.outcomes[:]
             text = self.metrics.text() if number % METRICS_EVERY == 0 else None  # costs milliseconds
             try:
-                ray.get(self._board().report.remote(self.name, self._load(), sent, text), timeout=BOARD_S)
+                ray.get(self._board().report.remote(self.name, self._load(), self.homes.held(), sent, text), timeout=BOARD_S)
                 del self.outcomes[: len(sent)]
             except (ray.exceptions.RayError, TimeoutError):
                 del self.outcomes[:-MOST_OUTCOMES]

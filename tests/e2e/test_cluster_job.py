@@ -1,4 +1,5 @@
-"""A real cluster with a token: the pipeline as a Ray job, its logs, the deployed endpoint, and the answer's lineage."""
+"""A real cluster with a token: the pipeline as a Ray job, its logs, the deployed endpoint, the answer's lineage, and the
+endpoint while a row that taught it is erased."""
 
 from __future__ import annotations
 
@@ -10,13 +11,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from forge_ray.catalog import Catalog
+from forge_ray.data.dataset import read_records
+from forge_ray.import_model import import_model
+from forge_ray.records import DatasetManifest
 from forge_ray.store import Store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -30,6 +38,7 @@ class Cluster:
     """A started head node; `environment` is what a client of it needs."""
 
     address: str
+    gcs: str
     environment: dict[str, str]
 
 
@@ -62,7 +71,7 @@ def cluster() -> Iterator[Cluster]:
     start += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
     subprocess.run(start, env=environment, check=True, capture_output=True, timeout=180)
     try:
-        yield Cluster(f"http://127.0.0.1:{dashboard}", environment)
+        yield Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment)
     finally:
         # by this cluster's folder: `ray stop` would take every cluster of the machine
         subprocess.run(["pkill", "-9", "-f", temp], check=False)
@@ -78,6 +87,15 @@ def call(cluster: Cluster, *words: str, **environment: str) -> subprocess.Comple
         text=True,
         timeout=600,
     )
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Store:
+    """An own one: a row of it is erased."""
+    own = Store(str(tmp_path_factory.mktemp("cluster") / "store"))
+    with Catalog(own) as catalog:
+        import_model(catalog, tiny_model_dir, "tiny-llama", licence="apache-2.0", alias="tiny")
+    return own
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +200,68 @@ def test_a_wrong_token_is_refused(cluster: Cluster, store: Store) -> None:
     done = call(cluster, "forge", *words, RAY_AUTH_TOKEN="0" * 64)
     assert done.returncode == 2, done.stderr
     assert "token" in json.loads(done.stdout)["error"]["hint"]
+
+
+class Asking(threading.Thread):
+    """A client that asks `colours` for an answer all the time: (status, code of the error, version, deployment) of each."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.seen, self.ended = url, [], threading.Event()
+
+    def run(self) -> None:
+        body = {"model": "colours", "messages": [{"role": "user", "content": "Colour of grass?"}], "max_tokens": 1}
+        with httpx.Client(timeout=60) as client:
+            while not self.ended.is_set():
+                answer = client.post(f"{self.url}/v1/chat/completions", json=body)
+                code = "" if answer.status_code == 200 else answer.json()["error"]["code"]
+                heads = (answer.headers.get("x-forge-model-version", ""), answer.headers["x-forge-deployment"])
+                self.seen.append((answer.status_code, code, *heads))
+                time.sleep(0.05)
+
+    def until(self, what: Callable[[tuple[Any, ...]], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not (self.seen and what(self.seen[-1])):
+            assert self.is_alive()
+            assert time.monotonic() < deadline, self.seen[-1:]
+            time.sleep(0.1)
+
+
+def test_an_endpoint_forgets_while_it_is_asked(cluster: Cluster, outcome: dict[str, Any], store: Store) -> None:
+    """No answer of the withdrawn version after the first refusal, none of it in memory, and the replacement by itself."""
+    old, url = outcome["version"]["id"], f"http://127.0.0.1:{outcome['deployment']['config']['port']}"
+    with Catalog(store) as catalog:
+        manifest = catalog.get_as(DatasetManifest, outcome["dataset"]["id"])
+    record = read_records(store, manifest, "train")[0]["record"]
+    asking = Asking(url)
+    asking.start()
+    asking.until(lambda seen: seen[0] == 200)
+    words = ["erase", "--record", record, "--apply", "--yes", "--store", store.uri, "--json"]
+    done = call(cluster, "forge", *words, RAY_ADDRESS=cluster.gcs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (new,) = json.loads(done.stdout)["predicate"]["aliases"]["colours"]
+    asking.until(lambda seen: seen[2] == new)
+    deadline = time.monotonic() + 60
+    while old in (loaded := engines(cluster, store)):
+        assert time.monotonic() < deadline, loaded
+        time.sleep(0.5)
+    assert new in loaded
+    asking.ended.set()
+    asking.join()
+    answers = [seen for seen in asking.seen if seen[0] == 200]
+    assert {seen[3] for seen in asking.seen} == {outcome["deployment"]["id"]}  # no restart
+    assert {seen[:2] for seen in asking.seen if seen[0] != 200} == {(410, "model_archived")}
+    versions = [seen[2] for seen in answers]
+    assert versions == sorted(versions, key=[old, new].index)
+    refused = [number for number, seen in enumerate(asking.seen) if seen[0] == 410]
+    assert old not in {seen[2] for seen in asking.seen[refused[0] :]}
+    by_id = httpx.post(f"{url}/v1/completions", json={"model": old, "prompt": "x", "max_tokens": 1})
+    assert (by_id.status_code, by_id.json()["error"]["code"]) in {(410, "model_archived"), (404, "model_not_found")}
+
+
+def engines(cluster: Cluster, store: Store) -> set[str]:
+    """Versions that the replicas of the endpoint hold in memory, as `forge deploy --status` says."""
+    done = call(cluster, "forge", "deploy", "--status", "--address", cluster.gcs, "--store", store.uri, "--json")
+    assert done.returncode == 0, done.stderr[-4000:]
+    (found,) = json.loads(done.stdout)["results"]
+    return {version for replica in found["replicas"].values() for version in replica["held"]}

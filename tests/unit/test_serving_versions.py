@@ -134,6 +134,7 @@ def test_what_no_version_needs_is_let_go_when_no_request_does(homes: Homes) -> N
     engines = [homes.ready(version).engine for version in (served(base), served(other), merged)]
     homes.ready(adapter)
     assert len({id(engine) for engine in engines}) == 3
+    assert homes.held() == sorted([base.id, other.id, merged.id, adapter.id])
     first, second, third = engines
     assert isinstance(first, FakeEngine)
     assert isinstance(second, FakeEngine)
@@ -141,6 +142,7 @@ def test_what_no_version_needs_is_let_go_when_no_request_does(homes: Homes) -> N
     second.pending = {""}
     homes.tidy({base.id: served(base)})
     assert (first.loaded, first.closed, second.closed, third.closed) == ([], False, False, True)
+    assert homes.held() == sorted([base.id, other.id])
     second.pending = set()
     homes.tidy({base.id: served(base)})
     assert second.closed
