@@ -101,10 +101,14 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Any
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local cluster for all tests of a session; more logical CPUs than cores, for tests wait more than they work."""
+    """One local cluster for all tests of a session, started as every command starts its own: one that looks for a dashboard
+    waits 12 s for it at the end of each training. More logical CPUs than cores, for tests wait more than they work."""
     import ray
 
-    ray.init(num_cpus=8, include_dashboard=False, address="local", configure_logging=False)
+    from forge_ray import cluster
+
+    cluster.LOCAL_CPUS = 8
+    cluster.connect()
     yield
     ray.shutdown()
 
