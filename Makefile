@@ -27,7 +27,8 @@ quickstart: $(STAMP)
 
 test: $(DEV)
 	@$(BIN)/python -m pytest -q -m unit -n 2
-	@$(BIN)/python -m pytest -q -m "not unit and not gpu and not large"
+	@$(BIN)/python -m pytest -q -m "numerics and not gpu and not large" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -m "not unit and not numerics and not gpu and not large"
 
 test-large: $(DEV)
 	@$(BIN)/python -m pytest -q -rP -m large

@@ -116,11 +116,25 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
 def _built(
     config: RunConfig, catalog: Catalog, base: ModelVersion, sources: list[IndexedFile], it: Stage
 ) -> DatasetManifest:
-    from forge_ray.data import work
+    from forge_ray.data import erased, work
     from forge_ray.data.build import build
 
     catalog.check_may("datasets")  # who may not is told now, not when the rows are packed
-    made = build(config.name, config.data, base, catalog.store, sources, it.update)
+    while True:
+        known, mark = erased.tombstones(catalog.store), work.mark(catalog.store)
+        try:
+            made = build(config.name, config.data, base, catalog.store, sources, it.update)
+        except Exception:
+            if catalog.store.exists(mark):
+                raise
+            it.update(0, 1, "once more: the work area was emptied meanwhile")
+            continue
+        finally:
+            catalog.store.delete(mark)
+        if erased.tombstones(catalog.store) == known:
+            break
+        if not catalog.has(made.id):  # rows were erased meanwhile, and this may hold some: nobody has seen it yet
+            catalog.store.delete_dir(f"datasets/{made.id}")
     found = catalog.put(made)
     if found.input_digest != made.input_digest:  # erasures that touch none of its rows: found by these inputs as well
         work.finish(catalog.store, work.inputs(made.input_digest), {"dataset": found.id})

@@ -75,7 +75,7 @@ def check_gone(catalog: Catalog, erasure: str) -> None:
             if left := [record for record in table.column("record").to_pylist() if record and gone.has(record)]:
                 raise StoreError(
                     f"{manifest.id} still holds {len(left)} of the rows of {erasure}",
-                    hint="it was built while they were erased: give the same command once more",
+                    hint="it came after the plan: ask once more by `--record` or `--file`, which makes a new plan",
                 )
     for report in catalog.all(EvalReport):
         path = f"evals/{report.id}/items.jsonl"

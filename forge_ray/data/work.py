@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,13 @@ def finish(store: Store, key: str, summary: Summary) -> Summary:
 def once(store: Store, key: str, work: Callable[[], Summary]) -> Summary:
     """The finished piece, or what `work` makes of it now."""
     return finished(store, key) or finish(store, key, work())
+
+
+def mark(store: Store) -> str:
+    """A file of the work area that is gone when another command has emptied it since."""
+    path = f"{WORK}/begun-{uuid4().hex}"
+    store.write(path, b"")
+    return path
 
 
 def inputs(input_digest: str) -> str:

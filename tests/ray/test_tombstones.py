@@ -158,3 +158,65 @@ def test_masked_rows_are_found_by_what_the_rules_made_of_them_and_nothing_may_be
     erased.write_tombstones(own, "er_all", {row["subject"] for row in found})
     with pytest.raises(NothingLeft, match="no row is left"):
         pipeline.prepare(config, own)
+
+
+def test_a_build_that_began_before_an_erasure_does_not_bring_the_rows_back(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forge_ray.data import build
+
+    own, config, real, made = (
+        fresh(tmp_path / "store", store),
+        config_of(write(tmp_path / "r", "jsonl", rows()), "jsonl"),
+        build.build,
+        [],
+    )
+    gone = parse_record(rows()[3]).id
+
+    def erased_meanwhile(*arguments: Any) -> DatasetManifest:
+        made.append(real(*arguments))
+        if len(made) == 1:
+            assert own.is_published(f"datasets/{made[0].id}")
+            erased.write_tombstones(own, "er_0123456789abcdef", [gone])
+        return made[-1]
+
+    monkeypatch.setattr(build, "build", erased_meanwhile)
+    found = pipeline.prepare(config, own)
+    assert [one.id for one in made] == [made[0].id, found.id]
+    assert found.id != made[0].id
+    assert not own.exists(f"datasets/{made[0].id}")
+    with Catalog(own) as catalog:
+        assert [one.id for one in catalog.datasets()] == [found.id]
+    assert list(holders(own, [found], gone, "")) == []
+
+
+def test_a_build_whose_work_area_is_emptied_begins_again(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a purge does that runs beside it; an error of another kind is not repeated."""
+    from forge_ray.data import build, work
+
+    own, config = fresh(tmp_path / "store", store), config_of(write(tmp_path / "r", "jsonl", rows()), "jsonl")
+    real, starts = build.find_duplicates, []
+
+    def emptied(*arguments: Any) -> Any:
+        starts.append(arguments)
+        if len(starts) == 1:
+            work.clean(own)
+        return real(*arguments)
+
+    monkeypatch.setattr(build, "find_duplicates", emptied)
+    found = pipeline.prepare(config, own)
+    assert len(starts) == 2
+    assert found.splits["train"].num_records
+    monkeypatch.setattr(build, "find_duplicates", real)
+    assert pipeline.prepare(config, fresh(tmp_path / "other", store)).id == found.id
+
+    def broken(*_: Any) -> Any:
+        starts.append(())
+        raise ValueError("broken")
+
+    monkeypatch.setattr(build, "find_duplicates", broken)
+    with pytest.raises(ValueError, match="broken"):
+        pipeline.prepare(config, fresh(tmp_path / "third", store))
+    assert len(starts) == 3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from fabricated import dataset
 
 from forge_ray.catalog import Catalog
 from forge_ray.certificate import statement_of
@@ -15,8 +17,8 @@ from forge_ray.cli import cli
 from forge_ray.config.release import AliasRoute
 from forge_ray.data import closure, erased
 from forge_ray.data.schema import DataRecord
-from forge_ray.erase import Options, _fate, _replaced, _without_datasets
-from forge_ray.erasure import AffectedDataset, AffectedRun
+from forge_ray.erase import Options, _fate, _replaced, _without_datasets, erase
+from forge_ray.erasure import AffectedDataset, AffectedRun, Request
 from forge_ray.errors import ConfigError, PolicyError, StoreError
 from forge_ray.records import Event, ModelVersion
 from forge_ray.store import Store
@@ -165,3 +167,23 @@ def test_only_an_erasure_has_a_certificate() -> None:
 def test_items_that_quote_nothing_have_no_record() -> None:
     lines = b'{"record": "rec_1"}\n{"record": "rec_2"}\n{"group": "base"}\n'
     assert closure.quoting(lines, {"rec_2"}.__contains__) == 1
+
+
+def test_images_go_unless_another_dataset_shows_them(tmp_path: Path) -> None:
+    own = Store(str(tmp_path / "store"))
+    names = {what: hashlib.sha256(what.encode()).hexdigest() for what in ("only here", "in both")}
+
+    def shows(what: str, number: int) -> DataRecord:
+        part = {"type": "image", "image": f"sha256:{names[what]}"}
+        return DataRecord({"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": str(number)}]})
+
+    with Catalog(own) as catalog:
+        hers = [shows("only here", 1), shows("in both", 2)]
+        dataset(catalog, hers)
+        dataset(catalog, [shows("in both", 3)], name="other")
+    for what, name in names.items():
+        own.write(f"images/{name}", what.encode())
+    told = erase(own, Request("record", tuple(record.id for record in hers)), Options(retrain="none"))
+    assert own.list("images") == [f"images/{names['in both']}"]
+    listed = own.read_json(f"erasures/{told['predicate']['erasure']}/purged.json")["files"]
+    assert [entry["sha256"] for entry in listed if entry["path"].startswith("images/")] == [names["only here"]]
