@@ -245,7 +245,7 @@ def test_a_canary_that_fails_is_taken_back(endpoint: Endpoint, catalog: Catalog,
         time.sleep(0.1)
     board = find_board(endpoint.deployment.id)
     failed = [Outcome(name, two.id, 503, 0.0)] * 5 + [Outcome(name, two.id, 200, 0.01)] * 10
-    ray.get(board.report.remote("nobody", {}, failed, ""))
+    ray.get(board.report.remote("nobody", {}, [], failed, ""))
     while True:
         with Catalog(catalog.store) as now:  # what the board wrote is seen by a catalogue that is opened after it
             if now.routes()[name].versions == {one.id: 1.0}:
