@@ -151,14 +151,14 @@ def check_may(authority: Authority, key: str, *wanted: str) -> None:
     if not authority.signers:  # the first signer is being added
         return
     ruled = [what for what in wanted if authority.policy.roles or what in ("signer events", "policy events")]
-    able = [{signer.name: signer.id for signer in authority.active(*MAY[what])} for what in ruled]
+    able = [{signer.id for signer in authority.active(*MAY[what])} for what in ruled]
     refused: dict[tuple[str, ...], list[str]] = {}
     for what, who in zip(ruled, able, strict=True):
-        if key not in who.values():
+        if key not in who:
             refused.setdefault(MAY[what], []).append(what)
     if not refused:
         return
-    could = ", ".join(name for name in able[0] if all(name in who for who in able)) or "nobody yet"
+    could = ", ".join(s.name for s in authority.active() if all(s.id in who for who in able)) or "nobody yet"
     if not key:
         actor = f"{signing.SIGNER} names no key"
     elif key in authority.signers:

@@ -160,10 +160,10 @@ def of_subject_value(catalog: Catalog, value: str, asked: str = "subject") -> Qu
     manifests = catalog.datasets()
     digests = subject_digests(catalog.store, manifests, value)
     theirs = [manifest for manifest in manifests if manifest.id in digests]
-    found, broken = of_each(theirs, lambda manifest: of_subject(catalog.store, manifest, digests[manifest.id]))
-    without = (manifest.id for manifest in manifests if manifest.id not in digests)
+    found, _ = of_each(theirs, lambda manifest: of_subject(catalog.store, manifest, digests[manifest.id]))
+    without = tuple(manifest.id for manifest in manifests if manifest.id not in digests)
     records = dict.fromkeys(record for ids in found.values() for record in ids)
-    return Query(asked, tuple(records), unsearched=(*without, *broken))
+    return Query(asked, tuple(records), unsearched=without)  # `trace` tells of those that cannot be searched
 
 
 def subject_digests(store: Store, manifests: Sequence[DatasetManifest], value: str, key_file: str = "") -> dict[str, str]:

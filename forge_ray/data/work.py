@@ -107,7 +107,7 @@ def plan(store: Store, key: str) -> Any:
 def clean(store: Store) -> int:
     """Remove the work area; returns the bytes that lay there. Files that a dataset shares with it stay in the dataset."""
     paths = store.list("work", recursive=True)
-    size = sum(store.filesystem.get_file_info(store.path(path)).size for path in paths)
+    size = sum(map(store.size, paths))
     store.delete_dir("work")
     return size
 

@@ -16,10 +16,11 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.errors import EngineError, NotFound, StoreError
 from forge_ray.inference.engine import EngineHealth
 from forge_ray.records import ModelVersion, files_digest
-from forge_ray.serve import home
+from forge_ray.serve import home, live
 from forge_ray.serve.home import Homes, end_token_ids, fetch_version
+from forge_ray.serve.live import Live
 from forge_ray.serve.replica import needs_keys
-from forge_ray.serve.routing import ServedVersion
+from forge_ray.serve.routing import ServedVersion, Table
 from forge_ray.store import Store
 
 pytestmark = pytest.mark.unit
@@ -147,6 +148,20 @@ def test_what_no_version_needs_is_let_go_when_no_request_does(homes: Homes) -> N
     homes.tidy({base.id: served(base)})
     assert second.closed
     assert homes.ready(served(other)).engine is not second
+
+
+def test_a_version_that_is_archived_is_let_go_though_the_table_names_it(
+    homes: Homes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a deployment file names the version itself."""
+    monkeypatch.setattr(live, "SETTLED_S", -1.0)
+    versions = [served(publish(homes.store, "full", name)) for name in (b"one", b"two")]
+    directory, table = Live(homes), Table(versions={version.id: version for version in versions}, routes={})
+    for now, held in ((table, versions), (table.model_copy(update={"gone": (versions[1].id,)}), versions[:1])):
+        assert directory.prepare(now) == {}
+        assert directory.go_live(now.id)
+        directory.tidy()
+        assert homes.held() == sorted(version.id for version in held)
 
 
 @pytest.mark.parametrize(

@@ -409,6 +409,7 @@ def test_a_version_that_cannot_be_searched_is_said_and_hides_no_other(catalog: C
         assert found.exit_code == 1
         assert f"not searched: {bad.id}: a record id or a subject is not hex" in found.output
         assert good.id in found.output
+        assert "cannot say" not in found.output  # it has a subject: that is not what is wrong with it
         found = forge("trace", *asked, "--json")
         assert (found.exit_code, json.loads(found.stdout)["affected"]["datasets"]) == (1, [good.id])
     erase = forge("erase", "--record", record_of(number).id, "--plan")  # which must be sure of all
