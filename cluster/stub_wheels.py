@@ -1,6 +1,6 @@
 """Wheels without a module, for what vLLM asks of pip and a text model never imports; standard library only.
 
-    python cluster/stub_wheels.py FOLDER        then: pip install --find-links FOLDER …
+    python cluster/stub_wheels.py FOLDER        then: pip install --no-deps FOLDER/*.whl
 
 vLLM requires torchvision, torchaudio and torchcodec. Beside a CPU build of torch their published wheels install and fail
 when imported, and a torchvision that is present and broken breaks peft and transformers, which ask whether it is there. A
@@ -16,7 +16,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-# name → version (the local part tells it from a real one and pins it in constraints.txt), what it requires
+# name → version (the local part tells it from a real one and keeps an index from replacing it), what it requires
 STUBS = {
     "torchvision": ("0.28.0+stub", ""),
     "torchaudio": ("2.11.0+stub", ""),

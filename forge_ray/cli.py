@@ -73,14 +73,20 @@ def catalog() -> None:
 
 
 @verb(cli, "quickstart")
-@click.option("--config", "file", default="jobs/quickstart.yaml", show_default=True, help="The run file.")
+@click.option(
+    "--config",
+    "file",
+    default="jobs/quickstart.yaml",
+    show_default=True,
+    help="The run file; where there is none of that name, the one that comes with forge_ray.",
+)
 @click.option("--port", default=0, help="Port of the endpoint; 0: the run file's, or a free one.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the run file.")
 def quickstart(store: Store, as_json: bool, file: str, port: int, overrides: tuple[str, ...]) -> Any:
     """The whole path on this machine: rows, training, evaluation, endpoint, lineage."""
     from forge_ray import quickstart as quick
 
-    shown = quick.quickstart(load_run_file(file, overrides), store, port)
+    shown = quick.quickstart(quick.run_config(file, overrides), store, port)
     if not as_json:
         from forge_ray.show import print_quickstart
 

@@ -24,7 +24,7 @@ def top() -> None:
 @verb(top, "doctor")
 @click.option("--address", default="", help="A cluster to look at too, e.g. auto or HEAD:6379: the clocks of its nodes.")
 def doctor(store: Store, as_json: bool, address: str) -> Any:
-    """Tokens, TLS, open ports, file modes, switches, versions, room, the store's health. Exit 1 when anything fails."""
+    """Tokens, TLS, ports, file modes, switches, versions, system, memory, disk, compiler, store. Exit 1 when any fails."""
     from forge_ray.doctor.examine import examine, lines
     from forge_ray.doctor.finding import Surroundings
 

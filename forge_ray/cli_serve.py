@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, NotFound
 from forge_ray.verbs import verb
 
 if TYPE_CHECKING:
@@ -56,9 +56,15 @@ def deploy(
 def _deploy_file(file: str | None, overrides: tuple[str, ...]) -> Any:
     from forge_ray.config.base import load
     from forge_ray.config.release import DeployConfig
+    from forge_ray.shipped import here_or_shipped
 
     if file is None:
-        raise ConfigError("no deployment file given", hint="forge deploy jobs/deploy.yaml, or --status")
+        raise ConfigError(
+            "no deployment file given", hint=f"forge deploy {here_or_shipped('jobs/deploy.yaml')}, or --status"
+        )
+    shipped = here_or_shipped(file)
+    if shipped != file:
+        raise NotFound(f"deployment file {file!r} does not exist", hint=f"the one that comes with forge_ray: {shipped}")
     return load(DeployConfig, file, overrides)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import httpx
+import httpx2
 
 from forge_ray.errors import ConfigError, EngineError, ForgeError, NotFound, PolicyError
 
@@ -52,10 +52,10 @@ class Client:
 
     def __init__(self, base_url: str, timeout_s: float = TIMEOUT_S, api_key: str = "") -> None:
         # trust_env off: an endpoint on the premises is not reached through a proxy
-        timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+        timeout = httpx2.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         key = api_key or os.environ.get("FORGE_API_KEY", "")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout, trust_env=False, headers=headers)
+        self._http = httpx2.Client(base_url=base_url.rstrip("/"), timeout=timeout, trust_env=False, headers=headers)
 
     def __enter__(self) -> Client:
         return self
@@ -101,31 +101,31 @@ class Client:
         body = {"model": model, "messages": list(messages), "stream": True, **options}
         try:
             with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-                if response.status_code != httpx.codes.OK:
+                if response.status_code != httpx2.codes.OK:
                     response.read()
                     raise _error(response)
                 yield from _pieces(response)
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             raise self._unreachable(error) from error
 
     def _json(self, method: str, path: str) -> dict[str, Any]:
         value: dict[str, Any] = self._send(method, path).json()
         return value
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         try:
             response = self._http.request(method, path, json=body)
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             raise self._unreachable(error) from error
-        if response.status_code != httpx.codes.OK:
+        if response.status_code != httpx2.codes.OK:
             raise _error(response)
         return response
 
-    def _unreachable(self, error: httpx.TransportError) -> EngineError:
+    def _unreachable(self, error: httpx2.TransportError) -> EngineError:
         return EngineError(f"{self._http.base_url} does not answer: {error}", hint="is the model deployed there?")
 
 
-def _pieces(response: httpx.Response) -> Iterator[str]:
+def _pieces(response: httpx2.Response) -> Iterator[str]:
     for line in response.iter_lines():
         if not line.startswith("data: "):
             continue
@@ -140,7 +140,7 @@ def _pieces(response: httpx.Response) -> Iterator[str]:
     raise EngineError("the stream ended before its end was announced", hint="send the request again")
 
 
-def _error(response: httpx.Response) -> ForgeError:
+def _error(response: httpx2.Response) -> ForgeError:
     """The server's answer as the error that it stands for."""
     try:
         body = response.json()

@@ -15,7 +15,7 @@ from forge_ray.catalog import Catalog
 from forge_ray.dequantise import INDEX, dequantise, is_float8
 from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError
 from forge_ray.fenced import refuse_bombs
-from forge_ray.model_files import refuse_unsafe, refuse_unsafe_gguf
+from forge_ray.model_files import mistral_file, refuse_unsafe, refuse_unsafe_gguf, require_mistral_common
 from forge_ray.records import ModelVersion, files_digest
 from forge_ray.store import hash_dir, sha256_file
 
@@ -45,6 +45,8 @@ def _origin(source: Path) -> str:
         refuse_unsafe_gguf(source)
         return f"{source.name} sha256:{sha256_file(source)}"
     refuse_unsafe(source)
+    if (own := mistral_file(source)) is not None:  # before weights are read for minutes
+        require_mistral_common(own.name, source.resolve().name)
     return f"{source.resolve().name} {files_digest(hash_dir(source))}"
 
 

@@ -1,4 +1,5 @@
-"""Is a model's folder, or its GGUF file, safe to open (level 1): judged by names and bytes, before any library does.
+"""Is a model's folder, or its GGUF file, safe to open (level 1): judged by names and bytes, before any library does; and
+can its tokenizer be read here.
 
 Refused are code and what names code (`auto_map`, kernels of a hub), pickles under any name, links and names that lead
 elsewhere, headers and configurations that promise more than the file holds. Nothing is run, and memory is bounded.
@@ -6,11 +7,13 @@ elsewhere, headers and configurations that promise more than the file holds. Not
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import pickletools
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +45,9 @@ BITS = {
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_attention_heads")
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "num_local_experts", "num_experts", "n_routed_experts")
+TEKKEN = "tekken.json"
+SENTENCEPIECE = re.compile(r"tokenizer\.model\.v\d+(m\d+)?")
+MISTRAL_FAMILIES = ("mistral", "mixtral", "ministral", "pixtral", "magistral", "devstral", "codestral", "voxtral")
 
 
 @dataclass
@@ -247,6 +253,42 @@ def _check_index(folder: Path, name: str, index: Any) -> None:
     for file in sorted({str(value) for value in named.values()}):
         if "/" in file or "\\" in file or not (here / file).is_file():
             raise PolicyError(f"{name} names {file!r}, which is not beside it", hint="fetch the whole model again")
+
+
+def mistral_tokenizer(names: Collection[str], read_config: Callable[[], str | bytes]) -> str:
+    """The name of Mistral's own tokenizer file among a model's files; "" if the model has none, or does not say that it is
+    one of theirs. `read_config` reads its config.json."""
+    if TEKKEN in names:
+        return TEKKEN
+    versions = sorted(name for name in names if SENTENCEPIECE.fullmatch(name))
+    return versions[-1] if versions and _is_mistral(names, read_config) else ""
+
+
+def _is_mistral(names: Collection[str], read_config: Callable[[], str | bytes]) -> bool:
+    if "params.json" in names:  # the name of the configuration in Mistral's own format
+        return True
+    model_type = json.loads(read_config()).get("model_type", "") if "config.json" in names else ""
+    return str(model_type).startswith(MISTRAL_FAMILIES)
+
+
+def mistral_file(folder: Path) -> Path | None:
+    """Mistral's own tokenizer file in a model's folder, where the model says that it is one of theirs."""
+    names = {path.name for path in folder.glob("*") if path.is_file()}
+    name = mistral_tokenizer(names, (folder / "config.json").read_bytes)
+    return folder / name if name else None
+
+
+def require_mistral_common(name: str, model: str) -> None:
+    """`ConfigError` where the packages that read Mistral's tokenizer file `name` of `model` are not installed."""
+    needed = {"mistral_common": "mistral-common"}
+    if not name.endswith(".json"):
+        needed["sentencepiece"] = "sentencepiece"
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"{model} has Mistral's own tokenizer, {name}, which needs the package {' and '.join(map(repr, missing))}",
+            hint="pip install 'forge-ray[mistral]' on every node",
+        )
 
 
 GGUF_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

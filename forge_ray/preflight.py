@@ -8,11 +8,12 @@ from pathlib import Path
 
 from forge_ray.cluster import room_of_a_worker
 from forge_ray.config.run import RunConfig
-from forge_ray.config.train import Adapter, TrainConfig
+from forge_ray.config.train import Adapter, Scaling, TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.records import DatasetManifest, ModelVersion, canonical_json
 from forge_ray.store import Store
 from forge_ray.train import plan as planning
+from forge_ray.train.model import refuse_without_compiler
 from forge_ray.train.plan import Plan
 
 
@@ -69,8 +70,11 @@ def configuration(store: Store, base: ModelVersion) -> Path:
 def refuse_impossible(
     config: RunConfig, store: Store, precision: str, base: ModelVersion, manifest: DatasetManifest, run: str
 ) -> None:
-    """Before anything is taken: `ConfigError` where the run cannot fit, with the nearest settings that do."""
+    """Before anything is taken: `ConfigError` where the run cannot fit, with the nearest settings that do, or where it needs
+    a compiler that is not here. In a cluster of several machines each worker looks for its own."""
     scaling = config.train.scaling
+    if config.train.compile and _workers_are_here(scaling):
+        refuse_without_compiler(config.train)
     if not config.train.guards.refuse_impossible or store.list(f"runs/{run}/checkpoints", recursive=True):
         return  # one that has got as far as a checkpoint fits
     try:
@@ -85,6 +89,15 @@ def refuse_impossible(
             f"{run} cannot fit: {problem}",
             hint=f"{remedy}; or go on all the same: --force, or --set train.guards.refuse_impossible=false",
         )
+
+
+def _workers_are_here(scaling: Scaling) -> bool:
+    """Whether every worker runs on this machine. Ray must be connected unless the run does without."""
+    if not scaling.max_workers:
+        return True
+    import ray
+
+    return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]} == {ray.util.get_node_ip_address()}
 
 
 def report_reach(store: Store, run: str, base: ModelVersion, adapter: Adapter | None) -> None:

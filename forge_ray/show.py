@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.catalog import Catalog
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion
+from forge_ray.shipped import here_or_shipped
 from forge_ray.store import Store
 
 if TYPE_CHECKING:
@@ -141,6 +145,7 @@ def print_plan(found: dict[str, Any]) -> None:
 def print_quickstart(shown: Shown, store: Store) -> None:
     """The end of the quick start: table, answer, lineage, places, what to try next."""
     from rich.console import Console
+    from rich.markup import escape
 
     from forge_ray.lineage import draw, lineage
 
@@ -164,7 +169,26 @@ def print_quickstart(shown: Shown, store: Store) -> None:
     console.print(f"  run         {store.place}/runs/{run}  (metrics.jsonl, loss.png, checkpoints, export)", soft_wrap=True)
     console.print(f"  evaluation  {store.place}/evals/{outcome.report.id}  (items.jsonl, confusion.png)", soft_wrap=True)
     console.print(f"  model       {store.place}/models/{outcome.version.id}", soft_wrap=True)
-    console.print("\n[bold]try next[/bold]  (after `source .venv/bin/activate`)")
-    console.print(f"  forge data show {outcome.dataset.id} --rows 3")
-    console.print("  forge serve jobs/deploy.yaml")
-    console.print(f"  forge lineage {outcome.version.id}")
+    console.print(f"\n[bold]try next[/bold]{escape(activation())}")
+    for line in next_steps(outcome.dataset.id, outcome.version.id):
+        console.print(f"  {line}", soft_wrap=True, markup=False)
+
+
+def activation() -> str:
+    """What must be typed before `forge` is the command of this installation; "" if it is."""
+    script, command = Path(sys.prefix, "bin", "activate"), shutil.which("forge")
+    if not script.is_file() or (command and Path(command).parent.resolve() == script.parent.resolve()):
+        return ""
+    name = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return f"  (after `source {shlex.quote(str(name))}`)"
+
+
+def next_steps(dataset: str, version: str) -> list[str]:
+    """Commands that work in the current folder, whether it is a checkout or not."""
+    file = here_or_shipped("jobs/deploy.yaml")
+    lines = [f"forge data show {dataset} --rows 3", f"forge serve {shlex.quote(file)}", f"forge lineage {version}"]
+    if Path(file).is_absolute() and not Path("jobs").exists():
+        lines.append(
+            f"cp -r {shlex.quote(str(Path(file).parent))} .  # run files to start from; jobs/sft.yaml has every setting"
+        )
+    return lines

@@ -1,12 +1,13 @@
 """The per-record rules of `data.curate`: each becomes a function from a record to a verdict (level 2).
 
-Rules over all records at once are in `duplicates.py`.
+Rules over all records at once are in `duplicates.py`. What the rule `language` needs is in `forge-ray[language]`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -30,7 +31,7 @@ from forge_ray.data.decontaminate import contaminated
 from forge_ray.data.schema import DataRecord, texts, with_texts
 from forge_ray.data.sensitive import masked, personal_data, secrets
 from forge_ray.data.words import words
-from forge_ray.errors import DataError
+from forge_ray.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,15 @@ def compile_rule(rule: Rule, index: npt.NDArray[np.uint64] | None = None) -> Che
         assert index is not None
         return partial(_decontaminate, rule, index)
     raise AssertionError(f"{rule.rule} looks at all records at once")
+
+
+def require_packages(rules: Iterable[Rule]) -> None:
+    """`ConfigError` where a rule needs a package that is not installed; asked before the first row is read."""
+    if any(isinstance(rule, Language) for rule in rules) and importlib.util.find_spec("py3langid") is None:
+        raise ConfigError(
+            "data.curate: rule language needs the package 'py3langid'",
+            hint="pip install 'forge-ray[language]' on every node, or remove the rule",
+        )
 
 
 def meta_fields(rules: tuple[Rule, ...]) -> tuple[str, ...]:
@@ -122,6 +132,7 @@ def _repeated_chars(found: list[str], length: int) -> int:
 
 
 def _identifier(rule: Language) -> Any:
+    require_packages([rule])
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

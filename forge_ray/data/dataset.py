@@ -27,6 +27,7 @@ from forge_ray.data.chat import load_tokenizer_dir
 from forge_ray.data.schema import RECORD_HEX
 from forge_ray.data.template import ChatTokenizer
 from forge_ray.errors import NotFound
+from forge_ray.model_files import mistral_tokenizer, require_mistral_common
 from forge_ray.records import DatasetManifest, ModelVersion, digest
 from forge_ray.store import Store
 
@@ -75,6 +76,13 @@ UNUSED = pa.schema(
 def tokenizer_digest(model: ModelVersion) -> str:
     """Over the files that decide ids and templates."""
     return digest(sorted((f.path, f.sha256) for f in model.files if f.path.startswith(TOKENIZER_FILES)))
+
+
+def require_tokenizer(store: Store, model: ModelVersion) -> None:
+    """`ConfigError` where the model's tokenizer needs a package that is not installed; downloads nothing but its config."""
+    own = mistral_tokenizer([f.path for f in model.files], lambda: store.read(f"models/{model.id}/config.json"))
+    if own:
+        require_mistral_common(own, model.id)
 
 
 @lru_cache(maxsize=2)

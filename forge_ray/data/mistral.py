@@ -1,13 +1,12 @@
 """Mistral models by mistral-common, which is the reference for their tokens: ids, loss mask and prompts (level 2).
 
 Special tokens are written by id, so no text of a row or a request can become one. Validation is mistral-common's own:
-its finetuning mode for rows, its serving mode for prompts; what it refuses is a `Reject` with its words.
+its finetuning mode for rows, its serving mode for prompts; what it refuses is a `Reject` with its words. The library is
+that of `forge-ray[mistral]`.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,28 +18,13 @@ import numpy as np
 from forge_ray.data.hf import BYTE_PIECE
 from forge_ray.data.schema import Reject
 from forge_ray.data.template import CallStyle, Chat, Encoded, Messages
+from forge_ray.model_files import mistral_file, require_mistral_common
 
-SENTENCEPIECE = re.compile(r"tokenizer\.model\.v\d+(m\d+)?")
-FAMILIES = ("mistral", "mixtral", "ministral", "pixtral", "magistral", "devstral", "codestral", "voxtral")
-
-
-def mistral_file(folder: Path) -> Path | None:
-    """Mistral's own tokenizer file in a model's folder, where the model says that it is one of theirs."""
-    if (tekken := folder / "tekken.json").is_file():
-        return tekken
-    versions = sorted(path for path in folder.glob("tokenizer.model.v*") if SENTENCEPIECE.fullmatch(path.name))
-    return versions[-1] if versions and _says_mistral(folder) else None
-
-
-def _says_mistral(folder: Path) -> bool:
-    if (folder / "params.json").is_file():  # the name of the configuration in Mistral's own format
-        return True
-    config = folder / "config.json"
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type", "") if config.is_file() else ""
-    return str(model_type).startswith(FAMILIES)
+__all__ = ["MistralChat", "load_mistral", "mistral_file"]
 
 
 def load_mistral(path: Path) -> MistralChat:
+    require_mistral_common(path.name, path.parent.name)
     from mistral_common.protocol.instruct.validator import ValidationMode
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from forge_ray import supported
 from forge_ray.doctor import closed, machine, stored
 from forge_ray.doctor.finding import Finding, Surroundings
+from forge_ray.hardware import main_memory
 from forge_ray.store import Store
 
 
@@ -20,10 +22,13 @@ def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[F
     yield closed.cloud_question(around)
     yield machine.startup_files(around)
     yield from machine.versions(machine.required_versions(), machine.installed_versions())
+    yield machine.system(supported.this_machine())
+    yield machine.memory(machine.installed_memory(), main_memory())
     yield machine.disk(store, store.free_bytes())
     yield machine.shared_memory(around)
     yield machine.open_files()
     yield machine.gpus()
+    yield machine.compiler(around.environ, supported.header_folders(), machine.has_gpu())
     if address:
         yield from machine.clocks(machine.clock_offsets(address))
     yield from stored.health(store)

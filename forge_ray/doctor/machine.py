@@ -1,23 +1,26 @@
-"""Can this machine carry a run: versions, start-up files, room, limits, GPUs, clocks (level 4)."""
+"""Can this machine carry a run: versions, system, memory, disk, compiler, start-up files, limits, GPUs, clocks (level 4)."""
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from forge_ray import supported
 from forge_ray.doctor.finding import Finding, Status, Surroundings
 from forge_ray.store import Store
 
 DISTRIBUTION = "forge-ray"
 CHECKED = ("ray", "torch", "transformers", "deepspeed", "peft")
-GIB = 1 << 30
+GIB = supported.GIB
+KERNEL_SHARE = 1 / 16  # what Linux keeps of the installed memory for itself, and does not count
 ROOM, LITTLE_ROOM = 20 * GIB, 2 * GIB
 SHM = 2 * GIB
 OPEN_FILES, FEW_OPEN_FILES = 65536, 4096
@@ -41,9 +44,7 @@ def versions(required: Mapping[str, str], installed: Mapping[str, str]) -> Itera
 
     for name, specifiers in required.items():
         version, rule = installed.get(name, ""), f"{name} {specifiers}"
-        mend = f"pip install -c constraints.txt '{name}{specifiers}'"
-        if name == "python":
-            mend = "make venv PYTHON=python3.11"
+        mend = supported.PYTHON_HINT if name == "python" else f"pip install '{name}{specifiers}'"
         if not version:
             yield Finding("version", "fail", f"{name} is not installed", rule, mend)
         elif not SpecifierSet(specifiers).contains(version.partition("+")[0], prereleases=True):
@@ -56,7 +57,7 @@ def required_versions() -> dict[str, str]:
     from packaging.requirements import Requirement
 
     about = metadata.metadata(DISTRIBUTION)
-    found = {"python": str(about["Requires-Python"] or ">=3.11")}
+    found = {"python": supported.PYTHON_SPECIFIER}
     for text in about.get_all("Requires-Dist") or []:
         requirement = Requirement(text)
         if requirement.name in CHECKED and requirement.marker is None:
@@ -72,6 +73,44 @@ def installed_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def system(here: supported.Machine) -> Finding:
+    """The wheels of torch and others are built for these systems alone."""
+    problem = supported.system_problem(here)
+    if problem:
+        return Finding("system", "fail", problem.message, supported.SYSTEM_RULE, problem.hint)
+    return Finding("system", "ok", str(here), supported.SYSTEM_RULE)
+
+
+def installed_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory(installed: int, usable: int) -> Finding:
+    """`usable` is less than `installed` where a container may not take all of it."""
+    wanted = supported.MEMORY
+    rule = f"{wanted / GIB:.0f} GiB of memory: the quick start's training takes half of it, Ray and the system the rest"
+    limited = usable < installed
+    found = f"{usable / GIB:.1f} GiB"
+    if limited:
+        found += f", the limit of this container (cgroup); the machine has {installed / GIB:.1f} GiB"
+    if usable >= wanted * (1 - KERNEL_SHARE):
+        return Finding("memory", "ok", found, rule)
+    mend = "use a machine with more memory"
+    if limited and installed >= wanted * (1 - KERNEL_SHARE):
+        mend = "docker run --memory=8g   # Kubernetes: resources.limits.memory: 8Gi"
+    return Finding("memory", "fail" if usable < supported.LITTLE_MEMORY else "warn", found, rule, mend)
+
+
+def compiler(environ: Mapping[str, str], headers: Sequence[Path], use_gpu: bool) -> Finding:
+    """A run without train.compile trains without one, so its absence is a warning."""
+    needs = "a C compiler and Python.h" if use_gpu else "a C++20 compiler, Python.h and openssl"
+    rule = f"train.compile (torch.compile) needs {needs} on every worker; other runs do without"
+    problem = supported.compiler_problem(environ, headers, use_gpu)
+    if problem:
+        return Finding("compiler", "warn", problem.message, rule, problem.hint)
+    return Finding("compiler", "ok", f"{supported.compiler(environ, use_gpu)} compiles Python.h", rule)
 
 
 def startup_files(around: Surroundings) -> Finding:
@@ -123,12 +162,18 @@ def open_files(limit: int | None = None) -> Finding:
     return Finding("open files", "fail" if soft < FEW_OPEN_FILES else "warn", str(soft), rule, f"ulimit -n {OPEN_FILES}")
 
 
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def gpus() -> Finding:
     """Each GPU multiplies two matrices; several of them need NCCL."""
     import torch
 
     rule = "each GPU computes, and NCCL is there to join them"
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return Finding("GPU", "ok", "none: training and serving on the CPU", rule)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     for index, name in enumerate(names):

@@ -27,7 +27,7 @@ from forge_ray.train.finish import export, export_kind, finish
 from forge_ray.train.guards import Guards, RollBack
 from forge_ray.train.job import TrainJob
 from forge_ray.train.loss import packed_loss
-from forge_ray.train.model import load_for_training
+from forge_ray.train.model import load_for_training, refuse_without_compiler
 from forge_ray.train.moe import Balance
 from forge_ray.train.saving import Saved, Saver
 from forge_ray.train.schedule import learning_rate, num_steps
@@ -61,6 +61,7 @@ def train_loop(values: dict[str, Any]) -> None:
 def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> None:
     # 1. config
     config, store = job.config, job.store
+    refuse_without_compiler(config)  # the driver has looked at its own machine alone
     folder = store.local(f"runs/{job.run}") if store.is_local else Path(tempfile.mkdtemp(prefix="forge-run-"))
     folder.mkdir(parents=True, exist_ok=True)
     expect = dog.expect if dog else lambda phase, step: None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import httpx
+import httpx2
 import ray
 from ray import serve
 from ray.serve import RunTarget
@@ -211,7 +211,7 @@ def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: flo
     With no replica at least, the endpoint is ready when Serve is: the first request starts one.
     """
     seen = "not started"
-    with httpx.Client(base_url=base_url(config), timeout=10, trust_env=False) as client:
+    with httpx2.Client(base_url=base_url(config), timeout=10, trust_env=False) as client:
         while time.monotonic() < deadline:
             application = serve.status().applications.get(config.name)
             if application is not None:
@@ -232,11 +232,11 @@ def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: flo
     )
 
 
-def _answers(client: httpx.Client) -> str:
+def _answers(client: httpx2.Client) -> str:
     """The deployment that answers; it says its name on a 401 too."""
     try:
         return client.get("/health").headers.get("x-forge-deployment", "")
-    except httpx.TransportError:
+    except httpx2.TransportError:
         return ""
 
 

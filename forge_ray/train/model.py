@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forge_ray import supported
 from forge_ray.architecture import open_model, outside_text
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset import TOKENIZER_FILES
@@ -72,6 +75,19 @@ def load_for_training(folder: Path, config: TrainConfig, precision: str, device:
         compile_blocks(model)
     on_device: nn.Module = (model if settings else model.to(device)).train()
     return on_device
+
+
+def refuse_without_compiler(config: TrainConfig) -> None:
+    """`ConfigError` where train.compile is set and this machine lacks what it needs: the first step would fail otherwise."""
+    if not config.compile:
+        return
+    use_gpu = config.scaling.gpus_per_worker > 0
+    problem = supported.compiler_problem(os.environ, supported.header_folders(), use_gpu)
+    if problem:
+        raise ConfigError(
+            f"train.compile=true cannot work on {platform.node()}: {problem.message}",
+            hint=f"{problem.hint}; or set train.compile=false",
+        )
 
 
 def compile_blocks(model: Any) -> None:

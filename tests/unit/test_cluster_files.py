@@ -116,7 +116,7 @@ def version(text: str) -> tuple[int, ...]:
 def test_every_ray_version_lies_in_the_range_of_pyproject() -> None:
     low, high = ray_range()
     found = re.findall(r"(?:/ray:|-ray)(\d+\.\d+\.\d+)", (KUBERAY / "Dockerfile").read_text())
-    found += re.findall(r"^ray==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    found += re.findall(r"^ray==([\d.]+)\b", (ROOT / "requirements" / "run.txt").read_text(), re.MULTILINE)
     for cluster in CLUSTERS.values():
         found.append(cluster["rayVersion"])
         found += [re.sub(r".*-ray", "", pod["spec"]["containers"][0]["image"]) for pod in pods(cluster)]

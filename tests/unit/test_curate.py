@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from forge_ray.config.curate import Rule
-from forge_ray.data.curate import Verdict, compile_rule, meta_fields
+from forge_ray.config.data import DataConfig
+from forge_ray.data.build import index_sources
+from forge_ray.data.curate import Verdict, compile_rule, meta_fields, require_packages
 from forge_ray.data.decontaminate import build_index
 from forge_ray.data.schema import DataRecord, parse_record
-from forge_ray.errors import DataError
+from forge_ray.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.unit
 
@@ -79,6 +82,20 @@ def test_an_unknown_language_is_an_error_with_the_known_ones() -> None:
     with pytest.raises(DataError, match="does not know english, xx") as caught:
         judge({"rule": "language", "keep": ["en", "xx", "english"]}, text(ENGLISH))
     assert " de " in (caught.value.hint or "")
+
+
+def test_without_its_package_the_language_rule_is_refused_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    rule = {"rule": "language", "keep": ["en"]}
+    data = DataConfig.model_validate({"sources": [{"path": "/nowhere/rows.jsonl"}], "curate": [rule]})
+    with pytest.raises(ConfigError, match="rule language needs the package 'py3langid'") as worker:
+        judge(rule, text(ENGLISH))
+    with pytest.raises(ConfigError, match="rule language needs the package 'py3langid'") as driver:
+        index_sources(data)  # before it looks for the files
+    for error in (worker, driver):
+        assert error.value.hint.startswith("pip install 'forge-ray[language]' on every node")
+    require_packages([RULES.validate_python({"rule": "length", "min_chars": 1})])
+    assert judge({"rule": "length", "min_chars": 1}, text(ENGLISH)).record
 
 
 @pytest.mark.parametrize("action", ["flag", "mask", "drop"])

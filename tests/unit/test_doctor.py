@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from forge_ray import hardware, supported
 from forge_ray.catalog import Catalog
 from forge_ray.cli import cli
 from forge_ray.doctor import closed, machine, stored
@@ -195,10 +196,59 @@ def test_versions() -> None:
     assert told(machine.versions(wanted, machine.installed_versions()))[0] == "ok"
     assert told(machine.versions({"ray": ">=2.60,<2.61"}, {"ray": "2.61.0"})) == (
         "fail",
-        "ray 2.61.0 | pip install -c constraints.txt 'ray>=2.60,<2.61'",
+        "ray 2.61.0 | pip install 'ray>=2.60,<2.61'",
+    )
+    assert told(machine.versions({"python": wanted["python"]}, {"python": "3.10.13"})) == (
+        "fail",
+        f"python 3.10.13 | {supported.PYTHON_HINT}",
     )
     assert "not installed" in told(machine.versions({"peft": ">=0.21"}, {}))[1]
     assert told(machine.versions({"torch": ">=2.13,<2.14"}, {"torch": "2.13.0+cu130"}))[0] == "ok"
+
+
+def test_the_system() -> None:
+    debian = supported.Machine((3, 11, 7), "linux", "x86_64", glibc="2.31")
+    assert told(machine.system(debian)) == ("ok", "Linux on x86_64, glibc 2.31 | ")
+    assert told(machine.system(supported.Machine((3, 11, 7), "linux", "x86_64", glibc="2.30"))) == (
+        "fail",
+        f"forge_ray needs glibc 2.31 or later, and this is 2.30 | {supported.LINUX_HINT}",
+    )
+
+
+def gib(number: float) -> int:
+    return int(number * (1 << 30))
+
+
+@pytest.mark.parametrize(("installed", "usable", "status", "said"), [
+    (8, 8, "ok", "8.0 GiB | "),
+    (7.5, 7.5, "ok", "7.5 GiB | "),  # of 8 GiB the kernel keeps some
+    (7.4, 7.4, "warn", "7.4 GiB | use a machine with more memory"),
+    (6, 6, "warn", "6.0 GiB | use a machine with more memory"),
+    (5.9, 5.9, "fail", "5.9 GiB | use a machine with more memory"),
+    (64, 8, "ok", "8.0 GiB, the limit of this container (cgroup); the machine has 64.0 GiB | "),
+    (64, 4, "fail", "the machine has 64.0 GiB | docker run --memory=8g   # Kubernetes: resources.limits.memory: 8Gi"),
+    (6.5, 4, "fail", "the machine has 6.5 GiB | use a machine with more memory"),
+])  # fmt: skip
+def test_memory(installed: float, usable: float, status: str, said: str) -> None:
+    found = told(machine.memory(gib(installed), gib(usable)))
+    assert found[0] == status
+    assert found[1].endswith(said)
+
+
+@pytest.mark.parametrize("file", ["memory.max", "memory.limit_in_bytes"])  # cgroup v2 and v1
+def test_a_cgroup_limits_memory(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / file).write_text(f"{gib(1)}\n")
+    monkeypatch.setattr(hardware, "MEMORY_LIMITS", (tmp_path / "absent", tmp_path / file))
+    finding = machine.memory(machine.installed_memory(), hardware.main_memory())
+    assert (finding.status, finding.found.partition(";")[0]) == ("fail", "1.0 GiB, the limit of this container (cgroup)")
+
+
+def test_the_compiler(tmp_path: Path) -> None:
+    status, text = told(machine.compiler({"PATH": str(tmp_path)}, (tmp_path,), use_gpu=False))
+    assert (status, text) == ("warn", f"there is no C++ compiler (g++) | {supported.install_hint()}")
+    for use_gpu, wanted in ((False, "a C++20 compiler, Python.h and openssl"), (True, "a C compiler and Python.h")):
+        finding = machine.compiler({"PATH": str(tmp_path)}, (tmp_path,), use_gpu)
+        assert finding.rule == f"train.compile (torch.compile) needs {wanted} on every worker; other runs do without"
 
 
 def test_room_limits_and_clocks(
@@ -344,5 +394,5 @@ def test_every_check_is_part_of_the_whole(store: Store) -> None:
     found = {item.check for item in examine(store, Surroundings())}
     assert found == {
         *("ray token", "ray TLS", "listening", "deployment", "file modes", "switch", "cloud question", "start-up files"),
-        *("version", "disk", "shared memory", "open files", "GPU", "store"),
+        *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store"),
     }

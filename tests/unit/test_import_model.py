@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,24 @@ def test_what_is_no_model_at_all(tmp_path: Path, catalog: Catalog, name: str, ki
         import_model(catalog, tmp_path / name, "base")
     assert message in error.value.message
     assert everything(catalog.store) == []
+
+
+@pytest.mark.usefixtures("no_library_opens_it")
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3"])
+def test_a_mistral_model_without_its_package_is_refused_with_the_extra(
+    name: str, good: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (good / name).write_text("{}")
+    (good / "config.json").write_text('{"model_type": "mistral"}')
+    monkeypatch.setitem(sys.modules, "mistral_common", None)
+    with monkeypatch.context() as patch:
+        patch.setattr("forge_ray.import_model.hash_dir", lambda _: pytest.fail("the weights were read first"))
+        with pytest.raises(ConfigError, match=f"good has Mistral's own tokenizer, {name}, which needs") as error:
+            import_model(catalog, good, "mistral")
+    assert error.value.hint == "pip install 'forge-ray[mistral]' on every node"
+    assert everything(catalog.store) == []
+    (good / name).unlink()
+    assert import_model(catalog, good, "mistral").status == "imported"
 
 
 def test_a_broken_gguf_file_leaves_nothing(tmp_path: Path, catalog: Catalog) -> None:

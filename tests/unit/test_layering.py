@@ -17,7 +17,7 @@ PACKAGE = ROOT / "forge_ray"
 
 # Bottom first. A level has several rows where one of its modules builds on another.
 ROWS: tuple[set[str], ...] = (
-    {"errors", "offline", "quiet"},  # L0
+    {"errors", "offline", "quiet", "shipped", "supported"},  # L0
     {"records"},
     {"config"},
     {"store", "hardware", "progress", "architecture", "dequantise", "aliases", "haproxy"},  # L1
@@ -41,6 +41,7 @@ ROWS: tuple[set[str], ...] = (
     {"cli_reproduce", "cli_trace"},
     {"cli_trust", "cli_papers"},
     {"cli"},
+    {"__main__"},
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 

