@@ -86,7 +86,9 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
     connect()
     from forge_ray.data import erased, index, work
     from forge_ray.data.build import index_sources, input_digest
-    from forge_ray.data.dataset import tokenizer_digest
+    from forge_ray.data.dataset import require_tokenizer, tokenizer_digest
+
+    require_tokenizer(catalog.store, base)
 
     def known_version(sources: list[IndexedFile]) -> DatasetManifest | None:
         wanted = input_digest(config.data, sources, tokenizer_digest(base), erased.tombstones(catalog.store))

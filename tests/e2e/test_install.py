@@ -66,9 +66,7 @@ def test_quickstart_from_the_public_index(version: str, tmp_path: Path) -> None:
     installed_s = time.monotonic() - before
     output = make(folder, "quickstart", f"PYTHON={python}")
     total_s = time.monotonic() - before
-    print(
-        f"Python {version}: installed in {installed_s:.0f} s, {megabytes(folder / '.venv')} MB; answer at {total_s:.0f} s"
-    )
+    print(f"Python {version}: installed in {installed_s:.0f} s, {megabytes(folder / '.venv')} MB; answer at {total_s:.0f} s")
     assert "try next" in output
     assert not re.search(r"warning|CUDA|NVIDIA|Traceback", output, re.IGNORECASE), output
     shutil.rmtree(folder)
