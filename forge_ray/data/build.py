@@ -21,7 +21,7 @@ from typing import Any
 from forge_ray.config.data import DataConfig
 from forge_ray.data import erased, mixture
 from forge_ray.data.curate import require_packages
-from forge_ray.data.dataset import FORMAT, SPLITS, tokenizer_digest
+from forge_ray.data.dataset import FORMAT, SPLITS, require_tokenizer, tokenizer_digest
 from forge_ray.data.decontaminate import build_index, evaluation_texts
 from forge_ray.data.duplicates import find_duplicates
 from forge_ray.data.ingest import IndexedFile, expand, index_file
@@ -97,6 +97,7 @@ def build(
     progress: Progress = _silent,
 ) -> DatasetManifest:
     """Encode, pack and write the dataset; needs an initialised Ray. Nothing is visible until it is complete."""
+    require_tokenizer(store, base)
     started = time.monotonic()
     jobs = _jobs(config, sources)
     if not jobs:
