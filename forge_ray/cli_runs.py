@@ -61,10 +61,11 @@ def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
 def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
     """A checkpoint of a run, finished or not → a model version (candidate): served by its id, never behind an alias."""
     from forge_ray.candidates import export_run
+    from forge_ray.shipped import here_or_shipped
 
     version = export_run(store, run_id, step)
     if not as_json:
-        click.echo(f"serve it: forge serve jobs/deploy.yaml --set model={version.id}")
+        click.echo(f"serve it: forge serve {here_or_shipped('jobs/deploy.yaml')} --set 'models=[{version.id}]'")
     return version
 
 

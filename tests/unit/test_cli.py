@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from click.testing import CliRunner, Result
 
 from forge_ray.catalog import Catalog
 from forge_ray.cli import cli
+from forge_ray.config.base import load
+from forge_ray.config.release import DeployConfig
 from forge_ray.records import Event, FileEntry, ModelVersion, files_digest
 from forge_ray.store import Store
 
@@ -260,3 +263,13 @@ def test_rebuild_and_runs_list_come_from_files_alone(filled: str) -> None:
 def test_the_store_is_named_by_flag_then_environment(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGE_STORE", filled)
     assert len(json.loads(forge("models", "list", "--json").stdout)["results"]) == 2
+
+
+def test_the_command_that_an_export_prints_is_a_deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = ModelVersion.model_construct(id="mv_0123456789abcdef")
+    monkeypatch.setattr("forge_ray.candidates.export_run", lambda store, run_id, step: made)
+    printed = CliRunner().invoke(cli, ["runs", "export", "run_1", "--store", str(tmp_path)]).output
+    (line,) = [line for line in printed.splitlines() if line.startswith("serve it: ")]
+    _, _, *words = shlex.split(line.removeprefix("serve it: "))
+    assert words[1] == "--set"
+    assert load(DeployConfig, words[0], words[2:]).models == (made.id,)
