@@ -1,7 +1,7 @@
 """What pyproject.toml describes; a wheel also carries files that a checkout has next to the package.
 
-They go to `forge_ray/files`, where `forge_ray.shipped` looks for them. An editable installation needs no copy: it is the
-checkout. Python files stay outside, so that `code_digest` is the same from a wheel and from a checkout.
+They go to `forge_ray/files`, where `forge_ray.machine.shipped` looks for them. An editable installation needs no copy: it is
+the checkout. Python files stay outside, so that `code_digest` is the same from a wheel and from a checkout.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from forge_ray import audit_log, signing
 from forge_ray.records import Event
-from forge_ray.store import Store
+from forge_ray.store import audit_log, signing
+from forge_ray.store.files import Store
 
 
 def chain(count: int, key: signing.PrivateKey) -> list[bytes]:

@@ -102,10 +102,10 @@ def base_folder(scratch: Path) -> Path:
     store = Path(os.environ.get("FORGE_STORE", ROOT / ".forge"))
     if list(store.glob("models/*/tokenizer.json")):
         return store
-    from forge_ray.catalog import Catalog
-    from forge_ray.import_model import import_model
-    from forge_ray.quickstart import base_model_file
-    from forge_ray.store import Store
+    from forge_ray.cli.quickstart import base_model_file
+    from forge_ray.models.import_model import import_model
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     with Catalog(Store(str(scratch / "store"))) as catalog:
         import_model(catalog, base_model_file(), "smollm2-135m-instruct", licence="apache-2.0")
@@ -271,7 +271,7 @@ def trl(folder: Path, cpus: int, masked: bool) -> dict[str, Any]:
 
 
 def forge(folder: Path, cpus: int) -> dict[str, Any]:
-    from forge_ray.data.build import build, index_sources
+    from forge_ray.data.build.build import build, index_sources
 
     config, catalog, base, start_s, store = prepared(folder, cpus)
     started = time.perf_counter()
@@ -286,12 +286,12 @@ def forge(folder: Path, cpus: int) -> dict[str, Any]:
 def prepared(folder: Path, cpus: int) -> Any:
     import ray
 
-    from forge_ray.catalog import Catalog
-    from forge_ray.cluster import quiet_data
     from forge_ray.config.data import DataConfig
-    from forge_ray.offline import set_offline_switches
+    from forge_ray.machine.cluster import quiet_data
+    from forge_ray.machine.offline import set_offline_switches
     from forge_ray.records import ModelVersion
-    from forge_ray.store import Store
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     set_offline_switches()
     origin, store = Store(os.environ["FORGE_STORE"]), Store(str(folder / f"store-{cpus}"))
@@ -316,9 +316,9 @@ def prepared(folder: Path, cpus: int) -> Any:
 
 def stream(folder: Path, cpus: int) -> dict[str, Any]:
     """Tokens per second that one worker is given, in micro-batches of 4 rows, and how long it waits for the first."""
-    from forge_ray.data.build import build, index_sources
-    from forge_ray.data.order import order_of
-    from forge_ray.data.stream import Feed, Rows, local_batches, ray_batches
+    from forge_ray.data.build.build import build, index_sources
+    from forge_ray.data.dataset.order import order_of
+    from forge_ray.data.dataset.stream import Feed, Rows, local_batches, ray_batches
 
     config, catalog, base, _, store = prepared(folder, cpus)
     manifest = build("bench", config, base, store, index_sources(config))
@@ -373,7 +373,7 @@ METHODS = {
 
 
 def machine() -> str:
-    from forge_ray.environment import versions
+    from forge_ray.machine.environment import versions
 
     versions = versions()
     names = ("ray", "transformers", "pyarrow")

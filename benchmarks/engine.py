@@ -62,10 +62,10 @@ def main() -> None:
 
 def shipped_model(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as safetensors."""
-    from forge_ray.catalog import Catalog
-    from forge_ray.import_model import import_model
-    from forge_ray.quickstart import base_model_file
-    from forge_ray.store import Store
+    from forge_ray.cli.quickstart import base_model_file
+    from forge_ray.models.import_model import import_model
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     store = Store(str(folder / "store"))
     with Catalog(store) as catalog:

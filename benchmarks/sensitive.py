@@ -22,7 +22,7 @@ from random import Random
 from typing import get_args
 
 from forge_ray.config.curate import PersonalData, Secret
-from forge_ray.data.sensitive import personal_data, secrets
+from forge_ray.data.curate.sensitive import personal_data, secrets
 
 Made = tuple[str, str]  # kind ('' for a negative) and text
 FRAMES = [

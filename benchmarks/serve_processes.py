@@ -32,12 +32,12 @@ def prepare(store: str, model: str, num_adapters: int, rank: int) -> tuple[dict[
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from forge_ray.architecture import empty_model, open_model
-    from forge_ray.catalog import Catalog
-    from forge_ray.import_model import import_model
-    from forge_ray.quickstart import base_model_file
+    from forge_ray.cli.quickstart import base_model_file
+    from forge_ray.models.architecture import empty_model, open_model
+    from forge_ray.models.import_model import import_model
     from forge_ray.records import ModelVersion, files_digest
-    from forge_ray.store import Store
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     at = Store(store)
     with Catalog(at) as catalog:
@@ -124,9 +124,9 @@ def sequential(model_dir: str, use_gpu: bool) -> tuple[dict, Commands]:
     """transformers' `generate`, one prompt after the other."""
     import torch
 
-    from forge_ray.architecture import open_model
-    from forge_ray.hardware import resolve_precision
     from forge_ray.inference.load import DTYPES
+    from forge_ray.machine.hardware import resolve_precision
+    from forge_ray.models.architecture import open_model
 
     dtype = DTYPES[resolve_precision("auto", use_gpu)]
     model = open_model(Path(model_dir), dtype).to("cuda" if use_gpu else "cpu").eval()
@@ -147,16 +147,16 @@ def sequential(model_dir: str, use_gpu: bool) -> tuple[dict, Commands]:
 
 def endpoint(store: str, deploy: dict[str, Any]) -> tuple[dict, Commands]:
     """A deployment behind HAProxy; `alias` moves one while it runs."""
-    from forge_ray.haproxy import set_haproxy
+    from forge_ray.serve.haproxy import set_haproxy
 
     set_haproxy()
-    from forge_ray.catalog import Catalog
-    from forge_ray.cluster import connect
     from forge_ray.config.base import parse
     from forge_ray.config.release import AliasRoute, DeployConfig
+    from forge_ray.machine.cluster import connect
     from forge_ray.serve.deploy import base_url
     from forge_ray.serve.deploy import deploy as run
-    from forge_ray.store import Store
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     connect()
     config = parse(DeployConfig, {"name": "bench", "port": free_port(), "auth": "none", **deploy})
@@ -196,8 +196,8 @@ class One:
     """A directory with one name."""
 
     def __init__(self, model_dir: str) -> None:
-        from forge_ray.data.chat import load_tokenizer_dir
-        from forge_ray.serve.served import Loaded
+        from forge_ray.data.tokens.chat import load_tokenizer_dir
+        from forge_ray.serve.loaded import Loaded
 
         engine: Any = Null()
         self.loaded = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", load_tokenizer_dir(Path(model_dir)), ())
@@ -272,13 +272,13 @@ def uvicorn(app: str, model_dir: str) -> tuple[dict, Commands]:
 
 def null_endpoint(model_dir: str) -> tuple[dict, Commands]:
     """The null engine in a replica of Ray Serve behind HAProxy."""
-    from forge_ray.haproxy import set_haproxy
+    from forge_ray.serve.haproxy import set_haproxy
 
     set_haproxy()
     import ray
     from ray import serve
 
-    from forge_ray.cluster import connect
+    from forge_ray.machine.cluster import connect
 
     connect()
     here = str(Path(__file__).parent)
@@ -309,13 +309,13 @@ def ray_llm(model_dir: str, use_gpu: bool, max_running: int) -> tuple[dict, Comm
     }
     variables |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
     variables.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    from forge_ray.haproxy import set_haproxy
+    from forge_ray.serve.haproxy import set_haproxy
 
     set_haproxy()
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
-    from forge_ray.cluster import connect
+    from forge_ray.machine.cluster import connect
 
     connect()
     device: dict[str, Any] = {} if use_gpu else {"placement_group_config": {"bundles": [{"CPU": 1}]}}

@@ -25,15 +25,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import resolved
 from forge_ray.config.data import DataConfig
 from forge_ray.config.train import TrainConfig
-from forge_ray.data import index
-from forge_ray.data.dataset import PACKED, RECORDS, SPLITS, shuffle_key
-from forge_ray.data.subject import subject_digest, subject_key
+from forge_ray.data.dataset import index
+from forge_ray.data.dataset.version import PACKED, RECORDS, SPLITS, shuffle_key
+from forge_ray.data.record.subject import subject_digest, subject_key
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, RunRecord, SplitStats, files_digest
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 BLOCK_ROWS, PER_ROW, LENGTH, PARTS = 64, 8, 64, 512
 TARGET, PERSON = "rec_0123456789abcdef01234567", "customer 7"
@@ -41,9 +41,9 @@ SUBJECTS = "subjects.bin"
 
 ASK = """
 import json, random, sys, time
-from forge_ray.catalog import Catalog
-from forge_ray.store import Store
-from forge_ray.trace import of_record, of_subject_value, trace
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+from forge_ray.governance.trace import of_record, of_subject_value, trace
 store, what, found, draw = Store(sys.argv[1]), sys.argv[2], [], random.Random(0)
 others = [draw.getrandbits(96) for _ in range(int(what.partition(" ")[0]) if " " in what else 0)]
 for _ in range(2):

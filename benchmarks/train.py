@@ -79,10 +79,10 @@ def settings(folder: str, steps: int, threads: int, **train: Any) -> Any:
 def prepare(model: str, folder: str) -> None:
     """The store: the model, the packed dataset."""
     from forge_ray import pipeline
-    from forge_ray.catalog import Catalog
-    from forge_ray.import_model import import_model
-    from forge_ray.quickstart import base_model_file
-    from forge_ray.store import Store
+    from forge_ray.cli.quickstart import base_model_file
+    from forge_ray.models.import_model import import_model
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     store = Store(folder)
     with Catalog(store) as catalog:
@@ -107,9 +107,9 @@ def small(smollm2: Path, folder: Path) -> Path:
 
 
 def job_of(folder: str, steps: int, threads: int, run: str, **train: Any) -> Any:
-    from forge_ray.catalog import Catalog
     from forge_ray.records import DatasetManifest
-    from forge_ray.store import Store
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
     from forge_ray.train.job import TrainJob
 
     store = Store(folder)
@@ -122,8 +122,7 @@ def job_of(folder: str, steps: int, threads: int, run: str, **train: Any) -> Any
 def forge(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
     import torch
 
-    from forge_ray.recipes import sft
-    from forge_ray.train import metrics
+    from forge_ray.train import loop, metrics
 
     engine = {"engine": "deepspeed", "zero_stage": 2} if "zero" in method else {"engine": "torch", "zero_stage": 0}
     job = job_of(folder, steps, threads, f"run-{os.getpid()}", **engine)
@@ -142,10 +141,10 @@ def forge(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
 
         return call
 
-    kind = sft.ZeroEngine if "zero" in method else sft.TorchEngine
-    sft._loss = timed("forward", sft._loss)
+    kind = loop.ZeroEngine if "zero" in method else loop.TorchEngine
+    loop._loss = timed("forward", loop._loss)
     kind.backward, kind.step = timed("backward", kind.backward), timed("step", kind.step)  # type: ignore[method-assign]
-    sft.train_loop(job.to_json())
+    loop.train_loop(job.to_json())
     assert torch.get_num_threads() == threads
     lines = metrics.read(job.store.local(f"runs/{job.run}") / metrics.METRICS)
     counted = lines[SKIPPED:]
@@ -166,8 +165,8 @@ def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from trl import SFTConfig, SFTTrainer
 
-    from forge_ray.data.order import order_of
-    from forge_ray.data.stream import Rows
+    from forge_ray.data.dataset.order import order_of
+    from forge_ray.data.dataset.stream import Rows
     from forge_ray.train.model import with_adapter
 
     torch.set_num_threads(threads)
@@ -374,14 +373,13 @@ def first_step(options: argparse.Namespace) -> dict[str, float]:
 
 def saving(method: str, folder: str, threads: int) -> dict[str, float]:
     """A full fine-tune that saves every 4 steps; the last save, which nothing hides, is left out."""
-    from forge_ray.recipes import sft
-    from forge_ray.train import metrics
+    from forge_ray.train import loop, metrics
 
     checkpoint = {"every_steps": 4, "asynchronous": method == "saves behind"}
     job = job_of(
         folder, 13, threads, f"run-{os.getpid()}", engine="torch", zero_stage=0, adapter=None, checkpoint=checkpoint
     )
-    sft.train_loop(job.to_json())
+    loop.train_loop(job.to_json())
     lines = metrics.read(job.store.local(f"runs/{job.run}") / metrics.METRICS)[4:12]
     (size,) = {
         sum(path.stat().st_size for path in found.iterdir())

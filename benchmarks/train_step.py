@@ -34,8 +34,8 @@ import torch
 
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
-from forge_ray.data.pack import Document, pack
-from forge_ray.data.stream import COLUMNS, model_inputs
+from forge_ray.data.build.pack import Document, pack
+from forge_ray.data.dataset.stream import COLUMNS, model_inputs
 from forge_ray.train import attention
 from forge_ray.train.context import join
 from forge_ray.train.engine import TorchEngine

@@ -1,4 +1,4 @@
-"""`python -m forge_ray …` and the script `forge` (level 6): the command line, on a machine where it can run.
+"""`python -m forge_ray …` and the script `forge`: the command line, on a machine where it can run.
 
 In the syntax of Python 3.8, as `supported` is: an older Python or system is told so, before an import fails on it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from forge_ray.errors import EXIT_USAGE
-from forge_ray.supported import this_machine, unsupported
+from forge_ray.machine.supported import this_machine, unsupported
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     if problem:
         print(f"error: {problem.message}\nhint: {problem.hint}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
-    from forge_ray.cli import main as forge
+    from forge_ray.cli.main import main as forge
 
     forge()
 

@@ -1,4 +1,4 @@
-"""A small Python client of a served model, over REST (level 2; no torch, no ray).
+"""A small Python client of a served model, over REST (no torch, no ray).
 
 with Client("http://127.0.0.1:8000") as client:
     print(client.chat("support-bot", [{"role": "user", "content": "Hello"}]).text)

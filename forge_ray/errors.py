@@ -1,4 +1,4 @@
-"""The error tree (level 0).
+"""The error tree.
 
 Every error is also the stdlib error it refines, pickles across Ray processes, and carries a stable `code`, a `hint` (the
 remedy) and the `exit_code` with which the command line ends.

@@ -1,4 +1,4 @@
-"""The whole product on one page: prepare → train → evaluate → release → deploy (level 5).
+"""The whole product on one page: prepare → train → evaluate → release → deploy.
 
 Every step looks first whether its result is already in the store (ids are hashes of what decides the result), so a second
 call builds nothing again and a call after a crash goes on where the first one stopped.
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from forge_ray import gate, reports
-from forge_ray.catalog import Catalog
-from forge_ray.cluster import connect, open_store, room_of_a_worker
 from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig, EvalConfig, LeakConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound, TrainingError
-from forge_ray.hardware import resolve_precision
+from forge_ray.evaluate import reports
+from forge_ray.machine.cluster import connect, open_store, room_of_a_worker
+from forge_ray.machine.hardware import resolve_precision
 from forge_ray.progress import Stage, stage
 from forge_ray.records import (
     DatasetManifest,
@@ -30,10 +29,13 @@ from forge_ray.records import (
     RunRecord,
     files_digest,
 )
-from forge_ray.store import Store
+from forge_ray.release import gate
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 if TYPE_CHECKING:
-    from forge_ray.data.ingest import IndexedFile
+    from forge_ray.data.read.ingest import IndexedFile
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
 
@@ -67,7 +69,7 @@ def import_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
     except NotFound:
         if not Path(config.base_model).expanduser().exists():
             raise
-    from forge_ray.import_model import import_model
+    from forge_ray.models.import_model import import_model
 
     with stage("import") as it:
         version = import_model(catalog, config.base_model, Path(config.base_model).stem.lower(), config.licence)
@@ -84,9 +86,11 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
-    from forge_ray.data import erased, index, work
-    from forge_ray.data.build import index_sources, input_digest
-    from forge_ray.data.dataset import require_tokenizer, tokenizer_digest
+    from forge_ray.data.build import tombstones as erased
+    from forge_ray.data.build import work
+    from forge_ray.data.build.build import index_sources, input_digest
+    from forge_ray.data.dataset import index
+    from forge_ray.data.dataset.version import require_tokenizer, tokenizer_digest
 
     require_tokenizer(catalog.store, base)
 
@@ -118,8 +122,9 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
 def _built(
     config: RunConfig, catalog: Catalog, base: ModelVersion, sources: list[IndexedFile], it: Stage
 ) -> DatasetManifest:
-    from forge_ray.data import erased, work
-    from forge_ray.data.build import build
+    from forge_ray.data.build import tombstones as erased
+    from forge_ray.data.build import work
+    from forge_ray.data.build.build import build
 
     catalog.check_may("datasets")  # who may not is told now, not when the rows are packed
     while True:
@@ -136,7 +141,7 @@ def _built(
         if erased.tombstones(catalog.store) == known:
             break
         if not catalog.has(made.id):  # rows were erased meanwhile, and this may hold some: nobody has seen it yet
-            catalog.store.delete_dir(f"datasets/{made.id}")
+            catalog.store.delete_dir(paths.dataset(made.id))
     found = catalog.put(made)
     if found.input_digest != made.input_digest:  # erasures that touch none of its rows: found by these inputs as well
         work.finish(catalog.store, work.inputs(made.input_digest), {"dataset": found.id})
@@ -171,16 +176,15 @@ def train_on(
     config: RunConfig, catalog: Catalog, base: ModelVersion, manifest: DatasetManifest, precision: Literal["bf16", "fp32"]
 ) -> RunRecord:
     """Train on what the store holds; the sources of the rows are not looked at."""
-    from forge_ray import follow
-    from forge_ray.candidates import export_best
-    from forge_ray.preflight import refuse_impossible, report_reach
-    from forge_ray.recipes import sft
-    from forge_ray.train import attempts, launch
+    from forge_ray.release.candidates import export_best
+    from forge_ray.train import attempts, follow, launch
     from forge_ray.train.job import TrainJob, run_id
+    from forge_ray.train.loop import train_loop, validate_checkpoint
+    from forge_ray.train.preflight import refuse_impossible, report_reach
     from forge_ray.train.record import run_record
     from forge_ray.train.sinks import open_sinks
 
-    loops = {"sft": (sft.train_loop, sft.validate_checkpoint)}
+    loops = {"sft": (train_loop, validate_checkpoint)}
     store, identifier = catalog.store, run_id(config.train, precision, manifest, base)
     with stage("train") as it:
         if catalog.has(identifier):
@@ -189,15 +193,15 @@ def train_on(
             return catalog.get_as(RunRecord, identifier)
         if config.train.scaling.max_workers:
             connect()
-        if not store.exists(f"runs/{identifier}/result.json"):
+        if not store.exists(paths.result(identifier)):
             refuse_impossible(config, store, precision, base, manifest, identifier)
-        store.fetch_dir(f"datasets/{manifest.id}")  # every byte is checked before a GPU hour is spent on it
+        store.fetch_dir(paths.dataset(manifest.id))  # every byte is checked before a GPU hour is spent on it
         job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
-        store.write_once(f"runs/{identifier}/config-{_config_key(config)}.json", _pretty(config))
+        store.write_once(paths.run(identifier, f"config-{_config_key(config)}.json"), _pretty(config))
         report_reach(store, identifier, base, config.train.adapter)
         tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
         sinks = open_sinks(store, identifier, config.name, config.train, tags)
-        if not store.exists(f"runs/{identifier}/result.json"):
+        if not store.exists(paths.result(identifier)):
             catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
             try:
                 with attempts.driving(store, identifier), follow.followed(it, store, identifier, sinks):
@@ -228,8 +232,8 @@ def plan(
 ) -> dict[str, Any]:
     """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. With `rows`, so
     many full rows are taken instead, and `base_model` may be a folder that holds `config.json` alone."""
-    from forge_ray.preflight import configuration, disk_bytes, judge
     from forge_ray.train.plan import Model, Stated
+    from forge_ray.train.preflight import configuration, disk_bytes, judge
 
     train, precision = config.train, resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     number = workers or max(train.scaling.max_workers, 1)
@@ -305,7 +309,7 @@ def train_record(config: RunConfig, store: Store) -> RunRecord:
 def audit_leak(reference: str, store: Store, settings: dict[str, Any]) -> EvalReport:
     """What a finished run, or a version made of one, gives away of its training rows; `settings` (of eval.leak) go before
     those of its run file."""
-    from forge_ray.lineage import resolve
+    from forge_ray.store.resolve import resolve
 
     with Catalog(store) as catalog:
         found = catalog.get(resolve(catalog, reference))
@@ -351,7 +355,7 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
                 checks=checks,
                 licence=catalog.get_as(ModelVersion, record.base_model).licence,
             ).sealed()
-            store.copy_dir(f"runs/{record.id}/export", f"models/{version.id}")
+            store.copy_dir(paths.export(record.id), paths.model(version.id))
             known = catalog.has(version.id)
             version = catalog.put(version)
             if reasons:

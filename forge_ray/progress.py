@@ -1,4 +1,4 @@
-"""One line per stage on stderr, with a live view on a terminal and plain lines elsewhere (level 1)."""
+"""One line per stage on stderr, with a live view on a terminal and plain lines elsewhere."""
 
 from __future__ import annotations
 

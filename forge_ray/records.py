@@ -1,4 +1,4 @@
-"""The nouns (level 0): immutable records, canonical JSON, ids that are hashes of their content.
+"""The nouns: immutable records, canonical JSON, ids that are hashes of their content.
 
 A record is written once, by the stage that made it. Its id is `<prefix>_<16 hex of sha256>` over the canonical JSON of its
 *identity*: all fields but those that say when and how long (`Record.volatile`). What changes over time is an `Event`.

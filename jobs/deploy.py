@@ -6,8 +6,8 @@ ray job submit --working-dir . -- python jobs/deploy.py --config jobs/deploy.yam
 import sys
 
 from forge_ray import pipeline
+from forge_ray.cli.job import main
 from forge_ray.config.release import DeployConfig
-from forge_ray.job import main
 
 if __name__ == "__main__":
     sys.exit(main(DeployConfig, pipeline.deploy))

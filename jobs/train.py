@@ -6,8 +6,8 @@ ray job submit --working-dir . -- python jobs/train.py --config jobs/sft.yaml --
 import sys
 
 from forge_ray import pipeline
+from forge_ray.cli.job import main
 from forge_ray.config.run import RunConfig
-from forge_ray.job import main
 
 if __name__ == "__main__":
     sys.exit(main(RunConfig, pipeline.train))

@@ -91,9 +91,9 @@ def wide_tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Any:
     """A store that holds the tiny model as a version with the alias `tiny`."""
-    from forge_ray.catalog import Catalog
-    from forge_ray.import_model import import_model
-    from forge_ray.store import Store
+    from forge_ray.models.import_model import import_model
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     store = Store(str(tmp_path_factory.mktemp("store")))
     with Catalog(store) as catalog:
@@ -107,7 +107,7 @@ def ray_cluster() -> Iterator[None]:
     waits 12 s for it at the end of each training. More logical CPUs than cores, for tests wait more than they work."""
     import ray
 
-    from forge_ray import cluster
+    from forge_ray.machine import cluster
 
     cluster.LOCAL_CPUS = 8
     cluster.connect()
@@ -121,8 +121,8 @@ def endpoint(ray_cluster: None, store: Any) -> Iterator[Any]:
     from ray import serve
     from serving import WAIT_S, Endpoint, config, free_port
 
-    from forge_ray.catalog import Catalog
     from forge_ray.serve.deploy import base_url, deploy
+    from forge_ray.store.catalog import Catalog
 
     wanted = config(free_port())
     with Catalog(store) as catalog:

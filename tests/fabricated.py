@@ -10,12 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import resolved
 from forge_ray.config.data import DataConfig
 from forge_ray.config.train import TrainConfig
-from forge_ray.data.dataset import PACKED, RECORDS, SPLITS, UNUSED, place, record_bytes
-from forge_ray.data.schema import DataRecord
+from forge_ray.data.dataset.version import PACKED, RECORDS, SPLITS, UNUSED, place, record_bytes
+from forge_ray.data.record.schema import DataRecord
 from forge_ray.records import (
     DatasetManifest,
     Deployment,
@@ -27,7 +26,8 @@ from forge_ray.records import (
     SplitStats,
     files_digest,
 )
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 LENGTH = 4
 

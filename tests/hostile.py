@@ -386,11 +386,11 @@ def image_line(path: Path) -> None:
 def outcomes(path: Path) -> list[str]:
     """Of every row of a file: "" where it is good, else the reason."""
     from forge_ray.config.data import DataConfig
-    from forge_ray.data.find import expand
-    from forge_ray.data.ingest import index_file
-    from forge_ray.data.readers import image_reader, read_raw
-    from forge_ray.data.schema import parse_line, parse_record
-    from forge_ray.data.strict_json import Reject
+    from forge_ray.data.read.ingest import index_file
+    from forge_ray.data.read.readers import image_reader, read_raw
+    from forge_ray.data.read.sources import expand
+    from forge_ray.data.read.strict_json import Reject
+    from forge_ray.data.record.schema import parse_line, parse_record
 
     (found,) = expand(DataConfig.model_validate({"sources": [{"path": str(path)}]}))
     reasons = []

@@ -12,12 +12,13 @@ from typing import Any
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
-from forge_ray.data.chat import load_tokenizer_dir
+from forge_ray.data.tokens.chat import load_tokenizer_dir
 from forge_ray.inference.load import load_engine
 from forge_ray.serve.http import AsgiApp, build_http
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Chosen, Directory, Facts, Loaded, Served
+from forge_ray.serve.served import Chosen, Directory, Facts, Served
 
 ENGINE = {"precision": "fp32", "page_size": 16, "num_blocks": 256, "max_batch_tokens": 128}
 

@@ -8,10 +8,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse, resolved
 from forge_ray.config.run import RunConfig
-from forge_ray.import_model import import_model
+from forge_ray.models.import_model import import_model
 from forge_ray.records import (
     Check,
     CurationStep,
@@ -29,7 +28,8 @@ from forge_ray.records import (
     digest,
     files_digest,
 )
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 STEPS = 4
 TOKENS, TRAINED = 13_212, 1_238  # of each run

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from forge_ray.data.chat import ChatTokenizer
+from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.errors import EngineError
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
-from forge_ray.serve.served import Loaded
+from forge_ray.serve.loaded import Loaded
 
 Script = Callable[[GenerationRequest], Sequence[int | Token | float | Exception]]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.records import Deployment, ModelVersion, files_digest
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 WAIT_S = 120
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do I reset my password?"}]

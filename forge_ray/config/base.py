@@ -1,4 +1,4 @@
-"""Load YAML, apply `--set a.b=value`, validate, dump resolved JSON, digest (level 0: no torch, no ray).
+"""Load YAML, apply `--set a.b=value`, validate, dump resolved JSON, digest (no torch, no ray).
 
 Configuration is data: frozen, closed (`extra="forbid"`), nested by owner. Nothing is mutated after load.
 """

@@ -1,1 +1,1 @@
-"""What `forge doctor` looks at (level 4)."""
+"""What `forge doctor` looks at."""

@@ -1,4 +1,4 @@
-"""Is Ray closed, and does nothing leave: token, TLS, switches, listening sockets (level 4)."""
+"""Is Ray closed, and does nothing leave: token, TLS, switches, listening sockets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from forge_ray.doctor.finding import Finding, Status, Surroundings, is_private, mode_of
-from forge_ray.offline import SWITCHES
+from forge_ray.machine.offline import SWITCHES
 
 TLS_FILES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 EXPIRES_SOON = timedelta(days=30)

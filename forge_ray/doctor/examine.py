@@ -1,14 +1,14 @@
-"""Every check, in the order in which it is told (level 4)."""
+"""Every check, in the order in which it is told."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from forge_ray import supported
 from forge_ray.doctor import closed, machine, stored
 from forge_ray.doctor.finding import Finding, Surroundings
-from forge_ray.hardware import main_memory
-from forge_ray.store import Store
+from forge_ray.machine import supported
+from forge_ray.machine.hardware import main_memory
+from forge_ray.store.files import Store
 
 
 def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What a check says, and what it looks at (level 4)."""
+"""What a check says, and what it looks at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Can this machine carry a run: versions, system, memory, disk, compiler, start-up files, limits, GPUs, clocks (level 4)."""
+"""Can this machine carry a run: versions, system, memory, disk, compiler, start-up files, limits, GPUs, clocks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from forge_ray import supported
 from forge_ray.doctor.finding import Finding, Status, Surroundings
-from forge_ray.store import Store
+from forge_ray.machine import supported
+from forge_ray.store.files import Store
 
 DISTRIBUTION = "forge-ray"
 CHECKED = ("ray", "torch", "transformers", "deepspeed", "peft")
@@ -201,7 +201,7 @@ def clocks(offsets: Mapping[str, float]) -> Iterator[Finding]:
 
 def clock_offsets(address: str) -> dict[str, float]:
     """Asks one task on each node of the cluster; the halves of the way are taken as equal."""
-    from forge_ray.cluster import connect
+    from forge_ray.machine.cluster import connect
 
     connect(address)
     import ray

@@ -1,4 +1,4 @@
-"""Is the store whole and closed: modes, records, manifests, what its deployments ask for (level 4). Writes nothing."""
+"""Is the store whole and closed: modes, records, manifests, what its deployments ask for. Writes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.doctor.finding import Finding, Surroundings, is_private, mode_of
 from forge_ray.errors import ForgeError
 from forge_ray.records import RECORD_TYPES, Deployment, Event, Record, RunRecord
-from forge_ray.store import Store, verify_files
+from forge_ray.store import paths
+from forge_ray.store.files import Store, verify_files
 
 TYPES = {record.prefix: record for record in RECORD_TYPES}
 PLACES = ("models", "datasets", "runs")  # holds weights, rows and pickled checkpoints
@@ -86,7 +87,7 @@ def health(store: Store) -> Iterator[Finding]:
 
 def _records(store: Store) -> tuple[list[Record], list[str]]:
     found, problems = [], []
-    for path in store.list("records", recursive=True):
+    for path in store.list(paths.RECORDS, recursive=True):
         name = path.rsplit("/", 1)[-1].removesuffix(".json")
         kind = TYPES.get(name.partition("_")[0])
         if kind is None:
@@ -106,7 +107,7 @@ def _records(store: Store) -> tuple[list[Record], list[str]]:
 
 def _events(store: Store) -> tuple[int, list[str]]:
     problems, count = [], 0
-    for path in store.list("events"):
+    for path in store.list(paths.EVENTS):
         try:
             Event.model_validate(store.read_json(path))
             count += 1
@@ -117,7 +118,7 @@ def _events(store: Store) -> tuple[int, list[str]]:
 
 def _index_problem(store: Store, expected: int) -> str:
     """What is wrong with the index of a local store; "" also where there is none, for the next command makes it."""
-    path = Path(store.root) / "catalog.sqlite"
+    path = Path(store.root) / paths.INDEX_FILE
     if not store.is_local or not path.is_file():
         return ""
     try:
@@ -153,7 +154,7 @@ def _sample(store: Store) -> int:
 def keyless(store: Store) -> dict[int, str]:
     """port → name of the deployments that ask for no key."""
     found = {}
-    for path in store.list("records/deployments"):
+    for path in store.list(paths.of_kind("deployments")):
         try:
             deployment = Deployment.model_validate(store.read_json(path))
             config = DeployConfig.model_validate(deployment.config)
@@ -168,7 +169,7 @@ def deployments(store: Store) -> Iterator[Finding]:
     """An endpoint that the network reaches asks for keys."""
     rule = "an endpoint that is not on loopback asks for keys"
     open_ones = []
-    for path in store.list("records/deployments"):
+    for path in store.list(paths.of_kind("deployments")):
         try:
             deployment = Deployment.model_validate(store.read_json(path))
             config = DeployConfig.model_validate(deployment.config)

@@ -1,4 +1,4 @@
-"""LoRA adapters beside each other in one model: every row of a step goes through its own (level 2).
+"""LoRA adapters beside each other in one model: every row of a step goes through its own.
 
 All adapters that are in use stand side by side in two matrices per layer, and a mask keeps each row to its own columns:
 three operations a layer, however many adapters. A row without an adapter gets the base's product plus an exact zero.

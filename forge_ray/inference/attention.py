@@ -1,4 +1,4 @@
-"""Attention of one packed step over the paged cache (level 2).
+"""Attention of one packed step over the paged cache.
 
 transformers lays the tokens of all requests end to end and lets every one see the keys of every request through a mask: work
 that grows with the square of the batch. Here the requests that add one token (decoding) are one call on their own pages,

@@ -1,4 +1,4 @@
-"""transformers' continuous batching with this project's way to run a step (level 2).
+"""transformers' continuous batching with this project's way to run a step.
 
 transformers keeps the cache, admits requests and cuts prompts; what happens between the tokens of a step and the next token
 of each request is here: attention over pages, the adapters of each row, and each request's own way to draw.

@@ -1,4 +1,4 @@
-"""The engine that a configuration names (level 2). Each engine is imported only where it is the one."""
+"""The engine that a configuration names. Each engine is imported only where it is the one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 from forge_ray.config.release import EngineConfig
-from forge_ray.hardware import resolve_precision
 from forge_ray.inference.engine import Engine
+from forge_ray.machine.hardware import resolve_precision
 
 
 def open_engine(

@@ -1,4 +1,4 @@
-"""Vectors of texts: the mean of a decoder's last hidden states (level 2)."""
+"""Vectors of texts: the mean of a decoder's last hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Engine seam: tokens in, tokens out (level 2; imports no torch).
+"""The Engine seam: tokens in, tokens out (imports no torch).
 
 Three consumers (serve, evaluate, rollouts). Text, chat templates, stop strings and OpenAI's formats stay outside.
 """

@@ -1,4 +1,4 @@
-"""JSON schemas as grammars over a model's own tokens (level 2), by llguidance.
+"""JSON schemas as grammars over a model's own tokens, by llguidance.
 
 A grammar says before each token which ones may come; what the model would rather say is not among them. llguidance refuses
 a schema that it cannot keep in full, where others leave a keyword out.

@@ -1,4 +1,4 @@
-"""A model's folder → the transformers engine, or its weights alone (level 2): safetensors only, no code of theirs."""
+"""A model's folder → the transformers engine, or its weights alone: safetensors only, no code of theirs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from forge_ray.architecture import open_model
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
-from forge_ray.hardware import resolve_precision
 from forge_ray.inference.adapters import WEIGHTS, read_adapter
 from forge_ray.inference.grammar import load_grammars
 from forge_ray.inference.projection import linear_layers
 from forge_ray.inference.transformers_engine import TransformersEngine
+from forge_ray.machine.hardware import resolve_precision
+from forge_ray.models.architecture import open_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

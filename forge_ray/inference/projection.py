@@ -1,4 +1,4 @@
-"""A linear layer that is fast on a CPU and adds to each row what its adapter says (level 2).
+"""A linear layer that is fast on a CPU and adds to each row what its adapter says.
 
 On a CPU a weight is kept in the layout that oneDNN multiplies fastest: for the few rows of a decoding step half of the time
 goes into rearranging it otherwise. That layout is of the same numbers, so nothing else changes.

@@ -1,4 +1,4 @@
-"""How each request of one continuous batch draws its next token from its row of logits (level 2; tensors only).
+"""How each request of one continuous batch draws its next token from its row of logits (tensors only).
 
 A request that samples adds Gumbel noise to its scores: the argmax of that *is* an exact sample (the Gumbel-max trick). The
 noise is a pure function of (seed, position, token id), so a seeded request draws the same tokens whatever else is in the

@@ -1,4 +1,4 @@
-"""Log-probabilities of continuations: one prefill of the prompt, then padded batches on its expanded cache (level 2)."""
+"""Log-probabilities of continuations: one prefill of the prompt, then padded batches on its expanded cache."""
 
 from __future__ import annotations
 

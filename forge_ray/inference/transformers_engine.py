@@ -1,4 +1,4 @@
-"""The Engine over transformers' own continuous batching: one model, one paged cache, CPU and GPU (level 2).
+"""The Engine over transformers' own continuous batching: one model, one paged cache, CPU and GPU.
 
 Three threads touch the model's life: the *generation thread* runs it and hands each result to the request that waits for it
 (`batching.py`), our *watching thread* notices when that one dies, and callers submit or (in `score` and `embed`) hold the

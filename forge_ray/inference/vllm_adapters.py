@@ -1,4 +1,4 @@
-"""A PEFT LoRA folder as vLLM reads one (level 2; torch on first use).
+"""A PEFT LoRA folder as vLLM reads one (torch on first use).
 
 vLLM knows one rank and one alpha for a whole adapter and would scale layers with their own wrongly without a word; it also
 passes over layers that it does not adapt. Here the former are made right and the latter refused.

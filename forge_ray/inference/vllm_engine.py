@@ -1,4 +1,4 @@
-"""The Engine over vLLM's `AsyncLLM`, on GPUs and, with the same code, on CPUs (level 2).
+"""The Engine over vLLM's `AsyncLLM`, on GPUs and, with the same code, on CPUs.
 
 Two threads and a process: vLLM's *engine core* is a child process that holds the weights; `AsyncLLM` talks to it from an
 event loop that runs in a thread of this engine, the *engine loop*; callers come from threads and event loops of their own

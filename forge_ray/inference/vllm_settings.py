@@ -1,4 +1,4 @@
-"""What `EngineConfig` and a request are to vLLM: environment, arguments, sampling parameters (level 2).
+"""What `EngineConfig` and a request are to vLLM: environment, arguments, sampling parameters.
 
 vLLM is imported by the functions here, never before `prepare` has set the environment that it reads on import.
 """
@@ -12,13 +12,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from forge_ray.architecture import empty_model
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, RequestError
-from forge_ray.hardware import resolve_precision
 from forge_ray.inference.engine import GenerationRequest
 from forge_ray.inference.grammar import WHITESPACE, read_schema
-from forge_ray.offline import set_offline_switches
+from forge_ray.machine.hardware import resolve_precision
+from forge_ray.machine.offline import set_offline_switches
+from forge_ray.models.architecture import empty_model
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 # A page that vLLM's attention kernels can read: on CPUs a multiple of 32, on GPUs of 16

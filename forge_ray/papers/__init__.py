@@ -1,1 +1,1 @@
-"""Papers from facts: gathered once from the catalog; each paper is a pure function of them (level 4)."""
+"""Papers from facts: gathered once from the catalog; each paper is a pure function of them."""

@@ -1,4 +1,4 @@
-"""A bill of materials as CycloneDX 1.6 JSON, with a model card in it (level 4). ecma-international.org, ECMA-424."""
+"""A bill of materials as CycloneDX 1.6 JSON, with a model card in it. ecma-international.org, ECMA-424."""
 
 from __future__ import annotations
 

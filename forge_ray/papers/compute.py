@@ -1,4 +1,4 @@
-"""What a run computed, for how long, on how much (level 4): estimates from its record, their formulas beside them.
+"""What a run computed, for how long, on how much: estimates from its record, their formulas beside them.
 
 FLOPs are model FLOPs by the formula of `train/speed.py`. What activation checkpointing computes twice, steps that were done
 again after a failure, start-up, validation and evaluation are not in them, nor in the hours: both are lower bounds.
@@ -14,7 +14,8 @@ from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ForgeError
 from forge_ray.records import DatasetManifest, RunRecord
-from forge_ray.store import Store
+from forge_ray.store import paths
+from forge_ray.store.files import Store
 from forge_ray.train import metrics
 
 FORMULA = (
@@ -78,7 +79,7 @@ def _whole(value: float | None) -> int | None:
 def _flops(
     store: Store, run: RunRecord, dataset: DatasetManifest | None, tokens: int | None, trained: int | None
 ) -> float | None:
-    path = f"models/{run.base_model}/config.json"
+    path = paths.model(run.base_model, "config.json")
     if tokens is None or trained is None or dataset is None or "train" not in run.config or not store.exists(path):
         return None
     from forge_ray.train.speed import flops
@@ -99,7 +100,7 @@ def _worker_hours(store: Store, run: RunRecord) -> float | None:
     sizes = {int(attempt["world_size"]) for attempt in run.attempts}
     if len(sizes) == 1:
         return run.metrics["seconds"] * sizes.pop() / 3600
-    path = f"runs/{run.id}/{metrics.METRICS}"
+    path = paths.run(run.id, metrics.METRICS)
     if not store.exists(path):
         return None
     total = 0.0

@@ -1,4 +1,4 @@
-"""A dataset as Croissant 1.1, with its responsible-AI and provenance fields (level 4). docs.mlcommons.org/croissant."""
+"""A dataset as Croissant 1.1, with its responsible-AI and provenance fields. docs.mlcommons.org/croissant."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CONTEXT: Json = {
     "subField": "cr:subField",
     "transform": "cr:transform",
 }
-FIELDS = (  # of a record, as `data/dataset.py` writes it
+FIELDS = (  # of a record, as `data/dataset/version.py` writes it
     ("record", "sc:Text", "id of the record: a hash of its content"),
     ("kind", "sc:Text", "chat, text, preference or feedback"),
     ("file", "sc:Text", "source file that the record was read from"),

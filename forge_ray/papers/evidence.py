@@ -1,4 +1,4 @@
-"""Evidence for three papers of the EU's AI Act (level 4): what is asked, what is on record, where it is on record.
+"""Evidence for three papers of the EU's AI Act: what is asked, what is on record, where it is on record.
 
 Evidence, never a verdict. Points are those of Regulation (EU) 2024/1689 and of the AI Office's template of July 2025, in
 words of our own: what binds is the official text.

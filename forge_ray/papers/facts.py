@@ -1,4 +1,4 @@
-"""Everything that is on record about one model version, gathered once (level 4).
+"""Everything that is on record about one model version, gathered once.
 
 Nothing is typed by hand but two figures that no record has: the watts of a worker, the base model's training compute.
 """
@@ -11,11 +11,9 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from forge_ray import __version__, environment
-from forge_ray.aliases import route_of
-from forge_ray.authority import Authority
-from forge_ray.catalog import Catalog
+from forge_ray import __version__
 from forge_ray.errors import ConfigError
+from forge_ray.machine import environment
 from forge_ray.papers import compute
 from forge_ray.records import (
     DatasetManifest,
@@ -27,8 +25,12 @@ from forge_ray.records import (
     RunRecord,
     digest,
 )
-from forge_ray.signatures import valid_signers
-from forge_ray.store import Store
+from forge_ray.store import paths
+from forge_ray.store.aliases import route_of
+from forge_ray.store.authority import Authority
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+from forge_ray.store.signatures import valid_signers
 
 NOT_RECORDED = "not recorded"
 BY_HAND = "not recorded: provide by hand"
@@ -256,7 +258,7 @@ def _approval(known: Authority, event: Event) -> Approval:
 def _configuration(store: Store, chain: list[ModelVersion]) -> dict[str, Any]:
     """`config.json` of the weights that the version runs on: its own, or its base's where it is an adapter."""
     for version in chain:
-        path = f"models/{version.id}/config.json"
+        path = paths.model(version.id, "config.json")
         if version.weights == "full" and store.exists(path):
             value = store.read_json(path)
             return value if isinstance(value, dict) else {}
@@ -268,7 +270,7 @@ def num_parameters(store: Store, version: ModelVersion) -> int | None:
     total = 0
     names = [entry.path for entry in version.files if entry.path.endswith(".safetensors")]
     for name in names:
-        path = f"models/{version.id}/{name}"
+        path = paths.model(version.id, name)
         if not store.exists(path):
             return None
         with store.filesystem.open_input_file(store.path(path)) as stream:

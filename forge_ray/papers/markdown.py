@@ -1,4 +1,4 @@
-"""Markdown of facts (level 4): whatever a record holds is text, never markup."""
+"""Markdown of facts: whatever a record holds is text, never markup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run and its version in an MLflow server (level 4): for those who look there. Our records stay what counts.
+"""A run and its version in an MLflow server: for those who look there. Our records stay what counts.
 
 The run is found again by its tag `forge.run`, the version by `forge.version`: a second export writes nothing twice, and goes
 on where a broken one ended.
@@ -11,12 +11,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound, StoreError
 from forge_ray.records import EvalReport, ModelVersion, RunRecord
-from forge_ray.store import Store
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 from forge_ray.train import metrics
 from forge_ray.train.sinks import MlFlow, series
 
@@ -77,7 +78,7 @@ def _export(
     tags = {"forge.dataset": run.dataset, "forge.base_model": run.base_model, "forge.code_digest": run.code_digest}
     tags |= {"forge.config_digest": run.config_digest, "forge.order_digest": run.order_digest}
     sink = MlFlow(uri, run.id, experiment, parse(TrainConfig, run.config["train"]), tags)
-    path = f"runs/{run.id}/{metrics.METRICS}"
+    path = paths.run(run.id, metrics.METRICS)
     told = series(store, run.id, metrics.parse(store.read(path).decode()) if store.exists(path) else [])
     _log(sink, told)
     sink.close(failed=False)
@@ -127,7 +128,7 @@ def _register(catalog: Catalog, version: ModelVersion, exported: Exported, clien
 
 
 def _weights(store: Store, version: ModelVersion, run: str, client: Any) -> str:
-    client.log_artifacts(run, str(store.fetch_dir(f"models/{version.id}")), f"models/{version.id}")
+    client.log_artifacts(run, str(store.fetch_dir(paths.model(version.id))), f"models/{version.id}")
     return f"runs:/{run}/models/{version.id}"
 
 

@@ -1,4 +1,4 @@
-"""A model card: Markdown with the front matter that Hugging Face reads (level 4)."""
+"""A model card: Markdown with the front matter that Hugging Face reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The version's history as OpenLineage events 2-0-2, one JSON object a line (level 4). openlineage.io/spec.
+"""The version's history as OpenLineage events 2-0-2, one JSON object a line. openlineage.io/spec.
 
 A file and nothing else: whoever runs a collector posts the lines to it. Run ids are UUIDs made of our ids, so the same
 record is the same run everywhere.

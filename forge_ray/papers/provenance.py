@@ -1,4 +1,4 @@
-"""Where the weights came from: an in-toto Statement v1 with a SLSA provenance v1 predicate (level 4). slsa.dev/spec/v1.0.
+"""Where the weights came from: an in-toto Statement v1 with a SLSA provenance v1 predicate. slsa.dev/spec/v1.0.
 
 Evidence of how they were built; no SLSA level is claimed.
 """

@@ -1,4 +1,4 @@
-"""All papers of a version into a folder, and the pack that an auditor takes away (level 4)."""
+"""All papers of a version into a folder, and the pack that an auditor takes away."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forge_ray import audit_log
-from forge_ray.catalog import event_path
 from forge_ray.errors import ConfigError
 from forge_ray.papers.bom import bom
 from forge_ray.papers.croissant import croissant
@@ -21,8 +19,10 @@ from forge_ray.papers.markdown import plain, table
 from forge_ray.papers.model_card import model_card
 from forge_ray.papers.openlineage import openlineage
 from forge_ray.papers.provenance import provenance
-from forge_ray.signing import IN_TOTO, PrivateKey, envelope
-from forge_ray.store import Store
+from forge_ray.store import audit_log, paths
+from forge_ray.store.catalog import event_path
+from forge_ray.store.files import Store
+from forge_ray.store.signing import IN_TOTO, PrivateKey, envelope
 
 INDEX = "INDEX.md"
 SUMS = "SHA256SUMS"
@@ -91,10 +91,10 @@ def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> 
     audit log, and how to check it all offline; returns its sha256. The same store gives the same bytes."""
     entries = {f"papers/{name}": content for name, content in found.items()}
     for record in facts.records:
-        entries[f"records/{record.kind}/{record.id}.json"] = store.read(f"records/{record.kind}/{record.id}.json")
-        entries |= {name: store.read(name) for name in store.list(f"signatures/{record.id}")}
+        entries[paths.record(record.kind, record.id)] = store.read(paths.record(record.kind, record.id))
+        entries |= {name: store.read(name) for name in store.list(paths.signatures(record.id))}
     for training in facts.trainings:
-        lock = f"environments/{training.run.environment_digest.removeprefix('sha256:')}.json"
+        lock = paths.environment(training.run.environment_digest)
         if training.run.environment_digest and store.exists(lock):
             entries[lock] = store.read(lock)
     for event in facts.events:

@@ -1,4 +1,4 @@
-"""In front of every route: who asks, may they, and one line about it (level 4; no ray).
+"""In front of every route: who asks, may they, and one line about it (no ray).
 
 Plain ASGI, so a stream passes through untouched; `front` puts it in its place. What it finds out is in `scope["state"]`:
 `request_id` and `caller`.
@@ -19,10 +19,11 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from forge_ray.keys import PATTERN, ApiKey, sha256_of
+from forge_ray.serve.keys import PATTERN, ApiKey, sha256_of
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Caller, Chosen, Directory, Facts, Loaded
+from forge_ray.serve.served import Caller, Chosen, Directory, Facts
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 CLIENT_CLOSED = 499  # nginx's number for a client that went away before the answer

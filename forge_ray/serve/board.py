@@ -1,4 +1,4 @@
-"""What the replicas of one deployment share: one small actor (level 4).
+"""What the replicas of one deployment share: one small actor.
 
 It reads the store's facts, makes tables of them, and moves all replicas from one to the next: each prepares the new table,
 and when all that live have done so, it goes live everywhere. It also knows what only a view over all replicas can tell:
@@ -17,16 +17,16 @@ from typing import Any
 
 import ray
 
-from forge_ray.aliases import alias_event, route_of
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
-from forge_ray.keys import ApiKey
 from forge_ray.records import Deployment, Event
+from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.limits import Counters, Verdict
 from forge_ray.serve.outcomes import Outcome, Outcomes, without_canaries
 from forge_ray.serve.published import Published
 from forge_ray.serve.routing import Facts, Table, table_of, versions_of
-from forge_ray.store import Store
+from forge_ray.store.aliases import alias_event, route_of
+from forge_ray.store.files import Store
 
 NAMESPACE = "forge_ray"
 WATCH_S = 5.0  # a watch that sees nothing new returns after this

@@ -1,4 +1,4 @@
-"""One choice of an answer: what the engine generates as text, tool calls and an end (level 4; no ray, no torch)."""
+"""One choice of an answer: what the engine generates as text, tool calls and an end (no ray, no torch)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import replace
 from forge_ray.errors import RequestError
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import Choice, Prompt
 from forge_ray.serve.reply import Part
-from forge_ray.serve.served import Loaded
 from forge_ray.serve.text import Piece, answer
 from forge_ray.serve.tools import Beginning, Call, CallParser, markers
 

@@ -1,4 +1,4 @@
-"""One request from its fields to its answer (level 4; no ray): tokenise, choose who answers, generate, reply.
+"""One request from its fields to its answer (no ray): tokenise, choose who answers, generate, reply.
 
 When the client goes away the request is cancelled in the engine, with all its choices.
 """
@@ -17,10 +17,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from forge_ray.errors import EngineError
 from forge_ray.serve.choice import answer_choice
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import Prompt, choices_of, prompts_of
 from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, joined, sse, usage
-from forge_ray.serve.served import Admission, Caller, Chosen, Facts, Loaded, Served
+from forge_ray.serve.served import Admission, Caller, Chosen, Facts, Served
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.streams import merged, unless_gone
 

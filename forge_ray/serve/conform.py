@@ -1,4 +1,4 @@
-"""Do the arguments of a call conform to their schema? (level 4; pure)
+"""Do the arguments of a call conform to their schema? (pure)
 
 Schema and answer both come from outside, so the work is bounded: no reference is fetched, no regular expression is run
 (`pattern` is not looked at, `patternProperties` refused), and a schema that multiplies itself runs out of steps.

@@ -1,4 +1,4 @@
-"""Put models behind an endpoint, and take it away (level 4). Ray must be initialised by the caller.
+"""Put models behind an endpoint, and take it away. Ray must be initialised by the caller.
 
 The application belongs to Serve's detached controller: it goes on when this process ends. It owns the route prefix `/`, so
 that clients use the plain base URL `http://host:port/v1`; one cluster therefore serves one deployment at a time.
@@ -16,14 +16,14 @@ from ray.serve import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import ApplicationStatus
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
 from forge_ray.records import Deployment, Event
 from forge_ray.serve.board import find_board
 from forge_ray.serve.replica import Replica
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 POLL_S = 0.25
 SLOWEST_TOKEN_S = 0.5  # on a loaded CPU; sets how long a leaving replica may finish what it began

@@ -1,4 +1,4 @@
-"""The fields of each request, OpenAI's with Mistral's aliases (level 4; no ray, no torch)."""
+"""The fields of each request, OpenAI's with Mistral's aliases (no ray, no torch)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A replica's HTTP with everything in front of it, in the order that is safe (level 4; no ray)."""
+"""A replica's HTTP with everything in front of it, in the order that is safe (no ray)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 
 from forge_ray.inference.engine import EngineHealth
-from forge_ray.keys import ApiKey
 from forge_ray.serve.access import AsgiApp, Granted, guarded
 from forge_ray.serve.http import build_http
+from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.ledger import Ledger
 from forge_ray.serve.limits import Verdict, admission, bounded
 from forge_ray.serve.served import Served

@@ -1,4 +1,4 @@
-"""The engines of one replica and the versions that live in them (level 4; no ray).
+"""The engines of one replica and the versions that live in them (no ray).
 
 An engine runs one set of full weights: a base with its adapters, a full version, or an adapter merged into its base.
 Adapters come and go in it: the least recently used one makes room, never one that a request still needs.
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.config.release import DeployConfig
-from forge_ray.data.chat import ChatTokenizer, load_tokenizer_dir
+from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.errors import EngineError, ForgeError, StoreError
 from forge_ray.inference.choose import open_engine
 from forge_ray.inference.engine import Engine, EngineHealth, GenerationRequest
 from forge_ray.records import ModelVersion
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.routing import ServedVersion
-from forge_ray.serve.served import Loaded
-from forge_ray.store import Store
+from forge_ray.store import paths
+from forge_ray.store.files import Store
 
 IN_USE_S = 0.5  # an adapter chosen so recently may be about to be asked for
 ROOM_S = 30.0  # a request whose adapter must be loaded waits so long for one that nobody needs
@@ -32,8 +33,8 @@ LOG = logging.getLogger(__name__)
 
 def fetch_version(store: Store, version_id: str) -> tuple[ModelVersion, Path]:
     """A model version's record and its files in a local folder, verified against the record."""
-    version = ModelVersion.model_validate(store.read_json(f"records/models/{version_id}.json"))
-    where = f"models/{version.id}"
+    version = ModelVersion.model_validate(store.read_json(paths.record("models", version_id)))
+    where = paths.model(version.id)
     folder = store.fetch_dir(where)
     listed = {entry.path: entry for entry in store.files(where)}
     for entry in version.files:

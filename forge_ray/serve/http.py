@@ -1,4 +1,4 @@
-"""HTTP in front of what a replica serves: OpenAI's endpoints, /health and /metrics, as one ASGI app (level 4; no ray).
+"""HTTP in front of what a replica serves: OpenAI's endpoints, /health and /metrics, as one ASGI app (no ray).
 
 The engine lives in the same process, so a token crosses no network before it is sent. Nothing of a prompt or an answer is
 logged.

@@ -1,4 +1,4 @@
-"""What is answered without generating: vectors of texts, and texts as tokens (level 4; no ray, no torch)."""
+"""What is answered without generating: vectors of texts, and texts as tokens (no ray, no torch)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import numpy as np
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from forge_ray.data.chat import ChatTokenizer
-from forge_ray.data.schema import Reject
+from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.serve.complete import answered_by
 from forge_ray.serve.fields import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import chat_ids, ids_of
-from forge_ray.serve.served import Facts, Loaded, Served
+from forge_ray.serve.served import Facts, Served
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""What was used, by whom: one line per answer, in the store (level 4; no ray).
+"""What was used, by whom: one line per answer, in the store (no ray).
 
     usage/<YYYY-MM-DD>/<replica>-<n>.jsonl
 
@@ -20,7 +20,8 @@ from typing import Literal
 
 from forge_ray.errors import ConfigError
 from forge_ray.records import Frozen, utc_now
-from forge_ray.store import Store
+from forge_ray.store import paths
+from forge_ray.store.files import Store
 
 FLUSH_S = 2.0
 SEGMENT_BYTES = 256 << 10  # some thousand lines: what is put again at most every few seconds
@@ -93,12 +94,12 @@ class Ledger:
         self._size = len(text)
 
     def _path(self, day: str, number: int) -> str:
-        return f"usage/{day}/{self._replica}-{number}.jsonl"
+        return paths.usage(day, f"{self._replica}-{number}.jsonl")
 
 
 def lines(store: Store, since: str = "") -> Iterator[Used]:
     """Every line from the day `since` (YYYY-MM-DD) on."""
-    for path in store.list("usage", recursive=True):
+    for path in store.list(paths.usage(), recursive=True):
         day = path.split("/")[1]
         if day >= since and path.endswith(".jsonl"):
             for line in store.read(path).decode().splitlines():

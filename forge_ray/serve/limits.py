@@ -1,4 +1,4 @@
-"""How much a key may ask for, and how many requests may wait (level 4; no ray).
+"""How much a key may ask for, and how many requests may wait (no ray).
 
 `Counters` counts for all replicas of an endpoint, so its limits hold exactly however many there are: one instance lives in
 an actor that they share, or in the process where there is only one. N per minute means: in no 60 seconds more than N.
@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forge_ray.inference.engine import EngineHealth
-from forge_ray.keys import ApiKey
 from forge_ray.serve.access import AsgiApp, check_grant, refuse
+from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.ledger import Ledger, Used
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError

@@ -1,4 +1,4 @@
-"""The directory of one replica: it follows tables, and swaps them whole (level 4; no ray).
+"""The directory of one replica: it follows tables, and swaps them whole (no ray).
 
 A new table is prepared beside the one that answers: every version fetched, verified, loaded and asked for a token. Only
 then, and when told, does it answer: the swap is one assignment, so no request sees a half of each.
@@ -18,9 +18,10 @@ from forge_ray.config.release import AliasRoute
 from forge_ray.errors import EngineError
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.serve.home import Homes
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.routing import Request, ServedVersion, Table, decide, sticky
-from forge_ray.serve.served import Chosen, Facts, Loaded
+from forge_ray.serve.served import Chosen, Facts
 
 SETTLED_S = 30.0  # requests that chose from an older table have reached their engine by then
 MAX_LABEL_TOKENS = 8

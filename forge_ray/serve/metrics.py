@@ -1,4 +1,4 @@
-"""Prometheus metrics of one replica, and how those of several become one text (level 4; no ray).
+"""Prometheus metrics of one replica, and how those of several become one text (no ray).
 
 `model` is the name that the client sent (an alias, say), `model_version` who answered; `forge_model_info` says which digest
 and adapter a version is. Requests are counted by route and status, answers by name and version.
@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from forge_ray.inference.engine import EngineHealth
 
 if TYPE_CHECKING:
-    from forge_ray.serve.served import Loaded
+    from forge_ray.serve.loaded import Loaded
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ANSWER = ("deployment", "model", "model_version")

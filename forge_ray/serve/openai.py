@@ -1,4 +1,4 @@
-"""From a body to a request: what is not offered, limits, and how an error looks (level 4; no ray, no torch).
+"""From a body to a request: what is not offered, limits, and how an error looks (no ray, no torch).
 
 A field is honoured or refused, never ignored. Known fields that are not offered are accepted with a value that asks for
 nothing (`NO_OP`); any other value, and any unknown field, is a 400 that names the field in `param`.
@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from forge_ray.config.release import Limits
-from forge_ray.data.strict_json import Reject, decode, reject_deep
+from forge_ray.data.read.strict_json import Reject, decode, reject_deep
 from forge_ray.serve.fields import (
     ChatRequest,
     CompletionOptions,

@@ -1,4 +1,4 @@
-"""How the versions behind an alias do, and whether a canary has to go (level 4; pure)."""
+"""How the versions behind an alias do, and whether a canary has to go (pure)."""
 
 from __future__ import annotations
 

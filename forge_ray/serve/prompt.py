@@ -1,4 +1,4 @@
-"""From a request to what the engine is asked: prompts, and one generation per choice (level 4; no ray, no torch).
+"""From a request to what the engine is asked: prompts, and one generation per choice (no ray, no torch).
 
 What needs the version's tokenizer or the engine's bounds is checked here; the rest is checked in `openai`.
 """
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from forge_ray.config.release import Limits
-from forge_ray.data.chat import ChatTokenizer
-from forge_ray.data.schema import Reject
+from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.inference.engine import GenerationRequest
 from forge_ray.serve.conform import check_strict
 from forge_ray.serve.fields import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest, Message, Tool
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Loaded
 from forge_ray.serve.tools import Beginning, beginnings
 
 DEFAULTS = {field.name: field.default for field in fields(GenerationRequest)}

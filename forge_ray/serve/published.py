@@ -1,16 +1,17 @@
-"""The store's facts that serving follows: aliases, archived versions, versions (level 4; no ray, no SQLite)."""
+"""The store's facts that serving follows: aliases, archived versions, versions (no ray, no SQLite)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from forge_ray.aliases import route_of
-from forge_ray.authority import accepted_moves, folded
-from forge_ray.catalog import OUT_OF_USE, write_event
 from forge_ray.config.release import AliasRoute
 from forge_ray.records import Event, ModelVersion
-from forge_ray.store import Store
-from forge_ray.tail import EventTail
+from forge_ray.store import paths
+from forge_ray.store.aliases import route_of
+from forge_ray.store.authority import accepted_moves, folded
+from forge_ray.store.catalog import OUT_OF_USE, write_event
+from forge_ray.store.files import Store
+from forge_ray.store.tail import EventTail
 
 
 class Published:
@@ -48,7 +49,7 @@ class Published:
 
     def version(self, identifier: str) -> ModelVersion | None:
         """A model version's record, with the dataset of its run; None where the store has none."""
-        path = f"records/models/{identifier}.json"
+        path = paths.record("models", identifier)
         if identifier not in self._versions:
             if not self.store.exists(path):
                 return None
@@ -59,7 +60,7 @@ class Published:
         return self._versions[identifier]
 
     def _dataset(self, run: str) -> str:
-        path = f"records/runs/{run}.json"
+        path = paths.record("runs", run)
         return str(self.store.read_json(path)["dataset"]) if run and self.store.exists(path) else ""
 
     def append(self, event: Event) -> Event:

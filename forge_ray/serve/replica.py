@@ -1,4 +1,4 @@
-"""One replica of a deployment: HTTP, directory and engines in one process (level 4).
+"""One replica of a deployment: HTTP, directory and engines in one process.
 
 It reads records and files from the store and never opens the catalogue. Two threads keep it in step with the others: one
 follows the board's tables, one tells the board how it does.
@@ -19,13 +19,13 @@ from ray import serve
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import EngineError
-from forge_ray.haproxy import behind_haproxy
-from forge_ray.keys import KeyTail
 from forge_ray.records import Deployment
 from forge_ray.serve.access import AsgiApp, write_access_log
 from forge_ray.serve.board import board_of, read_table
 from forge_ray.serve.front import front
+from forge_ray.serve.haproxy import behind_haproxy
 from forge_ray.serve.home import Homes
+from forge_ray.serve.keys import KeyTail
 from forge_ray.serve.ledger import Ledger
 from forge_ray.serve.limits import Verdict
 from forge_ray.serve.live import Live
@@ -34,7 +34,7 @@ from forge_ray.serve.outcomes import Outcome
 from forge_ray.serve.published import Published
 from forge_ray.serve.routing import Table
 from forge_ray.serve.served import Admission, Chosen, Served
-from forge_ray.store import Store
+from forge_ray.store.files import Store
 
 PULSE_S = 0.5
 METRICS_EVERY = 10  # pulses

@@ -1,4 +1,4 @@
-"""What an answer looks like: OpenAI's response objects, whole and in pieces (level 4; no ray, no torch)."""
+"""What an answer looks like: OpenAI's response objects, whole and in pieces (no ray, no torch)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from forge_ray.data.template import ChatTokenizer
+from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.serve.text import Piece
 from forge_ray.serve.tools import Call
 

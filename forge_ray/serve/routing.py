@@ -1,4 +1,4 @@
-"""Which version answers which name (level 4; pure).
+"""Which version answers which name (pure).
 
 A `Table` says what an endpoint serves at one moment. It is computed from the store's facts alone, so all who read the same
 facts have the same table, and its digest names it.

@@ -1,4 +1,4 @@
-"""How many replicas (level 4; no torch): so many that each holds about `target_tokens`.
+"""How many replicas (no torch): so many that each holds about `target_tokens`.
 
 Requests are a poor measure: one may be ten tokens, the next ten thousand. A replica counts the tokens of what runs and what
 waits in its engines, prompts and what may still be generated.

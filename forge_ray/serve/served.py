@@ -1,4 +1,4 @@
-"""What a replica serves, as its HTTP side sees it (level 4; no ray).
+"""What a replica serves, as its HTTP side sees it (no ray).
 
 The HTTP side asks one question, `choose`: who answers this request? Which models there are and which alias leads where may
 change between two requests, never within one.
@@ -12,26 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from forge_ray.config.release import DeployConfig
-from forge_ray.data.chat import ChatTokenizer
-from forge_ray.inference.engine import Engine
-from forge_ray.keys import ApiKey
+from forge_ray.serve.keys import ApiKey
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.metrics import Metrics
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """One model version that is ready to answer. `adapter` is its name in `engine`, "" where it is that engine's weights."""
-
-    version: str
-    digest: str
-    engine: Engine
-    adapter: str
-    tokenizer: ChatTokenizer
-    stop_token_ids: tuple[int, ...]
-
-    @property
-    def fingerprint(self) -> str:
-        return "fp_" + self.digest.removeprefix("sha256:")[:16]
 
 
 @dataclass(frozen=True)

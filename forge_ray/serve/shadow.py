@@ -1,4 +1,4 @@
-"""Shadows: versions that answer the same request unseen (level 4; no ray).
+"""Shadows: versions that answer the same request unseen (no ray).
 
 Nobody reads their answers. They never delay or fail the real one: they start once it was admitted, and what cannot start
 at once is dropped.
@@ -14,9 +14,10 @@ from contextlib import aclosing
 from forge_ray.errors import EngineError
 from forge_ray.serve.choice import answer_choice
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import choices_of, prompts_of
-from forge_ray.serve.served import Chosen, Loaded, Served
+from forge_ray.serve.served import Chosen, Served
 
 MOST_AT_ONCE = 4  # of a replica; each takes a place in the engine's batch
 

@@ -1,4 +1,4 @@
-"""Several answers as one stream, and an answer that ends when its client leaves (level 4; asyncio alone)."""
+"""Several answers as one stream, and an answer that ends when its client leaves (asyncio alone)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens → text while they arrive: whole characters only, and never a piece of a stop string (level 4; no ray, no torch)."""
+"""Tokens → text while they arrive: whole characters only, and never a piece of a stop string (no ray, no torch)."""
 
 from __future__ import annotations
 

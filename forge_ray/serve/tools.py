@@ -1,4 +1,4 @@
-"""Tool calls: found in what a model writes, and begun for it where one must be made (level 4; pure).
+"""Tool calls: found in what a model writes, and begun for it where one must be made (pure).
 
 Styles are those of `ChatTokenizer.call_style`:
 
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forge_ray.data.template import CallStyle, ChatTokenizer
+from forge_ray.data.tokens.template import CallStyle, ChatTokenizer
 from forge_ray.serve.conform import conforms
 from forge_ray.serve.fields import Function
 from forge_ray.serve.text import overlap

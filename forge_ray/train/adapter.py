@@ -1,4 +1,4 @@
-"""Put an adapter on a model and say what it reached (level 3).
+"""Put an adapter on a model and say what it reached.
 
 A pattern names a *kind* of layer by the end of its name: `o_proj`, `self_attn.o_proj`, `mlp.experts.down_proj`. It must be
 found in the text model, and in every layer that has that kind; else a run would train less than its file says, with a
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from forge_ray.architecture import outside_text
 from forge_ray.config.train import Adapter
 from forge_ray.errors import ConfigError
+from forge_ray.models.architecture import outside_text
 
 LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.|\.h\.(\d+)\.")
 

@@ -1,4 +1,4 @@
-"""Who trains a run: one driver at a time, and a number for each start of its workers (level 3).
+"""Who trains a run: one driver at a time, and a number for each start of its workers.
 
     runs/<id>/driver.json              the lease: which process drives the run; touched while it lives
     runs/<id>/attempts/000003.json     one per start of the worker group, never rewritten; its number is a fence
@@ -19,10 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from forge_ray.environment import code_commit, code_digest
 from forge_ray.errors import NotFound, StoreError, TrainingError
+from forge_ray.machine.environment import code_commit, code_digest
 from forge_ray.records import canonical_json, utc_now
-from forge_ray.store import Store
+from forge_ray.store import paths
+from forge_ray.store.files import Store
 
 HEARTBEAT_S = 5.0
 LEASE_S = 60.0  # without a sign of life for so long, a driver of another machine counts as dead
@@ -51,11 +52,11 @@ def start(store: Store, run: str, world_size: int, first_step: int, environments
 
 def newest(store: Store, run: str) -> int:
     """The number of the last attempt, 0 before the first."""
-    return max((int(Path(path).stem) for path in store.list(f"runs/{run}/attempts")), default=0)
+    return max((int(Path(path).stem) for path in store.list(paths.run(run, "attempts"))), default=0)
 
 
 def read(store: Store, run: str) -> list[dict[str, Any]]:
-    return [store.read_json(path) for path in store.list(f"runs/{run}/attempts")]
+    return [store.read_json(path) for path in store.list(paths.run(run, "attempts"))]
 
 
 def check_newest(store: Store, run: str, number: int) -> None:
@@ -70,7 +71,7 @@ def check_newest(store: Store, run: str, number: int) -> None:
 
 
 def _path(run: str, number: int) -> str:
-    return f"runs/{run}/attempts/{number:06d}.json"
+    return paths.attempt(run, number)
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def driving(store: Store, run: str) -> Iterator[None]:
         "started": _started(os.getpid()),
         "at": utc_now(),
     }
-    path, data = f"runs/{run}/driver.json", canonical_json(mine)
+    path, data = paths.run(run, "driver.json"), canonical_json(mine)
     if not store.create(path, data):
         other = _holder(store, path)
         if other and (sign := _sign_of_life(store, path, other)):

@@ -1,4 +1,4 @@
-"""Attention inside documents only, without a mask (level 3).
+"""Attention inside documents only, without a mask.
 
 The rows of a pass are laid end to end, and each document attends to itself: the work grows with the squares of the
 documents, not of the rows, and no mask of rows times rows is made. It stands in transformers' table of attention functions,

@@ -1,4 +1,4 @@
-"""Which rows a run really used, against which it should have used (level 3, no torch).
+"""Which rows a run really used, against which it should have used (no torch).
 
 The loop writes two things down: the digest of the order (`Order.link`), and per step the sum of the fingerprints of the rows
 that the model was given. The first is recomputed from the order alone, the second from the dataset's bytes.
@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from forge_ray.catalog import Catalog
-from forge_ray.data.order import Order, order_of
-from forge_ray.data.stream import Rows
+from forge_ray.data.dataset.order import Order, order_of
+from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import NotFound, StoreError
 from forge_ray.records import DatasetManifest, RunRecord
-from forge_ray.store import MANIFEST, Store
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import MANIFEST, Store
 from forge_ray.train import metrics
 
 FINGERPRINT_BITS = 36  # sums over 2^16 rows stay exact in a double, in which ranks add them up
@@ -60,17 +61,17 @@ def facts_of(store: Store, run: str) -> Facts:
             found = _newest_position(store, run)
             settings = _settings(store, run)
         manifest = catalog.get_as(DatasetManifest, found["dataset"])
-    if not store.exists(f"datasets/{manifest.id}"):
+    if not store.exists(paths.dataset(manifest.id)):
         raise NotFound(f"the rows of {manifest.id} are not in this store", hint="were they erased? the run's record remains")
     rows = Rows.of(store, manifest, "train")
     key = found.get("order_key") or manifest.id  # of a run that was made when the order followed from the dataset's id
     order = order_of(manifest, "train", settings["seed"], settings["global_batch"], key)
-    lines = metrics.parse(store.read(f"runs/{run}/{metrics.METRICS}").decode())
+    lines = metrics.parse(store.read(paths.run(run, metrics.METRICS)).decode())
     return Facts(run, rows, order, found["step"], found["order_digest"], lines)
 
 
 def _newest_position(store: Store, run: str) -> dict[str, Any]:
-    for path in reversed([p for p in store.list(f"runs/{run}/checkpoints", recursive=True) if p.endswith("/" + MANIFEST)]):
+    for path in reversed([p for p in store.list(paths.checkpoints(run), recursive=True) if p.endswith("/" + MANIFEST)]):
         try:
             position: dict[str, Any] = store.read_json(path)["position"]
         except (StoreError, KeyError):
@@ -80,7 +81,7 @@ def _newest_position(store: Store, run: str) -> dict[str, Any]:
 
 
 def _settings(store: Store, run: str) -> dict[str, Any]:
-    path = next(path for path in store.list(f"runs/{run}") if path.rsplit("/", 1)[-1].startswith("config-"))
+    path = next(path for path in store.list(paths.run(run)) if path.rsplit("/", 1)[-1].startswith("config-"))
     settings: dict[str, Any] = store.read_json(path)["train"]
     return settings
 

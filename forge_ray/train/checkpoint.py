@@ -1,4 +1,4 @@
-"""Resumable checkpoints: which one is used, and when. Verified before anything is unpickled; `saving` writes them (level 3).
+"""Resumable checkpoints: which one is used, and when. Verified before anything is unpickled; `saving` writes them.
 
     runs/<id>/checkpoints/step-00000120/{engine files…, rng-00000.pt, MANIFEST.json}
 
@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 from forge_ray.errors import ForgeError, StoreError, TrainingError
 from forge_ray.records import FileEntry, canonical_json, digest
-from forge_ray.store import MANIFEST, Store, verify_files
+from forge_ray.store import paths
+from forge_ray.store.files import MANIFEST, Store, verify_files
 from forge_ray.train import validation
 from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
@@ -76,16 +77,12 @@ def expected(job: TrainJob) -> Position:
     )
 
 
-def folder_of(run: str) -> str:
-    return f"runs/{run}/checkpoints"
-
-
 def no_room(store: Store, run: str) -> str:
     """Why a checkpoint as large as the newest one would not fit; "" where it does, or where nobody can tell."""
     free = store.free_bytes()
     for step in steps(store, run) if free is not None else []:
         try:
-            size = sum(entry.size for entry in store.files(f"{folder_of(run)}/step-{step:08d}"))
+            size = sum(entry.size for entry in store.files(paths.checkpoint(run, step)))
         except (ForgeError, KeyError, TypeError, ValueError):
             continue
         wanted = size * ROOM
@@ -105,14 +102,14 @@ def stands(store: Store, relative: str, position: Position) -> bool:
 
 def manifest(store: Store, files: tuple[FileEntry, ...], position: Position) -> bytes:
     newest = next(iter(steps(store, position.run)), None)
-    parent = "" if newest is None else f"step-{newest:08d}:" + _digest_of(store, position.run, newest)
+    parent = "" if newest is None else f"{paths.step(newest)}:" + _digest_of(store, position.run, newest)
     value = {"files": [entry.model_dump() for entry in files], "position": asdict(position), "parent": parent}
     return canonical_json(value | {"digest": digest(value)})
 
 
 def _digest_of(store: Store, run: str, step: int) -> str:
     try:
-        return str(store.read_json(f"{folder_of(run)}/step-{step:08d}/{MANIFEST}").get("digest", ""))
+        return str(store.read_json(paths.checkpoint(run, step, MANIFEST)).get("digest", ""))
     except (ForgeError, AttributeError):
         return ""
 
@@ -122,7 +119,7 @@ def retire(store: Store, run: str, keep: int, keep_best: bool = False) -> None:
     a validation still has to read stays too, and with `keep_best` the one that validated best."""
     whole, stay = 0, validation.protected(store, run, keep_best)
     for step in steps(store, run):
-        relative = f"{folder_of(run)}/step-{step:08d}"
+        relative = paths.checkpoint(run, step)
         if whole >= keep and step in stay:
             continue
         if whole >= keep:
@@ -142,9 +139,9 @@ def _sizes_hold(store: Store, relative: str) -> bool:
 
 def steps(store: Store, run: str) -> list[int]:
     """Steps of the published checkpoints, newest first."""
-    paths = store.list(folder_of(run), recursive=True)
-    published = (path.split("/")[-2] for path in paths if path.endswith("/" + MANIFEST))
-    names = (name.removeprefix("step-") for name in published if name.startswith("step-"))
+    files = store.list(paths.checkpoints(run), recursive=True)
+    published = (path.split("/")[-2] for path in files if path.endswith("/" + MANIFEST))
+    names = (name.removeprefix(paths.STEP) for name in published if name.startswith(paths.STEP))
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
@@ -153,7 +150,7 @@ def find(store: Store, expected: Position, left_out: Callable[[int], str] | None
     in the log. So is one of a timeline that was given up: what was left out by its step differs from `left_out(step)`
     (None: any will do)."""
     for step in steps(store, expected.run):
-        relative = f"{folder_of(expected.run)}/step-{step:08d}"
+        relative = paths.checkpoint(expected.run, step)
         found, reason = verify(store, relative, expected)
         if found is not None and found.step != step:
             reason = f"it is of step {found.step}"
@@ -190,7 +187,7 @@ def restore(
     found: Position | None = agree(find(store, expected, left_out) if context.is_first else None, context)
     if found is None:
         return None
-    folder = store.fetch_dir(f"{folder_of(found.run)}/step-{found.step:08d}", verify=not store.is_local)
+    folder = store.fetch_dir(paths.checkpoint(found.run, found.step), verify=not store.is_local)
     if found.world_size == context.world_size or engine.loads_anywhere:
         engine.load(folder)
     else:
@@ -204,7 +201,7 @@ def restore(
 
 def _reshard(engine: TrainEngine, store: Store, folder: Path, found: Position, context: Context) -> None:
     """Through a copy that no number of workers is part of: once where all of them see it, else once per rank."""
-    aside = store.local(f"{folder_of(found.run)}/.tmp-reshard-{found.step:08d}") if store.is_local else None
+    aside = store.local(paths.checkpoints(found.run, f".tmp-reshard-{found.step:08d}")) if store.is_local else None
     target = aside or Path(tempfile.mkdtemp(prefix="forge-reshard-"))
     problem = ""
     try:
@@ -230,7 +227,7 @@ def _reshard(engine: TrainEngine, store: Store, folder: Path, found: Position, c
 
 def sweep(store: Store, run: str) -> None:
     """Remove what attempts before this one left half-written."""
-    if store.is_local and (folder := store.local(folder_of(run))).is_dir():
+    if store.is_local and (folder := store.local(paths.checkpoints(run))).is_dir():
         for path in folder.iterdir():
             if path.name.startswith((".tmp-", ".old-")):
                 shutil.rmtree(path, ignore_errors=True)

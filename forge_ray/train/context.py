@@ -1,4 +1,4 @@
-"""Who am I among the workers: rank, world size, device; under Ray Train, torchrun or alone (level 3)."""
+"""Who am I among the workers: rank, world size, device; under Ray Train, torchrun or alone."""
 
 from __future__ import annotations
 

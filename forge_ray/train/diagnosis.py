@@ -1,4 +1,4 @@
-"""One page for the person who finds a run that failed: `runs/<id>/diagnosis.md` (level 3, no torch)."""
+"""One page for the person who finds a run that failed: `runs/<id>/diagnosis.md` (no torch)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 from forge_ray.errors import ForgeError
 from forge_ray.records import utc_now
-from forge_ray.store import Store
+from forge_ray.store import paths
+from forge_ray.store.files import Store
 from forge_ray.train import attempts, checkpoint, incidents, metrics, validation
 from forge_ray.train.job import TrainJob
 
@@ -30,7 +31,7 @@ REMEDIES = (
 
 def write(job: TrainJob, cause: BaseException) -> str:
     """Write the page; returns where it is."""
-    relative = f"runs/{job.run}/{PAGE}"
+    relative = paths.run(job.run, PAGE)
     job.store.write(relative, page(job, cause).encode())
     return f"{job.store.place}/{relative}"
 
@@ -52,13 +53,13 @@ def page(job: TrainJob, cause: BaseException) -> str:
 
 def facts(store: Store, run: str) -> dict[str, Any]:
     """What the store knows of a run, finished or not."""
-    path = f"runs/{run}/{metrics.METRICS}"
+    path = paths.run(run, metrics.METRICS)
     lines = metrics.parse(store.read(path).decode()) if store.exists(path) else []
-    is_finished = store.exists(f"runs/{run}/result.json")
+    is_finished = store.exists(paths.result(run))
     return {
         "run": run,
         "finished": is_finished,
-        "stopped_early": store.read_json(f"runs/{run}/result.json").get("stopped_early") if is_finished else None,
+        "stopped_early": store.read_json(paths.result(run)).get("stopped_early") if is_finished else None,
         "validations": [vars(result) for result in validation.read(store, run)],
         "last_step": lines[-1] if lines else None,
         "checkpoints": checkpoint.steps(store, run),

@@ -1,4 +1,4 @@
-"""The optimizer step behind one seam, and its plain-torch implementation (level 3).
+"""The optimizer step behind one seam, and its plain-torch implementation.
 
 `TorchEngine` needs nothing but torch: gradients are summed over the ranks once per step, and under bf16 the optimizer works
 on fp32 master weights. `zero.ZeroEngine` is the other implementation.

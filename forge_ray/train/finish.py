@@ -1,4 +1,4 @@
-"""The end of a run: the servable export, then the facts for its record (level 3)."""
+"""The end of a run: the servable export, then the facts for its record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from forge_ray.config.train import TrainConfig
-from forge_ray.data.order import Order
+from forge_ray.data.dataset.order import Order
 from forge_ray.records import canonical_json
+from forge_ray.store import paths
 from forge_ray.train import attempts, incidents, metrics
 from forge_ray.train.job import TrainJob
 from forge_ray.train.model import export_adapter, export_full, merge_adapter
@@ -21,7 +22,7 @@ RESULT = "result.json"
 
 def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path, relative: str = "") -> str:
     """Plain Hugging Face or PEFT safetensors under `relative`, `runs/<id>/export` by default; returns which of the two."""
-    with job.store.staged_dir(relative or f"runs/{job.run}/export") as target:
+    with job.store.staged_dir(relative or paths.export(job.run)) as target:
         if job.config.adapter is None:
             export_full(base, weights, target)
             return "full"
@@ -72,8 +73,8 @@ def finish(
         "export_kind": export_kind,
         "stopped_early": stopped,
     }
-    job.store.write(f"runs/{job.run}/{RESULT}", canonical_json(result))
+    job.store.write(paths.run(job.run, RESULT), canonical_json(result))
     if not job.store.is_local:
         for name in (metrics.METRICS, metrics.CURVE):
-            job.store.write(f"runs/{job.run}/{name}", (folder / name).read_bytes())
+            job.store.write(paths.run(job.run, name), (folder / name).read_bytes())
         shutil.rmtree(folder, ignore_errors=True)

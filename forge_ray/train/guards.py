@@ -1,4 +1,4 @@
-"""The guards of a training loop: what is not finite, what spikes, what fails, what is slow (level 3).
+"""The guards of a training loop: what is not finite, what spikes, what fails, what is slow.
 
 Each decision is taken from numbers that all ranks share, so they take it together; each is an incident of the run.
 """
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from forge_ray.config.train import Spike
-from forge_ray.data.order import Order
-from forge_ray.data.stream import Rows
+from forge_ray.data.dataset.order import Order
+from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import TrainingError
 from forge_ray.train import attempts, incidents
 from forge_ray.train.context import Context, agree

@@ -1,4 +1,4 @@
-"""What went wrong in a run and what was done: `runs/<id>/incidents/000001.json`, never rewritten (level 3, no torch).
+"""What went wrong in a run and what was done: `runs/<id>/incidents/000001.json`, never rewritten (no torch).
 
 They are also the memory of the guards: which steps and rows a later attempt leaves out follows from them alone, so an
 attempt that is killed and started again decides the same.
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from forge_ray.records import canonical_json, digest, utc_now
-from forge_ray.store import Store
+from forge_ray.store import paths
+from forge_ray.store.files import Store
 
 Incident = dict[str, Any]  # number, at, kind, step, and what belongs to the kind
 
@@ -45,13 +46,13 @@ def write(store: Store, run: str, kind: str, step: int, **facts: Any) -> Inciden
     while True:
         number += 1
         value: Incident = {"number": number, "at": utc_now(), "kind": kind, "step": step} | facts
-        if store.create(f"runs/{run}/incidents/{number:06d}.json", canonical_json(value)):
+        if store.create(paths.incident(run, number), canonical_json(value)):
             return value
 
 
 def read(store: Store, run: str) -> list[Incident]:
     """In the order of their numbers."""
-    return [store.read_json(path) for path in store.list(f"runs/{run}/incidents")]
+    return [store.read_json(path) for path in store.list(paths.run(run, "incidents"))]
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
-"""What a worker is told: one small, picklable value (level 3)."""
+"""What a worker is told: one small, picklable value."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
-from forge_ray.store import MANIFEST, Store
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import MANIFEST, Store
 
 LOOP = 3  # raised when the loop changes what the same settings compute
 
@@ -73,8 +74,8 @@ def job_of(catalog: Catalog, run: str) -> TrainJob:
     """The job of a run that has started, from what lies in its folder. Raises `NotFound`, or `ConfigError` where those
     settings no longer give this run id."""
     store = catalog.store
-    written = [path for path in store.list(f"runs/{run}") if path.rsplit("/", 1)[-1].startswith("config-")]
-    manifests = [p for p in store.list(f"runs/{run}/checkpoints", recursive=True) if p.endswith("/" + MANIFEST)]
+    written = [path for path in store.list(paths.run(run)) if path.rsplit("/", 1)[-1].startswith("config-")]
+    manifests = [p for p in store.list(paths.checkpoints(run), recursive=True) if p.endswith("/" + MANIFEST)]
     if not written or not manifests:
         raise NotFound(f"{run!r} has no checkpoint", hint="`forge runs list` shows the runs of this store")
     settings, position = store.read_json(written[0]), store.read_json(manifests[-1])["position"]

@@ -1,4 +1,4 @@
-"""Run a training loop on Ray Train's workers, or here (level 3). The only file that knows Ray Train's constructors."""
+"""Run a training loop on Ray Train's workers, or here. The only file that knows Ray Train's constructors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 from forge_ray.config.train import Workers
 from forge_ray.errors import ForgeError, TrainingError
+from forge_ray.machine.ray_internals import RAY_SNAPSHOT, remove_orphaned_groups
+from forge_ray.store import paths
 from forge_ray.train import checkpoint, diagnosis, incidents, validation
 from forge_ray.train.job import TrainJob
 
-RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 logger = logging.getLogger("forge_ray")
 Loop = Callable[[dict[str, Any]], None]
 Validate = Callable[[dict[str, Any], int], None]  # (TrainJob.to_json(), step): writes its result into the store
@@ -47,7 +48,7 @@ def fit(loop: Loop, job: TrainJob, validate: Validate | None = None) -> None:
                 ) from error
             logger.warning("%s: %s; started again (%s)", type(cause).__name__, said[-1], job.run)
             if job.config.scaling.max_workers:
-                _remove_orphaned_groups()
+                remove_orphaned_groups()
             incidents.write(job.store, job.run, "restart", reached[0], why=f"{type(cause).__name__}: {said[-1]}"[:300])
 
 
@@ -69,7 +70,7 @@ def _fit_once(loop: Loop, job: TrainJob, validate: Validate | None) -> None:
     from forge_ray.train.process_group import ProcessGroup
 
     # our verified checkpoints are the state; Ray's snapshot is rewritten in place, and a torn one refuses every start
-    job.store.delete(f"runs/{job.run}/{RAY_SNAPSHOT}")
+    job.store.delete(paths.run(job.run, RAY_SNAPSHOT))
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
@@ -90,31 +91,13 @@ def _fit_once(loop: Loop, job: TrainJob, validate: Validate | None) -> None:
         run_config=ray.train.RunConfig(
             name=job.run,  # Ray takes only checkpoints from below its own folder, which is so the run's
             storage_filesystem=job.store.filesystem,
-            storage_path=job.store.path("runs"),
+            storage_path=job.store.path(paths.run()),
             failure_config=ray.train.FailureConfig(max_failures=0),
         ),
         **beside,
     )
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     trainer.fit()
-
-
-def _remove_orphaned_groups() -> None:
-    """Give back the CPUs and GPUs that a controller held when it died.
-
-    Its placement group outlives it, and the actor that Ray Train leaves to remove it asks the dashboard who is alive: where
-    there is none, it waits for ever, and the tasks that read the rows of the next group find no CPU.
-    """
-    import ray
-    from ray._private.state import state
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group  # type: ignore[attr-defined]
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    for raw in state._connect_and_get_accessor().get_placement_group_table():
-        group = Group.FromString(raw)
-        ours = group.creator_job_id.hex() == ray.get_runtime_context().get_job_id()
-        if ours and group.creator_actor_dead and group.state != Group.REMOVED:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def _validation_config(job: TrainJob, validate: Validate) -> Any:

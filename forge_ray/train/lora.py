@@ -1,4 +1,4 @@
-"""A LoRA layer in one step, in place of PEFT's seven (level 3).
+"""A LoRA layer in one step, in place of PEFT's seven.
 
 PEFT computes W x, B A x, scales it and adds it, each a pass over an output of its own. Here the low-rank product is added
 while it is computed, forward and backward (`addmm`), and rounded once. Same weights, same names, same exports.

@@ -1,4 +1,4 @@
-"""Pure tensor maths of the losses (level 3). Each returns `(loss_sum, num_tokens)`; the scale is applied once, outside.
+"""Pure tensor maths of the losses. Each returns `(loss_sum, num_tokens)`; the scale is applied once, outside.
 
 Shapes: B rows, T tokens, N = B T tokens of a pass, K trained positions, V vocabulary.
 """

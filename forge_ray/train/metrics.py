@@ -1,4 +1,4 @@
-"""What a run says while it goes on: `metrics.jsonl`, one object a step, and the loss curve (level 3)."""
+"""What a run says while it goes on: `metrics.jsonl`, one object a step, and the loss curve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load a base model, put LoRA on it, export what was trained (level 3)."""
+"""Load a base model, put LoRA on it, export what was trained."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forge_ray import supported
-from forge_ray.architecture import open_model, outside_text
 from forge_ray.config.train import TrainConfig
-from forge_ray.data.dataset import TOKENIZER_FILES
+from forge_ray.data.dataset.version import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
+from forge_ray.machine import supported
+from forge_ray.models.architecture import open_model, outside_text
 from forge_ray.train import attention, lora
 from forge_ray.train.adapter import quantised, with_adapter
 from forge_ray.train.moe import freeze_routers

@@ -1,4 +1,4 @@
-"""What is special about mixtures of experts: the router, its balance, the block that ZeRO-3 gathers whole (level 3).
+"""What is special about mixtures of experts: the router, its balance, the block that ZeRO-3 gathers whole.
 
 Which module routes is what transformers itself records as `router_logits`; such a module returns (logits, weights, experts).
 """

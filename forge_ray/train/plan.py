@@ -1,4 +1,4 @@
-"""What a run will take, before anything is taken: steps, tokens, memory per worker, disk (level 3).
+"""What a run will take, before anything is taken: steps, tokens, memory per worker, disk.
 
 Memory is counted tensor by tensor, by the formulas below; `benchmarks/plan.py` holds it against what runs measure. Bytes; w
 is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P all weights, T the trained ones.
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from forge_ray.architecture import empty_model, outside_text
 from forge_ray.config.train import Adapter, Offload, TrainConfig
+from forge_ray.models.architecture import empty_model, outside_text
 from forge_ray.records import DatasetManifest, SplitStats
 from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, with_adapter
 from forge_ray.train.moe import routers

@@ -1,4 +1,4 @@
-"""How the workers of a group find each other (level 3; imports ray.train).
+"""How the workers of a group find each other (imports ray.train).
 
 Ray Train's own way, but for one worker alone: torch's TCP store (2.13) asks the name server who 127.0.0.1 is, by its address
 inside IPv6, which no /etc/hosts lists. Where nobody is to be met, no port is opened and nobody is asked.
@@ -10,7 +10,10 @@ from datetime import timedelta
 from typing import Any
 
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+
+from forge_ray.machine.ray_internals import torch_backend
+
+TorchBackend, set_ranks = torch_backend()
 
 
 def _alone(backend: str, timeout_s: int) -> None:
@@ -21,14 +24,14 @@ def _alone(backend: str, timeout_s: int) -> None:
     )
 
 
-class Meeting(_TorchBackend):
+class Meeting(TorchBackend):  # type: ignore[misc, valid-type]
     """Ray Train's hooks around a group of workers."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if len(worker_group) > 1:
             super().on_start(worker_group, backend_config)
             return
-        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(set_ranks)
         worker_group.execute(_alone, backend_config.backend, backend_config.timeout_s)
 
 

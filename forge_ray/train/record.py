@@ -1,4 +1,4 @@
-"""The record of a finished run, from what its workers wrote (level 3)."""
+"""The record of a finished run, from what its workers wrote."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 import tempfile
 from pathlib import Path
 
-from forge_ray import environment
 from forge_ray.config.base import resolved
 from forge_ray.config.run import RunConfig
+from forge_ray.machine import environment
 from forge_ray.records import RunRecord
+from forge_ray.store import paths
 from forge_ray.train import incidents, metrics, validation
 from forge_ray.train.job import TrainJob, identity_digest
 
 
 def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
     """The record of a finished run, from what its workers wrote last."""
-    result = job.store.read_json(f"runs/{job.run}/result.json")
+    result = job.store.read_json(paths.result(job.run))
     found = validation.read(job.store, job.run)
     best = validation.best(found)
     scores = {"best_step": best.step, "best_validation_loss": best.loss} if best else {}
@@ -49,10 +50,10 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
         environment_digest=made_in,
         hardware=lock.get("hardware", {}),
         metrics=result["metrics"] | scores,
-        adapter=job.store.read_json(f"runs/{job.run}/adapter.json") if job.config.adapter else {},
+        adapter=job.store.read_json(paths.run(job.run, "adapter.json")) if job.config.adapter else {},
         stopped_early=result["stopped_early"],
         export_step=result.get("export_step", 0),
-        export=job.store.files(f"runs/{job.run}/export"),
+        export=job.store.files(paths.export(job.run)),
         export_kind=result["export_kind"],
     )
 
@@ -62,9 +63,9 @@ def _redraw(job: TrainJob, found: list[validation.Result]) -> None:
     if not any(result.background for result in found):
         return
     losses = {result.step: result.loss for result in found if result.loss is not None}
-    lines = metrics.parse(job.store.read(f"runs/{job.run}/{metrics.METRICS}").decode())
+    lines = metrics.parse(job.store.read(paths.run(job.run, metrics.METRICS)).decode())
     with tempfile.TemporaryDirectory(prefix="forge-curve-") as folder:
         path = Path(folder) / metrics.CURVE
         told = [line | ({"validation_loss": losses[line["step"]]} if line["step"] in losses else {}) for line in lines]
         metrics.plot(told, path, f"{job.name} · {job.run}")
-        job.store.write(f"runs/{job.run}/{metrics.CURVE}", path.read_bytes())
+        job.store.write(paths.run(job.run, metrics.CURVE), path.read_bytes())

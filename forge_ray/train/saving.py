@@ -1,4 +1,4 @@
-"""Write a checkpoint while training goes on, and publish it in one rename (level 3).
+"""Write a checkpoint while training goes on, and publish it in one rename.
 
 1. Every rank copies its state; from here on the next step may run.
 2. A thread per rank writes its files into `.tmp-<step>-<attempt>/`, syncs and hashes them, and leaves a list of its part.
@@ -25,9 +25,10 @@ import torch
 
 from forge_ray.errors import ForgeError, TrainingError
 from forge_ray.records import FileEntry, canonical_json
-from forge_ray.store import MANIFEST, Store, fsync_dir, replace_dir, sha256_file, sync_tree
+from forge_ray.store import paths
+from forge_ray.store.files import MANIFEST, Store, fsync_dir, replace_dir, sha256_file, sync_tree
 from forge_ray.train import attempts, checkpoint
-from forge_ray.train.checkpoint import Position, folder_of
+from forge_ray.train.checkpoint import Position
 from forge_ray.train.context import Context, agree, sum_over_ranks
 from forge_ray.train.engine import TrainEngine
 
@@ -72,7 +73,7 @@ class Saver:
     def begin(self, position: Position) -> Saved | None:
         """Copy the state and start to write it. A result only where there is nothing to write: no room, or it stands."""
         self._position = position
-        relative = f"{folder_of(position.run)}/step-{position.step:08d}"
+        relative = paths.checkpoint(position.run, position.step)
         standing, problem = agree(self._look(relative, position) if self.context.is_first else None, self.context)
         if standing or problem:
             if self.context.is_first and standing:
@@ -143,7 +144,7 @@ class Saver:
                 name = path.relative_to(folder).as_posix()
                 entry = FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path))
                 if not self.store.is_local:
-                    self._upload(path, f"{folder_of(position.run)}/step-{position.step:08d}/{name}")
+                    self._upload(path, paths.checkpoint(position.run, position.step, name))
                 part["files"].append(entry.model_dump())
         except (OSError, RuntimeError) as error:
             part["problem"] = f"rank {self.context.rank}: {type(error).__name__}: {error}"
@@ -173,7 +174,7 @@ class Saver:
             return
         files = sorted((FileEntry.model_validate(entry) for part in parts for entry in part["files"]), key=lambda e: e.path)
         manifest = checkpoint.manifest(self.store, tuple(files), position)
-        relative = f"{folder_of(position.run)}/step-{position.step:08d}"
+        relative = paths.checkpoint(position.run, position.step)
         attempts.check_newest(self.store, position.run, position.attempt)
         if self.store.is_local:
             folder = self.store.local(_aside(position))
@@ -201,7 +202,7 @@ class Saver:
         self._work, self._position, self._publishing, self._done, self._problem = None, None, False, False, ""
         if fenced:
             raise fenced
-        path = "" if problem else f"{folder_of(position.run)}/step-{position.step:08d}"
+        path = "" if problem else paths.checkpoint(position.run, position.step)
         return Saved(position.step, path, problem)
 
 
@@ -209,7 +210,7 @@ PARTS = "parts"
 
 
 def _aside(position: Position) -> str:
-    return f"{folder_of(position.run)}/.tmp-{position.step:08d}-{position.attempt:06d}"
+    return paths.checkpoints(position.run, f".tmp-{position.step:08d}-{position.attempt:06d}")
 
 
 def _part(position: Position, rank: int) -> str:

@@ -1,4 +1,4 @@
-"""Learning rate and number of steps: pure functions, so that a resumed run needs no scheduler state (level 3)."""
+"""Learning rate and number of steps: pure functions, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequence parallelism after DeepSpeed-Ulysses (arXiv:2309.14509): N ranks share the rows of a pass (level 3).
+"""Sequence parallelism after DeepSpeed-Ulysses (arXiv:2309.14509): N ranks share the rows of a pass.
 
 Every rank of a group is given the same rows and works on its N-th of the positions. All but attention is done position by
 position; for attention an all-to-all trades positions for heads, so that a rank has all positions of an N-th of the heads,

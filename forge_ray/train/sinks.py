@@ -1,4 +1,4 @@
-"""Metrics in TensorBoard and MLflow (level 3): written by the driver, which reads what the workers wrote for themselves.
+"""Metrics in TensorBoard and MLflow: written by the driver, which reads what the workers wrote for themselves.
 
 What a sink has already is asked of the sink itself, so a run that was killed and resumed writes no step twice, whatever the
 moment at which it was killed. Steps that are done again, after a kill or a roll back, keep the values of the first time.
@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
-from forge_ray.store import Store
+from forge_ray.store import paths
+from forge_ray.store.files import Store
 from forge_ray.train import metrics, validation
 
 EVERY_S = 2.0  # how often what is new is written
@@ -121,7 +122,7 @@ class Sinks:
         if not self.sinks or (not is_over and time.monotonic() - self._looked < EVERY_S):
             return
         self._looked = time.monotonic()
-        lines = metrics.read(self.store.local(f"runs/{self.run}/{metrics.METRICS}"))
+        lines = metrics.read(self.store.local(paths.run(self.run, metrics.METRICS)))
         told = series(self.store, self.run, lines if is_over else lines[:-1])
         for name, sink in self.sinks.items():
             self._tried(name, lambda sink=sink: _write(sink, told))  # type: ignore[misc]
@@ -174,9 +175,9 @@ def open_sinks(store: Store, run: str, name: str, config: TrainConfig, tags: dic
     for kind in config.sinks:
         try:
             if kind == "tensorboard":
-                found[kind] = TensorBoard(store.local(f"runs/{run}/tensorboard"))
+                found[kind] = TensorBoard(store.local(paths.run(run, "tensorboard")))
             else:
-                uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.local('mlflow.db')}"
+                uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.local(paths.MLFLOW_FILE)}"
                 found[kind] = MlFlow(uri, run, name, config, tags)
         except ImportError as error:
             raise ConfigError(
@@ -186,6 +187,8 @@ def open_sinks(store: Store, run: str, name: str, config: TrainConfig, tags: dic
         except Exception as error:
             raise ConfigError(
                 f"train.sinks: {kind} cannot be opened: {type(error).__name__}: {error}",
-                hint="check MLFLOW_TRACKING_URI" if kind == "mlflow" else f"check {store.place}/runs/{run}/tensorboard",
+                hint="check MLFLOW_TRACKING_URI"
+                if kind == "mlflow"
+                else f"check {store.place}/{paths.run(run)}/tensorboard",
             ) from None
     return Sinks(store, run, found)

@@ -1,4 +1,4 @@
-"""How much of the machine a step uses: model FLOPs against the peak, and memory (level 3).
+"""How much of the machine a step uses: model FLOPs against the peak, and memory.
 
     FLOPs of a step = tokens (4 N + 2 T + 6 L D d) + trained tokens V H (4, or 6 where the head is trained)
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from forge_ray.config.train import TrainConfig
-from forge_ray.hardware import gpu_named
+from forge_ray.machine.hardware import gpu_named
 from forge_ray.records import DatasetManifest
 from forge_ray.train.adapter import active_share, is_expert
 from forge_ray.train.model import DTYPES

@@ -1,4 +1,4 @@
-"""A run that goes on, in words: for a line, and for the live view of a terminal (level 3)."""
+"""A run that goes on, in words: for a line, and for the live view of a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What validations of a run found, which was best, and when to stop (level 3).
+"""What validations of a run found, which was best, and when to stop.
 
     runs/<id>/validations/00000120.json    one per step: its loss, or why there is none; or only that a task was asked for it
 
@@ -18,7 +18,8 @@ from typing import Any
 from forge_ray.config.train import EarlyStopping
 from forge_ray.errors import NotFound
 from forge_ray.records import canonical_json
-from forge_ray.store import MANIFEST, Store
+from forge_ray.store import paths
+from forge_ray.store.files import MANIFEST, Store
 from forge_ray.train.context import Context, agree
 from forge_ray.train.job import TrainJob
 
@@ -51,7 +52,7 @@ def write(store: Store, run: str, result: Result) -> None:
 def read(store: Store, run: str) -> list[Result]:
     """In the order of their steps."""
     found = []
-    for path in store.list(f"runs/{run}/validations"):
+    for path in store.list(paths.run(run, "validations")):
         with suppress(NotFound):  # an attempt that begins forgets what it will do again
             found.append(_parse(store.read_json(path)))
     return found
@@ -62,7 +63,7 @@ def _parse(value: dict[str, Any]) -> Result:
 
 
 def _path(run: str, step: int) -> str:
-    return f"runs/{run}/validations/{step:08d}.json"
+    return paths.validation(run, step)
 
 
 def best(results: Iterable[Result]) -> Result | None:
@@ -83,7 +84,7 @@ def best_step(store: Store, run: str) -> int | None:
     """The step of the best validation whose checkpoint is there and is the one that was validated."""
     kept = []
     for result in read(store, run):
-        path = f"runs/{run}/checkpoints/step-{result.step:08d}/{MANIFEST}"
+        path = paths.checkpoint(run, result.step, MANIFEST)
         if store.exists(path) and store.read_json(path)["position"].get("left_out", "") == result.left_out:
             kept.append(result)
     top = best(kept)

@@ -1,4 +1,4 @@
-"""A small process beside every worker that ends it when it makes no progress (level 3; imports nothing heavy).
+"""A small process beside every worker that ends it when it makes no progress (imports nothing heavy).
 
 The worker writes into a shared file until when it will have taken its next step. When that time is over, the stacks of its
 threads are saved (py-spy, from outside: it may be stopped, or hold the interpreter's lock), an incident is written, and the
@@ -21,6 +21,8 @@ import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from forge_ray.store import paths
 
 if TYPE_CHECKING:
     from forge_ray.config.train import Guards
@@ -87,11 +89,11 @@ def _end(worker: int, store_uri: str, run: str, rank: int, step: int, phase: str
     try:
         import platform
 
-        from forge_ray.store import Store
+        from forge_ray.store.files import Store
         from forge_ray.train import incidents
 
         store = Store(store_uri)
-        path = f"runs/{run}/stacks/step-{step:08d}-rank-{rank:05d}-{int(time.time())}.txt"
+        path = paths.run(run, "stacks", f"{paths.step(step)}-rank-{rank:05d}-{int(time.time())}.txt")
         store.write(path, stacks.encode())
         facts = {"phase": phase, "rank": rank, "node": platform.node(), "was_stopped": state in "Tt", "stacks": path}
         incidents.write(store, run, "hang", step, **facts)

@@ -1,4 +1,4 @@
-"""From a checkpoint to weights, to a model, to a servable export, without the workers that wrote it (level 3)."""
+"""From a checkpoint to weights, to a model, to a servable export, without the workers that wrote it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from forge_ray.errors import NotFound, StoreError, TrainingError
+from forge_ray.store import paths
 from forge_ray.train import checkpoint, finish
 from forge_ray.train.checkpoint import Position
 from forge_ray.train.engine import trained
@@ -24,7 +25,7 @@ def verified(job: TrainJob, step: int) -> tuple[Position, Path]:
     if step not in known:
         told = ", ".join(map(str, known)) or "none"
         raise NotFound(f"{job.run} has no checkpoint of step {step}", hint=f"its checkpoints: {told}")
-    relative = f"{checkpoint.folder_of(job.run)}/step-{step:08d}"
+    relative = paths.checkpoint(job.run, step)
     found, reason = checkpoint.verify(store, relative, checkpoint.expected(job))
     if found is None or found.step != step:
         raise StoreError(f"{relative} is not used: {reason or f'it is of step {found.step}'}", hint="take another step")  # type: ignore[union-attr]
@@ -44,7 +45,7 @@ def load(job: TrainJob, step: int, device: torch.device) -> nn.Module:
     """The base model with the weights of that checkpoint, in the precision of the run and as one process holds it."""
     position, folder = verified(job, step)
     found = of_checkpoint(folder, position)
-    base = job.store.fetch_dir(f"models/{job.base.id}", verify=not job.store.is_local)
+    base = job.store.fetch_dir(paths.model(job.base.id), verify=not job.store.is_local)
     alone = job.config.model_copy(update={"engine": "torch", "zero_stage": 0})
     model = load_for_training(base, alone, job.precision, device, world_size=1)
     with torch.no_grad():
@@ -62,5 +63,5 @@ def export_checkpoint(values: dict[str, Any], step: int, relative: str) -> str:
     model = load(job, step, torch.device("cpu"))
     chosen = trained(model) if job.config.adapter else list(model.named_parameters())
     weights = {name: parameter.detach() for name, parameter in chosen}
-    base = job.store.fetch_dir(f"models/{job.base.id}", verify=not job.store.is_local)
+    base = job.store.fetch_dir(paths.model(job.base.id), verify=not job.store.is_local)
     return finish.export(job, model, weights, base, relative)

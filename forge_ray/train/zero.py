@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO, and every quirk of it, in one place (level 3)."""
+"""DeepSpeed ZeRO, and every quirk of it, in one place."""
 
 from __future__ import annotations
 

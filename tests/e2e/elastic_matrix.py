@@ -59,9 +59,9 @@ def matrix(scratch: Path, options: list[str]) -> dict[str, Any]:
     from conftest import make_tiny_model
     from ray.cluster_utils import Cluster
 
-    from forge_ray.catalog import Catalog
-    from forge_ray.import_model import import_model
-    from forge_ray.store import Store
+    from forge_ray.models.import_model import import_model
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     steady, elastic, log = scratch / "steady", scratch / "elastic", scratch / "driver.log"

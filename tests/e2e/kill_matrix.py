@@ -181,9 +181,9 @@ def export_digest(run: Path) -> str:
 def matrix(scratch: Path, kills: list[Kill], steps: int, options: list[str]) -> dict[str, Any]:
     from conftest import make_tiny_model
 
-    from forge_ray.catalog import Catalog
-    from forge_ray.import_model import import_model
-    from forge_ray.store import Store
+    from forge_ray.models.import_model import import_model
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     whole, broken = scratch / "whole", scratch / "broken"

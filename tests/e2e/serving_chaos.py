@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from forge_ray.haproxy import set_haproxy
+from forge_ray.serve.haproxy import set_haproxy
 
 if "--plain" not in sys.argv:
     set_haproxy()  # before ray is imported: it reads the switches then
@@ -41,12 +41,12 @@ import ray
 from conftest import make_tiny_model
 from serving import MESSAGES, make_adapter, register
 
-from forge_ray.catalog import Catalog
-from forge_ray.cluster import connect
 from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, DeployConfig
-from forge_ray.import_model import import_model
-from forge_ray.store import Store
+from forge_ray.machine.cluster import connect
+from forge_ray.models.import_model import import_model
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 OK, TOLD = "ok", "stream ended by an error"
 

@@ -15,14 +15,14 @@ import httpx
 import openai
 import pytest
 
-from forge_ray import keys
-from forge_ray.catalog import Catalog
-from forge_ray.keys import KeyTail
+from forge_ray.serve import keys
 from forge_ray.serve.access import LOG, write_access_log
 from forge_ray.serve.front import front
+from forge_ray.serve.keys import KeyTail
 from forge_ray.serve.ledger import Ledger, Used, lines
 from forge_ray.serve.limits import Counters
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 from tests.http_server import running, served
 
 pytestmark = pytest.mark.e2e

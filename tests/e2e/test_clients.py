@@ -20,12 +20,12 @@ from forge_ray import client as client_module
 from forge_ray.client import Client
 from forge_ray.config.base import parse
 from forge_ray.config.release import EngineConfig
-from forge_ray.data.chat import load_tokenizer_dir
-from forge_ray.data.hf import HfTokenizer
+from forge_ray.data.tokens.chat import load_tokenizer_dir
+from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.errors import ConfigError, EngineError, ForgeError, NotFound, PolicyError
 from forge_ray.inference.choose import open_engine
 from forge_ray.serve.http import build_http
-from forge_ray.serve.served import Loaded
+from forge_ray.serve.loaded import Loaded
 
 pytestmark = pytest.mark.e2e
 

@@ -21,11 +21,11 @@ from typing import Any
 import httpx
 import pytest
 
-from forge_ray.catalog import Catalog
-from forge_ray.data.dataset import read_records
-from forge_ray.import_model import import_model
+from forge_ray.data.dataset.version import read_records
+from forge_ray.models.import_model import import_model
 from forge_ray.records import DatasetManifest
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]

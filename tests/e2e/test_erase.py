@@ -10,23 +10,25 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from forge_ray import erase as erasing
-from forge_ray import pipeline, signing, verify
-from forge_ray.catalog import Catalog
-from forge_ray.cli import cli
+from forge_ray import pipeline
+from forge_ray.cli.main import cli
 from forge_ray.config.base import parse
 from forge_ray.config.run import RunConfig
-from forge_ray.data import dataset
-from forge_ray.data.compare import holders
-from forge_ray.data.dataset import read_records
-from forge_ray.data.order import order_of
-from forge_ray.data.stream import Rows
-from forge_ray.erase import Options, erase
-from forge_ray.erasure import Request
+from forge_ray.data.dataset import version as dataset
+from forge_ray.data.dataset.compare import holders
+from forge_ray.data.dataset.order import order_of
+from forge_ray.data.dataset.stream import Rows
+from forge_ray.data.dataset.version import read_records
 from forge_ray.errors import NotFound, PolicyError
+from forge_ray.governance import verify
+from forge_ray.governance.erasure import apply as erasing
+from forge_ray.governance.erasure.apply import Options, erase
+from forge_ray.governance.erasure.plan import Request
+from forge_ray.governance.trace import of_record, trace
 from forge_ray.records import DatasetManifest, Deployment, Event, RunRecord
-from forge_ray.store import Store
-from forge_ray.trace import of_record, trace
+from forge_ray.store import signing
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_cluster")]
 SECRET = "the parcel for Wilhelmina Quartz never came"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from forge_ray import signing
-from forge_ray.cli import cli
+from forge_ray.cli.main import cli
+from forge_ray.store import signing
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]

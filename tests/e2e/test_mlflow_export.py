@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from papers_store import STEPS, filled
 from serving import free_port
 
-from forge_ray.cli import cli
-from forge_ray.store import Store
+from forge_ray.cli.main import cli
+from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.e2e
 WAIT_S = 120

@@ -20,18 +20,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.data import DataConfig
-from forge_ray.data import dataset
-from forge_ray.data.build import build, index_sources
-from forge_ray.data.ingest import expand, index_file
-from forge_ray.data.order import order_of
-from forge_ray.data.readers import read_raw
-from forge_ray.data.stream import Feed, Rows, local_batches, ray_batches
+from forge_ray.data.build.build import build, index_sources
+from forge_ray.data.dataset import version as dataset
+from forge_ray.data.dataset.order import order_of
+from forge_ray.data.dataset.stream import Feed, Rows, local_batches, ray_batches
+from forge_ray.data.read.ingest import expand, index_file
+from forge_ray.data.read.readers import read_raw
 from forge_ray.errors import DataError, NotFound, StoreError
-from forge_ray.import_model import import_model
+from forge_ray.models.import_model import import_model
 from forge_ray.records import ModelVersion
-from forge_ray.store import MANIFEST, Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import MANIFEST, Store
 
 pytest.importorskip("moto")
 pytestmark = pytest.mark.e2e

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from forge_ray.catalog import Catalog
-from forge_ray.import_model import import_model
-from forge_ray.store import Store
+from forge_ray.models.import_model import import_model
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = [
     pytest.mark.e2e,
@@ -170,7 +170,7 @@ def test_the_source_distribution_holds_what_builds_tests_and_runs_it(built: Buil
 
 
 def test_the_checkout_is_out_of_sight(installation: Installation, tmp_path: Path) -> None:
-    code = "import forge_ray, forge_ray.shipped; print(forge_ray.__file__, forge_ray.shipped.folder())"
+    code = "import forge_ray, forge_ray.machine.shipped; print(forge_ray.__file__, forge_ray.machine.shipped.folder())"
     places = installation.run(tmp_path, "python", "-c", code).stdout.split()
     assert len(places) == 2
     assert all(Path(place).is_relative_to(installation.folder) for place in places)

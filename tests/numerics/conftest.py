@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 import pytest
 import worker
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
-from forge_ray.data.dataset import PACKED
-from forge_ray.data.pack import Document, PackedRow, pack
+from forge_ray.data.build.pack import Document, PackedRow, pack
+from forge_ray.data.dataset.version import PACKED
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest
-from forge_ray.store import MANIFEST, Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import MANIFEST, Store
 from forge_ray.train import attempts
 from forge_ray.train.job import TrainJob
 
@@ -67,7 +67,7 @@ def _shard(rows: list[PackedRow]) -> bytes:
 
 @pytest.fixture(scope="session")
 def dataset(store: Store) -> DatasetManifest:
-    """A dataset version written without Ray Data, in the layout of `data/dataset.py`."""
+    """A dataset version written without Ray Data, in the layout of `data/dataset/version.py`."""
     packed = {"train": pack(documents(0, 70), SEQUENCE_LENGTH, 0), "validation": pack(documents(1, 12), SEQUENCE_LENGTH, 0)}
     shards = {f"packed/{split}/shard-00000.parquet": _shard(rows) for split, rows in packed.items()}
     with Catalog(store) as catalog:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from forge_ray.store import MANIFEST, Store
+from forge_ray.store import paths
+from forge_ray.store.files import MANIFEST, Store
 from forge_ray.train import checkpoint, saving
 from forge_ray.train.context import Context, join
 
@@ -100,7 +101,7 @@ def newest(folder: Path) -> int:
     found = checkpoint.find(Store(str(folder)), START)
     if found is None:
         return 0
-    at = folder / checkpoint.folder_of(RUN) / f"step-{found.step:08d}"
+    at = folder / paths.checkpoints(RUN) / f"step-{found.step:08d}"
     for number in range(2):
         assert (at / f"part-{number}.bin").read_bytes() == b"".join(content(found.step, number)), at
     assert found.order_digest == f"sha256:{found.step}"
@@ -115,7 +116,7 @@ def main(scratch: Path, way: str) -> None:
         folder = shutil.copytree(whole, scratch / f"{way}-{point}")
         code, _ = in_a_child(folder, 6, point, way)
         kept = newest(folder)
-        published = (folder / checkpoint.folder_of(RUN) / "step-00000006" / MANIFEST).is_file()
+        published = (folder / paths.checkpoints(RUN) / "step-00000006" / MANIFEST).is_file()
         again, _ = in_a_child(folder, 6, -1, way)
         found = {"point": point, "code": code, "kept": kept, "published": published, "again": again}
         found |= {"then": newest(folder), "steps": checkpoint.steps(Store(str(folder)), RUN)}

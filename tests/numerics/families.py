@@ -10,9 +10,9 @@ import torch
 from conftest import Jobs
 from transformers import AutoTokenizer
 
-from forge_ray.catalog import Catalog
-from forge_ray.import_model import import_model
+from forge_ray.models.import_model import import_model
 from forge_ray.records import ModelVersion
+from forge_ray.store.catalog import Catalog
 
 SMALL = {
     "hidden_size": 48,

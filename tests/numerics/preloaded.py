@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from forge_ray.environment import code_commit, code_digest, installed
-from forge_ray.recipes import sft  # noqa: F401
+from forge_ray.machine.environment import code_commit, code_digest, installed
+from forge_ray.train import loop  # noqa: F401
 from forge_ray.train.zero import prepare_environment
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}

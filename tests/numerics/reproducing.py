@@ -12,12 +12,12 @@ ENGINES = ({"engine": "torch", "zero_stage": 0}, {"engine": "deepspeed", "zero_s
 
 def trained(uri: str, dataset: dict[str, Any], listed: str) -> None:
     """Train one run of either engine; their ids go to the file `listed`."""
-    from forge_ray.catalog import Catalog
     from forge_ray.config.base import parse
     from forge_ray.config.run import RunConfig
     from forge_ray.pipeline import train_on
     from forge_ray.records import DatasetManifest
-    from forge_ray.store import Store
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
 
     found = []
     for engine in ENGINES:
@@ -43,7 +43,7 @@ def trained(uri: str, dataset: dict[str, Any], listed: str) -> None:
 
 
 if __name__ == "__main__":
-    from forge_ray.reproduce import reproduce
-    from forge_ray.store import Store
+    from forge_ray.governance.reproduce import reproduce
+    from forge_ray.store.files import Store
 
     print(json.dumps([reproduce(Store(sys.argv[1]), run) for run in sys.argv[2:]]))

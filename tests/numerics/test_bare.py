@@ -34,7 +34,7 @@ def visible(name):
 
 importlib.metadata.distribution = visible
 sys.meta_path[:] = [WithoutHidden if finder is PathFinder else finder for finder in sys.meta_path]
-from forge_ray.recipes.sft import train_loop
+from forge_ray.train.loop import train_loop
 from forge_ray.train import launch
 from forge_ray.train.job import TrainJob
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from forge_ray.records import canonical_json
-from forge_ray.store import MANIFEST, Store
+from forge_ray.store import paths
+from forge_ray.store.files import MANIFEST, Store
 from forge_ray.train import checkpoint
 
 HERE = Path(__file__).parent
@@ -59,7 +60,7 @@ def start() -> checkpoint.Position:
 
 def test_a_thousand_flipped_bits_and_cuts_are_all_noticed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     chosen, store = random.Random(0), Store(str(saved))
-    folder = saved / checkpoint.folder_of("run_crash") / "step-00000004"
+    folder = saved / paths.checkpoints("run_crash") / "step-00000004"
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert {path.name for path in files} == {"part-0.bin", "part-1.bin", "rng-00000.pt", MANIFEST}
     whole = checkpoint.find(store, start())
@@ -86,7 +87,7 @@ def test_a_checkpoint_under_another_step_s_name_is_skipped(
     saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(str(shutil.copytree(saved, tmp_path / "store")))
-    folder = store.local(checkpoint.folder_of("run_crash"))
+    folder = store.local(paths.checkpoints("run_crash"))
     shutil.copytree(folder / "step-00000002", folder / "step-00000009")
     found = checkpoint.find(store, start())
     assert found is not None
@@ -96,7 +97,7 @@ def test_a_checkpoint_under_another_step_s_name_is_skipped(
 
 def test_a_manifest_with_another_position_and_the_old_digest_is_skipped(saved: Path, tmp_path: Path) -> None:
     store = Store(str(shutil.copytree(saved, tmp_path / "store")))
-    path = store.local(checkpoint.folder_of("run_crash")) / "step-00000004" / MANIFEST
+    path = store.local(paths.checkpoints("run_crash")) / "step-00000004" / MANIFEST
     manifest = json.loads(path.read_bytes())
     assert manifest["parent"].startswith("step-00000002:sha256:")
     manifest["position"]["samples_seen"] = 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Jobs, Run, exported, first_steps, largest_difference, losses
 
-from forge_ray.data.order import order_of
+from forge_ray.data.dataset.order import order_of
 from forge_ray.train import attempts
 from forge_ray.train.job import TrainJob
 

@@ -12,8 +12,8 @@ from conftest import Jobs, Run, exported, largest_difference
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from forge_ray.import_model import refuse_unsafe
-from forge_ray.store import MANIFEST, verify_files
+from forge_ray.models.import_model import refuse_unsafe
+from forge_ray.store.files import MANIFEST, verify_files
 from forge_ray.train.job import TrainJob
 
 pytestmark = pytest.mark.numerics
@@ -90,8 +90,8 @@ def tied_version(jobs: Jobs, tmp_path: Path) -> Any:
     """The tiny model with one matrix for input and output embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from forge_ray.catalog import Catalog
-    from forge_ray.import_model import import_model
+    from forge_ray.models.import_model import import_model
+    from forge_ray.store.catalog import Catalog
 
     with Catalog(jobs.store) as catalog:
         base = jobs.store.local(f"models/{catalog.model('tiny').id}")

@@ -12,8 +12,8 @@ from families import FAMILIES, version
 from peft import PeftModel
 from test_loss import batch_of, loss_of, some_documents
 
-from forge_ray.architecture import open_model, outside_text
 from forge_ray.inference.load import load_model
+from forge_ray.models.architecture import open_model, outside_text
 from forge_ray.train.job import TrainJob
 from forge_ray.train.model import merge_adapter
 

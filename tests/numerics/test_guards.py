@@ -131,6 +131,6 @@ def test_a_row_that_makes_a_worker_fail_is_found_put_aside_and_named(jobs: Jobs,
 
 
 def order_of(job: TrainJob) -> Any:
-    from forge_ray.data import order
+    from forge_ray.data.dataset import order
 
     return order.order_of(job.dataset, "train", job.config.seed, job.config.global_batch)

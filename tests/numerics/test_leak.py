@@ -12,11 +12,11 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from forge_ray.config.release import EngineConfig, LeakConfig
-from forge_ray.data import canaries
-from forge_ray.data.chat import encode_chat
-from forge_ray.data.schema import parse_record
+from forge_ray.data.curate import canaries
+from forge_ray.data.record.schema import parse_record
+from forge_ray.data.tokens.chat import encode_chat
+from forge_ray.evaluate.leak import Findings, Groups, findings, metrics_of
 from forge_ray.inference.load import load_engine
-from forge_ray.leak import Findings, Groups, findings, metrics_of
 
 pytestmark = pytest.mark.numerics
 CONFIG = EngineConfig(precision="fp32", page_size=16, num_blocks=64, max_batch_tokens=128)

@@ -13,8 +13,8 @@ from conftest import SEQUENCE_LENGTH, documents
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from forge_ray.data.pack import Document, pack
-from forge_ray.data.stream import COLUMNS, model_inputs
+from forge_ray.data.build.pack import Document, pack
+from forge_ray.data.dataset.stream import COLUMNS, model_inputs
 from forge_ray.errors import ConfigError
 from forge_ray.train import attention
 from forge_ray.train import loss as loss_module

@@ -11,7 +11,7 @@ from conftest import Jobs, Run, exported, first_steps, largest_difference, losse
 from families import version
 
 from forge_ray.errors import ConfigError
-from forge_ray.store import Store
+from forge_ray.store.files import Store
 from forge_ray.train.loss import load_balance
 from forge_ray.train.moe import Balance, block_classes, routers
 
@@ -99,7 +99,7 @@ def test_zero_3_gathers_a_block_whole_and_resumes_bit_equal(jobs: Jobs, run: Run
 def test_routers_and_blocks_are_found_by_what_they_are(store: Store, tiny_model_dir: Path) -> None:
     from families import FAMILIES
 
-    from forge_ray.architecture import open_model
+    from forge_ray.models.architecture import open_model
 
     vocabulary = {"vocab_size": 32, "eos_token_id": 2}
     expected = {"mixtral": "MixtralSparseMoeBlock", "qwen3-moe": "Qwen3MoeSparseMoeBlock", "mistral4-sees": "Mistral4MoE"}
@@ -116,11 +116,11 @@ def test_routers_and_blocks_are_found_by_what_they_are(store: Store, tiny_model_
 def test_the_endpoint_answers_with_adapted_experts_as_offline(jobs: Jobs, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    from forge_ray.architecture import open_model
     from forge_ray.config.release import EngineConfig
     from forge_ray.config.train import Adapter
     from forge_ray.inference.engine import GenerationRequest
     from forge_ray.inference.load import load_engine
+    from forge_ray.models.architecture import open_model
     from forge_ray.train.adapter import with_adapter
 
     base = jobs.store.local(f"models/{version('mistral4-sees', jobs, tmp_path / 'model').id}")

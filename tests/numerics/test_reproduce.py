@@ -14,10 +14,10 @@ import pytest
 from conftest import PROCESSES
 from reproducing import trained
 
-from forge_ray import environment
-from forge_ray.catalog import Catalog
+from forge_ray.machine import environment
 from forge_ray.records import DatasetManifest, RunRecord, canonical_json, digest
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.numerics
 ROOT = Path(__file__).parents[2]

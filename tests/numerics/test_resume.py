@@ -16,7 +16,7 @@ from conftest import Jobs, Run, export_digest, exported, first_steps, largest_di
 from worker import KILLED
 
 from forge_ray.records import canonical_json, digest
-from forge_ray.store import MANIFEST, hash_dir
+from forge_ray.store.files import MANIFEST, hash_dir
 from forge_ray.train import checkpoint
 from forge_ray.train.job import TrainJob
 

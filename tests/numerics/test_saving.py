@@ -14,7 +14,7 @@ from conftest import Jobs, Run, export_digest, first_steps
 from worker import KILLED
 
 from forge_ray.errors import TrainingError
-from forge_ray.store import Store
+from forge_ray.store.files import Store
 from forge_ray.train import attempts, checkpoint, saving
 from forge_ray.train.context import Context
 

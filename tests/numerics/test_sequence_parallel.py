@@ -12,9 +12,9 @@ import pytest
 from conftest import SEQUENCE_LENGTH, Jobs, Run, export_digest, exported, first_steps, largest_difference, losses
 from worker import KILLED
 
-from forge_ray.data import order
-from forge_ray.data.order import Order
-from forge_ray.data.stream import Rows
+from forge_ray.data.dataset import order
+from forge_ray.data.dataset.order import Order
+from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import ConfigError
 from forge_ray.train import attempts, incidents, metrics
 from forge_ray.train.audit import Facts, audit

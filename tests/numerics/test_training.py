@@ -13,7 +13,7 @@ import torch
 from conftest import Jobs, Run, export_digest, exported, largest_difference, losses
 
 from forge_ray.errors import TrainingError
-from forge_ray.recipes import sft
+from forge_ray.train import loop
 
 pytestmark = pytest.mark.numerics
 GOLDEN = Path(__file__).parent / "golden" / "sft_tiny.json"
@@ -89,8 +89,8 @@ def test_clipping_and_schedule_are_those_of_plain_torch(jobs: Jobs, run: Run, ti
     from conftest import SEQUENCE_LENGTH
     from transformers import LlamaForCausalLM
 
-    from forge_ray.data.order import order_of
-    from forge_ray.data.stream import Rows
+    from forge_ray.data.dataset.order import order_of
+    from forge_ray.data.dataset.stream import Rows
 
     options = {"lr": 1e-2, "eps": 1.0, "weight_decay": 0.1}  # an eps so large that AdamW feels the scale of the gradient
     job = jobs("by-hand", max_steps=1, optimizer=options, max_grad_norm=0.5, schedule={"warmup_ratio": 0}, **TORCH)
@@ -128,7 +128,7 @@ def test_the_loop_runs_in_this_process(jobs: Jobs, monkeypatch: pytest.MonkeyPat
     """Without workers, Ray or DeepSpeed: for a debugger. The error names the step, the values and the remedy."""
     monkeypatch.delenv("RANK", raising=False)
     good = jobs("in-process", max_steps=2, scaling={"num_workers": 0}, **TORCH)
-    sft.train_loop(good.to_json())
+    loop.train_loop(good.to_json())
     assert len(losses(good)) == 2
     result = good.store.read_json(f"runs/{good.run}/result.json")
     assert (result["num_steps"], result["samples_seen"], result["export_kind"]) == (2, 8, "full")
@@ -139,5 +139,5 @@ def test_the_loop_runs_in_this_process(jobs: Jobs, monkeypatch: pytest.MonkeyPat
         bad, config=bad.config.model_copy(update={"optimizer": bad.config.optimizer.model_copy(update={"lr": 1e30})})
     )
     with pytest.raises(TrainingError, match=r"3 steps in a row had no finite result") as raised:
-        sft.train_loop(bad.to_json())
+        loop.train_loop(bad.to_json())
     assert "train.optimizer.lr=1e+30" in raised.value.hint

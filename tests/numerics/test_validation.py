@@ -11,10 +11,11 @@ import torch
 from conftest import Jobs, Run, export_digest, exported, first_steps, losses
 from worker import KILLED
 
-from forge_ray.data.order import order_of
-from forge_ray.data.stream import Rows
+from forge_ray.data.dataset.order import order_of
+from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import NotFound, StoreError, TrainingError
 from forge_ray.records import files_digest
+from forge_ray.store import paths
 from forge_ray.train import audit, checkpoint, metrics, validation, weights
 from forge_ray.train.job import TrainJob
 
@@ -50,7 +51,7 @@ def result(job: TrainJob) -> dict[str, Any]:
 
 def test_a_checkpoint_alone_has_the_loss_and_the_weights_of_its_run(jobs: Jobs, run: Run) -> None:
     """Any engine and stage, full and LoRA: validated and exported without the workers that wrote it."""
-    from forge_ray.recipes.sft import validate_checkpoint
+    from forge_ray.train.loop import validate_checkpoint
     from forge_ray.train.weights import export_checkpoint
 
     kinds = {
@@ -76,11 +77,11 @@ def test_a_checkpoint_alone_has_the_loss_and_the_weights_of_its_run(jobs: Jobs, 
 
 
 def test_only_a_checkpoint_that_verifies_is_opened(jobs: Jobs, run: Run) -> None:
-    from forge_ray.recipes.sft import validate_checkpoint
+    from forge_ray.train.loop import validate_checkpoint
 
     job = jobs("changed", engine="torch", zero_stage=0, **LOOKING)
     run(job)
-    path = job.store.local(f"{checkpoint.folder_of(job.run)}/step-00000002/state.pt")
+    path = job.store.local(paths.checkpoints(job.run, "step-00000002", "state.pt"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -140,7 +141,7 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
 
 
 def test_the_best_checkpoint_is_what_is_exported(jobs: Jobs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from forge_ray import candidates
+    from forge_ray.release import candidates
 
     options = WORSE | {"max_steps": 8, "export_step": "best", "scaling": {"num_workers": 0}}
     job = jobs("best", **options, **LOOKING)
@@ -156,7 +157,7 @@ def test_the_best_checkpoint_is_what_is_exported(jobs: Jobs, run: Run, monkeypat
     assert exported(job).keys() == exported(short).keys()
     assert export_digest(job) == export_digest(short)
     digest = export_digest(job)
-    shutil.rmtree(job.store.local(f"{checkpoint.folder_of(job.run)}/step-{best.step:08d}"))
+    shutil.rmtree(job.store.local(paths.checkpoint(job.run, best.step)))
     candidates.export_best(job)  # done once
     assert export_digest(job) == digest
     job.store.delete_dir(f"{folder(short)}/validations")

@@ -26,7 +26,7 @@ def main(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    from forge_ray.recipes import sft
+    from forge_ray.train import loop
 
     if kill_at:
         _die_at(kill_at, kill_in)
@@ -36,7 +36,7 @@ def main(
     for job in jobs:
         armed |= {kind: dict(places) for kind, places in faults.items()}
         try:
-            sft.train_loop(job)
+            loop.train_loop(job)
         except ArithmeticError:
             os._exit(KILLED)
 
@@ -44,9 +44,9 @@ def main(
 def _break(faults: Faults, rank: int) -> None:
     """`{"nan": {step: times}}`: so many computations of that step have no finite loss. `{"raise": {row: 0}}`: that row
     fails, always. `{"rise": {step: times}}`: the loss is a hundred times as large, its gradient too."""
-    from forge_ray.recipes import sft
+    from forge_ray.train import loop
 
-    compute, update, at = sft._loss, sft.Passes.run, {"step": 0, "rows": []}
+    compute, update, at = loop._loss, loop.Passes.run, {"step": 0, "rows": []}
 
     def passes(self: Any) -> float:
         at["step"] = self.step
@@ -74,7 +74,7 @@ def _break(faults: Faults, rank: int) -> None:
     from forge_ray.train import guards
 
     kept = guards.Guards.blaming
-    sft._loss, sft.Passes.run, guards.Guards.blaming = loss, passes, blaming
+    loop._loss, loop.Passes.run, guards.Guards.blaming = loss, passes, blaming
 
 
 def _die_at(step: int, when: str) -> None:

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from forge_ray import candidates, pipeline
-from forge_ray.catalog import Catalog
+from forge_ray import pipeline
 from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound, PolicyError
-from forge_ray.lineage import tree
-from forge_ray.recipes import sft
+from forge_ray.governance.lineage import tree
 from forge_ray.records import Event, RunRecord, canonical_json
-from forge_ray.store import Store
-from forge_ray.train import incidents, validation
+from forge_ray.release import candidates
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+from forge_ray.train import incidents, loop, validation
 from forge_ray.train.job import TrainJob
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -45,15 +45,14 @@ def functions_travel_by_value(ray_cluster: None) -> None:
 def killed_at_two(values: dict[str, Any], step: int) -> None:
     if step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    sft.validate_checkpoint(values, step)
+    loop.validate_checkpoint(values, step)
 
 
 def slow_loop(values: dict[str, Any]) -> None:
     """The real loop; a step takes as long as a validation, so that each checkpoint is asked for."""
     import time
 
-    from forge_ray.recipes import sft
-    from forge_ray.train import metrics, validation
+    from forge_ray.train import loop, metrics, validation
 
     job, real = TrainJob.from_json(values), metrics.append
 
@@ -64,7 +63,7 @@ def slow_loop(values: dict[str, Any]) -> None:
             time.sleep(0.1)
 
     metrics.append = append
-    sft.train_loop(values)
+    loop.train_loop(values)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +74,8 @@ def config() -> RunConfig:
 @pytest.fixture(scope="module")
 def record(config: RunConfig, store: Store) -> RunRecord:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "train_loop", slow_loop)
-        patch.setattr(sft, "validate_checkpoint", killed_at_two)
+        patch.setattr(loop, "train_loop", slow_loop)
+        patch.setattr(loop, "validate_checkpoint", killed_at_two)
         return pipeline.train(config, store)
 
 
@@ -105,7 +104,7 @@ def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(
 
     path = store.local(f"records/runs/{record.id}.json")
     hidden = path.read_bytes()
-    monkeypatch.setattr("forge_ray.audit_log.redo", lambda store: None)  # which would bring the record back
+    monkeypatch.setattr("forge_ray.store.audit_log.redo", lambda store: None)  # which would bring the record back
     path.unlink()
     try:
         with Catalog(store) as catalog:

@@ -15,19 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.data import DataConfig
-from forge_ray.data import dataset
-from forge_ray.data.build import build as build_dataset
-from forge_ray.data.build import index_sources
-from forge_ray.data.chat import encode
-from forge_ray.data.ingest import expand, index_file
-from forge_ray.data.order import order_of
-from forge_ray.data.schema import parse_record
-from forge_ray.data.stream import Feed, Rows, local_batches, ray_batches
+from forge_ray.data.build.build import build as build_dataset
+from forge_ray.data.build.build import index_sources
+from forge_ray.data.dataset import version as dataset
+from forge_ray.data.dataset.order import order_of
+from forge_ray.data.dataset.stream import Feed, Rows, local_batches, ray_batches
+from forge_ray.data.read.ingest import expand, index_file
+from forge_ray.data.record.schema import parse_record
+from forge_ray.data.tokens.chat import encode
 from forge_ray.errors import DataError, NotFound
 from forge_ray.records import DatasetManifest, ModelVersion
-from forge_ray.store import Store, verify_files
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store, verify_files
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

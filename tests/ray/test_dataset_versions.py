@@ -18,20 +18,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.data import DataConfig
-from forge_ray.data import build as building
-from forge_ray.data import dataset
-from forge_ray.data.build import build, index_sources
-from forge_ray.data.compare import diff, holders
-from forge_ray.data.export import export
-from forge_ray.data.schema import parse_record
-from forge_ray.data.subject import subject_digest, subject_key
-from forge_ray.data.work import WORK
+from forge_ray.data.build import build as building
+from forge_ray.data.build.build import build, index_sources
+from forge_ray.data.build.work import WORK
+from forge_ray.data.dataset import version as dataset
+from forge_ray.data.dataset.compare import diff, holders
+from forge_ray.data.dataset.export import export
+from forge_ray.data.record.schema import parse_record
+from forge_ray.data.record.subject import subject_digest, subject_key
 from forge_ray.errors import ConfigError, DataError
+from forge_ray.governance.trace import of_file, of_subject_value, trace
 from forge_ray.records import DatasetManifest, ModelVersion
-from forge_ray.store import Store, verify_files
-from forge_ray.trace import of_file, of_subject_value, trace
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store, verify_files
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -251,11 +251,11 @@ def test_two_builds_at_once_give_one_dataset(tmp_path: Path, base: ModelVersion,
 
 KILLED = """
 import sys
-from forge_ray.catalog import Catalog
-from forge_ray.cluster import connect
+from forge_ray.store.catalog import Catalog
+from forge_ray.machine.cluster import connect
 from forge_ray.config.data import DataConfig
 from forge_ray.data import build as building
-from forge_ray.store import Store
+from forge_ray.store.files import Store
 building.JOB_BYTES = 4000
 building.PARTITION_RECORDS = 64
 store, folder = Store(sys.argv[1]), sys.argv[2]

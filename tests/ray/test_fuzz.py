@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from forge_ray.catalog import Catalog
 from forge_ray.config.data import DataConfig
-from forge_ray.data import dataset
-from forge_ray.data.build import build, index_sources
-from forge_ray.data.schema import parse_record
-from forge_ray.store import Store
+from forge_ray.data.build.build import build, index_sources
+from forge_ray.data.dataset import version as dataset
+from forge_ray.data.record.schema import parse_record
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = [pytest.mark.ray]
 BIG_LINE = 50 << 20
@@ -132,7 +132,7 @@ def test_a_hundred_thousand_broken_lines_among_a_million(store: Store, tmp_path:
     (tmp_path / "where.json").write_text(json.dumps([[*key, *value] for key, value in where.items()]))
     code = (
         "import json,sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_fuzz as t;"
-        "from forge_ray.cluster import connect; from forge_ray.store import Store; connect();"
+        "from forge_ray.machine.cluster import connect; from forge_ray.store.files import Store; connect();"
         "where={(a,b):(c,d) for a,b,c,d in json.loads(Path(sys.argv[3],'where.json').read_text())};"
         "t.check(Store(sys.argv[2]), Path(sys.argv[3])/'rows', 1_000_000, where)"
     )

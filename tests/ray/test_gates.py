@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from forge_ray import pipeline
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import load
 from forge_ray.config.run import RunConfig
-from forge_ray.data import canaries
+from forge_ray.data.curate import canaries
 from forge_ray.records import EvalReport
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 RUN = Path(__file__).parents[1] / "e2e" / "run.yaml"

@@ -12,10 +12,10 @@ import openai
 import pytest
 from serving import MESSAGES, WAIT_S, Endpoint
 
-from forge_ray.catalog import Catalog
 from forge_ray.client import Client
 from forge_ray.errors import ConfigError, NotFound
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.ray
 

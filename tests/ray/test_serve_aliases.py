@@ -15,13 +15,13 @@ import openai
 import pytest
 from serving import MESSAGES, WAIT_S, Endpoint, config, free_port, make_adapter, register
 
-from forge_ray import traffic
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, Guard
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import ModelVersion
-from forge_ray.store import Store
+from forge_ray.release import traffic
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.ray
 

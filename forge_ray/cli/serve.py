@@ -1,0 +1,213 @@
+"""`forge deploy · undeploy · serve · chat · alias …`: endpoints and what their names stand for."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from forge_ray.cli.verbs import verb
+from forge_ray.errors import ConfigError, NotFound
+
+if TYPE_CHECKING:
+    from forge_ray.client import Client
+    from forge_ray.store.files import Store
+
+
+@click.group()
+def top() -> None:
+    """Holds the verbs that `forge` itself takes."""
+
+
+@verb(top, "deploy")
+@click.argument("file", metavar="DEPLOY.yaml", required=False)
+@click.option("--address", help="The Ray cluster, e.g. `auto` on one of its nodes; else RAY_ADDRESS.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the file.")
+@click.option("--status", "show_status", is_flag=True, help="Show what the cluster serves, and change nothing.")
+@click.option("--serve-yaml", is_flag=True, help="Print the file for Ray's own `serve deploy`, and change nothing.")
+def deploy(
+    store: Store,
+    as_json: bool,
+    file: str | None,
+    address: str | None,
+    overrides: tuple[str, ...],
+    show_status: bool,
+    serve_yaml: bool,
+) -> Any:
+    """Put released models behind an endpoint on a running cluster; it stays when this command ends."""
+    import os
+
+    from forge_ray import pipeline
+    from forge_ray.machine.cluster import connect
+
+    if serve_yaml:
+        return _serve_yaml(store, as_json, _deploy_file(file, overrides))
+    if not (address or os.environ.get("RAY_ADDRESS")):
+        raise ConfigError("no cluster to deploy on", hint="give --address auto on a node of it, or use `forge serve` here")
+    if not show_status:
+        config = _deploy_file(file, overrides)
+        connect(address, show_logs=False)
+        return pipeline.deploy(config, store)
+    connect(address, show_logs=False)
+    return _status(store, as_json)
+
+
+def _deploy_file(file: str | None, overrides: tuple[str, ...]) -> Any:
+    from forge_ray.config.base import load
+    from forge_ray.config.release import DeployConfig
+    from forge_ray.machine.shipped import here_or_shipped
+
+    if file is None:
+        raise ConfigError(
+            "no deployment file given", hint=f"forge deploy {here_or_shipped('jobs/deploy.yaml')}, or --status"
+        )
+    shipped = here_or_shipped(file)
+    if shipped != file:
+        raise NotFound(f"deployment file {file!r} does not exist", hint=f"the one that comes with forge_ray: {shipped}")
+    return load(DeployConfig, file, overrides)
+
+
+def _serve_yaml(store: Store, as_json: bool, config: Any) -> Any:
+    import yaml
+
+    from forge_ray.serve.deploy import serve_file
+
+    found = serve_file(config, store.uri)
+    if not as_json:
+        click.echo(yaml.safe_dump(found, sort_keys=False).rstrip())
+    return found
+
+
+def _status(store: Store, as_json: bool) -> Any:
+    from forge_ray.cli.show import print_table
+    from forge_ray.config.release import AliasRoute
+    from forge_ray.release.traffic import in_words
+    from forge_ray.serve.deploy import status
+    from forge_ray.store.catalog import Catalog
+
+    with Catalog(store) as index:
+        found = status(index)
+    if not as_json:
+        for endpoint in found or [{"name": "nothing is deployed", "status": "", "url": "", "replicas": {}}]:
+            click.echo(f"{endpoint['name']}  {endpoint['status'].lower()}  {endpoint['url']}  {endpoint.get('message', '')}")
+            table = endpoint.get("table", {"routes": {}, "broken": {}})
+            routes = [(name, in_words(AliasRoute.model_validate(route))) for name, route in table["routes"].items()]
+            print_table("Names", ("name", "stands for"), routes)
+            rows = [
+                (
+                    name,
+                    "yes" if seen["live"] else "preparing",
+                    *(str(seen.get(key, 0)) for key in ("running", "waiting", "tokens")),
+                    ", ".join(seen["held"]),
+                )
+                for name, seen in endpoint.get("replicas", {}).items()
+            ]
+            print_table("Replicas", ("replica", "up to date", "running", "waiting", "tokens", "in memory"), rows)
+            for version, why in table["broken"].items():
+                click.secho(f"{version} cannot be served: {why}", fg="red")
+    return found
+
+
+@verb(top, "undeploy")
+@click.argument("name")
+@click.option("--address", help="The Ray cluster, e.g. `auto` on one of its nodes; else RAY_ADDRESS.")
+def undeploy(store: Store, as_json: bool, name: str, address: str | None) -> Any:
+    """Take an endpoint away once it has finished what it began."""
+    import os
+
+    from forge_ray.machine.cluster import connect
+    from forge_ray.serve.deploy import undeploy as stop
+    from forge_ray.store.catalog import Catalog
+
+    if not (address or os.environ.get("RAY_ADDRESS")):
+        raise ConfigError("no cluster given", hint="--address auto on a node of it, or set RAY_ADDRESS")
+    connect(address, show_logs=False)
+    with Catalog(store) as index:
+        stop(name, index)
+    return {"stopped": name}
+
+
+@verb(top, "serve")
+@click.argument("file", metavar="DEPLOY.yaml")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the file.")
+@click.option("--haproxy", is_flag=True, help="HAProxy in front of the replicas: faster, and it listens on all interfaces.")
+def serve(store: Store, as_json: bool, file: str, overrides: tuple[str, ...], haproxy: bool) -> Any:
+    """Serve released models from this machine until Ctrl-C."""
+    from forge_ray import pipeline
+    from forge_ray.serve.haproxy import set_haproxy
+
+    config = _deploy_file(file, overrides)
+    if haproxy:
+        set_haproxy()
+    deployment = pipeline.deploy(config, store)
+    if as_json:
+        click.echo(deployment.model_dump_json())
+    wait_for_ctrl_c(deployment.name)
+    sys.exit(0)
+
+
+def wait_for_ctrl_c(name: str) -> None:
+    """Until SIGINT or SIGTERM."""
+    import signal
+
+    click.echo(f"serving {name!r} until Ctrl-C", err=True)
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+@verb(top, "chat")
+@click.argument("text", required=False)
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The endpoint.")
+@click.option("--api-key", default="", envvar="FORGE_API_KEY", help="Where it wants one; else FORGE_API_KEY.")
+@click.option("--model", help="Name of the model; default: the first that the endpoint has.")
+@click.option("--system", help="System message.")
+@click.option("--max-tokens", type=int, help="Of an answer; default: what the endpoint allows.")
+@click.option("--temperature", default=0.0, show_default=True)
+def chat(
+    store: Store,
+    as_json: bool,
+    text: str | None,
+    url: str,
+    api_key: str,
+    model: str | None,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float,
+) -> Any:
+    """Ask a served model: one question, or without TEXT a conversation."""
+    from forge_ray.client import Client
+
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    options: dict[str, Any] = {"temperature": temperature} | ({"max_tokens": max_tokens} if max_tokens else {})
+    with Client(url, api_key=api_key) as client:
+        name = model or client.models()[0]
+        if text is None:
+            if as_json or not sys.stdin.isatty():
+                raise ConfigError("no question given", hint="forge chat 'What is …?'")
+            return _converse(client, name, messages, options)
+        answer = client.chat(name, [*messages, {"role": "user", "content": text}], **options)
+    if not as_json:
+        click.echo(answer.text)
+    return answer
+
+
+def _converse(client: Client, name: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Any:
+    click.secho(f"{name}: an empty line or Ctrl-D ends", dim=True, err=True)
+    while True:
+        try:
+            question = input("> ")
+        except EOFError:
+            break
+        if not question.strip():
+            break
+        messages.append({"role": "user", "content": question})
+        said = []
+        for piece in client.stream_chat(name, messages, **options):
+            click.echo(piece, nl=False)
+            said.append(piece)
+        click.echo()
+        messages.append({"role": "assistant", "content": "".join(said)})
+    return {"messages": messages}
+
+
+SERVING: tuple[click.Command, ...] = tuple(top.commands[name] for name in ("deploy", "undeploy", "serve", "chat"))

@@ -1,0 +1,107 @@
+"""Send a run file to a Ray cluster as a job, follow it, and tell how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from forge_ray.errors import (
+    EXIT_POLICY,
+    EXIT_USAGE,
+    ConfigError,
+    ForgeError,
+    NotFound,
+    PolicyError,
+    TrainingError,
+)
+from forge_ray.machine.offline import set_offline_switches
+
+AGENT_WAIT_S = 90.0
+EXCLUDES = [".venv", ".git", ".forge", "**/__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", ".hypothesis"]
+
+
+def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], wait: bool) -> dict[str, Any]:
+    """Run `forge run FILE` on the cluster with this folder as its working directory; the token is Ray's own
+    (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token). With `wait`, logs go to stderr until the job ends."""
+    set_offline_switches()
+    path = Path(file)
+    if not path.is_file() or not path.resolve().is_relative_to(Path.cwd()):
+        raise NotFound(f"{file!r} is not a file below the current folder", hint="the folder is what the job gets: cd there")
+    if "://" not in store_uri and not Path(store_uri).is_absolute():
+        raise ConfigError(f"store {store_uri!r} is relative", hint="name a place that all nodes share")
+
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.WARNING)  # the packing of each file is not news
+
+    relative = path.resolve().relative_to(Path.cwd()).as_posix()
+    words = ["python", "-m", "forge_ray.cli", "run", relative, "--store", store_uri, "--json"]
+    for override in overrides:
+        words += ["--set", override]
+    environment: dict[str, Any] = {"working_dir": ".", "excludes": EXCLUDES}
+    if not Path("forge_ray").is_dir():
+        environment["py_modules"] = [str(Path(__file__).parents[1])]  # all of forge_ray
+    try:
+        client = JobSubmissionClient(address)
+        job = _accepted(client, shlex.join(words), environment)
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NotFound(
+            f"no job could be sent to {address}: {reason}",
+            hint="is the dashboard reachable (http://HEAD:8265), and the token in ~/.ray/auth_token the cluster's?",
+        ) from error
+    if not wait:
+        return {"job": job, "status": "submitted", "address": address, "store": store_uri}
+    logs = asyncio.run(_follow(client, job))
+    info = client.get_job_info(job)
+    result = _result(logs)
+    if info.status != JobStatus.SUCCEEDED:
+        raise _failure(job, address, info, result)
+    return {"job": job, "status": "succeeded", "address": address, "store": store_uri, "result": result}
+
+
+def _accepted(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:
+    """The job's id. A head node that has just started has no agent yet: it is asked again until it has."""
+    deadline = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1)
+
+
+def _failure(job: str, address: str, info: Any, result: Any) -> ForgeError:
+    """What the job itself said, with the exit code that its error has."""
+    kind = {EXIT_USAGE: ConfigError, EXIT_POLICY: PolicyError}.get(info.driver_exit_code, TrainingError)
+    told = result.get("error") if isinstance(result, dict) else None
+    reason = told["message"] if told else str(info.message or "").partition("\n")[0]
+    hint = f"its log: ray job logs {job} --address {address}"
+    return kind(f"job {job} {info.status.value.lower()}: {reason}", hint=f"{told['hint']}; {hint}" if told else hint)
+
+
+async def _follow(client: Any, job: str) -> str:
+    seen = []
+    async for text in client.tail_job_logs(job):
+        seen.append(text)
+        print(text, end="", file=sys.stderr, flush=True)
+    return "".join(seen)
+
+
+def _result(logs: str) -> Any:
+    """The job's own JSON: the last line of its log that is one object."""
+    for line in reversed(logs.splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+    return None

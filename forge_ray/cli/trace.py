@@ -1,0 +1,164 @@
+"""`forge trace` and `forge lineage`: from rows to what they taught, and from anything to what it came from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from forge_ray.cli.verbs import Verbs, verb
+from forge_ray.errors import EXIT_FAILED, ConfigError
+
+if TYPE_CHECKING:
+    from forge_ray.governance.trace import Held, Traced
+    from forge_ray.store.files import Store
+
+verbs = Verbs()
+SHOWN = 20  # records that are printed in full
+
+
+@verb(verbs, "trace")
+@click.argument("records", metavar="[rec_…]", nargs=-1)
+@click.option("--file", "files", multiple=True, metavar="ROWS", help="Rows of any format that sources may have.")
+@click.option("--subject", default="", help="Value of the subject column; - reads it from standard input.")
+def trace(store: Store, as_json: bool, records: tuple[str, ...], files: tuple[str, ...], subject: str) -> Any:
+    """Which dataset versions, runs and steps, model versions, aliases and deployments used a record."""
+    from forge_ray.governance import trace as tracer
+    from forge_ray.store.catalog import Catalog
+
+    if not (records or files or subject):
+        raise ConfigError("forge trace needs a record id, --file or --subject", hint="forge trace rec_…")
+    if subject == "-":  # an argument would stay in the shell's history
+        subject = sys.stdin.read().strip()
+    with Catalog(store) as index:
+        queries = [tracer.of_record(record) for record in records]
+        queries += [query for file in files for query in tracer.of_file(index, file)]
+        queries += [tracer.of_subject_value(index, subject)] if subject else []
+        found = tracer.trace(index, queries)
+    if not as_json:
+        click.echo("\n".join(lines(found)))
+    if found.broken:  # what was found is out, and is not all
+        if as_json:
+            from forge_ray.cli.job import as_json as plain
+
+            click.echo(json.dumps(plain(asdict(found)), ensure_ascii=False))
+        sys.exit(EXIT_FAILED)
+    return asdict(found)
+
+
+def lines(found: Traced) -> Iterator[str]:
+    """The answer for people."""
+    for query in found.queries:
+        if query.asked in found.nowhere:
+            yield f"{query.asked}: {query.note or f'no dataset version holds it ({found.num_datasets} searched)'}"
+        elif query.asked not in query.records and len(query.records) > 1:
+            yield f"{query.asked}: {len(query.records)} records"
+        if query.unsearched:
+            yield f"  {len(query.unsearched)} of {found.num_datasets} versions cannot say: no data.subject, or no sources"
+    for reason in found.broken.values():
+        yield f"not searched: {reason}"
+    for one in found.records[:SHOWN]:
+        asked = [name for name in one.asked if name != one.record]
+        yield one.record + (f"  ({', '.join(asked[:3])})" if asked else "")
+        branches = [f"{'  '.join(_held(held))}" for held in one.held]
+        branches += [f"alike: {'  '.join(_held(held))}, {held.relation}" for held in one.alike]
+        branches += [_used(use) for use in one.uses]
+        yield from _tree(branches)
+    if len(found.records) > SHOWN:
+        yield f"… and {len(found.records) - SHOWN} records more (--json lists all)"
+    if found.records:
+        reached = found.reached
+        branches = [f"run         {run.run}  {run.name}: {run.state}, {_how(run.how)}" for run in reached.runs]
+        branches += [
+            f"version     {v.version}  {v.name}: {v.status}{', archived' if v.archived else ''}, {_how(v.how)}"
+            for v in reached.versions
+        ]
+        branches += [
+            f"alias       {a.alias} → {a.version}  since {a.since[:19]}"
+            + (f", until {a.until[:19]}" if a.until else ", now")
+            for a in reached.aliases
+        ]
+        branches += [
+            f"deployment  {d.deployment}  {d.name}: {_up(d.live, d.state)}, {', '.join(d.versions)}"
+            for d in reached.deployments
+        ]
+        branches += [f"report      {e.report}  on {e.dataset} {e.how}, of {e.subject}" for e in reached.evals]
+        yield "came of it" if branches else "nothing came of it: no run used a row that holds it"
+        yield from _tree(branches)
+
+
+def _up(live: bool, state: str) -> str:
+    """What the events say: an endpoint whose process was killed wrote none."""
+    if live:
+        return "up, by its last event"
+    return "replaced" if state == "running" else state
+
+
+def _tree(branches: list[str]) -> Iterator[str]:
+    for number, branch in enumerate(branches):
+        yield f"{'└─' if number == len(branches) - 1 else '├─'} {branch}"
+
+
+def _held(held: Held) -> tuple[str, ...]:
+    place = held.place
+    where = f"{place.file}:{place.line}" if place.file else "not in this version under this id"
+    split = f"dropped: {place.reason}" if place.split == "dropped" else place.split
+    return (*((place.record,) if held.relation else ()), f"{held.dataset}  {held.name}", split, where)
+
+
+def _used(use: Any) -> str:
+    from forge_ray.governance.uses import ranges
+
+    if use.how == "validated":
+        return f"{use.run} validated on its split" + (" and chose by it" if use.decided else "")
+    if not use.exact:
+        return f"{use.run} may have trained on it: its settings are gone"
+    out = f"; left out of {ranges([step for step, _ in use.left_out])}" if use.left_out else ""
+    return f"{use.run} trained on it at step {ranges(use.steps)}{out}" if use.steps else f"{use.run}{out}"
+
+
+def _how(how: str) -> str:
+    said = {"trained": "trained on it", "chosen": "chosen by a validation on it", "base": "began from a version that saw it"}
+    return said[how]
+
+
+@verb(verbs, "lineage")
+@click.argument("reference", metavar="ID|ALIAS|FINGERPRINT")
+@click.option("--to", "goal", help="Print only the chain from ID to this one.")
+@click.option("--rows", default=3, show_default=True, help="Training rows to show under a dataset.")
+@click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw both ways into an SVG.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="The same as a page.")
+def lineage(
+    store: Store, as_json: bool, reference: str, goal: str | None, rows: int, svg: Path | None, html: Path | None
+) -> Any:
+    """What something was made from, down to rows one can read, and what was made of it."""
+    from forge_ray.governance import lineage as trace
+    from forge_ray.governance import lineage_page
+    from forge_ray.store.catalog import Catalog
+
+    if goal and (svg or html):
+        raise ConfigError("--to prints one chain; --svg and --html draw the whole graph", hint="leave out one of them")
+    with Catalog(store) as index:
+        if goal:
+            chain = trace.path(index, reference, goal)
+            if not as_json:
+                click.echo(" — ".join(chain))
+            return {"chain": chain}
+        found = trace.lineage(index, reference, rows)
+        if svg or html:
+            graph = lineage_page.graph_of(index, found)
+            for target, content in ((svg, lineage_page.svg), (html, lineage_page.page)):
+                if target:
+                    target.write_text(content(graph), encoding="utf-8")
+                    click.echo(f"written: {target}", err=True)
+    if not as_json:
+        click.echo("\n".join(trace.draw(found)))
+    return found
+
+
+TRACING = tuple(verbs.commands.values())

@@ -1,0 +1,1 @@
+"""Records → packed shards and a manifest: the stages of a build, and what is already done."""

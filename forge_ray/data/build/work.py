@@ -1,0 +1,117 @@
+"""The work area of dataset builds: finished pieces, named by what decides them.
+
+    work/data/<key>-<n>.arrow     tables of one piece of work (Arrow IPC, lz4)
+    work/data/<key>.json          its summary, written last: without it the piece is not done
+
+A key is a digest of the input bytes and settings: a build that was killed, or that sees more files than the last, takes what
+is finished and does only the rest. Two builds at once write equal bytes under equal names. `forge data clean` empties it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.ipc as ipc
+
+from forge_ray.records import canonical_json
+from forge_ray.store import paths
+from forge_ray.store.files import Store
+
+WORK = paths.work("data")
+Summary = dict[str, Any]
+
+
+def finished(store: Store, key: str) -> Summary | None:
+    """The summary of a piece that is done; None when it is not."""
+    path = f"{WORK}/{key}.json"
+    if not store.exists(path):
+        return None
+    summary: Summary = json.loads(store.read(path))
+    return summary
+
+
+def finish(store: Store, key: str, summary: Summary) -> Summary:
+    store.write(f"{WORK}/{key}.json", canonical_json(summary))
+    return summary
+
+
+def once(store: Store, key: str, work: Callable[[], Summary]) -> Summary:
+    """The finished piece, or what `work` makes of it now."""
+    return finished(store, key) or finish(store, key, work())
+
+
+def mark(store: Store) -> str:
+    """A file of the work area that is gone when another command has emptied it since."""
+    path = f"{WORK}/begun-{uuid4().hex}"
+    store.write(path, b"")
+    return path
+
+
+def inputs(input_digest: str) -> str:
+    """The key under which a build that made an older dataset once more is noted."""
+    return f"inputs-{input_digest[len('sha256:') :][:32]}"
+
+
+def write_batches(store: Store, name: str, table: pa.Table, cuts: Sequence[int]) -> None:
+    """One Arrow file whose record batches end at the row numbers `cuts`, so that a reader can take some of them."""
+    sink = pa.BufferOutputStream()
+    options = ipc.IpcWriteOptions(compression="lz4")
+    batch = next(iter(table.combine_chunks().to_batches()), None)
+    with ipc.new_file(sink, table.schema, options=options) as writer:
+        start = 0
+        for end in cuts:
+            if batch is not None:
+                writer.write_batch(batch.slice(start, end - start))
+            start = end
+    store.write(f"{WORK}/{name}", sink.getvalue())
+
+
+def read_batches(store: Store, name: str, numbers: Sequence[int] | None = None) -> list[pa.RecordBatch]:
+    """Some record batches of a file, or all."""
+    reader = _reader(store, name)
+    return [reader.get_batch(n) for n in (range(reader.num_record_batches) if numbers is None else numbers)]
+
+
+def write_array(store: Store, name: str, array: npt.NDArray[Any]) -> None:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    store.write(f"{WORK}/{name}", stream.getvalue())
+
+
+@lru_cache(maxsize=4)
+def read_array(store: Store, name: str) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = np.load(io.BytesIO(store.read(f"{WORK}/{name}")), allow_pickle=False)
+    return array
+
+
+def _reader(store: Store, name: str) -> Any:
+    path = f"{WORK}/{name}"
+    if store.is_local:
+        return ipc.open_file(pa.memory_map(store.path(path)))
+    return ipc.open_file(store.filesystem.open_input_file(store.path(path)))
+
+
+@lru_cache(maxsize=4)
+def plan(store: Store, key: str) -> Any:
+    """What all tasks of a stage share, read once per process."""
+    return json.loads(store.read(f"{WORK}/plans/{key}.json"))
+
+
+def clean(store: Store) -> int:
+    """Remove the work area; returns the bytes that lay there. Files that a dataset shares with it stay in the dataset."""
+    files = store.list(paths.work(), recursive=True)
+    size = sum(map(store.size, files))
+    store.delete_dir(paths.work())
+    return size
+
+
+def write_plan(store: Store, key: str, value: Any) -> None:
+    store.write(f"{WORK}/plans/{key}.json", canonical_json(value))

@@ -1,0 +1,1 @@
+"""A dataset version: read, compared, described, searched, ordered and streamed."""

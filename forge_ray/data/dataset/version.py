@@ -1,0 +1,184 @@
+"""A dataset version: what its folder holds, and how it is read.
+
+    datasets/<id>/packed/<split>/shard-00000.parquet    rows of `sequence_length` tokens; one row group = one block
+    datasets/<id>/records/<split>/part-00000.parquet    the records, sorted by key, with file, line and byte offset
+    datasets/<id>/dropped/part-00000.parquet            records that a rule of `data.curate` dropped, with the reason
+    datasets/<id>/quarantine/part-00000.parquet         rows that never became a record, with the reason
+
+A record's split and its place in the shuffled order are functions of its content: neither moves when the data grows, and a
+record is found by its id with a look at one row group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from forge_ray.config.data import DataConfig, Splits
+from forge_ray.data.record.schema import RECORD_HEX
+from forge_ray.data.tokens.chat import load_tokenizer_dir
+from forge_ray.data.tokens.template import ChatTokenizer
+from forge_ray.errors import NotFound
+from forge_ray.models.model_files import mistral_tokenizer, require_mistral_common
+from forge_ray.records import DatasetManifest, ModelVersion, digest
+from forge_ray.store import paths
+from forge_ray.store.files import Store
+
+FORMAT = 2
+SPLITS = ("train", "validation", "test")
+TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "tekken")
+
+PACKED = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.int8())),
+        ("segment_ids", pa.list_(pa.int32())),
+        ("records", pa.list_(pa.string())),
+        ("sources", pa.list_(pa.int16())),
+    ]
+)
+RECORDS = pa.schema(
+    [
+        ("key", pa.uint64()),
+        ("record", pa.string()),
+        ("kind", pa.string()),
+        ("source", pa.int16()),
+        ("subject", pa.string()),
+        ("flags", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("offset", pa.int64()),
+        ("content", pa.string()),
+    ]
+)
+UNUSED = pa.schema(
+    [
+        ("rule", pa.int32()),
+        ("reason", pa.string()),
+        ("record", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("offset", pa.int64()),
+        ("raw_sha256", pa.string()),
+        ("subject", pa.string()),
+        ("content", pa.string()),
+    ]
+)
+
+
+def tokenizer_digest(model: ModelVersion) -> str:
+    """Over the files that decide ids and templates."""
+    return digest(sorted((f.path, f.sha256) for f in model.files if f.path.startswith(TOKENIZER_FILES)))
+
+
+def require_tokenizer(store: Store, model: ModelVersion) -> None:
+    """`ConfigError` where the model's tokenizer needs a package that is not installed; downloads nothing but its config."""
+    own = mistral_tokenizer([f.path for f in model.files], lambda: store.read(paths.model(model.id, "config.json")))
+    if own:
+        require_mistral_common(own, model.id)
+
+
+@lru_cache(maxsize=2)
+def load_tokenizer(store: Store, model: str) -> ChatTokenizer:
+    """The tokenizer of a model version."""
+    return load_tokenizer_dir(store.fetch_dir(paths.model(model), verify=False))
+
+
+def record_bytes(content: bytes) -> bytes:
+    """The 12 bytes that a record id spells in hex, from its canonical JSON."""
+    return hashlib.sha256(content).digest()[: RECORD_HEX // 2]
+
+
+def split_of(record: bytes, splits: Splits) -> int:
+    """The number of the record's split: a pure function, so that a row never moves when the data grows."""
+    share = int.from_bytes(hashlib.sha256(b"split/" + record).digest()[:8], "big") / 2**64
+    if share < splits.test:
+        return SPLITS.index("test")
+    return SPLITS.index("validation" if share < splits.test + splits.validation else "train")
+
+
+def shuffle_key(record: bytes, seed: int) -> int:
+    """64 bits that order the records."""
+    return int.from_bytes(hashlib.sha256(b"shuffle/%d/" % seed + record).digest()[:8], "big")
+
+
+def place(record: bytes, config: DataConfig) -> tuple[int, int]:
+    """(split, key) of a record."""
+    return split_of(record, config.splits), shuffle_key(record, config.shuffle_seed)
+
+
+def content_digest(table: pa.Table) -> str:
+    """Over the values of packed rows, not the Parquet bytes, nor how a reader batches them."""
+    hasher = hashlib.sha256()
+    for name in ("input_ids", "loss_mask", "segment_ids"):
+        for values in table.column(name).chunks:
+            hasher.update(np.ascontiguousarray(values.flatten().to_numpy(zero_copy_only=False)).tobytes())
+    hasher.update("\n".join(",".join(row) for row in table.column("records").to_pylist()).encode())
+    return hasher.hexdigest()
+
+
+def records(store: Store, manifest: DatasetManifest, split: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The records of a split, part after part, each sorted by key."""
+    for path in store.list(paths.records(manifest.id, split)):
+        yield pq.read_table(store.path(path), filesystem=store.filesystem, columns=columns)
+
+
+def read_records(store: Store, manifest: DatasetManifest, split: str) -> list[dict[str, Any]]:
+    """All records of a split, by record id: `record`, `file`, `line`, `offset`, `content` (decoded)."""
+    rows = [_decoded(row) for table in records(store, manifest, split) for row in table.to_pylist()]
+    return sorted(rows, key=lambda row: row["record"])
+
+
+def first_records(store: Store, manifest: DatasetManifest, split: str, count: int) -> list[dict[str, Any]]:
+    """A few records of a split in the order that is on disk, without reading the rest."""
+    for path in store.list(paths.records(manifest.id, split))[:1]:
+        with store.filesystem.open_input_file(store.path(path)) as stream:
+            return [_decoded(row) for row in pq.ParquetFile(stream).read_row_group(0).slice(0, count).to_pylist()]
+    return []
+
+
+def find_record(store: Store, manifest: DatasetManifest, record: str) -> dict[str, Any]:
+    """One record of the dataset by id, with its split; raises `NotFound`. Reads one row group."""
+    try:
+        raw = bytes.fromhex(record.removeprefix("rec_"))
+        splits = Splits.model_validate(manifest.config["splits"])
+        split, key = SPLITS[split_of(raw, splits)], shuffle_key(raw, manifest.config["shuffle_seed"])
+        if len(raw) * 2 == RECORD_HEX and (row := _find(store, manifest, split, key, record)):
+            return {**row, "split": split}
+    except ValueError:
+        pass
+    raise NotFound(f"{record} is not in {manifest.id}", hint=f"forge data show {manifest.id} lists record ids")
+
+
+def _find(store: Store, manifest: DatasetManifest, split: str, key: int, record: str) -> dict[str, Any] | None:
+    files = store.list(paths.records(manifest.id, split))
+    if not files:
+        return None
+    path = files[key * len(files) >> 64]  # the parts divide the keys evenly
+    table = pq.read_table(
+        store.path(path), filesystem=store.filesystem, filters=pc.field("key") == pa.scalar(key, pa.uint64())
+    )
+    return next((_decoded(row) for row in table.to_pylist() if row["record"] == record), None)
+
+
+def find_subject(store: Store, manifest: DatasetManifest, subject: str) -> list[dict[str, Any]]:
+    """Every record whose subject key is `subject` (see `subject.subject_digest`), with its split."""
+    found = []
+    for split in SPLITS:
+        for path in store.list(paths.records(manifest.id, split)):
+            table = pq.read_table(store.path(path), filesystem=store.filesystem, filters=pc.field("subject") == subject)
+            found += [{**_decoded(row), "split": split} for row in table.to_pylist()]
+    return found
+
+
+def _decoded(row: dict[str, Any]) -> dict[str, Any]:
+    row = {key: value for key, value in row.items() if key != "key"}
+    return {**row, "content": json.loads(row["content"])}

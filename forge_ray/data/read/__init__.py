@@ -1,0 +1,1 @@
+"""Files of rows → raw rows: which bytes, cut where, read how."""

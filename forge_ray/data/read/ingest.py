@@ -1,0 +1,191 @@
+"""Source files, and where their rows can be cut.
+
+`index_file` reads a file once: its sha256, and the exact ranges of chunks, which `readers.read_raw` reads on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from forge_ray.data.read.documents import DOCUMENTS, require_library
+from forge_ray.data.read.lines import compression_of, is_outage, open_file
+from forge_ray.data.read.readers import Chunk, arrow_messages, arrow_start, read_raw
+from forge_ray.data.read.sources import Found, expand
+from forge_ray.errors import DataError
+
+__all__ = ["CHUNK_BYTES", "Chunk", "Found", "IndexedFile", "expand", "index_file"]
+
+CHUNK_BYTES = 4 << 20
+MAX_LINE_BYTES = 16 << 20
+READ_BYTES = 4 << 20
+SAMPLE_BYTES = 4 << 20  # from which rows are estimated where only reading them all would count them
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """`size` is on disk, `text_bytes` (roughly) uncompressed; `num_lines` of compressed, JSON and CSV files is estimated."""
+
+    name: str
+    size: int
+    text_bytes: int
+    sha256: str
+    num_lines: int
+    chunks: tuple[Chunk, ...]
+    source: int
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where a chunk begins: byte (or row group), and number of its first line or row."""
+
+    start: int
+    line: int
+
+
+def index_file(
+    path: str,
+    name: str,
+    format: str,
+    source: int = 0,
+    expected: str = "",
+    chunk_bytes: int = CHUNK_BYTES,
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> IndexedFile:
+    """One sequential read: digest (which must be `expected`, if given), lines, and where the chunks begin."""
+    require_library(format, name)
+    kind = compression_of(path) or ""
+    by_line = format == "jsonl" and not kind
+    size, sha256, cuts = _scan(path, chunk_bytes if by_line else 0)
+    if expected and sha256 != expected:
+        raise DataError(
+            f"data.sources: {name} has sha256 {sha256}, but its checksums file says {expected}",
+            hint="restore the file, or write the checksums again if the change is meant",
+        )
+    if format == "parquet":
+        cuts = _parquet_cuts(path)
+    elif format == "arrow":
+        cuts = _arrow_cuts(path, size, chunk_bytes)
+    elif not by_line:
+        cuts = [_Cut(0, 1), _Cut(size, 1)]
+    if size == 0 and format in ("jsonl", "json", "csv", *DOCUMENTS):
+        cuts = cuts[:1]
+    chunks = tuple(
+        Chunk(path, name, format, a.start, b.start, a.line, source, _key(sha256, format, kind, a.start, b.start))
+        for a, b in pairwise(cuts)
+    )
+    text_bytes = _uncompressed_size(path, kind, size) if kind else size
+    num_lines = cuts[-1].line - 1
+    if chunks and num_lines <= 0:
+        num_lines = 1 if format in DOCUMENTS else _estimate(chunks[0], text_bytes, max_line_bytes)
+    return IndexedFile(name, size, text_bytes, sha256, num_lines, chunks, source)
+
+
+def _key(*parts: str | int) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _scan(path: str, chunk_bytes: int) -> tuple[int, str, list[_Cut]]:
+    """Size, digest and (unless `chunk_bytes` is 0) the cuts between lines, the end of the file included."""
+    hasher = hashlib.sha256()
+    size, newlines, last = 0, 0, b"\n"
+    cuts = [_Cut(0, 1)]
+    with open_file(path) as stream:
+        while data := stream.read(READ_BYTES):
+            hasher.update(data)
+            if chunk_bytes:
+                counted = 0
+                while (at := data.find(b"\n", max(0, cuts[-1].start + chunk_bytes - 1 - size))) >= 0:
+                    newlines += _newlines(data, counted, at + 1)
+                    counted = at + 1
+                    cuts.append(_Cut(size + counted, newlines + 1))
+                newlines += _newlines(data, counted, len(data))
+            last = data[-1:]
+            size += len(data)
+    if cuts[-1].start < size:
+        cuts.append(_Cut(size, newlines + 1 + (last != b"\n")))
+    return size, hasher.hexdigest(), cuts
+
+
+def _newlines(data: bytes, start: int, end: int) -> int:
+    """Several times as fast as `bytes.count` where lines are short."""
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8, end - start, start) == 10)) if start < end else 0
+
+
+def _parquet_cuts(path: str) -> list[_Cut]:
+    try:
+        with open_file(path) as stream:
+            metadata = pq.ParquetFile(stream).metadata
+    except (pa.ArrowException, OSError) as error:
+        if is_outage(error):
+            raise
+        return [_Cut(0, 1), _Cut(0, 2)]  # one chunk without a row group: one row, which says so
+    cuts = [_Cut(0, 1)]
+    for group in range(metadata.num_row_groups):
+        cuts.append(_Cut(group + 1, cuts[-1].line + metadata.row_group(group).num_rows))
+    return cuts
+
+
+def _arrow_cuts(path: str, size: int, chunk_bytes: int) -> list[_Cut]:
+    """Between record batches; not where a dictionary before one chunk would be needed by the next."""
+    with open_file(path) as stream:
+        try:
+            start = arrow_start(stream)
+            schema = pa.ipc.open_stream(stream).schema
+            stream.seek(start)
+        except (pa.ArrowException, OSError, EOFError) as error:
+            if is_outage(error):
+                raise
+            return [_Cut(0, 1), _Cut(0, 2)]
+        cuts, line, end = [_Cut(start, 1)], 1, start
+        whole = "dictionary<" in str(schema)
+        batches = pa.ipc.open_stream(stream) if whole else _record_batches(stream, schema, size)
+        try:
+            for batch in batches:
+                end = stream.tell()
+                line += batch.num_rows
+                if not whole and end - cuts[-1].start >= chunk_bytes:
+                    cuts.append(_Cut(end, line))
+        except (pa.ArrowException, OSError, EOFError) as error:
+            if is_outage(error):
+                raise
+            return [*cuts, _Cut(size, line + 1)]  # the last chunk ends in a row that says so
+    if cuts[-1].start < end:
+        cuts.append(_Cut(end, line))
+    return cuts
+
+
+def _record_batches(stream: Any, schema: pa.Schema, end: int) -> Iterator[pa.RecordBatch]:
+    for message in arrow_messages(stream, end):
+        if message.type == "record batch":
+            yield pa.ipc.read_record_batch(message, schema)
+
+
+def _uncompressed_size(path: str, kind: str, size: int) -> int:
+    """From how far the first bytes spread."""
+    with open_file(path) as file, pa.CompressedInputStream(file, kind) as stream:
+        try:
+            sample = len(stream.read(SAMPLE_BYTES))
+        except OSError as error:
+            if is_outage(error):
+                raise
+            return size
+        return sample if sample < SAMPLE_BYTES else max(size, sample * size // max(1, file.tell()))
+
+
+def _estimate(chunk: Chunk, text_bytes: int, max_line_bytes: int) -> int:
+    """Rows of a file, by reading the first of them; exact in a small one, and never 0."""
+    rows = 0
+    for raw in read_raw(chunk, max_line_bytes):
+        rows += 1
+        if raw.offset >= SAMPLE_BYTES:
+            return max(rows, rows * text_bytes // raw.offset)
+    return max(rows, 1)

@@ -1,0 +1,1 @@
+"""Raw rows → records: kind and content, or the reason why a row is none."""

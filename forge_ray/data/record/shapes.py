@@ -1,0 +1,242 @@
+"""Every row shape that people have → the columns of one kind of record.
+
+A converter only moves: which column is which turn. What a turn must be is `turns`' to check, for all shapes alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from forge_ray.config.data import Mapping, Shape
+from forge_ray.data.read.strict_json import Reject
+from forge_ray.data.record.columns import Row, lookup, scalar_text, string_of, system_turns, turns_of, untrained
+from forge_ray.data.record.turns import tools_list
+
+Converted = tuple[str, Row]  # kind, and a row whose columns have the canonical names
+
+# What makes a row one of a shape; the first of two that both fit is the one that holds more.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "openai_preference": ("preferred_output", "non_preferred_output"),
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "feedback": ("label",),
+    "classification": (),
+}
+MAIN = frozenset(column for columns in COLUMNS.values() for column in columns) - {"label"}
+VERDICTS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 equal True and False
+
+
+def convert(row: Row, shape: Shape, mapping: Mapping | None) -> Converted:
+    """Kind and columns of the row; a mapping says it all, else `shape`, else the row's own columns."""
+    if mapping is not None:
+        return _mapped(row, mapping)
+    name = detect(row) if shape == "auto" else shape
+    if name == "chat" and row.get("messages") is not None:
+        return "chat", row
+    for column in COLUMNS[name]:
+        if row.get(column) is None:
+            raise Reject(f"no column `{column}`, which shape {name} needs")
+    return CONVERTERS[name](row)
+
+
+def detect(row: Row) -> str:
+    """The shape that the columns tell. Two at once are refused: which of them to train on would be a guess."""
+    found = {column for column in MAIN.intersection(row) if row[column] is not None}
+    names = [name for name, columns in COLUMNS.items() if columns and found.issuperset(columns)]
+    if "preference" in names:  # whose prompt may be a conversation
+        names = [name for name in names if name not in ("chat", "sharegpt")]
+    if len(names) != 1:
+        raise Reject(f"columns of two shapes: {names[0]} and {names[1]}" if names else "no columns of a known shape")
+    (name,) = names
+    label = row.get("label")
+    if name == "prompt_completion" and _verdict(label) is not None:
+        return "feedback"
+    if name == "chat" and row.get("answer") is not None and isinstance(label, bool):
+        return "feedback"  # our own form
+    if name == "text" and (isinstance(label, (str, int)) or isinstance(row.get("labels"), dict)):
+        return "classification"
+    if name == "chat" and isinstance(row.get("labels"), dict) and not _has_answer(row["messages"]):
+        return "classification"
+    return name
+
+
+def _has_answer(messages: Any) -> bool:
+    return isinstance(messages, list) and any(isinstance(m, dict) and m.get("role") == "assistant" for m in messages)
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def _text(row: Row) -> Converted:
+    return "text", {"text": string_of(row["text"], "text")}
+
+
+def _sharegpt(row: Row) -> Converted:
+    if not isinstance(row["conversations"], list):
+        raise Reject("`conversations` is not a list")
+    turns = turns_of(row["conversations"], "conversations", "user")
+    return "chat", {"messages": [*system_turns(row.get("system")), *turns], "tools": _bare_tools(row.get("tools"))}
+
+
+def _bare_tools(value: Any) -> Any:
+    """ShareGPT declares functions, often as JSON text; OpenAI wraps each."""
+    tools = tools_list(value) if value else None
+    if not isinstance(tools, list):
+        return tools
+    return [{"type": "function", "function": t} if isinstance(t, dict) and "function" not in t else t for t in tools]
+
+
+def _alpaca(row: Row) -> Converted:
+    history = row.get("history") or []
+    if not isinstance(history, list) or any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in history):
+        raise Reject("`history` is not a list of pairs")
+    turns = system_turns(row.get("system"))
+    for asked, answered in history:
+        turns += [
+            *turns_of(string_of(asked, "history"), "history", "user"),
+            *turns_of(string_of(answered, "history"), "", "assistant"),
+        ]
+    prompt, more = string_of(row["instruction"], "instruction"), row.get("input")
+    if more not in (None, ""):
+        prompt += "\n" + string_of(more, "input")
+    return "chat", {"messages": [*turns, *_user(prompt), *_said(string_of(row["output"], "output"))]}
+
+
+def _user(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def _said(text: str) -> list[Any]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _prompt_completion(row: Row) -> Converted:
+    prompt = untrained(turns_of(row["prompt"], "prompt", "user"))
+    return "chat", {**_tools(row), "messages": [*prompt, *turns_of(row["completion"], "completion", "assistant")]}
+
+
+def _tools(row: Row) -> Row:
+    return {"tools": row.get("tools")}
+
+
+def _classification(row: Row) -> Converted:
+    column = "label" if row.get("label") is not None else "labels"
+    if row.get(column) is None:
+        raise Reject("no column `label`, which shape classification needs")
+    if row.get("text") is not None:
+        asked = _user(string_of(row["text"], "text"))
+    elif isinstance(row.get("messages"), list):
+        asked = untrained(row["messages"])
+    else:
+        raise Reject("no column `text`, which shape classification needs")
+    return "chat", {"messages": [*asked, *_said(_label(row[column], column))]}
+
+
+def _label(value: Any, column: str) -> str:
+    """A class as the text that the model learns to say; several named ones as a JSON object, as they are given."""
+    if isinstance(value, dict) and len(value) == 1:
+        return _label(next(iter(value.values())), column)
+    if isinstance(value, dict) and value:
+        return json.dumps({name: _label(item, column) for name, item in value.items()}, ensure_ascii=False)
+    if isinstance(value, list) and value and not any(isinstance(item, (dict, list)) for item in value):
+        return ", ".join(_label(item, column) for item in value)
+    return scalar_text(value, column)
+
+
+def _preference(row: Row) -> Converted:
+    prompt = next((column for column in ("prompt", "messages", "conversations") if row.get(column) is not None), None)
+    given = turns_of(row[prompt], prompt, "user") if prompt else None
+    chosen, rejected = (turns_of(row[column], column, "assistant") for column in ("chosen", "rejected"))
+    if given is None or _role(chosen) not in (None, "assistant"):
+        shared, chosen, rejected = _split_prompt(chosen, rejected)
+        if given is not None and any(turn not in shared for turn in given):
+            raise Reject("`prompt` differs from the start of `chosen`")
+        given = shared
+    return "preference", {**_tools(row), "messages": given, "chosen": chosen, "rejected": rejected}
+
+
+def _role(turns: list[Any]) -> Any:
+    return turns[0].get("role") if turns and isinstance(turns[0], dict) else None
+
+
+def _split_prompt(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Two whole conversations → what they share and the two ends, each of at least one turn."""
+    most = min(len(chosen), len(rejected)) - 1
+    shared = next((n for n in range(most) if chosen[n] != rejected[n]), max(most, 0))
+    if not shared or _role(chosen[shared:]) != "assistant" or _role(rejected[shared:]) != "assistant":
+        raise Reject("`chosen` and `rejected` share no prompt")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _openai_preference(row: Row) -> Converted:
+    asked = row.get("input")
+    if not isinstance(asked, dict):
+        raise Reject("`input` is not an object with `messages`")
+    chosen, rejected = row["preferred_output"], row["non_preferred_output"]
+    return "preference", {**_tools(asked), "messages": asked.get("messages"), "chosen": chosen, "rejected": rejected}
+
+
+def _feedback(row: Row) -> Converted:
+    label = _verdict(row["label"])
+    if label is None:
+        raise Reject("`label` is not true or false")
+    answer = row["completion"] if row.get("completion") is not None else row.get("answer")
+    asked = row["prompt"] if row.get("prompt") is not None else row.get("messages")
+    if asked is None:
+        raise Reject("no column `prompt`, which shape feedback needs")
+    turns = turns_of(asked, "prompt", "user")
+    if answer is None:  # a whole conversation: its end is the answer
+        users = [number for number, turn in enumerate(turns) if isinstance(turn, dict) and turn.get("role") == "user"]
+        cut = users[-1] + 1 if users else 0
+        turns, answers = turns[:cut], turns[cut:]
+    else:
+        answers = turns_of(answer, "completion", "assistant")
+    return "feedback", {**_tools(row), "messages": turns, "answer": answers, "label": label}
+
+
+def _verdict(value: Any) -> bool | None:
+    """Thumbs up or down; a CSV file has no booleans, only their names."""
+    if isinstance(value, (bool, int, str)):
+        return VERDICTS.get(value.strip().lower() if isinstance(value, str) else value)
+    return None
+
+
+CONVERTERS: dict[str, Callable[[Row], Converted]] = {
+    "text": _text,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+    "classification": _classification,
+    "preference": _preference,
+    "openai_preference": _openai_preference,
+    "feedback": _feedback,
+}
+
+
+def _mapped(row: Row, mapping: Mapping) -> Converted:
+    def column(path: str) -> Any:
+        if (value := lookup(row, path)) is None:
+            raise Reject(f"no column `{path}`, which the mapping names")
+        return value
+
+    if mapping.text:
+        return "text", {"text": string_of(column(mapping.text), mapping.text)}
+    system = system_turns(lookup(row, mapping.system)) if mapping.system else []
+    if mapping.messages:
+        messages = column(mapping.messages)
+        if not isinstance(messages, list):
+            raise Reject(f"`{mapping.messages}` is not a non-empty list")
+        return "chat", {**_tools(row), "messages": [*system, *turns_of(messages, mapping.messages, "user")]}
+    asked = {"prompt": [*system, *turns_of(column(mapping.prompt), mapping.prompt, "user")]} if mapping.prompt else {}
+    if mapping.chosen and mapping.rejected:
+        chosen, rejected = column(mapping.chosen), column(mapping.rejected)
+        return _preference({**_tools(row), **asked, "chosen": chosen, "rejected": rejected})
+    answer = column(mapping.answer)
+    answer = answer if isinstance(answer, (list, dict)) else scalar_text(answer, mapping.answer)  # a class may be a number
+    return _prompt_completion({**_tools(row), **asked, "completion": answer})

@@ -1,0 +1,141 @@
+"""Records → token ids and loss mask, with the tokenizer that a model's folder names.
+
+Only assistant turns of weight 1 are trained: their content, their tool calls and the end of turn, nothing of the template
+around them. `loss_mask[t] = 1` means that token t is a *target* (predicted from the tokens before it).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forge_ray.data.record.schema import DataRecord, Reject
+from forge_ray.data.tokens.hf import HfTokenizer
+from forge_ray.data.tokens.proof import prove
+from forge_ray.data.tokens.template import Chat, ChatTokenizer, Encoded
+
+__all__ = [
+    "ChatTokenizer",
+    "Encoded",
+    "chat_tokenizer",
+    "encode",
+    "encode_batch",
+    "encode_chat",
+    "end_of_turn_id",
+    "load_tokenizer_dir",
+    "prompt_ids",
+]
+
+
+NO_DOCUMENT = Reject("neither a chat nor a text")
+
+
+def load_tokenizer_dir(folder: Path) -> ChatTokenizer:
+    """The tokenizer of a model's folder; from local files only, no remote code.
+
+    Where the folder holds Mistral's own tokenizer file beside a `tokenizer.json`, Mistral's is used: mistral-common is the
+    reference for these models, the chat template a copy of it.
+    """
+    from forge_ray.data.tokens.mistral import load_mistral, mistral_file
+
+    if (path := mistral_file(folder)) is not None:
+        return load_mistral(path)
+    return HfTokenizer(_tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """What `AutoTokenizer` chooses; where the folder itself names the general class, without looking at model
+    configurations, for which transformers imports torch: seconds in every worker of a dataset build."""
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if named.get("tokenizer_class") == "TokenizersBackend" and (folder / "tokenizer.json").is_file():
+        from transformers import TokenizersBackend
+
+        return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def chat_tokenizer(tokenizer: Any) -> ChatTokenizer:
+    """`tokenizer` itself, or a bare transformers tokenizer wrapped."""
+    found: ChatTokenizer = tokenizer if hasattr(tokenizer, "encode_chats") else HfTokenizer(tokenizer)
+    return found
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None = None) -> list[int]:
+    """Ids up to where the assistant answers: what serving and evaluation feed the engine."""
+    return chat_tokenizer(tokenizer).prompt_ids(messages, tools)
+
+
+def end_of_turn_id(tokenizer: Any) -> int:
+    return chat_tokenizer(tokenizer).end_of_turn_id
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> Encoded:
+    """One conversation at full length; raises `Reject`."""
+    (encoded,) = chat_tokenizer(tokenizer).encode_chats([(messages, tools)])
+    if isinstance(encoded, Reject):
+        raise encoded
+    return encoded
+
+
+def encode(tokenizer: Any, record: DataRecord, sequence_length: int, overlong: str) -> list[Encoded]:
+    """`encode_batch` of one record; raises `Reject`."""
+    (result,) = encode_batch(tokenizer, [record], sequence_length, overlong)
+    if isinstance(result, Reject):
+        raise result
+    return result
+
+
+def encode_batch(
+    tokenizer: Any, records: Sequence[DataRecord], sequence_length: int, overlong: str
+) -> list[list[Encoded] | Reject]:
+    """Per record its document, or several where a plain text is longer than the sequence, or why it cannot be used."""
+    tokenizer = chat_tokenizer(tokenizer)
+    results: list[list[Encoded] | Reject] = [NO_DOCUMENT] * len(records)
+    texts = [i for i, record in enumerate(records) if "text" in record.content]
+    chats = [i for i, record in enumerate(records) if "messages" in record.content]
+    for i, ids in zip(texts, tokenizer.text_ids([records[i].content["text"] for i in texts]), strict=True):
+        results[i] = _text_documents(ids, tokenizer.end_of_turn_id, sequence_length)
+    conversations: list[Chat] = [(records[i].messages, records[i].content.get("tools")) for i in chats]
+    for i, encoded in zip(chats, tokenizer.encode_chats(conversations), strict=True):
+        results[i] = encoded if isinstance(encoded, Reject) else _fitted(encoded, sequence_length, overlong)
+    whose, documents = [], []
+    for i, result in enumerate(results):
+        if not isinstance(result, Reject):
+            whose += [i] * len(result)
+            documents += result
+    for number, reason in prove(tokenizer, documents).items():
+        results[whose[number]] = Reject(reason)
+    return results
+
+
+def _fitted(encoded: Encoded, sequence_length: int, overlong: str) -> list[Encoded] | Reject:
+    if len(encoded.ids) > sequence_length:
+        if overlong == "reject":
+            return Reject("longer than sequence_length")
+        encoded = Encoded(encoded.ids[:sequence_length], encoded.loss_mask[:sequence_length], truncated=True)
+    if encoded.loss_mask[0]:  # the first token has nothing to be predicted from
+        encoded.loss_mask[0] = 0
+    return [encoded]
+
+
+def _text_documents(ids: list[int], end_id: int, sequence_length: int) -> list[Encoded] | Reject:
+    """Plain text: every token but a document's first is a target; the end token closes the last piece."""
+    if ids[-1:] != [end_id]:
+        ids = [*ids, end_id]
+    if len(ids) < 2:
+        return Reject("no trained token")
+    cuts = [*range(0, len(ids), sequence_length), len(ids)]
+    if cuts[-1] - cuts[-2] == 1:  # one token alone has nothing to be predicted from
+        cuts[-2] -= 1
+    documents = [Encoded(np.array(ids[a:b], np.int32), np.ones(b - a, np.int8)) for a, b in pairwise(cuts)]
+    for document in documents:
+        document.loss_mask[0] = 0
+    return documents

@@ -1,0 +1,369 @@
+"""Hugging Face models: rendered conversations → token ids and loss mask.
+
+A batch of conversations is tokenised by one call, and an answer's tokens are found by its characters.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.render import Rendering, Span, any_of
+from forge_ray.data.tokens.template import CallStyle, Chat, Encoded, Messages
+
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a single byte
+JOINED = "the tokenizer joins the prompt with the answer"
+MAX_TAILS = 1024
+MIN_PREFIX, MAX_PREFIXES = 32, 16  # characters worth to be remembered, and how many beginnings of texts are
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: how byte-level tokenizers write the 256 bytes as visible characters."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
+@dataclass(frozen=True, eq=False)
+class HfTokenizer:
+    """A transformers tokenizer with its chat template."""
+
+    tokenizer: Any
+    _tails: dict[str, list[int]] = field(default_factory=dict)
+    _prefixes: dict[str, list[int]] = field(default_factory=dict)
+
+    @cached_property
+    def _rendering(self) -> Rendering:
+        return Rendering(self.tokenizer)
+
+    @cached_property
+    def eos_token_id(self) -> int | None:
+        return None if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def end_of_turn_id(self) -> int:
+        if self.eos_token_id is None:
+            raise Reject("the tokenizer has no end-of-sequence token")
+        return self.eos_token_id
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        return None if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
+
+    @cached_property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.end_of_turn_id if pad is None else int(pad)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    @property
+    def has_chat(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    @cached_property
+    def call_style(self) -> CallStyle:
+        """Told by what the chat template writes."""
+        template = self._rendering.source([{}]) if self.has_chat else ""
+        if "tools" not in template:
+            return ""
+        if "[TOOL_CALLS]" in template:
+            return "mistral-v11" if "[CALL_ID]" in template else "mistral-v13" if "[ARGS]" in template else "mistral-v3"
+        return "hermes" if "<tool_call>" in template and "<function=" not in template else ""
+
+    def marker_id(self, token: str) -> int | None:
+        """The id of an added token of this very text."""
+        return self._added_ids.get(token)
+
+    def piece_ids(self, text: str) -> list[int]:
+        """Ids of a text inside a turn, without begin and end tokens; `Reject` where it holds a special token."""
+        if found := self._special_pattern.search(text):
+            raise Reject(f"the text contains the special token {found[0]!r}")
+        return list(self._plain(text)) if self._backend is None else list(self._encode([text])[0].ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text, in UTF-8; maybe a part of a character. A special token is its name."""
+        if token_id in self._added_texts:
+            return self._added_texts[token_id].encode()
+        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:  # a row of the embedding that no token has
+            return b""
+        if self._is_byte_level:
+            return bytes(BYTE_OF_CHARACTER[character] for character in piece)
+        byte = BYTE_PIECE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else str(piece).replace("\u2581", " ").encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return self._backend is not None and "ByteLevel" in repr(self._backend.decoder)
+
+    @cached_property
+    def _added_texts(self) -> dict[int, str]:
+        return {int(i): str(token.content) for i, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return {text: i for i, text in self._added_texts.items()}
+
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        return str(
+            self.tokenizer.decode(
+                [int(token) for token in ids],
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            )
+        )
+
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Plain texts, with the begin token where the tokenizer writes one."""
+        if self._backend is None:
+            return [list(self.tokenizer(text)["input_ids"]) for text in texts]
+        self._reset()
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+
+    def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
+        """Ids up to where the assistant answers: what serving and evaluation feed the engine."""
+        messages, tools = self._rendering.checked(messages, tools)
+        text = self._rendering.render(messages, tools, True)
+        spans = self._rendering.spans(messages, tools, text, (None,) * len(messages))
+        if self._backend is None:
+            return self._plain(text)
+        return self._located(text, spans, self._encode([text])[0])[0]
+
+    def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]:
+        """Each conversation tokenised once, its trained answers marked up to their end of turn."""
+        plans: list[tuple[str, list[Span]] | Reject] = []
+        for messages, tools in chats:
+            try:
+                seen, tools = self._rendering.checked(messages, tools)
+                text = self._rendering.render(seen, tools, False)
+                weights = tuple(message.get("weight", 1) for message in messages)
+                plans.append((text, self._rendering.spans(seen, tools, text, weights)))
+            except Reject as error:
+                plans.append(error)
+        sound = [plan for plan in plans if not isinstance(plan, Reject)]
+        encoded = iter(self._encoded(sound))
+        return [plan if isinstance(plan, Reject) else next(encoded) for plan in plans]
+
+    def _encoded(self, plans: list[tuple[str, list[Span]]]) -> list[Encoded | Reject]:
+        """Without offsets where the special tokens tell where the answers are; offsets cost a quarter more."""
+        found: list[Encoded | Reject | None] = [None] * len(plans)
+        if self._backend is not None:
+            for number, ids in enumerate(self._ids([text for text, _ in plans])):
+                found[number] = self._by_special_tokens(*plans[number], ids)
+        left = [number for number, result in enumerate(found) if result is None]
+        for number, encoding in zip(left, self._encode([plans[number][0] for number in left]), strict=True):
+            found[number] = self._marked(*plans[number], encoding)
+        return [result for result in found if result is not None]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text; beginnings that texts share (a system prompt, a list of tools) are tokenised once.
+
+        A text may be cut before a special token: what stands on either side of one is tokenised by itself.
+        """
+        self._reset()
+        starts = self._shared(texts)
+        rests = [text[len(start) :] for text, start in zip(texts, starts, strict=True)]
+        found = self._backend.encode_batch_fast(rests, add_special_tokens=False)
+        return [self._prefixes.get(start, []) + encoding.ids for start, encoding in zip(starts, found, strict=True)]
+
+    def _shared(self, texts: list[str]) -> list[str]:
+        """The remembered beginning of each text, or "". One that two neighbours share is remembered."""
+        starts, before = [], ""
+        for text in texts:
+            start = next((prefix for prefix in self._prefixes if text.startswith(prefix)), "")
+            if not start and len(self._prefixes) < MAX_PREFIXES:
+                start = self._common_start(before, text)
+                if start:
+                    self._prefixes[start] = self._encode([start])[0].ids
+            starts.append(start)
+            before = text
+        return starts
+
+    def _common_start(self, one: str, other: str) -> str:
+        """What both begin with, up to the last special token that may be cut at; "" where that is not worth it."""
+        if one[:MIN_PREFIX] != other[:MIN_PREFIX]:
+            return ""
+        shorter = min(len(one), len(other))
+        common = one[: bisect_left(range(1, shorter + 1), True, key=lambda length: one[:length] != other[:length])]
+        cuts = [match.start() for match in self._added_pattern.finditer(common) if match[0] in self._separates]
+        return common[: cuts[-1]] if cuts and cuts[-1] >= MIN_PREFIX else ""
+
+    def _by_special_tokens(self, text: str, spans: list[Span], token_ids: list[int]) -> Encoded | None:
+        """What `_marked` gives, from the places of special tokens in the text and in the ids; None where they do not tell.
+
+        The n-th special token of the text is the n-th special id, since no content holds one (`Rendering.checked`).
+        """
+        ids = np.array(token_ids, np.int32)
+        places = np.flatnonzero(self._is_special[ids])
+        tokens = list(self._special_pattern.finditer(text))
+        if len(tokens) != len(places):
+            return None
+        mask, end_id, after = np.zeros(len(ids), np.int8), self.end_of_turn_id, 0
+        for span in spans:
+            if not span.trained:
+                continue
+            while after < len(tokens) and tokens[after].end() <= span.start:
+                after += 1
+            if not after:
+                return None
+            expected = self._expected(text[tokens[after - 1].start() : span.start])
+            begin = int(places[after - 1])
+            first, last = begin + len(expected), 0
+            if token_ids[begin:first] != expected:
+                return None
+            for number in range(after, len(tokens)):
+                if tokens[number].end() > span.end:
+                    break
+                if token_ids[places[number]] == end_id:
+                    last = int(places[number]) + 1
+            if not last:
+                return None
+            mask[first:last] = 1
+        return Encoded(ids, mask)
+
+    def _expected(self, tail: str) -> list[int]:
+        """The ids of a prompt's end, from its last special token."""
+        expected = self._tails.get(tail)
+        if expected is None:
+            expected = self._encode([tail])[0].ids
+            if len(self._tails) < MAX_TAILS and len(tail) < MAX_TAILS:
+                self._tails[tail] = expected
+        return expected
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special})
+
+    @cached_property
+    def _added_pattern(self) -> re.Pattern[str]:
+        return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values()})
+
+    @cached_property
+    def _separates(self) -> frozenset[str]:
+        """Special tokens that are found whatever stands before them, and take nothing of it."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        return frozenset(t.content for t in tokens if t.special and not (t.lstrip or t.normalized or t.single_word))
+
+    @cached_property
+    def _is_special(self) -> npt.NDArray[np.bool_]:
+        table = np.zeros(max(len(self.tokenizer), max(self._special_ids, default=0) + 1), bool)
+        table[list(self._special_ids)] = True
+        return table
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
+    @cached_property
+    def _backend(self) -> Any:
+        return self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else None
+
+    def _encode(self, texts: list[str], add_special_tokens: bool = False) -> list[Any]:
+        if self._backend is None:
+            return [None] * len(texts)
+        self._reset()
+        return list(self._backend.encode_batch(texts, add_special_tokens=add_special_tokens))
+
+    def _reset(self) -> None:
+        """A call of transformers may have left these behind."""
+        if self._backend.padding is not None:
+            self._backend.no_padding()
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
+        self._backend.encode_special_tokens = False
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _marked(self, text: str, spans: list[Span], encoding: Any) -> Encoded | Reject:
+        try:
+            ids, ranges = self._located(text, spans, encoding) if encoding else self._located_slowly(text, spans)
+            mask, end_id = np.zeros(len(ids), np.int8), self.end_of_turn_id
+            for span, (first, last) in zip(spans, ranges, strict=True):
+                if not span.trained:
+                    continue
+                while last > first and ids[last - 1] != end_id:  # what follows the end of turn is not generated
+                    last -= 1
+                if last <= first:
+                    raise Reject("the template closes the answer without the end-of-turn token")
+                mask[first:last] = 1
+        except Reject as error:
+            return error
+        return Encoded(np.array(ids, np.int32), mask)
+
+    def _located(self, text: str, spans: list[Span], encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids and the range of tokens of each span. An answer that is generated starts behind the prompt's last
+        token, so one that is trained must too: where the text as a whole is tokenised otherwise, it is cut there."""
+        ids: list[int] = encoding.ids
+        ranges, cuts = [], []
+        for span in spans:
+            first = encoding.char_to_token(span.start)
+            if first is None:  # some tokenizers leave white space out of a token's range
+                at = range(span.start + 1, len(text))
+                first = next((i for c in at if (i := encoding.char_to_token(c)) is not None), len(ids))
+            if self._continues(text, span.start, encoding, ids, first):
+                ranges.append((first, _tokens_before(encoding, span.end, len(ids))))
+            else:
+                cuts.append(span.start)
+        return self._cut(text, spans, cuts) if cuts else (ids, ranges)
+
+    def _continues(self, text: str, start: int, encoding: Any, ids: list[int], first: int) -> bool:
+        """Whether the tokens before `first` are those of the prompt alone. What stands before a special token is
+        tokenised without regard to what follows it, so only the prompt's end from its last special token is compared."""
+        begin = first - 1
+        while begin > 0 and ids[begin] not in self._special_ids:
+            begin -= 1
+        tail = text[encoding.token_to_chars(begin)[0] if begin > 0 else 0 : start]
+        expected = self._expected(tail)
+        return first >= len(expected) and ids[first - len(expected) : first] == expected
+
+    def _cut(self, text: str, spans: list[Span], cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        starts: dict[int, int] = {}
+        bounds = [0, *sorted(set(cuts)), len(text)]
+        pieces = [text[a:b] for a, b in pairwise(bounds)]
+        for at, piece, encoding in zip(bounds, pieces, self._encode(pieces), strict=False):
+            if at and self.decode(encoding.ids) != piece:  # a tokenizer that marks the beginning of a text
+                raise Reject(JOINED)
+            starts[at] = len(ids)
+            ids += encoding.ids
+            offsets += [(at + a, at + b) for a, b in encoding.offsets]
+        firsts = [starts[s.start] if s.start in starts else sum(a < s.start for a, _ in offsets) for s in spans]
+        return ids, [(first, sum(a < s.end for a, _ in offsets)) for first, s in zip(firsts, spans, strict=True)]
+
+    def _located_slowly(self, text: str, spans: list[Span]) -> tuple[list[int], list[tuple[int, int]]]:
+        """For tokenizers in Python, which tell no offsets: the ids of each beginning of the text must be a beginning of
+        the ids."""
+        ids, ranges = self._plain(text), []
+        for span in spans:
+            before, until = self._plain(text[: span.start]), self._plain(text[: span.end])
+            if ids[: len(before)] != before or ids[: len(until)] != until:
+                raise Reject(JOINED)
+            ranges.append((len(before), len(until)))
+        return ids, ranges
+
+
+def _tokens_before(encoding: Any, end: int, count: int) -> int:
+    """The number of tokens that begin before the character `end`."""
+    for at in range(end - 1, -1, -1):
+        if (token := encoding.char_to_token(at)) is not None:
+            return int(token) + 1
+    return count

@@ -1,0 +1,1 @@
+"""Scores of a model: held-out rows, safety prompts, what its weights give away."""

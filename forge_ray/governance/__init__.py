@@ -1,0 +1,1 @@
+"""Views over what the stages wrote: trace, impact, lineage, difference, reproduction, verification."""

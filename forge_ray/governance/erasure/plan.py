@@ -1,0 +1,363 @@
+"""What must change when rows are erased: datasets, runs and their steps, versions, aliases, deployments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from forge_ray.data.build import tombstones as erased
+from forge_ray.data.dataset import index
+from forge_ray.data.dataset.index import Place, is_record_id
+from forge_ray.errors import ConfigError, DataError
+from forge_ray.governance.erasure import closure
+from forge_ray.governance.impact import Facts
+from forge_ray.governance.trace import of_each, of_file, subject_digests
+from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, ModelVersion, RunRecord
+from forge_ray.serve.routing import versions_of
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import MANIFEST, Store
+
+T = TypeVar("T")
+TRAINED_ON = ("train", "validation")  # what can decide weights: validation rows may choose the checkpoint and the end
+
+
+@dataclass(frozen=True)
+class Request:
+    """Whose or which rows. `values`: one subject, record ids, or one path of a file with rows."""
+
+    by: Literal["subject", "record", "file"]
+    values: tuple[str, ...]
+    near_duplicates: bool = True
+    key_file: str = ""
+
+    def fingerprint(self, store: Store) -> str:
+        """An HMAC of what was asked: the same request has the same, and nobody without the key can guess it."""
+        if self.by == "file":
+            return erased.fingerprint_of(store, Path(self.values[0]).read_bytes().hex())
+        return erased.fingerprint_of(store, "\n".join(sorted(value.strip() for value in self.values)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """`near` are the near duplicates of `asked`; `read` the ids of rows before rules masked them; `subjects` HMACs;
+    `places` by dataset version."""
+
+    asked: frozenset[str]
+    near: frozenset[str]
+    read: frozenset[str]
+    subjects: frozenset[str]
+    places: dict[str, list[Place]]
+    notes: tuple[str, ...]
+
+    @property
+    def records(self) -> set[str]:
+        return {*self.asked, *self.near}
+
+    @property
+    def tombstones(self) -> set[str]:
+        return {*self.asked, *self.near, *self.read, *self.subjects}
+
+
+class AffectedDataset(Frozen):
+    id: str
+    name: str
+    held: dict[str, int]  # split, or `dropped` → records
+    changed: bool = False  # whether without the rows others are trained on, as a near duplicate that takes their place
+
+    def decides(self, train: dict[str, Any]) -> bool:
+        """Whether the weights of a run with these settings depend on the rows."""
+        validation = train.get("validation", {})
+        chooses = validation.get("early_stopping") or validation.get("keep_best") or train.get("export_step") == "best"
+        return self.changed or bool(self.held.get("train")) or bool(chooses and self.held.get("validation"))
+
+
+class AffectedRun(Frozen):
+    """`used`: it trained on the rows, or on weights that did; else its dataset holds them where no training looks.
+    `steps`: how many of its optimizer steps had one of the rows in the batch."""
+
+    id: str
+    name: str
+    dataset: str
+    base_model: str
+    used: bool
+    finished: bool
+    adapter: bool
+    num_steps: int
+    steps: int
+    first_step: int
+    last_step: int
+    worker_hours: float
+    gpu_hours: float
+
+
+class AffectedVersion(Frozen):
+    id: str
+    name: str
+    status: str
+    weights: str
+    run: str
+
+
+class AffectedDeployment(Frozen):
+    id: str
+    name: str
+    state: str
+    versions: tuple[str, ...]
+
+
+class AffectedEval(Frozen):
+    """Its items are about the rows (`quotes` of them), are answers of what learned from them, or name labels of theirs."""
+
+    id: str
+    subject: str
+    dataset: str
+    quotes: int
+
+
+class Plan(Frozen):
+    """What an erasure changes. `outside`: source files that hold the rows where the store cannot reach, with the lines."""
+
+    num_records: int
+    num_near_duplicates: int
+    datasets: tuple[AffectedDataset, ...]
+    runs: tuple[AffectedRun, ...]
+    versions: tuple[AffectedVersion, ...]
+    aliases: dict[str, tuple[str, ...]]
+    deployments: tuple[AffectedDeployment, ...]
+    evals: tuple[AffectedEval, ...]
+    outside: dict[str, tuple[int, ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def worker_hours(self) -> float:
+        return sum(run.worker_hours for run in self.runs if run.used and run.finished)
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(run.gpu_hours for run in self.runs if run.used and run.finished)
+
+
+def search(catalog: Catalog, request: Request) -> Found:
+    """The records that a request is about, with all that must go with them. Raises `NotFound` for no such file."""
+    store, manifests = catalog.store, catalog.datasets()
+    asked: set[str] = set()
+    subjects: set[str] = set()
+    if request.by == "record":
+        if wrong := [value for value in request.values if not is_record_id(value)]:
+            raise ConfigError(f"{wrong[0]!r} is no record id", hint="forge data show ds_… prints them: rec_…")
+        asked.update(request.values)
+    elif request.by == "file":
+        rows = of_file(catalog, request.values[0])
+        if unread := [row for row in rows if not row.records]:
+            raise DataError(
+                f"{unread[0].asked} is {unread[0].note} ({len(unread)} of {len(rows)} rows)",
+                hint="give the rows in the form that the sources have",
+            )
+        asked = {record for row in rows for record in row.records}
+    else:
+        digests = subject_digests(store, manifests, request.values[0], request.key_file)
+        if not digests:
+            raise ConfigError(
+                "no dataset version of this store says whose its rows are",
+                hint="set data.subject, or use --record or --file",
+            )
+        theirs = [manifest for manifest in manifests if manifest.id in digests]
+        subjects = set(digests.values())
+        asked.update(*_everywhere(theirs, lambda manifest: index.of_subject(store, manifest, digests[manifest.id])).values())
+    near = _near(store, manifests, asked) if request.near_duplicates else set()
+    places = _everywhere(manifests, lambda manifest: _places(store, manifest, asked | near))
+    read: set[str] = set()
+    notes: list[str] = []
+    for manifest in manifests:
+        if mine := places[manifest.id]:
+            ids, problems = closure.as_read(manifest, mine)
+            read |= ids
+            notes += problems
+    return Found(
+        asked=frozenset(asked),
+        near=frozenset(near),
+        read=frozenset(read),
+        subjects=frozenset(subjects),
+        places={dataset: mine for dataset, mine in places.items() if mine},
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _everywhere(manifests: list[DatasetManifest], look: Callable[[DatasetManifest], T]) -> dict[str, T]:
+    """What is found in each dataset version; raises `DataError` if one of them cannot be searched."""
+    found, broken = of_each(manifests, look)
+    if broken:
+        reason = next(iter(broken.values()))
+        raise DataError(f"a dataset version cannot be searched: {reason}", hint="restore it from a backup, then erase")
+    return found
+
+
+def _near(store: Store, manifests: list[DatasetManifest], asked: set[str]) -> set[str]:
+    """Near duplicates of the records in any dataset version, of those in another one, and so on."""
+    found: set[str] = set()
+    while True:
+        known = asked | found
+        look = partial(closure.near_duplicates, store, records=known)
+        if not (more := set().union(*_everywhere(manifests, look).values()) - known):
+            return found
+        found |= more
+
+
+def _places(store: Store, manifest: DatasetManifest, records: set[str]) -> list[Place]:
+    return [*index.places(store, manifest, records), *index.dropped(store, manifest, records)]
+
+
+def plan_of(catalog: Catalog, found: Found) -> Plan:
+    """Everything that was made of the records. Nothing is changed."""
+    manifests = {manifest.id: manifest for manifest in catalog.all(DatasetManifest)}
+    counts: dict[str, dict[str, int]] = {}
+    outside: dict[str, set[int]] = {}
+    for dataset, places in found.places.items():
+        counts[dataset] = dict(Counter(place.split for place in places))
+        for place in places:
+            outside.setdefault(place.file, set()).add(place.line)
+    datasets = tuple(AffectedDataset(id=key, name=manifests[key].name, held=held) for key, held in sorted(counts.items()))
+    runs, versions = _made_of(catalog, datasets, found.places)
+    gone = {version.id for version in versions}
+    aliases = standing_for(catalog, gone)
+    return Plan(
+        num_records=len(found.asked),
+        num_near_duplicates=len(found.near),
+        datasets=datasets,
+        runs=runs,
+        versions=versions,
+        aliases=aliases,
+        deployments=_deployments(catalog, gone, aliases),
+        evals=_evals(catalog, datasets, {*gone, *(run.id for run in runs if run.used)}, found.records),
+        outside={name: tuple(sorted(lines)) for name, lines in sorted(outside.items())},
+        notes=found.notes,
+    )
+
+
+def extended(catalog: Catalog, plan: Plan, changed: set[str]) -> Plan:
+    """The same plan where training rows of the datasets `changed` turned out to be others, with what was made of those."""
+    if not changed:
+        return plan
+    datasets = tuple(one.model_copy(update={"changed": one.id in changed}) for one in plan.datasets)
+    runs, versions = _made_of(catalog, datasets, {})
+    before = {run.id: run for run in plan.runs}
+    runs = tuple(before[run.id].model_copy(update={"used": run.used}) if run.id in before else run for run in runs)
+    aliases = standing_for(catalog, {version.id for version in versions})
+    return plan.model_copy(update={"datasets": datasets, "runs": runs, "versions": versions, "aliases": aliases})
+
+
+def standing_for(catalog: Catalog, versions: set[str]) -> dict[str, tuple[str, ...]]:
+    """alias → those of `versions` that its route names, in any part."""
+    routes = sorted(catalog.routes().items())
+    return {name: hit for name, route in routes if (hit := tuple(one for one in versions_of(route) if one in versions))}
+
+
+def _made_of(
+    catalog: Catalog, datasets: tuple[AffectedDataset, ...], places: dict[str, list[Place]]
+) -> tuple[tuple[AffectedRun, ...], tuple[AffectedVersion, ...]]:
+    """Runs on the datasets, versions of those runs, runs on those versions, and so on."""
+    holding = {dataset.id for dataset in datasets}
+    may = {dataset.id for dataset in datasets if dataset.changed or any(map(dataset.held.get, TRAINED_ON))}
+    runs, versions = catalog.all(RunRecord), catalog.all(ModelVersion)
+    by_id = {dataset.id: dataset for dataset in datasets}
+    decided = {run.id for run in runs if run.dataset in holding and by_id[run.dataset].decides(run.config["train"])}
+    unfinished = _unfinished(catalog)
+    used = {run for run, dataset in unfinished.items() if dataset in may}
+    gone: set[str] = set()
+    while True:
+        more = {run.id for run in runs if run.id in decided or run.base_model in gone} - used
+        used |= more
+        new = {v.id for v in versions if v.run in used or v.base_model in gone or (not v.run and v.dataset in may)} - gone
+        gone |= new
+        if not more and not new:
+            break
+    facts = Facts.of(catalog)
+    listed = [
+        _run(catalog, facts, run, run.id in used, places.get(run.dataset, []))
+        for run in runs
+        if run.id in used or run.dataset in holding
+    ]
+    listed += [_begun(run, dataset, dataset in may) for run, dataset in unfinished.items() if dataset in holding]
+    return tuple(listed), tuple(
+        AffectedVersion(id=v.id, name=v.name, status=v.status, weights=v.weights, run=v.run)
+        for v in versions
+        if v.id in gone
+    )
+
+
+def _run(catalog: Catalog, facts: Facts, run: RunRecord, used: bool, places: list[Place]) -> AffectedRun:
+    settings = run.config["train"]
+    manifest = catalog.get_as(DatasetManifest, run.dataset)
+    rows = sorted({row for rows in index.rows_with(catalog.store, manifest, places).values() for row in rows})
+    steps = sorted({step for use in facts.runs[run.id].trained_on(manifest, "", rows) for step in use.steps}) if rows else []
+    workers = max((attempt["world_size"] for attempt in run.attempts), default=1)
+    hours = run.metrics.get("seconds", 0.0) / 3600 * workers
+    return AffectedRun(
+        id=run.id,
+        name=run.name,
+        dataset=run.dataset,
+        base_model=run.base_model,
+        used=used,
+        finished=True,
+        adapter=run.export_kind == "adapter",
+        num_steps=run.num_steps,
+        steps=len(steps),
+        first_step=steps[0] if steps else 0,
+        last_step=steps[-1] if steps else 0,
+        worker_hours=hours,
+        gpu_hours=hours * settings.get("scaling", {}).get("gpus_per_worker", 0),
+    )
+
+
+def _begun(run: str, dataset: str, used: bool) -> AffectedRun:
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("num_steps", "steps", "first_step", "last_step", "worker_hours", "gpu_hours"), 0
+    )
+    return AffectedRun(id=run, name="", dataset=dataset, base_model="", used=used, finished=False, adapter=False, **nothing)
+
+
+def _unfinished(catalog: Catalog) -> dict[str, str]:
+    """Runs without a record that have a checkpoint → their dataset."""
+    found = {}
+    for run in catalog.subjects("run"):
+        if catalog.has(run):
+            continue
+        for path in catalog.store.list(paths.checkpoints(run), recursive=True):
+            if path.endswith("/" + MANIFEST):
+                found[run] = str(catalog.store.read_json(path)["position"]["dataset"])
+                break
+    return found
+
+
+def _deployments(catalog: Catalog, gone: set[str], aliases: dict[str, tuple[str, ...]]) -> tuple[AffectedDeployment, ...]:
+    last = catalog.last("deployment")
+    found = []
+    for record in catalog.all(Deployment):
+        now = {version for name in record.models for version in aliases.get(name, ())}
+        hit = tuple(sorted((now | {record.model_version, *record.models.values()}) & gone))
+        if hit:
+            state = last[record.id].data["state"] if record.id in last else ""
+            found.append(AffectedDeployment(id=record.id, name=record.name, state=state, versions=hit))
+    return tuple(found)
+
+
+def _evals(
+    catalog: Catalog, datasets: tuple[AffectedDataset, ...], subjects: set[str], records: set[str]
+) -> tuple[AffectedEval, ...]:
+    found = []
+    holding = {dataset.id: dataset.held for dataset in datasets}
+    for report in catalog.all(EvalReport):
+        path = paths.items(report.id)
+        if not catalog.store.exists(path):
+            continue
+        held = holding.get(report.dataset, {})
+        quotes = closure.quoting(catalog.store.read(path), records.__contains__) if held else 0
+        labelled = report.config.get("labels") == "from_data" and bool(held.get("train"))
+        if quotes or labelled or report.subject in subjects:
+            found.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))
+    return tuple(found)

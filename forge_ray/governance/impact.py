@@ -1,0 +1,225 @@
+"""What came of the runs that used a record: versions, aliases, deployments, reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from forge_ray.config.release import AliasRoute
+from forge_ray.governance.uses import Run, Use, finished, unfinished
+from forge_ray.records import Deployment, EvalReport, ModelVersion, RunRecord
+from forge_ray.store import paths
+from forge_ray.store.aliases import route_of
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+
+
+@dataclass(frozen=True)
+class ReachedRun:
+    """`how`: `trained`, `chosen` (by a validation with the record), or `base`: it began from a version that was reached."""
+
+    run: str
+    name: str
+    state: str
+    how: str
+
+
+@dataclass(frozen=True)
+class ReachedVersion:
+    version: str
+    name: str
+    status: str
+    run: str
+    how: str
+    archived: bool
+
+
+@dataclass(frozen=True)
+class ReachedAlias:
+    """An alias that pointed at a version, from `since` to `until` ("": now)."""
+
+    alias: str
+    version: str
+    since: str
+    until: str
+
+
+@dataclass(frozen=True)
+class ReachedDeployment:
+    deployment: str
+    name: str
+    state: str
+    live: bool
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ReachedReport:
+    """An evaluation with the record among its examples, or (`labels`) among the answers that are its label set."""
+
+    report: str
+    subject: str
+    dataset: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Reached:
+    runs: tuple[ReachedRun, ...]
+    versions: tuple[ReachedVersion, ...]
+    aliases: tuple[ReachedAlias, ...]
+    deployments: tuple[ReachedDeployment, ...]
+    evals: tuple[ReachedReport, ...]
+
+
+@dataclass(frozen=True)
+class Affected:
+    """Ids. `runs` and `versions` have weights that the records took part in; `validated` are runs that only measured a loss
+    on one."""
+
+    datasets: tuple[str, ...]
+    runs: tuple[str, ...]
+    versions: tuple[str, ...]
+    aliases: tuple[str, ...]
+    deployments: tuple[str, ...]
+    evals: tuple[str, ...]
+    validated: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The store's runs and what was made of them, read once."""
+
+    catalog: Catalog
+    runs: dict[str, Run]
+    versions: tuple[ModelVersion, ...]
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Facts:
+        versions = tuple(catalog.all(ModelVersion))
+        runs = {record.id: finished(catalog.store, record) for record in catalog.all(RunRecord)}
+        candidates = [version for version in versions if version.run and version.run not in runs]
+        for run in dict.fromkeys([*catalog.subjects("run"), *(version.run for version in candidates)]):
+            if run not in runs:
+                runs[run] = unfinished(catalog, run, [version for version in candidates if version.run == run])
+        return cls(catalog, runs, versions)
+
+    def runs_on(self, dataset: str) -> list[Run]:
+        """Runs on a dataset version; one that nobody can place may have been on any."""
+        return [run for run in self.runs.values() if run.dataset in (dataset, "")]
+
+    def reached(self, uses: Sequence[Use], splits: Sequence[tuple[str, str, str]]) -> Reached:
+        """What came of `uses`; `splits` are (record, dataset, split) of every record that is held."""
+        runs: dict[str, str] = {}
+        for use in uses:
+            if use.how == "trained":
+                if use.steps or not use.exact:
+                    runs[use.run] = "trained"
+            elif use.decided:
+                runs.setdefault(use.run, "chosen")
+        versions = self._versions(runs, uses)
+        ids, archived = set(versions), self.catalog.archived()
+        aliases = tuple(self._aliases(ids))
+        return Reached(
+            tuple(ReachedRun(run, self.runs[run].name, self.runs[run].state, how) for run, how in sorted(runs.items())),
+            tuple(
+                ReachedVersion(v.id, v.name, v.status, v.run, versions[v.id], v.id in archived)
+                for v in self.versions
+                if v.id in versions
+            ),
+            aliases,
+            tuple(self._deployments(ids, aliases)),
+            tuple(self._reports(splits)),
+        )
+
+    def _versions(self, runs: dict[str, str], uses: Sequence[Use]) -> dict[str, str]:
+        """version → how, of those with weights that the uses took part in; adds to `runs` those that began from one."""
+        found: dict[str, str] = {}
+        direct = {use.run: "trained" for use in uses if use.how == "trained"} | runs
+        grown = True
+        while grown:
+            grown = False
+            for run in self.runs.values():
+                if run.run not in runs and run.base_model in found:
+                    runs[run.run], grown = "base", True
+            for version in self.versions:
+                how = "base" if version.base_model in found or runs.get(version.run) == "base" else ""
+                if version.run in direct and self._took_part(version, direct[version.run], uses):
+                    how = direct[version.run]
+                if how and version.id not in found:
+                    found[version.id], grown = how, True
+        return found
+
+    def _took_part(self, version: ModelVersion, how: str, uses: Sequence[Use]) -> bool:
+        """Whether the records were used up to the step whose weights the version has. A candidate's checkpoint may have had
+        steps that an incident took out later."""
+        run, mine = self.runs[version.run], [use for use in uses if use.run == version.run and use.how == "trained"]
+        last = version.step or run.export_step
+        if how == "chosen" or not last or any(not use.exact for use in mine):
+            return True
+        later = [
+            step for use in mine for step, at in use.left_out if version.status == "candidate" and at > version.created_at
+        ]
+        return any(step <= last for step in (*later, *(step for use in mine for step in use.steps)))
+
+    def _aliases(self, versions: set[str]) -> Iterator[ReachedAlias]:
+        for alias in self.catalog.subjects("alias"):
+            moves = self.catalog.events("alias", alias)
+            for move, after in zip(moves, [*(later.at for later in moves[1:]), ""], strict=True):
+                for version in sorted(_named(route_of(move)) & versions):
+                    yield ReachedAlias(alias, version, move.at, after)
+
+    def _deployments(self, versions: set[str], aliases: Sequence[ReachedAlias]) -> Iterator[ReachedDeployment]:
+        bases = {version.id: version.base_model or version.id for version in self.versions}
+        last_of_name: dict[str, str] = {}
+        deployments = self.catalog.all(Deployment)
+        states = {one.id: self.catalog.events("deployment", one.id) for one in deployments}
+        ups = sorted((e.at, e.subject) for found in states.values() for e in found if e.data["state"] == "running")
+        names = {one.id: one.name for one in deployments}
+        for _, identifier in ups:
+            last_of_name[names[identifier]] = identifier
+        for one in deployments:
+            started = {one.model_version, *one.models.values()}
+            served = started & versions
+            end = ""
+            if states[one.id] and states[one.id][-1].data["state"] != "running":
+                end = states[one.id][-1].at
+            asked = {one.model, *one.models, *one.config.get("models", ())}
+            own = {bases.get(version, version) for version in started}
+            for move in aliases:  # where an alias went while the deployment was up, its answers went
+                if (not end or move.since < end) and (not move.until or move.until > one.created_at):
+                    follows = one.config.get("published", True) and bases.get(move.version) in own
+                    if move.alias in asked or follows:
+                        served.add(move.version)
+            if served:
+                state = states[one.id][-1].data["state"] if states[one.id] else "unknown"
+                live = state == "running" and last_of_name.get(one.name) == one.id
+                yield ReachedDeployment(one.id, one.name, state, live, tuple(sorted(served)))
+
+    def _reports(self, splits: Sequence[tuple[str, str, str]]) -> Iterator[ReachedReport]:
+        for report in self.catalog.all(EvalReport):
+            inside = {record for record, dataset, split in splits if (dataset, split) == (report.dataset, report.split)}
+            labels = report.config.get("labels") == "from_data" and any(
+                (dataset, split) == (report.dataset, "train") for _, dataset, split in splits
+            )
+            if inside and _has_item(self.catalog.store, report, inside):
+                yield ReachedReport(report.id, report.subject, report.dataset, report.split)
+            elif labels:
+                yield ReachedReport(report.id, report.subject, report.dataset, "labels")
+
+
+def _named(route: AliasRoute | None) -> set[str]:
+    """Every version that an alias sends anything to."""
+    if route is None:
+        return set()
+    ruled = {name for rule in route.rules for name in (rule.to, rule.classifier)}
+    return {*route.versions, *route.shadow, *ruled} - {"", "base"}
+
+
+def _has_item(store: Store, report: EvalReport, records: set[str]) -> bool:
+    """Whether one of the records was among the examples; without a list of them, it was."""
+    path = paths.items(report.id)
+    if not store.exists(path):
+        return True
+    return any(json.loads(line).get("record") in records for line in store.read(path).splitlines() if line.strip())

@@ -1,0 +1,363 @@
+"""Compute a run again from its records alone, and say whether the weights are the same.
+
+Nothing is taken from where the rows or the base model once came from: dataset and base are the store's, each file checked
+against the sha256 of its record. The run goes into a scratch store, `work/reproduce/…` of the same one, by hard links.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from forge_ray import pipeline
+from forge_ray.config.base import parse
+from forge_ray.config.run import RunConfig
+from forge_ray.errors import ConfigError, ForgeError, NotFound, StoreError
+from forge_ray.governance import difference
+from forge_ray.machine import environment
+from forge_ray.machine.cluster import connect
+from forge_ray.machine.hardware import resolve_precision
+from forge_ray.progress import Stage, stage
+from forge_ray.records import DatasetManifest, Event, FileEntry, ModelVersion, Record, RunRecord, files_digest
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import MANIFEST, Store, verify_files
+from forge_ray.store.resolve import resolve
+
+WEIGHTS = ".safetensors"
+TENSORS_SHOWN = 20
+ON_A_TERMINAL = 5
+R = TypeVar("R", bound=Record)
+Differences = dict[str, Any]
+
+
+def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bool = False) -> dict[str, Any]:
+    """Train again what `reference` (run, model version, alias, digest) names, and compare. `verdict` is `equal` where every
+    weight file is the same bytes, else `differs`; `differences` names what else was not as it was, in either case. Raises
+    `ConfigError` for what no run made, `NotFound` or `StoreError` where something that is needed is gone or altered."""
+    folder = paths.work("reproduce", uuid.uuid4().hex[:12])
+    with Catalog(store) as catalog:
+        record, version = run_of(catalog, reference)
+        base = _sealed(catalog.get_as(ModelVersion, record.base_model))
+        manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
+        catalog.refuse_withdrawn(version.id if version else "")
+        if not store.exists(paths.dataset(manifest.id)):
+            raise NotFound(f"the rows of {manifest.id} are not in this store", hint="were they erased? its record remains")
+        config, notes = settings(record)
+        catalog.check_may("reproduction events")  # before hours are spent on one
+        differences = _before(record, base, version)
+        for line in (*difference.lines(differences | _here(store, record)), *notes):
+            print(f"  {line}", file=sys.stderr, flush=True)
+        scratch = _below(store, folder)
+        try:
+            with Catalog(scratch) as there, stage("verify") as it:
+                size = _link(store, folder, paths.model(base.id), base.files, "the base model")
+                there.put(base)
+                if rebuild_data:
+                    rebuilt = _rebuild(config, store, folder, there, base, manifest, it)
+                    differences |= {"data": _sources(manifest, rebuilt)} if rebuilt.id != manifest.id else {}
+                if not scratch.is_published(paths.dataset(manifest.id)):
+                    size += _link(store, folder, paths.dataset(manifest.id), manifest.files, "the dataset")
+                there.put(manifest)
+                it.done(f"{record.id}  {base.id}, {manifest.id}: {size / 1e6:.1f} MB as recorded")
+            with Catalog(scratch) as there:
+                precision = _precision(config, record, manifest, base)
+                again = pipeline.train_on(config, there, base, manifest, precision)
+            differences |= _after(store, record, scratch, again)
+            weights = _weights(store, record, version, scratch, again)
+            verdict = "equal" if weights["is_equal"] and "data" not in differences else "differs"
+            data = {
+                "state": verdict,
+                "environment": again.environment_digest,
+                "code_digest": again.code_digest,
+                "differences": sorted(differences),
+            }
+            catalog.append(Event(kind="reproduction", subject=record.id, data=data))
+        finally:
+            if not keep:
+                store.delete_dir(folder)
+    return {
+        "run": record.id,
+        "model_version": version.id if version else "",
+        "verdict": verdict,
+        "weights": weights,
+        "differences": differences,
+        "notes": notes,
+        "folder": folder if keep else "",
+    }
+
+
+def run_of(catalog: Catalog, reference: str) -> tuple[RunRecord, ModelVersion | None]:
+    """The finished run that made it; and the version, where one was named. `ConfigError` where there is none."""
+    identifier = resolve(catalog, reference) if not reference.startswith("run_") else reference
+    if identifier.startswith("run_"):
+        if not catalog.has(identifier):
+            raise NotFound(f"{identifier} is not finished, or not of this store", hint="`forge runs list` shows the runs")
+        return catalog.get_as(RunRecord, identifier), None
+    version = catalog.get_as(ModelVersion, identifier)
+    if not version.run:
+        raise ConfigError(
+            f"{version.id} was imported ({version.source}): no run of this store made it, there is nothing to reproduce",
+            hint="`forge models list` shows which versions were trained",
+        )
+    if version.status == "candidate":
+        raise ConfigError(
+            f"{version.id} is step {version.step} of {version.run}, not what the run ended with",
+            hint=f"reproduce the run: `forge reproduce {version.run}`",
+        )
+    return catalog.get_as(RunRecord, version.run), version
+
+
+def settings(record: RunRecord) -> tuple[RunConfig, list[str]]:
+    """The run file of a finished run with as many workers as it had, and what must be said of them."""
+    config = parse(RunConfig, record.config, where=record.id)
+    sizes, notes = [attempt["world_size"] for attempt in record.attempts], []
+    if len(set(sizes)) > 1:
+        notes.append(
+            f"it had {' then '.join(map(str, sizes))} workers: another number sums in another order, so equal weights are"
+            f" promised for runs of one number only; taking {sizes[-1]}"
+        )
+    elif len(sizes) > 1:
+        notes.append(f"it was started {len(sizes)} times, with {sizes[0]} workers each: resuming changes no bit of that")
+    counts = Counter(incident["kind"] for incident in record.incidents if incident["kind"] != "restart")
+    if counts:
+        told = ", ".join(f"{number} × {kind}" for kind, number in counts.items())
+        notes.append(f"it had incidents ({told}): what they left out is left out again only where they happen again")
+    scaling = config.train.scaling
+    if scaling.max_workers and sizes:
+        scaling = scaling.model_copy(update={"num_workers": sizes[-1]})
+    train = config.train.model_copy(update={"scaling": scaling, "sinks": ()})
+    return config.model_copy(update={"train": train}), notes
+
+
+def _sealed(record: R) -> R:
+    """The record, whose content still gives its id."""
+    if record.sealed().id != record.id:
+        raise StoreError(f"the record {record.id} was altered: its content gives {record.sealed().id}", hint="restore it")
+    return record
+
+
+def _before(record: RunRecord, base: ModelVersion, version: ModelVersion | None) -> Differences:
+    """What is known to differ before anything is computed."""
+    found: Differences = {}
+    if base.files_digest != record.base_digest:
+        found["base_model"] = [record.base_digest, base.files_digest]
+    if version and version.files_digest != files_digest(record.export):
+        found["version"] = [version.files_digest, files_digest(record.export)]
+    if record.code_digest != environment.code_digest():
+        found["code"] = [_code(record), _code(None)]
+    return found
+
+
+def _here(store: Store, record: RunRecord) -> Differences:
+    """How this machine is not as the workers' was; what it is to those that will train is known when they have started."""
+    found = difference.locks(environment.read(store, record.environment_digest), environment.lock())
+    kept = {key: pair for key, pair in found.items() if key.partition(".")[0] not in ("threads", "torch", "switches")}
+    return {"this machine": kept} if kept else {}
+
+
+def _code(record: RunRecord | None) -> str:
+    digest = record.code_digest if record else environment.code_digest()
+    commit = record.code_commit if record else environment.code_commit()
+    return f"{digest[:19]}…" + (f" (commit {commit[:12]}{'-dirty' * commit.endswith('-dirty')})" if commit else "")
+
+
+def _below(store: Store, folder: str) -> Store:
+    if store.is_local:
+        return Store(str(store.local(folder)))
+    place, mark, query = store.uri.partition("?")
+    return Store(f"{place.rstrip('/')}/{folder}{mark}{query}")
+
+
+def _link(store: Store, folder: str, relative: str, files: tuple[FileEntry, ...], what: str) -> int:
+    """A published folder under the scratch store; its files are what the record says, not what lies beside them."""
+    if not store.is_published(relative):
+        raise NotFound(
+            f"{what} of this run is not in the store: {relative} has no manifest",
+            hint="restore it from a backup; a dataset can be made again from its sources: --rebuild-data"
+            if relative.startswith("datasets/")
+            else "restore it from a backup, or import the same files again",
+        )
+    for entry in files:
+        if not store.exists(f"{relative}/{entry.path}"):
+            raise StoreError(f"{relative}/{entry.path} is gone ({entry.size} bytes)", hint="restore it from a backup")
+        store.link(f"{relative}/{entry.path}", f"{folder}/{relative}/{entry.path}")
+    store.link(f"{relative}/{MANIFEST}", f"{folder}/{relative}/{MANIFEST}")
+    scratch = _below(store, folder)
+    verify_files(scratch.fetch_dir(relative, verify=False), files)
+    return sum(entry.size for entry in files)
+
+
+def _rebuild(
+    config: RunConfig, store: Store, folder: str, there: Catalog, base: ModelVersion, manifest: DatasetManifest, it: Stage
+) -> DatasetManifest:
+    """The dataset from its sources once more, into the scratch store; without the rows that were erased since."""
+    connect()
+    from forge_ray.data.build.build import build, index_sources
+    from forge_ray.data.record import subject
+
+    for path in (subject.KEY, *store.list(paths.erasure())):  # what the store says must be left out
+        if store.exists(path):
+            store.link(path, f"{folder}/{path}")
+    try:
+        return build(manifest.name, config.data, base, there.store, index_sources(config.data, it.update), it.update)
+    finally:
+        there.store.delete(subject.KEY)
+
+
+def _sources(old: DatasetManifest, new: DatasetManifest) -> Differences:
+    """Why a dataset that was built again is another one."""
+    before, after = ({source.path: source.sha256 for source in manifest.sources} for manifest in (old, new))
+    changed = difference.changes({"sources": before}, {"sources": after})
+    counts = difference.changes(_counts(old), _counts(new))
+    return {"id": [old.id, new.id], **changed, **counts}
+
+
+def _counts(manifest: DatasetManifest) -> dict[str, Any]:
+    records = {name: split.num_records for name, split in manifest.splits.items()}
+    return {"format": manifest.format, "records": records, "erased": sum(map(len, manifest.erased.values()))}
+
+
+def _precision(
+    config: RunConfig, record: RunRecord, manifest: DatasetManifest, base: ModelVersion
+) -> Literal["bf16", "fp32"]:
+    """What `auto` came to on the machine that trained; it is part of the run's id."""
+    from forge_ray.train.job import run_id
+
+    precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+    for precision in precisions:
+        if run_id(config.train, precision, manifest, base) == record.id:
+            return precision
+    return resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
+
+
+def _after(store: Store, record: RunRecord, scratch: Store, again: RunRecord) -> Differences:
+    """How the second run was not as the first: where, with what, and what came of it but weights."""
+    found: Differences = {}
+    if again.id != record.id:
+        found["settings"] = [record.id, again.id]
+    found |= difference.environments(store, record, scratch, again)
+    for name in ("num_steps", "order_key", "order_digest", "stopped_early", "export_step"):
+        if getattr(record, name) != getattr(again, name):
+            found[name] = [getattr(record, name), getattr(again, name)]
+    sizes = [run.attempts[-1]["world_size"] if run.attempts else None for run in (record, again)]
+    if sizes[0] != sizes[1]:
+        found["workers"] = sizes
+    if step := _first_other_step(store, record, scratch, again):
+        found["loss"] = step
+    return found
+
+
+def _first_other_step(store: Store, record: RunRecord, scratch: Store, again: RunRecord) -> dict[str, Any]:
+    """The first step whose loss is another, where the metrics of both are there."""
+    from forge_ray.train import metrics
+
+    sides = []
+    for place, run in ((store, record), (scratch, again)):
+        path = paths.run(run.id, metrics.METRICS)
+        lines = metrics.parse(place.read(path).decode()) if place.exists(path) else []
+        sides.append({line["step"]: line.get("loss") for line in lines})
+    before, after = sides
+    step = next((step for step in sorted(before.keys() & after.keys()) if before[step] != after[step]), None)
+    return {} if step is None else {f"step {step}": [before[step], after[step]]}
+
+
+def _weights(
+    store: Store, record: RunRecord, version: ModelVersion | None, scratch: Store, again: RunRecord
+) -> dict[str, Any]:
+    """Weight files by sha256; where they differ, tensor by tensor. Other files of the export are named beside them."""
+    before, after = ({entry.path: entry.sha256 for entry in run.export} for run in (record, again))
+    other = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    weights = [path for path in other if path.endswith(WEIGHTS)]
+    digests = {path: sha for path, sha in before.items() if path.endswith(WEIGHTS)}
+    found: dict[str, Any] = {
+        "is_equal": not weights,
+        "sha256": digests,
+        "differ": {path: [before.get(path, ""), after.get(path, "")] for path in weights},
+        "other_files": [path for path in other if path not in weights],
+    }
+    if not weights:
+        return found
+    places = [paths.export(record.id), *([paths.model(version.id)] if version else [])]
+    kept = next((place for place in places if store.is_published(place)), None)
+    try:
+        original = store.fetch_dir(kept) if kept else None
+    except ForgeError as error:
+        return found | {"problem": f"the first run's weights are not as they were: {error.message}"}
+    if original is None:
+        return found | {"problem": "the first run's weights are no longer in the store: compared by their sha256 alone"}
+    return found | compare_tensors(original, scratch.fetch_dir(paths.export(again.id)))
+
+
+def compare_tensors(old: Path, new: Path) -> dict[str, Any]:
+    """Every tensor of two folders of safetensors: how many there are and differ, and of those that differ most the largest
+    absolute difference and the share of elements."""
+    import torch
+    from safetensors import safe_open
+
+    def tensors(folder: Path) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for path in sorted(folder.glob(f"*{WEIGHTS}")):
+            with safe_open(path, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        return found
+
+    def read(path: Path, name: str) -> torch.Tensor:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    before, after = tensors(old), tensors(new)
+    differ: list[dict[str, Any]] = []
+    for name in sorted(before.keys() & after.keys()):
+        one, two = read(before[name], name), read(after[name], name)
+        found: dict[str, Any] = {}
+        kinds = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in (one, two)]
+        if kinds[0] != kinds[1]:
+            found |= {"was": kinds[0], "is": kinds[1]}
+        if one.shape == two.shape and not torch.equal(one.double(), two.double()):
+            apart = (one.double() - two.double()).abs()
+            found |= {"largest": float(apart.max()), "share": float((apart != 0).double().mean())}
+        if found:
+            differ.append({"name": name, **found})
+    differ.sort(key=lambda item: -item.get("largest", float("inf")))
+    return {
+        "num_tensors": len(before),
+        "num_differ": len(differ),
+        "largest": max((item.get("largest", 0.0) for item in differ), default=0.0),
+        "tensors": differ[:TENSORS_SHOWN],
+        "only_before": sorted(before.keys() - after.keys()),
+        "only_after": sorted(after.keys() - before.keys()),
+    }
+
+
+def told(found: dict[str, Any]) -> list[str]:
+    """The result for a terminal: the verdict first, then what differs."""
+    weights = found["weights"]
+    if found["verdict"] == "equal":
+        lines = [f"equal: {found['run']} gives the same weights again"]
+        lines += [f"  {path}  sha256 {sha}" for path, sha in weights["sha256"].items()]
+    else:
+        lines = [f"differs: {found['run']} gives other weights"]
+        if weights["is_equal"]:
+            lines = [f"differs: {found['run']} gives the same weights, its dataset is not what its sources give now"]
+        for path, (before, after) in weights["differ"].items():
+            lines.append(f"  {path}  sha256 {before[:16] or 'absent'}… → {after[:16] or 'absent'}…")
+        if "tensors" in weights:
+            lines.append(
+                f"  {weights['num_differ']} of {weights['num_tensors']} tensors differ, by {weights['largest']:.3g} at most"
+            )
+            for item in weights["tensors"][:ON_A_TERMINAL]:
+                kinds = f"  {item['was']} → {item['is']}" if "was" in item else ""
+                largest = f"  {item['largest']:.3g} at most, in {item['share']:.1%} of it" if "largest" in item else ""
+                lines.append(f"    {item['name']}{largest}{kinds}")
+        lines += [f"  {weights['problem']}"] if "problem" in weights else []
+    if weights["other_files"]:
+        lines.append(f"  other files that differ: {', '.join(weights['other_files'])}")
+    if found["differences"]:
+        lines.append("what was not as it was:")
+        lines += [f"  {line}" for line in difference.lines(found["differences"])]
+    return lines + [f"note: {note}" for note in found["notes"]]

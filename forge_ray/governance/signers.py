@@ -1,0 +1,189 @@
+"""Signers, policy, approvals: the events behind `forge signers`, `forge policy`, `forge approve`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from forge_ray.config.base import parse
+from forge_ray.errors import ConfigError, NotFound, PolicyError
+from forge_ray.records import Event
+from forge_ray.store import paths, signing
+from forge_ray.store.aliases import route_of
+from forge_ray.store.authority import ROLES, Authority, Policy, Signer, accepted_moves
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.signatures import record_path, sign_record
+
+
+def create(catalog: Catalog, name: str, roles: tuple[str, ...], folder: Path, algorithm: signing.Algorithm) -> Signer:
+    """A new key pair in `folder` (NAME.key for its owner, NAME.pub for everyone), and its signer. The first one signs for
+    itself and must be owner."""
+    _check(catalog, name, roles)
+    is_first = not catalog.authority().signers
+    if not is_first:
+        catalog.check_may("signer events")  # before a key lies there that nobody takes
+    elif "owner" not in roles:
+        raise PolicyError("the first signer is the owner: somebody must be able to add the others", hint="--role owner")
+    key = signing.generate(algorithm)
+    folder.mkdir(parents=True, exist_ok=True)
+    signing.write_private(folder / f"{name}.key", key, os.environ.get(signing.PASSPHRASE, ""))
+    (folder / f"{name}.pub").write_text(public := signing.public_pem(key.public_key()))
+    with signing.acting(key) if is_first else contextlib.nullcontext():
+        return add(catalog, name, roles, public)
+
+
+def add(catalog: Catalog, name: str, roles: tuple[str, ...], public_pem: str) -> Signer:
+    """Let somebody's public key count, in these roles; by an owner, or by the first signer for itself."""
+    _check(catalog, name, roles)
+    identifier = signing.key_id(signing.load_public(public_pem))
+    if identifier in catalog.authority().signers:
+        raise ConfigError(f"{identifier} is a signer", hint="`forge signers change` gives it other roles")
+    if not catalog.authority().signers:
+        key = signing.private_key()
+        if "owner" not in roles or key is None or signing.key_id(key.public_key()) != identifier:
+            raise PolicyError(
+                "the first signer is the owner, and signs for itself",
+                hint="`forge signers create NAME --role owner …` makes the key and does that",
+            )
+    _append(catalog, identifier, "added", name=name, roles=list(roles), public_key=public_pem)
+    return find(catalog, identifier)
+
+
+def change(catalog: Catalog, reference: str, roles: tuple[str, ...]) -> Signer:
+    signer = find(catalog, reference)
+    _check_roles(roles)
+    _keep_an_owner(catalog, signer, roles)
+    _append(catalog, signer.id, "changed", roles=list(roles))
+    return find(catalog, signer.id)
+
+
+def end(catalog: Catalog, reference: str, compromised: bool, why: str) -> Signer:
+    """Retire a signer (what was signed stays valid), or revoke a key in wrong hands (nothing that it signed counts)."""
+    signer = find(catalog, reference)
+    _keep_an_owner(catalog, signer, ())
+    _append(catalog, signer.id, "revoked" if compromised else "retired", why=why)
+    return find(catalog, signer.id)
+
+
+def find(catalog: Catalog, reference: str) -> Signer:
+    """By key id or name."""
+    signers = catalog.authority().signers.values()
+    for signer in signers:
+        if reference in (signer.id, signer.name):
+            return signer
+    known = ", ".join(signer.name for signer in signers) or "none yet"
+    raise NotFound(f"no signer {reference!r} in {catalog.store.place}", hint=f"signers: {known}")
+
+
+def set_policy(catalog: Catalog, changes: dict[str, Any], why: str) -> Policy:
+    """Change what is given, by an owner."""
+    found = catalog.authority()
+    if not found.signers:
+        raise PolicyError("a policy needs an owner", hint="`forge signers create NAME --role owner` first")
+    policy = parse(Policy, found.policy.model_dump(mode="json") | changes)
+    if policy.protected and len(found.active("releaser")) < 2:
+        raise PolicyError(
+            "policy.protected needs two releasers, or nothing could be moved any more",
+            hint="`forge signers create NAME --role releaser`",
+        )
+    if policy.signatures and not found.policy.signatures:
+        _refuse_to_strand(catalog, found.model_copy(update={"policy": policy}))
+    catalog.append(
+        Event(kind="policy", subject="policy", data=policy.model_dump(mode="json") | ({"why": why} if why else {}))
+    )
+    return catalog.authority().policy
+
+
+def _refuse_to_strand(catalog: Catalog, wanted: Authority) -> None:
+    """Aliases that answer today must answer tomorrow: those whose last move no releaser signed would be gone at once."""
+    now = catalog.routes()
+    signed = {event.subject: event for event in accepted_moves(wanted, catalog.moves())}
+    if lost := sorted(name for name, route in now.items() if name not in signed or route_of(signed[name]) != route):
+        raise PolicyError(
+            f"policy.signatures: no releaser signed what {', '.join(lost)} stand{'s' if len(lost) == 1 else ''} for,"
+            " so endpoints would not answer by it any more",
+            hint=f"a releaser first: forge alias set {lost[0]} --to {now[lost[0]].stable}, or forge alias archive {lost[0]}",
+        )
+
+
+def approve(catalog: Catalog, reference: str, alias: str, refuse: bool, why: str) -> Event:
+    """A signed yes (or no) to a version or dataset; `alias`: to that move alone."""
+    key = signing.private_key()
+    if key is None:
+        raise PolicyError("an approval is a signature", hint=f"set {signing.SIGNER} to your private key")
+    aliases = catalog.aliases()
+    record = catalog.get(aliases.get(reference, reference))
+    known = catalog.authority()
+    identifier = signing.key_id(key.public_key())
+    if identifier not in {signer.id for signer in known.active("data_steward", "validator", "releaser")}:
+        raise PolicyError(
+            f"{known.name_of(identifier)} is no data steward, validator or releaser",
+            hint=f"who could: {', '.join(s.name for s in known.active('validator', 'releaser')) or 'nobody yet'}",
+        )
+    data = {"decision": "refuse" if refuse else "approve", "alias": alias, "why": why}
+    return catalog.append(Event(kind="approval", subject=record.id, data=data))
+
+
+def sign(catalog: Catalog, reference: str) -> str:
+    """Put one's signature beside a record of somebody else; returns its path. The files behind it are checked first."""
+    from forge_ray.governance.verify import check_files
+
+    key = signing.private_key()
+    if key is None:
+        raise PolicyError("there is no key to sign with", hint=f"set {signing.SIGNER} to your private key")
+    record = catalog.get(catalog.aliases().get(reference, reference))
+    check_files(catalog.store, record)
+    return sign_record(catalog.store, record, catalog.store.read(record_path(record)), key)
+
+
+def export_signed(catalog: Catalog, reference: str, out: str) -> str:
+    """A model version's files in a folder of their own, with a `model.sig` that OpenSSF's model-signing verifies."""
+    import shutil
+
+    from forge_ray.governance.verify import check_files
+
+    key = signing.private_key()
+    if key is None:
+        raise PolicyError("there is no key to sign with", hint=f"set {signing.SIGNER} to your private key")
+    version = catalog.model(reference)
+    check_files(catalog.store, version)
+    folder, target = catalog.store.fetch_dir(paths.model(version.id), verify=False), Path(out).expanduser()
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"{out} is not empty", hint="give another --out")
+    for entry in version.files:
+        (target / entry.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / entry.path, target / entry.path)
+    (target / "model.sig").write_bytes(signing.model_bundle(version.id, version.files, key))
+    return str(target)
+
+
+def _append(catalog: Catalog, key: str, action: str, **data: Any) -> None:
+    before = catalog.authority()
+    catalog.append(Event(kind="signer", subject=key, data={"action": action, **data}))
+    if catalog.authority() == before:
+        raise PolicyError("no owner signed this, so it changes nothing", hint=f"set {signing.SIGNER} to an owner's key")
+
+
+def _check(catalog: Catalog, name: str, roles: tuple[str, ...]) -> None:
+    _check_roles(roles)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name):
+        raise ConfigError(f"name {name!r}: up to 64 letters, digits and . _ @ -", hint="for example alice")
+    if any(signer.name == name for signer in catalog.authority().active()):
+        raise ConfigError(f"there is a signer named {name!r}", hint="choose another name, or retire that one first")
+
+
+def _check_roles(roles: tuple[str, ...]) -> None:
+    if unknown := [role for role in roles if role not in ROLES] or ([] if roles else ["none"]):
+        raise ConfigError(f"role {unknown[0]!r} is none of {', '.join(ROLES)}", hint="--role trainer --role validator")
+
+
+def _keep_an_owner(catalog: Catalog, signer: Signer, roles: tuple[str, ...]) -> None:
+    owners = catalog.authority().active("owner")
+    if "owner" not in roles and [owner.id for owner in owners] == [signer.id]:
+        raise PolicyError(
+            f"{signer.name} is the only owner: nobody could change signers or policy any more",
+            hint="`forge signers create NAME --role owner` first",
+        )

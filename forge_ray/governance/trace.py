@@ -1,0 +1,280 @@
+"""Which runs, versions, aliases and deployments used a record: joined from what the stages wrote down.
+
+    rows → records → blocks of dataset versions → packed rows → steps of runs → model versions → aliases, deployments
+
+A record is given by its id, as a person's (`subject`), or as a row of a file, which is read as each dataset version would
+have read it. Where something cannot be known exactly (a run whose settings are gone) it is counted as used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from forge_ray.config.base import parse
+from forge_ray.config.data import DataConfig
+from forge_ray.data.curate.rules import compile_rule
+from forge_ray.data.dataset.index import Place, dropped, duplicates, is_record_id, of_subject, places, rows_with
+from forge_ray.data.read.ingest import index_file
+from forge_ray.data.read.readers import image_reader, read_raw
+from forge_ray.data.read.sources import expand
+from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record
+from forge_ray.data.record.subject import KEY, subject_digest, subject_key
+from forge_ray.errors import ConfigError, DataError
+from forge_ray.governance.impact import Affected, Facts, Reached, Use
+from forge_ray.records import DatasetManifest
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+
+__all__ = ["Affected", "Query", "Traced", "of_file", "of_record", "of_subject_value", "trace"]
+
+T = TypeVar("T")
+LOOKERS = 8  # dataset versions that are looked into at once: a look-up waits for the disk more than it works
+
+
+@dataclass(frozen=True)
+class Query:
+    """What was asked, and the records that it stands for: none if no dataset version could have made one of it (`note`).
+    `unsearched` are dataset versions that cannot answer, for they keep no subject, or not how their rows were read."""
+
+    asked: str
+    records: tuple[str, ...]
+    note: str = ""
+    unsearched: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Held:
+    """A place of a record in one dataset version, or of one that is its duplicate (`relation` says how)."""
+
+    dataset: str
+    name: str
+    place: Place
+    relation: str = ""
+
+
+@dataclass(frozen=True)
+class TracedRecord:
+    """One record: where it is, what is alike, and what runs did with it."""
+
+    record: str
+    asked: tuple[str, ...]
+    held: tuple[Held, ...]
+    alike: tuple[Held, ...]
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """`records` are those that some dataset version holds or dropped; `nowhere` are queries of which there is no trace.
+    `broken`: dataset version → why nothing can be looked up in it."""
+
+    num_datasets: int
+    broken: dict[str, str]
+    queries: tuple[Query, ...]
+    records: tuple[TracedRecord, ...]
+    nowhere: tuple[str, ...]
+    reached: Reached
+    affected: Affected
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What one dataset version knows of records: record → its places, those of its duplicates, and its packed rows."""
+
+    held: dict[str, tuple[Held, ...]]
+    alike: dict[str, tuple[Held, ...]]
+    rows: dict[str, list[int]]
+
+
+def trace(catalog: Catalog, queries: Sequence[Query]) -> Traced:
+    """Everything that saw the records of `queries`, and everything that came of that."""
+    facts, manifests = Facts.of(catalog), catalog.datasets()
+    asked: dict[str, list[str]] = {}
+    for query in queries:
+        for record in query.records:
+            asked.setdefault(record, []).append(query.asked)
+    inside, broken = of_each(manifests, lambda manifest: _inside(catalog.store, manifest, asked, facts))
+    found = []
+    for record, names in asked.items():
+        if held := _joined(one.held.get(record, ()) for one in inside.values()):
+            uses = tuple(_uses(facts, manifests, inside, record))
+            alike = _joined(one.alike.get(record, ()) for one in inside.values())
+            found.append(TracedRecord(record, tuple(dict.fromkeys(names)), held, alike, uses))
+    splits = [(one.record, held.dataset, held.place.split) for one in found for held in one.held]
+    reached = facts.reached([use for one in found for use in one.uses], splits)
+    there = {one.record for one in found}
+    nowhere = tuple(query.asked for query in queries if there.isdisjoint(query.records))
+    return Traced(len(inside), broken, tuple(queries), tuple(found), nowhere, reached, _affected(found, reached))
+
+
+def of_each(
+    manifests: Sequence[DatasetManifest], look: Callable[[DatasetManifest], T]
+) -> tuple[dict[str, T], dict[str, str]]:
+    """What `look` finds in each dataset version, and of those that have no index why not."""
+
+    def tried(manifest: DatasetManifest) -> T | DataError:
+        try:
+            return look(manifest)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        answers = dict(zip((manifest.id for manifest in manifests), pool.map(tried, manifests), strict=True))
+    broken = {name: answer.message for name, answer in answers.items() if isinstance(answer, DataError)}
+    return {name: answer for name, answer in answers.items() if not isinstance(answer, DataError)}, broken
+
+
+def _joined(parts: Iterable[tuple[Held, ...]]) -> tuple[Held, ...]:
+    return tuple(held for part in parts for held in part)
+
+
+def _affected(found: Sequence[TracedRecord], reached: Reached) -> Affected:
+    held = [held for one in found for held in one.held if held.place.split != "dropped"]
+    measured = {use.run for one in found for use in one.uses if use.how == "validated"}
+    runs = {run.run for run in reached.runs}
+    return Affected(
+        datasets=tuple(sorted({item.dataset for item in held})),
+        runs=tuple(sorted(runs)),
+        versions=tuple(sorted({item.version for item in reached.versions})),
+        aliases=tuple(sorted({item.alias for item in reached.aliases})),
+        deployments=tuple(sorted({item.deployment for item in reached.deployments})),
+        evals=tuple(sorted({item.report for item in reached.evals})),
+        validated=tuple(sorted(measured - runs)),
+    )
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+def of_record(record: str) -> Query:
+    if not is_record_id(record):
+        raise ConfigError(f"{record!r} is no record id", hint="rec_ and 24 digits; `forge data show ds_…` prints them")
+    return Query(record, (record,))
+
+
+def of_subject_value(catalog: Catalog, value: str, asked: str = "subject") -> Query:
+    """Every record of a person, under the key of each dataset version; `asked` is what the answer calls them."""
+    manifests = catalog.datasets()
+    digests = subject_digests(catalog.store, manifests, value)
+    theirs = [manifest for manifest in manifests if manifest.id in digests]
+    found, _ = of_each(theirs, lambda manifest: of_subject(catalog.store, manifest, digests[manifest.id]))
+    without = tuple(manifest.id for manifest in manifests if manifest.id not in digests)
+    records = dict.fromkeys(record for ids in found.values() for record in ids)
+    return Query(asked, tuple(records), unsearched=without)  # `trace` tells of those that cannot be searched
+
+
+def subject_digests(store: Store, manifests: Sequence[DatasetManifest], value: str, key_file: str = "") -> dict[str, str]:
+    """What stands for a person in each dataset version that says whose its rows are, under its own key or `key_file`."""
+    found = {}
+    for manifest in manifests:
+        subject = manifest.config.get("subject")
+        if not subject:
+            continue
+        if not (file := key_file or subject.get("key_file", "")) and not store.exists(KEY):  # a new key would find nobody
+            raise ConfigError(
+                f"{manifest.id} names its subjects under the store's key, and {KEY} is gone", hint="restore it from a backup"
+            )
+        found[manifest.id] = subject_digest(subject_key(store, file), value)
+    return found
+
+
+def of_file(catalog: Catalog, path: str) -> list[Query]:
+    """One query a row of a file (any format that a run file's sources may have)."""
+    manifests = catalog.all(DatasetManifest)
+    readings = _readings(manifests)
+    unsearched = tuple(manifest.id for manifest in manifests if not manifest.config.get("sources"))
+    limit = max((config.max_line_bytes for config, _, _ in readings), default=16 << 20)
+    found = []
+    for file in expand(parse(DataConfig, {"sources": [{"path": path}]})):
+        for chunk in index_file(file.path, file.name, file.format, max_line_bytes=limit).chunks:
+            images = image_reader(chunk)
+            for raw in read_raw(chunk, limit):
+                ids: dict[str, None] = {}
+                reasons = [raw.reason] if raw.reason else []
+                for config, source, masks in readings if not raw.reason else ():
+                    shape, mapping = config.sources[source].shape, config.sources[source].mapping
+                    try:
+                        if raw.raw is not None:
+                            record = parse_line(raw.raw, shape, mapping, (), images)
+                        else:
+                            record = parse_record(raw.value, shape, mapping, (), images)
+                    except Reject as reason:
+                        reasons.append(str(reason))
+                        continue
+                    ids |= dict.fromkeys(_stages(record, masks))
+                note = "" if ids else f"no record: {'; '.join(dict.fromkeys(reasons)) or 'no dataset version reads it'}"
+                found.append(Query(f"{file.name}:{raw.line}", tuple(ids), note, unsearched))
+    return found
+
+
+def _readings(manifests: Sequence[DatasetManifest]) -> list[tuple[DataConfig, int, tuple[Any, ...]]]:
+    """The distinct ways in which dataset versions make records of rows: (settings, number of the source, masking rules)."""
+    found: dict[str, tuple[DataConfig, int, tuple[Any, ...]]] = {}
+    for manifest in manifests:
+        if not manifest.config.get("sources"):
+            continue  # told as not searched
+        config = parse(DataConfig, manifest.config)
+        masks = tuple(rule for rule in config.curate if getattr(rule, "action", "") == "mask")
+        for number, source in enumerate(config.sources):
+            key = repr((source.shape, source.mapping, masks))
+            found.setdefault(key, (config, number, masks))
+    return list(found.values())
+
+
+def _stages(record: DataRecord, masks: Sequence[Any]) -> Iterator[str]:
+    """The ids of a record before and after each rule that changes it: a rule may have dropped it in between."""
+    yield record.id
+    for rule in masks:
+        changed = compile_rule(rule)(record).record
+        if changed is not None:
+            record = changed
+        yield record.id
+
+
+# ---------------------------------------------------------------- where it is, and what used it
+
+
+def _inside(store: Store, manifest: DatasetManifest, records: Collection[str], facts: Facts) -> Inside:
+    found = [*places(store, manifest, records), *dropped(store, manifest, records)]
+    held: dict[str, tuple[Held, ...]] = {}
+    for place in found:
+        held[place.record] = (*held.get(place.record, ()), Held(manifest.id, manifest.name, place))
+    trained = [place for place in found if place.split == "train"]
+    rows = rows_with(store, manifest, trained) if trained and facts.runs_on(manifest.id) else {}
+    return Inside(held, _alike(store, manifest, records, held), rows)
+
+
+def _alike(
+    store: Store, manifest: DatasetManifest, records: Collection[str], held: dict[str, tuple[Held, ...]]
+) -> dict[str, tuple[Held, ...]]:
+    """The cluster of each record in a dataset version: the one that stays, and those that were dropped for it."""
+    heads = {record: [held.place.kept for held in held.get(record, ()) if held.place.kept] for record in records}
+    clusters: dict[str, list[Place]] = {}
+    for place in duplicates(store, manifest, {*records, *(head for found in heads.values() for head in found)}):
+        clusters.setdefault(place.kept, []).append(place)
+    stay = {place.record: place for place in places(store, manifest, {head for found in heads.values() for head in found})}
+    alike: dict[str, tuple[Held, ...]] = {}
+    for record, mine in heads.items():
+        found: list[tuple[Place, str]] = []
+        for head in dict.fromkeys([*mine, record]):
+            if head != record:
+                found.append((stay.get(head) or Place(head, "unknown", "", 0, -1), "stays for it"))  # masked, or dropped
+            relation = "dropped with it" if head != record else "dropped for it"
+            found += [(other, relation) for other in clusters.get(head, ()) if other.record != record]
+        if found:
+            alike[record] = tuple(Held(manifest.id, manifest.name, place, how) for place, how in found)
+    return alike
+
+
+def _uses(facts: Facts, manifests: Sequence[DatasetManifest], inside: dict[str, Inside], record: str) -> Iterator[Use]:
+    for manifest in manifests:
+        one = inside.get(manifest.id)
+        for held in one.held.get(record, ()) if one else ():
+            for run in facts.runs_on(manifest.id):
+                if held.place.split == "train" and one and record in one.rows:
+                    yield from run.trained_on(manifest, record, one.rows[record])
+                elif held.place.split == "validation":
+                    yield from run.validated_on(manifest, record)

@@ -1,0 +1,191 @@
+"""What a run did with packed rows, from its record or, unfinished, from its folder (no torch)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forge_ray.config.base import parse
+from forge_ray.config.train import TrainConfig
+from forge_ray.data.dataset.order import order_of
+from forge_ray.errors import ForgeError
+from forge_ray.records import DatasetManifest, ModelVersion, RunRecord
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import MANIFEST, Store
+from forge_ray.train import incidents, metrics
+from forge_ray.train.job import run_id
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one run did with one record. `how`: `trained` at `steps` (from 1, a step as often as the record was in it), or
+    `validated`: looked at, never trained. `exact` is False where it only may have used it: a sample, or settings gone."""
+
+    record: str
+    run: str
+    dataset: str
+    how: str
+    steps: tuple[int, ...] = ()
+    left_out: tuple[tuple[int, str], ...] = ()  # steps that were to use it, and when an incident took them out
+    exact: bool = True
+    decided: bool = False  # of a validation: it chose the weights that were exported, or when to stop
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, finished or not. `settings` None: they are gone. `told`: step → whether its line says that it was computed."""
+
+    run: str
+    name: str
+    dataset: str
+    base_model: str
+    state: str
+    settings: TrainConfig | None
+    num_steps: int
+    export_step: int
+    incidents: tuple[dict[str, Any], ...]
+    told: dict[int, bool]
+    order_key: str = ""  # "" of a run that was made when the order followed from the dataset's id
+
+    def trained_on(self, manifest: DatasetManifest, record: str, rows: Sequence[int]) -> Iterator[Use]:
+        """At which steps the rows were used, if at any."""
+        if self.settings is None:
+            yield Use(record, self.run, manifest.id, "trained", exact=False)
+            return
+        order = order_of(manifest, "train", self.settings.seed, self.settings.global_batch, self.order_key or manifest.id)
+        seen = self.num_steps * order.global_batch
+        indices = sorted(order.index_of(row, epoch) for row in rows for epoch in range(-(-seen // order.num_rows)))
+        used, left_out = [], []
+        for index in indices:
+            if index < seen:
+                step = index // order.global_batch + 1
+                since = self._left_out(step, order.row(index))
+                if since:
+                    left_out.append((step, since))
+                else:
+                    used.append(step)
+        if used or left_out:
+            yield Use(record, self.run, manifest.id, "trained", tuple(used), tuple(left_out))
+
+    def _left_out(self, step: int, row: int) -> str:
+        """When an incident took the row out of the step; "" where none did."""
+        for one in self.incidents:
+            out = incidents.left_out([one])
+            not_finite = one["kind"] == "not_finite" and one["step"] == step and not self.told.get(step, False)
+            if not_finite or step in out.steps or out.rows.get(row, step + 1) <= step:
+                return str(one.get("at", "?"))
+        return ""
+
+    def validated_on(self, manifest: DatasetManifest, record: str) -> Iterator[Use]:
+        """A pass takes a sample of the split, so a record of it may have been in it."""
+        validation = self.settings.validation if self.settings else None
+        if validation is None or validation.max_rows:
+            decided = bool(validation and (validation.early_stopping or validation.keep_best))
+            decided |= bool(self.settings is None or self.settings.export_step == "best")
+            yield Use(record, self.run, manifest.id, "validated", exact=False, decided=decided)
+
+
+def finished(store: Store, record: RunRecord) -> Run:
+    return Run(
+        record.id,
+        record.name,
+        record.dataset,
+        record.base_model,
+        "succeeded",
+        _settings(record.config),
+        record.num_steps,
+        record.export_step or record.num_steps,
+        record.incidents,
+        _told(store, record.id),
+        record.order_key,
+    )
+
+
+def unfinished(catalog: Catalog, run: str, candidates: Sequence[ModelVersion]) -> Run:
+    """A run without a record, from its folder: as far as its newest checkpoint, its last line or a candidate of it."""
+    store = catalog.store
+    found: dict[str, Any] = {}
+    for path in store.list(paths.run(run)):
+        if path.rsplit("/", 1)[-1].startswith("config-"):
+            found = store.read_json(path)
+    positions = [
+        _position(store, path)
+        for path in store.list(paths.checkpoints(run), recursive=True)
+        if path.endswith("/" + MANIFEST)
+    ]
+    told = _told(store, run)
+    settings = _settings(found)
+    dataset = next((p["dataset"] for p in positions if p), "") or next((v.dataset for v in candidates if v.dataset), "")
+    base = next((version.base_model for version in candidates), "")
+    models = {model.files_digest: model.id for model in catalog.all(ModelVersion)}
+    base = base or next((models.get(p["base_digest"], "") for p in positions if p), "")
+    if settings and not (dataset and base):
+        dataset, base = _by_id(catalog, run, settings) or (dataset, base)
+    events = catalog.events("run", run)
+    return Run(
+        run,
+        found.get("name", ""),
+        dataset,
+        base,
+        events[-1].data["state"] if events else "unknown",
+        settings if dataset else None,
+        max([0, *(p["step"] for p in positions if p), *told, *(version.step for version in candidates)]),
+        0,
+        tuple(incidents.read(store, run)),
+        told,
+        _order_key(catalog, dataset, positions),
+    )
+
+
+def _order_key(catalog: Catalog, dataset: str, positions: Sequence[dict[str, Any]]) -> str:
+    """What the order of an unfinished run follows from, as its checkpoints say; before the first, what it does today."""
+    if written := [position for position in positions if position]:
+        return str(written[0].get("order_key", ""))
+    return catalog.get_as(DatasetManifest, dataset).splits["train"].rows_digest if catalog.has(dataset) else ""
+
+
+def _by_id(catalog: Catalog, run: str, settings: TrainConfig) -> tuple[str, str] | None:
+    """(dataset, base) of a run before its first checkpoint: those from which its id follows."""
+    for dataset in catalog.all(DatasetManifest):
+        for base in catalog.all(ModelVersion):
+            if run in (run_id(settings, precision, dataset, base) for precision in ("bf16", "fp32")):
+                return dataset.id, base.id
+    return None
+
+
+def _position(store: Store, path: str) -> dict[str, Any]:
+    try:
+        position: dict[str, Any] = store.read_json(path)["position"]
+    except (ForgeError, KeyError, TypeError):
+        return {}
+    return position
+
+
+def _settings(config: dict[str, Any]) -> TrainConfig | None:
+    try:
+        return parse(TrainConfig, config["train"])
+    except (ForgeError, KeyError):
+        return None
+
+
+def _told(store: Store, run: str) -> dict[int, bool]:
+    path = paths.run(run, metrics.METRICS)
+    lines = metrics.parse(store.read(path).decode()) if store.exists(path) else []
+    return {line["step"]: "left_out" not in line for line in lines}
+
+
+def ranges(steps: Sequence[int]) -> str:
+    """Steps for people: `3, 7–9 (5 times in 4 steps)`."""
+    times = Counter(steps)
+    runs: list[list[int]] = []
+    for step in sorted(times):
+        if runs and step == runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    shown = [str(a) if a == b else f"{a}–{b}" for a, b in runs[:8]] + (["…"] if len(runs) > 8 else [])
+    more = "" if len(steps) == len(times) else f" in {len(times)} steps"
+    return f"{', '.join(shown)} ({len(steps)} time{'s' if len(steps) > 1 else ''}{more})"

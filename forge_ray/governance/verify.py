@@ -1,0 +1,152 @@
+"""Is this what was signed? For records of a store, folders and certificates, offline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError, StoreError
+from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, Record, RunRecord, files_digest
+from forge_ray.store import audit_log, paths, signing
+from forge_ray.store.authority import Authority, Signer
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import MANIFEST, Store, hash_dir, verify_files
+from forge_ray.store.signatures import record_path, signers_of, valid_signers
+
+ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's digest is over those that are there
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One thing that was looked at. `signed_by`: names of signers whose signature holds."""
+
+    id: str
+    what: str
+    signed_by: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def check_files(store: Store, record: Record) -> str:
+    """What of a record's files was compared with the digests in it; raises `StoreError` at the first difference."""
+    if isinstance(record, ModelVersion):
+        verify_files(store.fetch_dir(paths.model(record.id), verify=False), record.files)
+        if files_digest(record.files) != record.files_digest:
+            raise PolicyError(f"{record.id}: files_digest is not that of its files", hint="the record was changed")
+        return f"{len(record.files)} files"
+    if isinstance(record, RunRecord):
+        verify_files(store.fetch_dir(paths.export(record.id), verify=False), record.export)
+        return f"{len(record.export)} files"
+    if isinstance(record, DatasetManifest):
+        verify_files(store.fetch_dir(paths.dataset(record.id), verify=False), record.files)
+        return f"{len(record.files)} files"
+    if isinstance(record, EvalReport):
+        read_items(store, record)
+        return "its items"
+    return "the record"
+
+
+def read_items(store: Store, report: EvalReport) -> bytes:
+    """`items.jsonl` of a report, checked with what else it was made of; raises `StoreError` where that was changed."""
+    folder = paths.report(report.id)
+    items = store.read(f"{folder}/{ITEMS[0]}")
+    more = [store.read(f"{folder}/{name}") for name in ITEMS[1:] if store.exists(f"{folder}/{name}")]
+    if hashlib.sha256(b"".join([items, *more])).hexdigest() != report.items_sha256:
+        raise StoreError(f"{folder}/{ITEMS[0]} is not what the report was made of", hint="restore it from a backup")
+    return items
+
+
+def verify_record(catalog: Catalog, record_id: str, found: Authority) -> list[Checked]:
+    """A record and everything that it was made from: ids, files, signatures. Never raises for what it finds wrong."""
+    checked: list[Checked] = []
+    seen: set[str] = set()
+    waiting = [record_id]
+    while waiting:
+        identifier = waiting.pop(0)
+        if identifier in seen:
+            continue
+        seen.add(identifier)
+        if not catalog.has(identifier):
+            checked.append(Checked(identifier, "a parent", problem="its record is not in this store"))
+            continue
+        record = catalog.get(identifier)
+        checked.append(_verify_one(catalog.store, record, found))
+        waiting += record.parents()
+    return checked
+
+
+def _verify_one(store: Store, record: Record, found: Authority) -> Checked:
+    names: tuple[str, ...] = ()
+    try:
+        stored = type(record).model_validate(store.read_json(record_path(record)))
+        if not isinstance(record, RunRecord) and stored.sealed().id != record.id:
+            raise PolicyError("the record's content does not give its id: it was changed", hint="restore it from a backup")
+        what = check_files(store, stored)
+        valid = valid_signers(store, found, stored)
+        names = tuple(found.name_of(key) for key in valid)
+        if broken := [key for key in signers_of(store, record.id) if key not in valid and key in found.signers]:
+            raise PolicyError(f"the signature of {found.name_of(broken[0])} does not hold", hint="the record was changed")
+        if found.policy.signatures and not valid and record.kind != "deployments":
+            raise PolicyError("policy.signatures: nobody signed it", hint=f"forge sign {record.id}")
+    except ForgeError as error:
+        return Checked(record.id, record.kind, names, error.message)
+    return Checked(record.id, f"{record.kind}: {what}", names)
+
+
+def trusted_keys(paths: Iterable[str]) -> list[signing.PublicKey]:
+    keys = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise NotFound(f"--key {path!r} is no file", hint="the public half, NAME.pub")
+        keys.append(signing.load_public(Path(path).read_bytes()))
+    return keys
+
+
+def trusting(found: Authority, keys: list[signing.PublicKey]) -> Authority:
+    """The same, but of its signers only those whose key is one of `keys`; a key that it does not know is named by its id."""
+    if not keys:
+        return found
+    signers = {
+        (identifier := signing.key_id(key)): found.signers.get(
+            identifier, Signer(id=identifier, name=identifier, roles=("auditor",), public_key=signing.public_pem(key))
+        )
+        for key in keys
+    }
+    return found.model_copy(update={"signers": signers})
+
+
+def verify_path(path: Path, keys: list[signing.PublicKey]) -> dict[str, Any]:
+    """A folder with `model.sig` (OpenSSF's kind), or a file with a DSSE envelope (a certificate, provenance, a record's
+    signature). Needs no store. Raises `PolicyError` where the signature does not hold."""
+    if not keys:
+        raise ConfigError("a path is verified with the public keys that you trust", hint="--key alice.pub")
+    if path.is_dir():
+        signature = path / "model.sig"
+        if not signature.is_file():
+            raise PolicyError(f"{path} has no model.sig", hint="`forge sign VERSION --openssf --out DIR` writes one")
+        files = tuple(entry for entry in hash_dir(path) if entry.path not in ("model.sig", MANIFEST))
+        signing.check_bundle(_json(signature), files, keys)
+        return {"path": str(path), "what": "model.sig", "files": len(files)}
+    stated = json.loads(signing.opened(_json(path), keys))
+    subjects = {subject["name"]: subject["digest"]["sha256"] for subject in stated["subject"]}
+    return {"path": str(path), "what": stated["predicateType"], "subjects": subjects, "predicate": stated["predicate"]}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        raise PolicyError(f"{path} is no signature: not JSON", hint="was the file changed, or cut off?") from None
+    except FileNotFoundError:
+        raise NotFound(f"no file {path}", hint="give a path, or an id or alias of the store") from None
+
+
+def verify_log(catalog: Catalog, every_signature: bool, head: str = "") -> audit_log.Verified:
+    """The audit log against itself, the files, the heads in model versions, and a head that was written down elsewhere."""
+    anchors = {version.id: version.log_head for version in catalog.all(ModelVersion) if version.log_head}
+    if head:
+        anchors["--head"] = head
+    return audit_log.verify(catalog.store, catalog.authority().keys, anchors, every_signature)

@@ -1,0 +1,1 @@
+"""Where a process runs: hardware, environment, switches, the Ray cluster."""

@@ -1,0 +1,78 @@
+"""What this machine computes in (imports no torch)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from forge_ray.errors import ConfigError
+
+CPUINFO = Path("/proc/cpuinfo")
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`memory` in bytes; `flops` per second in bf16 on dense matrices, of the data sheet."""
+
+    memory: int
+    flops: float
+
+
+# A part of the name, as torch or Ray say it → the largest of that name; the first that fits. Data sheets of the maker.
+GPUS = {
+    "B200": Gpu(192 * 10**9, 2250e12),
+    "H200": Gpu(141 * 10**9, 989e12),
+    "H100": Gpu(94 * 10**9, 989e12),
+    "A100": Gpu(80 * 10**9, 312e12),
+    "L40S": Gpu(48 * 10**9, 362e12),
+    "L40": Gpu(48 * 10**9, 181e12),
+    "A10G": Gpu(24 * 10**9, 70e12),
+    "L4": Gpu(24 * 10**9, 121e12),
+}
+# x86 instruction sets with bf16 arithmetic, and their name on Arm: without one, bf16 on a CPU is slower than fp32
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def resolve_precision(precision: str, use_gpu: bool) -> Literal["bf16", "fp32"]:
+    """`auto` becomes bf16 on a GPU or a CPU with bf16 arithmetic, else fp32; `bf16` and `fp32` stay."""
+    match precision:
+        case "bf16":
+            return "bf16"
+        case "fp32":
+            return "fp32"
+        case "auto":
+            return "bf16" if use_gpu or BF16_FLAGS & cpu_flags() else "fp32"
+        case _:
+            raise ConfigError(f"precision={precision!r} is not one of auto, bf16, fp32", hint="use auto")
+
+
+def cpu_flags() -> frozenset[str]:
+    """Feature flags of the first core; empty where the system does not tell (not Linux)."""
+    try:
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """None where it is not in the table."""
+    return next((gpu for part, gpu in GPUS.items() if part in name.upper()), None)
+
+
+def main_memory() -> int:
+    """Bytes of this machine, or what a container may take of it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in MEMORY_LIMITS:
+        try:
+            found.append(int(path.read_text()))
+        except (OSError, ValueError):  # absent, or `max`
+            continue
+    return min(found)

@@ -1,0 +1,98 @@
+"""Every private name of Ray that is used here, and why no public one does.
+
+Ray is pinned to one minor version. `tests/unit/machine/test_ray_internals.py` has a test for each of these names, which
+fails where another Ray has it no more or has changed its shape; whoever raises the pin begins there. Nothing of Ray is
+imported before a function here is called.
+
+Two private names live where they must be written down: `__serve_build_asgi_app__` is the name of a method
+(`serve/replica.py`), and the command lines of Ray's processes are what `doctor/closed.py` looks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+# Set in the driver of `ray job submit`; Ray has no public way to ask. ray/_private/runtime_env/constants.py
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Where Ray Train keeps its view of a run's checkpoints, in the run's folder. ray/train/v2/_internal/constants.py
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def without_usage_reports() -> None:
+    """The next local cluster of this process has no process for usage reports. Without its dashboard Ray 2.60 starts the
+    dashboard's process for these reports alone, so nothing else is lost.
+
+    Upstream: `ray.init` has no switch for it, and the process asks the cloud's metadata addresses before it looks at
+    RAY_USAGE_STATS_ENABLED.
+    """
+    from ray._private.node import Node
+
+    start = Node.start_api_server
+    if getattr(start, "asks_nobody", False):
+        return
+
+    def start_api_server(self: Any, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+        if include_dashboard is not False:
+            start(self, include_dashboard=include_dashboard, raise_on_failure=raise_on_failure)
+
+    start_api_server.asks_nobody = True  # type: ignore[attr-defined]
+    setattr(Node, "start_api_server", start_api_server)  # noqa: B010 (mypy forbids the plain assignment to a method)
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray that is started here has the address 127.0.0.1: its ports are closed to the network, and no name server is asked
+    who the node is. Its processes look for no dashboard, for there is none: Ray Train (2.60) would ask that of any other
+    cluster on this machine whether its controller lives, and end the run when told that it does not.
+
+    Upstream: no public argument of `ray.init` gives a local cluster its address. Loopback is what Ray takes on Windows and
+    macOS, where `ENABLE_RAY_CLUSTER` is false; it is read from the environment when ray is imported, which is too early.
+    """
+    from ray._private import ray_constants
+
+    own = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+    before = {name: os.environ.get(name) for name in own}
+    several, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = several
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def remove_orphaned_groups() -> None:
+    """Give back the CPUs and GPUs that a controller held when it died.
+
+    Its placement group outlives it, and the actor that Ray Train leaves to remove it asks the dashboard who is alive: where
+    there is none, it waits for ever, and the tasks that read the rows of the next group find no CPU.
+
+    Upstream: the public `ray.util.placement_group_table` says neither who made a group nor whether that actor is dead.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group  # type: ignore[attr-defined]
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for raw in state._connect_and_get_accessor().get_placement_group_table():
+        group = Group.FromString(raw)
+        ours = group.creator_job_id.hex() == ray.get_runtime_context().get_job_id()
+        if ours and group.creator_actor_dead and group.state != Group.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def torch_backend() -> tuple[Any, Any]:
+    """Ray Train's hooks around a group of torch workers, and what tells each its rank.
+
+    Upstream: `TorchConfig` always opens a TCP store, also for one worker that meets nobody.
+    """
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+
+    return _TorchBackend, _set_torch_distributed_env_vars

@@ -1,1 +1,0 @@
-"""One training loop per method, each a single function."""

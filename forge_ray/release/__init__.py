@@ -1,0 +1,1 @@
+"""From a checkpoint to a version that has a name: candidates, gates, aliases, comparisons."""

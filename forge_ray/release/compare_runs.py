@@ -1,0 +1,311 @@
+"""Attempts beside each other: what changed from one to the next, and what it brought (no torch)."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge_ray.config.base import parse
+from forge_ray.config.release import Gate
+from forge_ray.errors import ConfigError, NotFound
+from forge_ray.records import EvalReport, ModelVersion, RunRecord
+from forge_ray.release.gate import LOWER_IS_BETTER
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+from forge_ray.train import metrics, validation
+
+IN_WORDS = 4  # changes that a line of the list names; the rest is counted
+SHORT = ("train.", "eval.", "base.")
+COLOURS = ("#2563eb", "#dc2626", "#16a34a", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#4b5563")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run, finished or not: `config` as resolved, `report` and `version` where there are any. `metric` is the one that
+    its gate looks at first."""
+
+    run: str
+    name: str
+    at: str
+    state: str
+    why: str
+    config: dict[str, Any]
+    record: RunRecord | None
+    report: EvalReport | None
+    version: ModelVersion | None
+    metric: str
+
+    @property
+    def score(self) -> float | None:
+        return self.report.metrics.get(self.metric) if self.report else None
+
+    @property
+    def dataset(self) -> str:
+        return self.record.dataset if self.record else ""
+
+
+def attempts(catalog: Catalog) -> list[Attempt]:
+    """Every run that has started, oldest first."""
+    reports: dict[str, EvalReport] = {}
+    for report in catalog.all(EvalReport):
+        if "leak" not in report.config:
+            reports[report.subject] = report  # the newest
+    versions = {version.run: version for version in catalog.all(ModelVersion) if version.run}
+    versions |= {v.run: v for v in catalog.all(ModelVersion) if v.run and v.status in ("accepted", "rejected")}
+    found = []
+    for run in catalog.subjects("run"):
+        last = catalog.events("run", run)[-1]
+        record = catalog.get_as(RunRecord, run) if catalog.has(run) else None
+        config = record.config if record else _config(catalog.store, run)
+        version = versions.get(run)
+        judged = version.evals[0] if version and version.evals and catalog.has(version.evals[0]) else ""
+        found.append(
+            Attempt(
+                run,
+                str(config.get("name", "")),
+                last.at,
+                last.data["state"],
+                str(last.data.get("why", "")),
+                config,
+                record,
+                catalog.get_as(EvalReport, judged) if judged else reports.get(run),
+                version,
+                _metric(config),
+            )
+        )
+    return found
+
+
+def _config(store: Store, run: str) -> dict[str, Any]:
+    """Of a run that has no record: it goes on, or failed."""
+    written = [path for path in store.list(paths.run(run)) if path.rsplit("/", 1)[-1].startswith("config-")]
+    found: dict[str, Any] = store.read_json(written[0]) if written else {}
+    return found
+
+
+def _metric(config: dict[str, Any]) -> str:
+    stated = config.get("release", {}).get("gate", {})
+    gate = parse(Gate, {key: stated[key] for key in ("thresholds", "better_than", "no_worse_than") if key in stated})
+    named = [*(rule.metric for rule in gate.better_than), *gate.thresholds, *(rule.metric for rule in gate.no_worse_than)]
+    return named[0] if named else "exact_match"
+
+
+def differences(before: Attempt, after: Attempt) -> dict[str, tuple[Any, Any]]:
+    """setting → (before, after) of what decides weights or scores; the dataset by its id, where both are known."""
+    old, new = _settings(before), _settings(after)
+    if not (before.dataset and after.dataset):
+        old, new = ({key: item for key, item in tree.items() if key != "dataset"} for tree in (old, new))
+    return dict(_pairs(old, new, ""))
+
+
+def _settings(attempt: Attempt) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        key: attempt.config[key] for key in ("base_model", "data", "train", "eval") if key in attempt.config
+    }
+    return {"dataset": attempt.dataset, **tree}
+
+
+def _pairs(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):  # a section that is not there is one change, not many
+        if old != new:
+            yield prefix, (old, new)
+        return
+    for key in [*old, *(key for key in new if key not in old)]:
+        yield from _pairs(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def in_words(changes: dict[str, tuple[Any, Any]], most: int = IN_WORDS) -> str:
+    """`optimizer.lr 0.001→0.0005, dataset ds_a→ds_b, and 2 more`."""
+    told = [f"{_short(key)} {_value(old)}→{_value(new)}" for key, (old, new) in changes.items()]
+    more = [f"and {len(told) - most} more"] if len(told) > most else []
+    return ", ".join([*told[:most], *more])
+
+
+def _short(key: str) -> str:
+    return next((key.removeprefix(prefix) for prefix in SHORT if key.startswith(prefix)), key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        text = f"[{', '.join(map(_value, value))}]"
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) + "}"
+    else:
+        text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 32 else text[:31] + "…"
+
+
+def listed(found: Sequence[Attempt]) -> list[dict[str, Any]]:
+    """One JSON-ready entry per attempt: its state, what changed against the attempt of its name before it, and its score."""
+    rows, last = [], dict[str, Attempt]()
+    for attempt in found:
+        before = last.get(attempt.name) if attempt.name else None
+        changes = differences(before, attempt) if before else {}
+        row: dict[str, Any] = {"id": attempt.run, "state": attempt.state, "at": attempt.at, "name": attempt.name}
+        record = attempt.record
+        row |= {"steps": str(record.num_steps) if record else "", "loss": f"{record.metrics['loss']:.4f}" if record else ""}
+        row |= {"dataset": attempt.dataset, "why": attempt.why, "before": before.run if before else ""}
+        row |= {"changed": {key: list(pair) for key, pair in changes.items()}, "changed_in_words": in_words(changes)}
+        row |= {"metric": attempt.metric, "score": attempt.score, "gain": _gain(before, attempt)}
+        row |= {
+            "version": attempt.version.id if attempt.version else "",
+            "verdict": attempt.version.status if attempt.version else "",
+        }
+        rows.append(row)
+        last[attempt.name] = attempt
+    return rows
+
+
+def _gain(before: Attempt | None, after: Attempt) -> float | None:
+    """The change of the later attempt's metric, as it is: below 0 is better where lower is better."""
+    if before is None or after.score is None or before.report is None or after.metric not in before.report.metrics:
+        return None
+    return after.score - before.report.metrics[after.metric]
+
+
+# ---------------------------------------------------------------- one picture
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss per trained token (nats) at steps: of training, and of validations."""
+
+    train: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+
+
+def chosen(catalog: Catalog, runs: Sequence[str]) -> list[Attempt]:
+    """The attempts of these ids, in this order."""
+    if len(set(runs)) < 2:
+        raise ConfigError(f"forge runs compare needs two runs or more, not {len(set(runs))}", hint="`forge runs list`")
+    known = {attempt.run: attempt for attempt in attempts(catalog)}
+    for run in runs:
+        if run not in known:
+            raise NotFound(f"{run!r} has never started", hint="`forge runs list` shows the runs of this store")
+    return [known[run] for run in dict.fromkeys(runs)]
+
+
+def curve(store: Store, run: str) -> Curve:
+    path = paths.run(run, metrics.METRICS)
+    lines = metrics.parse(store.read(path).decode()) if store.exists(path) else []
+    losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    losses |= {result.step: result.loss for result in validation.read(store, run) if result.loss is not None}
+    return Curve(
+        [(line["step"], line["loss"]) for line in lines if "loss" in line],
+        sorted((step, loss) for step, loss in losses.items() if math.isfinite(loss)),
+    )
+
+
+def picture(found: Sequence[Attempt], curves: Sequence[Curve]) -> bytes:
+    """PNG: the curves left (thin: training, marks: validation), the scores right, in one colour per run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = _shared_scores(found)
+    figure = Figure(figsize=(12.5 if names else 8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2)) if names else (figure.subplots(), None)
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(found))]
+    for attempt, drawn, colour in zip(found, curves, colours, strict=True):
+        if drawn.train:
+            left.plot(*zip(*drawn.train, strict=True), color=colour, linewidth=1.1, alpha=0.6, label=_label(attempt))
+        if drawn.validation:
+            steps, losses = zip(*drawn.validation, strict=True)
+            named = None if drawn.train else _label(attempt)
+            left.plot(steps, losses, "o-", color=colour, markersize=6, markeredgecolor="white", linewidth=1.8, label=named)
+    left.set(xlabel="step", ylabel="loss per trained token (nats)", title="loss: training (thin), validation (marks)")
+    if any(drawn.train or drawn.validation for drawn in curves):
+        left.legend(frameon=False, fontsize=9)
+    if right is not None:
+        height = 0.8 / len(found)
+        for number, (attempt, colour) in enumerate(zip(found, colours, strict=True)):
+            for place, name in enumerate(names):
+                value = attempt.report.metrics.get(name) if attempt.report else None
+                if value is None:
+                    continue
+                y = place + (number - (len(found) - 1) / 2) * height
+                right.barh(y, value, height * 0.9, color=colour)
+                right.text(value + 0.01, y, f"{value:.1%}", va="center", fontsize=8)
+        right.set_yticks(range(len(names)), names, fontsize=9)
+        right.invert_yaxis()
+        right.set(xlim=(0, 1.14), xlabel="share", title="scores")
+        right.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    for axes in (left, right) if right is not None else (left,):
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png")
+    return sink.getvalue()
+
+
+def _label(attempt: Attempt) -> str:
+    return f"{attempt.name}  {attempt.run}" + (f"  ({attempt.version.status})" if attempt.version else "")
+
+
+def _shared_scores(found: Sequence[Attempt]) -> list[str]:
+    """The metrics that are shares, of any of the runs; losses are in the table."""
+    named = dict.fromkeys(name for attempt in found if attempt.report for name in attempt.report.metrics)
+    return [name for name in named if name not in ("loss", "perplexity")]
+
+
+def table(found: Sequence[Attempt]) -> list[list[str]]:
+    """Header and rows, one column per run: verdict and scores, then each setting that is not the same in all."""
+    rows = [["", *(attempt.run for attempt in found)], ["name", *(attempt.name for attempt in found)]]
+    rows.append(["state", *(attempt.state for attempt in found)])
+    rows.append(["version", *(a.version.id if a.version else "-" for a in found)])
+    rows.append(["verdict", *(a.version.status if a.version else "-" for a in found)])
+    rows.append(["steps", *(str(a.record.num_steps) if a.record else "-" for a in found)])
+    for name in dict.fromkeys(name for a in found if a.report for name in a.report.metrics):
+        better = "↓" if name in LOWER_IS_BETTER else "↑"
+        scores = [a.report.metrics.get(name) if a.report else None for a in found]
+        rows.append([f"{name} {better}", *("-" if score is None else f"{score:.4g}" for score in scores)])
+    settings = [_settings(attempt) for attempt in found]
+    for key in dict.fromkeys(key for tree in settings for key, _ in _pairs(settings[0], tree, "")):
+        rows.append([key, *(_value(_at(tree, key)) for tree in settings)])
+    return rows
+
+
+def page(found: Sequence[Attempt], png: bytes) -> str:
+    """One HTML file that needs nothing else: the picture inside, the table under it."""
+    head, *rows = table(found)
+    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>\n" for row in rows)
+    title = html.escape("runs " + ", ".join(attempt.run for attempt in found))
+    style = (
+        "body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:1250px;padding:0 1rem;color:#111}"
+        "img{max-width:100%}table{border-collapse:collapse;margin-top:1rem}"
+        "th,td{text-align:left;padding:.3rem .9rem;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>\n'
+        f'<body><h1>Runs compared</h1>\n<img alt="loss curves and scores" src="data:image/png;base64,'
+        f'{base64.b64encode(png).decode()}">\n<table><thead><tr>{cells}</tr></thead>\n<tbody>\n{body}</tbody></table></body></html>\n'
+    )
+
+
+def compare(catalog: Catalog, runs: Sequence[str], out: Path | None) -> tuple[list[Attempt], Path]:
+    """Draw them into `out` (.png or .html); default: a PNG in the current folder that is named by the runs."""
+    found = chosen(catalog, runs)
+    target = out or Path("compare-" + "-".join(attempt.run.removeprefix("run_")[:8] for attempt in found) + ".png")
+    if target.suffix not in (".png", ".html"):
+        raise ConfigError(f"--out {target} is neither .png nor .html", hint="name the file by one of these endings")
+    png = picture(found, [curve(catalog.store, attempt.run) for attempt in found])
+    try:
+        target.write_bytes(png if target.suffix == ".png" else page(found, png).encode())
+    except OSError as error:
+        raise ConfigError(f"--out {target} cannot be written: {error}", hint="name a file in a folder that exists") from None
+    return found, target

@@ -1,0 +1,394 @@
+"""A reverse proxy that sends a request again when the replica that had it died (no torch, no ray).
+
+    asyncio.run(run(GatewayConfig(to=("http://127.0.0.1:8000",)), announce=print))
+
+It may do so because generating twice harms nobody, and because it holds a request whole, and an answer until it is whole
+unless it streams. A stream that has begun cannot be sent again; it ends with an error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import random
+import secrets
+import signal
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from aiohttp.streams import StreamReader
+from multidict import CIMultiDict
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from yarl import URL
+
+from forge_ray.errors import ConfigError
+
+OWN = "x-forge-deployment"  # every answer of a replica has it, so a 5xx without it is of something in between
+AGAIN = frozenset({500, 502, 503, 504})
+CLIENT_CLOSED = 499  # nginx's number for a client that went away before the answer
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+MAX_HELD = 8 << 20  # bytes of an answer that are held until it is whole; a larger one is passed on as it comes
+LARGE = 1 << 20  # a body that aiohttp shall write in pieces
+CONNECT_S = 5.0
+BODY_S = 60.0  # for a client to send its request
+IDLE_UPSTREAM_S = (
+    60.0  # below the 90 s after which an endpoint closes an idle connection: it must not be closed under a request
+)
+IDLE_CLIENT_S = 90.0
+DOWN_S = 10.0  # an address that could not be reached is asked last for so long
+FIRST_PAUSE_S, MOST_PAUSE_S = 0.05, 2.0
+LAST_WRITE_S = 5.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """`to`: base URLs, the first that can be reached is asked first. `retry_s` counts from a request's first failure."""
+
+    to: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8080
+    tls_cert: str = ""
+    tls_key: str = ""
+    tries: int = 20
+    retry_s: float = 30.0
+    max_body_bytes: int = 16 << 20
+    drain_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for address in self.to:
+            url = URL(address)
+            if url.scheme not in ("http", "https") or not url.host or url.query_string or url.fragment:
+                raise ConfigError(f"{address!r} is no base URL", hint="--to http://127.0.0.1:8000")
+        if not self.to:
+            raise ConfigError("no endpoint to ask", hint="--to http://127.0.0.1:8000")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("TLS takes a certificate and its key", hint="--tls-cert FILE --tls-key FILE")
+        for name in ("tries", "retry_s", "max_body_bytes", "drain_s"):
+            if getattr(self, name) < (1 if name in ("tries", "max_body_bytes") else 0):
+                raise ConfigError(f"{name}={getattr(self, name)} is too small", hint="see `forge gateway --help`")
+
+
+class TryFailed(Exception):
+    """One try came to nothing, and nothing of it has reached the client; the text is the reason, a label of the metrics."""
+
+
+class Refused(Exception):
+    """What the gateway itself answers, in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, code: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+    def body(self) -> bytes:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return json.dumps({"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}).encode()
+
+
+class Gateway:
+    """Handles requests; one per process."""
+
+    def __init__(self, config: GatewayConfig, session: aiohttp.ClientSession) -> None:
+        self.config = config
+        self.session = session
+        self.draining = False
+        self._down_until = [0.0] * len(config.to)
+        self._registry = CollectorRegistry()
+        registry = self._registry
+        self.running = Gauge("forge_gateway_requests_running", "Requests without a whole answer", registry=registry)
+        self._requests = Counter("forge_gateway_requests", "Requests by the status sent", ["status"], registry=registry)
+        self._retries = Counter("forge_gateway_retries", "Tries after a request's first", ["reason"], registry=registry)
+        self._failures = Counter("forge_gateway_failures", "Requests that failed", ["reason"], registry=registry)
+        self.num_running = 0
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The answer to any request."""
+        path = request.raw_path.partition("?")[0]
+        if path == "/-/gateway/health":
+            state = {"status": "draining" if self.draining else "ok", "running": self.num_running}
+            return web.json_response(state, status=503 if self.draining else 200)
+        if path == "/-/gateway/metrics":
+            self.running.set(self.num_running)
+            return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        status = CLIENT_CLOSED
+        request_id = request.headers.get("x-request-id") or "req_" + secrets.token_hex(12)
+        self.num_running += 1
+        try:
+            response = await self._answer(request, request_id)
+            status = response.status
+        except Refused as error:
+            status = error.status
+            headers = {"content-type": "application/json", "x-request-id": request_id}
+            response = web.Response(status=status, body=error.body(), headers=headers)
+        finally:
+            self.num_running -= 1
+            self._requests.labels(str(status)).inc()
+        if (self.draining or status in (408, 413)) and not response.prepared:  # 4xx: the rest of the body is not read
+            response.force_close()  # said in the header; a client must not learn it by losing its next request
+        return response
+
+    async def _answer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
+        """The first answer that counts; `Refused` where there is none in time."""
+        if not request.raw_path.startswith("/"):
+            raise Refused(400, "the request's target is not a path; this is no forward proxy", "invalid_target")
+        try:
+            "".join((request.raw_path, *request.headers.values())).encode()
+        except UnicodeEncodeError:
+            raise Refused(400, "the request's head is not UTF-8", "invalid_header") from None
+        body = await _read_body(request, self.config.max_body_bytes)
+        headers = _upstream_headers(request, request_id)
+        tried = [0] * len(self.config.to)
+        first_failure = 0.0
+        while True:
+            number = min(range(len(tried)), key=lambda i: (tried[i], self._down_until[i] > time.monotonic(), i))
+            tried[number] += 1
+            try:
+                return await self._try(request, number, headers, body)
+            except TryFailed as failure:
+                now = time.monotonic()
+                first_failure = first_failure or now
+                reason = str(failure)
+            pause = _pause(min(tried))
+            if sum(tried) >= self.config.tries or now + pause - first_failure > self.config.retry_s:
+                self._failures.labels(reason).inc()
+                log.error("request %.128s failed after %d tries, last: %s", request_id, sum(tried), reason)
+                raise Refused(
+                    502,
+                    f"no replica answered after {sum(tried)} tries over {now - first_failure:.1f} s (last: {reason}); "
+                    "send it again later, or see `forge deploy --status`",
+                    "no_replica",
+                )
+            self._retries.labels(reason).inc()
+            log.warning("request %.128s is sent again: %s of %s", request_id, reason, self.config.to[number])
+            await asyncio.sleep(pause)
+
+    async def _try(
+        self, request: web.BaseRequest, number: int, headers: CIMultiDict[str], body: bytes
+    ) -> web.StreamResponse:
+        url = URL(self.config.to[number].rstrip("/") + request.raw_path, encoded=True)
+        data = io.BytesIO(body) if len(body) > LARGE else body or None
+        try:
+            with _failing():
+                answer = await self.session.request(request.method, url, headers=headers, data=data, allow_redirects=False)
+        except TryFailed as failure:
+            if str(failure) == "unreachable":
+                self._down_until[number] = time.monotonic() + DOWN_S
+            raise
+        async with answer:  # leaving it before its end closes the connection, which cancels the request there
+            if answer.status in AGAIN and OWN not in answer.headers:
+                raise TryFailed(f"status_{answer.status}")
+            streams = answer.content_type == "text/event-stream"
+            with _failing():
+                head, whole = await _read_up_to(answer.content, 1 if streams else MAX_HELD)
+            if answer.status == 503 and b'"adapter_unavailable"' in head:
+                raise TryFailed("adapter_unavailable")
+            if whole:
+                kept = _kept(answer.headers, "" if request.method == "HEAD" else "content-length")
+                return web.Response(status=answer.status, reason=answer.reason, headers=kept, body=head or None)
+            return await self._pass_on(request, answer, head, streams)
+
+    async def _pass_on(
+        self, request: web.BaseRequest, answer: aiohttp.ClientResponse, head: bytes, streams: bool
+    ) -> web.StreamResponse:
+        """The rest of an answer as it comes. Of a stream only whole lines, so that an error can follow at any time."""
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_kept(answer.headers))
+        if self.draining:
+            response.force_close()
+        await response.prepare(request)
+        held = b""
+        while head:
+            end = head.rfind(b"\n") + 1 if streams else len(head)
+            if end:
+                await response.write(held + head[:end])
+                held = b""
+            held += head[end:]
+            try:
+                with _failing():
+                    head = await answer.content.readany()
+            except TryFailed as failure:
+                self._failures.labels(f"begun_{failure}").inc()
+                log.error("an answer that had begun broke: %s of %s", failure, answer.url.origin())
+                if streams:  # its end is a clean one: closing here would lose what the client sends next on this connection
+                    broken = Refused(
+                        502, "the replica died in the middle of its answer; send the request again", "broken_stream"
+                    )
+                    await response.write(b"\ndata: " + broken.body() + b"\n\n")
+                elif request.transport is not None:
+                    request.transport.abort()  # an end that looks like one would be a lie
+                return response
+        if held:
+            await response.write(held)
+        return response
+
+
+async def _read_body(request: web.BaseRequest, most: int) -> bytes:
+    too_large = Refused(413, f"the body exceeds the gateway's {most} bytes", "request_too_large")
+    if (request.content_length or 0) > most:
+        raise too_large
+    if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            while piece := await request.content.readany():
+                body += piece
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        raise Refused(408, f"the body did not arrive within {BODY_S:.0f} s", "request_timeout") from None
+    except web.RequestPayloadError:
+        raise Refused(400, "the body is not what its headers announce", "invalid_body") from None
+    return bytes(body)
+
+
+async def _read_up_to(content: StreamReader, size: int) -> tuple[bytes, bool]:
+    """At least `size` bytes, or all there are; whether they are all."""
+    found = bytearray()
+    while len(found) < size:
+        piece = await content.readany()
+        if not piece:
+            return bytes(found), True
+        found += piece
+    return bytes(found), False
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """What happens to a connection upstream, as `TryFailed`."""
+    try:
+        yield
+    except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
+        raise TryFailed("unreachable") from error
+    except aiohttp.ServerDisconnectedError as error:
+        raise TryFailed("closed") from error
+    except aiohttp.ClientPayloadError as error:
+        raise TryFailed("cut") from error
+    except OSError as error:  # aiohttp's ClientOSError too
+        raise TryFailed("reset") from error
+    except aiohttp.ClientError as error:
+        raise TryFailed("garbled") from error
+
+
+def _pause(rounds: int) -> float:
+    """Seconds before the next try: none until every address was asked once, then twice as long each time, with jitter."""
+    if not rounds:
+        return 0.0
+    return min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(rounds - 1, 16)) * random.uniform(0.5, 1)
+
+
+def _kept(headers: Any, *drop: str) -> CIMultiDict[str]:
+    """Headers that belong to the message and not to the connection that it came by."""
+    named = {name.strip().lower() for value in headers.getall("connection", ()) for name in value.split(",")}
+    gone = HOP_BY_HOP | named | set(drop)
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in gone)
+
+
+def _upstream_headers(request: web.BaseRequest, request_id: str) -> CIMultiDict[str]:
+    headers = _kept(request.headers, "content-length", "expect", "host")  # the address has its own name
+    headers["x-request-id"] = request_id
+    before = ", ".join(headers.popall("x-forwarded-for", []))
+    headers["x-forwarded-for"] = ", ".join(part for part in (before, request.remote or "") if part)
+    headers.setdefault("x-forwarded-proto", "https" if request.secure else "http")
+    headers.setdefault("x-forwarded-host", request.headers.get("host", ""))
+    return headers
+
+
+def _socket(address: Any) -> socket.socket:
+    """Of a connection upstream: a machine that vanished without a word is noticed within half a minute."""
+    family, kind, protocol = address[:3]
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return made
+
+
+def _tls(config: GatewayConfig) -> ssl.SSLContext | None:
+    if not config.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"{config.tls_cert} and {config.tls_key} cannot be used: {error}",
+            hint="PEM files: the certificate with its chain, and its key without a passphrase",
+        ) from None
+    return context
+
+
+@asynccontextmanager
+async def listening(config: GatewayConfig) -> AsyncIterator[tuple[str, Gateway]]:
+    """A gateway that listens; gives its URL. Leaving drains it: no new connections, at most `drain_s` for what runs."""
+    tls = _tls(config)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_UPSTREAM_S, socket_factory=_socket)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),  # an answer takes as long as it takes
+        skip_auto_headers=("accept", "accept-encoding", "user-agent", "content-type"),
+    ) as session:
+        gateway = Gateway(config, session)
+        # handler_cancellation: a client that leaves ends its handler, and so the request upstream
+        server = web.Server(
+            gateway.handle,
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+            keepalive_timeout=IDLE_CLIENT_S,
+        )
+        runner = web.ServerRunner(server, shutdown_timeout=LAST_WRITE_S)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, config.host, config.port, ssl_context=tls, backlog=1024)
+            try:
+                await site.start()
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot listen on {config.host}:{config.port}: {error}", hint="another --port or --host"
+                ) from None
+            host, port = runner.addresses[0][:2]
+            yield f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}", gateway
+            gateway.draining = True
+            await site.stop()
+            deadline = time.monotonic() + config.drain_s
+            while gateway.num_running and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
+        finally:
+            await runner.cleanup()
+
+
+async def run(config: GatewayConfig, announce: Callable[[str], None]) -> None:
+    """Until SIGTERM or SIGINT, then drained; a second one ends it at once. `announce` gets the URL."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    async with listening(config) as (url, _):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        announce(url)
+        await stop.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

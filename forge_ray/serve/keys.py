@@ -1,0 +1,242 @@
+"""API keys: who may call an endpoint, what for, and how much (no torch, no ray).
+
+A key is `fk_<id>_<secret>`; the secret is 256 random bits that are shown once. The store keeps its sha256 alone: a slow hash
+guards what a person could have chosen, and nobody searches 2^256. What is known of a key are events (`created`, `changed`,
+`revoked`), appended and never edited, so who could do what at any moment can be read afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import secrets
+import threading
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from forge_ray.errors import ConfigError, NotFound
+from forge_ray.records import Event, Frozen
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+from forge_ray.store.tail import EventTail
+
+Scope = Literal["chat", "metrics", "admin"]
+SCOPES: tuple[str, ...] = get_args(Scope)
+PATTERN = re.compile(r"(fk_[0-9a-f]{12})_[A-Za-z0-9_-]{43}")
+LOG = logging.getLogger(__name__)
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+class ApiKey(Frozen):
+    """A key as its events leave it. Limits of 0 are none; times are UTC in ISO 8601, "" where there is none."""
+
+    id: str
+    name: str
+    sha256: str
+    models: tuple[str, ...] = Field((), description="names that it may ask for; shell patterns, so `*` is every name")
+    scopes: tuple[Scope, ...] = ("chat",)
+    rpm: int = Field(0, ge=0, description="requests in any 60 seconds")
+    tpm: int = Field(0, ge=0, description="tokens in any 60 seconds, prompts and answers")
+    concurrency: int = Field(0, ge=0, description="requests at once")
+    created_at: str = ""
+    expires_at: str = ""
+    revoked_at: str = ""
+
+    def grants(self, name: str) -> bool:
+        """Whether the key may ask for `name`, as the client writes it."""
+        return any(fnmatchcase(name, pattern) for pattern in self.models)
+
+    def refusal(self, now: datetime) -> str:
+        """Why the key is not valid at `now`; "" where it is."""
+        if self.revoked_at and datetime.fromisoformat(self.revoked_at) <= now:
+            return f"the API key {self.id} was revoked"
+        if self.expires_at and datetime.fromisoformat(self.expires_at) <= now:
+            return f"the API key {self.id} expired on {self.expires_at[:10]}"
+        return ""
+
+
+def sha256_of(text: str) -> str:
+    """What the store knows of a key."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _secret(key_id: str) -> str:
+    return f"{key_id}_{secrets.token_urlsafe(32)}"
+
+
+def create(catalog: Catalog, name: str, **fields: Any) -> tuple[ApiKey, str]:
+    """A new key and its text, which is not stored and cannot be shown again. `fields` are those of `ApiKey`."""
+    if any(key.name == name and not key.revoked_at for key in list_keys(catalog)):
+        raise ConfigError(
+            f"there is a key named {name!r}", hint="choose another name, or `forge keys rotate` for a new secret"
+        )
+    _check(name=name, **fields)
+    key_id = f"fk_{secrets.token_hex(6)}"
+    text = _secret(key_id)
+    _append(catalog, key_id, "created", name=name, sha256=sha256_of(text), **fields)
+    return find(catalog, key_id), text
+
+
+def change(catalog: Catalog, reference: str, **fields: Any) -> ApiKey:
+    """Other grants or limits for a key; only what is given changes."""
+    key = _usable(catalog, reference)
+    if not fields:
+        raise ConfigError(f"nothing of {key.id} is to be changed", hint="give --model, --scope, --rpm, …")
+    _check(**key.model_dump(include={"name", "models", "scopes"}) | fields)
+    _append(catalog, key.id, "changed", **fields)
+    return find(catalog, key.id)
+
+
+def rotate(catalog: Catalog, reference: str, grace: timedelta = timedelta(0)) -> tuple[ApiKey, str]:
+    """A new secret for a key that stays what it is; the one before is valid for `grace` more."""
+    key = _usable(catalog, reference)
+    text = _secret(key.id)
+    until = (datetime.now(UTC) + grace).isoformat(timespec="milliseconds")
+    _append(catalog, key.id, "changed", sha256=sha256_of(text), before_until=until)
+    return find(catalog, key.id), text
+
+
+def revoke(catalog: Catalog, reference: str, reason: str = "") -> ApiKey:
+    """End a key, for ever. A second time does nothing."""
+    key = find(catalog, reference)
+    if not key.revoked_at:
+        _append(catalog, key.id, "revoked", reason=reason)
+    return find(catalog, key.id)
+
+
+def list_keys(catalog: Catalog) -> list[ApiKey]:
+    """Every key that ever was, oldest first."""
+    return [_folded(catalog.events("key", subject))[0] for subject in catalog.subjects("key")]
+
+
+def find(catalog: Catalog, reference: str) -> ApiKey:
+    """A key by its id, or by its name where one that is not revoked has it."""
+    keys = list_keys(catalog)
+    found = [key for key in keys if key.id == reference] or [
+        key for key in keys if key.name == reference and not key.revoked_at
+    ]
+    if not found:
+        raise NotFound(f"no API key {reference!r} in {catalog.store.place}", hint="`forge keys list`")
+    return found[0]
+
+
+def keys_of(catalog: Catalog) -> dict[str, ApiKey]:
+    """sha256 of a key's text → the key. Revoked and expired ones are there too, so that their owner is told."""
+    return _by_sha256(catalog.events("key", subject) for subject in catalog.subjects("key"))
+
+
+class KeyTail:
+    """`keys_of` for a replica, which opens no catalogue. `keys` is replaced as a whole and never changed."""
+
+    def __init__(self, store: Store) -> None:
+        self.keys: Mapping[str, ApiKey] = {}
+        self._tail = EventTail(store, "key")
+        self._events: dict[str, list[Event]] = {}
+
+    def refresh(self) -> Mapping[str, ApiKey]:
+        new = self._tail.new()
+        for event in new:
+            self._events.setdefault(event.subject, []).append(event)
+        if new:
+            self.keys = _by_sha256(self._events.values())
+        return self.keys
+
+    def follow(self, closing: threading.Event) -> None:
+        """Refresh until `closing` is set. While the store cannot be read, the keys that are known stay."""
+        while not closing.wait(self._tail.poll_s):
+            try:
+                self.refresh()
+            except Exception:
+                LOG.exception("keys cannot be read")
+
+
+def _by_sha256(subjects: Iterable[list[Event]]) -> dict[str, ApiKey]:
+    found: dict[str, ApiKey] = {}
+    for events in subjects:
+        key, before = _folded(events)
+        found |= {old.sha256: old for old in before} | {key.sha256: key}
+    return found
+
+
+def _folded(events: list[Event]) -> tuple[ApiKey, list[ApiKey]]:
+    """The key after its events, and the same key with each secret that it had before, which ends with its grace."""
+    values: dict[str, Any] = {}
+    before: list[tuple[str, str]] = []
+    for event in sorted(events, key=lambda event: (event.at, event.id)):
+        data = {name: value for name, value in event.data.items() if name not in ("action", "reason")}
+        if until := data.pop("before_until", ""):
+            before.append((values["sha256"], until))
+        values |= data
+        match event.data["action"]:
+            case "created":
+                values |= {"id": event.subject, "created_at": event.at}
+            case "revoked":
+                values |= {"revoked_at": event.at}
+    key = ApiKey.model_validate(values)
+    # the grace ends a secret, and so does whatever ends the key
+    ends = [(sha256, min(filter(None, (until, key.expires_at)))) for sha256, until in before]
+    return key, [key.model_copy(update={"sha256": sha256, "expires_at": until}) for sha256, until in ends]
+
+
+def _usable(catalog: Catalog, reference: str) -> ApiKey:
+    key = find(catalog, reference)
+    if key.revoked_at:
+        raise ConfigError(f"{key.id} was revoked at {key.revoked_at}", hint="create another key")
+    return key
+
+
+def _append(catalog: Catalog, key_id: str, action: str, **data: Any) -> None:
+    catalog.append(Event(kind="key", subject=key_id, data={"action": action, **data}))
+
+
+def _check(name: str, models: tuple[str, ...] = (), scopes: tuple[str, ...] = ("chat",), **limits: Any) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name) or name.startswith("fk_"):
+        raise ConfigError(
+            f"name {name!r} of a key: up to 64 letters, digits and . _ @ -, not beginning with fk_",
+            hint="name the application, for example support-portal",
+        )
+    if unknown := [scope for scope in scopes if scope not in SCOPES] or ([] if scopes else ["none"]):
+        raise ConfigError(f"scope {unknown[0]!r} of key {name!r} is none of {', '.join(SCOPES)}", hint="--scope chat")
+    if "chat" in scopes and not models:
+        raise ConfigError(
+            f"key {name!r} has scope chat and no model", hint="--model 'support@prod', or --model '*' for all of them"
+        )
+    if negative := [f"{limit}={value}" for limit, value in limits.items() if isinstance(value, int) and value < 0]:
+        raise ConfigError(f"{negative[0]} of key {name!r} is negative", hint="0 is no limit")
+
+
+def duration(text: str) -> timedelta:
+    """`90d`, `12h`, `30m`, `45s`."""
+    match = re.fullmatch(r"(\d{1,9})([smhd])", text)
+    if match is None:
+        raise ConfigError(f"{text!r} is no duration", hint="a number and one of s, m, h, d: 90d")
+    return timedelta(**{UNITS[match[2]]: int(match[1])})
+
+
+def moment(text: str) -> str:
+    """When a key expires: a duration from now, or a date (its first moment, UTC). "" stays."""
+    if not text:
+        return ""
+    if re.match(r"\d{4}-", text):
+        try:
+            at = datetime.fromisoformat(text)
+        except ValueError:
+            raise ConfigError(f"{text!r} is no date", hint="90d, or a date like 2027-06-30") from None
+        at = at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
+    else:
+        try:
+            at = datetime.now(UTC) + duration(text)
+        except OverflowError:
+            raise ConfigError(
+                f"{text!r} is beyond all calendars", hint="leave out the expiry: the key then has none"
+            ) from None
+    if at <= datetime.now(UTC):
+        raise ConfigError(
+            f"expiry {text!r} is not in the future", hint="90d, or a later date; `forge keys revoke` ends a key"
+        )
+    return at.isoformat(timespec="milliseconds")

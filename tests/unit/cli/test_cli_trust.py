@@ -1,0 +1,117 @@
+"""Keys to audit by the command line alone: signers, policy, two persons promote, verify, find a changed line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from forge_ray.cli.main import cli
+from forge_ray.records import ModelVersion, files_digest
+from forge_ray.store import audit_log, signing
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store, hash_dir
+
+pytestmark = pytest.mark.unit
+
+
+class Shell:
+    """`forge …` in one store, as one person."""
+
+    def __init__(self, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store, self.monkeypatch = store, monkeypatch
+
+    def become(self, key: Path) -> None:
+        self.monkeypatch.setenv(signing.SIGNER, str(key))
+
+    def __call__(self, *arguments: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(cli, [*arguments, "--store", self.store, "--json"])
+        assert result.exit_code == code, result.output
+        said = json.loads(result.stdout.strip().splitlines()[-1])
+        return said.get("results", said)
+
+
+def put_version(store: Store) -> ModelVersion:
+    with store.staged_dir("models/.new") as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
+    files = hash_dir(store.local("models/.new"))
+    version = ModelVersion(
+        name="m", status="imported", weights="full", files=files, files_digest=files_digest(files), licence="mit"
+    ).sealed()
+    store.move_dir("models/.new", f"models/{version.id}")
+    with Catalog(store) as catalog:
+        return catalog.put(version)
+
+
+def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, keys = Store(str(tmp_path / "store")), tmp_path / "keys"
+    forge = Shell(store.uri, monkeypatch)
+    first = forge("signers", "create", "olga", "--role", "owner", "--role", "releaser", "--out", str(keys))
+    assert (first["name"], first["state"]) == ("olga", "active")
+    forge.become(keys / "olga.key")
+    forge("signers", "create", "rolf", "--role", "releaser", "--out", str(keys), "--algorithm", "p256")
+    version = put_version(store)
+    forge("policy", "set", "--signatures", "--protect", "*@prod", "--why", "a bank")
+    assert forge("policy", "show")["protected"] == ["*@prod"]
+
+    refused = forge("models", "promote", version.id, "--alias", "a@prod", code=3)
+    assert "two releasers together" in refused["error"]["message"]
+    forge.become(keys / "rolf.key")
+    assert forge("approve", version.id, "--alias", "a@prod", "--why", "read")["by"] == "rolf"
+    forge.become(keys / "olga.key")
+    forge("models", "promote", version.id, "--alias", "a@prod")
+
+    (checked,) = forge("verify", "a@prod")
+    assert (checked["id"], checked["signed_by"], checked["problem"]) == (version.id, ["olga"], "")
+    assert "nobody signed it" in forge("verify", "a@prod", "--key", str(keys / "rolf.pub"), code=3)["error"]["message"]
+    forge.become(keys / "rolf.key")
+    assert forge("sign", version.id)["path"].startswith(f"signatures/{version.id}/sk_")
+    assert forge("verify", "a@prod", "--key", str(keys / "rolf.pub"))[0]["signed_by"] == ["rolf"]
+    forge("sign", version.id, "--openssf", "--out", str(tmp_path / "signed"))
+    assert forge("verify", str(tmp_path / "signed"), "--key", str(keys / "rolf.pub"))["files"] == 2
+    assert (
+        "no trusted key"
+        in (forge("verify", str(tmp_path / "signed"), "--key", str(keys / "olga.pub"), code=3)["error"]["message"])
+    )
+
+    lines = forge("audit", "log", "--subject", "a@prod")
+    assert [(line["action"], line["key"]) for line in lines] == [("alias.set", first["id"])]
+    found = forge("audit", "verify", "--every-signature")
+    assert (found["num_lines"], found["num_signed"]) == (6, 6)
+    head = found["head"]
+    store.local(f"models/{version.id}/model.safetensors").write_bytes(b"weighty")
+    assert "sha256" in forge("verify", "a@prod", code=3)["error"]["message"]
+
+    log = store.read(audit_log.LOG)
+    store.write(audit_log.LOG, log.replace(b"a bank", b"a barn"))
+    assert "does not hold" in forge("audit", "verify", code=3)["error"]["message"]
+    store.write(audit_log.LOG, log)
+    forge("audit", "verify", "--head", head)
+    forge.become(keys / "olga.key")
+    forge("signers", "retire", "rolf", "--why", "left", code=0)
+    states = {signer["name"]: signer["state"] for signer in forge("signers", "list")}
+    assert states == {"olga": "active", "rolf": "retired"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("policy", "set"), 2, "nothing of the policy is to be changed"),
+        (("policy", "set", "--protect", "a", "--protect-none"), 2, "say the opposite"),
+        (("policy", "set", "--roles"), 3, "a policy needs an owner"),
+        (("sign", "mv_x", "--openssf"), 2, "go together"),
+        (("signers", "add", "bob", "--public", "none.pub", "--role", "trainer"), 2, "is no file"),
+        (("signers", "retire", "bob"), 2, "no signer 'bob'"),
+        (("verify", "mv_nothing"), 2, "is no id, alias or fingerprint"),
+        (("verify", "."), 2, "public keys that you trust"),
+        (("verify", "x", "--key", "none.pub"), 2, "is no file"),
+    ],
+)
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, says: str) -> None:
+    monkeypatch.delenv(signing.SIGNER, raising=False)
+    forge = Shell(str(tmp_path / "store"), monkeypatch)
+    assert says in forge(*arguments, code=code)["error"]["message"]

@@ -1,0 +1,68 @@
+"""`forge`, `python -m forge_ray.cli` and what a submitted job is given are one program, and the whole package."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge_ray import __version__ as VERSION
+from forge_ray.cli.submit import submit
+from forge_ray.doctor.closed import ROLES
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = [sys.executable, "-m", "forge_ray.cli"]
+
+
+def test_the_module_is_the_program() -> None:
+    done = subprocess.run([*PROGRAM, "--version"], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    assert done.stdout == f"forge, version {VERSION}\n"
+
+
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+
+
+@pytest.mark.parametrize("script", ["forge", "forge-ray"])
+def test_the_scripts_of_the_distribution_are_the_program(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, name = SCRIPTS[script].partition(":")
+    monkeypatch.setattr(sys, "argv", [script, "--version"])
+    with pytest.raises(SystemExit) as end:
+        getattr(importlib.import_module(module), name)()
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"forge, version {VERSION}\n"
+
+
+def test_the_doctor_knows_a_gateway_by_its_command_line() -> None:
+    roles = dict(ROLES)
+    assert roles[f"{PROGRAM[-1]} gateway"] == roles["forge gateway"] == "gateway"
+
+
+class FakeClient:
+    sent: dict[str, Any] = {}
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def submit_job(self, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+        FakeClient.sent = {"entrypoint": entrypoint, "runtime_env": runtime_env}
+        return "raysubmit_1"
+
+
+def test_a_job_is_given_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import job_submission
+
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("name: x\n")
+    monkeypatch.setattr(job_submission, "JobSubmissionClient", FakeClient)
+    submit("run.yaml", "http://head:8265", "/mnt/forge", (), wait=False)
+    assert FakeClient.sent["runtime_env"]["py_modules"] == [str(ROOT / "forge_ray")]
+    assert FakeClient.sent["entrypoint"].startswith("python -m forge_ray.cli run run.yaml")

@@ -1,0 +1,139 @@
+"""Who may erase: everything that an erasure will write is asked for before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fabricated import dataset, deployment, record_of, run, store_at, version
+
+from forge_ray.config.release import AliasRoute
+from forge_ray.data.dataset import index
+from forge_ray.errors import PolicyError
+from forge_ray.governance import signers
+from forge_ray.governance.erasure import apply as erasing
+from forge_ray.governance.erasure.apply import Options, erase
+from forge_ray.governance.erasure.certificate import path_of
+from forge_ray.governance.erasure.plan import Request
+from forge_ray.store import signing
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+
+pytestmark = pytest.mark.unit
+PEOPLE = {
+    "olga": ("owner",),
+    "sam": ("data_steward",),
+    "tina": ("trainer",),
+    "rosa": ("releaser",),
+    "edda": ("data_steward", "trainer", "releaser"),
+}
+TRAINED = [n for n in range(30) if index.split_of(bytes.fromhex(record_of(n).id[4:]), index.Splits()) == 0]
+HERS = record_of(TRAINED[0]).id
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return store_at(tmp_path / "store")
+
+
+@pytest.fixture
+def keys(store: Store, tmp_path: Path) -> dict[str, Any]:
+    """name → private key, under a policy of roles."""
+    found: dict[str, Any] = {}
+    with Catalog(store) as catalog:
+        for name, roles in PEOPLE.items():
+            with signing.acting(found.get("olga")):
+                signers.create(catalog, name, roles, tmp_path / "keys", "ed25519")
+            found[name] = signing.load_private(tmp_path / "keys" / f"{name}.key")
+        with signing.acting(found["olga"]):
+            signers.set_policy(catalog, {"roles": True}, "")
+    return found
+
+
+def fallback_and_alias(store: Store, key: Any) -> tuple[str, str]:
+    """A base, and an adapter of it that was trained on her row; the alias falls back to the base."""
+    with Catalog(store) as catalog, signing.acting(key):
+        data = dataset(catalog, [record_of(n) for n in TRAINED])
+        base = version(catalog, "base")
+        made = run(catalog, "one", data.id, base.id, export_kind="adapter")
+        tuned = version(catalog, "tuned", made.id, base.id, weights="adapter")
+        catalog.set_route("letters", AliasRoute(versions={tuned.id: 1.0}, fallback="base"))
+        deployment(catalog, "endpoint", tuned.id)
+    return base.id, tuned.id
+
+
+def everything(store: Store) -> list[str]:
+    return [path for folder in ("records", "events", "erasures") for path in store.list(folder, recursive=True)]
+
+
+def test_who_may_not_do_all_of_it_does_nothing(store: Store, keys: dict[str, Any]) -> None:
+    _, tuned = fallback_and_alias(store, keys["edda"])
+    request = Request("record", (HERS,))
+    before = everything(store)
+    for who, missing in {
+        "sam": ("alias events, deployment events are written by releaser", "runs, run events are written by trainer"),
+        "tina": ("erasures, erasure events, datasets are written by data_steward",),
+    }.items():
+        with signing.acting(keys[who]), pytest.raises(PolicyError) as refused:
+            erase(store, request, Options())
+        assert all(part in refused.value.message for part in missing)
+        assert refused.value.hint == "who could: edda (`forge signers list`)"
+    assert everything(store) == before
+    with pytest.raises(PolicyError, match="names no key"):
+        erase(store, request, Options())
+    with signing.acting(keys["edda"]):
+        done = erase(store, request, Options(retrain="none"))
+    assert store.exists(path_of(done["predicate"]["erasure"]))
+    with Catalog(store) as catalog:
+        assert tuned in catalog.withdrawn()
+        (event,) = [
+            event for event in catalog.events("erasure", done["predicate"]["erasure"]) if event.data["state"] == "finished"
+        ]
+        assert event.key == signing.key_id(keys["edda"].public_key())
+
+
+def test_one_who_carries_it_on_needs_the_same(store: Store, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    fallback_and_alias(store, keys["edda"])
+    request, options = Request("record", (HERS,)), Options(retrain="none")
+    purge = erasing.purge
+    monkeypatch.setattr(erasing, "purge", _stopped)
+    with signing.acting(keys["edda"]), pytest.raises(InterruptedError):
+        erase(store, request, options)
+    monkeypatch.setattr(erasing, "purge", purge)
+    with (
+        signing.acting(keys["sam"]),
+        pytest.raises(PolicyError, match="alias events, deployment events are written by releaser"),
+    ):
+        erase(store, request, options)
+    with signing.acting(keys["edda"]):
+        assert erase(store, request, options)["predicate"]["versions"]
+
+
+def _stopped(*_: Any) -> None:
+    raise InterruptedError
+
+
+def test_a_protected_alias_is_left_at_once_and_waits_for_two(store: Store, keys: dict[str, Any]) -> None:
+    base, tuned = fallback_and_alias(store, keys["edda"])
+    with Catalog(store) as catalog:
+        with signing.acting(keys["olga"]):
+            signers.set_policy(catalog, {"roles": True, "protected": ["letters"]}, "")
+        with signing.acting(keys["edda"]):
+            replacement = version(catalog, "again", "run_two", base, weights="adapter").id
+    with signing.acting(keys["edda"]):
+        done = erase(store, Request("record", (HERS,)), Options(retrain="none"))
+        with Catalog(store) as catalog:
+            assert "letters" not in catalog.routes()  # its base, to which it would fall back, has no two releasers either
+            record = catalog.get_as(erasing.Erasure, done["predicate"]["erasure"])
+            was = {"letters": AliasRoute(versions={tuned: 1.0}).model_dump(mode="json") | {"versions": [(tuned, 1.0)]}}
+        moved = erasing._move(store, record, was, {tuned: replacement})
+        assert moved["aliases"] == {}
+        assert f"{replacement}: policy.protected: 'letters' is moved by two releasers" in moved["waiting"]["letters"]
+    with Catalog(store) as catalog, signing.acting(keys["rosa"]):
+        signers.approve(catalog, replacement, "letters", False, "")
+    with signing.acting(keys["edda"]):
+        assert erasing._move(store, record, was, {tuned: replacement}) == {
+            "aliases": {"letters": [replacement]},
+            "waiting": {},
+        }

@@ -1,0 +1,190 @@
+"""The rules of an erasure: tombstones, what becomes of runs, routes and versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from fabricated import dataset
+
+from forge_ray.cli.main import cli
+from forge_ray.config.release import AliasRoute
+from forge_ray.data.build import tombstones as erased
+from forge_ray.data.record.schema import DataRecord
+from forge_ray.errors import ConfigError, PolicyError, StoreError
+from forge_ray.governance.erasure import closure
+from forge_ray.governance.erasure.apply import Options, _fate, _replaced, _without_datasets, erase
+from forge_ray.governance.erasure.certificate import statement_of
+from forge_ray.governance.erasure.plan import AffectedDataset, AffectedRun, Request
+from forge_ray.records import Event, ModelVersion
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def test_tombstones_tell_nobody_what_they_are_of(store: Store, tmp_path: Path) -> None:
+    record = DataRecord({"messages": [{"role": "user", "content": "x"}]})
+    assert erased.tombstones(store) == ""
+    assert not erased.read(store, "").holds(record, "subject")
+    erased.write_tombstones(store, "er_1", {record.id})
+    first = erased.tombstones(store)
+    erased.write_tombstones(store, "er_1", {"whose"})  # a request that is carried on adds to them
+    second = erased.tombstones(store)
+    assert len({"", first, second}) == 3
+    gone = erased.read(store, second)
+    assert gone.holds(record, None)
+    assert gone.holds(DataRecord({"text": "y"}), "whose")
+    assert not gone.holds(DataRecord({"text": "y"}), None)
+    listed = store.read("erasures/er_1.json").decode()
+    assert record.id.removeprefix("rec_") not in listed
+    kept = store.read("keys/subject.key")
+    for lost in (lambda: store.delete("keys/subject.key"), lambda: store.write("keys/subject.key", b"f" * 64)):
+        lost()
+        with pytest.raises(StoreError, match=r"keys/subject.key is not the key that erasures/er_1.json"):
+            erased.tombstones(store)
+    store.write("keys/subject.key", kept)
+    other = Store(str(tmp_path / "other"))  # another key: the same record has another tombstone
+    erased.write_tombstones(other, "er_1", {record.id})
+    assert not set(store.read_json("erasures/er_1.json")["keys"]) & set(other.read_json("erasures/er_1.json")["keys"])
+
+
+def run_of(**more: Any) -> AffectedRun:
+    values = {"id": "run_1", "name": "x", "dataset": "ds_1", "base_model": "mv_base", "used": True, "finished": True}
+    values |= dict.fromkeys(("num_steps", "steps", "first_step", "last_step", "worker_hours", "gpu_hours"), 0)
+    return AffectedRun.model_validate(values | {"adapter": True} | more)
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "datasets", "versions", "wanted", "fate"),
+    [
+        (run_of(), Options(), {"ds_1": "ds_2"}, {}, False, "retrained"),
+        (run_of(used=False), Options(), {"ds_1": "ds_2"}, {}, True, "kept"),
+        (run_of(finished=False), Options(), {"ds_1": "ds_2"}, {}, True, "removed: it was not finished"),
+        (run_of(), Options(retrain="none"), {}, {}, True, "removed: no replacement"),
+        (run_of(), Options(retrain="used"), {"ds_1": "ds_2"}, {}, False, "removed: no replacement"),
+        (run_of(), Options(retrain="used"), {"ds_1": "ds_2"}, {}, True, "retrained"),
+        (run_of(), Options(remove_adapters=True), {"ds_1": "ds_2"}, {}, True, "removed: the adapter"),
+        (run_of(adapter=False), Options(remove_adapters=True), {"ds_1": "ds_2"}, {}, True, "retrained"),
+        (run_of(base_model="mv_gone"), Options(remove_adapters=True), {}, {"mv_gone": "mv_new"}, True, "retrained"),
+        (run_of(base_model="mv_gone"), Options(), {}, {}, True, "removed: its base"),
+        (run_of(), Options(), {"ds_1": ""}, {}, True, "removed: no row"),
+    ],
+)
+def test_what_becomes_of_a_run(
+    run: AffectedRun, options: Options, datasets: dict[str, str], versions: dict[str, str], wanted: bool, fate: str
+) -> None:
+    assert _fate(run, datasets, options, {"mv_gone"}, versions, wanted).startswith(fate)
+
+
+def test_a_route_takes_replacements_in_the_place_of_what_went() -> None:
+    route = AliasRoute(versions={"mv_a": 90, "mv_b": 10}, shadow=("mv_a", "mv_c"), fallback="base")
+    found = _replaced(route, {"mv_a": "mv_a2"}, {"mv_a", "mv_c"})
+    assert found is not None
+    assert list(found.versions.items()) == [("mv_a2", 90), ("mv_b", 10)]
+    assert (found.shadow, found.fallback) == (("mv_a2",), "base")
+    assert _replaced(route, {}, {"mv_a"}) is None  # nothing may take the stable version's place
+    found = _replaced(route, {}, {"mv_b"})
+    assert found is not None
+    assert found.versions == {"mv_a": 90}
+
+
+def test_which_rows_decide_weights() -> None:
+    held = AffectedDataset(id="ds_1", name="x", held={"validation": 1, "test": 2})
+    assert not held.decides({"validation": {"early_stopping": None, "keep_best": False}, "export_step": "last"})
+    assert held.decides({"validation": {"keep_best": True}})
+    assert held.decides({"export_step": "best"})
+    assert not held.model_copy(update={"held": {"test": 1, "dropped": 1}}).decides({"export_step": "best"})
+    assert held.model_copy(update={"held": {"dropped": 1}, "changed": True}).decides({})
+
+
+def test_rules_look_into_the_datasets_that_are_left() -> None:
+    rule = {"rule": "decontaminate", "against": ["ds_old", "ds_gone", "eval.jsonl"]}
+    lone = {"rule": "decontaminate", "against": ["ds_gone"]}
+    found = _without_datasets({"curate": [rule, lone, {"rule": "length"}]}, {"ds_old": "ds_new", "ds_gone": ""})
+    assert found["curate"] == [{**rule, "against": ["ds_new", "eval.jsonl"]}, {"rule": "length"}]
+
+
+def test_a_withdrawn_version_stays_so(store: Store) -> None:
+    with Catalog(store) as catalog:
+        values = {"name": "x", "status": "accepted", "weights": "full", "files": (), "files_digest": "", "licence": ""}
+        version = catalog.put(ModelVersion.model_validate(values).sealed())
+        catalog.promote(version.id, "prod")
+        data = {"state": "withdrawn", "erasure": "er_1"}
+        catalog.append(Event(kind="model", subject=version.id, data=data))
+        assert catalog.archived() == set()  # answers still, where it is only marked
+        catalog.archive(version.id)
+        assert catalog.archived() == {version.id}
+        for refused in (
+            lambda: catalog.archive(version.id, restore=True),
+            lambda: catalog.promote(version.id, "prod"),
+            lambda: catalog.refuse_withdrawn(version.id),
+        ):
+            with pytest.raises(PolicyError, match="er_1 erased") as caught:
+                refused()
+            assert "certificate.json" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--record", "rec_" + "0" * 24], "give --plan or --apply"),
+        (["--record", "rec_" + "0" * 24, "--plan", "--apply"], "give --plan or --apply"),
+        (["--plan"], "give --subject, --record or --file"),
+        (["--record", "rec_" + "0" * 24, "--subject", "x", "--plan"], "give --subject, --record or --file"),
+        (["--record", "rec_" + "0" * 24, "--key-file", "x", "--plan"], "--key-file is the key of --subject"),
+        (["--record", "ds_1", "--plan"], "'ds_1' is no record id"),
+        (["--file", "nowhere.jsonl", "--plan"], "no file nowhere.jsonl"),
+        (["--subject", "x", "--plan"], "no dataset version of this store says whose"),
+        (["--record", "rec_" + "0" * 24, "--apply"], "nobody can be asked here"),
+        (["--record", "rec_" + "0" * 24, "--apply", "--yes"], "no dataset version of this store holds such a row"),
+    ],
+)
+def test_refusals_say_what_to_do(store: Store, arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(cli, ["erase", *arguments, "--store", store.uri, "--json"])
+    assert result.exit_code == 2
+    error = json.loads(result.stdout.splitlines()[-1])["error"]
+    assert message in error["message"]
+    assert error["hint"]
+
+
+def test_only_an_erasure_has_a_certificate() -> None:
+    import base64
+
+    payload = base64.b64encode(json.dumps({"predicateType": "urn:other"}).encode()).decode()
+    with pytest.raises(ConfigError, match="urn:other"):
+        statement_of({"payload": payload})
+
+
+def test_items_that_quote_nothing_have_no_record() -> None:
+    lines = b'{"record": "rec_1"}\n{"record": "rec_2"}\n{"group": "base"}\n'
+    assert closure.quoting(lines, {"rec_2"}.__contains__) == 1
+
+
+def test_images_go_unless_another_dataset_shows_them(tmp_path: Path) -> None:
+    own = Store(str(tmp_path / "store"))
+    names = {what: hashlib.sha256(what.encode()).hexdigest() for what in ("only here", "in both")}
+
+    def shows(what: str, number: int) -> DataRecord:
+        part = {"type": "image", "image": f"sha256:{names[what]}"}
+        return DataRecord({"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": str(number)}]})
+
+    with Catalog(own) as catalog:
+        hers = [shows("only here", 1), shows("in both", 2)]
+        dataset(catalog, hers)
+        dataset(catalog, [shows("in both", 3)], name="other")
+    for what, name in names.items():
+        own.write(f"images/{name}", what.encode())
+    told = erase(own, Request("record", tuple(record.id for record in hers)), Options(retrain="none"))
+    assert own.list("images") == [f"images/{names['in both']}"]
+    listed = own.read_json(f"erasures/{told['predicate']['erasure']}/purged.json")["files"]
+    assert [entry["sha256"] for entry in listed if entry["path"].startswith("images/")] == [names["only here"]]

@@ -1,0 +1,422 @@
+"""From rows to what they taught: equal to a scan of everything, in both directions, and nothing is missed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from fabricated import dataset, deployment, pick, record_of, report, run, store_at, train_config, version
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from forge_ray.cli.main import cli
+from forge_ray.config.release import AliasRoute, Rule
+from forge_ray.config.train import TrainConfig
+from forge_ray.data.dataset.order import order_of
+from forge_ray.data.dataset.version import SPLITS, place, record_bytes
+from forge_ray.data.record.schema import parse_record
+from forge_ray.data.record.subject import subject_digest, subject_key
+from forge_ray.errors import ConfigError
+from forge_ray.governance.trace import of_file, of_record, of_subject_value, trace
+from forge_ray.governance.uses import ranges
+from forge_ray.records import DatasetManifest, Event, RunRecord, canonical_json
+from forge_ray.store.catalog import Catalog
+from forge_ray.train import incidents
+
+pytestmark = pytest.mark.unit
+
+
+def affected(catalog: Catalog, records: set[str]) -> Any:
+    return trace(catalog, [of_record(record) for record in sorted(records)]).affected
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog(store_at(tmp_path / "store"))
+
+
+def config_of(found: DatasetManifest) -> Any:
+    from forge_ray.config.base import parse
+    from forge_ray.config.data import DataConfig
+
+    return parse(DataConfig, found.config)
+
+
+def split_of(found: DatasetManifest, number: int) -> str:
+    return SPLITS[place(record_bytes(record_of(number).canonical), config_of(found))[0]]
+
+
+def train_ids(count: int, start: int = 0) -> list[int]:
+    """Numbers of records that the default splits train."""
+    from forge_ray.config.data import DataConfig
+
+    config = DataConfig.model_validate({"sources": [{"path": "x"}]})
+    wanted = (n for n in range(start, 10**6) if place(record_bytes(record_of(n).canonical), config)[0] == 0)
+    return [next(wanted) for _ in range(count)]
+
+
+# ---------------------------------------------------------------- against a scan of everything
+
+
+def world(catalog: Catalog, rng: random.Random) -> dict[str, list[list[str]]]:
+    """Random datasets and runs; returns the packed rows of each dataset."""
+    rows_of: dict[str, list[list[str]]] = {}
+    for number in range(rng.randint(1, 3)):
+        members = [record_of(n) for n in pick(rng, range(24), least=6)]
+        probe = dataset_rows(members)
+        rows = [pick(rng, probe, least=0)[:3] for _ in range(rng.randint(1, 17))] if probe else []
+        if not rows:
+            continue
+        block_rows = rng.randint(1, 5)
+        whole = len(rows) // block_rows
+        shards = [block_rows * rng.randint(1, whole - 1)] if whole > 1 else []
+        found = dataset(
+            catalog, members, rows, block_rows=block_rows, shards=shards, parts=rng.choice([1, 2, 4]), name=f"d{number}"
+        )
+        rows_of[found.id] = rows
+        for each in range(rng.randint(0, 2)):
+            told = [
+                {"number": 1, "at": "2020", "kind": "spike", "step": 2, "last_step": rng.randint(2, 4)},
+                {"number": 2, "at": "2020", "kind": "quarantine", "step": 3, "rows": [rng.randrange(len(rows))]},
+                {"number": 3, "at": "2020", "kind": "not_finite", "step": rng.randint(1, 6), "rows": []},
+                {"number": 4, "at": "2020", "kind": "not_finite", "step": 1, "rows": []},
+            ]
+            name, chosen = f"{found.id}{each}", tuple(pick(rng, told))
+            options = {"global_batch": rng.randint(1, 5), "seed": rng.randint(0, 9)}
+            run(catalog, name, found.id, num_steps=rng.randint(1, 12), train=train_config(**options), incidents=chosen)
+            again = {"step": 1, "loss": 1.0} if rng.random() < 0.5 else {"step": 1, "left_out": "not finite"}
+            catalog.store.write(f"runs/run_{name}/metrics.jsonl", canonical_json(again) + b"\n")
+    return rows_of
+
+
+def dataset_rows(members: list[Any]) -> list[str]:
+    from forge_ray.config.data import DataConfig
+
+    config = DataConfig.model_validate({"sources": [{"path": "x"}]})
+    return [record.id for record in members if place(record_bytes(record.canonical), config)[0] == 0]
+
+
+def scan(catalog: Catalog, found: RunRecord, rows: list[list[str]]) -> dict[str, Counter[int]]:
+    """record → step → times, by walking through the whole run as its loop did."""
+    manifest = catalog.get_as(DatasetManifest, found.dataset)
+    settings = TrainConfig.model_validate(found.config["train"])
+    order, out = (
+        order_of(manifest, "train", settings.seed, settings.global_batch, manifest.id),
+        incidents.left_out(found.incidents),
+    )
+    told = json.loads(catalog.store.read(f"runs/{found.id}/metrics.jsonl"))
+    not_finite = {one["step"] for one in found.incidents if one["kind"] == "not_finite"} - ({1} if "loss" in told else set())
+    seen: dict[str, Counter[int]] = {}
+    for step in range(1, found.num_steps + 1):
+        if step in out.steps or step in not_finite:
+            continue
+        for row in order.rows_of(step - 1, range(order.global_batch)):
+            if not (row in out.rows and out.rows[row] <= step):
+                for record in rows[row]:
+                    seen.setdefault(record, Counter())[step] += 1
+    return seen
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_step_and_nothing_else(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    rng = random.Random(seed)
+    with Catalog(store_at(tmp_path_factory.mktemp("store"))) as catalog:
+        rows_of = world(catalog, rng)
+        asked = [record_of(n).id for n in range(26)]  # two of them are nowhere
+        found = trace(catalog, [of_record(record) for record in asked])
+        used = {
+            (use.run, one.record): Counter(use.steps) for one in found.records for use in one.uses if use.how == "trained"
+        }
+        used = {key: steps for key, steps in used.items() if steps}
+        expected = {}
+        for one in catalog.all(RunRecord):
+            for record, steps in scan(catalog, one, rows_of[one.dataset]).items():
+                expected[one.id, record] = steps
+        assert used == expected
+        held = {(item.dataset, one.record, item.place.split) for one in found.records for item in one.held}
+        manifests = catalog.all(DatasetManifest)
+        assert held == {
+            (manifest.id, row["record"], split)
+            for manifest in manifests
+            for split in SPLITS
+            for row in read(catalog, manifest, split)
+        }
+        assert set(found.affected.runs) == {name for name, _ in expected}
+        # the other direction: every record of a row that some step used leads back to that run
+        for name, record in rng.sample(sorted(expected), min(3, len(expected))):
+            assert name in affected(catalog, {record}).runs
+
+
+def read(catalog: Catalog, manifest: DatasetManifest, split: str) -> list[dict[str, Any]]:
+    from forge_ray.data.dataset.version import read_records
+
+    return read_records(catalog.store, manifest, split)
+
+
+# ---------------------------------------------------------------- what comes of a run
+
+
+def test_from_a_record_to_everything_that_came_of_it(catalog: Catalog) -> None:
+    a, b = train_ids(2)
+    data = dataset(catalog, [record_of(a), record_of(b)], [[record_of(a).id]] * 4 + [[record_of(b).id]])
+    base, other = version(catalog, "base"), version(catalog, "other")
+    first = run(catalog, "first", data.id, base.id, num_steps=1, train=train_config(global_batch=5))
+    v1 = version(catalog, "v1", first.id, base.id)
+    second = run(catalog, "second", "ds_elsewhere", v1.id)  # began from a version that saw it
+    v2 = version(catalog, "v2", second.id, v1.id, status="rejected", reasons=("worse",))
+    clean = run(catalog, "clean", "ds_elsewhere", base.id)
+    v3 = version(catalog, "v3", clean.id, base.id)
+    catalog.promote(v1.id, "prod")
+    catalog.promote(v3.id, "prod")
+    catalog.set_route("beta", AliasRoute(versions={v3.id: 1}, rules=(Rule(to=v1.id, user=("x",)),)))
+    catalog.promote(v3.id, "quiet")
+    live = deployment(catalog, "live", v1.id)
+    followed = deployment(catalog, "followed", v3.id, models=["beta"])  # by its alias
+    deployment(catalog, "clean", v3.id)
+    catalog.append(Event(kind="deployment", subject=live.id, data={"state": "stopped", "name": "live"}))
+    report(catalog, first.id, data.id, "test")
+
+    found = trace(catalog, [of_record(record_of(a).id)])
+    (one,) = found.records
+    assert [(use.run, Counter(use.steps)) for use in one.uses] == [(first.id, Counter({1: 4}))]
+    assert {run.run: run.how for run in found.reached.runs} == {first.id: "trained", second.id: "base"}
+    assert {v.version: (v.status, v.how) for v in found.reached.versions} == {
+        v1.id: ("accepted", "trained"),
+        v2.id: ("rejected", "base"),
+    }
+    assert [(a.alias, a.version, bool(a.until)) for a in found.reached.aliases] == [
+        ("prod", v1.id, True),
+        ("beta", v1.id, False),
+    ]
+    assert {d.deployment: (d.live, d.state) for d in found.reached.deployments} == {
+        live.id: (False, "stopped"),
+        followed.id: (True, "running"),
+    }
+    assert found.affected == affected(catalog, {record_of(a).id})
+    assert found.affected.evals == ()  # it is in the train split, the report is on the test split
+    assert other.id not in found.affected.versions
+    assert base.id not in found.affected.versions
+
+
+def test_held_out_records_reach_what_they_judged(catalog: Catalog) -> None:
+    records = [record_of(n) for n in range(200)]
+    data = dataset(catalog, records)
+    base = version(catalog, "base")
+    test = next(r for n, r in enumerate(records) if split_of(data, n) == "test")
+    unseen = next(r for n, r in enumerate(records) if split_of(data, n) == "test" and r.id != test.id)
+    watched = next(r for n, r in enumerate(records) if split_of(data, n) == "validation")
+    plain = run(catalog, "plain", data.id, base.id)
+    every = {"every_steps": 2}
+    wanted = train_config(export_step="best", validation=every, checkpoint=every)
+    best = run(catalog, "best", data.id, base.id, train=wanted)
+    blind = run(catalog, "blind", data.id, base.id, train=train_config(validation={"max_rows": 0}))
+    chosen = version(catalog, "chosen", best.id, base.id)
+    version(catalog, "measured", plain.id, base.id)
+    one, labels = report(catalog, best.id, data.id), report(catalog, plain.id, data.id, config={"labels": "from_data"})
+    for item in (one, labels):
+        catalog.store.write(f"evals/{item.id}/items.jsonl", canonical_json({"record": test.id}) + b"\n")
+    assert set(affected(catalog, {test.id}).evals) == {one.id, labels.id}
+    assert affected(catalog, {unseen.id}).evals == ()  # of the split, but not among the examples
+    found = affected(catalog, {watched.id})
+    assert (found.runs, found.validated, found.versions) == ((best.id,), (plain.id,), (chosen.id,))
+    assert blind.id not in (*found.runs, *found.validated)
+    taught = next(r for n, r in enumerate(records) if split_of(data, n) == "train")
+    assert affected(catalog, {taught.id}).evals == (labels.id,)
+
+
+def test_only_versions_of_later_steps_saw_it(catalog: Catalog) -> None:
+    numbers = train_ids(8)
+    rows = [[record_of(n).id] for n in numbers]
+    data = dataset(catalog, [record_of(n) for n in numbers], rows)
+    base = version(catalog, "base")
+    settings = train_config(global_batch=1)
+    order = order_of(data, "train", 0, 1, data.id)
+    target = record_of(numbers[order.row(4)]).id  # step 5 alone
+    spike = {"number": 1, "at": "2999-01-01", "kind": "spike", "step": 5, "last_step": 6}
+    early = run(catalog, "early", data.id, base.id, num_steps=8, export_step=4, train=settings)
+    late = run(catalog, "late", data.id, base.id, num_steps=8, train=settings)
+    spiked = run(catalog, "spiked", data.id, base.id, num_steps=8, train=settings, incidents=(spike,))
+    made = {
+        name: version(catalog, name, found.id, base.id, **more).id
+        for name, found, more in (
+            ("early", early, {}),
+            ("late", late, {}),
+            ("spiked", spiked, {}),
+            ("before", late, {"status": "candidate", "step": 4, "dataset": data.id}),
+            ("after", late, {"status": "candidate", "step": 5, "dataset": data.id}),
+            ("given up", spiked, {"status": "candidate", "step": 6, "dataset": data.id}),  # before the spike was seen
+        )
+    }
+    found = affected(catalog, {target})
+    assert set(found.versions) == {made["late"], made["after"], made["given up"]}
+    assert found.runs == (early.id, late.id)
+
+
+def test_runs_that_are_not_finished_count_as_far_as_they_went(catalog: Catalog) -> None:
+    numbers = train_ids(8)
+    data = dataset(catalog, [record_of(n) for n in numbers], [[record_of(n).id] for n in numbers])
+    base = version(catalog, "base")
+    settings = train_config(global_batch=1)
+    order = order_of(data, "train", 0, 1, data.id)
+    third, sixth = (record_of(numbers[order.row(step - 1)]).id for step in (3, 6))
+    store = catalog.store
+    for name in ("saved", "running", "lost"):
+        catalog.append(Event(kind="run", subject=f"run_{name}", data={"state": "running"}))
+    for name in ("saved", "running"):
+        store.write(f"runs/run_{name}/config-1.json", canonical_json({"name": name, "train": settings}))
+        position = {"step": 3, "dataset": data.id, "base_digest": base.files_digest}
+        manifest = canonical_json({"files": [], "position": position})
+        store.write(f"runs/run_{name}/checkpoints/step-00000003/MANIFEST.json", manifest)
+    lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 7))
+    store.write("runs/run_running/metrics.jsonl", lines.encode())
+    # "lost" has no settings: nobody can say that it did not use a record
+    assert affected(catalog, {third}).runs == ("run_lost", "run_running", "run_saved")
+    assert affected(catalog, {sixth}).runs == ("run_lost", "run_running")
+
+
+def test_a_run_before_its_first_checkpoint_is_known_by_its_id(catalog: Catalog) -> None:
+    from forge_ray.train.job import run_id
+
+    (number,) = train_ids(1)
+    data, base = dataset(catalog, [record_of(number)]), version(catalog, "base")
+    settings = train_config(global_batch=1)
+    name = run_id(TrainConfig.model_validate(settings), "fp32", data, base)
+    catalog.append(Event(kind="run", subject=name, data={"state": "running"}))
+    catalog.store.write(f"runs/{name}/config-1.json", canonical_json({"name": "x", "train": settings}))
+    catalog.store.write(f"runs/{name}/metrics.jsonl", b'{"step": 1, "loss": 1.0}\n')
+    (use,) = trace(catalog, [of_record(record_of(number).id)]).records[0].uses
+    assert (use.run, use.steps, use.exact) == (name, (1,), True)
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+def test_duplicates_are_listed_both_ways(catalog: Catalog) -> None:
+    stays, gone, also, short = (record_of(n).id for n in (*train_ids(1), 900, 901, 902))
+    (number,) = train_ids(1)
+    dropped = [
+        (gone, f"near duplicate of {stays}"),
+        (also, f"near duplicate of {stays}"),
+        (short, "fewer than min_words words"),
+    ]
+    data = dataset(catalog, [record_of(number)], dropped=dropped)
+
+    def alike(record: str) -> set[tuple[str, str]]:
+        (one,) = trace(catalog, [of_record(record)]).records
+        return {(held.place.record, held.relation) for held in one.alike}
+
+    assert alike(stays) == {(gone, "dropped for it"), (also, "dropped for it")}
+    assert alike(gone) == {(stays, "stays for it"), (also, "dropped with it")}
+    (one,) = trace(catalog, [of_record(short)]).records
+    assert [(held.dataset, held.place.split, held.place.reason) for held in one.held] == [
+        (data.id, "dropped", "fewer than min_words words")
+    ]
+    assert one.uses == ()
+
+
+def test_rows_of_a_file_are_read_as_each_version_read_them(catalog: Catalog, tmp_path: Path) -> None:
+    row = {"q": "who is a@example.com?", "a": "a customer"}
+    mapping = {"prompt": "q", "answer": "a"}
+    from forge_ray.config.curate import PersonalDataRule
+    from forge_ray.config.data import Mapping
+    from forge_ray.data.curate.rules import compile_rule
+
+    plain = parse_record(row, "auto", Mapping(**mapping))
+    masked = compile_rule(PersonalDataRule(rule="personal_data"))(plain).record
+    assert masked is not None
+    source = {"sources": [{"path": "x.jsonl", "mapping": mapping}], "splits": {"test": 0, "validation": 0}}
+    kept = dataset(catalog, [plain], data=source, name="plain")
+    rules = [{"rule": "personal_data", "action": "mask"}, {"rule": "length", "min_chars": 1}]
+    hidden = dataset(catalog, [masked], data=source | {"curate": rules}, name="masked")
+    first = dataset(
+        catalog, [record_of(1)], data=source | {"curate": rules}, dropped=[(plain.id, "duplicate of x")], name="c"
+    )
+    file = tmp_path / "asked.csv"
+    file.write_text('q,a\n"who is a@example.com?",a customer\nnot,there\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        queries = of_file(catalog, "asked.csv")
+    assert [query.asked for query in queries] == ["asked.csv:2", "asked.csv:3"]
+    found = trace(catalog, queries)
+    assert {held.dataset for one in found.records for held in one.held} == {kept.id, hidden.id, first.id}
+    assert found.nowhere == ("asked.csv:3",)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n[")
+    assert all("no record: " in query.note for query in of_file(catalog, str(bad)))
+
+
+def test_a_person_is_found_under_each_key(catalog: Catalog, tmp_path: Path) -> None:
+    other = tmp_path / "own.key"
+    other.write_text("0123456789abcdef0123")
+    numbers = train_ids(4)
+    ids = [record_of(n).id for n in numbers]
+    by_store = subject_digest(subject_key(catalog.store, ""), "person 7")
+    by_file = subject_digest(subject_key(catalog.store, str(other)), "person 7")
+    records = [record_of(n) for n in numbers]
+    subject = {"subject": {"field": "customer"}}
+    dataset(catalog, records[:3], subjects={ids[0]: by_store, ids[1]: by_file}, data=subject, name="a")
+    dataset(
+        catalog, records[2:], subjects={ids[3]: by_file}, data={"subject": subject["subject"] | {"key_file": str(other)}}
+    )
+    silent = dataset(catalog, records, name="none")
+    query = of_subject_value(catalog, " person 7 ")
+    assert (set(query.records), query.unsearched) == ({ids[0], ids[3]}, (silent.id,))
+    assert of_subject_value(catalog, "person 8").records == ()
+    catalog.store.delete("keys/subject.key")
+    with pytest.raises(ConfigError, match="is gone"):
+        of_subject_value(catalog, "person 7")
+
+
+def test_the_verb(catalog: Catalog) -> None:
+    (number,) = train_ids(1)
+    data = dataset(catalog, [record_of(number)])
+    found = run(catalog, "one", data.id, num_steps=3)
+    made = version(catalog, "v", found.id)
+    catalog.promote(made.id, "prod")
+    store, record = catalog.store.root, record_of(number).id
+
+    def forge(*words: str) -> Any:
+        return CliRunner().invoke(cli, ["trace", *words, "--store", store])
+
+    text = forge(record).output
+    for part in (data.id, "rows.jsonl:1", "1–3 (6 times in 3 steps)", made.id, "prod", "now"):
+        assert part in text
+    assert json.loads(forge(record, "--json").stdout)["affected"]["versions"] == [made.id]
+    nowhere = forge("rec_" + "0" * 24)
+    assert (nowhere.exit_code, "no dataset version holds it (1 searched)" in nowhere.output) == (0, True)
+    assert forge("rec_short").exit_code == 2
+    assert forge().exit_code == 2
+
+
+def test_a_version_that_cannot_be_searched_is_said_and_hides_no_other(catalog: Catalog) -> None:
+    (number,) = train_ids(1)
+    subject = {"subject": {"field": "customer"}}
+    whose = subject_digest(subject_key(catalog.store, ""), "person 7")
+    good = dataset(catalog, [record_of(number)], subjects={record_of(number).id: whose}, data=subject)
+    bad = dataset(catalog, [record_of(number)], [["rec_not hex, but of 24 x"]], data=subject, name="bad")
+
+    def forge(verb: str, *words: str) -> Any:
+        return CliRunner().invoke(cli, [verb, *words, "--store", catalog.store.root])
+
+    for asked in ((record_of(number).id,), ("--subject", "person 7")):
+        found = forge("trace", *asked)
+        assert found.exit_code == 1
+        assert f"not searched: {bad.id}: a record id or a subject is not hex" in found.output
+        assert good.id in found.output
+        assert "cannot say" not in found.output  # it has a subject: that is not what is wrong with it
+        found = forge("trace", *asked, "--json")
+        assert (found.exit_code, json.loads(found.stdout)["affected"]["datasets"]) == (1, [good.id])
+    erase = forge("erase", "--record", record_of(number).id, "--plan")  # which must be sure of all
+    assert erase.exit_code == 1
+    assert f"a dataset version cannot be searched: {bad.id}" in erase.output
+
+
+def test_steps_for_people() -> None:
+    assert ranges([3]) == "3 (1 time)"
+    assert ranges([1, 2, 3, 3, 9]) == "1–3, 9 (5 times in 4 steps)"

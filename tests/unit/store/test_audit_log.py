@@ -1,0 +1,196 @@
+"""The audit log: whatever is done to it shows, and a crash between line and file costs nothing."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+from pathlib import Path
+
+import pytest
+
+from forge_ray.errors import StoreError
+from forge_ray.governance.verify import verify_log
+from forge_ray.records import Event, ModelVersion, canonical_json
+from forge_ray.store import audit_log, signing
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
+
+pytestmark = pytest.mark.unit
+
+EDITS = 10_000
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def written(store: Store, count: int) -> list[bytes]:
+    for number in range(count):
+        content = canonical_json({"number": number})
+        audit_log.publish(store, f"events/{number:03d}.json", content, "test.put", f"evt_{number}", why="a test")
+    return audit_log.lines(store)
+
+
+def version(name: str) -> ModelVersion:
+    return ModelVersion(name=name, status="imported", weights="full", files=(), files_digest=name, licence="mit").sealed()
+
+
+def test_a_log_that_nobody_touched_verifies(store: Store) -> None:
+    key = signing.generate()
+    with signing.acting(key):
+        written(store, 20)
+    found = audit_log.verify(store, {signing.key_id(key.public_key()): key.public_key()}, every_signature=True)
+    assert (found.num_lines, found.num_signed, found.num_files, found.problems) == (20, 20, 20, ())
+    assert found.head == audit_log.head(store)
+    line = audit_log.read(store)[3]
+    assert (line["n"], line["action"], line["subject"], line["why"]) == (4, "test.put", "evt_3", "a test")
+    assert line["who"] == signing.who()
+
+
+def mutated(lines: list[bytes], rng: random.Random) -> tuple[str, list[bytes]]:
+    """One random edit, insertion, deletion, exchange or truncation; the log differs from what it was."""
+    lines = list(lines)
+    place = rng.randrange(len(lines))
+    kind = rng.choice(["edit", "insert", "delete", "swap", "truncate", "repeat"])
+    match kind:
+        case "edit":
+            raw = bytearray(lines[place])
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+            lines[place] = bytes(raw)
+        case "insert":
+            forged = json.loads(lines[place]) | {"action": "model.forged"}
+            lines.insert(place + rng.randrange(2), canonical_json(forged))
+        case "delete":
+            del lines[place]
+        case "swap":
+            other = rng.choice([n for n in range(len(lines)) if n != place])
+            lines[place], lines[other] = lines[other], lines[place]
+        case "truncate":
+            lines = lines[:place]
+        case _:
+            lines.insert(place, lines[place])
+    return kind, lines
+
+
+def test_every_one_of_ten_thousand_changes_is_noticed(store: Store) -> None:
+    """The chain alone, without a key: of the log as it is, and of its end against the head."""
+    lines = written(store, 40)
+    head = store.read(audit_log.HEAD)
+    rng, kinds = random.Random(0), set()
+    assert audit_log.check_chain(lines, head)[1] == []
+    for number in range(EDITS):
+        kind, changed = mutated(lines, rng)
+        kinds.add(kind)
+        assert audit_log.check_chain(changed, head)[1], (number, kind)
+    assert len(kinds) == 6
+
+
+def rechained(store: Store, lines: list[dict[str, object]]) -> None:
+    """What somebody with write access does: every hash right again, the head too."""
+    previous, raw = audit_log.START, []
+    for number, line in enumerate(lines, start=1):
+        raw.append(canonical_json(line | {"n": number, "previous": previous}))
+        previous = audit_log.hash_of(raw[-1])
+    store.write(audit_log.LOG, b"".join(line + b"\n" for line in raw))
+    store.write(audit_log.HEAD, raw[-1])
+
+
+def test_a_log_written_anew_is_betrayed_by_signature_files_and_anchors(store: Store) -> None:
+    key = signing.generate()
+    keys = {signing.key_id(key.public_key()): key.public_key()}
+    with signing.acting(key):
+        written(store, 10)
+    anchor = audit_log.head(store)
+    lines = audit_log.read(store)
+    rechained(store, [line | {"why": "another reason"} for line in lines])
+    assert "was not signed by" in audit_log.verify(store, keys).problems[0]
+    rechained(store, [{name: value for name, value in line.items() if name != "sig"} for line in lines[:-2]])
+    problems = audit_log.verify(store, keys, {"mv_released": anchor}).problems
+    assert problems == ("mv_released was written at line 10, and the log has 8: its end was cut off",)
+    assert "2 files are in no line of the log" in audit_log.verify(store, keys).problems[0]
+
+
+def test_a_changed_or_missing_or_added_file_is_named(store: Store) -> None:
+    written(store, 3)
+    store.write("events/001.json", b'{"number":7}')
+    assert audit_log.verify(store).problems == ("events/001.json is not what the log says: it was changed",)
+    store.delete("events/001.json")
+    assert audit_log.verify(store).problems == ("events/001.json, of which the log tells, is not there",)
+    store.write("events/001.json", canonical_json({"number": 1}))
+    assert audit_log.verify(store).problems == ()
+    store.write("events/forged.json", b"{}")
+    assert "forged.json" in audit_log.verify(store).problems[0]
+
+
+def test_files_from_before_the_log_are_taken_up_as_they_are(store: Store) -> None:
+    store.write("events/old.json", b"{}")
+    written(store, 2)
+    assert [line["action"] for line in audit_log.read(store)] == ["begin", "test.put", "test.put"]
+    assert audit_log.verify(store).problems == ()
+    store.write("events/old.json", b'{"changed":1}')
+    assert audit_log.verify(store).problems == ("files from before the log began were changed or taken away",)
+
+
+def test_a_writer_that_was_killed_costs_nothing(store: Store) -> None:
+    """Between head and line, inside the line, and between line and file."""
+    lines = written(store, 3)
+    log, head = store.read(audit_log.LOG), store.read(audit_log.HEAD)
+    for torn in (log[: -len(lines[-1]) - 1], log[:-7]):
+        store.write(audit_log.LOG, torn)
+        assert audit_log.verify(store).problems
+        audit_log.publish(store, f"events/more{len(torn)}.json", b"{}", "test.put", "evt")
+        assert audit_log.verify(store).problems == ()
+        store.delete(f"events/more{len(torn)}.json")
+        store.write(audit_log.LOG, log)
+        store.write(audit_log.HEAD, head)
+    store.delete("events/002.json")
+    audit_log.redo(store)
+    assert store.read("events/002.json") == canonical_json({"number": 2})
+
+
+def test_nothing_is_written_behind_a_log_that_was_changed(store: Store) -> None:
+    lines = written(store, 4)
+    store.write(audit_log.LOG, b"".join(line + b"\n" for line in lines[:2]))
+    with pytest.raises(StoreError, match="does not end with its head"):
+        audit_log.publish(store, "events/next.json", b"{}", "test.put", "evt")
+    assert not store.exists("events/next.json")
+
+
+def _write_some(uri: str, name: str) -> None:
+    for number in range(20):
+        audit_log.publish(Store(uri), f"events/{name}-{number}.json", canonical_json({"of": name}), "test.put", name)
+
+
+def test_two_processes_make_one_chain(store: Store) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_some, args=(store.uri, name)) for name in ("a", "b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    found = audit_log.verify(store)
+    assert (found.num_lines, found.problems) == (40, ())
+
+
+def test_the_catalogue_logs_what_it_writes_and_versions_carry_the_head(store: Store) -> None:
+    with Catalog(store) as catalog:
+        first = catalog.put(version("first"))
+        catalog.promote(first.id, "prod")
+        second = catalog.put(version("second"))
+        catalog.set_route("prod", None, why="not used")
+        catalog.append(Event(kind="run", subject="run_x", data={"state": "running"}))
+        assert (first.log_head, second.log_head.partition(":")[0]) == ("", "2")
+        actions = [(line["action"], line["why"]) for line in audit_log.read(store)]
+        assert actions == [
+            ("models.put", ""),
+            ("alias.set", ""),
+            ("models.put", ""),
+            ("alias.set", "not used"),
+            ("run.running", ""),
+        ]
+        assert verify_log(catalog, every_signature=True).problems == ()
+        told = audit_log.head(store)
+        assert verify_log(catalog, False, head=told).problems == ()
+        assert "was changed before it" in verify_log(catalog, False, head="3:" + "0" * 64).problems[0]

@@ -1,0 +1,107 @@
+"""Names of modules and files that stand in texts, where no import would fail: they must be there."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "forge_ray"
+DOTTED = re.compile(r"\bforge_ray((?:\.[A-Za-z_]\w*)+)(?::(\w+))?")
+FILES = re.compile(r"(?<![\w/.-])((?:forge_ray|tests|jobs|benchmarks|cluster|docs)/[\w./-]*\w\.(?:py|sh|yaml|md))\b")
+LOGGERS = {"access"}  # `forge_ray.access` is a logger
+MADE_UP = {"tests/unit/test_layering.py", "tests/unit/test_layout.py"}  # which have names of modules that are not there
+IN_A_WHEEL = "forge_ray/files/"
+TEXTS = (".py", ".md", ".toml", ".yaml", ".sh", "Makefile", "Dockerfile")
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    folders = [PACKAGE, *(ROOT / name for name in ("tests", "jobs", "benchmarks", "cluster", "docs"))]
+    for path in [*ROOT.iterdir(), *(path for folder in folders for path in folder.rglob("*"))]:
+        if path.is_file() and path.name.endswith(TEXTS) and path.name != "CHANGELOG.md":
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+@cache
+def names_of(path: Path) -> set[str]:
+    """What a module binds at its top."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    for node in nodes:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        else:
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def is_there(parts: list[str]) -> bool:
+    """A module or package below forge_ray, with at most names of it behind."""
+    folder = PACKAGE
+    for number, part in enumerate(parts):
+        if (folder / part).is_dir():
+            folder = folder / part
+            continue
+        if (folder / f"{part}.py").is_file():
+            return len(parts) == number + 1 or parts[number + 1] in names_of(folder / f"{part}.py")
+        return part in names_of(folder / "__init__.py") or part.startswith("__")
+    return True
+
+
+def missing(text: str) -> list[str]:
+    found = []
+    for match in DOTTED.finditer(text):
+        parts = [*match[1].strip(".").split("."), *filter(None, [match[2]])]
+        if parts[0] not in LOGGERS and not is_there(parts):
+            found.append(match[0])
+    return found
+
+
+def test_every_dotted_name_is_there() -> None:
+    assert {name: bad for name, text in texts() if name not in MADE_UP and (bad := missing(text))} == {}
+
+
+def test_a_name_that_is_gone_is_seen() -> None:
+    assert is_there(["serve", "deploy", "app_from_args"])
+    assert missing("import_path: forge_ray.serve.deploy:app_from_args; forge_ray.cli, forge_ray.store.files.Store") == []
+    gone = ["forge_ray.serve.deploy:app_of_arguments", "forge_ray.fenced", "forge_ray.store.Store"]
+    assert missing(f"import_path: {gone[0]}, -m {gone[1]}, {gone[2]}()") == gone
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    found = {
+        name: [path for path in FILES.findall(text) if not path.startswith(IN_A_WHEEL) and not (ROOT / path).exists()]
+        for name, text in texts()
+    }
+    assert {name: bad for name, bad in found.items() if bad} == {}
+
+
+def test_pytest_looks_into_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    """Its own list of folders to pass over has `build`."""
+    folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    passed_over = pytestconfig.getini("norecursedirs")
+    assert [name for name in sorted(folders) if any(fnmatch.fnmatch(name, pattern) for pattern in passed_over)] == []
+
+
+def test_git_and_so_a_job_has_every_file_of_the_package() -> None:
+    """`ray job submit` leaves out what .gitignore names: a package `build/` would be gone."""
+    inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], cwd=ROOT, capture_output=True, check=False)
+    if inside.returncode:
+        pytest.skip("no checkout")
+    files = [path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")]
+    command = ["git", "check-ignore", "--no-index", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == ""

@@ -1,0 +1,196 @@
+"""The plan: counts are exact, memory moves with the settings as it must; `benchmarks/plan.py` holds it against runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from forge_ray.config.base import parse
+from forge_ray.config.train import Offload, TrainConfig
+from forge_ray.train.plan import Model, _is_allowed, memory, nearest, plan
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> Model:
+    return Model.of(tiny_model_dir)
+
+
+def of(model: Model, workers: int = 1, precision: str = "bf16", **settings: Any) -> Any:
+    return memory(model, parse(TrainConfig, settings), precision, 128, workers)
+
+
+def test_the_counts_are_those_of_torch(model: Model, tiny_model_dir: Path) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from forge_ray.train.adapter import with_adapter
+
+    real: Any = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    assert model.num_parameters == sum(parameter.numel() for parameter in real.parameters())
+    for targets in ("all-linear", ("q_proj", "down_proj")):
+        config = parse(TrainConfig, {"adapter": {"r": 4, "target_modules": targets}})
+        assert config.adapter is not None
+        adapted = with_adapter(LlamaForCausalLM.from_pretrained(tiny_model_dir), config.adapter)
+        trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        assert model.num_trained(config) == trained
+    assert model.num_trained(parse(TrainConfig, {})) == model.num_parameters
+
+
+def test_states_are_divided_as_the_stage_says(model: Model) -> None:
+    one, eight = (of(model, workers, zero_stage=2) for workers in (1, 8))
+    assert one.weights == eight.weights == 2 * model.num_parameters
+    assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=1e-4)
+    third = of(model, 8, zero_stage=3)
+    assert third.weights == math.ceil(2 * model.num_parameters / 8)
+
+
+def test_what_is_offloaded_is_counted_in_main_memory_and_a_slice_as_a_slice(model: Model) -> None:
+    inside = of(model, 4, zero_stage=3)
+    outside = of(model, 4, zero_stage=3, offload={"optimizer": "cpu"})
+    assert (outside.gradients, outside.optimizer, outside.weights) == (0, 0, inside.weights)
+    assert outside.host >= inside.gradients + inside.optimizer
+    assert outside.total < inside.total
+    all_of_it = of(model, 4, zero_stage=3, offload={"optimizer": "cpu", "parameters": "cpu"})
+    assert all_of_it.weights + all_of_it.host == outside.weights + outside.host
+    assert inside.host == 0
+    shared = of(model, 4, sequence_parallel=2, scaling={"num_workers": 4})
+    assert (shared.activations, shared.logits) == (of(model, 4).activations // 2, of(model, 4).logits // 2)
+
+
+def test_activations_grow_with_a_pass_and_shrink_when_recomputed(model: Model) -> None:
+    small, large = (of(model, micro_batch_size=size) for size in (1, 4))
+    assert large.activations == 4 * small.activations
+    assert of(model, activation_checkpointing=True).activations < small.activations
+    assert of(model, adapter={"r": 4}).optimizer < small.optimizer / 2
+
+
+def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
+    stats = SimpleNamespace(num_rows=100, num_tokens=12_000, num_trained_tokens=6_000)
+    dataset: Any = SimpleNamespace(splits={"train": stats}, sequence_length=128)
+    config = parse(TrainConfig, {"micro_batch_size": 4, "zero_stage": 1, "global_batch": 8})
+
+    def needs(**settings: Any) -> int:
+        return plan(model, config.model_copy(update=settings), "bf16", dataset, 4).memory.total
+
+    def fits(room: int) -> dict[str, Any] | None:
+        found = nearest(model, config, "bf16", dataset, 4, room)
+        names = ("micro_batch_size", "activation_checkpointing", "zero_stage")
+        return found and {name: getattr(found, name) for name in names if getattr(found, name) != getattr(config, name)}
+
+    assert fits(needs()) == {}
+    assert fits(needs() - 1) == {"micro_batch_size": 1}
+    smaller = needs(micro_batch_size=1)
+    assert fits(smaller - 1) == {"micro_batch_size": 1, "activation_checkpointing": True}
+    assert fits(1) is None
+    config = parse(TrainConfig, {"adapter": {"method": "dora"}, "zero_stage": 1, "global_batch": 8})
+    assert not _is_allowed(config.model_copy(update={"zero_stage": 3}))  # DoRA wants whole weights
+    proposed = [nearest(model, config, "bf16", dataset, 4, room) for room in range(0, needs(), needs() // 50)]
+    assert {found.zero_stage for found in proposed if found} == {1, 2}
+    large = {"engine": "deepspeed", "zero_stage": 3, "global_batch": 8}
+    config = parse(TrainConfig, large)
+    model = replace(model, shapes={f"model.layers.{n}.weight": (4096, 4096) for n in range(32)})  # more than a bucket
+    for wanted in ({"optimizer": "cpu"}, {"optimizer": "cpu", "parameters": "cpu"}):
+        room = plan(
+            model, parse(TrainConfig, large | {"activation_checkpointing": True, "offload": wanted}), "bf16", dataset, 4
+        )
+        moved = nearest(model, config, "bf16", dataset, 4, room.memory.total)
+        assert moved is not None
+        assert moved.offload == Offload.model_validate(wanted)
+    config = parse(TrainConfig, {"micro_batch_size": 4, "zero_stage": 1, "global_batch": 8})
+    whole = plan(model, config, "bf16", dataset, 4)
+    assert (whole.steps, whole.num_tokens, whole.num_trained_tokens) == (13, 12_480, 6_240)
+
+
+def test_of_an_object_store_only_the_configuration_is_read(model: Model, tiny_model_dir: Path) -> None:
+    from forge_ray.store.files import Store, hash_dir
+    from forge_ray.train.preflight import configuration
+
+    store = Store("mock:///")
+    base: Any = SimpleNamespace(id="mv_1", files=hash_dir(tiny_model_dir))
+    for entry in base.files:
+        store.write(f"models/mv_1/{entry.path}", (tiny_model_dir / entry.path).read_bytes())
+    folder = configuration(store, base)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert Model.of(folder).shapes == model.shapes
+
+
+def test_the_true_size_of_mistral_small_4_from_its_configuration_alone() -> None:
+    folder = Path(__file__).parents[3] / "jobs/models/mistral-small-4"
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    small = Model.of(folder)
+    experts = sum(math.prod(shape) for name, shape in small.shapes.items() if ".experts." in name)
+    assert (small.num_parameters, small.num_active, experts) == (118_972_826_624, 6_632_588_288, 115_964_116_992)
+    assert small.block * 2 == 6_442_450_944  # bytes that ZeRO-3 gathers for one layer
+    parameters = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    config = parse(TrainConfig, {"adapter": parameters, "zero_stage": 3, "activation_checkpointing": True})
+    needs = memory(small, config, "bf16", 4096, 8)
+    assert needs.weights == pytest.approx(2 * small.num_parameters / 8, rel=0.01)
+    kept = memory(small, config.model_copy(update={"activation_checkpointing": False}), "bf16", 4096, 8)
+    assert kept.activations - needs.activations > 35 * 6.4e9  # each layer keeps its adapted experts
+    assert needs.working > 3 * 6.4e9  # gathered, adapted, and their gradient
+
+
+def test_a_frozen_router_and_what_sees_are_not_trained(tmp_path: Path) -> None:
+    from transformers import Mistral3Config, Mistral4Config
+
+    text = Mistral4Config(hidden_size=64, num_hidden_layers=2, n_routed_experts=8, vocab_size=100, moe_intermediate_size=32)
+    sees = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    Mistral3Config(
+        text_config=text.to_dict(), vision_config=sees | {"num_attention_heads": 2}, tie_word_embeddings=False
+    ).save_pretrained(tmp_path)
+    found = Model.of(tmp_path)
+    outside = sum(math.prod(shape) for name, shape in found.shapes.items() if "language_model" not in name)
+    head = 100 * 64
+    assert found.num_trained(parse(TrainConfig, {})) == found.num_parameters - (outside - head)
+    frozen = found.num_trained(parse(TrainConfig, {"router": "frozen"}))
+    assert found.num_trained(parse(TrainConfig, {})) - frozen == 2 * 8 * 64
+
+
+def test_a_plan_needs_no_data_and_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The committed run of Mistral Small 4, and what it says of the adapter; nothing is written."""
+    from forge_ray.cli.show import print_plan
+    from forge_ray.config.base import load
+    from forge_ray.config.run import RunConfig
+    from forge_ray.errors import ConfigError
+    from forge_ray.pipeline import plan as planned
+    from forge_ray.store.files import Store
+
+    root = Path(__file__).parents[3]
+    folder = f"base_model={root / 'jobs/models/mistral-small-4'}"
+    store = Store(str(tmp_path / "store"))
+    config = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder,))
+    found = planned(config, store, 0, 80, 0, 0, rows=10_000)
+    assert (found["num_workers"], found["num_tokens"], found["problem"]) == (8, 313 * 32 * 4096, "")
+    assert found["adapter"]["reached_of_all"] > 0.99
+    assert planned(config, store, 0, 50, 0, 0, rows=10_000)["problem"]
+    print_plan(found)
+    printed = capsys.readouterr().out
+    assert "6,632,588,288" in printed
+    assert "mlp.experts.gate_up_proj: 36 weights" in printed
+    assert not (tmp_path / "store").exists()
+    wrong = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder, "train.adapter={target_modules: [q_proj, o_proj]}"))
+    with pytest.raises(ConfigError, match="'q_proj' matches nothing"):
+        planned(wrong, store, 0, 80, 0, 0, rows=10_000)
+
+
+def test_a_run_says_first_what_its_adapter_reaches(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from forge_ray.config.train import Adapter
+    from forge_ray.errors import ConfigError
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.train.preflight import report_reach
+
+    with Catalog(store) as catalog:
+        base = catalog.model("tiny")
+    report_reach(store, "run_reach", base, Adapter(r=4))
+    assert "all-linear: 14 weights" in capsys.readouterr().err
+    assert store.read_json("runs/run_reach/adapter.json")["patterns"][0]["modules"] == 14
+    with pytest.raises(ConfigError, match="'qproj' matches nothing"):
+        report_reach(store, "run_refused", base, Adapter(target_modules=("qproj",)))
+    assert not store.exists("runs/run_refused/adapter.json")

@@ -1,0 +1,103 @@
+"""A run's id is the hash of what decides its weights, and of nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge_ray.config.base import parse
+from forge_ray.config.train import TrainConfig
+from forge_ray.records import DatasetManifest, ModelVersion
+from forge_ray.store.files import Store
+from forge_ray.train.job import TrainJob, identity_digest, run_id
+
+pytestmark = pytest.mark.unit
+
+
+def dataset(tokens: str = "a") -> DatasetManifest:
+    return DatasetManifest(
+        name="rows",
+        format=1,
+        input_digest=tokens,
+        config={},
+        tokenizer_digest=tokens,
+        base_model="mv_1",
+        sources=(),
+        splits={},
+        num_duplicates=0,
+        rejects={},
+        sequence_length=64,
+    ).sealed()
+
+
+def base(digest: str = "sha256:b") -> ModelVersion:
+    return ModelVersion(name="m", status="imported", weights="full", files=(), files_digest=digest, licence="mit").sealed()
+
+
+def identifier(precision: str = "fp32", rows: str = "a", weights: str = "sha256:b", **settings: Any) -> str:
+    return run_id(parse(TrainConfig, settings), precision, dataset(rows), base(weights))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": 1},
+        {"epochs": 2},
+        {"max_steps": 3},
+        {"global_batch": 16},
+        {"micro_batch_size": 2},
+        {"optimizer": {"lr": 1e-5}},
+        {"optimizer": {"weight_decay": 0.1}},
+        {"schedule": {"name": "linear"}},
+        {"max_grad_norm": 0.5},
+        {"adapter": {"r": 4}},
+        {"zero_stage": 3},
+        {"engine": "torch", "zero_stage": 0},
+        {"activation_checkpointing": True},
+        {"offload": {"optimizer": "cpu"}},
+        {"precision": "bf16", "rows": "b"},
+    ],
+    ids=str,
+)
+def test_what_decides_the_weights_changes_the_id(settings: dict[str, Any]) -> None:
+    assert identifier(**settings) != identifier()
+
+
+def test_data_base_and_precision_change_the_id() -> None:
+    found = {identifier(), identifier(rows="c"), identifier(weights="sha256:d"), identifier(precision="bf16")}
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scaling": {"num_workers": 4}},
+        {"scaling": {"max_failures": 9}},
+        {"sequence_parallel": 2, "scaling": {"num_workers": 2}},
+        {"validation": {"every_steps": 5}},
+        {"checkpoint": {"every_steps": 5, "keep": 3}},
+    ],
+    ids=str,
+)
+def test_how_often_we_look_and_on_how_many_workers_does_not(settings: dict[str, Any]) -> None:
+    assert identifier(**settings) == identifier()
+
+
+def test_where_the_weights_lie_does_not() -> None:
+    assert identifier(zero_stage=3, offload={"parameters": "cpu"}) == identifier(zero_stage=3)
+
+
+def test_the_export_of_an_adapter_is_part_of_the_run() -> None:
+    """The run folder holds one export, so another kind of it is another run."""
+    assert identifier(adapter={"r": 4}, export="merged") != identifier(adapter={"r": 4})
+
+
+def test_a_job_survives_json(tmp_path: Path) -> None:
+    config = parse(TrainConfig, {"adapter": {"r": 4}, "optimizer": {"lr": 1e-5}})
+    job = TrainJob("run_x", "a name", config, Store(str(tmp_path)), dataset(), base(), "fp32", under_ray=True)
+    again = TrainJob.from_json(json.loads(json.dumps(job.to_json())))
+    assert again == job
+    assert identity_digest(again) == identity_digest(job)
