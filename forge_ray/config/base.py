@@ -18,6 +18,14 @@ from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import Frozen, digest
 
 
+class SettingError(ValueError):
+    """A rule that a setting breaks, and the remedy; pydantic reports it with the setting's place in the file."""
+
+    def __init__(self, rule: str, hint: str) -> None:
+        super().__init__(rule)
+        self.hint = hint
+
+
 class Config(Frozen):
     """Base of every section of a run file."""
 
@@ -145,11 +153,11 @@ def _explain(model: type[BaseModel], path: list[str], item: Any) -> tuple[str, s
         return subject, "unknown key", hint
     if item["type"] == "missing":
         return f"{key}: ", "required and missing", f"add {key} to the file"
-    rule, _, hint = item["msg"].removeprefix("Value error, ").partition(" hint: ")
     if item["type"] == "value_error":  # raised by a rule over several keys: it names its own values
-        return (f"{key}: " if path else ""), rule, hint
-    rule = KINDS.get(item["type"], rule[:1].lower() + rule[1:])
-    return subject, rule, hint or f"see {key} in docs/reference.md"
+        error: ValueError = item["ctx"]["error"]
+        return (f"{key}: " if path else ""), str(error), error.hint if isinstance(error, SettingError) else ""
+    rule = KINDS.get(item["type"], item["msg"][:1].lower() + item["msg"][1:])
+    return subject, rule, f"see {key} in docs/reference/settings.md"
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> set[str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from forge_ray.config.base import Config
+from forge_ray.config.base import Config, SettingError
 
 Action = Literal["flag", "mask", "drop"]
 PersonalData = Literal["email", "phone", "iban", "card", "national_id", "ip"]
@@ -39,9 +39,9 @@ class Length(Config):
     @model_validator(mode="after")
     def _leaves_something(self) -> Self:
         if not (self.min_chars or self.max_chars or self.min_words):
-            raise ValueError("rule: length has no limit hint: set min_chars, max_chars or min_words")
+            raise SettingError("rule: length has no limit", "set min_chars, max_chars or min_words")
         if self.max_chars and self.min_chars > self.max_chars:
-            raise ValueError(f"min_chars={self.min_chars} is above max_chars={self.max_chars} hint: no text can be both")
+            raise SettingError(f"min_chars={self.min_chars} is above max_chars={self.max_chars}", "no text can be both")
         return self
 
 

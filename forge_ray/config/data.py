@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from forge_ray.config.base import Config
+from forge_ray.config.base import Config, SettingError
 from forge_ray.config.curate import Rule
 
 Format = Literal["auto", "jsonl", "json", "parquet", "csv", "arrow", "text", "html", "pdf", "docx"]
@@ -39,9 +39,9 @@ class Mapping(Config):
     def _one_kind(self) -> Self:
         pair = bool(self.chosen) and bool(self.rejected)
         if sum([bool(self.prompt and self.answer), bool(self.text), bool(self.messages), pair]) != 1:
-            raise ValueError(
-                "mapping needs `prompt` with `answer`, or `text`, or `messages`, or `chosen` with `rejected`: one of them"
-                " hint: for example mapping: {prompt: question, answer: reply}"
+            raise SettingError(
+                "mapping needs `prompt` with `answer`, or `text`, or `messages`, or `chosen` with `rejected`: one of them",
+                "for example mapping: {prompt: question, answer: reply}",
             )
         return self
 
@@ -67,9 +67,9 @@ class Splits(Config):
     @model_validator(mode="after")
     def _leaves_training_rows(self) -> Self:
         if self.validation + self.test >= 1:
-            raise ValueError(
-                f"splits.validation={self.validation} + splits.test={self.test} leave nothing to train on"
-                " hint: keep their sum below 1"
+            raise SettingError(
+                f"splits.validation={self.validation} + splits.test={self.test} leave nothing to train on",
+                "keep their sum below 1",
             )
         return self
 
@@ -99,8 +99,8 @@ class DataConfig(Config):
     def _weights_on_all_or_none(self) -> Self:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and (not all(weighted) or any(source.epochs != 1.0 for source in self.sources)):
-            raise ValueError(
-                "sources: a mixture has a weight on every source, or epochs, not both"
-                " hint: give each source a `weight`, or leave all out"
+            raise SettingError(
+                "sources: a mixture has a weight on every source, or epochs, not both",
+                "give each source a `weight`, or leave all out",
             )
         return self

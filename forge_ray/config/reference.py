@@ -1,4 +1,4 @@
-"""Write docs/reference.md from the fields themselves: `python -m forge_ray.config.reference > docs/reference.md`."""
+"""The page of settings, from the fields: `python -m forge_ray.config.reference > docs/reference/settings.md`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from forge_ray.config.base import Config
+from forge_ray.config.base import Config, SettingError
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$"  # as clients send them: support@prod, ft:base:org:suffix:id
@@ -46,7 +46,7 @@ class Contamination(Config):
 
 
 class LeakConfig(Config):
-    """What the weights give away of their training rows; docs/gates.md."""
+    """What the weights give away of their training rows; docs/design/gates.md."""
 
     max_records: int = Field(64, ge=2, description="training records, and as many held-out ones, that are compared")
     max_canaries: int = Field(16, ge=1, description="canaries of the training rows, and as many held-out ones")
@@ -75,7 +75,7 @@ class EvalConfig(Config):
     @model_validator(mode="after")
     def _labels_to_slice_by(self) -> Self:
         if "label" in self.slices and not self.labels:
-            raise ValueError("eval.slices has `label` and eval.labels is not set hint: set labels=from_data, or a list")
+            raise SettingError("eval.slices has `label` and eval.labels is not set", "set labels=from_data, or a list")
         return self
 
     def scoring(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Threshold(Config):
     @model_validator(mode="after")
     def _bounds_something(self) -> Self:
         if self.min is None and self.max is None:
-            raise ValueError("a threshold needs `min` or `max` hint: for example {min: 0.5}")
+            raise SettingError("a threshold needs `min` or `max`", "for example {min: 0.5}")
         return self
 
 
@@ -168,7 +168,7 @@ class Replicas(Config):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min > self.max:
-            raise ValueError(f"replicas.min={self.min} exceeds replicas.max={self.max} hint: raise max or lower min")
+            raise SettingError(f"replicas.min={self.min} exceeds replicas.max={self.max}", "raise max or lower min")
         return self
 
 
@@ -202,11 +202,9 @@ class Rule(Config):
     @model_validator(mode="after")
     def _states_something(self) -> Self:
         if not (self.header or self.user or self.prompt_tokens_below or self.prompt_tokens_from or self.classifier):
-            raise ValueError(
-                f"a rule to {self.to!r} states no condition hint: the alias's `versions` are for all the others"
-            )
+            raise SettingError(f"a rule to {self.to!r} states no condition", "the alias's `versions` are for all the others")
         if bool(self.classifier) != bool(self.label):
-            raise ValueError("a classifier rule needs `classifier` and `label` hint: the label is what it answers")
+            raise SettingError("a classifier rule needs `classifier` and `label`", "the label is what it answers")
         return self
 
 
@@ -231,7 +229,7 @@ class AliasRoute(Config):
     @model_validator(mode="after")
     def _has_weight(self) -> Self:
         if min(self.versions.values()) < 0 or not sum(self.versions.values()) > 0:
-            raise ValueError(f"versions={self.versions}: weights are shares, none negative hint: {{mv_a: 95, mv_b: 5}}")
+            raise SettingError(f"versions={self.versions}: weights are shares, none negative", "{mv_a: 95, mv_b: 5}")
         return self
 
     @property
@@ -265,5 +263,5 @@ class DeployConfig(Config):
     @model_validator(mode="after")
     def _names_are_names(self) -> Self:
         if wrong := [alias for alias in self.aliases if not re.fullmatch(ALIAS, alias)]:
-            raise ValueError(f"aliases: {wrong[0]!r} is no name, want {ALIAS} hint: for example support@prod")
+            raise SettingError(f"aliases: {wrong[0]!r} is no name, want {ALIAS}", "for example support@prod")
         return self

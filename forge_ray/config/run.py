@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from forge_ray.config.base import Config
+from forge_ray.config.base import Config, SettingError
 from forge_ray.config.data import DataConfig
 from forge_ray.config.release import NAME, DeployConfig, EvalConfig, LeakBounds, ReleaseConfig
 from forge_ray.config.train import TrainConfig
@@ -30,26 +30,27 @@ class RunConfig(Config):
             return self
         engine, merged = deploy.engine, f"or list {self.release.alias!r} in deploy.merged"
         if adapter.r > engine.max_lora_rank:
-            raise ValueError(
+            raise SettingError(
                 f"train.adapter.r={adapter.r} exceeds deploy.engine.max_lora_rank={engine.max_lora_rank}: it could not be"
-                f" served hint: lower r, raise max_lora_rank, {merged}"
+                f" served",
+                f"lower r, raise max_lora_rank, {merged}",
             )
         if not engine.max_adapters:
-            raise ValueError(
-                f"deploy.engine.max_adapters=0 serves no adapters, and train.adapter makes one hint: raise it, {merged}"
+            raise SettingError(
+                "deploy.engine.max_adapters=0 serves no adapters, and train.adapter makes one", f"raise it, {merged}"
             )
         if adapter.method == "dora" or adapter.target_parameters:
             what = "method=dora" if adapter.method == "dora" else f"target_parameters={list(adapter.target_parameters)}"
-            raise ValueError(f"an adapter with {what} is not served beside others hint: use lora, {merged}")
+            raise SettingError(f"an adapter with {what} is not served beside others", f"use lora, {merged}")
         return self
 
     @model_validator(mode="after")
     def _rows_can_be_shared(self) -> Self:
         length, size = self.data.sequence_length, self.train.sequence_parallel
         if length % size:
-            raise ValueError(
-                f"train.sequence_parallel={size} does not divide data.sequence_length={length}"
-                f" hint: use data.sequence_length={-(-length // size) * size}, or another number of workers to a row"
+            raise SettingError(
+                f"train.sequence_parallel={size} does not divide data.sequence_length={length}",
+                f"use data.sequence_length={-(-length // size) * size}, or another number of workers to a row",
             )
         return self
 
@@ -57,11 +58,12 @@ class RunConfig(Config):
     def _gate_has_what_it_bounds(self) -> Self:
         gate = self.release.gate
         if gate.leak != LeakBounds() and self.eval.leak is None:
-            raise ValueError("release.gate.leak bounds an audit that eval.leak does not ask for hint: set eval.leak={}")
+            raise SettingError("release.gate.leak bounds an audit that eval.leak does not ask for", "set eval.leak={}")
         for rule in gate.no_worse_than:
             if rule.slices != "none" and rule.slices not in self.eval.slices:
-                raise ValueError(
+                raise SettingError(
                     f"release.gate.no_worse_than judges slices={rule.slices}, which eval.slices={list(self.eval.slices)}"
-                    f" lacks hint: add {rule.slices} to eval.slices"
+                    f" lacks",
+                    f"add {rule.slices} to eval.slices",
                 )
         return self

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from forge_ray.config.base import Config
+from forge_ray.config.base import Config, SettingError
 
 
 class Adapter(Config):
@@ -27,17 +27,17 @@ class Adapter(Config):
     @model_validator(mode="after")
     def _reaches_parameters(self) -> Self:
         if self.target_parameters and self.dropout:
-            raise ValueError(
-                f"dropout={self.dropout} cannot be applied to target_parameters={list(self.target_parameters)}"
-                " hint: set train.adapter.dropout=0"
+            raise SettingError(
+                f"dropout={self.dropout} cannot be applied to target_parameters={list(self.target_parameters)}",
+                "set train.adapter.dropout=0",
             )
         if self.target_parameters and self.method == "dora":
-            raise ValueError(
-                f"method=dora cannot be applied to target_parameters={list(self.target_parameters)}"
-                " hint: set train.adapter.method=lora or rslora"
+            raise SettingError(
+                f"method=dora cannot be applied to target_parameters={list(self.target_parameters)}",
+                "set train.adapter.method=lora or rslora",
             )
         if not self.target_parameters and not self.target_modules:
-            raise ValueError("target_modules and target_parameters are both empty hint: use target_modules: all-linear")
+            raise SettingError("target_modules and target_parameters are both empty", "use target_modules: all-linear")
         return self
 
 
@@ -120,7 +120,7 @@ class Workers(Config):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min > self.max:
-            raise ValueError(f"min={self.min} is more than max={self.max} hint: exchange them")
+            raise SettingError(f"min={self.min} is more than max={self.max}", "exchange them")
         return self
 
 
@@ -136,7 +136,7 @@ class Scaling(Config):
     @classmethod
     def _a_number(cls, value: Any) -> Any:
         if isinstance(value, bool) or (isinstance(value, int) and value < 0):
-            raise ValueError(f"num_workers={value} is not a number of workers hint: use 0 or more, or {{min, max}}")
+            raise SettingError(f"num_workers={value} is not a number of workers", "use 0 or more, or {min, max}")
         return value
 
     @property
@@ -174,16 +174,18 @@ class TrainConfig(Config):
     checkpoint: Checkpointing = Checkpointing()
     scaling: Scaling = Scaling()
     guards: Guards = Guards()
-    sinks: tuple[Literal["tensorboard", "mlflow"], ...] = Field((), description="where metrics go too; docs/training.md")
+    sinks: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
+        (), description="where metrics go too; docs/design/training.md"
+    )
 
     @model_validator(mode="after")
     def _batch_reaches_all(self) -> Self:
         workers = self.scaling.max_workers
         groups = -(-workers // self.sequence_parallel)
         if self.global_batch < groups:
-            raise ValueError(
-                f"global_batch={self.global_batch} leaves some of {workers} workers without a row"
-                f" hint: use train.global_batch={groups} or more, or fewer workers"
+            raise SettingError(
+                f"global_batch={self.global_batch} leaves some of {workers} workers without a row",
+                f"use train.global_batch={groups} or more, or fewer workers",
             )
         return self
 
@@ -196,9 +198,9 @@ class TrainConfig(Config):
         for name, count in counts.items():
             if count % size:
                 where = f"train.scaling.num_workers.{name}" if is_elastic else "train.scaling.num_workers"
-                raise ValueError(
-                    f"sequence_parallel={size}: {name}={count} workers do not make groups of {size}"
-                    f" hint: use {where}={-(-count // size) * size}, or train.sequence_parallel=1"
+                raise SettingError(
+                    f"sequence_parallel={size}: {name}={count} workers do not make groups of {size}",
+                    f"use {where}={-(-count // size) * size}, or train.sequence_parallel=1",
                 )
         return self
 
@@ -208,30 +210,30 @@ class TrainConfig(Config):
         chosen = next((name for name in ("parameters", "optimizer") if getattr(offload, name) != "none"), "")
         what = f"offload.{chosen}=cpu"
         if chosen and self.engine != "deepspeed":
-            raise ValueError(f"{what} with engine={self.engine} hint: set train.engine=deepspeed and train.zero_stage=3")
+            raise SettingError(f"{what} with engine={self.engine}", "set train.engine=deepspeed and train.zero_stage=3")
         if chosen and not self.zero_stage:
-            raise ValueError(f"{what} with zero_stage=0 hint: set train.zero_stage=2, or 3 for offload.parameters")
+            raise SettingError(f"{what} with zero_stage=0", "set train.zero_stage=2, or 3 for offload.parameters")
         if chosen == "parameters" and self.zero_stage != 3:
-            raise ValueError(
-                f"{what} with zero_stage={self.zero_stage}, which keeps whole weights on every GPU"
-                " hint: set train.zero_stage=3, or train.offload.parameters=none"
+            raise SettingError(
+                f"{what} with zero_stage={self.zero_stage}, which keeps whole weights on every GPU",
+                "set train.zero_stage=3, or train.offload.parameters=none",
             )
         return self
 
     @model_validator(mode="after")
     def _engine_supports(self) -> Self:
         if self.engine == "torch" and self.zero_stage:
-            raise ValueError(
-                f"engine=torch has no zero_stage={self.zero_stage} hint: set train.zero_stage=0, or train.engine=deepspeed"
+            raise SettingError(
+                f"engine=torch has no zero_stage={self.zero_stage}", "set train.zero_stage=0, or train.engine=deepspeed"
             )
         return self
 
     @model_validator(mode="after")
     def _export_needs_adapter(self) -> Self:
         if self.export == "merged" and self.adapter is None:
-            raise ValueError(
-                "export=merged without an adapter: a full fine-tune has nothing to merge"
-                " hint: remove train.export, or add train.adapter"
+            raise SettingError(
+                "export=merged without an adapter: a full fine-tune has nothing to merge",
+                "remove train.export, or add train.adapter",
             )
         return self
 
@@ -245,25 +247,25 @@ class TrainConfig(Config):
         }
         asked = [name for name, wanted in wants.items() if wanted]
         if asked and (not of.every_steps or not every or of.every_steps % every):
-            raise ValueError(
+            raise SettingError(
                 f"{asked[0]} is about checkpoints: validation.every_steps={of.every_steps} must be a multiple of"
-                f" checkpoint.every_steps={every}, and neither 0"
-                f" hint: set train.validation.every_steps={of.every_steps or every or 50} and"
-                f" train.checkpoint.every_steps={of.every_steps or every or 50}"
+                f" checkpoint.every_steps={every}, and neither 0",
+                f"set train.validation.every_steps={of.every_steps or every or 50} and"
+                f" train.checkpoint.every_steps={of.every_steps or every or 50}",
             )
         if of.early_stopping and not of.every_steps:
-            raise ValueError(
-                "early_stopping with validation.every_steps=0 never looks hint: set train.validation.every_steps"
+            raise SettingError(
+                "early_stopping with validation.every_steps=0 never looks", "set train.validation.every_steps"
             )
         if (asked or of.early_stopping) and not of.max_rows:
-            raise ValueError(
-                f"{asked[0] if asked else 'early_stopping'} with validation.max_rows=0 has nothing to go by"
-                " hint: set train.validation.max_rows=64"
+            raise SettingError(
+                f"{asked[0] if asked else 'early_stopping'} with validation.max_rows=0 has nothing to go by",
+                "set train.validation.max_rows=64",
             )
         if of.background and not self.scaling.max_workers:
-            raise ValueError(
-                "validation.background with scaling.num_workers=0: there is no Ray to run it beside the training"
-                " hint: set train.scaling.num_workers=1, or train.validation.background=false"
+            raise SettingError(
+                "validation.background with scaling.num_workers=0: there is no Ray to run it beside the training",
+                "set train.scaling.num_workers=1, or train.validation.background=false",
             )
         return self
 
@@ -281,16 +283,17 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _router_is_trained(self) -> Self:
         if self.router == "trained" and self.adapter:
-            raise ValueError("router=trained beside an adapter: its export has no place for it hint: set train.router=auto")
+            raise SettingError("router=trained beside an adapter: its export has no place for it", "set train.router=auto")
         if self.router_aux_loss and self.sequence_parallel > 1:
-            raise ValueError(
+            raise SettingError(
                 f"router_aux_loss={self.router_aux_loss} with sequence_parallel={self.sequence_parallel}: each worker sees a"
-                " slice of the tokens to be balanced hint: set train.sequence_parallel=1, or train.router_aux_loss=0"
+                " slice of the tokens to be balanced",
+                "set train.sequence_parallel=1, or train.router_aux_loss=0",
             )
         if self.router_aux_loss and (self.adapter or self.router == "frozen"):
-            raise ValueError(
-                f"router_aux_loss={self.router_aux_loss} has nothing to balance, the router is frozen"
-                " hint: set train.router_aux_loss=0, or train every weight with train.router=trained"
+            raise SettingError(
+                f"router_aux_loss={self.router_aux_loss} has nothing to balance, the router is frozen",
+                "set train.router_aux_loss=0, or train every weight with train.router=trained",
             )
         return self
 
@@ -298,7 +301,7 @@ class TrainConfig(Config):
     def _blocks_can_be_compiled(self) -> Self:
         if self.compile and (self.zero_stage == 3 or self.router_aux_loss):
             what = "zero_stage=3 gathers weights" if self.zero_stage == 3 else "router_aux_loss looks at routers"
-            raise ValueError(f"compile=true: {what} in the middle of a block hint: set train.compile=false")
+            raise SettingError(f"compile=true: {what} in the middle of a block", "set train.compile=false")
         return self
 
     @model_validator(mode="after")
@@ -306,18 +309,18 @@ class TrainConfig(Config):
         if self.adapter is None:
             return self
         if self.adapter.quantize == "nf4" and not self.scaling.gpus_per_worker:
-            raise ValueError(
-                "adapter.quantize=nf4 needs a GPU, gpus_per_worker=0"
-                " hint: set train.scaling.gpus_per_worker=1, or train.adapter.quantize=none"
+            raise SettingError(
+                "adapter.quantize=nf4 needs a GPU, gpus_per_worker=0",
+                "set train.scaling.gpus_per_worker=1, or train.adapter.quantize=none",
             )
         if self.adapter.quantize == "nf4" and self.zero_stage == 3:
-            raise ValueError(
-                "adapter.quantize=nf4 makes weights that zero_stage=3 cannot divide"
-                " hint: set train.zero_stage=2: each worker holds the whole model, in 4 bits"
+            raise SettingError(
+                "adapter.quantize=nf4 makes weights that zero_stage=3 cannot divide",
+                "set train.zero_stage=2: each worker holds the whole model, in 4 bits",
             )
         if self.adapter.method == "dora" and self.zero_stage == 3:
-            raise ValueError(
-                "adapter.method=dora needs whole weights for their norms, zero_stage=3 divides them"
-                " hint: set train.zero_stage=2, or train.adapter.method=rslora"
+            raise SettingError(
+                "adapter.method=dora needs whole weights for their norms, zero_stage=3 divides them",
+                "set train.zero_stage=2, or train.adapter.method=rslora",
             )
         return self

@@ -244,7 +244,8 @@ def auc(train: npt.NDArray[np.float64], held_out: npt.NDArray[np.float64]) -> fl
 def _wins(train: npt.NDArray[np.float64], held_out: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if not (np.isfinite(train).all() and np.isfinite(held_out).all()):
         return np.full((len(train), len(held_out)), np.nan)
-    return (train[:, None] > held_out).astype(np.float64) + 0.5 * (train[:, None] == held_out)
+    wins: npt.NDArray[np.float64] = (train[:, None] > held_out) + 0.5 * (train[:, None] == held_out)
+    return wins
 
 
 def auc_interval(train: npt.NDArray[np.float64], held_out: npt.NDArray[np.float64], seed: int) -> tuple[float, float]:

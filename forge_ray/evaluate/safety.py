@@ -67,7 +67,7 @@ def read_prompts(paths: Sequence[str]) -> tuple[tuple[SafetyPrompt, ...], list[s
             if line.strip():
                 found.append(_parse(line, f"{path.rsplit('/', 1)[-1]}:{number}"))
         if len(found) == before:
-            raise DataError(f"eval.safety: {path} has no prompt", hint="one JSON object a line; docs/gates.md")
+            raise DataError(f"eval.safety: {path} has no prompt", hint="one JSON object a line; docs/design/gates.md")
     return tuple(found), digests
 
 

@@ -76,7 +76,7 @@ def examples(store: Store, manifest: DatasetManifest, config: EvalConfig) -> lis
 def source_name(manifest: DatasetManifest, row: dict[str, Any]) -> str:
     """The mixture's name of the source that a record came from; its file, in versions that have no mixture."""
     number = row.get("source")
-    return manifest.mixture[number].name if number is not None and number < len(manifest.mixture) else row["file"]
+    return manifest.mixture[number].name if number is not None and number < len(manifest.mixture) else str(row["file"])
 
 
 def label_set(store: Store, manifest: DatasetManifest, config: EvalConfig) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from forge_ray.data.read.sources import expand
 from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record
 from forge_ray.data.record.subject import KEY, subject_digest, subject_key
 from forge_ray.errors import ConfigError, DataError
-from forge_ray.governance.impact import Affected, Facts, Reached, Use
+from forge_ray.governance.impact import Affected, Facts, Reached
+from forge_ray.governance.uses import Use
 from forge_ray.records import DatasetManifest
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store

@@ -61,4 +61,5 @@ def load_model(
 
         adapted: Any = PeftModel.from_pretrained(model, adapter_dir, is_trainable=False)
         model = adapted.merge_and_unload().to(dtype) if merge else adapted.get_base_model()
-    return model.to(device).eval().requires_grad_(False)
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return loaded

@@ -122,7 +122,8 @@ class Projection(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """What models look at for its dtype and device."""
-        return self.product.weight.data
+        weight: torch.Tensor = self.product.weight.data
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product.part(x, self._index)

@@ -78,7 +78,7 @@ def document_attention(
     return _one_by_one(query_1HND, key_1GND, value_1GND, edges, given), None
 
 
-@torch.compiler.disable  # the number of documents differs from pass to pass
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of documents differs from pass to pass
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, given: dict[str, Any]) -> Tensor:
     dtype, groups = query.dtype, query.shape[1] // key.shape[1]
     if not query.is_cuda:  # its kernel takes half the time in fp32 that it takes in bf16

@@ -62,7 +62,7 @@ def join(use_gpu: bool, num_threads: int, under_ray: bool, share: int = 1) -> Co
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return Context(rank, world_size, local_rank, device, under_ray, share, _group(rank, world_size, share))
 
 
@@ -76,7 +76,8 @@ def _group(rank: int, world_size: int, share: int) -> dist.ProcessGroup | None:
     if share == 1:
         return None
     groups = [dist.new_group(list(range(first, first + share))) for first in range(0, world_size, share)]
-    return groups[rank // share]
+    group: dist.ProcessGroup = groups[rank // share]
+    return group
 
 
 def sum_over_ranks(values: list[float], context: Context) -> list[float]:

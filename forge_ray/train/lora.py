@@ -43,8 +43,9 @@ def fuse(model: Any, config: TrainConfig) -> int:
 def _forward(layer: Any, x: Tensor) -> Tensor:
     (name,) = layer.active_adapters
     base, scaling = layer.get_base_layer(), layer.scaling[name]
-    found: Tensor = _Lora.apply(x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, scaling)
-    return found
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    output: Tensor = _Lora.apply(x, base.weight, base.bias, down, up, scaling)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _Lora(torch.autograd.Function):

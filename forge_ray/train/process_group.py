@@ -19,9 +19,8 @@ TorchBackend, set_ranks = torch_backend()
 def _alone(backend: str, timeout_s: int) -> None:
     from torch import distributed
 
-    distributed.init_process_group(
-        backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
-    )
+    alone = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))
 
 
 class Meeting(TorchBackend):  # type: ignore[misc, valid-type]

@@ -101,8 +101,8 @@ def _repeats(heads: int, kv_heads: int, size: int) -> int:
 
 def exchange(tensor: Tensor, group: dist.ProcessGroup | None, scattered: int, gathered: int) -> Tensor:
     """Dimension `scattered` is divided among the ranks of the group, `gathered` put together from them; differentiable."""
-    found: Tensor = _Exchange.apply(tensor, group, scattered, gathered)
-    return found
+    exchanged: Tensor = _Exchange.apply(tensor, group, scattered, gathered)  # type: ignore[no-untyped-call]
+    return exchanged
 
 
 class _Exchange(torch.autograd.Function):

@@ -79,7 +79,7 @@ def _writer(write: Write) -> Any:
     """DeepSpeed's name for it is a checkpoint engine."""
     from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
 
-    class Through(TorchCheckpointEngine):
+    class Through(TorchCheckpointEngine):  # type: ignore[misc]
         def save(self, state_dict: Any, path: str) -> None:
             write(state_dict, path)
 

@@ -76,7 +76,8 @@ def _all_signatures(store: Store, key: str, num_hashes: int) -> npt.NDArray[np.u
 
 def _signatures(store: Store, path: str, num_hashes: int) -> npt.NDArray[np.uint32]:
     columns = [batch.column("signature").flatten().to_numpy(zero_copy_only=False) for batch in read_batches(store, path)]
-    return np.concatenate(columns).astype(np.uint32).reshape(-1, num_hashes)
+    signatures: npt.NDArray[np.uint32] = np.concatenate(columns).astype(np.uint32).reshape(-1, num_hashes)
+    return signatures
 
 
 def _records(store: Store, path: str) -> npt.NDArray[Any]:

@@ -65,7 +65,7 @@ def check_invalid(config: DataConfig, history: History, places: Callable[[], str
     table = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(8))
     if not kept and not dropped:
         raise DataError(
-            f"none of {total} rows can be used: {table} ({places()})", hint="see docs/data.md for the accepted shapes"
+            f"none of {total} rows can be used: {table} ({places()})", hint="see docs/guides/data.md for the accepted shapes"
         )
     if reasons.total() > config.max_invalid_fraction * total:
         raise DataError(

@@ -118,7 +118,8 @@ def _key(table: pa.Table, copies: npt.NDArray[Any], settings: str) -> str:
 def _fixed(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     """A column of numbers or of record ids as an array of numbers; ids are [n, 12] bytes."""
     if not pa.types.is_fixed_size_binary(column.type):
-        return column.to_numpy()
+        numbers: npt.NDArray[Any] = column.to_numpy()
+        return numbers
     array, width = column.combine_chunks(), column.type.byte_width
     data = np.frombuffer(array.buffers()[1], np.uint8)
     return data[array.offset * width : (array.offset + len(array)) * width].reshape(-1, width)

@@ -106,10 +106,10 @@ def plan(store: Store, key: str) -> Any:
 
 
 def clean(store: Store) -> int:
-    """Remove the work area; returns the bytes that lay there. Files that a dataset shares with it stay in the dataset."""
-    files = store.list(paths.work(), recursive=True)
-    size = sum(map(store.size, files))
-    store.delete_dir(paths.work())
+    """Remove the work area of dataset builds and nothing else; returns the bytes that lay there. Files that a dataset shares
+    with it stay in the dataset."""
+    size = sum(map(store.size, store.list(WORK, recursive=True)))
+    store.delete_dir(WORK)
     return size
 
 

@@ -28,7 +28,9 @@ def signature(texts: list[str], rule: NearDuplicates) -> npt.NDArray[np.uint32]:
         return np.full(rule.num_hashes, np.uint32(0xFFFFFFFF))
     factors, offsets = _permutations(rule.num_hashes)
     # multiply-shift hashing (Dietzfelbinger et al. 1997): the upper half of a*x + b, for each of the num_hashes pairs (a, b)
-    return ((np.unique(shingles)[:, None] * factors + offsets) >> np.uint64(32)).min(axis=0).astype(np.uint32)
+    upper: npt.NDArray[np.uint64] = (np.unique(shingles)[:, None] * factors + offsets) >> np.uint64(32)
+    smallest: npt.NDArray[np.uint32] = upper.min(axis=0).astype(np.uint32)
+    return smallest
 
 
 @lru_cache(maxsize=4)

@@ -194,4 +194,5 @@ def positions(segment_ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     index = np.broadcast_to(np.arange(length), segment_ids.shape)
     starts = np.ones(segment_ids.shape, bool)
     starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
-    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
+    positions: npt.NDArray[np.int64] = index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
+    return positions

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import pyarrow.fs as pafs
@@ -150,9 +151,10 @@ def _saved_dataset(folder: str) -> Iterator[str]:
         )
 
 
-def _json(folder: str, name: str) -> dict:
+def _json(folder: str, name: str) -> dict[str, Any]:
     with open_file(_inside(folder, name)) as stream:
-        return json.loads(stream.read())
+        value: dict[str, Any] = json.loads(stream.read())
+    return value
 
 
 def _inside(folder: str, name: str) -> str:
@@ -173,7 +175,7 @@ def _own(folder: str, name: str) -> str:
 
 def _exists(folder: str, name: str) -> bool:
     filesystem, inner = filesystem_of(_inside(folder, name))
-    return filesystem.get_file_info(inner).type == pafs.FileType.File
+    return bool(filesystem.get_file_info(inner).type == pafs.FileType.File)
 
 
 def _name(path: str) -> str:
@@ -248,4 +250,4 @@ def _beside(folder: str, options: str, name: str) -> str:
 
 def _is_there(path: str) -> bool:
     filesystem, inner = filesystem_of(path)
-    return filesystem.get_file_info(inner).type == pafs.FileType.File
+    return bool(filesystem.get_file_info(inner).type == pafs.FileType.File)

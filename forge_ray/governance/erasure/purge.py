@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable
 
 from forge_ray.data.build import tombstones as erased
-from forge_ray.data.build import work
 from forge_ray.errors import StoreError
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.erasure.plan import Plan
@@ -66,7 +65,7 @@ def purge(store: Store, plan: Plan, weights: Iterable[str], listing: tuple[FileE
     for entry in listing:
         if entry.path.startswith(paths.image("")):
             store.delete(entry.path)
-    work.clean(store)
+    store.delete_dir(paths.work())  # of builds and of reproductions
     return files_digest(listing)
 
 

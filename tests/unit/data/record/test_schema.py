@@ -176,7 +176,7 @@ def _schema(rows: list[dict[str, Any]]) -> pa.Schema:
 
 
 def test_every_reason_is_explained() -> None:
-    page = (Path(__file__).parents[4] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "reference" / "quarantine-reasons.md").read_text(encoding="utf-8")
     reasons = {row[-1] for row in [*REJECTED_LINES, *REJECTED_RECORDS, *REJECTED, *FORCED, *MAPPED]}
     assert not [reason for reason in sorted(reasons) if general(reason) not in page]
 
