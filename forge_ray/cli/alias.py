@@ -1,4 +1,4 @@
-"""`forge alias …`: what the names of endpoints stand for."""
+"""`forge alias …`: which model versions an alias routes to."""
 
 from __future__ import annotations
 
@@ -17,54 +17,65 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def alias() -> None:
-    """What the names of an endpoint stand for: list, set, canary, promote, rollback, archive."""
+    """Route an alias to versions: set, canary, promote, roll back."""
 
 
-WHY = click.option("--why", default="", help="Kept in the alias's history.")
-WAIT_URL = click.option("--url", default="", help="Wait until this endpoint answers by it.")
+WHY = click.option("--why", default="", help="Reason, kept in the alias's history.")
+WAIT_URL = click.option("--url", default="", help="Wait until the endpoint at this URL serves the new route.")
 WAIT_S = 120.0
 
 
-@verb(alias, "list")
+@verb(alias, "list", "forge alias list")
 def alias_list(store: Store, as_json: bool) -> Any:
-    """Every alias and what it stands for."""
+    """List every alias and the versions it routes to."""
     from forge_ray.cli.show import print_table
     from forge_ray.release.traffic import in_words, shown
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = index.routes()
+        routes = index.routes()
     if not as_json:
-        print_table("Aliases", ("alias", "stands for"), [(name, in_words(route)) for name, route in sorted(found.items())])
-    return {name: shown(route) for name, route in found.items()}
+        print_table("Aliases", ("alias", "routes to"), [(name, in_words(route)) for name, route in sorted(routes.items())])
+    return {name: shown(route) for name, route in routes.items()}
 
 
-@verb(alias, "history")
+@verb(alias, "history", "forge alias history support@prod")
 @click.argument("name")
 def alias_history(store: Store, as_json: bool, name: str) -> Any:
-    """Every move of an alias, with its reason."""
+    """List every change of an alias, with its reason."""
     from forge_ray.cli.show import print_table
     from forge_ray.config.release import AliasRoute
     from forge_ray.release.traffic import history, in_words
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = history(index, name)
+        moves = history(index, name)
     if not as_json:
         rows = [
             (move["at"][:19], in_words(AliasRoute.model_validate(move["route"]) if move["route"] else None), move["why"])
-            for move in found
+            for move in moves
         ]
-        print_table(name, ("at (UTC)", "stands for", "why"), rows)
-    return found
+        print_table(name, ("at (UTC)", "routes to", "why"), rows)
+    return moves
 
 
-@verb(alias, "set")
+@verb(alias, "set", "forge alias set support@prod --to mv_0123456789abcdef")
 @click.argument("name")
-@click.option("--to", "versions", multiple=True, metavar="VERSION[=WEIGHT]", help="The first is the stable one.")
-@click.option("--shadow", multiple=True, metavar="VERSION", help="Answers too; only metrics see it.")
-@click.option("--fallback", type=click.Choice(["", "base"]), default="", help="Who answers where no version can.")
-@click.option("--file", metavar="ROUTE.yaml", help="A whole route, with rules; instead of the options.")
+@click.option(
+    "--to",
+    "versions",
+    multiple=True,
+    metavar="VERSION[=WEIGHT]",
+    help="Version with its weight; the first is the stable one. Repeatable.",
+)
+@click.option(
+    "--shadow",
+    multiple=True,
+    metavar="VERSION",
+    help="Version that gets a copy of the requests, for metrics only. Repeatable.",
+)
+@click.option("--fallback", type=click.Choice(["", "base"]), default="", help="What serves the alias when no version can.")
+@click.option("--file", metavar="ROUTE.yaml", help="File with the whole route, including rules, instead of the options.")
 @WHY
 @WAIT_URL
 def alias_set(
@@ -78,7 +89,7 @@ def alias_set(
     why: str,
     url: str,
 ) -> Any:
-    """Let a name stand for a version, a weighted set, or a route."""
+    """Route an alias to a version, a weighted set, or a route file."""
     from forge_ray.config.base import load, parse
     from forge_ray.config.release import AliasRoute
     from forge_ray.store.catalog import Catalog
@@ -86,12 +97,12 @@ def alias_set(
     if bool(file) == bool(versions):
         raise ConfigError("give --to VERSION, or --file with a whole route", hint="forge alias set NAME --to mv_…")
     if file:
-        wanted = load(AliasRoute, file)
+        route = load(AliasRoute, file)
     else:
-        weights = {ref: _weight(weight or "1") for ref, _, weight in (given.partition("=") for given in versions)}
-        wanted = parse(AliasRoute, {"versions": weights, "shadow": list(shadow), "fallback": fallback})
+        weights = {ref: _weight(weight or "1") for ref, _, weight in (option.partition("=") for option in versions)}
+        route = parse(AliasRoute, {"versions": weights, "shadow": list(shadow), "fallback": fallback})
     with Catalog(store) as index:
-        index.set_route(name, wanted, why)
+        index.set_route(name, route, why)
         return _moved(as_json, name, index.routes()[name], url)
 
 
@@ -99,16 +110,21 @@ def _weight(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"weight {text!r} is no number", hint="--to mv_a=95 --to mv_b=5") from None
+        raise ConfigError(f"weight {text!r} is not a number", hint="--to mv_a=95 --to mv_b=5") from None
 
 
-@verb(alias, "canary")
+@verb(alias, "canary", "forge alias canary support@prod --to mv_fedcba9876543210 --percent 10")
 @click.argument("name")
 @click.option("--to", "reference", required=True, metavar="VERSION", help="The new version.")
-@click.option("--percent", default=5.0, show_default=True, help="Of the requests.")
-@click.option("--max-error-rate", default=0.05, show_default=True, help="Above it the canary is taken back.")
-@click.option("--max-latency-ratio", default=2.0, show_default=True, help="Time per token against the stable version's.")
-@click.option("--min-requests", default=20, show_default=True, help="Before it is judged.")
+@click.option("--percent", default=5.0, show_default=True, help="Percentage of requests sent to the new version.")
+@click.option("--max-error-rate", default=0.05, show_default=True, help="Roll back above this share of failed requests.")
+@click.option(
+    "--max-latency-ratio",
+    default=2.0,
+    show_default=True,
+    help="Roll back above this ratio of time per token to the stable version's.",
+)
+@click.option("--min-requests", default=20, show_default=True, help="Requests to observe before the canary is evaluated.")
 @WHY
 @WAIT_URL
 def alias_canary(
@@ -123,7 +139,9 @@ def alias_canary(
     why: str,
     url: str,
 ) -> Any:
-    """Send some of a name's requests to another version; it is taken back by itself if it does badly."""
+    """Send a share of an alias's requests to another version.
+
+    The canary is rolled back automatically if it exceeds one of the limits."""
     from forge_ray.config.base import parse
     from forge_ray.config.release import Guard
     from forge_ray.release.traffic import canary
@@ -134,12 +152,12 @@ def alias_canary(
         return _moved(as_json, name, canary(index, name, reference, percent, parse(Guard, bounds), why), url)
 
 
-@verb(alias, "promote")
+@verb(alias, "promote", "forge alias promote support@prod")
 @click.argument("name")
 @WHY
 @WAIT_URL
 def alias_promote(store: Store, as_json: bool, name: str, why: str, url: str) -> Any:
-    """The canary becomes the stable version."""
+    """Make the canary the stable version."""
     from forge_ray.release.traffic import promote
     from forge_ray.store.catalog import Catalog
 
@@ -147,12 +165,12 @@ def alias_promote(store: Store, as_json: bool, name: str, why: str, url: str) ->
         return _moved(as_json, name, promote(index, name, why), url)
 
 
-@verb(alias, "rollback")
+@verb(alias, "rollback", "forge alias rollback support@prod --why 'wrong labels'")
 @click.argument("name")
 @WHY
 @WAIT_URL
 def alias_rollback(store: Store, as_json: bool, name: str, why: str, url: str) -> Any:
-    """What the name stood for before its last move."""
+    """Restore the route from before the last change."""
     from forge_ray.release.traffic import rollback
     from forge_ray.store.catalog import Catalog
 
@@ -160,11 +178,13 @@ def alias_rollback(store: Store, as_json: bool, name: str, why: str, url: str) -
         return _moved(as_json, name, rollback(index, name, why), url)
 
 
-@verb(alias, "archive")
+@verb(alias, "archive", "forge alias archive support@prod")
 @click.argument("name")
 @WHY
 def alias_archive(store: Store, as_json: bool, name: str, why: str) -> Any:
-    """Take a name out of use: endpoints answer 410 for it. `alias rollback` brings it back."""
+    """Archive an alias: endpoints answer 410 for it.
+
+    `forge alias rollback` restores it."""
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
@@ -190,20 +210,20 @@ def _wait_until_live(url: str, name: str, route: AliasRoute) -> None:
     from forge_ray.client import Client
     from forge_ray.errors import NotFound
 
-    deadline, said = time.monotonic() + WAIT_S, ""
+    deadline, last_answer = time.monotonic() + WAIT_S, ""
     with Client(url, api_key=os.environ.get("FORGE_API_KEY", "")) as client:
         while time.monotonic() < deadline:
             try:
                 card = client.model(name)
-                said = str(card["model_version"])
-                if said == route.stable and set(card.get("route", {"versions": {said: 1}})["versions"]) == set(
+                last_answer = str(card["model_version"])
+                if last_answer == route.stable and set(card.get("route", {"versions": {last_answer: 1}})["versions"]) == set(
                     route.versions
                 ):
                     return
             except NotFound as error:
-                said = error.message
+                last_answer = error.message
             time.sleep(0.2)
     raise EngineError(
-        f"{url} does not answer {name!r} by {route.stable} after {WAIT_S:.0f} s (last: {said})",
-        hint="`forge deploy --status` says which replicas prepare and what cannot be served",
+        f"{url} does not serve {name!r} with {route.stable} after {WAIT_S:.0f} s (last: {last_answer})",
+        hint="`forge deploy --status` shows which replicas are still loading and which versions fail to load",
     )

@@ -1,4 +1,4 @@
-"""`forge audit …`: what can be proven about a run afterwards."""
+"""`forge audit …`: verify the rows a run used, measure memorisation, verify the audit log."""
 
 from __future__ import annotations
 
@@ -16,66 +16,80 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def audit() -> None:
-    """Prove afterwards what was done: data, leak, log, verify."""
+    """Audit training data, memorisation and the audit log."""
 
 
-@verb(audit, "data")
+@verb(audit, "data", "forge audit data run_0123456789abcdef --step 1")
 @click.argument("run", metavar="run_…")
-@click.option("--step", "shown", type=int, multiple=True, metavar="N", help="List the records of this step (from 1).")
-def audit_data(store: Store, as_json: bool, run: str, shown: tuple[int, ...]) -> Any:
-    """Which rows each step used: recomputed from the dataset, compared with what the workers wrote down."""
+@click.option(
+    "--step",
+    "steps_to_list",
+    type=int,
+    multiple=True,
+    metavar="N",
+    help="List the records of this step (counted from 1). Repeatable.",
+)
+def audit_data(store: Store, as_json: bool, run: str, steps_to_list: tuple[int, ...]) -> Any:
+    """Verify which rows each training step used.
+
+    The order is recomputed from the dataset and compared with what the workers recorded."""
     from forge_ray.errors import ConfigError
     from forge_ray.progress import stage
     from forge_ray.train import audit as auditing
 
     facts = auditing.facts_of(store, run)
-    for step in shown:
+    for step in steps_to_list:
         if not 1 <= step <= facts.num_steps:
             raise ConfigError(f"--step {step}: {run} has the steps 1 to {facts.num_steps}", hint="steps count from 1")
     with stage("audit") as it:
-        found = auditing.audit(facts, it.update)
-        it.done(f"{run}  {found.steps_compared} of {found.num_steps} steps compared")
-    steps = {str(step): auditing.records_of(facts.rows, facts.order, step) for step in shown}
+        report = auditing.audit(facts, it.update)
+        it.done(f"{run}  {report.steps_compared} of {report.num_steps} steps compared")
+    steps = {str(step): auditing.records_of(facts.rows, facts.order, step) for step in steps_to_list}
     if not as_json:
         click.echo(
-            f"{run}: {found.num_steps} steps took {found.samples_seen:,} rows of the {found.num_rows:,} in {found.dataset}"
+            f"{run}: {report.num_steps} steps took {report.samples_seen:,} rows"
+            f" of the {report.num_rows:,} in {report.dataset}"
         )
-        for times, count in found.times_used.items():
+        for times, count in report.times_used.items():
             click.echo(f"  {count:,} rows {times} times")
         for number, used in steps.items():
             click.echo(f"step {number}")
             for item in used:
                 click.echo(f"  lane {item['lane']}: row {item['row']}: {' '.join(item['records'])}")
-        for problem in found.problems[:20]:
+        for problem in report.problems[:20]:
             click.echo(f"  {problem}")
-        if not found.problems:
+        if not report.problems:
             click.echo("every step was given the rows of its order")
-    if found.problems:
+    if report.problems:
         raise TrainingError(
-            f"{run} did not use the rows that it says: {found.problems[0]} ({len(found.problems)} problems)",
+            f"{run} did not train on the recorded rows: {report.problems[0]} ({len(report.problems)} problems)",
             hint="do not release what it trained; compare the store with a backup",
         )
-    return asdict(found) | {"steps": steps}
+    return asdict(report) | {"steps": steps}
 
 
-@verb(audit, "leak")
+@verb(audit, "leak", "forge audit leak support@prod")
 @click.argument("reference", metavar="run_…|mv_…|ALIAS")
-@click.option("--max-records", type=int, help="Training records, and as many held-out ones; else as its run file says.")
-@click.option("--candidates", type=int, help="Codes that each canary's is ranked among.")
-@click.option("--seed", type=int, help="Draws records, candidates and the bootstrap.")
+@click.option(
+    "--max-records", type=int, help="Training records to test, and as many held-out ones. Default: the run file's setting."
+)
+@click.option("--candidates", type=int, help="Random codes that each canary's code is ranked against.")
+@click.option("--seed", type=int, help="Seed for drawing records, candidates and bootstrap samples.")
 def audit_leak(store: Store, as_json: bool, reference: str, **settings: int | None) -> Any:
-    """What the weights give away of the rows they were trained on: membership, extraction, exposure of canaries."""
+    """Measure what the weights reveal about their training rows.
+
+    Covers membership inference, verbatim extraction and exposure of canaries."""
     from forge_ray import pipeline
 
-    given = {name: value for name, value in settings.items() if value is not None}
-    report = pipeline.audit_leak(reference, store, given)
+    overrides = {name: value for name, value in settings.items() if value is not None}
+    report = pipeline.audit_leak(reference, store, overrides)
     if not as_json:
         from forge_ray.cli.show import print_table
 
-        told, records, canaries = report.metrics, report.per_slice["records"], report.per_slice["canaries"]
+        metrics, records, canaries = report.metrics, report.per_slice["records"], report.per_slice["canaries"]
 
         def value(name: str, form: str = ".3f") -> str:
-            return format(told[name], form) if name in told else "-"
+            return format(metrics[name], form) if name in metrics else "-"
 
         rows = [
             (
@@ -98,7 +112,7 @@ def audit_leak(store: Store, as_json: bool, reference: str, **settings: int | No
             f"{report.subject}: {records['train']['count']:.0f} training and {records['held_out']['count']:.0f} held-out"
             f" records, {canaries['train']['count']:.0f} and {canaries['held_out']['count']:.0f} canaries",
             ("", "training rows", "held out", "base model"),
-            [(what, mine, other, value(base) if base else "") for what, mine, other, base in rows],
+            [(what, trained, held_out, value(base) if base else "") for what, trained, held_out, base in rows],
         )
         click.echo(f"{report.id}  a model that does not know its canaries has 1.44 bits on average, an AUC of 0.5")
     return report

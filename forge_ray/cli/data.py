@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def data() -> None:
-    """Datasets: prepare, list, show, card, diff, find, export, canaries, clean."""
+    """Build, inspect, compare and export datasets."""
 
 
-@verb(data, "prepare")
+@verb(data, "prepare", "forge data prepare RUN.yaml")
 @run_file
 def data_prepare(store: Store, as_json: bool, config: RunConfig) -> Any:
-    """Rows → a packed, content-addressed dataset version."""
+    """Build a packed, content-addressed dataset version from rows."""
     from forge_ray import pipeline
 
     manifest = pipeline.prepare(config, store)
@@ -34,26 +34,26 @@ def data_prepare(store: Store, as_json: bool, config: RunConfig) -> Any:
         header = ("split", "records", "packed rows", "tokens", "trained tokens", "fill")
         rows = []
         for name, stats in manifest.splits.items():
-            room = max(1, stats.num_rows * manifest.sequence_length)
+            capacity = max(1, stats.num_rows * manifest.sequence_length)
             counts = (stats.num_records, stats.num_rows, stats.num_tokens, stats.num_trained_tokens)
-            rows.append((name, *(f"{count:,}" for count in counts), f"{stats.num_tokens / room:.1%}"))
+            rows.append((name, *(f"{count:,}" for count in counts), f"{stats.num_tokens / capacity:.1%}"))
         print_table(manifest.id, header, rows)
         for reason, count in manifest.rejects.items():
             click.echo(f"  {count} × {reason}")
     return manifest
 
 
-@verb(data, "list")
+@verb(data, "list", "forge data list")
 def data_list(store: Store, as_json: bool) -> Any:
-    """Every dataset version."""
+    """List every dataset version."""
     from forge_ray.cli.show import print_table
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found, present = index.all(DatasetManifest), {manifest.id for manifest in index.datasets()}
+        manifests, present = index.all(DatasetManifest), {manifest.id for manifest in index.datasets()}
     if not as_json:
-        names = {d.id: d.name if d.id in present else f"{d.name} (rows erased)" for d in found}
+        names = {d.id: d.name if d.id in present else f"{d.name} (rows erased)" for d in manifests}
         rows = [
             (
                 d.id,
@@ -61,32 +61,38 @@ def data_list(store: Store, as_json: bool) -> Any:
                 *(f"{d.splits[s].num_records:,}" for s in ("train", "validation", "test")),
                 d.created_at[:19],
             )
-            for d in found
+            for d in manifests
         ]
         print_table("Datasets", ("dataset", "name", "train", "validation", "test", "created (UTC)"), rows)
-    return [manifest.model_dump(mode="json", exclude={"files"}) for manifest in found]
+    return [manifest.model_dump(mode="json", exclude={"files"}) for manifest in manifests]
 
 
-@verb(data, "show")
+@verb(data, "show", "forge data show ds_0123456789abcdef --rows 5")
 @click.argument("dataset", metavar="ds_…")
-@click.option("--rows", default=3, show_default=True, help="How many packed rows.")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="train", show_default=True)
+@click.option("--rows", default=3, show_default=True, help="Number of packed rows to show.")
+@click.option(
+    "--split", type=click.Choice(["train", "validation", "test"]), default="train", show_default=True, help="Split to show."
+)
 def data_show(store: Store, as_json: bool, dataset: str, rows: int, split: str) -> Any:
-    """Packed rows token by token, trained tokens coloured, with the records inside."""
+    """Show packed rows token by token, with trained tokens marked.
+
+    Each document is shown with the id of its record."""
     from forge_ray.cli.show import packed_rows, print_packed_rows
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        shown = packed_rows(index, dataset, split, rows)
+        packed = packed_rows(index, dataset, split, rows)
     if not as_json:
-        print_packed_rows(shown)
-    return {"dataset": dataset, "split": split, "rows": shown}
+        print_packed_rows(packed)
+    return {"dataset": dataset, "split": split, "rows": packed}
 
 
-@verb(data, "card")
+@verb(data, "card", "forge data card ds_0123456789abcdef")
 @click.argument("dataset", metavar="ds_…")
 def data_card(store: Store, as_json: bool, dataset: str) -> Any:
-    """Counts, sources, licences, drops and a length histogram, written as cards/<id>/README.md of the store."""
+    """Write a dataset card: counts, sources, licences, lengths.
+
+    The card is written to cards/<id>/README.md in the store; it also counts the dropped rows."""
     from forge_ray.data.dataset.card import markdown, write_card
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
@@ -100,66 +106,78 @@ def data_card(store: Store, as_json: bool, dataset: str) -> Any:
     return {"dataset": dataset, "folder": f"{store.place}/{folder}", "manifest": manifest.model_dump(exclude={"files"})}
 
 
-@verb(data, "diff")
+@verb(data, "diff", "forge data diff ds_0123456789abcdef ds_fedcba9876543210")
 @click.argument("old", metavar="ds_OLD")
 @click.argument("new", metavar="ds_NEW")
 def data_diff(store: Store, as_json: bool, old: str, new: str) -> Any:
-    """Records added, removed and changed between two versions, by source."""
+    """Compare the records of two dataset versions.
+
+    Lists records that were added, removed and changed, by source."""
     from forge_ray.data.dataset.compare import diff
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = diff(store, index.get_as(DatasetManifest, old), index.get_as(DatasetManifest, new))
+        changes = diff(store, index.get_as(DatasetManifest, old), index.get_as(DatasetManifest, new))
     if not as_json:
         from forge_ray.cli.show import print_table
 
         kinds = ("added", "removed", "changed")
-        rows = [(name, *(f"{counts[kind]:,}" for kind in kinds)) for name, counts in found["by_source"].items()]
+        rows = [(name, *(f"{counts[kind]:,}" for kind in kinds)) for name, counts in changes["by_source"].items()]
         print_table(
-            f"{old} → {new}", ("source", *kinds), [*rows, ("all", *(f"{found['counts'][kind]:,}" for kind in kinds))]
+            f"{old} → {new}", ("source", *kinds), [*rows, ("all", *(f"{changes['counts'][kind]:,}" for kind in kinds))]
         )
-        for key, (before, after) in found["settings"].items():
+        for key, (before, after) in changes["settings"].items():
             click.echo(f"  {key}: {before} → {after}")
         for kind in kinds:
-            for row in found[kind]:
+            for row in changes[kind]:
                 was = f"  was {row['was']}" if kind == "changed" else ""
                 click.echo(f"  {kind:<8} {row['record']}  {row['file']}:{row['line']}{was}")
-    return found
+    return changes
 
 
-@verb(data, "find")
+@verb(data, "find", "forge data find rec_0123456789abcdef01234567")
 @click.argument("record", metavar="rec_…", required=False, default="")
 @click.option("--subject", default="", help="Value of the subject column; - reads it from standard input.")
-@click.option("--key-file", default="", help="The HMAC key, where the run file named one.")
+@click.option("--key-file", default="", help="File with the HMAC key, if the run file named one.")
 def data_find(store: Store, as_json: bool, record: str, subject: str, key_file: str) -> Any:
-    """Which dataset versions hold a record, or any record of a person."""
+    """Find the dataset versions that hold a record or a person."""
     from forge_ray.data.dataset.compare import holders
     from forge_ray.data.record.subject import subject_digest, subject_key
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
 
     if bool(record) == bool(subject):
-        raise ConfigError("forge data find needs a record id or --subject, and one of them", hint="forge data find rec_…")
+        raise ConfigError("forge data find needs either a record id or --subject", hint="forge data find rec_…")
     if subject == "-":  # an argument would stay in the shell's history
         subject = sys.stdin.read().strip()
     hashed = subject_digest(subject_key(store, key_file), subject) if subject else ""
     with Catalog(store) as index:
-        found = holders(store, index.all(DatasetManifest), record, hashed)
+        holdings = holders(store, index.all(DatasetManifest), record, hashed)
     if not as_json:
         from forge_ray.cli.show import print_table
 
-        rows = [(row["record"], row["dataset"], row["name"], row["split"], f"{row['file']}:{row['line']}") for row in found]
-        print_table(f"{len(found)} found", ("record", "dataset", "name", "split", "where"), rows)
-    return found
+        rows = [
+            (row["record"], row["dataset"], row["name"], row["split"], f"{row['file']}:{row['line']}") for row in holdings
+        ]
+        print_table(f"{len(holdings)} found", ("record", "dataset", "name", "split", "where"), rows)
+    return holdings
 
 
-@verb(data, "export")
+@verb(data, "export", "forge data export ds_0123456789abcdef rows.parquet")
 @click.argument("dataset", metavar="ds_…")
 @click.argument("target", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--split", type=click.Choice(["train", "validation", "test", "all"]), default="all", show_default=True)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test", "all"]),
+    default="all",
+    show_default=True,
+    help="Split to export.",
+)
 def data_export(store: Store, as_json: bool, dataset: str, target: Path, split: str) -> Any:
-    """The records as JSONL, or as Parquet with typed columns, by the ending of FILE."""
+    """Export the records of a dataset as JSONL or Parquet.
+
+    The file name's extension chooses the format; Parquet has typed columns."""
     from forge_ray.data.dataset.export import export
     from forge_ray.data.dataset.version import SPLITS
     from forge_ray.records import DatasetManifest
@@ -173,13 +191,15 @@ def data_export(store: Store, as_json: bool, dataset: str, target: Path, split: 
     return {"dataset": dataset, "split": split, "file": str(target), "records": count}
 
 
-@verb(data, "canaries")
+@verb(data, "canaries", "forge data canaries canaries.jsonl --count 64")
 @click.argument("target", metavar="OUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--count", default=32, show_default=True, help="Rows; some of them will be held out, which is their control.")
-@click.option("--digits", default=8, show_default=True, help="Length of each row's random code.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--count", default=32, show_default=True, help="Number of rows; some are held out, as the control group.")
+@click.option("--digits", default=8, show_default=True, help="Length of each random code.")
+@click.option("--seed", default=0, show_default=True, help="Seed for the random codes.")
 def data_canaries(store: Store, as_json: bool, target: Path, count: int, digits: int, seed: int) -> Any:
-    """Rows with random codes, to list among data.sources: `forge audit leak` then measures how well they are remembered."""
+    """Write rows with random codes, to measure memorisation.
+
+    Add the file to data.sources and train; `forge audit leak` then measures how well the codes are memorised."""
     from forge_ray.data.curate import canaries
 
     canaries.write(target, canaries.generate(count, digits, seed))
@@ -188,9 +208,11 @@ def data_canaries(store: Store, as_json: bool, target: Path, count: int, digits:
     return {"file": str(target), "count": count, "digits": digits, "seed": seed}
 
 
-@verb(data, "clean")
+@verb(data, "clean", "forge data clean")
 def data_clean(store: Store, as_json: bool) -> Any:
-    """Remove the work area of dataset builds; the next build redoes what it would have found there."""
+    """Remove the intermediate files of dataset builds.
+
+    The next build computes them again."""
     from forge_ray.data.build.work import clean
 
     freed = clean(store)

@@ -1,4 +1,4 @@
-"""`forge doctor`: what is open, what leaves, what is missing, each with the command that mends it."""
+"""`forge doctor`: what is open, what leaves, what is missing, each with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def top() -> None:
-    """Holds the verb that `forge` itself takes."""
+    """Top-level verbs; `forge` registers them."""
 
 
-@verb(top, "doctor")
-@click.option("--address", default="", help="A cluster to look at too, e.g. auto or HEAD:6379: the clocks of its nodes.")
+@verb(top, "doctor", "forge doctor --address auto")
+@click.option("--address", default="", help="Also check the clocks of this cluster's nodes, e.g. auto or HEAD:6379.")
 def doctor(store: Store, as_json: bool, address: str) -> Any:
-    """Tokens, TLS, ports, file modes, switches, versions, system, memory, disk, compiler, store. Exit 1 when any fails."""
+    """Check security, versions, hardware, disk and store.
+
+    Checks tokens, TLS, listening addresses, file permissions, telemetry settings, versions, memory, disk,
+    compiler and store, and prints a fix for each problem. Exit code 1 if any check fails."""
     from forge_ray.doctor.examine import examine, lines
     from forge_ray.doctor.finding import Surroundings
 

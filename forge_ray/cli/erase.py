@@ -1,4 +1,4 @@
-"""`forge erase`: rows go, and all that learned from them."""
+"""`forge erase`: erase rows and everything derived from them."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ LINES = 20  # of a source file are shown
 
 @click.group()
 def top() -> None:
-    """Verbs of `forge` itself."""
+    """Top-level verbs; `forge` registers them."""
 
 
-@verb(top, "erase")
+@verb(top, "erase", "forge erase --file rows.jsonl --plan")
 @click.option("--subject", default="", help="Value of the subject column; - reads it from standard input.")
-@click.option("--key-file", default="", help="The HMAC key, where the run file named one that is elsewhere now.")
-@click.option("--record", "records", multiple=True, metavar="rec_…", help="A record by its id; may be repeated.")
-@click.option("--file", "file", default="", metavar="ROWS", help="Rows in the form that the sources have.")
-@click.option("--no-near-duplicates", is_flag=True, help="Leave rows that are nearly equal.")
-@click.option("--plan", "plan_only", is_flag=True, help="Say what would change, and change nothing.")
-@click.option("--apply", "apply", is_flag=True, help="Do it; the same command goes on where one was stopped.")
+@click.option("--key-file", default="", help="File with the HMAC key, if it is no longer where the run file named it.")
+@click.option("--record", "records", multiple=True, metavar="rec_…", help="Id of a record. Repeatable.")
+@click.option("--file", "file", default="", metavar="ROWS", help="File of rows, in any format that data.sources accepts.")
+@click.option("--no-near-duplicates", is_flag=True, help="Keep near duplicates of the rows.")
+@click.option("--plan", "plan_only", is_flag=True, help="Show what would change, and change nothing.")
+@click.option("--apply", "apply", is_flag=True, help="Erase. After an interruption, the same command resumes.")
 @click.option(
     "--deployments",
     type=click.Choice(["retire", "mark"]),
     default="retire",
     show_default=True,
-    help="retire: aliases leave affected versions at once; mark: these answer until a replacement is released.",
+    help="retire: affected versions stop serving at once; mark: they serve until a replacement is released.",
 )
 @click.option(
     "--retrain",
     type=click.Choice(["all", "used", "none"]),
     default="all",
     show_default=True,
-    help="Which runs are repeated without the rows: all, those that an alias stands for, or none.",
+    help="Runs to repeat without the rows: all, only those that an alias routes to, or none.",
 )
-@click.option("--remove-adapters", is_flag=True, help="Remove adapters on an untouched base instead of training them again.")
-@click.option("--keep-weights", is_flag=True, help="Leave the weights of affected versions in the store, blocked.")
-@click.option("--why", default="", help="Kept in the audit log and in the certificate.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--remove-adapters", is_flag=True, help="Remove adapters whose base model is not affected, instead of retraining them."
+)
+@click.option("--keep-weights", is_flag=True, help="Keep the weights of affected versions in the store, blocked from use.")
+@click.option("--why", default="", help="Reason, kept in the audit log and in the certificate.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def erase(
     store: Store,
     as_json: bool,
@@ -66,32 +68,34 @@ def erase(
     why: str,
     yes: bool,
 ) -> Any:
-    """Rows that must go: what was made of them, and with --apply its end, with a certificate."""
+    """Erase rows and everything derived from them.
+
+    --plan shows the impact; --apply deletes, retrains, and writes a certificate."""
     from forge_ray.governance.erasure.apply import Options, begun
     from forge_ray.governance.erasure.apply import erase as run
     from forge_ray.governance.erasure.plan import plan_of, search
     from forge_ray.store.catalog import Catalog
 
     if plan_only == apply:
-        raise ConfigError("give --plan or --apply, and one of them", hint="--plan changes nothing")
+        raise ConfigError("give --plan or --apply (exactly one)", hint="--plan changes nothing")
     request = _request(subject, key_file, records, file, not no_near_duplicates)
     with Catalog(store) as catalog:
-        known = begun(catalog, request)
-        plan = known or plan_of(catalog, search(catalog, request))
+        unfinished = begun(catalog, request)
+        plan = unfinished or plan_of(catalog, search(catalog, request))
     if plan_only:
         if not as_json:
-            show(plan, begun=known is not None)
+            show(plan, begun=unfinished is not None)
         return plan.model_dump(mode="json") | {"worker_hours": plan.worker_hours, "gpu_hours": plan.gpu_hours}
     if not yes:
         if as_json or not sys.stdin.isatty():
             raise ConfigError("--apply deletes what cannot be brought back, and nobody can be asked here", hint="add --yes")
-        show(plan, begun=known is not None)
+        show(plan, begun=unfinished is not None)
         click.confirm("Erase this?", abort=True)
     statement = run(store, request, Options(deployments, retrain, remove_adapters, keep_weights), why)
     if not as_json:
         predicate = statement["predicate"]
         for name, lines in predicate["remains"]["source files"].items():
-            click.echo(f"remove there too: {name}, {_lines(lines)}")
+            click.echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
         click.echo(f"{store.place}/erasures/{predicate['erasure']}/certificate.json")
     return statement
 
@@ -103,7 +107,7 @@ def _request(subject: str, key_file: str, records: tuple[str, ...], file: str, n
     from forge_ray.governance.erasure.plan import Request
 
     if sum(map(bool, (subject, records, file))) != 1:
-        raise ConfigError("give --subject, --record or --file, and one of them", hint="forge erase --record rec_… --plan")
+        raise ConfigError("give --subject, --record or --file (exactly one)", hint="forge erase --record rec_… --plan")
     if key_file and not subject:
         raise ConfigError("--key-file is the key of --subject", hint="leave it out")
     if subject:
@@ -121,7 +125,8 @@ def show(plan: Plan, begun: bool) -> None:
     """The plan for people."""
     from forge_ray.cli.show import print_table
 
-    click.echo(f"{plan.num_records} records, {plan.num_near_duplicates} near duplicates of them{', begun' if begun else ''}")
+    state = " (already started)" if begun else ""
+    click.echo(f"{plan.num_records} records, {plan.num_near_duplicates} near duplicates of them{state}")
     if plan.datasets:
         rows = [(d.id, d.name, ", ".join(f"{split} {count}" for split, count in d.held.items())) for d in plan.datasets]
         print_table("Datasets to build again", ("dataset", "name", "records in"), rows)
@@ -147,7 +152,7 @@ def show(plan: Plan, begun: bool) -> None:
         about = f"{report.quotes} items about the rows" if report.quotes else "answers or labels that they taught"
         click.echo(f"evaluation {report.id} of {report.subject}: {about}")
     for name, lines in plan.outside.items():
-        click.echo(f"not in the store's hands: {name}, {_lines(lines)}")
+        click.echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
     for note in plan.notes:
         click.echo(f"note: {note}")
     click.echo(f"training again: {plan.worker_hours:.2f} worker hours, {plan.gpu_hours:.2f} GPU hours, as the runs took")

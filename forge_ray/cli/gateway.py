@@ -1,4 +1,4 @@
-"""`forge gateway`: one address in front of endpoints, which loses no request."""
+"""`forge gateway`: one address in front of endpoints, which retries requests on failed replicas."""
 
 from __future__ import annotations
 
@@ -15,21 +15,29 @@ if TYPE_CHECKING:
 
 @click.group()
 def top() -> None:
-    """Holds the verb that `forge` itself takes."""
+    """Top-level verbs; `forge` registers them."""
 
 
-@verb(top, "gateway")
-@click.option("--to", multiple=True, required=True, metavar="URL", help="An endpoint; several: the next one is tried.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
-@click.option("--port", default=8080, show_default=True, help="0: a free one.")
-@click.option("--tls-cert", default="", metavar="FILE", help="PEM, with its chain.")
-@click.option("--tls-key", default="", metavar="FILE", help="PEM.")
-@click.option("--tries", default=20, show_default=True, help="Of one request, the first included.")
-@click.option("--retry-s", default=30.0, show_default=True, help="No new try so long after a request's first failure.")
-@click.option("--max-body-bytes", default=16 << 20, show_default=True, help="A larger request is answered 413.")
-@click.option("--drain-s", default=300.0, show_default=True, help="For what runs at SIGTERM.")
+@verb(top, "gateway", "forge gateway --to http://127.0.0.1:8000 --port 8080")
+@click.option(
+    "--to",
+    multiple=True,
+    required=True,
+    metavar="URL",
+    help="URL of an endpoint. Repeatable; if one fails, the next is tried.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8080, show_default=True, help="Port to listen on; 0: a free one.")
+@click.option("--tls-cert", default="", metavar="FILE", help="TLS certificate with its chain, PEM.")
+@click.option("--tls-key", default="", metavar="FILE", help="TLS private key, PEM.")
+@click.option("--tries", default=20, show_default=True, help="Attempts per request, including the first.")
+@click.option("--retry-s", default=30.0, show_default=True, help="Stop retrying this many seconds after the first failure.")
+@click.option("--max-body-bytes", default=16 << 20, show_default=True, help="Answer larger requests with 413.")
+@click.option("--drain-s", default=300.0, show_default=True, help="Seconds for running requests to finish after SIGTERM.")
 def gateway(store: Store, as_json: bool, to: tuple[str, ...], **settings: Any) -> Any:
-    """A reverse proxy that sends a request again when its replica died; until SIGTERM or Ctrl-C."""
+    """Run a reverse proxy that retries requests when replicas fail.
+
+    It runs until SIGTERM or Ctrl-C."""
     import asyncio
     import json
     import logging

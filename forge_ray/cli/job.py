@@ -26,9 +26,13 @@ C = TypeVar("C", bound=Config)
 def main(model: type[C], step: Callable[[C, Store], Any], arguments: list[str] | None = None) -> int:
     """Run `step` on the config file and store that the arguments name; returns the exit code."""
     parser = argparse.ArgumentParser(description=(step.__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of a run or a deployment")
-    parser.add_argument("--store", metavar="URI", help="a folder or any pyarrow.fs URI; else FORGE_STORE, else .forge")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a run or a deployment")
+    parser.add_argument(
+        "--store", metavar="URI", help="folder or pyarrow.fs URI of the store (default: FORGE_STORE, else .forge)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a setting"
+    )
     parsed = parser.parse_args(arguments)
     try:
         config = load(model, parsed.config, tuple(parsed.overrides))

@@ -1,4 +1,4 @@
-"""`forge keys …`, `forge usage`: who may call an endpoint, what for, how much, and how much they did."""
+"""`forge keys …`, `forge usage`: API keys with their limits, and the usage of each key."""
 
 from __future__ import annotations
 
@@ -18,59 +18,66 @@ COLUMNS = ("key", "name", "state", "models", "scopes", "rpm", "tpm", "at once", 
 
 @click.group()
 def top() -> None:
-    """Verbs of `forge` itself."""
+    """Top-level verbs; `forge` registers them."""
 
 
 @click.group(cls=Verbs)
 def keys() -> None:
-    """API keys of the endpoints: create, list, show, change, rotate, revoke."""
+    """Create, list, change, rotate and revoke API keys."""
 
 
 def _bounds(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a key may do; an option that is not given is None, so that `change` leaves it."""
+    """The scopes and limits of a key; an option left out is None, so that `change` keeps its value."""
     for option in (
-        click.option("--expires", metavar="WHEN", help="90d, 12h, or a date; default: never."),
-        click.option("--concurrency", type=int, help="Requests at once; 0: no limit."),
-        click.option("--tpm", type=int, help="Tokens in any 60 s, prompts and answers; 0: no limit."),
+        click.option("--expires", metavar="WHEN", help="Expiry: 90d, 12h, or a date. Default: never."),
+        click.option("--concurrency", type=int, help="Concurrent requests; 0: no limit."),
+        click.option("--tpm", type=int, help="Prompt and answer tokens in any 60 s; 0: no limit."),
         click.option("--rpm", type=int, help="Requests in any 60 s; 0: no limit."),
-        click.option("--scope", "scopes", multiple=True, help="chat (/v1), metrics (/metrics), admin; default: chat."),
-        click.option("--model", "models", multiple=True, help="A name that it may ask for, or a pattern: 'team-*'."),
+        click.option(
+            "--scope",
+            "scopes",
+            multiple=True,
+            help="Scope: chat (/v1), metrics (/metrics) or admin. Default: chat. Repeatable.",
+        ),
+        click.option(
+            "--model", "models", multiple=True, help="Model that the key may use, or a pattern: 'team-*'. Repeatable."
+        ),
     ):
         function = option(function)
     return function
 
 
-@verb(keys, "create")
-@click.option("--name", required=True, help="Who will use it, e.g. support-portal.")
+@verb(keys, "create", "forge keys create --name support-portal --model 'support@*' --rpm 60")
+@click.option("--name", required=True, help="User or application of the key, e.g. support-portal.")
 @_bounds
 def keys_create(store: Store, as_json: bool, name: str, **bounds: Any) -> Any:
-    """A new key; its text is printed once and stored nowhere."""
+    """Create an API key; its secret is printed once, never stored."""
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        key, text = api_keys.create(index, name, **_given(**bounds))
+        key, text = api_keys.create(index, name, **_fields(**bounds))
     return _with_secret(key, text, as_json)
 
 
-@verb(keys, "list")
+@verb(keys, "list", "forge keys list")
 def keys_list(store: Store, as_json: bool) -> Any:
-    """Every key, the revoked and expired ones too."""
+    """List every key, including revoked and expired ones."""
     from forge_ray.cli.show import print_table
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = api_keys.list_keys(index)
+        all_keys = api_keys.list_keys(index)
     if not as_json:
-        print_table("API keys", COLUMNS, [_row(key) for key in found])
-    return [_shown(key) for key in found]
+        print_table("API keys", COLUMNS, [_row(key) for key in all_keys])
+    return [_with_state(key) for key in all_keys]
 
 
-@verb(keys, "show")
+@verb(keys, "show", "forge keys show support-portal")
 @click.argument("reference", metavar="KEY|NAME")
 def keys_show(store: Store, as_json: bool, reference: str) -> Any:
-    """One key and what happened to it."""
+    """Show one key and its history."""
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
@@ -82,29 +89,31 @@ def keys_show(store: Store, as_json: bool, reference: str) -> Any:
         for event in history:
             what = ", ".join(f"{name}={value}" for name, value in event.items() if name not in ("at", "action", "sha256"))
             click.echo(f"  {event['at']}  {event['action']}  {what}")
-    return _shown(key) | {"history": history}
+    return _with_state(key) | {"history": history}
 
 
-@verb(keys, "change")
+@verb(keys, "change", "forge keys change support-portal --rpm 120")
 @click.argument("reference", metavar="KEY|NAME")
 @_bounds
 def keys_change(store: Store, as_json: bool, reference: str, **bounds: Any) -> Any:
-    """Other grants or limits for a key; what is not given stays."""
+    """Change the models, scopes or limits of a key.
+
+    Options that are left out stay unchanged."""
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        key = api_keys.change(index, reference, **_given(**bounds))
+        key = api_keys.change(index, reference, **_fields(**bounds))
     if not as_json:
         _print(key)
-    return _shown(key)
+    return _with_state(key)
 
 
-@verb(keys, "rotate")
+@verb(keys, "rotate", "forge keys rotate support-portal --grace 24h")
 @click.argument("reference", metavar="KEY|NAME")
 @click.option("--grace", default="0s", show_default=True, help="How long the old secret stays valid, e.g. 24h.")
 def keys_rotate(store: Store, as_json: bool, reference: str, grace: str) -> Any:
-    """A new secret for a key whose grants and limits stay."""
+    """Replace the secret of a key; scopes and limits stay."""
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
@@ -113,11 +122,13 @@ def keys_rotate(store: Store, as_json: bool, reference: str, grace: str) -> Any:
     return _with_secret(key, text, as_json)
 
 
-@verb(keys, "revoke")
+@verb(keys, "revoke", "forge keys revoke support-portal --reason 'secret leaked'")
 @click.argument("reference", metavar="KEY|NAME")
-@click.option("--reason", default="", help="Kept with the event.")
+@click.option("--reason", default="", help="Reason, kept in the key's history.")
 def keys_revoke(store: Store, as_json: bool, reference: str, reason: str) -> Any:
-    """End a key, for ever; endpoints refuse it within seconds."""
+    """Revoke a key permanently.
+
+    Endpoints refuse it within seconds."""
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
@@ -125,14 +136,16 @@ def keys_revoke(store: Store, as_json: bool, reference: str, reason: str) -> Any
         key = api_keys.revoke(index, reference, reason)
     if not as_json:
         _print(key)
-    return _shown(key)
+    return _with_state(key)
 
 
-@verb(top, "usage")
-@click.option("--by", type=click.Choice(["key", "model", "version", "day"]), default="key", show_default=True)
-@click.option("--since", default="", metavar="YYYY-MM-DD", help="From this day (UTC) on; default: all.")
+@verb(top, "usage", "forge usage --by model --since 2026-01-01")
+@click.option(
+    "--by", type=click.Choice(["key", "model", "version", "day"]), default="key", show_default=True, help="Sum by this."
+)
+@click.option("--since", default="", metavar="YYYY-MM-DD", help="First day (UTC) to include. Default: all.")
 def usage(store: Store, as_json: bool, by: Literal["key", "model", "version", "day"], since: str) -> Any:
-    """Requests and tokens that the endpoints answered, by who asked, for what, of which version, or when."""
+    """Report requests and tokens by key, model, version or day."""
     from forge_ray.cli.show import print_table
     from forge_ray.serve import keys as api_keys
     from forge_ray.serve.ledger import usage as sums
@@ -161,24 +174,24 @@ def usage(store: Store, as_json: bool, by: Literal["key", "model", "version", "d
 ACCESS: tuple[click.Command, ...] = (keys, top.commands["usage"])
 
 
-def _given(expires: str | None, **bounds: Any) -> dict[str, Any]:
-    """The options that were given, as fields of a key."""
+def _fields(expires: str | None, **bounds: Any) -> dict[str, Any]:
+    """The options that are set, as fields of a key."""
     from forge_ray.serve.keys import moment
 
     fields = {name: value for name, value in bounds.items() if value not in (None, ())}
     return fields | ({} if expires is None else {"expires_at": moment(expires)})
 
 
-def _shown(key: ApiKey) -> dict[str, Any]:
+def _with_state(key: ApiKey) -> dict[str, Any]:
     return key.model_dump(mode="json") | {"state": _state(key)}
 
 
 def _with_secret(key: ApiKey, text: str, as_json: bool) -> dict[str, Any]:
     if not as_json:
         _print(key)
-        click.echo("keep it now, it is not shown again:", err=True)
+        click.echo("store it now, it is not shown again:", err=True)
         click.echo(text)
-    return _shown(key) | {"secret": text}
+    return _with_state(key) | {"secret": text}
 
 
 def _state(key: ApiKey) -> str:

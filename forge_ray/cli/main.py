@@ -1,7 +1,7 @@
 """`forge …`: every verb of the product, for people and for programs.
 
 `--json` gives one JSON object on stdout; progress and messages go to stderr. Exit codes: 0 success, 1 the work failed,
-2 a mistake of the user, 3 refused by policy.
+2 invalid usage or settings, 3 refused by policy.
 """
 
 from __future__ import annotations
@@ -26,17 +26,29 @@ from forge_ray.cli.serve import SERVING, wait_for_ctrl_c
 from forge_ray.cli.trace import TRACING
 from forge_ray.cli.trust import TRUST
 from forge_ray.cli.verbs import Verbs, load_run_file, run_file, verb
-from forge_ray.errors import TrainingError
+from forge_ray.errors import ConfigError
 from forge_ray.store import paths
 
 if TYPE_CHECKING:
     from forge_ray.config.run import RunConfig
     from forge_ray.store.files import Store
 
-EXIT_CODES = "Exit codes: 0 success, 1 the work failed, 2 a mistake in what was asked, 3 refused by policy."
+EXIT_CODES = "Exit codes: 0 success, 1 failure, 2 invalid usage or settings, 3 refused by policy."
 
 
-@click.group(cls=Verbs, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+SECTIONS = {
+    "Start": ("quickstart", "run"),
+    "Data": ("data",),
+    "Train": ("plan", "train", "runs", "reproduce"),
+    "Evaluate and release": ("eval", "release", "models", "diff", "export"),
+    "Serve": ("serve", "deploy", "undeploy", "alias", "gateway", "chat"),
+    "Access": ("keys", "usage"),
+    "Governance": ("trace", "lineage", "audit", "verify", "signers", "policy", "approve", "sign", "erase", "papers"),
+    "Cluster and store": ("submit", "catalog", "doctor"),
+}
+
+
+@click.group(cls=Verbs, sections=SECTIONS, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="forge")
 def cli() -> None:
     """Train your own language models on your own rows, on your own machines, and serve them."""
@@ -44,15 +56,13 @@ def cli() -> None:
 
 @cli.group(cls=Verbs)
 def models() -> None:
-    """Base models and trained versions: import, list, show, promote."""
+    """Import, list, show, promote and archive model versions."""
 
 
-cli.add_command(data)
-
-
-cli.add_command(runs)
-cli.add_command(audit)
 COMMANDS = (
+    data,
+    runs,
+    audit,
     *SERVING,
     *GATEWAY,
     alias,
@@ -70,38 +80,44 @@ for command in COMMANDS:
 
 @cli.group(cls=Verbs)
 def catalog() -> None:
-    """The index over the store."""
+    """Rebuild the index of the store."""
 
 
-@verb(cli, "quickstart")
+@verb(cli, "quickstart", "forge quickstart --store .forge")
 @click.option(
     "--config",
     "file",
     default="jobs/quickstart.yaml",
     show_default=True,
-    help="The run file; where there is none of that name, the one that comes with forge_ray.",
+    help="Run file. If it does not exist, the one of that name shipped with forge_ray is used.",
 )
-@click.option("--port", default=0, help="Port of the endpoint; 0: the run file's, or a free one.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the run file.")
+@click.option("--port", default=0, help="Port of the endpoint. 0: the run file's, or a free one.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the run file. Repeatable."
+)
 def quickstart(store: Store, as_json: bool, file: str, port: int, overrides: tuple[str, ...]) -> Any:
-    """The whole path on this machine: rows, training, evaluation, endpoint, lineage."""
+    """Run the whole pipeline on this machine with example rows.
+
+    Builds a dataset, trains, evaluates, serves, asks one question and shows the lineage of the answer."""
     from forge_ray.cli import quickstart as quick
 
-    shown = quick.quickstart(quick.run_config(file, overrides), store, port)
+    result = quick.quickstart(quick.run_config(file, overrides), store, port)
     if not as_json:
         from forge_ray.cli.show import print_quickstart
 
-        print_quickstart(shown, store)
-    return shown
+        print_quickstart(result, store)
+    return result
 
 
-@verb(models, "import")
+@verb(models, "import", "forge models import ~/models/SmolLM2-135M --licence Apache-2.0 --alias base")
 @click.argument("path")
-@click.option("--name", help="Name of the version; default: the file's.")
-@click.option("--licence", default="", help="SPDX identifier, e.g. Apache-2.0.")
-@click.option("--alias", default="", help="Point this alias at it.")
+@click.option("--name", help="Name of the version. Default: the name of the file or folder.")
+@click.option("--licence", default="", help="SPDX licence identifier, e.g. Apache-2.0.")
+@click.option("--alias", default="", help="Alias to point at the version.")
 def models_import(store: Store, as_json: bool, path: str, name: str | None, licence: str, alias: str) -> Any:
-    """A Hugging Face directory or GGUF file → a model version (safetensors only, nothing is executed)."""
+    """Import a Hugging Face folder or GGUF file as a version.
+
+    Hugging Face weights must be safetensors; no code of the model is executed."""
     from pathlib import Path
 
     from forge_ray.models.import_model import import_model
@@ -114,15 +130,15 @@ def models_import(store: Store, as_json: bool, path: str, name: str | None, lice
         return version
 
 
-@verb(models, "list")
+@verb(models, "list", "forge models list")
 def models_list(store: Store, as_json: bool) -> Any:
-    """Every model version, with its aliases and scores."""
+    """List every model version with its aliases and scores."""
     from forge_ray.cli.show import models as listed
     from forge_ray.cli.show import print_table
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = listed(index)
+        versions = listed(index)
     if not as_json:
         header = ("version", "name", "status", "weights", "MB", "aliases", "exact match", "loss")
         rows = [
@@ -132,16 +148,16 @@ def models_list(store: Store, as_json: bool) -> Any:
                 ", ".join(item["aliases"]),
                 *(f"{item['metrics'][key]:.3f}" if key in item["metrics"] else "" for key in ("exact_match", "loss")),
             )
-            for item in found
+            for item in versions
         ]
         print_table("Model versions", header, rows)
-    return found
+    return versions
 
 
-@verb(models, "show")
+@verb(models, "show", "forge models show support@prod")
 @click.argument("reference", metavar="VERSION|ALIAS")
 def models_show(store: Store, as_json: bool, reference: str) -> Any:
-    """One model version: files, digests, licence, what it was made from."""
+    """Show one model version: files, digests, licence, parents."""
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.resolve import resolve
 
@@ -152,11 +168,13 @@ def models_show(store: Store, as_json: bool, reference: str) -> Any:
         return version
 
 
-@verb(models, "promote")
+@verb(models, "promote", "forge models promote mv_0123456789abcdef --alias support@prod")
 @click.argument("reference", metavar="VERSION|ALIAS")
-@click.option("--alias", required=True, help="The alias to point at it.")
+@click.option("--alias", required=True, help="Alias to point at the version.")
 def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> Any:
-    """Point an alias at a version; a rejected one is refused (exit 3)."""
+    """Point an alias at a version.
+
+    A rejected version is refused (exit code 3)."""
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
@@ -166,17 +184,19 @@ def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> A
     return {"alias": alias, "model_version": version.id}
 
 
-@verb(models, "archive")
+@verb(models, "archive", "forge models archive mv_0123456789abcdef")
 @click.argument("reference", metavar="VERSION|ALIAS")
 def models_archive(store: Store, as_json: bool, reference: str) -> Any:
-    """Take a version out of use: endpoints answer 410 for it, or by the alias's fallback. `models restore` takes it back."""
+    """Archive a version: endpoints answer 410 for it.
+
+    An alias with a fallback is answered by the fallback. `forge models restore` restores the version."""
     return _archived(store, as_json, reference, restore=False)
 
 
-@verb(models, "restore")
+@verb(models, "restore", "forge models restore mv_0123456789abcdef")
 @click.argument("reference", metavar="VERSION|ALIAS")
 def models_restore(store: Store, as_json: bool, reference: str) -> Any:
-    """Bring an archived version back into use."""
+    """Restore an archived version."""
     return _archived(store, as_json, reference, restore=True)
 
 
@@ -191,13 +211,18 @@ def _archived(store: Store, as_json: bool, reference: str, restore: bool) -> Any
     return {"model_version": version.id, "state": state}
 
 
-@verb(cli, "plan")
+@verb(cli, "plan", "forge plan RUN.yaml --workers 4 --memory-gb 80")
 @run_file
-@click.option("--workers", default=0, help="Number of workers; 0: what the run file asks for at most.")
-@click.option("--memory-gb", default=0.0, help="Room of one worker; 0: what the cluster says.")
-@click.option("--tokens-per-s", default=0.0, help="Measured speed of one worker, for time and cost.")
-@click.option("--cost-per-hour", default=0.0, help="Of one worker, in any currency.")
-@click.option("--rows", default=0, help="Plan for so many full rows without their data; a folder with config.json will do.")
+@click.option("--workers", default=0, help="Number of workers. 0: the run file's maximum.")
+@click.option("--memory-gb", default=0.0, help="Memory per worker in GB. Default: detected from the cluster.")
+@click.option("--tokens-per-s", default=0.0, help="Measured tokens per second of one worker, to estimate time and cost.")
+@click.option("--cost-per-hour", default=0.0, help="Cost of one worker per hour, in any currency.")
+@click.option(
+    "--rows",
+    default=0,
+    metavar="N",
+    help="Plan for N packed rows without reading data; base_model may be a folder holding only config.json.",
+)
 def plan(
     store: Store,
     as_json: bool,
@@ -208,26 +233,30 @@ def plan(
     cost_per_hour: float,
     rows: int,
 ) -> Any:
-    """Steps, tokens, memory, disk, time of a run before anything is taken; what cannot fit ends with exit 1."""
+    """Estimate steps, memory, disk and time of a run.
+
+    Exit code 2 if the run cannot fit, as `forge train` would end."""
     from forge_ray import pipeline
     from forge_ray.cli.show import print_plan
 
-    found = pipeline.plan(config, store, workers, memory_gb, tokens_per_s, cost_per_hour, rows)
+    estimate = pipeline.plan(config, store, workers, memory_gb, tokens_per_s, cost_per_hour, rows)
     if not as_json:
-        print_plan(found)
-    if found["problem"]:
-        raise TrainingError(found["problem"], hint=found["remedy"])
-    return found
+        print_plan(estimate)
+    if estimate["problem"]:
+        raise ConfigError(estimate["problem"], hint=estimate["remedy"])
+    return estimate
 
 
-FORCE = click.option("--force", is_flag=True, help="Start what the plan says cannot fit.")
+FORCE = click.option("--force", is_flag=True, help="Start even if the plan predicts it will not fit.")
 
 
-@verb(cli, "train")
+@verb(cli, "train", "forge train RUN.yaml --set train.seed=1")
 @FORCE
 @run_file
 def train(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
-    """Train as the run file says; an unfinished run of the same settings is resumed. What cannot fit is refused (exit 2)."""
+    """Train, or resume an unfinished run with the same settings.
+
+    A run that cannot fit is refused (exit code 2)."""
     from forge_ray import pipeline
 
     record = pipeline.train(_forced(config) if force else config, store)
@@ -241,10 +270,10 @@ def _forced(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"guards": guards})})
 
 
-@verb(cli, "eval")
+@verb(cli, "eval", "forge eval RUN.yaml")
 @run_file
 def evaluate(store: Store, as_json: bool, config: RunConfig) -> Any:
-    """Score the base model and the trained one on the same held-out rows."""
+    """Score the base and the trained model on held-out rows."""
     from forge_ray import pipeline
 
     base, tuned = pipeline.evaluate(config, store)
@@ -256,10 +285,12 @@ def evaluate(store: Store, as_json: bool, config: RunConfig) -> Any:
     return {"base": base, "tuned": tuned}
 
 
-@verb(cli, "release")
+@verb(cli, "release", "forge release RUN.yaml")
 @run_file
 def release(store: Store, as_json: bool, config: RunConfig) -> Any:
-    """Gate the trained model and register it: accepted and promoted, or rejected with the reasons (exit 3)."""
+    """Check the trained model against the gates and register it.
+
+    It is accepted and promoted, or rejected with the reasons (exit code 3)."""
     from forge_ray import pipeline
     from forge_ray.errors import PolicyError
 
@@ -269,11 +300,11 @@ def release(store: Store, as_json: bool, config: RunConfig) -> Any:
     return version
 
 
-@verb(cli, "run")
+@verb(cli, "run", "forge run RUN.yaml")
 @FORCE
 @run_file
 def run(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
-    """Every stage of a run file: prepare, train, evaluate, release, deploy."""
+    """Run every stage: prepare, train, evaluate, release, deploy."""
     from forge_ray import pipeline
     from forge_ray.errors import PolicyError
     from forge_ray.machine.cluster import in_ray_job
@@ -287,25 +318,29 @@ def run(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
     return outcome
 
 
-@verb(cli, "submit")
+@verb(cli, "submit", "forge submit RUN.yaml --address http://head:8265 --store /mnt/forge")
 @click.argument("file", metavar="RUN.yaml")
-@click.option("--address", required=True, help="The cluster's dashboard, e.g. http://head:8265.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the run file.")
-@click.option("--no-wait", is_flag=True, help="Return once the job is accepted.")
+@click.option("--address", required=True, help="URL of the cluster's dashboard, e.g. http://head:8265.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the run file. Repeatable."
+)
+@click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
 def submit(store: Store, as_json: bool, file: str, address: str, overrides: tuple[str, ...], no_wait: bool) -> Any:
-    """`forge run` as a Ray job on a cluster; the store must be a place that all nodes share."""
+    """Submit `forge run` as a Ray job to a cluster.
+
+    All nodes must be able to read and write the store."""
     from forge_ray.cli.submit import submit as send
 
-    load_run_file(file, overrides)  # a mistake is told here, not minutes later on the cluster
+    load_run_file(file, overrides)  # reports a mistake here, not minutes later on the cluster
     result = send(file, address, store.uri, overrides, wait=not no_wait)
     if not as_json:
         click.echo(f"job {result['job']}: {result['status']}")
     return result
 
 
-@verb(catalog, "rebuild")
+@verb(catalog, "rebuild", "forge catalog rebuild")
 def catalog_rebuild(store: Store, as_json: bool) -> Any:
-    """Drop the index and read every record and event of the store again."""
+    """Rebuild the index from the records and events in the store."""
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:

@@ -1,4 +1,4 @@
-"""`forge papers`, `forge export mlflow`: what is on record about a version, for others to read."""
+"""`forge papers`, `forge export mlflow`: documents about a version, and exports to other registries."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def top() -> None:
-    """Commands of this module that stand alone."""
+    """Top-level verbs; `forge` registers them."""
 
 
 @click.group(cls=Verbs)
 def export() -> None:
-    """Runs and versions for other registries."""
+    """Export runs and versions to MLflow."""
 
 
-@verb(top, "papers")
+@verb(top, "papers", "forge papers support@prod --out papers/ --pack papers.tar")
 @click.argument("reference", metavar="VERSION|ALIAS")
-@click.option("--out", required=True, metavar="DIR", help="Folder for the papers.")
-@click.option("--pack", metavar="FILE.tar", help="Also a tar of papers, records and signatures, to be checked offline.")
-@click.option("--power-w", type=float, help="Mean watts of one worker while it trains; energy is estimated from it.")
-@click.option("--base-flops", type=float, help="Training compute of the base model in FLOPs, as its provider states it.")
+@click.option("--out", required=True, metavar="DIR", help="Folder for the documents.")
+@click.option("--pack", metavar="FILE.tar", help="Also write a tar of documents, records and signatures, to verify offline.")
+@click.option("--power-w", type=float, help="Mean power of one worker during training in watts, to estimate energy.")
+@click.option("--base-flops", type=float, help="Training compute of the base model in FLOPs, as published by its provider.")
 def papers(
     store: Store, as_json: bool, reference: str, out: str, pack: str | None, power_w: float | None, base_flops: float | None
 ) -> Any:
-    """Model card, bill of materials, Croissant, OpenLineage, provenance and evidence of a version, from its records.
+    """Write documents: model card, bill of materials, provenance.
 
-    With FORGE_SIGNER set, the provenance is signed too."""
+    Also writes Croissant, OpenLineage and evidence for the EU AI Act, all from the records of the version.
+    With FORGE_SIGNER set, the provenance is signed."""
     from forge_ray.papers import write
     from forge_ray.papers.facts import gather
     from forge_ray.store.catalog import Catalog
@@ -42,12 +43,12 @@ def papers(
 
     with Catalog(store) as index:
         facts = gather(index, reference, power_w, base_flops)
-    made = write.papers(facts, private_key())
-    digests = write.write(Path(out), made)
-    packed = write.pack(Path(pack), store, facts, made) if pack else None
+    documents = write.papers(facts, private_key())
+    digests = write.write(Path(out), documents)
+    packed = write.pack(Path(pack), store, facts, documents) if pack else None
     if not as_json:
-        for name in made:
-            click.echo(f"{digests[name][:16]}  {len(made[name]):>8,}  {Path(out) / name}")
+        for name in documents:
+            click.echo(f"{digests[name][:16]}  {len(documents[name]):>8,}  {Path(out) / name}")
         if packed:
             click.echo(f"{packed[:16]}  {Path(str(pack)).stat().st_size:>8,}  {pack}")
         if facts.missing:
@@ -56,24 +57,29 @@ def papers(
     return result | ({"pack": {"path": pack, "sha256": packed}} if packed else {})
 
 
-@verb(export, "mlflow")
+@verb(export, "mlflow", "forge export mlflow support@prod --uri http://mlflow.internal:5000")
 @click.argument("reference", metavar="VERSION|ALIAS|RUN")
-@click.option("--uri", required=True, metavar="URI", help="Of the tracking server, e.g. http://mlflow.internal:5000.")
-@click.option("--experiment", default="", help="Name of the experiment; default: the run's name.")
-@click.option("--with-weights", is_flag=True, help="Upload the version's files; else their digest is all that it gets.")
+@click.option("--uri", required=True, metavar="URI", help="URI of the tracking server, e.g. http://mlflow.internal:5000.")
+@click.option("--experiment", default="", help="Name of the experiment. Default: the run's name.")
+@click.option("--with-weights", is_flag=True, help="Upload the version's files. Default: only their digest.")
 def export_mlflow(store: Store, as_json: bool, reference: str, uri: str, experiment: str, with_weights: bool) -> Any:
-    """A run, its metrics and its version → an MLflow server; what is there already is not written again."""
+    """Export a run, its metrics and its version to MLflow.
+
+    What the server already has is not written again."""
     from forge_ray.papers import mlflow_export
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        done = mlflow_export.export(index, reference, uri, experiment, with_weights)
+        exported = mlflow_export.export(index, reference, uri, experiment, with_weights)
     if not as_json:
-        click.echo(f"{done.run} → run {done.mlflow_run} of experiment {done.experiment}, {done.metrics} values")
-        if done.version:
-            aliases = ", ".join((done.aliases or {}).values())
-            click.echo(f"{done.version} → {done.registered} version {done.registered_version}, aliases: {aliases or 'none'}")
-    return done
+        click.echo(
+            f"{exported.run} → run {exported.mlflow_run} of experiment {exported.experiment}, {exported.metrics} values"
+        )
+        if exported.version:
+            aliases = ", ".join((exported.aliases or {}).values())
+            registered = f"{exported.registered} version {exported.registered_version}"
+            click.echo(f"{exported.version} → {registered}, aliases: {aliases or 'none'}")
+    return exported
 
 
 PAPERS: tuple[click.Command, ...] = (top.commands["papers"], export)

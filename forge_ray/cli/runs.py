@@ -1,4 +1,4 @@
-"""`forge runs …`: what was trained, how it went, how attempts compare, and a checkpoint of one to serve."""
+"""`forge runs …`: list, show and compare training runs, and export a checkpoint of one."""
 
 from __future__ import annotations
 
@@ -15,51 +15,55 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def runs() -> None:
-    """Training runs: list, show, export, compare."""
+    """List, show, compare and export training runs."""
 
 
-@verb(runs, "list")
+@verb(runs, "list", "forge runs list")
 def runs_list(store: Store, as_json: bool) -> Any:
-    """Every training run that has started: its state, what changed against the one before, and what that brought."""
+    """List the training runs, and what changed between them.
+
+    Each run is shown with its state, its score and the gain over the run before it."""
     from forge_ray.cli.show import print_table
     from forge_ray.release.compare_runs import attempts, listed
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = listed(attempts(index))
+        entries = listed(attempts(index))
     if not as_json:
         header = ("run", "state", "name", "steps", "score", "change", "verdict", "changed", "since (UTC)")
         rows = []
-        for r in found:
+        for r in entries:
             score = f"{r['metric']} {r['score']:.4g}" if r["score"] is not None else ""
             gain = f"{r['gain']:+.4g}" if r["gain"] is not None else ""
             rows.append(
                 (r["id"], r["state"], r["name"], r["steps"], score, gain, r["verdict"], r["changed_in_words"], r["at"][:16])
             )
         print_table("Runs", header, rows)
-    return found
+    return entries
 
 
-@verb(runs, "show")
+@verb(runs, "show", "forge runs show run_0123456789abcdef")
 @click.argument("run_id", metavar="run_…")
 def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
-    """One run: its starts, checkpoints, incidents; finished or not."""
+    """Show the starts, checkpoints and incidents of a run."""
     from forge_ray.errors import NotFound
     from forge_ray.train.diagnosis import facts, overview
 
-    found = facts(store, run_id)
-    if not found["starts"]:
+    run = facts(store, run_id)
+    if not run["starts"]:
         raise NotFound(f"{run_id!r} has never started", hint="`forge runs list` shows the runs of this store")
     if not as_json:
-        click.echo(overview(found))
-    return found
+        click.echo(overview(run))
+    return run
 
 
-@verb(runs, "export")
+@verb(runs, "export", "forge runs export run_0123456789abcdef --step best")
 @click.argument("run_id", metavar="run_…")
-@click.option("--step", default="", help="Of the checkpoint; `best`: the lowest validation loss; default: the newest.")
+@click.option("--step", default="", help="Checkpoint step, or `best` (lowest validation loss). Default: latest.")
 def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
-    """A checkpoint of a run, finished or not → a model version (candidate): served by its id, never behind an alias."""
+    """Export a checkpoint as a model version (candidate).
+
+    The run may be unfinished. The version can be served by its id, but never behind an alias."""
     from forge_ray.machine.shipped import here_or_shipped
     from forge_ray.release.candidates import export_run
 
@@ -69,18 +73,24 @@ def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
     return version
 
 
-@verb(runs, "compare")
+@verb(runs, "compare", "forge runs compare run_0123456789abcdef run_fedcba9876543210")
 @click.argument("run_ids", metavar="run_… run_… …", nargs=-1, required=True)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="FILE.png, or FILE.html with the differences.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write to FILE.png, or to FILE.html with a table of the differences.",
+)
 def runs_compare(store: Store, as_json: bool, run_ids: tuple[str, ...], out: Path | None) -> Any:
-    """Loss curves and scores of several runs in one picture, and what differs between them."""
+    """Plot the loss curves of several runs and compare scores.
+
+    Also lists the settings in which the runs differ."""
     from forge_ray.cli.show import print_table
     from forge_ray.release.compare_runs import compare, table
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found, target = compare(index, run_ids, out)
-    header, *rows = table(found)
+        comparison, target = compare(index, run_ids, out)
+    header, *rows = table(comparison)
     if not as_json:
         print_table("Runs compared", tuple(header), rows)
         click.echo(f"written: {target}")

@@ -1,4 +1,4 @@
-"""`forge deploy · undeploy · serve · chat · alias …`: endpoints and what their names stand for."""
+"""`forge deploy · undeploy · serve · chat`: start, stop and query endpoints."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 @click.group()
 def top() -> None:
-    """Holds the verbs that `forge` itself takes."""
+    """Top-level verbs; `forge` registers them."""
 
 
-@verb(top, "deploy")
+@verb(top, "deploy", "forge deploy DEPLOY.yaml --address auto")
 @click.argument("file", metavar="DEPLOY.yaml", required=False)
-@click.option("--address", help="The Ray cluster, e.g. `auto` on one of its nodes; else RAY_ADDRESS.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the file.")
+@click.option("--address", help="Address of the Ray cluster, e.g. auto on one of its nodes. Default: RAY_ADDRESS.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the deployment file. Repeatable."
+)
 @click.option("--status", "show_status", is_flag=True, help="Show what the cluster serves, and change nothing.")
-@click.option("--serve-yaml", is_flag=True, help="Print the file for Ray's own `serve deploy`, and change nothing.")
+@click.option("--serve-yaml", is_flag=True, help="Print the file for Ray's `serve deploy`, and change nothing.")
 def deploy(
     store: Store,
     as_json: bool,
@@ -35,7 +37,9 @@ def deploy(
     show_status: bool,
     serve_yaml: bool,
 ) -> Any:
-    """Put released models behind an endpoint on a running cluster; it stays when this command ends."""
+    """Deploy released models to a running Ray cluster.
+
+    The endpoint keeps running when this command ends."""
     import os
 
     from forge_ray import pipeline
@@ -73,10 +77,10 @@ def _serve_yaml(store: Store, as_json: bool, config: Any) -> Any:
 
     from forge_ray.serve.deploy import serve_file
 
-    found = serve_file(config, store.uri)
+    serve_config = serve_file(config, store.uri)
     if not as_json:
-        click.echo(yaml.safe_dump(found, sort_keys=False).rstrip())
-    return found
+        click.echo(yaml.safe_dump(serve_config, sort_keys=False).rstrip())
+    return serve_config
 
 
 def _status(store: Store, as_json: bool) -> Any:
@@ -87,13 +91,13 @@ def _status(store: Store, as_json: bool) -> Any:
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = status(index)
+        endpoints = status(index)
     if not as_json:
-        for endpoint in found or [{"name": "nothing is deployed", "status": "", "url": "", "replicas": {}}]:
+        for endpoint in endpoints or [{"name": "nothing is deployed", "status": "", "url": "", "replicas": {}}]:
             click.echo(f"{endpoint['name']}  {endpoint['status'].lower()}  {endpoint['url']}  {endpoint.get('message', '')}")
             table = endpoint.get("table", {"routes": {}, "broken": {}})
             routes = [(name, in_words(AliasRoute.model_validate(route))) for name, route in table["routes"].items()]
-            print_table("Names", ("name", "stands for"), routes)
+            print_table("Aliases", ("alias", "routes to"), routes)
             rows = [
                 (
                     name,
@@ -106,14 +110,14 @@ def _status(store: Store, as_json: bool) -> Any:
             print_table("Replicas", ("replica", "up to date", "running", "waiting", "tokens", "in memory"), rows)
             for version, why in table["broken"].items():
                 click.secho(f"{version} cannot be served: {why}", fg="red")
-    return found
+    return endpoints
 
 
-@verb(top, "undeploy")
+@verb(top, "undeploy", "forge undeploy support --address auto")
 @click.argument("name")
-@click.option("--address", help="The Ray cluster, e.g. `auto` on one of its nodes; else RAY_ADDRESS.")
+@click.option("--address", help="Address of the Ray cluster, e.g. auto on one of its nodes. Default: RAY_ADDRESS.")
 def undeploy(store: Store, as_json: bool, name: str, address: str | None) -> Any:
-    """Take an endpoint away once it has finished what it began."""
+    """Remove an endpoint after its running requests finish."""
     import os
 
     from forge_ray.machine.cluster import connect
@@ -128,12 +132,14 @@ def undeploy(store: Store, as_json: bool, name: str, address: str | None) -> Any
     return {"stopped": name}
 
 
-@verb(top, "serve")
+@verb(top, "serve", "forge serve DEPLOY.yaml")
 @click.argument("file", metavar="DEPLOY.yaml")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the file.")
-@click.option("--haproxy", is_flag=True, help="HAProxy in front of the replicas: faster, and it listens on all interfaces.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the deployment file. Repeatable."
+)
+@click.option("--haproxy", is_flag=True, help="Put HAProxy in front of the replicas: faster, but listens on all interfaces.")
 def serve(store: Store, as_json: bool, file: str, overrides: tuple[str, ...], haproxy: bool) -> Any:
-    """Serve released models from this machine until Ctrl-C."""
+    """Serve released models on this machine until Ctrl-C."""
     from forge_ray import pipeline
     from forge_ray.serve.haproxy import set_haproxy
 
@@ -155,14 +161,16 @@ def wait_for_ctrl_c(name: str) -> None:
     signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 
-@verb(top, "chat")
+@verb(top, "chat", "forge chat 'Where is my parcel?' --model support@prod")
 @click.argument("text", required=False)
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The endpoint.")
-@click.option("--api-key", default="", envvar="FORGE_API_KEY", help="Where it wants one; else FORGE_API_KEY.")
-@click.option("--model", help="Name of the model; default: the first that the endpoint has.")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="URL of the endpoint.")
+@click.option(
+    "--api-key", default="", envvar="FORGE_API_KEY", help="API key, if the endpoint requires one. Default: FORGE_API_KEY."
+)
+@click.option("--model", help="Name of the model. Default: the first one served.")
 @click.option("--system", help="System message.")
-@click.option("--max-tokens", type=int, help="Of an answer; default: what the endpoint allows.")
-@click.option("--temperature", default=0.0, show_default=True)
+@click.option("--max-tokens", type=int, help="Maximum tokens of an answer. Default: the endpoint's limit.")
+@click.option("--temperature", default=0.0, show_default=True, help="Sampling temperature; 0: greedy.")
 def chat(
     store: Store,
     as_json: bool,
@@ -174,7 +182,9 @@ def chat(
     max_tokens: int | None,
     temperature: float,
 ) -> Any:
-    """Ask a served model: one question, or without TEXT a conversation."""
+    """Ask a served model one question, or start a conversation.
+
+    Without TEXT, starts a conversation."""
     from forge_ray.client import Client
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
@@ -201,12 +211,12 @@ def _converse(client: Client, name: str, messages: list[dict[str, Any]], options
         if not question.strip():
             break
         messages.append({"role": "user", "content": question})
-        said = []
+        pieces = []
         for piece in client.stream_chat(name, messages, **options):
             click.echo(piece, nl=False)
-            said.append(piece)
+            pieces.append(piece)
         click.echo()
-        messages.append({"role": "assistant", "content": "".join(said)})
+        messages.append({"role": "assistant", "content": "".join(pieces)})
     return {"messages": messages}
 
 

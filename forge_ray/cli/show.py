@@ -16,7 +16,7 @@ from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
 if TYPE_CHECKING:
-    from forge_ray.cli.quickstart import Shown
+    from forge_ray.cli.quickstart import QuickstartResult
 
 
 def packed_rows(catalog: Catalog, reference: str, split: str, count: int) -> list[dict[str, Any]]:
@@ -28,18 +28,20 @@ def packed_rows(catalog: Catalog, reference: str, split: str, count: int) -> lis
     rows = Rows.of(catalog.store, manifest, split)
     numbers = list(range(min(count, rows.num_rows)))
     tokenizer = load_tokenizer(catalog.store, manifest.base_model)
-    taken = rows.take(numbers)
-    shown = []
+    columns = rows.take(numbers)
+    packed = []
     for number, records in zip(numbers, rows.records(numbers), strict=True):
         documents = []
         for segment, record in enumerate(records, start=1):
-            where = taken["segment_ids"][number] == segment
-            ids, mask = taken["input_ids"][number][where].tolist(), taken["loss_mask"][number][where].tolist()
+            where = columns["segment_ids"][number] == segment
+            ids, mask = columns["input_ids"][number][where].tolist(), columns["loss_mask"][number][where].tolist()
             pieces = [tokenizer.decode([token]) for token in ids]
             documents.append({"record": record, "tokens": pieces, "ids": ids, "trained": [bool(bit) for bit in mask]})
-        used = int((taken["segment_ids"][number] > 0).sum())
-        shown.append({"row": number, "num_tokens": used, "padding": manifest.sequence_length - used, "documents": documents})
-    return shown
+        used = int((columns["segment_ids"][number] > 0).sum())
+        packed.append(
+            {"row": number, "num_tokens": used, "padding": manifest.sequence_length - used, "documents": documents}
+        )
+    return packed
 
 
 def print_packed_rows(rows: list[dict[str, Any]]) -> None:
@@ -54,11 +56,11 @@ def print_packed_rows(rows: list[dict[str, Any]]) -> None:
             console.print(f"  [cyan]{document['record']}[/cyan]")
             text = Text("    ")
             for token, trained in zip(document["tokens"], document["trained"], strict=True):
-                shown = token.replace("\n", "⏎\n    ")
+                piece = token.replace("\n", "⏎\n    ")
                 if not trained:
-                    text.append(shown, style="dim")
+                    text.append(piece, style="dim")
                 else:
-                    text.append(shown if console.is_terminal else f"⟦{shown}⟧", style="bold black on green")
+                    text.append(piece if console.is_terminal else f"⟦{piece}⟧", style="bold black on green")
             console.print(text, soft_wrap=True)
 
 
@@ -95,10 +97,10 @@ def models(catalog: Catalog) -> list[dict[str, Any]]:
     aliases: dict[str, list[str]] = {}
     for alias, target in catalog.aliases().items():
         aliases.setdefault(target, []).append(alias)
-    found = []
+    versions = []
     for version in catalog.all(ModelVersion):
         report = catalog.get_as(EvalReport, version.evals[0]) if version.evals and catalog.has(version.evals[0]) else None
-        found.append(
+        versions.append(
             version.model_dump(mode="json", exclude={"files"})
             | {
                 "aliases": sorted(aliases.get(version.id, [])),
@@ -106,44 +108,43 @@ def models(catalog: Catalog) -> list[dict[str, Any]]:
                 "metrics": report.metrics if report else {},
             }
         )
-    return found
+    return versions
 
 
 def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def print_plan(found: dict[str, Any]) -> None:
+def print_plan(estimate: dict[str, Any]) -> None:
     """The plan of a run, as a table."""
-    memory = found["memory"]
+    memory = estimate["memory"]
     parts = ("weights", "gradients", "optimizer", "working")
     rows = [
-        ("model", f"{found['num_parameters']:,} weights, {found['num_trained']:,} trained ({found['base_model']})"),
-        *([("active", f"{found['num_active']:,}")] if found["num_active"] < found["num_parameters"] else []),
-        *(("adapter" if not number else "", line) for number, line in enumerate(found["reaches"])),
-        ("data", f"{found['num_rows']:,} packed rows × {found['epochs']:.2f} epochs ({found['dataset']})"),
-        ("tokens", f"{found['num_tokens']:,}, of which {found['num_trained_tokens']:,} are trained"),
-        ("steps", f"{found['steps']:,}"),
-        ("workers", f"{found['num_workers']}, {found['precision']}"),
+        ("model", f"{estimate['num_parameters']:,} weights, {estimate['num_trained']:,} trained ({estimate['base_model']})"),
+        *([("active", f"{estimate['num_active']:,}")] if estimate["num_active"] < estimate["num_parameters"] else []),
+        *(("adapter" if not number else "", line) for number, line in enumerate(estimate["reaches"])),
+        ("data", f"{estimate['num_rows']:,} packed rows × {estimate['epochs']:.2f} epochs ({estimate['dataset']})"),
+        ("tokens", f"{estimate['num_tokens']:,}, of which {estimate['num_trained_tokens']:,} are trained"),
+        ("steps", f"{estimate['steps']:,}"),
+        ("workers", f"{estimate['num_workers']}, {estimate['precision']}"),
         (
             "memory of one",
             f"{size(memory['total'])} and what the libraries take"
-            + (f", of {size(found['room'])}" if found["room"] else ", room not known"),
+            + (f", of {size(estimate['room'])}" if estimate["room"] else ", memory limit unknown"),
         ),
         *((f"  {part}", size(memory[part])) for part in parts),
-        ("a checkpoint", size(found["checkpoint_bytes"])),
-        ("disk", size(found["disk_bytes"])),
+        ("a checkpoint", size(estimate["checkpoint_bytes"])),
+        ("disk", size(estimate["disk_bytes"])),
     ]
-    if found["seconds"] is not None:
-        rows.append(
-            ("time", f"{found['seconds'] / 3600:.2f} h, {found['seconds'] / 3600 * found['num_workers']:.2f} worker hours")
-        )
-    if found["cost"] is not None:
-        rows.append(("cost", f"{found['cost']:.2f}"))
+    if estimate["seconds"] is not None:
+        hours = estimate["seconds"] / 3600
+        rows.append(("time", f"{hours:.2f} h, {hours * estimate['num_workers']:.2f} worker hours"))
+    if estimate["cost"] is not None:
+        rows.append(("cost", f"{estimate['cost']:.2f}"))
     print_table("Plan", ("", ""), rows)
 
 
-def print_quickstart(shown: Shown, store: Store) -> None:
+def print_quickstart(result: QuickstartResult, store: Store) -> None:
     """The end of the quick start: table, answer, lineage, places, what to try next."""
     from rich.console import Console
     from rich.markup import escape
@@ -151,15 +152,15 @@ def print_quickstart(shown: Shown, store: Store) -> None:
     from forge_ray.governance.lineage import draw, lineage
 
     console = Console(highlight=False)
-    outcome = shown.outcome
+    outcome = result.outcome
     console.print()
     title = f"base vs tuned: {outcome.report.num_examples} held-out rows"
     print_table(title, ("", "base", "tuned", "change"), comparison(outcome.base_report, outcome.report))
     if outcome.version.status == "rejected":
         console.print(f"[red]rejected[/red]: {'; '.join(outcome.version.reasons)}")
-    if shown.answer and outcome.deployment:
-        console.print(f"\n[bold]asked[/bold]     {shown.question}", soft_wrap=True)
-        console.print(f"[bold]answered[/bold]  {shown.answer.text}   (expected: {shown.expected})", soft_wrap=True)
+    if result.answer and outcome.deployment:
+        console.print(f"\n[bold]asked[/bold]     {result.question}", soft_wrap=True)
+        console.print(f"[bold]answered[/bold]  {result.answer.text}   (expected: {result.expected})", soft_wrap=True)
         console.print("\n[bold]where that answer comes from[/bold]")
         with Catalog(store) as catalog:
             for line in draw(lineage(catalog, outcome.deployment.id, 3)):

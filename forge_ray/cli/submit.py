@@ -1,4 +1,4 @@
-"""Send a run file to a Ray cluster as a job, follow it, and tell how it ended."""
+"""Submit a run file to a Ray cluster as a job, follow its log, and report the result."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
     set_offline_switches()
     path = Path(file)
     if not path.is_file() or not path.resolve().is_relative_to(Path.cwd()):
-        raise NotFound(f"{file!r} is not a file below the current folder", hint="the folder is what the job gets: cd there")
+        raise NotFound(
+            f"{file!r} is not a file below the current folder",
+            hint="the current folder becomes the job's working directory: cd there",
+        )
     if "://" not in store_uri and not Path(store_uri).is_absolute():
-        raise ConfigError(f"store {store_uri!r} is relative", hint="name a place that all nodes share")
+        raise ConfigError(f"store {store_uri!r} is relative", hint="use a path or URI that all nodes share")
 
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
@@ -80,12 +83,14 @@ def _accepted(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:
 
 
 def _failure(job: str, address: str, info: Any, result: Any) -> ForgeError:
-    """What the job itself said, with the exit code that its error has."""
+    """The error of the job, with its exit code."""
     kind = {EXIT_USAGE: ConfigError, EXIT_POLICY: PolicyError}.get(info.driver_exit_code, TrainingError)
-    told = result.get("error") if isinstance(result, dict) else None
-    reason = told["message"] if told else str(info.message or "").partition("\n")[0]
+    job_error = result.get("error") if isinstance(result, dict) else None
+    reason = job_error["message"] if job_error else str(info.message or "").partition("\n")[0]
     hint = f"its log: ray job logs {job} --address {address}"
-    return kind(f"job {job} {info.status.value.lower()}: {reason}", hint=f"{told['hint']}; {hint}" if told else hint)
+    return kind(
+        f"job {job} {info.status.value.lower()}: {reason}", hint=f"{job_error['hint']}; {hint}" if job_error else hint
+    )
 
 
 async def _follow(client: Any, job: str) -> str:

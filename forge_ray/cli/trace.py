@@ -1,4 +1,4 @@
-"""`forge trace` and `forge lineage`: from rows to what they taught, and from anything to what it came from."""
+"""`forge trace` and `forge lineage`: which models a row reached, and what an artifact was derived from."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ verbs = Verbs()
 SHOWN = 20  # records that are printed in full
 
 
-@verb(verbs, "trace")
+@verb(verbs, "trace", "forge trace --file rows.jsonl")
 @click.argument("records", metavar="[rec_…]", nargs=-1)
-@click.option("--file", "files", multiple=True, metavar="ROWS", help="Rows of any format that sources may have.")
+@click.option(
+    "--file",
+    "files",
+    multiple=True,
+    metavar="ROWS",
+    help="File of rows, in any format that data.sources accepts. Repeatable.",
+)
 @click.option("--subject", default="", help="Value of the subject column; - reads it from standard input.")
 def trace(store: Store, as_json: bool, records: tuple[str, ...], files: tuple[str, ...], subject: str) -> Any:
-    """Which dataset versions, runs and steps, model versions, aliases and deployments used a record."""
+    """Find everything that used a record: datasets, runs, models.
+
+    Lists dataset versions, runs with their steps, model versions, aliases and deployments."""
     from forge_ray.governance import trace as tracer
     from forge_ray.store.catalog import Catalog
 
@@ -39,40 +47,40 @@ def trace(store: Store, as_json: bool, records: tuple[str, ...], files: tuple[st
         queries = [tracer.of_record(record) for record in records]
         queries += [query for file in files for query in tracer.of_file(index, file)]
         queries += [tracer.of_subject_value(index, subject)] if subject else []
-        found = tracer.trace(index, queries)
+        traced = tracer.trace(index, queries)
     if not as_json:
-        click.echo("\n".join(lines(found)))
-    if found.broken:  # what was found is out, and is not all
+        click.echo("\n".join(lines(traced)))
+    if traced.broken:  # the answer is printed, but it is incomplete
         if as_json:
             from forge_ray.cli.job import as_json as plain
 
-            click.echo(json.dumps(plain(asdict(found)), ensure_ascii=False))
+            click.echo(json.dumps(plain(asdict(traced)), ensure_ascii=False))
         sys.exit(EXIT_FAILED)
-    return asdict(found)
+    return asdict(traced)
 
 
-def lines(found: Traced) -> Iterator[str]:
+def lines(traced: Traced) -> Iterator[str]:
     """The answer for people."""
-    for query in found.queries:
-        if query.asked in found.nowhere:
-            yield f"{query.asked}: {query.note or f'no dataset version holds it ({found.num_datasets} searched)'}"
+    for query in traced.queries:
+        if query.asked in traced.nowhere:
+            yield f"{query.asked}: {query.note or f'no dataset version holds it ({traced.num_datasets} searched)'}"
         elif query.asked not in query.records and len(query.records) > 1:
             yield f"{query.asked}: {len(query.records)} records"
         if query.unsearched:
-            yield f"  {len(query.unsearched)} of {found.num_datasets} versions cannot say: no data.subject, or no sources"
-    for reason in found.broken.values():
+            yield f"  {len(query.unsearched)} of {traced.num_datasets} versions cannot say: no data.subject, or no sources"
+    for reason in traced.broken.values():
         yield f"not searched: {reason}"
-    for one in found.records[:SHOWN]:
+    for one in traced.records[:SHOWN]:
         asked = [name for name in one.asked if name != one.record]
         yield one.record + (f"  ({', '.join(asked[:3])})" if asked else "")
         branches = [f"{'  '.join(_held(held))}" for held in one.held]
         branches += [f"alike: {'  '.join(_held(held))}, {held.relation}" for held in one.alike]
         branches += [_used(use) for use in one.uses]
         yield from _tree(branches)
-    if len(found.records) > SHOWN:
-        yield f"… and {len(found.records) - SHOWN} records more (--json lists all)"
-    if found.records:
-        reached = found.reached
+    if len(traced.records) > SHOWN:
+        yield f"… and {len(traced.records) - SHOWN} records more (--json lists all)"
+    if traced.records:
+        reached = traced.reached
         branches = [f"run         {run.run}  {run.name}: {run.state}, {_how(run.how)}" for run in reached.runs]
         branches += [
             f"version     {v.version}  {v.name}: {v.status}{', archived' if v.archived else ''}, {_how(v.how)}"
@@ -123,20 +131,28 @@ def _used(use: Any) -> str:
 
 
 def _how(how: str) -> str:
-    said = {"trained": "trained on it", "chosen": "chosen by a validation on it", "base": "began from a version that saw it"}
-    return said[how]
+    meanings = {
+        "trained": "trained on it",
+        "chosen": "chosen by a validation on it",
+        "base": "began from a version that saw it",
+    }
+    return meanings[how]
 
 
-@verb(verbs, "lineage")
+@verb(verbs, "lineage", "forge lineage support@prod --html lineage.html")
 @click.argument("reference", metavar="ID|ALIAS|FINGERPRINT")
-@click.option("--to", "goal", help="Print only the chain from ID to this one.")
-@click.option("--rows", default=3, show_default=True, help="Training rows to show under a dataset.")
-@click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw both ways into an SVG.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="The same as a page.")
+@click.option("--to", "goal", help="Print only the chain from ID to this object.")
+@click.option("--rows", default=3, show_default=True, help="Training rows to show for each dataset.")
+@click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the graph as SVG.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the graph as an HTML page."
+)
 def lineage(
     store: Store, as_json: bool, reference: str, goal: str | None, rows: int, svg: Path | None, html: Path | None
 ) -> Any:
-    """What something was made from, down to rows one can read, and what was made of it."""
+    """Show what an object was derived from, down to its rows.
+
+    Also shows what was derived from it."""
     from forge_ray.governance import lineage as trace
     from forge_ray.governance import lineage_page
     from forge_ray.store.catalog import Catalog
@@ -149,16 +165,16 @@ def lineage(
             if not as_json:
                 click.echo(" — ".join(chain))
             return {"chain": chain}
-        found = trace.lineage(index, reference, rows)
+        tree = trace.lineage(index, reference, rows)
         if svg or html:
-            graph = lineage_page.graph_of(index, found)
+            graph = lineage_page.graph_of(index, tree)
             for target, content in ((svg, lineage_page.svg), (html, lineage_page.page)):
                 if target:
                     target.write_text(content(graph), encoding="utf-8")
                     click.echo(f"written: {target}", err=True)
     if not as_json:
-        click.echo("\n".join(trace.draw(found)))
-    return found
+        click.echo("\n".join(trace.draw(tree)))
+    return tree
 
 
 TRACING = tuple(verbs.commands.values())

@@ -1,4 +1,4 @@
-"""`forge signers|policy|approve|sign|verify`, `forge audit log|verify`: who may, who did, does it hold."""
+"""`forge signers|policy|approve|sign|verify`, `forge audit log|verify`: signatures, roles and the audit log."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ if TYPE_CHECKING:
     from forge_ray.store.authority import Signer
     from forge_ray.store.files import Store
 
-ROLE = click.option("--role", "roles", multiple=True, help="owner, data_steward, trainer, validator, releaser, auditor.")
-WHY = click.option("--why", default="", help="Kept in the audit log.")
+ROLE = click.option(
+    "--role", "roles", multiple=True, help="Role: owner, data_steward, trainer, validator, releaser or auditor. Repeatable."
+)
+WHY = click.option("--why", default="", help="Reason, kept in the audit log.")
 
 
 @click.group()
 def top() -> None:
-    """Verbs of `forge` itself."""
+    """Top-level verbs; `forge` registers them."""
 
 
 @click.group(cls=Verbs)
 def signers() -> None:
-    """Whose signature counts, and for what: create, add, list, change, retire, revoke."""
+    """Manage the keys whose signatures count, and their roles."""
 
 
 @click.group(cls=Verbs)
 def policy() -> None:
-    """What this store demands: show, set."""
+    """Show or change which roles and signatures are required."""
 
 
-@verb(signers, "create")
+@verb(signers, "create", "forge signers create olga --role owner --out ~/keys")
 @click.argument("name")
 @ROLE
 @click.option("--out", default=".", show_default=True, help="Folder for NAME.key (0600) and NAME.pub.")
@@ -42,12 +44,14 @@ def policy() -> None:
     type=click.Choice(["ed25519", "p256"]),
     default="ed25519",
     show_default=True,
-    help="p256: OpenSSF's model_signing can verify what it signs.",
+    help="Algorithm of the key; only p256 signatures can be verified by OpenSSF's model_signing.",
 )
 def signers_create(
     store: Store, as_json: bool, name: str, roles: tuple[str, ...], out: str, algorithm: Literal["ed25519", "p256"]
 ) -> Any:
-    """A new key pair, and the signer that it makes. The first is the owner. FORGE_SIGNER_PASSPHRASE encrypts the key."""
+    """Create a key pair and register it as a signer.
+
+    The first signer is the owner. FORGE_SIGNER_PASSPHRASE encrypts the private key."""
     from pathlib import Path
 
     from forge_ray.governance.signers import create
@@ -58,15 +62,17 @@ def signers_create(
     if not as_json:
         click.echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
         click.echo(f"export FORGE_SIGNER={Path(out).expanduser().absolute() / (name + '.key')}", err=True)
-    return _shown(signer)
+    return _with_state(signer)
 
 
-@verb(signers, "add")
+@verb(signers, "add", "forge signers add rolf --public rolf.pub --role releaser")
 @click.argument("name")
-@click.option("--public", "path", required=True, metavar="FILE.pub", help="The public key, PEM.")
+@click.option("--public", "path", required=True, metavar="FILE.pub", help="Public key, PEM.")
 @ROLE
 def signers_add(store: Store, as_json: bool, name: str, path: str, roles: tuple[str, ...]) -> Any:
-    """Let somebody's public key count; their private one stays with them."""
+    """Register someone's public key as a signer.
+
+    The private key stays with its owner."""
     from pathlib import Path
 
     from forge_ray.errors import NotFound
@@ -74,33 +80,35 @@ def signers_add(store: Store, as_json: bool, name: str, path: str, roles: tuple[
     from forge_ray.store.catalog import Catalog
 
     if not Path(path).is_file():
-        raise NotFound(f"--public {path!r} is no file", hint="the public half, NAME.pub")
+        raise NotFound(f"--public {path!r} is not a file", hint="the public half, NAME.pub")
     with Catalog(store) as index:
         signer = add(index, name, roles, Path(path).read_text())
     if not as_json:
         click.echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
-    return _shown(signer)
+    return _with_state(signer)
 
 
-@verb(signers, "list")
+@verb(signers, "list", "forge signers list")
 def signers_list(store: Store, as_json: bool) -> Any:
-    """Every signer, those that are retired or revoked too."""
+    """List every signer, including retired and revoked ones."""
     from forge_ray.cli.show import print_table
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = list(index.authority().signers.values())
+        listed = list(index.authority().signers.values())
     if not as_json:
-        rows = [(signer.id, signer.name, ", ".join(signer.roles), _state(signer), signer.added_at[:19]) for signer in found]
+        rows = [(signer.id, signer.name, ", ".join(signer.roles), _state(signer), signer.added_at[:19]) for signer in listed]
         print_table("Signers", ("key", "name", "roles", "state", "since (UTC)"), rows)
-    return [_shown(signer) for signer in found]
+    return [_with_state(signer) for signer in listed]
 
 
-@verb(signers, "change")
+@verb(signers, "change", "forge signers change rolf --role releaser --role validator")
 @click.argument("reference", metavar="KEY|NAME")
 @ROLE
 def signers_change(store: Store, as_json: bool, reference: str, roles: tuple[str, ...]) -> Any:
-    """Other roles for a signer: those given, and no others."""
+    """Replace the roles of a signer.
+
+    The signer has exactly the roles named with --role from then on."""
     from forge_ray.governance.signers import change
     from forge_ray.store.catalog import Catalog
 
@@ -108,22 +116,24 @@ def signers_change(store: Store, as_json: bool, reference: str, roles: tuple[str
         signer = change(index, reference, roles)
     if not as_json:
         click.echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
-    return _shown(signer)
+    return _with_state(signer)
 
 
-@verb(signers, "retire")
+@verb(signers, "retire", "forge signers retire rolf --why 'left the team'")
 @click.argument("reference", metavar="KEY|NAME")
 @WHY
 def signers_retire(store: Store, as_json: bool, reference: str, why: str) -> Any:
-    """Somebody leaves: what they signed stays valid, nothing new is."""
+    """Retire a signer; existing signatures stay valid.
+
+    New signatures by this signer are rejected."""
     return _ended(store, as_json, reference, why, compromised=False)
 
 
-@verb(signers, "revoke")
+@verb(signers, "revoke", "forge signers revoke rolf --why 'laptop stolen'")
 @click.argument("reference", metavar="KEY|NAME")
 @WHY
 def signers_revoke(store: Store, as_json: bool, reference: str, why: str) -> Any:
-    """A key is in wrong hands: nothing that it ever signed counts from now on."""
+    """Revoke a compromised key; all its signatures become invalid."""
     return _ended(store, as_json, reference, why, compromised=True)
 
 
@@ -135,36 +145,41 @@ def _ended(store: Store, as_json: bool, reference: str, why: str, compromised: b
         signer = end(index, reference, compromised, why)
     if not as_json:
         click.echo(f"{signer.id}  {signer.name}: {_state(signer)}")
-    return _shown(signer)
+    return _with_state(signer)
 
 
-@verb(policy, "show")
+@verb(policy, "show", "forge policy show")
 def policy_show(store: Store, as_json: bool) -> Any:
-    """What is demanded now, and what each role may write."""
+    """Show what the policy requires, and what each role may write."""
     from forge_ray.store.authority import MAY
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = index.authority().policy.model_dump(mode="json")
+        settings = index.authority().policy.model_dump(mode="json")
     if not as_json:
-        for name, value in found.items():
-            shown = ", ".join(value) if isinstance(value, list | tuple) else str(value).lower()
-            click.echo(f"{name}: {shown or 'none'}")
+        for name, value in settings.items():
+            text = ", ".join(value) if isinstance(value, list | tuple) else str(value).lower()
+            click.echo(f"{name}: {text or 'none'}")
         click.echo("with roles: true,")
         for what, roles in MAY.items():
             click.echo(f"  {what:20} {', '.join(roles)}")
-    return found | {"may": {what: list(roles) for what, roles in MAY.items()}}
+    return settings | {"may": {what: list(roles) for what, roles in MAY.items()}}
 
 
-@verb(policy, "set")
-@click.option("--roles/--no-roles", default=None, help="Every change needs a signer whose role may make it.")
-@click.option("--signatures/--no-signatures", default=None, help="Only signed versions are promoted or deployed.")
-@click.option("--protect", multiple=True, metavar="ALIAS", help="Two releasers move it together; patterns: '*@prod'.")
-@click.option("--protect-none", is_flag=True, help="No alias is protected.")
+@verb(policy, "set", "forge policy set --signatures --protect '*@prod'")
+@click.option("--roles/--no-roles", default=None, help="Require a signer with a permitted role for every change.")
+@click.option("--signatures/--no-signatures", default=None, help="Promote and deploy only signed versions.")
+@click.option(
+    "--protect",
+    multiple=True,
+    metavar="ALIAS",
+    help="Require two releasers to move this alias; patterns: '*@prod'. Repeatable.",
+)
+@click.option("--protect-none", is_flag=True, help="Protect no alias.")
 @click.option(
     "--independent-validation/--no-independent-validation",
     default=None,
-    help="A protected alias takes only what a validator approved who did not train it.",
+    help="Require approval by a validator who did not train the version, for protected aliases.",
 )
 @WHY
 def policy_set(
@@ -177,32 +192,36 @@ def policy_set(
     independent_validation: bool | None,
     why: str,
 ) -> Any:
-    """Change what is given; an owner's signature is needed."""
+    """Change the policy; requires an owner's signature.
+
+    Options that are left out stay unchanged."""
     from forge_ray.governance.signers import set_policy
     from forge_ray.store.catalog import Catalog
 
     if protect and protect_none:
-        raise ConfigError("--protect and --protect-none say the opposite", hint="give one of them")
-    given: dict[str, Any] = {"roles": roles, "signatures": signatures, "independent_validation": independent_validation}
+        raise ConfigError("--protect and --protect-none contradict each other", hint="give one of them")
+    options: dict[str, Any] = {"roles": roles, "signatures": signatures, "independent_validation": independent_validation}
     if protect or protect_none:
-        given["protected"] = list(protect)
-    changes = {name: value for name, value in given.items() if value is not None}
+        options["protected"] = list(protect)
+    changes = {name: value for name, value in options.items() if value is not None}
     if not changes:
-        raise ConfigError("nothing of the policy is to be changed", hint="--roles, --signatures, --protect ALIAS, …")
+        raise ConfigError("no policy setting to change", hint="--roles, --signatures, --protect ALIAS, …")
     with Catalog(store) as index:
-        found = set_policy(index, changes, why).model_dump(mode="json")
+        settings = set_policy(index, changes, why).model_dump(mode="json")
     if not as_json:
-        click.echo(", ".join(f"{name}={value}" for name, value in found.items()))
-    return found
+        click.echo(", ".join(f"{name}={value}" for name, value in settings.items()))
+    return settings
 
 
-@verb(top, "approve")
+@verb(top, "approve", "forge approve mv_0123456789abcdef --alias support@prod")
 @click.argument("reference", metavar="VERSION|DATASET")
-@click.option("--alias", default="", help="Only for this alias: counts as one of the two releasers.")
-@click.option("--refuse", is_flag=True, help="Say no instead.")
+@click.option("--alias", default="", help="Approve one move of this alias, as one of the two releasers.")
+@click.option("--refuse", is_flag=True, help="Refuse instead of approving.")
 @WHY
 def approve(store: Store, as_json: bool, reference: str, alias: str, refuse: bool, why: str) -> Any:
-    """A signed yes to a version: a validator's, or a releaser's to one move."""
+    """Sign an approval of a version, a dataset or an alias move.
+
+    A validator approves a version; with --alias, a releaser approves one move of that alias."""
     from forge_ray.governance import signers as people
     from forge_ray.store.catalog import Catalog
 
@@ -214,12 +233,16 @@ def approve(store: Store, as_json: bool, reference: str, alias: str, refuse: boo
     return {"subject": event.subject, "by": name, **event.data}
 
 
-@verb(top, "sign")
+@verb(top, "sign", "forge sign mv_0123456789abcdef")
 @click.argument("reference", metavar="ID|ALIAS")
-@click.option("--openssf", is_flag=True, help="Write the files and a model.sig to --out, for model_signing and others.")
-@click.option("--out", default="", metavar="DIR", help="With --openssf: where to.")
+@click.option(
+    "--openssf", is_flag=True, help="Export the files and a model.sig to --out, to verify with OpenSSF's model_signing."
+)
+@click.option("--out", default="", metavar="DIR", help="Folder for the export of --openssf.")
 def sign(store: Store, as_json: bool, reference: str, openssf: bool, out: str) -> Any:
-    """Put your signature beside a record that somebody else wrote; its files are checked first."""
+    """Add your signature to a record that someone else wrote.
+
+    The files of the record are verified first."""
     from forge_ray.governance import signers as people
     from forge_ray.store.catalog import Catalog
 
@@ -232,11 +255,15 @@ def sign(store: Store, as_json: bool, reference: str, openssf: bool, out: str) -
     return {"path": path}
 
 
-@verb(top, "verify")
+@verb(top, "verify", "forge verify support@prod")
 @click.argument("what", metavar="ID|ALIAS|PATH")
-@click.option("--key", "keys", multiple=True, metavar="FILE.pub", help="Trust these keys, not the store's signers.")
+@click.option(
+    "--key", "keys", multiple=True, metavar="FILE.pub", help="Trust this key instead of the store's signers. Repeatable."
+)
 def verify(store: Store, as_json: bool, what: str, keys: tuple[str, ...]) -> Any:
-    """Digests and signatures of a record and all behind it; or of a folder with model.sig, or an envelope, offline."""
+    """Verify digests and signatures of a record and its inputs.
+
+    A PATH to a folder with model.sig, or to an envelope, is verified offline."""
     from pathlib import Path
 
     from forge_ray.cli.show import print_table
@@ -246,10 +273,10 @@ def verify(store: Store, as_json: bool, what: str, keys: tuple[str, ...]) -> Any
 
     trusted = verifying.trusted_keys(keys)
     if Path(what).exists():
-        found = verifying.verify_path(Path(what), trusted)
+        result = verifying.verify_path(Path(what), trusted)
         if not as_json:
-            click.echo(f"{what}: {found['what']} holds")
-        return found
+            click.echo(f"{what}: {result['what']} holds")
+        return result
     with Catalog(store) as index:
         authority = verifying.trusting(index.authority(), trusted)
         checked = verifying.verify_record(index, resolve(index, what), authority)
@@ -263,17 +290,17 @@ def verify(store: Store, as_json: bool, what: str, keys: tuple[str, ...]) -> Any
     return [vars(one) for one in checked]
 
 
-@verb(audit, "log")
-@click.option("--subject", default="", help="Only of this id, alias or key.")
-@click.option("--action", default="", help="Only these, e.g. alias.set or alias.")
-@click.option("--last", default=0, help="So many lines of the end; 0: all.")
+@verb(audit, "log", "forge audit log --subject support@prod --last 20")
+@click.option("--subject", default="", help="Show only lines about this id, alias or key.")
+@click.option("--action", default="", help="Show only actions that begin with this, e.g. alias.set or alias.")
+@click.option("--last", default=0, help="Show only the last N lines; 0: all.")
 def audit_show(store: Store, as_json: bool, subject: str, action: str, last: int) -> Any:
-    """Every change of the store: who, when, what, why."""
+    """Show every change of the store: who, when, what and why."""
     from forge_ray.cli.show import print_table
     from forge_ray.store import audit_log
     from forge_ray.store.catalog import Catalog
 
-    found = [
+    lines = [
         {name: value for name, value in line.items() if name not in ("body", "sig")}
         for line in audit_log.read(store)
         if (not subject or line["subject"] == subject) and (not action or line["action"].startswith(action))
@@ -290,34 +317,36 @@ def audit_show(store: Store, as_json: bool, subject: str, action: str, last: int
                 line["subject"],
                 line["why"],
             )
-            for line in found
+            for line in lines
         ]
         print_table("Audit log", ("line", "at (UTC)", "who (unsigned)", "what", "of", "why"), rows)
-    return found
+    return lines
 
 
-@verb(audit, "verify")
-@click.option("--head", default="", metavar="N:HASH", help="A head that you wrote down: the log must still go through it.")
-@click.option("--every-signature", is_flag=True, help="Check each line's, not the last one's alone.")
+@verb(audit, "verify", "forge audit verify --every-signature")
+@click.option("--head", default="", metavar="N:HASH", help="Head noted earlier, which the log must still contain.")
+@click.option("--every-signature", is_flag=True, help="Check the signature of every line, not only of the last.")
 def audit_verify(store: Store, as_json: bool, head: str, every_signature: bool) -> Any:
-    """Was a line of the log, or a record or event, changed, added, moved or taken away? Exit 3 if so."""
+    """Verify the audit log and everything it covers.
+
+    Exit code 3 if a line, record or event was changed, added, moved or removed."""
     from forge_ray.governance.verify import verify_log
     from forge_ray.store.catalog import Catalog
 
     with Catalog(store) as index:
-        found = verify_log(index, every_signature, head)
+        report = verify_log(index, every_signature, head)
     if not as_json:
-        click.echo(f"{found.num_lines} lines, {found.num_signed} signed, {found.num_files} files; head {found.head}")
-        for problem in found.problems[:20]:
+        click.echo(f"{report.num_lines} lines, {report.num_signed} signed, {report.num_files} files; head {report.head}")
+        for problem in report.problems[:20]:
             click.echo(f"  {problem}")
-        if not found.problems:
-            click.echo("nothing was changed" + ("" if found.num_signed else "; no line is signed: the chain alone says so"))
-    if found.problems:
+        if not report.problems:
+            click.echo("nothing was changed" + ("" if report.num_signed else "; no line is signed: the chain alone says so"))
+    if report.problems:
         raise PolicyError(
-            f"the audit log does not hold: {found.problems[0]} ({len(found.problems)} problems)",
+            f"the audit log does not hold: {report.problems[0]} ({len(report.problems)} problems)",
             hint="compare the store with a backup; `forge audit log` shows who wrote last",
         )
-    return vars(found)
+    return vars(report)
 
 
 TRUST: tuple[click.Command, ...] = (signers, policy, *top.commands.values())
@@ -327,5 +356,5 @@ def _state(signer: Signer) -> str:
     return "revoked" if signer.revoked_at else "retired" if signer.retired_at else "active"
 
 
-def _shown(signer: Signer) -> dict[str, Any]:
+def _with_state(signer: Signer) -> dict[str, Any]:
     return signer.model_dump(mode="json") | {"state": _state(signer)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,15 +18,31 @@ if TYPE_CHECKING:
     from forge_ray.config.run import RunConfig
 
 
+EXAMPLE = "\b\nExample:\n  "  # \b: click keeps the lines as they are
+
+
 class Verbs(click.Group):
-    """Verbs in the order of the data flow, not of the alphabet."""
+    """Verbs in the order of the data flow, not of the alphabet. `sections`, if any: title → the verbs that help lists
+    under it."""
+
+    def __init__(self, *arguments: Any, sections: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.sections = sections
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for title, names in (self.sections or {"Commands": tuple(self.commands)}).items():
+            lines = [(name, self.commands[name].get_short_help_str(formatter.width - width - 6)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), line) for name, line in lines])
 
-def verb(group: click.Group, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A command with --store and --json; its function returns what --json prints, after printing for people otherwise."""
+
+def verb(group: click.Group, name: str, example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A command with --store and --json; its function returns what --json prints, after printing for people otherwise.
+    `example` is a whole command line, shown at the end of its help."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -45,10 +61,10 @@ def verb(group: click.Group, name: str) -> Callable[[Callable[..., Any]], Callab
 
                     click.echo(json.dumps(plain(result), ensure_ascii=False))
 
-        command = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(command)
-        store_help = "Folder or URI of the store; else FORGE_STORE, else .forge."
+        command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+        store_help = "Folder or URI of the store. Default: FORGE_STORE, else .forge."
         command = click.option("--store", metavar="URI", help=store_help)(command)
-        return group.command(name)(command)
+        return group.command(name, epilog=EXAMPLE + example)(command)
 
     return wrap
 
@@ -69,9 +85,9 @@ def run_file(function: Callable[..., Any]) -> Callable[..., Any]:
     def command(file: str, overrides: tuple[str, ...], **arguments: Any) -> Any:
         return function(config=load_run_file(file, overrides), **arguments)
 
-    command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, e.g. train.seed=1.")(
-        command
-    )
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. train.seed=1. Repeatable."
+    )(command)
     return click.argument("file", metavar="RUN.yaml")(command)
 
 

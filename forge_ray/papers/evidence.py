@@ -167,7 +167,8 @@ def _modality(facts: Facts) -> tuple[str, str]:
 
 def _means(facts: Facts) -> tuple[str, str]:
     kind = "PEFT adapter" if facts.version.weights == "adapter" else "Hugging Face folder"
-    return f"{kind}, safetensors; served through an OpenAI-compatible endpoint (docs/serving-api.md)", facts.version.id
+    served = "served through an OpenAI-compatible endpoint (docs/reference/serving-api.md)"
+    return f"{kind}, safetensors; {served}", facts.version.id
 
 
 def _design(facts: Facts) -> tuple[str, str]:

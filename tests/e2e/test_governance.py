@@ -1,4 +1,4 @@
-"""An auditor's afternoon: one signed run, and every question about it asked by its command (docs/governance.md)."""
+"""An auditor's afternoon: one signed run, and every question about it asked by its command (docs/guides/governance.md)."""
 
 from __future__ import annotations
 

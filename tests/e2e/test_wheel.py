@@ -145,7 +145,7 @@ def test_the_wheel_holds_the_package_and_the_files_it_hands_out(built: Built) ->
         "jobs/models/mistral-small-4/config.json",
         "cluster/grafana/forge-serving.json",
         "cluster/bare/start_head.sh",
-        "docs/reference.md",
+        "docs/reference/settings.md",
     } <= carried
     assert modes["forge_ray/files/cluster/bare/start_head.sh"] & 0o111
 

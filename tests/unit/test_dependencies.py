@@ -1,4 +1,4 @@
-"""What an installation without any extra can do, and that docs/dependencies.md lists what pyproject.toml asks for."""
+"""What an installation without any extra can do, and docs/reference/dependencies.md lists what pyproject.toml wants."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def requirements(lines: list[str]) -> set[str]:
 
 def listed(heading: str) -> set[str]:
     """The packages in the first column of the table under a heading."""
-    page = (ROOT / "docs/dependencies.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/reference/dependencies.md").read_text(encoding="utf-8")
     (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     return {
         name for cell in re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE) for name in re.findall(r"`([^`]+)`", cell)

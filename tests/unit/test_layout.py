@@ -21,6 +21,7 @@ FILES = re.compile(r"(?<![\w/.-])((?:forge_ray|tests|jobs|benchmarks|cluster|doc
 LOGGERS = {"access"}  # `forge_ray.access` is a logger
 MADE_UP = {"tests/unit/test_layering.py", "tests/unit/test_layout.py"}  # which have names of modules that are not there
 IN_A_WHEEL = "forge_ray/files/"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 TEXTS = (".py", ".md", ".toml", ".yaml", ".sh", "Makefile", "Dockerfile")
 
 
@@ -87,6 +88,39 @@ def test_every_file_that_is_named_is_there() -> None:
         for name, text in texts()
     }
     assert {name: bad for name, bad in found.items() if bad} == {}
+
+
+def anchors(page: str) -> set[str]:
+    """What a heading of a page is linked by: lower case, words and hyphens."""
+    prose = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    broken = []
+    for link in LINK.findall(re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            broken.append(link)
+    return broken
+
+
+def test_every_relative_link_of_the_pages_resolves() -> None:
+    pages = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "cluster/README.md", "jobs/data/README.md")]
+    pages += sorted((ROOT / "docs").rglob("*.md"))
+    broken = {page.relative_to(ROOT).as_posix(): broken_links(page, page.read_text(encoding="utf-8")) for page in pages}
+    assert {name: links for name, links in broken.items() if links} == {}
+    assert len(pages) > 25
+
+
+def test_a_link_that_leads_nowhere_is_seen() -> None:
+    good = "[a](docs/benchmarks.md#the-quick-start) [b](#forge_ray) [c](https://example.com/x)"
+    bad = "[a](docs/benchmarks.md#nowhere) [b](gone.md)"
+    assert broken_links(ROOT / "README.md", f"# forge_ray\n{good} {bad}") == ["docs/benchmarks.md#nowhere", "gone.md"]
 
 
 def test_pytest_looks_into_every_folder_of_tests(pytestconfig: pytest.Config) -> None:

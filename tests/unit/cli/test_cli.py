@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from forge_ray.cli.main import cli
 from forge_ray.config.base import load
 from forge_ray.config.release import DeployConfig
+from forge_ray.errors import ConfigError
 from forge_ray.records import Event, FileEntry, ModelVersion, files_digest
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -126,13 +127,13 @@ SURFACE = {
 
 
 def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
-    found: dict[str, click.Command] = {}
+    by_name: dict[str, click.Command] = {}
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
-            found |= commands(command, f"{prefix}{name} ")
+            by_name |= commands(command, f"{prefix}{name} ")
         else:
-            found[prefix + name] = command
-    return found
+            by_name[prefix + name] = command
+    return by_name
 
 
 def forge(*words: str) -> Result:
@@ -164,11 +165,11 @@ def version_of(store: str, name: str) -> str:
 
 
 def test_the_surface_is_what_is_promised() -> None:
-    found = {
+    flags_by_verb = {
         name: {flag for p in command.params for flag in p.opts if isinstance(p, click.Option)}
         for name, command in commands(cli).items()
     }
-    assert found == {name: flags | {"--store", "--json"} for name, flags in SURFACE.items()}
+    assert flags_by_verb == {name: flags | {"--store", "--json"} for name, flags in SURFACE.items()}
 
 
 @pytest.mark.parametrize("name", SURFACE)
@@ -188,8 +189,8 @@ def test_promote_moves_the_alias_and_a_rejected_version_is_refused(filled: str) 
     assert refused.exit_code == 3
     assert json.loads(refused.stdout)["error"]["code"] == "policy"
     assert "exact_match=0.1 is below the minimum 0.4" in refused.stderr
-    shown = json.loads(forge("models", "show", "prod", "--store", filled, "--json").stdout)
-    assert shown["id"] == good
+    promoted = json.loads(forge("models", "show", "prod", "--store", filled, "--json").stdout)
+    assert promoted["id"] == good
 
 
 def test_an_alias_moves_by_its_verbs(filled: str, tmp_path: Path) -> None:
@@ -266,10 +267,26 @@ def test_the_store_is_named_by_flag_then_environment(filled: str, monkeypatch: p
 
 
 def test_the_command_that_an_export_prints_is_a_deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = ModelVersion.model_construct(id="mv_0123456789abcdef")
-    monkeypatch.setattr("forge_ray.release.candidates.export_run", lambda store, run_id, step: made)
+    version = ModelVersion.model_construct(id="mv_0123456789abcdef")
+    monkeypatch.setattr("forge_ray.release.candidates.export_run", lambda store, run_id, step: version)
     printed = CliRunner().invoke(cli, ["runs", "export", "run_1", "--store", str(tmp_path)]).output
     (line,) = [line for line in printed.splitlines() if line.startswith("serve it: ")]
     _, _, *words = shlex.split(line.removeprefix("serve it: "))
     assert words[1] == "--set"
-    assert load(DeployConfig, words[0], words[2:]).models == (made.id,)
+    assert load(DeployConfig, words[0], words[2:]).models == (version.id,)
+
+
+def test_a_plan_that_cannot_fit_ends_as_its_training_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`forge train` refuses it with a `ConfigError`."""
+    estimate = {"problem": "a worker needs 9 GB and has 8", "remedy": "set train.micro_batch_size=1"}
+    monkeypatch.setattr("forge_ray.pipeline.plan", lambda *arguments: estimate)
+    monkeypatch.setattr("forge_ray.cli.show.print_plan", lambda value: None)
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("name: a\nbase_model: b\ndata: {sources: [{path: rows.jsonl}]}\nrelease: {alias: c}\n")
+    result = CliRunner().invoke(cli, ["plan", str(run_file), "--store", str(tmp_path / "store"), "--json"])
+    assert result.exit_code == ConfigError("").exit_code == 2
+    assert json.loads(result.stdout)["error"] == {
+        "code": "config",
+        "message": estimate["problem"],
+        "hint": estimate["remedy"],
+    }

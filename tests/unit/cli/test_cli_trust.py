@@ -30,8 +30,8 @@ class Shell:
     def __call__(self, *arguments: str, code: int = 0) -> Any:
         result = CliRunner().invoke(cli, [*arguments, "--store", self.store, "--json"])
         assert result.exit_code == code, result.output
-        said = json.loads(result.stdout.strip().splitlines()[-1])
-        return said.get("results", said)
+        printed = json.loads(result.stdout.strip().splitlines()[-1])
+        return printed.get("results", printed)
 
 
 def put_version(store: Store) -> ModelVersion:
@@ -80,9 +80,9 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     lines = forge("audit", "log", "--subject", "a@prod")
     assert [(line["action"], line["key"]) for line in lines] == [("alias.set", first["id"])]
-    found = forge("audit", "verify", "--every-signature")
-    assert (found["num_lines"], found["num_signed"]) == (6, 6)
-    head = found["head"]
+    report = forge("audit", "verify", "--every-signature")
+    assert (report["num_lines"], report["num_signed"]) == (6, 6)
+    head = report["head"]
     store.local(f"models/{version.id}/model.safetensors").write_bytes(b"weighty")
     assert "sha256" in forge("verify", "a@prod", code=3)["error"]["message"]
 
@@ -100,11 +100,11 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (("policy", "set"), 2, "nothing of the policy is to be changed"),
-        (("policy", "set", "--protect", "a", "--protect-none"), 2, "say the opposite"),
+        (("policy", "set"), 2, "no policy setting to change"),
+        (("policy", "set", "--protect", "a", "--protect-none"), 2, "contradict each other"),
         (("policy", "set", "--roles"), 3, "a policy needs an owner"),
         (("sign", "mv_x", "--openssf"), 2, "go together"),
-        (("signers", "add", "bob", "--public", "none.pub", "--role", "trainer"), 2, "is no file"),
+        (("signers", "add", "bob", "--public", "none.pub", "--role", "trainer"), 2, "is not a file"),
         (("signers", "retire", "bob"), 2, "no signer 'bob'"),
         (("verify", "mv_nothing"), 2, "is no id, alias or fingerprint"),
         (("verify", "."), 2, "public keys that you trust"),

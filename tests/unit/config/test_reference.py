@@ -17,15 +17,16 @@ pytestmark = pytest.mark.unit
 
 
 def test_the_reference_is_up_to_date() -> None:
-    page = Path(__file__).parents[3] / "docs" / "reference.md"
-    assert page.read_text(encoding="utf-8") == reference(), "python -m forge_ray.config.reference > docs/reference.md"
+    page = Path(__file__).parents[3] / "docs" / "reference" / "settings.md"
+    command = "python -m forge_ray.config.reference > docs/reference/settings.md"
+    assert page.read_text(encoding="utf-8") == reference(), command
 
 
 def test_the_run_files_of_the_pages_are_valid() -> None:
     docs = Path(__file__).parents[3] / "docs"
     blocks = [
         yaml.safe_load(block)
-        for page in docs.glob("*.md")
+        for page in docs.rglob("*.md")
         for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S)
     ]
     for block in blocks:
