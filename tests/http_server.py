@@ -18,7 +18,7 @@ from forge_ray.serve.http import AsgiApp, build_http
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Chosen, Directory, Facts, Served
+from forge_ray.serve.served import Chosen, Directory, RoutingInputs, Served
 
 ENGINE = {"precision": "fp32", "page_size": 16, "num_blocks": 256, "max_batch_tokens": 128}
 
@@ -34,7 +34,7 @@ class Fixed:
             raise ApiError(404, f"model {name!r} is not served here", param="model", code="model_not_found")
         return self.names[name]
 
-    async def choose(self, name: str, facts: Facts) -> Chosen:
+    async def choose(self, name: str, facts: RoutingInputs) -> Chosen:
         return Chosen(name, self.stable(name))
 
     def cards(self) -> list[dict[str, Any]]:

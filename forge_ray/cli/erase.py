@@ -12,7 +12,7 @@ from forge_ray.cli.verbs import verb
 from forge_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from forge_ray.governance.erasure.plan import Plan, Request
+    from forge_ray.governance.erasure.plan import ErasurePlan, ErasureRequest
     from forge_ray.store.files import Store
 
 LINES = 20  # of a source file are shown
@@ -100,11 +100,11 @@ def erase(
     return statement
 
 
-def _request(subject: str, key_file: str, records: tuple[str, ...], file: str, near_duplicates: bool) -> Request:
+def _request(subject: str, key_file: str, records: tuple[str, ...], file: str, near_duplicates: bool) -> ErasureRequest:
     from pathlib import Path
 
     from forge_ray.errors import NotFound
-    from forge_ray.governance.erasure.plan import Request
+    from forge_ray.governance.erasure.plan import ErasureRequest
 
     if sum(map(bool, (subject, records, file))) != 1:
         raise ConfigError("give --subject, --record or --file (exactly one)", hint="forge erase --record rec_… --plan")
@@ -113,15 +113,15 @@ def _request(subject: str, key_file: str, records: tuple[str, ...], file: str, n
     if subject:
         if subject == "-":  # an argument would stay in the shell's history
             subject = sys.stdin.read().strip()
-        return Request("subject", (subject,), near_duplicates, key_file)
+        return ErasureRequest("subject", (subject,), near_duplicates, key_file)
     if file and not Path(file).is_file():
         raise NotFound(f"no file {file}", hint="a file of rows, in any format that data.sources takes")
     if file:
-        return Request("file", (file,), near_duplicates)
-    return Request("record", tuple(sorted(set(records))), near_duplicates)
+        return ErasureRequest("file", (file,), near_duplicates)
+    return ErasureRequest("record", tuple(sorted(set(records))), near_duplicates)
 
 
-def show(plan: Plan, begun: bool) -> None:
+def show(plan: ErasurePlan, begun: bool) -> None:
     """The plan for people."""
     from forge_ray.cli.show import print_table
 

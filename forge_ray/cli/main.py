@@ -18,6 +18,7 @@ from forge_ray.cli.data import data
 from forge_ray.cli.doctor import DOCTOR
 from forge_ray.cli.erase import ERASE
 from forge_ray.cli.gateway import GATEWAY
+from forge_ray.cli.init import INIT
 from forge_ray.cli.keys import ACCESS
 from forge_ray.cli.papers import PAPERS
 from forge_ray.cli.reproduce import REPRODUCTION
@@ -37,7 +38,7 @@ EXIT_CODES = "Exit codes: 0 success, 1 failure, 2 invalid usage or settings, 3 r
 
 
 SECTIONS = {
-    "Start": ("quickstart", "run"),
+    "Start": ("quickstart", "init", "run"),
     "Data": ("data",),
     "Train": ("plan", "train", "runs", "reproduce"),
     "Evaluate and release": ("eval", "release", "models", "diff", "export"),
@@ -60,6 +61,7 @@ def models() -> None:
 
 
 COMMANDS = (
+    *INIT,
     data,
     runs,
     audit,

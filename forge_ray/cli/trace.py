@@ -15,7 +15,7 @@ from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import EXIT_FAILED, ConfigError
 
 if TYPE_CHECKING:
-    from forge_ray.governance.trace import Held, Traced
+    from forge_ray.governance.trace import RecordPlace, Traced
     from forge_ray.store.files import Store
 
 verbs = Verbs()
@@ -112,7 +112,7 @@ def _tree(branches: list[str]) -> Iterator[str]:
         yield f"{'└─' if number == len(branches) - 1 else '├─'} {branch}"
 
 
-def _held(held: Held) -> tuple[str, ...]:
+def _held(held: RecordPlace) -> tuple[str, ...]:
     place = held.place
     where = f"{place.file}:{place.line}" if place.file else "not in this version under this id"
     split = f"dropped: {place.reason}" if place.split == "dropped" else place.split

@@ -14,27 +14,38 @@ Secret = Literal["private_key", "cloud_key", "token", "jwt", "password", "high_e
 
 
 class ExactDuplicates(Config):
-    """Equal records are used once in any case; as a rule, they are dropped at this point and kept for audit."""
+    """Drops exact duplicates at this point of the list and keeps them for audit. Without this rule, too, equal records are
+    used only once."""
 
     rule: Literal["exact_duplicates"]
 
 
 class NearDuplicates(Config):
-    """MinHash LSH over all shards and sources; the first record of a cluster stays."""
+    """Drops near-duplicates, found by MinHash LSH across all shards and sources; the first record of a cluster is kept."""
 
     rule: Literal["near_duplicates"]
-    threshold: float = Field(0.8, gt=0, lt=1, description="estimated Jaccard similarity from which two are the same")
-    ngram: int = Field(5, ge=1, le=20, description="words per shingle")
-    num_hashes: int = Field(128, ge=16, le=512)
+    threshold: float = Field(
+        0.8,
+        gt=0,
+        lt=1,
+        description="Estimated Jaccard similarity from which two records are duplicates; lower it to drop more",
+    )
+    ngram: int = Field(5, ge=1, le=20, description="Words per shingle; fewer words make more records similar")
+    num_hashes: int = Field(
+        128,
+        ge=16,
+        le=512,
+        description="MinHash functions per record; more estimate the similarity more exactly and take longer",
+    )
 
 
 class Length(Config):
     """Drops records whose texts together are too short or too long."""
 
     rule: Literal["length"]
-    min_chars: int = Field(0, ge=0)
-    max_chars: int = Field(0, ge=0, description="0: no limit")
-    min_words: int = Field(0, ge=0)
+    min_chars: int = Field(0, ge=0, description="Minimum characters of a record, all its texts together; 0: no minimum")
+    max_chars: int = Field(0, ge=0, description="Maximum characters of a record, all its texts together; 0: no maximum")
+    min_words: int = Field(0, ge=0, description="Minimum words of a record, all its texts together; 0: no minimum")
 
     @model_validator(mode="after")
     def _leaves_something(self) -> Self:
@@ -46,65 +57,90 @@ class Length(Config):
 
 
 class Repetition(Config):
-    """Drops texts that repeat themselves (arXiv:2112.11446, table A1). The shares are of a text's lines and characters."""
+    """Drops records with a text that repeats itself (arXiv:2112.11446, table A1). Shares are of a text's lines or
+    characters."""
 
     rule: Literal["repetition"]
-    max_duplicate_lines: float = Field(0.3, gt=0, le=1, description="share of lines that stood before")
-    max_top_ngram: float = Field(0.2, gt=0, le=1, description="share of characters in the most frequent pair of words")
-    max_duplicate_ngrams: float = Field(0.15, gt=0, le=1, description="share of characters in repeated runs of five words")
-    min_words: int = Field(50, ge=5, description="shorter texts are not judged")
+    max_duplicate_lines: float = Field(0.3, gt=0, le=1, description="Maximum share of lines that repeat an earlier line")
+    max_top_ngram: float = Field(
+        0.2, gt=0, le=1, description="Maximum share of characters in the most frequent pair of words"
+    )
+    max_duplicate_ngrams: float = Field(
+        0.15, gt=0, le=1, description="Maximum share of characters in repeated runs of five words"
+    )
+    min_words: int = Field(50, ge=5, description="Texts with fewer words are not checked")
 
 
 class Language(Config):
-    """Keeps records in the languages listed. Code and tables have no language: give their source no such rule."""
+    """Keeps records in the listed languages. Code and tables have no language: do not use this rule on data with them."""
 
     rule: Literal["language"]
-    keep: tuple[str, ...] = Field(min_length=1, description="ISO 639-1 codes, such as [en, de]")
-    min_probability: float = Field(0.5, gt=0, le=1, description="of those languages together")
-    min_chars: int = Field(40, ge=1, description="shorter records are not judged: a few words have no sure language")
+    keep: tuple[str, ...] = Field(min_length=1, description="ISO 639-1 codes of the languages to keep, such as [en, de]")
+    min_probability: float = Field(0.5, gt=0, le=1, description="Minimum probability of the listed languages together")
+    min_chars: int = Field(
+        40, ge=1, description="Records with fewer characters are kept unchecked: a few words do not identify a language"
+    )
 
 
 class Secrets(Config):
-    """Keys, tokens and passwords."""
+    """Finds keys, tokens and passwords."""
 
     rule: Literal["secrets"]
     action: Action = Field(
-        "drop", description="`flag` marks the record, `mask` writes `<EMAIL>` and the like, `drop` leaves it out"
+        "drop",
+        description="For a record with a match: `flag` marks it, `mask` replaces the match with a placeholder, `drop`"
+        " removes the record",
     )
-    kinds: tuple[Secret, ...] = Field(("private_key", "cloud_key", "token", "jwt", "password", "high_entropy"), min_length=1)
+    kinds: tuple[Secret, ...] = Field(
+        ("private_key", "cloud_key", "token", "jwt", "password", "high_entropy"),
+        min_length=1,
+        description="Kinds of secrets to look for",
+    )
 
 
 class PersonalDataRule(Config):
-    """Patterns with their checksums; names and addresses have none, so they are not found."""
+    """Finds personal data by pattern and checksum. Names and postal addresses are not detected."""
 
     rule: Literal["personal_data"]
     action: Action = Field(
-        "mask", description="`flag` marks the record, `mask` writes `<EMAIL>` and the like, `drop` leaves it out"
+        "mask",
+        description="For a record with a match: `flag` marks it, `mask` replaces the match with a placeholder such as"
+        " `<EMAIL>`, `drop` removes the record",
     )
-    kinds: tuple[PersonalData, ...] = Field(("email", "phone", "iban", "card", "national_id", "ip"), min_length=1)
+    kinds: tuple[PersonalData, ...] = Field(
+        ("email", "phone", "iban", "card", "national_id", "ip"),
+        min_length=1,
+        description="Kinds of personal data to look for",
+    )
 
 
 class Licence(Config):
-    """Keeps records whose `licence` column, or else whose source's `licence`, is in the list; others are dropped."""
+    """Keeps records whose `licence` column, or else their source's `licence`, is in the list; drops all others."""
 
     rule: Literal["licence"]
-    allow: tuple[str, ...] = Field(min_length=1)
+    allow: tuple[str, ...] = Field(
+        min_length=1, description="Licence tags to keep, spelt as in the data, such as [cc-by-4.0, mit]"
+    )
 
 
 class Consent(Config):
-    """Keeps records whose column says that they may be used; a record without that column is dropped."""
+    """Keeps records whose consent column permits their use; drops all others, and those without that column."""
 
     rule: Literal["consent"]
-    field: str = Field("consent", min_length=1, description="column of the row; dots lead into objects")
-    allow: tuple[str, ...] = Field(("true", "yes", "1"), min_length=1, description="values that mean yes")
+    field: str = Field("consent", min_length=1, description="Column that holds the consent; dots lead into nested objects")
+    allow: tuple[str, ...] = Field(
+        ("true", "yes", "1"), min_length=1, description="Values that count as consent; upper and lower case are equal"
+    )
 
 
 class Decontaminate(Config):
-    """Drops records that share a run of words with an evaluation set, so that its scores stay honest."""
+    """Drops records that share a run of words with an evaluation set, so that its scores stay meaningful."""
 
     rule: Literal["decontaminate"]
-    against: tuple[str, ...] = Field(min_length=1, description="files, globs or dataset versions that hold evaluation sets")
-    ngram: int = Field(13, ge=5, le=50, description="words in a row that count as contamination (arXiv:2005.14165, C)")
+    against: tuple[str, ...] = Field(min_length=1, description="Evaluation sets: files, globs or dataset versions")
+    ngram: int = Field(
+        13, ge=5, le=50, description="Consecutive shared words that count as contamination (arXiv:2005.14165, appendix C)"
+    )
 
 
 Rule = Annotated[

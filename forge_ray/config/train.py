@@ -13,16 +13,24 @@ class Adapter(Config):
     """LoRA (arXiv:2106.09685): delta W = (alpha / r) B A on the named linear layers."""
 
     method: Literal["lora", "rslora", "dora"] = Field(
-        "lora", description="`rslora`: alpha / sqrt(r) (arXiv:2312.03732); `dora`: also a magnitude (arXiv:2402.09353)"
+        "lora",
+        description="`lora` scales by alpha / r, `rslora` by alpha / sqrt(r) (arXiv:2312.03732); `dora` also trains"
+        " magnitudes (arXiv:2402.09353)",
     )
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    r: int = Field(16, ge=1, description="Rank of the update; raise it when the training loss stays too high")
+    alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by alpha / r; usually r to 2 r")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout probability on the adapter's input; raise it against overfitting"
+    )
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="Linear layers to adapt: `all-linear`, or names such as [q_proj, v_proj]"
+    )
     target_parameters: tuple[str, ...] = Field(
-        (), description="weights that are no layer of their own: [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
+        (), description="Weights to adapt that are not layers: [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
     )
-    quantize: Literal["none", "nf4"] = Field("none", description="`nf4`: QLoRA (arXiv:2305.14314), on a GPU")
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="`nf4` keeps the base model in 4 bits (QLoRA, arXiv:2305.14314); needs a GPU"
+    )
 
     @model_validator(mode="after")
     def _reaches_parameters(self) -> Self:
@@ -44,78 +52,110 @@ class Adapter(Config):
 class Optimizer(Config):
     """AdamW (arXiv:1711.05101)."""
 
-    lr: float = Field(2e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(
+        2e-4, gt=0, description="Peak learning rate, after warm-up; 1e-4 to 1e-3 suits LoRA, 1e-5 to 5e-5 a full fine-tune"
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="Decay rates of the running means of the gradient and of its square"
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update, for numerical stability")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay: each step shrinks the weights by lr * weight_decay")
 
 
 class Schedule(Config):
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of all steps")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final lr / peak lr")
+    """Learning rate over the run: linear warm-up, then decay."""
+
+    name: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape of the decay after warm-up; `constant`: none"
+    )
+    warmup_ratio: float = Field(
+        0.03, ge=0, le=1, description="Share of all steps spent on warm-up; raise it when the loss is unstable at the start"
+    )
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate / peak; not used by `constant`")
 
 
 class EarlyStopping(Config):
-    """The run ends when `patience` validations in a row are not better than the best one by more than `min_delta` nats."""
+    """Each validation is compared with the best one before it."""
 
-    patience: int = Field(3, ge=1)
-    min_delta: float = Field(0.0, ge=0)
+    patience: int = Field(3, ge=1, description="Validations in a row without an improvement before the run ends")
+    min_delta: float = Field(0.0, ge=0, description="Minimum decrease that counts as improvement, in nats per token")
 
 
 class Validation(Config):
-    every_steps: int = Field(0, ge=0, description="0: only at the end")
-    max_rows: int = Field(64, ge=0, description="packed validation rows per pass; 0 disables validation")
-    background: bool = Field(False, description="in a task beside the workers, from the checkpoint, while training goes on")
-    cpus: float = Field(1, gt=0, description="of that task")
-    gpus: float = Field(0, ge=0, le=1, description="of that task")
-    timeout_s: float = Field(1800.0, gt=0, description="of that task, waiting for its room included")
-    keep_best: bool = Field(False, description="the checkpoint with the lowest loss stays, whatever `checkpoint.keep` says")
-    early_stopping: EarlyStopping | None = Field(None, description="null: off")
+    """Loss of held-out rows, measured during training."""
+
+    every_steps: int = Field(0, ge=0, description="Optimizer steps between validations; 0: only at the end")
+    max_rows: int = Field(64, ge=0, description="Maximum packed validation rows per pass; 0 disables validation")
+    background: bool = Field(False, description="Validate from a checkpoint in a task of its own while training continues")
+    cpus: float = Field(1, gt=0, description="CPU cores of the background task")
+    gpus: float = Field(0, ge=0, le=1, description="GPUs of the background task; 0: on the CPU")
+    timeout_s: float = Field(
+        1800.0, gt=0, description="Maximum seconds of the background task, including the wait for its CPUs and GPUs"
+    )
+    keep_best: bool = Field(False, description="Keep the checkpoint with the lowest validation loss, besides the newest")
+    early_stopping: EarlyStopping | None = Field(
+        None, description="End the run when the validation loss no longer falls; null: off"
+    )
 
 
 class Checkpointing(Config):
-    every_steps: int = Field(0, ge=0, description="0: only at the end")
-    asynchronous: bool = Field(True, description="write from a copy while training goes on")
-    keep: int = Field(2, ge=2, description="newest complete checkpoints that stay; one alone would be lost with a bad disk")
+    """Saved states that an interrupted run resumes from."""
+
+    every_steps: int = Field(0, ge=0, description="Optimizer steps between checkpoints; 0: only at the end")
+    asynchronous: bool = Field(True, description="Write from a copy in memory while training continues")
+    keep: int = Field(2, ge=2, description="Newest complete checkpoints to keep; two or more, in case one is damaged")
 
 
 class Spike(Config):
-    """A loss that rises and stays: above mean + sigma * deviation of the `window` steps before, and `rise` nats above that
-    mean, `patience` steps running. The run goes back to the checkpoint before and leaves the spike's steps out (PaLM,
+    """A spike is a loss above mean + sigma * deviation of the `window` steps before, and `rise` nats above that mean, for
+    `patience` steps in a row. The run resumes from the checkpoint before the spike and skips the spike's steps (PaLM,
     arXiv:2204.02311, section 5.1)."""
 
-    sigma: float = Field(6.0, gt=0)
-    rise: float = Field(0.5, gt=0)
-    window: int = Field(50, ge=8)
-    patience: int = Field(3, ge=1)
+    sigma: float = Field(
+        6.0, gt=0, description="Standard deviations above the mean of the recent losses that count as a rise"
+    )
+    rise: float = Field(0.5, gt=0, description="Minimum rise above that mean, in nats per token")
+    window: int = Field(50, ge=8, description="Number of recent losses, one a step, in the mean and the deviation")
+    patience: int = Field(3, ge=1, description="Steps in a row above these bounds before the run goes back")
 
 
 class Offload(Config):
-    """What ZeRO keeps in main memory when the GPU has no room for it (arXiv:2101.06840); the optimizer then steps there."""
+    """What ZeRO keeps in main memory when the GPU's is too small (arXiv:2101.06840); the optimizer then runs on the CPU."""
 
-    optimizer: Literal["none", "cpu"] = Field("none", description="AdamW's moments and fp32 weights; zero_stage 1 to 3")
-    parameters: Literal["none", "cpu"] = Field("none", description="the weights themselves; zero_stage 3")
+    optimizer: Literal["none", "cpu"] = Field(
+        "none", description="`cpu` keeps AdamW's moments and fp32 weights in main memory; needs zero_stage 1 to 3"
+    )
+    parameters: Literal["none", "cpu"] = Field(
+        "none", description="`cpu` keeps the model's weights in main memory; needs zero_stage 3"
+    )
 
 
 class Guards(Config):
-    """When a run helps itself, and when it stops. Each act is an incident in the run's record."""
+    """When a run recovers automatically, and when it stops. Each intervention is an incident in the run's record."""
 
-    spike: Spike | None = Field(Spike(), description="null: off")
-    max_skipped: float = Field(0.01, ge=0, le=1, description="share of steps or rows that may be left out (3 always may)")
-    hang_factor: float = Field(3.0, ge=1, description="a step is hung after this many median steps and `hang_slack_s`")
-    hang_slack_s: float = Field(10.0, gt=0)
-    first_step_s: float = Field(1800.0, gt=0, description="the same for what has no history yet: first step, first save")
-    slow_rank: float = Field(1.5, gt=1, description="a worker is reported that is so much slower than the median")
-    refuse_impossible: bool = Field(True, description="false (`--force`): start what the plan says cannot fit")
+    spike: Spike | None = Field(Spike(), description="Go back to a checkpoint when the loss rises and stays high; null: off")
+    max_skipped: float = Field(
+        0.01, ge=0, le=1, description="Maximum share of steps or rows left out before the run stops; 3 are always allowed"
+    )
+    hang_factor: float = Field(
+        3.0, ge=1, description="A step is hung after this many times the median step, plus `hang_slack_s`"
+    )
+    hang_slack_s: float = Field(10.0, gt=0, description="Seconds added to the time after which a step is hung")
+    first_step_s: float = Field(
+        1800.0, gt=0, description="Seconds after which a step or save is hung while its median is unknown, as at the start"
+    )
+    slow_rank: float = Field(1.5, gt=1, description="Report a worker that takes this many times the median of all workers")
+    refuse_impossible: bool = Field(
+        True, description="Refuse to start what the plan predicts will not fit; false (`--force`): start anyway"
+    )
 
 
 class Workers(Config):
-    """Elastic: as many workers as the cluster has room for, between these."""
+    """Elastic: as many workers as the cluster has resources for, within these bounds."""
 
-    min: int = Field(ge=1)
-    max: int = Field(ge=1)
-    resize_every_s: float = Field(60.0, gt=0, description="how often the cluster is looked at for more room")
+    min: int = Field(ge=1, description="Minimum workers")
+    max: int = Field(ge=1, description="Maximum workers")
+    resize_every_s: float = Field(60.0, gt=0, description="Seconds between checks for resources for more workers")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -125,12 +165,12 @@ class Workers(Config):
 
 
 class Scaling(Config):
-    """How many workers, and what each takes. Changes speed, never the order of samples."""
+    """How many workers, and the resources of each. Changes speed, never the order of samples."""
 
-    num_workers: int | Workers = Field(1, description="0 runs the loop in this process, without Ray; {min, max}: elastic")
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0, le=1)
-    max_failures: int = Field(2, ge=-1, description="restarts in a row without a new checkpoint; -1 is without end")
+    num_workers: int | Workers = Field(1, description="Number of workers; 0: this process, without Ray; {min, max}: elastic")
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores per worker")
+    gpus_per_worker: float = Field(0, ge=0, le=1, description="GPUs per worker: 0 to train on CPUs, 1 to train on GPUs")
+    max_failures: int = Field(2, ge=-1, description="Maximum restarts in a row without a new checkpoint; -1: no limit")
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -145,37 +185,66 @@ class Scaling(Config):
 
 
 class TrainConfig(Config):
-    method: Literal["sft"] = Field("sft", description="supervised fine-tuning; on plain text it is continued pre-training")
-    seed: int = Field(0, ge=0)
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int = Field(0, ge=0, description="0: as `epochs` says")
-    global_batch: int = Field(8, ge=1, description="packed rows per optimizer step, over all workers")
-    micro_batch_size: int = Field(1, ge=1, description="packed rows per forward pass of one worker")
+    """How the model is trained."""
+
+    method: Literal["sft"] = Field("sft", description="Supervised fine-tuning; on plain text it is continued pre-training")
+    seed: int = Field(0, ge=0, description="Seed of the order of rows, the adapter's initial weights and dropout")
+    epochs: float = Field(
+        1.0,
+        gt=0,
+        description="Passes over the training rows, or a part of one; raise it while the validation loss still falls",
+    )
+    max_steps: int = Field(0, ge=0, description="Maximum optimizer steps, to end before `epochs` does; 0: no limit")
+    global_batch: int = Field(8, ge=1, description="Packed rows per optimizer step, over all workers")
+    micro_batch_size: int = Field(
+        1, ge=1, description="Packed rows per forward pass of one worker; lower it when memory runs out"
+    )
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
-    max_grad_norm: float = Field(1.0, ge=0, description="0 disables clipping")
-    adapter: Adapter | None = Field(None, description="absent: every weight is trained")
-    engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="`torch` needs neither DeepSpeed nor Ray")
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO (arXiv:1910.02054)")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="`auto`: bf16 where the hardware multiplies it")
-    activation_checkpointing: bool = False
-    compile: bool = Field(False, description="each block through torch.compile; wants a C++ compiler on every worker")
-    offload: Offload = Offload()
-    sequence_parallel: int = Field(1, ge=1, description="workers that share each row, a slice of it each (arXiv:2309.14509)")
-    router: Literal["auto", "frozen", "trained"] = Field(
-        "auto", description="of a mixture of experts; `auto`: trained, but frozen beside an adapter"
+    max_grad_norm: float = Field(1.0, ge=0, description="Norm to which larger gradients are clipped; 0 disables clipping")
+    adapter: Adapter | None = Field(None, description="Train a LoRA adapter; null: train every weight")
+    engine: Literal["deepspeed", "torch"] = Field(
+        "deepspeed", description="Training engine; `torch` needs neither DeepSpeed nor Ray, and zero_stage 0"
     )
-    router_aux_loss: float = Field(0.0, ge=0, description="weight of the load-balancing loss (arXiv:2101.03961); 0: off")
-    export: Literal["adapter", "merged"] = Field("adapter", description="what a LoRA run exports; a full run exports all")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        description="DeepSpeed ZeRO (arXiv:1910.02054): 1 divides the optimizer state among workers, 2 gradients too, 3"
+        " weights too",
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Precision of the computation; `auto`: bf16 on a GPU or a CPU with bf16 arithmetic, else fp32"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, but slower"
+    )
+    compile: bool = Field(
+        False,
+        description="Compile each block with torch.compile, which delays the start; needs a C++20 compiler, Python's"
+        " headers and openssl on every worker (a C compiler and Python's headers on GPUs)",
+    )
+    offload: Offload = Offload()
+    sequence_parallel: int = Field(
+        1, ge=1, description="Workers that share each row, one slice each; raise it for longer sequences (arXiv:2309.14509)"
+    )
+    router: Literal["auto", "frozen", "trained"] = Field(
+        "auto", description="Router of a mixture of experts; `auto`: trained, but frozen with an adapter"
+    )
+    router_aux_loss: float = Field(
+        0.0, ge=0, description="Weight of the router's load-balancing loss (arXiv:2101.03961); 0: off"
+    )
+    export: Literal["adapter", "merged"] = Field(
+        "adapter",
+        description="What a LoRA run exports: the adapter, or the base model with it merged; a full run exports all weights",
+    )
     export_step: Literal["last", "best"] = Field(
-        "last", description="`best`: the checkpoint with the lowest validation loss"
+        "last", description="Export the last step, or with `best` the checkpoint with the lowest validation loss"
     )
     validation: Validation = Validation()
     checkpoint: Checkpointing = Checkpointing()
     scaling: Scaling = Scaling()
     guards: Guards = Guards()
     sinks: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
-        (), description="where metrics go too; docs/design/training.md"
+        (), description="Trackers that receive the metrics too; see docs/design/training.md"
     )
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ from forge_ray.data.dataset.stream import Rows
 from forge_ray.data.dataset.version import find_record
 from forge_ray.data.tokens.chat import chat_tokenizer, prompt_ids
 from forge_ray.errors import DataError
-from forge_ray.evaluate.score import Example, Subject, answer_ids, json_lines
+from forge_ray.evaluate.score import EvaluatedModel, Example, answer_ids, json_lines
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import paths
@@ -40,7 +40,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainedOrder:
     """What a run was given: the packed rows and the order in which it took `num_steps` batches of them."""
 
     rows: Rows
@@ -83,7 +83,7 @@ class Findings:
 # ---------------------------------------------------------------- which records
 
 
-def groups_of(store: Store, manifest: DatasetManifest, training: Training, config: LeakConfig) -> Groups:
+def groups_of(store: Store, manifest: DatasetManifest, training: TrainedOrder, config: LeakConfig) -> Groups:
     """Records drawn by a hash of their id; of the training rows only those that the run has really used. Memory holds the
     drawn records and the canaries' ids."""
 
@@ -141,7 +141,7 @@ def _is_usable(content: dict[str, Any]) -> bool:
     return bool(messages) and messages[-1]["role"] == "assistant" and bool(messages[-1].get("content"))
 
 
-def used_records(training: Training) -> Iterator[str]:
+def used_records(training: TrainedOrder) -> Iterator[str]:
     """The record ids in the packed rows that the run has taken, repeats included."""
     used = used_rows(training)
     rows, number = training.rows, 0
@@ -155,7 +155,7 @@ def used_records(training: Training) -> Iterator[str]:
                     number += 1
 
 
-def used_rows(training: Training) -> npt.NDArray[np.bool_]:
+def used_rows(training: TrainedOrder) -> npt.NDArray[np.bool_]:
     """bool [num_rows]: what the run has taken at least once."""
     order, num_steps = training.order, training.num_steps
     if num_steps * order.global_batch >= order.num_rows:  # an epoch has every row
@@ -285,10 +285,10 @@ def metrics_of(tuned: Findings, base: Findings, seed: int) -> dict[str, float]:
 
 def audit(
     store: Store,
-    subject: Subject,
-    base: Subject,
+    subject: EvaluatedModel,
+    base: EvaluatedModel,
     manifest: DatasetManifest,
-    training: Training,
+    training: TrainedOrder,
     config: EvalConfig,
     settings: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
@@ -325,7 +325,7 @@ def audit(
 
 
 def report_of(
-    subject: Subject,
+    subject: EvaluatedModel,
     manifest: DatasetManifest,
     groups: Groups,
     found: tuple[Findings, Findings],

@@ -13,7 +13,7 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 
 if TYPE_CHECKING:
-    from forge_ray.evaluate.score import Subject
+    from forge_ray.evaluate.score import EvaluatedModel
 
 
 def evaluate_both(
@@ -28,25 +28,25 @@ def evaluate_both(
     )
 
 
-def model_subject(version: ModelVersion) -> Subject:
-    from forge_ray.evaluate.score import Subject
+def model_subject(version: ModelVersion) -> EvaluatedModel:
+    from forge_ray.evaluate.score import EvaluatedModel
 
     if version.weights == "adapter":
-        return Subject(version.id, version.files_digest, paths.model(version.base_model), paths.model(version.id))
-    return Subject(version.id, version.files_digest, paths.model(version.id))
+        return EvaluatedModel(version.id, version.files_digest, paths.model(version.base_model), paths.model(version.id))
+    return EvaluatedModel(version.id, version.files_digest, paths.model(version.id))
 
 
-def run_subject(record: RunRecord) -> Subject:
-    from forge_ray.evaluate.score import Subject
+def run_subject(record: RunRecord) -> EvaluatedModel:
+    from forge_ray.evaluate.score import EvaluatedModel
 
     export = paths.export(record.id)
     if record.export_kind == "adapter":
-        return Subject(record.id, files_digest(record.export), paths.model(record.base_model), export)
-    return Subject(record.id, files_digest(record.export), export)
+        return EvaluatedModel(record.id, files_digest(record.export), paths.model(record.base_model), export)
+    return EvaluatedModel(record.id, files_digest(record.export), export)
 
 
 def evaluate(
-    catalog: Catalog, subject: Subject, manifest: DatasetManifest, config: EvalConfig, what: str, quiet: bool = False
+    catalog: Catalog, subject: EvaluatedModel, manifest: DatasetManifest, config: EvalConfig, what: str, quiet: bool = False
 ) -> EvalReport:
     from forge_ray.evaluate.safety import read_prompts
     from forge_ray.evaluate.score import evaluate as run_evaluation
@@ -99,18 +99,18 @@ def audit_leak(
     record: RunRecord,
     config: EvalConfig,
     quiet: bool = False,
-    subject: Subject | None = None,
+    subject: EvaluatedModel | None = None,
     num_steps: int = 0,
 ) -> EvalReport:
     """What a run's export gives away of its training rows; or `subject`, a checkpoint of it after `num_steps`."""
-    from forge_ray.evaluate.leak import Training, audit
+    from forge_ray.evaluate.leak import TrainedOrder, audit
     from forge_ray.train.audit import facts_of
 
     assert config.leak is not None
     subject = subject or run_subject(record)
     base = model_subject(catalog.get_as(ModelVersion, record.base_model))
     manifest, facts = catalog.get_as(DatasetManifest, record.dataset), facts_of(catalog.store, record.id)
-    training = Training(facts.rows, facts.order, num_steps or record.export_step or record.num_steps)
+    training = TrainedOrder(facts.rows, facts.order, num_steps or record.export_step or record.num_steps)
     leak = config.leak.model_dump(mode="json")
     settings = {"leak": leak, "engine": config.engine.model_dump(mode="json"), "num_steps": training.num_steps}
     arguments = (subject, base, manifest, training, config, settings)

@@ -45,7 +45,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """What is evaluated: `folder` (and `adapter` on top of it) are published directories of the store."""
 
     id: str
@@ -214,7 +214,7 @@ def latency_ms_per_token(engine: Engine, tokenizer: Any, found: Sequence[Example
     return sorted(times)[len(times) // 2] if times else None
 
 
-def size_bytes(store: Store, subject: Subject) -> int:
+def size_bytes(store: Store, subject: EvaluatedModel) -> int:
     """Of the safetensors that an engine loads to answer as `subject`."""
     folders = [folder for folder in (subject.folder, subject.adapter) if folder]
     return sum(e.size for folder in folders for e in store.files(folder) if e.path.endswith(".safetensors"))
@@ -231,7 +231,7 @@ def find_contamination(
 
 def evaluate(
     store: Store,
-    subject: Subject,
+    subject: EvaluatedModel,
     manifest: DatasetManifest,
     config: EvalConfig,
     prompts: tuple[SafetyPrompt, ...],

@@ -88,7 +88,7 @@ class Affected:
 
 
 @dataclass(frozen=True)
-class Facts:
+class StoreUses:
     """The store's runs and what was made of them, read once."""
 
     catalog: Catalog
@@ -96,7 +96,7 @@ class Facts:
     versions: tuple[ModelVersion, ...]
 
     @classmethod
-    def of(cls, catalog: Catalog) -> Facts:
+    def of(cls, catalog: Catalog) -> StoreUses:
         versions = tuple(catalog.all(ModelVersion))
         runs = {record.id: finished(catalog.store, record) for record in catalog.all(RunRecord)}
         candidates = [version for version in versions if version.run and version.run not in runs]

@@ -23,7 +23,7 @@ from forge_ray.data.read.sources import expand
 from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record
 from forge_ray.data.record.subject import KEY, subject_digest, subject_key
 from forge_ray.errors import ConfigError, DataError
-from forge_ray.governance.impact import Affected, Facts, Reached
+from forge_ray.governance.impact import Affected, Reached, StoreUses
 from forge_ray.governance.uses import Use
 from forge_ray.records import DatasetManifest
 from forge_ray.store.catalog import Catalog
@@ -47,7 +47,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Held:
+class RecordPlace:
     """A place of a record in one dataset version, or of one that is its duplicate (`relation` says how)."""
 
     dataset: str
@@ -62,8 +62,8 @@ class TracedRecord:
 
     record: str
     asked: tuple[str, ...]
-    held: tuple[Held, ...]
-    alike: tuple[Held, ...]
+    held: tuple[RecordPlace, ...]
+    alike: tuple[RecordPlace, ...]
     uses: tuple[Use, ...]
 
 
@@ -85,14 +85,14 @@ class Traced:
 class Inside:
     """What one dataset version knows of records: record → its places, those of its duplicates, and its packed rows."""
 
-    held: dict[str, tuple[Held, ...]]
-    alike: dict[str, tuple[Held, ...]]
+    held: dict[str, tuple[RecordPlace, ...]]
+    alike: dict[str, tuple[RecordPlace, ...]]
     rows: dict[str, list[int]]
 
 
 def trace(catalog: Catalog, queries: Sequence[Query]) -> Traced:
     """Everything that saw the records of `queries`, and everything that came of that."""
-    facts, manifests = Facts.of(catalog), catalog.datasets()
+    facts, manifests = StoreUses.of(catalog), catalog.datasets()
     asked: dict[str, list[str]] = {}
     for query in queries:
         for record in query.records:
@@ -128,7 +128,7 @@ def of_each(
     return {name: answer for name, answer in answers.items() if not isinstance(answer, DataError)}, broken
 
 
-def _joined(parts: Iterable[tuple[Held, ...]]) -> tuple[Held, ...]:
+def _joined(parts: Iterable[tuple[RecordPlace, ...]]) -> tuple[RecordPlace, ...]:
     return tuple(held for part in parts for held in part)
 
 
@@ -238,26 +238,26 @@ def _stages(record: DataRecord, masks: Sequence[Any]) -> Iterator[str]:
 # ---------------------------------------------------------------- where it is, and what used it
 
 
-def _inside(store: Store, manifest: DatasetManifest, records: Collection[str], facts: Facts) -> Inside:
+def _inside(store: Store, manifest: DatasetManifest, records: Collection[str], facts: StoreUses) -> Inside:
     found = [*places(store, manifest, records), *dropped(store, manifest, records)]
-    held: dict[str, tuple[Held, ...]] = {}
+    held: dict[str, tuple[RecordPlace, ...]] = {}
     for place in found:
-        held[place.record] = (*held.get(place.record, ()), Held(manifest.id, manifest.name, place))
+        held[place.record] = (*held.get(place.record, ()), RecordPlace(manifest.id, manifest.name, place))
     trained = [place for place in found if place.split == "train"]
     rows = rows_with(store, manifest, trained) if trained and facts.runs_on(manifest.id) else {}
     return Inside(held, _alike(store, manifest, records, held), rows)
 
 
 def _alike(
-    store: Store, manifest: DatasetManifest, records: Collection[str], held: dict[str, tuple[Held, ...]]
-) -> dict[str, tuple[Held, ...]]:
+    store: Store, manifest: DatasetManifest, records: Collection[str], held: dict[str, tuple[RecordPlace, ...]]
+) -> dict[str, tuple[RecordPlace, ...]]:
     """The cluster of each record in a dataset version: the one that stays, and those that were dropped for it."""
     heads = {record: [held.place.kept for held in held.get(record, ()) if held.place.kept] for record in records}
     clusters: dict[str, list[Place]] = {}
     for place in duplicates(store, manifest, {*records, *(head for found in heads.values() for head in found)}):
         clusters.setdefault(place.kept, []).append(place)
     stay = {place.record: place for place in places(store, manifest, {head for found in heads.values() for head in found})}
-    alike: dict[str, tuple[Held, ...]] = {}
+    alike: dict[str, tuple[RecordPlace, ...]] = {}
     for record, mine in heads.items():
         found: list[tuple[Place, str]] = []
         for head in dict.fromkeys([*mine, record]):
@@ -266,11 +266,11 @@ def _alike(
             relation = "dropped with it" if head != record else "dropped for it"
             found += [(other, relation) for other in clusters.get(head, ()) if other.record != record]
         if found:
-            alike[record] = tuple(Held(manifest.id, manifest.name, place, how) for place, how in found)
+            alike[record] = tuple(RecordPlace(manifest.id, manifest.name, place, how) for place, how in found)
     return alike
 
 
-def _uses(facts: Facts, manifests: Sequence[DatasetManifest], inside: dict[str, Inside], record: str) -> Iterator[Use]:
+def _uses(facts: StoreUses, manifests: Sequence[DatasetManifest], inside: dict[str, Inside], record: str) -> Iterator[Use]:
     for manifest in manifests:
         one = inside.get(manifest.id)
         for held in one.held.get(record, ()) if one else ():

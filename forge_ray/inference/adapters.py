@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from forge_ray.errors import EngineError, PolicyError
-from forge_ray.inference.projection import Product, Projection, Rows, Stack, Weight
+from forge_ray.inference.projection import AdapterRows, Product, Projection, Stack, Weight
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -56,7 +56,7 @@ class Adapters:
     """Those that are loaded, and which row of the running step has which. `load` may be called while a step runs; `use`
     belongs to the thread that runs it."""
 
-    def __init__(self, products: Sequence[Product], rows: Rows) -> None:
+    def __init__(self, products: Sequence[Product], rows: AdapterRows) -> None:
         self._products = products
         self._rows = rows
         self._loaded: dict[str, Lora] = {}

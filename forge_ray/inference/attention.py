@@ -24,7 +24,7 @@ FULL = "full_attention"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptSpan:
     """Tokens `start`..`stop` of the step belong to one request that has `past` tokens in the cache's `pages`."""
 
     start: int
@@ -34,13 +34,13 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepLayout:
     """Which tokens of a step belong together; made once, read by every layer."""
 
     decoding: torch.Tensor | None  # [rows] positions in the step of requests with one token; None: all, in order
     pages: torch.Tensor  # [rows, pages] of these, padded with page 0
     mask: torch.Tensor  # [rows, 1, 1, pages * page_size] in the model's dtype: 0 where a token is, else -inf
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[PromptSpan, ...]
 
 
 def can_page(model: Any) -> bool:
@@ -51,7 +51,7 @@ def can_page(model: Any) -> bool:
     return model.config._attn_implementation == "sdpa" and kinds == {FULL} and not windowed
 
 
-def step_of(requests: Sequence[FutureRequestState], cache: PagedAttentionCache, dtype: torch.dtype) -> Step:
+def step_of(requests: Sequence[FutureRequestState], cache: PagedAttentionCache, dtype: torch.dtype) -> StepLayout:
     """The plan of a step whose tokens are already counted in each request's `position_offset`."""
     allocator = cache.cache_allocators[FULL]
     page_size, stride = allocator.tokens_per_page, allocator.block_physical_stride // allocator.tokens_per_page
@@ -59,7 +59,7 @@ def step_of(requests: Sequence[FutureRequestState], cache: PagedAttentionCache, 
     rows: list[int] = []
     tables: list[list[int]] = []
     lengths: list[int] = []
-    prompts: list[Prompt] = []
+    prompts: list[PromptSpan] = []
     at = 0
     for request in requests:
         length, num = request.state.position_offset, request.query_length
@@ -69,13 +69,13 @@ def step_of(requests: Sequence[FutureRequestState], cache: PagedAttentionCache, 
             tables.append(pages)
             lengths.append(length)
         else:
-            prompts.append(Prompt(at, at + num, length - num, torch.tensor(pages, device=device)))
+            prompts.append(PromptSpan(at, at + num, length - num, torch.tensor(pages, device=device)))
         at += num
     width = max(map(len, tables), default=0)
     places = torch.arange(width * page_size, device=device)
     seen = places < torch.tensor(lengths, device=device)[:, None]
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-    return Step(
+    return StepLayout(
         decoding=None if len(rows) == at else torch.tensor(rows, dtype=torch.long, device=device),
         pages=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.long, device=device),
         mask=mask[:, None, None, :],
@@ -91,7 +91,7 @@ def paged_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     cache: PagedAttentionCache | None = None,
-    step: Step | None = None,
+    step: StepLayout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query [1, heads, tokens, head_dim] → [1, tokens, heads, head_dim]."""
@@ -121,7 +121,7 @@ def paged_attention(
 
 
 def _decode(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step, scaling: float | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepLayout, scaling: float | None
 ) -> torch.Tensor:
     """query [rows, heads, head_dim] → the same shape. The heads that share a key stand as so many queries: each key is read
     once."""

@@ -51,7 +51,7 @@ class Weight:
 
 
 @dataclass
-class Rows:
+class AdapterRows:
     """Which adapter each row of the running step has: [rows] indices, -1 for none; None where no row has one. A forward
     pass of one adapter has a single index for all rows."""
 
@@ -80,7 +80,7 @@ class Product:
     """One linear layer, or several that are given the same tensor and are multiplied at once (query, key and value). `stack`
     is set by `adapters.py`."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], rows: Rows) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], rows: AdapterRows) -> None:
         self.names = tuple(linears)
         self.sizes = [linear.out_features for linear in linears.values()]
         self.weight = Weight(torch.cat([linear.weight.detach() for linear in linears.values()]))
@@ -141,7 +141,7 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
     }
 
 
-def project(model: Any, rows: Rows) -> tuple[Product, ...]:
+def project(model: Any, rows: AdapterRows) -> tuple[Product, ...]:
     """Replace `linear_layers`, and the language model's head, in place. Adapters are for the products that are returned."""
     linears = linear_layers(model)
     groups: dict[tuple[str, int], list[str]] = {}
@@ -156,7 +156,7 @@ def project(model: Any, rows: Rows) -> tuple[Product, ...]:
             setattr(model.get_submodule(parent), child, Projection(linears[name], product, index))
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        model.set_output_embeddings(Projection(head, Product({"": head}, Rows()), 0))
+        model.set_output_embeddings(Projection(head, Product({"": head}, AdapterRows()), 0))
     return products
 
 

@@ -31,7 +31,7 @@ from forge_ray.inference.batching import Batching, request_name
 from forge_ray.inference.embedding import MAX_INPUTS, mean_states
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
 from forge_ray.inference.grammar import Grammars
-from forge_ray.inference.projection import Rows, project
+from forge_ray.inference.projection import AdapterRows, project
 from forge_ray.inference.sampling import Drawing, check_drawing
 from forge_ray.inference.scoring import score_continuations
 
@@ -82,7 +82,7 @@ class TransformersEngine:
         self._failure = ""
         self._closing = False
         self._progress = (-1, time.monotonic())
-        rows = Rows()
+        rows = AdapterRows()
         products = project(model, rows)
         self._layers: dict[str, Any] = {name: model.get_submodule(name) for one in products for name in one.names}
         self._adapters = Adapters(products, rows)

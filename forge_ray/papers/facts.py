@@ -39,7 +39,7 @@ MAX_HEADER = 100 << 20
 
 
 @dataclass(frozen=True)
-class Training:
+class RunFacts:
     """One run of the chain."""
 
     run: RunRecord
@@ -75,7 +75,7 @@ class Facts:
 
     version: ModelVersion
     chain: tuple[ModelVersion, ...]
-    trainings: tuple[Training, ...]
+    trainings: tuple[RunFacts, ...]
     datasets: tuple[DatasetManifest, ...]
     evals: tuple[EvalReport, ...]
     aliases: tuple[str, ...]
@@ -93,7 +93,7 @@ class Facts:
     forge_version: str = __version__
 
     @property
-    def training(self) -> Training | None:
+    def training(self) -> RunFacts | None:
         """The run that made this version."""
         return self.trainings[0] if self.trainings and self.trainings[0].run.id == self.version.run else None
 
@@ -192,7 +192,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
     ]
     by_id = {manifest.id: manifest for manifest in datasets}
     trainings = tuple(
-        Training(
+        RunFacts(
             run,
             by_id.get(run.dataset),
             min((str(attempt["at"]) for attempt in run.attempts if "at" in attempt), default=""),

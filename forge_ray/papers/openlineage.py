@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from forge_ray.papers.bom import NAMESPACE
-from forge_ray.papers.facts import Facts, Training, sha256_of
+from forge_ray.papers.facts import Facts, RunFacts, sha256_of
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, SourceFile
 
 Json = dict[str, Any]
@@ -52,7 +52,7 @@ def openlineage(facts: Facts) -> bytes:
     return "".join(json.dumps(event, sort_keys=True, ensure_ascii=False) + "\n" for _, _, event in events).encode()
 
 
-def _training(facts: Facts, training: Training) -> list[tuple[str, int, Json]]:
+def _training(facts: Facts, training: RunFacts) -> list[tuple[str, int, Json]]:
     run = training.run
     record = {
         "method": run.method,

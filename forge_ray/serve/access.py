@@ -23,7 +23,7 @@ from forge_ray.serve.keys import PATTERN, ApiKey, sha256_of
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Caller, Chosen, Directory, Facts
+from forge_ray.serve.served import Caller, Chosen, Directory, RoutingInputs
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 CLIENT_CLOSED = 499  # nginx's number for a client that went away before the answer
@@ -139,7 +139,7 @@ class Granted:
         check_grant(CALLER.get(), name)
         return self.directory.stable(name)
 
-    async def choose(self, name: str, facts: Facts) -> Chosen:
+    async def choose(self, name: str, facts: RoutingInputs) -> Chosen:
         check_grant(CALLER.get(), name)
         return await self.directory.choose(name, facts)
 

@@ -21,10 +21,10 @@ from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.records import Deployment, Event
 from forge_ray.serve.keys import ApiKey
-from forge_ray.serve.limits import Counters, Verdict
-from forge_ray.serve.outcomes import Outcome, Outcomes, without_canaries
+from forge_ray.serve.limits import Counters, LimitVerdict
+from forge_ray.serve.outcomes import AnswerOutcome, Outcomes, without_canaries
 from forge_ray.serve.published import Published
-from forge_ray.serve.routing import Facts, Table, table_of, versions_of
+from forge_ray.serve.routing import RoutingFacts, Table, table_of, versions_of
 from forge_ray.store.aliases import alias_event, route_of
 from forge_ray.store.files import Store
 
@@ -38,7 +38,7 @@ LOG = logging.getLogger(__name__)
 
 def read_table(config: DeployConfig, published: Published, broken: dict[str, str], before: Table | None = None) -> Table:
     """The table of what the store says now."""
-    facts = Facts(published.routes(), frozenset(published.archived()), published.version)
+    facts = RoutingFacts(published.routes(), frozenset(published.archived()), published.version)
     return table_of(config, facts, broken, before)
 
 
@@ -99,7 +99,7 @@ class Board:
         }
 
     async def report(
-        self, replica: str, load: dict[str, int], held: list[str], outcomes: list[Outcome], metrics: str | None
+        self, replica: str, load: dict[str, int], held: list[str], outcomes: list[AnswerOutcome], metrics: str | None
     ) -> None:
         """A replica's pulse: its load, the versions in its memory, what it answered since the last one; `metrics` comes with
         every tenth or so."""
@@ -112,7 +112,7 @@ class Board:
         await self.counters.renew(replica)
         self._advance()
 
-    async def take(self, key: ApiKey, lease: str, owner: str, tokens: int) -> Verdict:
+    async def take(self, key: ApiKey, lease: str, owner: str, tokens: int) -> LimitVerdict:
         """As `Counters.take`, for all replicas."""
         return await self.counters.take(key, lease, owner, tokens)
 

@@ -21,7 +21,7 @@ from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import Prompt, choices_of, prompts_of
 from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, joined, sse, usage
-from forge_ray.serve.served import Admission, Caller, Chosen, Facts, Served
+from forge_ray.serve.served import Admission, Caller, Chosen, RoutingInputs, Served
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.streams import merged, unless_gone
 
@@ -37,7 +37,7 @@ async def complete(served: Served, shadows: Shadows, request: Request, wanted: C
     started = time.monotonic()
     stable = served.directory.stable(wanted.model)
     prompts = await _prompts(served, stable, wanted)
-    chosen = await served.directory.choose(wanted.model, Facts(request.headers, wanted.user or "", prompts[0].ids))
+    chosen = await served.directory.choose(wanted.model, RoutingInputs(request.headers, wanted.user or "", prompts[0].ids))
     loaded = chosen.loaded
     if loaded.tokenizer is not stable.tokenizer:
         prompts = await _prompts(served, loaded, wanted)

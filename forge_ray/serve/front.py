@@ -10,14 +10,14 @@ from forge_ray.serve.access import AsgiApp, Granted, guarded
 from forge_ray.serve.http import build_http
 from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.ledger import Ledger
-from forge_ray.serve.limits import Verdict, admission, bounded
+from forge_ray.serve.limits import LimitVerdict, admission, bounded
 from forge_ray.serve.served import Served
 
 
 def front(
     served: Served,
     keys: Callable[[], Mapping[str, ApiKey]] | None,
-    take: Callable[..., Awaitable[Verdict]],
+    take: Callable[..., Awaitable[LimitVerdict]],
     settle: Callable[..., Awaitable[None]],
     replica: str,
     health: Callable[[], Iterable[EngineHealth]],

@@ -20,7 +20,7 @@ from forge_ray.serve.fields import DetokenizeRequest, EmbeddingRequest, Tokenize
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import chat_ids, ids_of
-from forge_ray.serve.served import Facts, Served
+from forge_ray.serve.served import RoutingInputs, Served
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ async def embed(served: Served, request: Request, wanted: EmbeddingRequest) -> R
     """One vector per input, as numbers or (what OpenAI's client asks for) as the bytes of little-endian float32."""
     stable = served.directory.stable(wanted.model)
     inputs = await _tokenising(served, _input_ids, stable, wanted)
-    facts = Facts(request.headers, wanted.user or "", inputs[0])
+    facts = RoutingInputs(request.headers, wanted.user or "", inputs[0])
     chosen = await served.directory.choose(wanted.model, facts)
     loaded = chosen.loaded
     if loaded.tokenizer is not stable.tokenizer:

@@ -32,7 +32,7 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass
-class Taken:
+class AdmittedRequest:
     """One request that was let in, and the tokens that it counts for; `left` once it is out of the window."""
 
     at: float
@@ -45,13 +45,13 @@ class Taken:
 class Usage:
     """What one key took: in the window, and what still runs."""
 
-    window: deque[Taken] = field(default_factory=deque)
+    window: deque[AdmittedRequest] = field(default_factory=deque)
     tokens: int = 0
-    running: dict[str, Taken] = field(default_factory=dict)
+    running: dict[str, AdmittedRequest] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LimitVerdict:
     """`reason` is "" where the request is let in, else `requests`, `tokens`, `concurrency` or `size` (never possible)."""
 
     reason: str
@@ -67,7 +67,7 @@ class Counters:
         self._usage: dict[str, Usage] = {}
         self._heard: dict[str, float] = {}
 
-    async def take(self, key: ApiKey, lease: str, owner: str, tokens: int) -> Verdict:
+    async def take(self, key: ApiKey, lease: str, owner: str, tokens: int) -> LimitVerdict:
         """Let in one request of `key` that may need `tokens` (its prompt and the longest answer), or say when to come again.
 
         `lease` is the request's own name; `owner` the replica that answers it. What is refused counts for nothing.
@@ -79,10 +79,10 @@ class Counters:
         _forget(usage, now)
         reason, wait_s = self._problem(key, usage, tokens, now)
         if not reason:
-            taken = usage.running[lease] = Taken(now, tokens, owner)
+            taken = usage.running[lease] = AdmittedRequest(now, tokens, owner)
             usage.window.append(taken)
             usage.tokens += tokens
-        return Verdict(reason, wait_s, _headers(key, usage, now))
+        return LimitVerdict(reason, wait_s, _headers(key, usage, now))
 
     async def settle(self, key_id: str, lease: str, used: int) -> None:
         """The request ended, having used so many tokens; what was reserved beyond them is given back."""
@@ -140,7 +140,7 @@ def _headers(key: ApiKey, usage: Usage, now: float) -> dict[str, str]:
 
 
 def admission(
-    take: Callable[..., Awaitable[Verdict]],
+    take: Callable[..., Awaitable[LimitVerdict]],
     settle: Callable[..., Awaitable[None]],
     owner: str,
     metrics: Metrics,
@@ -235,7 +235,7 @@ def _settled(task: asyncio.Future[None]) -> None:
         LOG.warning("what a request used is not given back: %s", task.exception())
 
 
-def _too_much(key: ApiKey, verdict: Verdict, tokens: int) -> ApiError:
+def _too_much(key: ApiKey, verdict: LimitVerdict, tokens: int) -> ApiError:
     match verdict.reason:
         case "size":
             # no waiting helps, and OpenAI's clients would try again

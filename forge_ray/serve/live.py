@@ -20,8 +20,8 @@ from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.serve.home import Homes
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.routing import Request, ServedVersion, Table, decide, sticky
-from forge_ray.serve.served import Chosen, Facts
+from forge_ray.serve.routing import RoutingRequest, ServedVersion, Table, decide, sticky
+from forge_ray.serve.served import Chosen, RoutingInputs
 
 SETTLED_S = 30.0  # requests that chose from an older table have reached their engine by then
 MAX_LABEL_TOKENS = 8
@@ -84,13 +84,13 @@ class Live:
             return self._version(now, name, name)
         return self._of_route(now, name, route, route.stable)[0]
 
-    async def choose(self, name: str, facts: Facts) -> Chosen:
+    async def choose(self, name: str, facts: RoutingInputs) -> Chosen:
         now = self.current
         route = now.table.routes.get(name)
         if route is None:
             chosen = Chosen(name, self._version(now, name, name))
         else:
-            request = Request(facts.headers, facts.user, len(facts.prompt_ids), await self._labels(now, route, facts))
+            request = RoutingRequest(facts.headers, facts.user, len(facts.prompt_ids), await self._labels(now, route, facts))
             draw = sticky(name, facts.user) if facts.user else random.random()
             target, why = decide(route, request, draw)
             wanted = now.table.base_of(route) if target == "base" else target
@@ -131,7 +131,7 @@ class Live:
             raise ApiError(503, f"model {name!r} ({version}) cannot be served: {why}", param="model", code="model_broken")
         raise ApiError(404, f"model {name!r} is not served here", param="model", code="model_not_found")
 
-    async def _labels(self, now: Snapshot, route: AliasRoute, facts: Facts) -> dict[str, str]:
+    async def _labels(self, now: Snapshot, route: AliasRoute, facts: RoutingInputs) -> dict[str, str]:
         """What each classifier of the route says of the prompt: one short greedy answer."""
         labels = {}
         for version in {rule.classifier for rule in route.rules if rule.classifier} & now.loaded.keys():

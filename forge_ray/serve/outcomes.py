@@ -14,7 +14,7 @@ FAILED = 500  # statuses from here on are the server's fault
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AnswerOutcome:
     """One answer of `version` under `alias`: its status, and seconds per token (0: none was made)."""
 
     alias: str
@@ -28,14 +28,14 @@ class Outcomes:
     """The last answers of every (alias, version), for as long as the longest guard looks back."""
 
     clock: Callable[[], float] = time.monotonic
-    seen: dict[tuple[str, str], deque[tuple[float, Outcome]]] = field(default_factory=dict)
+    seen: dict[tuple[str, str], deque[tuple[float, AnswerOutcome]]] = field(default_factory=dict)
     keep_s: float = 3600.0
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: AnswerOutcome) -> None:
         answers = self.seen.setdefault((outcome.alias, outcome.version), deque(maxlen=10_000))
         answers.append((self.clock(), outcome))
 
-    def within(self, alias: str, version: str, seconds: float) -> list[Outcome]:
+    def within(self, alias: str, version: str, seconds: float) -> list[AnswerOutcome]:
         since = self.clock() - min(seconds, self.keep_s)
         return [outcome for at, outcome in self.seen.get((alias, version), ()) if at >= since]
 
@@ -53,7 +53,7 @@ class Outcomes:
         return ""
 
 
-def judge(version: str, canary: list[Outcome], stable: list[Outcome], guard: Guard) -> str:
+def judge(version: str, canary: list[AnswerOutcome], stable: list[AnswerOutcome], guard: Guard) -> str:
     """Why this canary crosses its bounds, or "". Latency is compared once both have enough answers."""
     if len(canary) < guard.min_requests:
         return ""
@@ -69,7 +69,7 @@ def judge(version: str, canary: list[Outcome], stable: list[Outcome], guard: Gua
     return ""
 
 
-def _median(outcomes: list[Outcome]) -> float:
+def _median(outcomes: list[AnswerOutcome]) -> float:
     times = [outcome.token_s for outcome in outcomes if outcome.token_s]
     return statistics.median(times) if times else 0.0
 

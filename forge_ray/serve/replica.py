@@ -27,10 +27,10 @@ from forge_ray.serve.haproxy import behind_haproxy
 from forge_ray.serve.home import Homes
 from forge_ray.serve.keys import KeyTail
 from forge_ray.serve.ledger import Ledger
-from forge_ray.serve.limits import Verdict
+from forge_ray.serve.limits import LimitVerdict
 from forge_ray.serve.live import Live
 from forge_ray.serve.metrics import Metrics, merged
-from forge_ray.serve.outcomes import Outcome
+from forge_ray.serve.outcomes import AnswerOutcome
 from forge_ray.serve.published import Published
 from forge_ray.serve.routing import Table
 from forge_ray.serve.served import Admission, Chosen, Served
@@ -54,7 +54,7 @@ class Replica:
         config = parse(DeployConfig, self.deployment.config)
         self.homes = Homes(config, Store(store_uri))
         self.live = Live(self.homes)
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[AnswerOutcome] = []
         self.closing = threading.Event()
         self.board: Any = None
         table = self._first_table(config)
@@ -90,8 +90,8 @@ class Replica:
         keys = None if self.keys is None else lambda: self.keys.keys if self.keys else {}
         return front(self.served, keys, self._take, self._settle, self.name, self.homes.health, self.ledger)
 
-    async def _take(self, *arguments: Any) -> Verdict:
-        verdict: Verdict = await self._board().take.remote(*arguments)
+    async def _take(self, *arguments: Any) -> LimitVerdict:
+        verdict: LimitVerdict = await self._board().take.remote(*arguments)
         return verdict
 
     async def _settle(self, *arguments: Any) -> None:
@@ -174,13 +174,13 @@ class Replica:
 class _Watched:
     """A request whose outcome is noted for the alias that led to it."""
 
-    def __init__(self, chosen: Chosen, outcomes: list[Outcome], started: float) -> None:
+    def __init__(self, chosen: Chosen, outcomes: list[AnswerOutcome], started: float) -> None:
         self.chosen, self.outcomes, self.started = chosen, outcomes, started
 
     def close(self, prompt_tokens: int, completion_tokens: int, status: int) -> None:
         token_s = (time.monotonic() - self.started) / completion_tokens if completion_tokens else 0.0
         if self.chosen.route:
-            self.outcomes.append(Outcome(self.chosen.name, self.chosen.loaded.version, status, token_s))
+            self.outcomes.append(AnswerOutcome(self.chosen.name, self.chosen.loaded.version, status, token_s))
 
 
 def needs_keys(config: DeployConfig) -> bool:

@@ -49,7 +49,7 @@ class Table(Frozen):
 
 
 @dataclass(frozen=True)
-class Facts:
+class RoutingFacts:
     """What the store says, and what was seen of it."""
 
     routes: Mapping[str, AliasRoute]
@@ -57,7 +57,7 @@ class Facts:
     version: Callable[[str], ModelVersion | None]
 
 
-def table_of(config: DeployConfig, facts: Facts, broken: Mapping[str, str], before: Table | None = None) -> Table:
+def table_of(config: DeployConfig, facts: RoutingFacts, broken: Mapping[str, str], before: Table | None = None) -> Table:
     """The table that follows from the facts.
 
     An alias whose stable version is `broken` keeps the route that it had `before`: a bad upload takes nothing away.
@@ -123,7 +123,7 @@ def _served(record: ModelVersion, base: str, merged: bool) -> ServedVersion:
 
 
 @dataclass(frozen=True)
-class Request:
+class RoutingRequest:
     """What a route may look at; `labels`: what each classifier answered."""
 
     headers: Mapping[str, str]
@@ -132,7 +132,7 @@ class Request:
     labels: Mapping[str, str]
 
 
-def decide(route: AliasRoute, request: Request, draw: float) -> tuple[str, str]:
+def decide(route: AliasRoute, request: RoutingRequest, draw: float) -> tuple[str, str]:
     """(version or `base`, why): the first rule that matches, else by weight. `draw` in [0, 1)."""
     for number, rule in enumerate(route.rules, start=1):
         if _matches(rule, request):
@@ -145,7 +145,7 @@ def decide(route: AliasRoute, request: Request, draw: float) -> tuple[str, str]:
     return route.stable, "stable"  # rounding left `draw` above the sum
 
 
-def _matches(rule: Rule, request: Request) -> bool:
+def _matches(rule: Rule, request: RoutingRequest) -> bool:
     wanted = {name.lower(): value for name, value in rule.header.items()}
     return (
         all(request.headers.get(name) == value for name, value in wanted.items())

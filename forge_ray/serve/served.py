@@ -18,7 +18,7 @@ from forge_ray.serve.metrics import Metrics
 
 
 @dataclass(frozen=True)
-class Facts:
+class RoutingInputs:
     """What a route may look at. `prompt_ids` are of the stable version's template."""
 
     headers: Mapping[str, str]
@@ -61,7 +61,7 @@ class Directory(Protocol):
         one."""
         ...
 
-    async def choose(self, name: str, facts: Facts) -> Chosen:
+    async def choose(self, name: str, facts: RoutingInputs) -> Chosen:
         """Who answers this request; `ApiError` as `stable`."""
         ...
 

@@ -34,7 +34,7 @@ def fingerprint(input_ids: npt.ArrayLike) -> int:
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataFacts:
     """What a run wrote down about its data: a finished one in its record, another in its newest checkpoint."""
 
     run: str
@@ -45,7 +45,7 @@ class Facts:
     lines: list[dict[str, Any]]
 
 
-def facts_of(store: Store, run: str) -> Facts:
+def facts_of(store: Store, run: str) -> DataFacts:
     """Raises `NotFound` where the run has neither a record nor a checkpoint."""
     with Catalog(store) as catalog:
         if catalog.has(run):
@@ -67,7 +67,7 @@ def facts_of(store: Store, run: str) -> Facts:
     key = found.get("order_key") or manifest.id  # of a run that was made when the order followed from the dataset's id
     order = order_of(manifest, "train", settings["seed"], settings["global_batch"], key)
     lines = metrics.parse(store.read(paths.run(run, metrics.METRICS)).decode())
-    return Facts(run, rows, order, found["step"], found["order_digest"], lines)
+    return DataFacts(run, rows, order, found["step"], found["order_digest"], lines)
 
 
 def _newest_position(store: Store, run: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Audit:
     problems: tuple[str, ...]
 
 
-def audit(facts: Facts, progress: Callable[[float, float, str], None]) -> Audit:
+def audit(facts: DataFacts, progress: Callable[[float, float, str], None]) -> Audit:
     """Compare what a run wrote down with its dataset. Reads every row that was used; memory is one window of steps."""
     rows, order, num_steps, order_digest = facts.rows, facts.order, facts.num_steps, facts.order_digest
     problems = []

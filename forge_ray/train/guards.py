@@ -32,7 +32,7 @@ class RollBack(Exception):
     """Raised on every rank at once: what an incident says is to be left out, from the checkpoint before."""
 
 
-class Guards:
+class AttemptGuards:
     """One attempt's guards. `step` counts from 1."""
 
     def __init__(self, job: TrainJob, rows: Rows, order: Order, total_steps: int, context: Context) -> None:

@@ -25,7 +25,7 @@ from forge_ray.train.audit import fingerprint
 from forge_ray.train.context import Context, agree, gather, join, sum_over_ranks
 from forge_ray.train.engine import TorchEngine, TrainEngine
 from forge_ray.train.finish import export, export_kind, finish
-from forge_ray.train.guards import Guards, RollBack
+from forge_ray.train.guards import AttemptGuards, RollBack
 from forge_ray.train.job import TrainJob
 from forge_ray.train.loss import packed_loss
 from forge_ray.train.model import load_for_training, refuse_without_compiler
@@ -73,7 +73,7 @@ def _attempt(job: TrainJob, context: Context, dog: watchdog.Watchdog | None) -> 
     order = order_of(job.dataset, "train", config.seed, config.global_batch)
     lanes = order.lanes(context.data_rank, context.data_size)
     total_steps = num_steps(config, rows.num_rows)
-    guards = Guards(job, rows, order, total_steps, context)
+    guards = AttemptGuards(job, rows, order, total_steps, context)
 
     # 3. model
     base = store.fetch_dir(paths.model(job.base.id), verify=not store.is_local)
@@ -207,7 +207,7 @@ class Passes:
     rows: list[int]
     step: int
     num_trained: float
-    guards: Guards
+    guards: AttemptGuards
     micro_batch_size: int
     slices: Slices
     balance: Balance | None = None
@@ -232,7 +232,7 @@ class Passes:
         return loss_sum
 
 
-def _update(passes: Passes, lr: float, guards: Guards, context: Context) -> dict[str, Any]:
+def _update(passes: Passes, lr: float, guards: AttemptGuards, context: Context) -> dict[str, Any]:
     """One optimizer step. Without a finite result nothing changes; it is computed once more, from the same random state."""
     tried: list[float] = []
     random_state = checkpoint.rng_state()
@@ -264,7 +264,9 @@ def _blank(batch: dict[str, torch.Tensor], lanes: list[int]) -> None:
             value[lane] = torch.arange(value.shape[1], device=value.device) if name == "position_ids" else 0
 
 
-def _position(job: TrainJob, context: Context, step: int, chain: str, attempt: int, guards: Guards) -> checkpoint.Position:
+def _position(
+    job: TrainJob, context: Context, step: int, chain: str, attempt: int, guards: AttemptGuards
+) -> checkpoint.Position:
     return replace(
         checkpoint.expected(job),
         left_out=guards.left_out.digest(step),

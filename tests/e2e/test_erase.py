@@ -23,7 +23,7 @@ from forge_ray.errors import NotFound, PolicyError
 from forge_ray.governance import verify
 from forge_ray.governance.erasure import apply as erasing
 from forge_ray.governance.erasure.apply import Options, erase
-from forge_ray.governance.erasure.plan import Request
+from forge_ray.governance.erasure.plan import ErasureRequest
 from forge_ray.governance.trace import of_record, trace
 from forge_ray.records import DatasetManifest, Deployment, Event, RunRecord
 from forge_ray.store import signing
@@ -134,7 +134,7 @@ def test_what_somebody_taught_is_forgotten(own: Store, tmp_path: Path, monkeypat
     assert plan["worker_hours"] > 0
 
     # a process that is killed in the middle, twice
-    request, options = Request("subject", ("wq",)), Options(retrain="all")
+    request, options = ErasureRequest("subject", ("wq",)), Options(retrain="all")
     released = pipeline.release
     monkeypatch.setattr(pipeline, "release", _killed)
     with pytest.raises(InterruptedError):
@@ -195,7 +195,7 @@ def test_what_somebody_taught_is_forgotten(own: Store, tmp_path: Path, monkeypat
     again = pipeline.prepare(config, own)
     assert again.id == present[0].id  # the old rows do not come back
     with pytest.raises(NotFound, match="holds such a row"):
-        erase(own, Request("record", tuple(hers)), options)
+        erase(own, ErasureRequest("record", tuple(hers)), options)
 
 
 def _killed(*_: Any, **__: Any) -> Any:
@@ -226,7 +226,7 @@ def test_marked_versions_answer_until_replaced_and_what_is_built_on_them_goes_to
     )
     record = pipeline.train(third, own)
 
-    request = Request("file", (str(paths[2]),))
+    request = ErasureRequest("file", (str(paths[2]),))
     plan = forge(own, "erase", "--file", str(paths[2]), "--plan")
     assert {run["id"]: run["used"] for run in plan["runs"]} == dict.fromkeys((one.run.id, two.run.id, record.id), True)
     assert {run["id"]: run["steps"] for run in plan["runs"]}[two.run.id] == 0  # it learned by its base alone

@@ -140,6 +140,7 @@ def test_the_wheel_holds_the_package_and_the_files_it_hands_out(built: Built) ->
         "jobs/quickstart.yaml",
         "jobs/deploy.yaml",
         "jobs/sft.yaml",
+        "jobs/minimal.yaml",
         ROWS,
         "jobs/data/README.md",  # the terms of the rows
         "jobs/models/mistral-small-4/config.json",

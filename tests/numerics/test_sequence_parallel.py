@@ -17,7 +17,7 @@ from forge_ray.data.dataset.order import Order
 from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import ConfigError
 from forge_ray.train import attempts, incidents, metrics
-from forge_ray.train.audit import Facts, audit
+from forge_ray.train.audit import DataFacts, audit
 from forge_ray.train.job import TrainJob
 from forge_ray.train.sequence_parallel import _check, _repeats
 
@@ -43,7 +43,7 @@ def audited(job: TrainJob, num_steps: int) -> None:
     """`forge audit data`: each row is seen by every worker of a group, and counted once."""
     order, lines = order_of(job), metrics.read(job.store.local(f"runs/{job.run}") / metrics.METRICS)
     rows = Rows.of(job.store, job.dataset, "train")
-    found = audit(Facts(job.run, rows, order, num_steps, order.digest(num_steps), lines), lambda *_: None)
+    found = audit(DataFacts(job.run, rows, order, num_steps, order.digest(num_steps), lines), lambda *_: None)
     assert (found.steps_compared, found.problems) == (num_steps, ()), job.run
 
 

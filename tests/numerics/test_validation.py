@@ -117,7 +117,7 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
     order = order_of(job.dataset, "train", job.config.seed, 4)
     assert found["order_digest"] == order.digest(step)
     lines = metrics.read(job.store.local(folder(job)) / metrics.METRICS)
-    facts = audit.Facts(job.run, rows, order, step, found["order_digest"], lines)
+    facts = audit.DataFacts(job.run, rows, order, step, found["order_digest"], lines)
     assert audit.audit(facts, lambda done, total, text: None).problems == ()
 
     short = jobs("early-short", **WORSE | {"max_steps": step}, **LOOKING)

@@ -73,8 +73,8 @@ def _break(faults: Faults, rank: int) -> None:
 
     from forge_ray.train import guards
 
-    kept = guards.Guards.blaming
-    loop._loss, loop.Passes.run, guards.Guards.blaming = loss, passes, blaming
+    kept = guards.AttemptGuards.blaming
+    loop._loss, loop.Passes.run, guards.AttemptGuards.blaming = loss, passes, blaming
 
 
 def _die_at(step: int, when: str) -> None:

@@ -233,7 +233,7 @@ def test_a_canary_that_fails_is_taken_back(endpoint: Endpoint, catalog: Catalog,
     import ray
 
     from forge_ray.serve.board import find_board
-    from forge_ray.serve.outcomes import Outcome
+    from forge_ray.serve.outcomes import AnswerOutcome
 
     name, one, two = "canary@prod", adapters[0], adapters[1]
     catalog.set_route(name, AliasRoute(versions={one.id: 1}))
@@ -244,7 +244,7 @@ def test_a_canary_that_fails_is_taken_back(endpoint: Endpoint, catalog: Catalog,
         assert time.monotonic() < deadline
         time.sleep(0.1)
     board = find_board(endpoint.deployment.id)
-    failed = [Outcome(name, two.id, 503, 0.0)] * 5 + [Outcome(name, two.id, 200, 0.01)] * 10
+    failed = [AnswerOutcome(name, two.id, 503, 0.0)] * 5 + [AnswerOutcome(name, two.id, 200, 0.01)] * 10
     ray.get(board.report.remote("nobody", {}, [], failed, ""))
     while True:
         with Catalog(catalog.store) as now:  # what the board wrote is seen by a catalogue that is opened after it

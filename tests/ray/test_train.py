@@ -103,7 +103,7 @@ def test_two_workers_survive_a_kill_with_the_same_weights(
     assert (incident["kind"], incident["step"]) == ("restart", 2)
     lines = metrics.read(store.local(f"runs/{job.run}/{metrics.METRICS}"))
     order = order_of(manifest, "train", job.config.seed, job.config.global_batch)
-    facts = audit.Facts(job.run, Rows.of(store, manifest, "train"), order, 6, result["order_digest"], lines)
+    facts = audit.DataFacts(job.run, Rows.of(store, manifest, "train"), order, 6, result["order_digest"], lines)
     assert audit.audit(facts, lambda done, total, text: None).problems == ()
     killed = exported(job)
 
@@ -254,5 +254,5 @@ def test_two_workers_that_share_their_rows(config: RunConfig, store: Store, mani
     lines = metrics.read(store.local(f"runs/{job.run}") / metrics.METRICS)
     rows = Rows.of(store, manifest, "train")
     order = order_of(manifest, "train", 5, train.global_batch)
-    found = audit.audit(audit.Facts(job.run, rows, order, 2, order.digest(2), lines), lambda *_: None)
+    found = audit.audit(audit.DataFacts(job.run, rows, order, 2, order.digest(2), lines), lambda *_: None)
     assert (found.steps_compared, found.problems) == (2, ())

@@ -62,7 +62,8 @@ def test_run_files_parse(path: Path) -> None:
         load(DeployConfig, path)
         return
     config = load(RunConfig, path)
-    assert all((ROOT / source.path).is_file() for source in config.data.sources)
+    if path.name != "minimal.yaml":  # what `forge init` writes: its rows are the user's
+        assert all((ROOT / source.path).is_file() for source in config.data.sources)
     assert config.deploy is not None
     assert config.deploy.models == (config.release.alias,)
 

@@ -251,3 +251,20 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     result = python(LOADED.format(heavy=HEAVY, module="forge_ray.cli.main"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == ""
+
+
+# ---------------------------------------------------------------- names
+
+
+def types() -> dict[str, list[str]]:
+    """Public class → the modules that define one of that name."""
+    found: dict[str, list[str]] = {}
+    for name, path in KNOWN.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    return found
+
+
+def test_a_types_name_means_one_thing() -> None:
+    assert {name: modules for name, modules in types().items() if len(modules) > 1} == {}

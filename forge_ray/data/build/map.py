@@ -17,7 +17,7 @@ from typing import Any
 from forge_ray.config.curate import NearDuplicates
 from forge_ray.config.data import DataConfig
 from forge_ray.data.build import tombstones as erased
-from forge_ray.data.build.parts import Parts, Taken, is_multimodal
+from forge_ray.data.build.parts import MappedRecord, Parts, is_multimodal
 from forge_ray.data.build.work import Summary, once, read_array, read_batches
 from forge_ray.data.curate.rules import compile_rule, meta_fields
 from forge_ray.data.dataset.version import load_tokenizer
@@ -70,7 +70,7 @@ def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: S
         checks.append((number, compile_rule(config.curate[number], index)))
     finish = _finish(out, segment, config, base, store)
     gone = erased.read(store, segment.tombstones)
-    batch: list[Taken] = []
+    batch: list[MappedRecord] = []
     for item in _input(job, segment, config, store, out):
         read = item.record
         if all(out.judge(number, item, check(item.record)) for number, check in checks):
@@ -85,13 +85,15 @@ def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: S
     return out.close()
 
 
-def _finish(out: Parts, segment: Segment, config: DataConfig, base: str, store: Store) -> Callable[[list[Taken]], None]:
+def _finish(
+    out: Parts, segment: Segment, config: DataConfig, base: str, store: Store
+) -> Callable[[list[MappedRecord]], None]:
     """What is done with the records that all rules of the segment keep."""
     barrier = None if segment.barrier is None else config.curate[segment.barrier]
     tokenizer = load_tokenizer(store, base) if barrier is None else None
     gc.freeze()  # what was imported lives as long as the process: no collection need walk it
 
-    def finish(batch: list[Taken]) -> None:
+    def finish(batch: list[MappedRecord]) -> None:
         out.keep_images(batch)
         documents: list[list[Encoded]] = []
         if tokenizer is not None:
@@ -107,8 +109,8 @@ def _finish(out: Parts, segment: Segment, config: DataConfig, base: str, store: 
 
 
 def _encoded(
-    batch: list[Taken], tokenizer: ChatTokenizer, config: DataConfig, out: Parts
-) -> tuple[list[Taken], list[list[Encoded]]]:
+    batch: list[MappedRecord], tokenizer: ChatTokenizer, config: DataConfig, out: Parts
+) -> tuple[list[MappedRecord], list[list[Encoded]]]:
     """The records that have a place in a dataset, with their documents; the others go to `out`."""
     packable = [item for item in batch if item.record.kind in PACKABLE and not is_multimodal(item.record)]
     results = encode_batch(tokenizer, [item.record for item in packable], config.sequence_length, config.overlong)
@@ -124,11 +126,11 @@ def _encoded(
     return kept, documents
 
 
-def _input(job: Job, segment: Segment, config: DataConfig, store: Store, out: Parts) -> Iterator[Taken]:
+def _input(job: Job, segment: Segment, config: DataConfig, store: Store, out: Parts) -> Iterator[MappedRecord]:
     return _read(job, segment, config, store, out) if segment.first == 0 else _resumed(job, segment, store, out)
 
 
-def _read(job: Job, segment: Segment, config: DataConfig, store: Store, out: Parts) -> Iterator[Taken]:
+def _read(job: Job, segment: Segment, config: DataConfig, store: Store, out: Parts) -> Iterator[MappedRecord]:
     keep, gone, subject = kept_columns(config), erased.read(store, segment.tombstones), subject_of(config, store)
     for number, chunk in enumerate(job.chunks):
         source = config.sources[chunk.source]
@@ -150,10 +152,10 @@ def _read(job: Job, segment: Segment, config: DataConfig, store: Store, out: Par
                 continue
             if source.licence and "licence" not in record.meta:
                 record.meta["licence"] = source.licence
-            yield Taken(number, raw.line, raw.offset, raw.sha256, record, subject=whose)
+            yield MappedRecord(number, raw.line, raw.offset, raw.sha256, record, subject=whose)
 
 
-def _resumed(job: Job, segment: Segment, store: Store, out: Parts) -> Iterator[Taken]:
+def _resumed(job: Job, segment: Segment, store: Store, out: Parts) -> Iterator[MappedRecord]:
     gone = {}
     if job.dropped:
         gone = {row["row"]: row["reason"] for batch in read_batches(store, job.dropped) for row in batch.to_pylist()}
@@ -162,7 +164,7 @@ def _resumed(job: Job, segment: Segment, store: Store, out: Parts) -> Iterator[T
         for batch in read_batches(store, part):
             for row in batch.drop_columns(["signature"]).to_pylist():
                 record = DataRecord(json.loads(row["content"]), row["kind"], json.loads(row["meta"]))
-                item = Taken(
+                item = MappedRecord(
                     row["chunk"], row["line"], row["offset"], row["raw_sha256"], record, row["flags"], row["subject"]
                 )
                 if row_number in gone:

@@ -64,7 +64,7 @@ CURATED = pa.schema([*PLACED, ("raw_sha256", pa.string()), ("meta", pa.string())
 
 
 @dataclass
-class Taken:
+class MappedRecord:
     """One record on its way through a job."""
 
     chunk: int
@@ -77,7 +77,7 @@ class Taken:
 
 
 @dataclass
-class Step:
+class RuleCounts:
     """Counts of one curation rule."""
 
     before: int = 0
@@ -120,7 +120,7 @@ class Parts:
         self.key, self.store = key, store
         self.sources = np.array(sources, np.int64)  # of each chunk
         self.tally = Tally()
-        self.steps = {number: Step() for number in rules}
+        self.steps = {number: RuleCounts() for number in rules}
         self.tables: list[pa.Table] = []
         self.splits: list[npt.NDArray[np.int8]] = []
         self.unused: list[dict[str, Any]] = []
@@ -133,18 +133,18 @@ class Parts:
         """A row that never became a record, or whose record cannot be trained."""
         self.tally.rejected[chunk] += 1
         self.tally.reasons[reason] += 1
-        self._unused(Taken(chunk, line, offset, sha256, NOTHING), reason, INVALID)
+        self._unused(MappedRecord(chunk, line, offset, sha256, NOTHING), reason, INVALID)
 
     def erase(self, chunk: int, line: int) -> None:
         """A row that a tombstone leaves out: nothing of it is kept but its place."""
         self.erased.append((chunk, line))
 
-    def drop(self, rule: int, item: Taken, reason: str) -> None:
+    def drop(self, rule: int, item: MappedRecord, reason: str) -> None:
         self.tally.dropped[item.chunk] += 1
         self.steps[rule].reasons[reason.split(" of rec_")[0]] += 1  # those that name another record are counted as one
         self._unused(item, reason, rule)
 
-    def _unused(self, item: Taken, reason: str, rule: int) -> None:
+    def _unused(self, item: MappedRecord, reason: str, rule: int) -> None:
         is_record = item.record is not NOTHING
         self.unused.append(
             {
@@ -160,7 +160,7 @@ class Parts:
             }
         )
 
-    def judge(self, rule: int, item: Taken, verdict: Verdict) -> bool:
+    def judge(self, rule: int, item: MappedRecord, verdict: Verdict) -> bool:
         """Whether the record stays; changes `item` to what the rule made of it."""
         step = self.steps[rule]
         step.before += 1
@@ -175,7 +175,7 @@ class Parts:
             item.flags = f"{item.flags} {verdict.flag}".lstrip()
         return True
 
-    def keep_images(self, batch: Sequence[Taken]) -> None:
+    def keep_images(self, batch: Sequence[MappedRecord]) -> None:
         for item in batch:
             for name, data in item.record.images.items():
                 if name not in self.images:
@@ -184,7 +184,7 @@ class Parts:
                     if not self.store.exists(path):
                         self.store.write(path, data)
 
-    def add_curated(self, batch: Sequence[Taken], near: NearDuplicates | None) -> None:
+    def add_curated(self, batch: Sequence[MappedRecord], near: NearDuplicates | None) -> None:
         """Records that wait for a rule over all of them."""
         columns = _placed(batch)
         columns["raw_sha256"] = pa.array([item.raw_sha256 for item in batch], pa.string())
@@ -193,7 +193,7 @@ class Parts:
         columns["signature"] = _lists(signatures, pa.uint32())
         self._add(pa.table(columns, schema=CURATED))
 
-    def add_encoded(self, batch: Sequence[Taken], documents: Sequence[list[Encoded]], config: Any) -> None:
+    def add_encoded(self, batch: Sequence[MappedRecord], documents: Sequence[list[Encoded]], config: Any) -> None:
         """Records with their tokens: of each no document (it is not packed), one, or several."""
         columns = _placed(batch)
         places = [place(record_bytes(item.record.canonical), config) for item in batch]
@@ -217,7 +217,7 @@ class Parts:
 
     def _count(
         self,
-        batch: Sequence[Taken],
+        batch: Sequence[MappedRecord],
         splits: npt.NDArray[np.int8],
         tokens: npt.NDArray[np.int64],
         trained: npt.NDArray[np.int64],
@@ -291,7 +291,7 @@ def is_multimodal(record: DataRecord) -> bool:
     return any(isinstance(message.get("content"), list) for message in record.messages)
 
 
-def _placed(batch: Sequence[Taken]) -> dict[str, pa.Array]:
+def _placed(batch: Sequence[MappedRecord]) -> dict[str, pa.Array]:
     contents = [item.record.canonical for item in batch]
     return {
         "chunk": pa.array([item.chunk for item in batch], pa.int32()),

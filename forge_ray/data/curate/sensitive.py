@@ -22,7 +22,7 @@ Found = Iterator[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class SensitiveSpan:
     """Characters start..end-1 of a text are of `kind`."""
 
     start: int
@@ -30,7 +30,7 @@ class Span:
     kind: str
 
 
-def personal_data(text: str, kinds: frozenset[str]) -> list[Span]:
+def personal_data(text: str, kinds: frozenset[str]) -> list[SensitiveSpan]:
     """Non-overlapping spans in order. Where two overlap, the one with the stronger check stays: an IBAN is no phone."""
     has_at, has_numbers = "@" in text, _NUMBERS.search(text) is not None
     if not has_at and not has_numbers and "::" not in text:
@@ -38,7 +38,7 @@ def personal_data(text: str, kinds: frozenset[str]) -> list[Span]:
     return _spans(text, kinds, (entry for entry in PERSONAL if entry[0] != "email" or has_at))
 
 
-def secrets(text: str, kinds: frozenset[str]) -> list[Span]:
+def secrets(text: str, kinds: frozenset[str]) -> list[SensitiveSpan]:
     """Non-overlapping spans in order."""
     lower = text.lower()
     if not any(word in lower for word in _TRIGGERS):
@@ -46,7 +46,7 @@ def secrets(text: str, kinds: frozenset[str]) -> list[Span]:
     return _spans(text, kinds, iter(SECRETS))
 
 
-def masked(text: str, spans: list[Span]) -> str:
+def masked(text: str, spans: list[SensitiveSpan]) -> str:
     """`text` with <EMAIL>, <IBAN>, … in place of each span."""
     parts, last = [], 0
     for span in spans:
@@ -55,13 +55,13 @@ def masked(text: str, spans: list[Span]) -> str:
     return "".join([*parts, text[last:]])
 
 
-def _spans(text: str, kinds: frozenset[str], finders: Iterator[tuple[str, Callable[[str], Found]]]) -> list[Span]:
-    found: list[Span] = []
+def _spans(text: str, kinds: frozenset[str], finders: Iterator[tuple[str, Callable[[str], Found]]]) -> list[SensitiveSpan]:
+    found: list[SensitiveSpan] = []
     for kind, find in finders:
         if kind in kinds:
             for start, end in find(text):
                 if all(end <= span.start or start >= span.end for span in found):
-                    found.append(Span(start, end, kind))
+                    found.append(SensitiveSpan(start, end, kind))
     return sorted(found, key=lambda span: span.start)
 
 

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 from forge_ray.data.read.documents import DOCUMENTS, require_library
 from forge_ray.data.read.lines import compression_of, is_outage, open_file
 from forge_ray.data.read.readers import Chunk, arrow_messages, arrow_start, read_raw
-from forge_ray.data.read.sources import Found, expand
+from forge_ray.data.read.sources import expand
 from forge_ray.errors import DataError
 
-__all__ = ["CHUNK_BYTES", "Chunk", "Found", "IndexedFile", "expand", "index_file"]
+__all__ = ["CHUNK_BYTES", "Chunk", "IndexedFile", "expand", "index_file"]
 
 CHUNK_BYTES = 4 << 20
 MAX_LINE_BYTES = 16 << 20

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 
-from forge_ray.data.read.lines import Damaged, Held, Raw, blocks, lines
+from forge_ray.data.read.lines import Damaged, HeldBytes, Raw, blocks, lines
 
 BOM = b"\xef\xbb\xbf"
 STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|"'  # a whole one, or the start of one that goes on in the next block
@@ -31,7 +31,7 @@ def read_json(path: str, limit: int) -> Iterator[Raw]:
     elif _is_lines(body):  # JSONL is often named so
         yield from lines(whole, first[:skipped].count(b"\n") + 1, skipped, limit)
     else:
-        held = Held(limit)
+        held = HeldBytes(limit)
         try:
             for block in whole:
                 held.add(block)
@@ -52,7 +52,7 @@ def _is_lines(body: bytes) -> bool:
 
 def _elements(source: Iterator[bytes], position: int, limit: int) -> Iterator[Raw]:
     """Cuts a list at the commas of its own level. Brackets decide, so an unbalanced element takes the rest with it."""
-    held = Held(limit)
+    held = HeldBytes(limit)
     depth, number, start = 0, 1, position
     in_string = escaped = closed = False
     try:
@@ -104,7 +104,7 @@ def _elements(source: Iterator[bytes], position: int, limit: int) -> Iterator[Ra
         yield Raw(number, rest.offset, None, None, rest.sha256, "there is more behind the end of the list")
 
 
-def _stripped(held: Held, number: int, start: int) -> Raw | None:
+def _stripped(held: HeldBytes, number: int, start: int) -> Raw | None:
     """The element without the white space around it; None for white space alone."""
     if held.hasher is None:
         raw = b"".join(held.parts)

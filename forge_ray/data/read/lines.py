@@ -110,7 +110,7 @@ def _read(stream: Any, size: int) -> bytes | None:
         return None
 
 
-class Held:
+class HeldBytes:
     """The bytes of one line or element, of which at most `limit` stay in memory; the digest is of all of them."""
 
     def __init__(self, limit: int) -> None:
@@ -141,7 +141,7 @@ class Held:
 
 def lines(source: Iterable[bytes], number: int, offset: int, limit: int, blank: bool = False) -> Iterator[Raw]:
     """Every line, without its newline; empty ones only if `blank`. `number` and `offset` are those of the first."""
-    held = Held(limit)
+    held = HeldBytes(limit)
     damaged = ""
     try:
         for block in source:

@@ -40,7 +40,7 @@ SECRETS = re.compile(r"[?&][^=&]*(secret|password|token|access_key|account_key|s
 
 
 @dataclass(frozen=True)
-class Found:
+class ListedFile:
     """One file of a source. `name` is what the user wrote, for the record; `sha256` is from its checksums file, or ""."""
 
     path: str
@@ -50,14 +50,14 @@ class Found:
     sha256: str = ""
 
 
-def expand(config: DataConfig) -> list[Found]:
+def expand(config: DataConfig) -> list[ListedFile]:
     """Every source file once, sorted; a file of two sources belongs to the first."""
-    found: dict[str, Found] = {}
+    found: dict[str, ListedFile] = {}
     for number, source in enumerate(config.sources):
         paths = list(_matches(source))
         sums = _checked(source, paths) if source.checksums else {}
         for path in paths:
-            item = Found(path, _name(path), _format(path, source), number, sums.get(path, ""))
+            item = ListedFile(path, _name(path), _format(path, source), number, sums.get(path, ""))
             first = found.setdefault(path, item)
             if not first.sha256:
                 found[path] = replace(first, sha256=item.sha256)

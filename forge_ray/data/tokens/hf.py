@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forge_ray.data.record.schema import Reject
-from forge_ray.data.tokens.render import Rendering, Span, any_of
+from forge_ray.data.tokens.render import Rendering, TurnSpan, any_of
 from forge_ray.data.tokens.template import CallStyle, Chat, Encoded, Messages
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a single byte
@@ -148,7 +148,7 @@ class HfTokenizer:
 
     def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]:
         """Each conversation tokenised once, its trained answers marked up to their end of turn."""
-        plans: list[tuple[str, list[Span]] | Reject] = []
+        plans: list[tuple[str, list[TurnSpan]] | Reject] = []
         for messages, tools in chats:
             try:
                 seen, tools = self._rendering.checked(messages, tools)
@@ -161,7 +161,7 @@ class HfTokenizer:
         encoded = iter(self._encoded(sound))
         return [plan if isinstance(plan, Reject) else next(encoded) for plan in plans]
 
-    def _encoded(self, plans: list[tuple[str, list[Span]]]) -> list[Encoded | Reject]:
+    def _encoded(self, plans: list[tuple[str, list[TurnSpan]]]) -> list[Encoded | Reject]:
         """Without offsets where the special tokens tell where the answers are; offsets cost a quarter more."""
         found: list[Encoded | Reject | None] = [None] * len(plans)
         if self._backend is not None:
@@ -205,7 +205,7 @@ class HfTokenizer:
         cuts = [match.start() for match in self._added_pattern.finditer(common) if match[0] in self._separates]
         return common[: cuts[-1]] if cuts and cuts[-1] >= MIN_PREFIX else ""
 
-    def _by_special_tokens(self, text: str, spans: list[Span], token_ids: list[int]) -> Encoded | None:
+    def _by_special_tokens(self, text: str, spans: list[TurnSpan], token_ids: list[int]) -> Encoded | None:
         """What `_marked` gives, from the places of special tokens in the text and in the ids; None where they do not tell.
 
         The n-th special token of the text is the n-th special id, since no content holds one (`Rendering.checked`).
@@ -292,7 +292,7 @@ class HfTokenizer:
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _marked(self, text: str, spans: list[Span], encoding: Any) -> Encoded | Reject:
+    def _marked(self, text: str, spans: list[TurnSpan], encoding: Any) -> Encoded | Reject:
         try:
             ids, ranges = self._located(text, spans, encoding) if encoding else self._located_slowly(text, spans)
             mask, end_id = np.zeros(len(ids), np.int8), self.end_of_turn_id
@@ -308,7 +308,7 @@ class HfTokenizer:
             return error
         return Encoded(np.array(ids, np.int32), mask)
 
-    def _located(self, text: str, spans: list[Span], encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    def _located(self, text: str, spans: list[TurnSpan], encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids and the range of tokens of each span. An answer that is generated starts behind the prompt's last
         token, so one that is trained must too: where the text as a whole is tokenised otherwise, it is cut there."""
         ids: list[int] = encoding.ids
@@ -334,7 +334,7 @@ class HfTokenizer:
         expected = self._expected(tail)
         return first >= len(expected) and ids[first - len(expected) : first] == expected
 
-    def _cut(self, text: str, spans: list[Span], cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _cut(self, text: str, spans: list[TurnSpan], cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         starts: dict[int, int] = {}
@@ -349,7 +349,7 @@ class HfTokenizer:
         firsts = [starts[s.start] if s.start in starts else sum(a < s.start for a, _ in offsets) for s in spans]
         return ids, [(first, sum(a < s.end for a, _ in offsets)) for first, s in zip(firsts, spans, strict=True)]
 
-    def _located_slowly(self, text: str, spans: list[Span]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _located_slowly(self, text: str, spans: list[TurnSpan]) -> tuple[list[int], list[tuple[int, int]]]:
         """For tokenizers in Python, which tell no offsets: the ids of each beginning of the text must be a beginning of
         the ids."""
         ids, ranges = self._plain(text), []

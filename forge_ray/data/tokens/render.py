@@ -18,7 +18,7 @@ from forge_ray.data.tokens.template import Chat, Messages
 
 
 @dataclass(frozen=True)
-class Span:
+class TurnSpan:
     """An assistant turn in the rendered text: from where generation would start to where the next turn would."""
 
     start: int
@@ -106,7 +106,7 @@ class Rendering:
         except Exception as error:  # jinja errors of many kinds: the template refuses these roles
             raise _refused(error) from error
 
-    def spans(self, messages: Messages, tools: list[Any] | None, text: str, weights: Sequence[Any]) -> list[Span]:
+    def spans(self, messages: Messages, tools: list[Any] | None, text: str, weights: Sequence[Any]) -> list[TurnSpan]:
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -122,7 +122,7 @@ class Rendering:
                     raise
                 continue  # an assistant turn that opens the conversation; nothing was generated there
             if same:
-                spans.append(Span(len(prefix), len(whole), trained))
+                spans.append(TurnSpan(len(prefix), len(whole), trained))
             elif trained:
                 raise Reject("the chat template rewrites earlier turns")
         return spans

@@ -17,7 +17,16 @@ from forge_ray.config.run import RunConfig
 from forge_ray.data.build import tombstones as erased
 from forge_ray.errors import ConfigError, NotFound, NothingLeft, PolicyError
 from forge_ray.governance.erasure.certificate import certify, path_of, statement_of
-from forge_ray.governance.erasure.plan import TRAINED_ON, AffectedRun, Plan, Request, extended, plan_of, search, standing_for
+from forge_ray.governance.erasure.plan import (
+    TRAINED_ON,
+    AffectedRun,
+    ErasurePlan,
+    ErasureRequest,
+    extended,
+    plan_of,
+    search,
+    standing_for,
+)
 from forge_ray.governance.erasure.purge import check_gone, listed, purge
 from forge_ray.progress import stage
 from forge_ray.records import (
@@ -50,10 +59,10 @@ class Options:
     keep_weights: bool = False
 
 
-def erase(store: Store, request: Request, options: Options, why: str = "") -> Facts:
+def erase(store: Store, request: ErasureRequest, options: Options, why: str = "") -> Facts:
     """The whole of it; returns the certificate's statement. Raises `NotFound` where no dataset version holds such a row."""
     record = _begun(store, request, options, why)
-    plan = Plan.model_validate(record.plan)
+    plan = ErasurePlan.model_validate(record.plan)
     withdrawn = _once(store, record, "withdrawn", lambda: _withdraw(store, record, plan, options))
     if withdrawn["policy"] != options.deployments:
         raise ConfigError(
@@ -88,13 +97,13 @@ def _once(store: Store, record: Erasure, state: str, work: Callable[[], Facts]) 
     return found
 
 
-def begun(catalog: Catalog, request: Request) -> Plan | None:
+def begun(catalog: Catalog, request: ErasureRequest) -> ErasurePlan | None:
     """The plan of this very request where it was applied before, finished or not."""
     made = _record(catalog.store, request, Options(), "")
-    return Plan.model_validate(catalog.get_as(Erasure, made.id).plan) if catalog.has(made.id) else None
+    return ErasurePlan.model_validate(catalog.get_as(Erasure, made.id).plan) if catalog.has(made.id) else None
 
 
-def _record(store: Store, request: Request, options: Options, why: str) -> Erasure:
+def _record(store: Store, request: ErasureRequest, options: Options, why: str) -> Erasure:
     return Erasure(
         asked_by=request.by,
         asked=request.fingerprint(store),
@@ -107,14 +116,14 @@ def _record(store: Store, request: Request, options: Options, why: str) -> Erasu
     ).sealed()
 
 
-def _begun(store: Store, request: Request, options: Options, why: str) -> Erasure:
+def _begun(store: Store, request: ErasureRequest, options: Options, why: str) -> Erasure:
     """The erasure of this request. Its tombstones are written before the plan is made, so that none is missing in it; and
     before those it is seen that whoever asks may do all that follows."""
     with Catalog(store) as catalog:
         made = _record(store, request, options, why)
         if catalog.has(made.id):
             made = catalog.get_as(Erasure, made.id)
-            catalog.check_may(*rights(Plan.model_validate(made.plan), options))
+            catalog.check_may(*rights(ErasurePlan.model_validate(made.plan), options))
             return made
         with stage("tombstones") as it:
             found = search(catalog, request)
@@ -131,7 +140,7 @@ def _begun(store: Store, request: Request, options: Options, why: str) -> Erasur
         return catalog.put(made)
 
 
-def rights(plan: Plan, options: Options) -> list[str]:
+def rights(plan: ErasurePlan, options: Options) -> list[str]:
     """What is written until the end (`authority.MAY`): who may not write all of it would stop half-way."""
     again = options.retrain != "none"
     trains = again and any(run.used and run.finished for run in plan.runs)
@@ -145,7 +154,7 @@ def rights(plan: Plan, options: Options) -> list[str]:
     ]
 
 
-def _withdraw(store: Store, record: Erasure, plan: Plan, options: Options) -> Facts:
+def _withdraw(store: Store, record: Erasure, plan: ErasurePlan, options: Options) -> Facts:
     """From here on no alias can be pointed at what learned from the rows; `retire`: and nobody is answered by it."""
     gone = {version.id for version in plan.versions}
     retire = options.deployments == "retire"
@@ -199,7 +208,7 @@ def _without(catalog: Catalog, route: AliasRoute, gone: set[str]) -> AliasRoute 
     return route.model_copy(update={"versions": versions, "rules": rules, "shadow": shadow})
 
 
-def _rebuild(store: Store, plan: Plan, options: Options) -> Facts:
+def _rebuild(store: Store, plan: ErasurePlan, options: Options) -> Facts:
     """The datasets without the rows: old → new, "" where nothing is left or nothing is asked for. `changed`: those whose
     training rows are others though none of the rows was trained on."""
     made: dict[str, str] = {}
@@ -232,7 +241,7 @@ def _without_datasets(data: Facts, made: dict[str, str]) -> Facts:
     return data | {"curate": rules}
 
 
-def _retrain(store: Store, plan: Plan, datasets: dict[str, str], options: Options) -> Facts:
+def _retrain(store: Store, plan: ErasurePlan, datasets: dict[str, str], options: Options) -> Facts:
     """Every run once more without the rows, bases before what was trained on them."""
     runs: list[Facts] = []
     versions: dict[str, str] = {}
@@ -261,7 +270,7 @@ def _retrain(store: Store, plan: Plan, datasets: dict[str, str], options: Option
     return {"runs": runs, "versions": versions}
 
 
-def _wanted(plan: Plan, of_run: dict[str, list[ModelVersion]]) -> set[str]:
+def _wanted(plan: ErasurePlan, of_run: dict[str, list[ModelVersion]]) -> set[str]:
     """Runs whose versions an alias stood for, and those of the versions under them."""
     named = {version for hit in plan.aliases.values() for version in hit}
     wanted: set[str] = set()
@@ -335,7 +344,7 @@ def _replaced(route: AliasRoute, versions: dict[str, str], gone: set[str]) -> Al
     return route.model_copy(update={"versions": order, "rules": tuple(rules), "shadow": shadow})
 
 
-def _purge(store: Store, record: Erasure, plan: Plan, options: Options) -> Facts:
+def _purge(store: Store, record: Erasure, plan: ErasurePlan, options: Options) -> Facts:
     """Everything that is to go is listed with its digest first, so that a process killed here leaves the list."""
     path = paths.erasure(record.id, "purged.json")
     with stage("purge") as it, Catalog(store) as catalog:

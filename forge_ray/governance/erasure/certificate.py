@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from forge_ray.errors import ConfigError
-from forge_ray.governance.erasure.plan import Plan
+from forge_ray.governance.erasure.plan import ErasurePlan
 from forge_ray.progress import stage
 from forge_ray.records import DatasetManifest, Erasure, ModelVersion, canonical_json
 from forge_ray.store import paths, signing
@@ -19,7 +19,7 @@ PREDICATE = "urn:forge-ray:erasure:1"
 Facts = dict[str, Any]
 
 
-def certify(store: Store, record: Erasure, plan: Plan, facts: Facts, options: Facts) -> Facts:
+def certify(store: Store, record: Erasure, plan: ErasurePlan, facts: Facts, options: Facts) -> Facts:
     """Who asked for what, and what was done: an in-toto statement, signed where this process has a key."""
     with stage("certify") as it, Catalog(store) as catalog:
         datasets = []

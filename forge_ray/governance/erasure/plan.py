@@ -14,7 +14,7 @@ from forge_ray.data.dataset import index
 from forge_ray.data.dataset.index import Place, is_record_id
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.governance.erasure import closure
-from forge_ray.governance.impact import Facts
+from forge_ray.governance.impact import StoreUses
 from forge_ray.governance.trace import of_each, of_file, subject_digests
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, ModelVersion, RunRecord
 from forge_ray.serve.routing import versions_of
@@ -27,7 +27,7 @@ TRAINED_ON = ("train", "validation")  # what can decide weights: validation rows
 
 
 @dataclass(frozen=True)
-class Request:
+class ErasureRequest:
     """Whose or which rows. `values`: one subject, record ids, or one path of a file with rows."""
 
     by: Literal["subject", "record", "file"]
@@ -43,7 +43,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Found:
+class ReachedRecords:
     """`near` are the near duplicates of `asked`; `read` the ids of rows before rules masked them; `subjects` HMACs;
     `places` by dataset version."""
 
@@ -119,7 +119,7 @@ class AffectedEval(Frozen):
     quotes: int
 
 
-class Plan(Frozen):
+class ErasurePlan(Frozen):
     """What an erasure changes. `outside`: source files that hold the rows where the store cannot reach, with the lines."""
 
     num_records: int
@@ -142,7 +142,7 @@ class Plan(Frozen):
         return sum(run.gpu_hours for run in self.runs if run.used and run.finished)
 
 
-def search(catalog: Catalog, request: Request) -> Found:
+def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
     """The records that a request is about, with all that must go with them. Raises `NotFound` for no such file."""
     store, manifests = catalog.store, catalog.datasets()
     asked: set[str] = set()
@@ -178,7 +178,7 @@ def search(catalog: Catalog, request: Request) -> Found:
             ids, problems = closure.as_read(manifest, mine)
             read |= ids
             notes += problems
-    return Found(
+    return ReachedRecords(
         asked=frozenset(asked),
         near=frozenset(near),
         read=frozenset(read),
@@ -212,7 +212,7 @@ def _places(store: Store, manifest: DatasetManifest, records: set[str]) -> list[
     return [*index.places(store, manifest, records), *index.dropped(store, manifest, records)]
 
 
-def plan_of(catalog: Catalog, found: Found) -> Plan:
+def plan_of(catalog: Catalog, found: ReachedRecords) -> ErasurePlan:
     """Everything that was made of the records. Nothing is changed."""
     manifests = {manifest.id: manifest for manifest in catalog.all(DatasetManifest)}
     counts: dict[str, dict[str, int]] = {}
@@ -225,7 +225,7 @@ def plan_of(catalog: Catalog, found: Found) -> Plan:
     runs, versions = _made_of(catalog, datasets, found.places)
     gone = {version.id for version in versions}
     aliases = standing_for(catalog, gone)
-    return Plan(
+    return ErasurePlan(
         num_records=len(found.asked),
         num_near_duplicates=len(found.near),
         datasets=datasets,
@@ -239,7 +239,7 @@ def plan_of(catalog: Catalog, found: Found) -> Plan:
     )
 
 
-def extended(catalog: Catalog, plan: Plan, changed: set[str]) -> Plan:
+def extended(catalog: Catalog, plan: ErasurePlan, changed: set[str]) -> ErasurePlan:
     """The same plan where training rows of the datasets `changed` turned out to be others, with what was made of those."""
     if not changed:
         return plan
@@ -276,7 +276,7 @@ def _made_of(
         gone |= new
         if not more and not new:
             break
-    facts = Facts.of(catalog)
+    facts = StoreUses.of(catalog)
     listed = [
         _run(catalog, facts, run, run.id in used, places.get(run.dataset, []))
         for run in runs
@@ -290,7 +290,7 @@ def _made_of(
     )
 
 
-def _run(catalog: Catalog, facts: Facts, run: RunRecord, used: bool, places: list[Place]) -> AffectedRun:
+def _run(catalog: Catalog, facts: StoreUses, run: RunRecord, used: bool, places: list[Place]) -> AffectedRun:
     settings = run.config["train"]
     manifest = catalog.get_as(DatasetManifest, run.dataset)
     rows = sorted({row for rows in index.rows_with(catalog.store, manifest, places).values() for row in rows})

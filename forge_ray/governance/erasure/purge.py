@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from forge_ray.data.build import tombstones as erased
 from forge_ray.errors import StoreError
 from forge_ray.governance.erasure import closure
-from forge_ray.governance.erasure.plan import Plan
+from forge_ray.governance.erasure.plan import ErasurePlan
 from forge_ray.records import EvalReport, FileEntry, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
 
-def folders(plan: Plan, weights: Iterable[str]) -> list[str]:
+def folders(plan: ErasurePlan, weights: Iterable[str]) -> list[str]:
     """What holds the rows, or learned from them. Records, metrics and reports stay: they say what was, and quote nothing."""
     found = []
     for dataset in plan.datasets:
@@ -37,7 +37,7 @@ def files(store: Store, folder: str) -> tuple[FileEntry, ...]:
     return tuple(found)
 
 
-def lone_images(catalog: Catalog, plan: Plan) -> list[str]:
+def lone_images(catalog: Catalog, plan: ErasurePlan) -> list[str]:
     """Images that no dataset but the affected ones shows."""
     gone = {dataset.id for dataset in plan.datasets}
     mine = set().union(*(closure.images(catalog.store, dataset) for dataset in gone)) if gone else set()
@@ -47,7 +47,7 @@ def lone_images(catalog: Catalog, plan: Plan) -> list[str]:
     return sorted(paths.image(name) for name in mine)
 
 
-def listed(catalog: Catalog, plan: Plan, weights: Iterable[str]) -> tuple[FileEntry, ...]:
+def listed(catalog: Catalog, plan: ErasurePlan, weights: Iterable[str]) -> tuple[FileEntry, ...]:
     """All that is to go, before anything goes."""
     store = catalog.store
     found = [entry for folder in folders(plan, weights) for entry in files(store, folder)]
@@ -58,7 +58,7 @@ def listed(catalog: Catalog, plan: Plan, weights: Iterable[str]) -> tuple[FileEn
     return tuple(sorted(found, key=lambda entry: entry.path))
 
 
-def purge(store: Store, plan: Plan, weights: Iterable[str], listing: tuple[FileEntry, ...]) -> str:
+def purge(store: Store, plan: ErasurePlan, weights: Iterable[str], listing: tuple[FileEntry, ...]) -> str:
     """Delete what was listed, and the work area, whose pieces may hold any row. Again is fine. Returns the list's digest."""
     for folder in folders(plan, weights):
         store.delete_dir(folder)

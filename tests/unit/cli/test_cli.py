@@ -24,6 +24,7 @@ pytestmark = pytest.mark.unit
 BOUNDS = {"--model", "--scope", "--rpm", "--tpm", "--concurrency", "--expires"}  # of an API key
 SURFACE = {
     "quickstart": {"--config", "--port", "--set"},
+    "init": {"--task", "--data", "--base-model", "--name", "--force"},
     "models import": {"--name", "--licence", "--alias"},
     "models list": set(),
     "models show": set(),

@@ -17,7 +17,7 @@ from forge_ray.data.curate.contamination import contaminated
 from forge_ray.data.dataset.order import Order
 from forge_ray.data.record.schema import parse_record
 from forge_ray.errors import ConfigError, DataError, ForgeError, NotFound
-from forge_ray.evaluate.leak import Findings, Training, auc, auc_interval, exposure, metrics_of, used_rows
+from forge_ray.evaluate.leak import Findings, TrainedOrder, auc, auc_interval, exposure, metrics_of, used_rows
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts, read_prompts
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
 
@@ -176,10 +176,10 @@ def test_only_rows_that_the_run_took_are_its_training_rows() -> None:
 
     order = Order("ds_1", 0, 40, 8, 4)
     for steps, count in ((0, 0), (3, 12), (9, 36), (10, 40), (25, 40)):
-        taken = used_rows(Training(Rows(), order, steps))  # type: ignore[arg-type]
+        taken = used_rows(TrainedOrder(Rows(), order, steps))  # type: ignore[arg-type]
         assert taken.sum() == count
     numbers = {number for step in range(3) for number in order.rows_of(step, range(4))}
-    assert set(np.flatnonzero(used_rows(Training(Rows(), order, 3))).tolist()) == numbers  # type: ignore[arg-type]
+    assert set(np.flatnonzero(used_rows(TrainedOrder(Rows(), order, 3))).tolist()) == numbers  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- safety

@@ -25,7 +25,7 @@ from forge_ray.serve.keys import ApiKey, sha256_of
 from forge_ray.serve.limits import Counters
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Caller, Chosen, Facts, Served
+from forge_ray.serve.served import Caller, Chosen, RoutingInputs, Served
 
 pytestmark = pytest.mark.unit
 
@@ -61,7 +61,7 @@ class Names:
             raise ApiError(404, f"model {name!r} is not served here", param="model", code="model_not_found")
         return SimpleNamespace(version="mv_1")
 
-    async def choose(self, name: str, facts: Facts) -> Chosen:
+    async def choose(self, name: str, facts: RoutingInputs) -> Chosen:
         return Chosen(name, self.stable(name))
 
     def cards(self) -> list[dict[str, Any]]:
@@ -208,7 +208,7 @@ def test_who_is_not_known_is_granted_nothing() -> None:
     with pytest.raises(ApiError, match="not served here"):
         directory.stable("support@prod")
     with pytest.raises(ApiError, match="not served here"):
-        asyncio.run(directory.choose("support@prod", Facts({}, "", ())))
+        asyncio.run(directory.choose("support@prod", RoutingInputs({}, "", ())))
 
 
 # ---------------------------------------------------------------- the log

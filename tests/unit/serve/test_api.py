@@ -27,7 +27,7 @@ from forge_ray.inference.engine import GenerationRequest, Token
 from forge_ray.serve import complete
 from forge_ray.serve.http import build_http
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Admission, Chosen, Facts, Served
+from forge_ray.serve.served import Admission, Chosen, RoutingInputs, Served
 
 pytestmark = pytest.mark.unit
 
@@ -67,7 +67,7 @@ class Tally:
 class ByUser(Fixed):
     """Two versions: `second` answers the user `b`; `shadow` answers too."""
 
-    async def choose(self, name: str, facts: Facts) -> Chosen:
+    async def choose(self, name: str, facts: RoutingInputs) -> Chosen:
         if name == "shadowed":
             return Chosen(name, self.stable(name), "", (self.names["shadow"],) * 2)
         if facts.user == "b":

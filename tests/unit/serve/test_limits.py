@@ -12,7 +12,7 @@ import pytest
 
 from forge_ray.inference.engine import EngineHealth
 from forge_ray.serve.keys import ApiKey
-from forge_ray.serve.limits import SILENT_S, Counters, Verdict, admission, bounded, retry_after
+from forge_ray.serve.limits import SILENT_S, Counters, LimitVerdict, admission, bounded, retry_after
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.served import Caller, Chosen, Free
@@ -37,7 +37,7 @@ class Counted:
         self.counters = Counters(lambda: self.now)
         self.key = ApiKey(id="fk_0", name="app", sha256="", models=("*",), **limits)
 
-    def take(self, tokens: int = 1, owner: str = "r0") -> Verdict:
+    def take(self, tokens: int = 1, owner: str = "r0") -> LimitVerdict:
         self.number += 1
         return finished(self.counters.take(self.key, str(self.number), owner, tokens))
 
@@ -248,7 +248,7 @@ def test_what_comes_after_may_refuse_and_then_nothing_was_taken() -> None:
 def test_a_client_that_leaves_while_the_counters_are_asked_holds_nothing() -> None:
     counted = Counted(concurrency=1)
 
-    async def slow(*arguments: Any) -> Verdict:
+    async def slow(*arguments: Any) -> LimitVerdict:
         verdict = await counted.counters.take(*arguments)
         await asyncio.sleep(10)
         return verdict

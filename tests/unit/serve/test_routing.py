@@ -13,8 +13,8 @@ from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, DeployConfig
 from forge_ray.errors import ConfigError
 from forge_ray.records import FileEntry, ModelVersion, files_digest
-from forge_ray.serve.outcomes import Outcome, Outcomes, judge, without_canaries
-from forge_ray.serve.routing import Facts, Request, Table, decide, sticky, table_of
+from forge_ray.serve.outcomes import AnswerOutcome, Outcomes, judge, without_canaries
+from forge_ray.serve.routing import RoutingFacts, RoutingRequest, Table, decide, sticky, table_of
 from forge_ray.serve.scaling import TokensPolicy
 
 pytestmark = pytest.mark.unit
@@ -45,7 +45,7 @@ def route(*versions: ModelVersion, **more: Any) -> AliasRoute:
 def table(routes: dict[str, AliasRoute], broken: dict[str, str] | None = None, **more: Any) -> Table:
     before = more.pop("before", None)
     config = parse(DeployConfig, {"name": "bot", "models": ["prod"], **more})
-    facts = Facts(routes, frozenset(), KNOWN.get)
+    facts = RoutingFacts(routes, frozenset(), KNOWN.get)
     return table_of(config, facts, broken or {}, before)
 
 
@@ -80,11 +80,11 @@ def test_an_alias_whose_new_version_is_broken_keeps_the_old_one() -> None:
     assert first.broken == {TWO.id: "torn"}  # nothing to go back to: it is said why
 
 
-REQUEST = Request(headers={}, user="", num_prompt_tokens=10, labels={})
+REQUEST = RoutingRequest(headers={}, user="", num_prompt_tokens=10, labels={})
 
 
-def request(**more: Any) -> Request:
-    return Request(**(vars(REQUEST) | more))
+def request(**more: Any) -> RoutingRequest:
+    return RoutingRequest(**(vars(REQUEST) | more))
 
 
 def test_the_first_rule_that_matches_wins() -> None:
@@ -136,8 +136,8 @@ def test_a_route_that_means_nothing_is_refused(wrong: Any, says: str) -> None:
 # ---------------------------------------------------------------- canaries
 
 
-def outcomes(version: str, good: int, bad: int = 0, token_s: float = 0.01) -> list[Outcome]:
-    return [Outcome("prod", version, 200, token_s)] * good + [Outcome("prod", version, 503, 0.0)] * bad
+def outcomes(version: str, good: int, bad: int = 0, token_s: float = 0.01) -> list[AnswerOutcome]:
+    return [AnswerOutcome("prod", version, 200, token_s)] * good + [AnswerOutcome("prod", version, 503, 0.0)] * bad
 
 
 def test_a_canary_is_judged_by_errors_and_by_time_per_token() -> None:

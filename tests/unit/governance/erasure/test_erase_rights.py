@@ -15,7 +15,7 @@ from forge_ray.governance import signers
 from forge_ray.governance.erasure import apply as erasing
 from forge_ray.governance.erasure.apply import Options, erase
 from forge_ray.governance.erasure.certificate import path_of
-from forge_ray.governance.erasure.plan import Request
+from forge_ray.governance.erasure.plan import ErasureRequest
 from forge_ray.store import signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -69,7 +69,7 @@ def everything(store: Store) -> list[str]:
 
 def test_who_may_not_do_all_of_it_does_nothing(store: Store, keys: dict[str, Any]) -> None:
     _, tuned = fallback_and_alias(store, keys["edda"])
-    request = Request("record", (HERS,))
+    request = ErasureRequest("record", (HERS,))
     before = everything(store)
     for who, missing in {
         "sam": ("alias events, deployment events are written by releaser", "runs, run events are written by trainer"),
@@ -95,7 +95,7 @@ def test_who_may_not_do_all_of_it_does_nothing(store: Store, keys: dict[str, Any
 
 def test_one_who_carries_it_on_needs_the_same(store: Store, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     fallback_and_alias(store, keys["edda"])
-    request, options = Request("record", (HERS,)), Options(retrain="none")
+    request, options = ErasureRequest("record", (HERS,)), Options(retrain="none")
     purge = erasing.purge
     monkeypatch.setattr(erasing, "purge", _stopped)
     with signing.acting(keys["edda"]), pytest.raises(InterruptedError):
@@ -122,7 +122,7 @@ def test_a_protected_alias_is_left_at_once_and_waits_for_two(store: Store, keys:
         with signing.acting(keys["edda"]):
             replacement = version(catalog, "again", "run_two", base, weights="adapter").id
     with signing.acting(keys["edda"]):
-        done = erase(store, Request("record", (HERS,)), Options(retrain="none"))
+        done = erase(store, ErasureRequest("record", (HERS,)), Options(retrain="none"))
         with Catalog(store) as catalog:
             assert "letters" not in catalog.routes()  # its base, to which it would fall back, has no two releasers either
             record = catalog.get_as(erasing.Erasure, done["predicate"]["erasure"])

@@ -19,7 +19,7 @@ from forge_ray.errors import ConfigError, PolicyError, StoreError
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.erasure.apply import Options, _fate, _replaced, _without_datasets, erase
 from forge_ray.governance.erasure.certificate import statement_of
-from forge_ray.governance.erasure.plan import AffectedDataset, AffectedRun, Request
+from forge_ray.governance.erasure.plan import AffectedDataset, AffectedRun, ErasureRequest
 from forge_ray.records import Event, ModelVersion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -184,7 +184,7 @@ def test_images_go_unless_another_dataset_shows_them(tmp_path: Path) -> None:
         dataset(catalog, [shows("in both", 3)], name="other")
     for what, name in names.items():
         own.write(f"images/{name}", what.encode())
-    told = erase(own, Request("record", tuple(record.id for record in hers)), Options(retrain="none"))
+    told = erase(own, ErasureRequest("record", tuple(record.id for record in hers)), Options(retrain="none"))
     assert own.list("images") == [f"images/{names['in both']}"]
     listed = own.read_json(f"erasures/{told['predicate']['erasure']}/purged.json")["files"]
     assert [entry["sha256"] for entry in listed if entry["path"].startswith("images/")] == [names["only here"]]

@@ -1,0 +1,164 @@
+"""`forge init`: write a short run file for a task, to edit."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from forge_ray.cli.verbs import Verbs, verb
+from forge_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from forge_ray.store.files import Store
+
+LOWER_LOSS = "gate: {better_than: [{incumbent: base, metric: loss}]}  # released only if it predicts held-out answers better"
+EXACT_MATCH = "gate: {thresholds: {exact_match: {min: 0.8}}, better_than: [{incumbent: base}]}  # 0.8: the least you accept"
+LONG_ANSWERS = "eval: {max_new_tokens: 256}  # tokens; longer answers are cut off and count as wrong"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where the run file of one task differs from the others."""
+
+    purpose: str
+    rows: str
+    sequence_length: int
+    gate: str = LOWER_LOSS
+    evaluation: str = ""
+
+
+TASKS = {
+    "chat": Task("Fine-tune on conversations.", '{"messages": [{"role": "user", "content": "…"}, …]}', 2048),
+    "classify": Task(
+        "Fine-tune a classifier, which answers with one label.",
+        '{"text": "…", "label": "…"}',
+        512,
+        EXACT_MATCH,
+        "eval: {labels: from_data}  # the labels of the training rows",
+    ),
+    "extract": Task(
+        "Fine-tune extraction to JSON. An answer is right if its text is the row's, order of keys included.",
+        '{"prompt": "…", "completion": "{\\"total\\": 12}"}',
+        2048,
+        EXACT_MATCH,
+        LONG_ANSWERS,
+    ),
+    "tools": Task(
+        "Fine-tune tool calls. Only rows that end in a text answer, not in a call, are evaluated.",
+        '{"messages": [… "tool_calls" …], "tools": […]}',
+        4096,
+        evaluation=LONG_ANSWERS,
+    ),
+    "pretrain": Task("Continue pre-training on plain text.", '{"text": "…"}', 2048),
+}
+
+
+def run_file_text(task: str, data: str, base_model: str, name: str) -> str:
+    """The run file of a task, with comments on what to change."""
+    chosen = TASKS[task]
+    data, base_model, name = _scalar(data), _scalar(base_model), _scalar(name)
+    lines = [
+        f"# {chosen.purpose}",
+        "# Every other setting has a default: docs/reference/settings.md. Other forms of rows: docs/guides/data.md",
+        f"name: {name}",
+        f"base_model: {base_model}  # an alias or version of the store, or a folder or GGUF file to import",
+        "data:",
+        f"  sources: [{{path: {data}}}]  # one {chosen.rows} per line",
+        f"  sequence_length: {chosen.sequence_length}  # tokens",
+        "train:",
+    ]
+    if task == "pretrain":
+        lines += [
+            "  optimizer: {lr: 2e-5}  # every weight is trained; on a GPU add scaling: {gpus_per_worker: 1}",
+            "# Works today: `forge train`, then `forge runs export`. `forge eval`, `release` and `run` need conversations.",
+            f"release: {{alias: {name}}}  # required; not used yet",
+        ]
+    else:
+        lines += [
+            "  adapter: {r: 16, alpha: 32}  # LoRA; without this line every weight is trained: set optimizer: {lr: 2e-5}",
+            *([chosen.evaluation] if chosen.evaluation else []),
+            "release:",
+            f"  alias: {name}",
+            f"  {chosen.gate}",
+            f"deploy: {{name: {name}, models: [{name}]}}  # without this line `forge run` ends after the release",
+            "# On a GPU add scaling: {gpus_per_worker: 1} to train, gpus: 1 to eval, gpus_per_replica: 1 to deploy.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: str) -> str:
+    """As YAML, quoted where it must be, inside brackets too."""
+    import yaml
+
+    text: str = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=len(value) * 10 + 80)
+    return text.strip()[1:-1]
+
+
+def write_run_file(target: Path, text: str, force: bool) -> None:
+    """All of the text or nothing; an existing file is replaced only with `force`."""
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder", hint=f"give a file: forge init {target / 'run.yaml'}")
+    if os.path.lexists(target) and not force:
+        raise ConfigError(f"{target} already exists", hint="give another file, or --force to replace it")
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        raise ConfigError(
+            f"{target} cannot be written: {error.strerror}", hint="give a file in a folder that exists and is writable"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@click.group(cls=Verbs)
+def top() -> None:
+    """Top-level verbs; `forge` registers them."""
+
+
+@verb(top, "init", "forge init run.yaml --task classify --data rows.jsonl --name tickets")
+@click.argument("file", metavar="[FILE]", default="run.yaml", type=click.Path(path_type=Path))
+@click.option("--task", type=click.Choice(list(TASKS)), default="chat", show_default=True, help="What the model will learn.")
+@click.option(
+    "--data", default="rows.jsonl", show_default=True, metavar="PATH", help="File, folder, glob or URI of the rows."
+)
+@click.option(
+    "--base-model",
+    default="smollm2-135m-instruct",
+    show_default=True,
+    metavar="NAME",
+    help="Alias or version of the store, or path of a model to import.",
+)
+@click.option("--name", default="my-model", show_default=True, help="Name of the run, and alias of the released model.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def init(
+    store: Store, as_json: bool, file: Path, task: str, data: str, base_model: str, name: str, force: bool
+) -> dict[str, str]:
+    """Write a short run file to start from, FILE or run.yaml.
+
+    It names what a task needs; every other setting keeps its default."""
+    import yaml
+
+    from forge_ray.config.base import parse
+    from forge_ray.config.run import RunConfig
+
+    text = run_file_text(task, data, base_model, name)
+    parse(RunConfig, yaml.safe_load(text))  # a name that no run may have is refused before anything is written
+    write_run_file(file, text, force)
+    if not as_json:
+        path, last = shlex.quote(str(file)), "train" if task == "pretrain" else "run"
+        click.echo(f"wrote {file}\nnext:\n  forge data prepare {path}\n  forge {last} {path}")
+    return {"path": str(file), "task": task}
+
+
+INIT: tuple[click.Command, ...] = (top.commands["init"],)
