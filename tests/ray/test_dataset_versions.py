@@ -254,7 +254,7 @@ import sys
 from forge_ray.store.catalog import Catalog
 from forge_ray.machine.cluster import connect
 from forge_ray.config.data import DataConfig
-from forge_ray.data import build as building
+from forge_ray.data.build import build as building
 from forge_ray.store.files import Store
 building.JOB_BYTES = 4000
 building.PARTITION_RECORDS = 64
