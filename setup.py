@@ -12,7 +12,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 FOLDERS = ("cluster", "docs", "jobs")
-ENDINGS = (".json", ".jsonl", ".md", ".sh", ".yaml")
+ENDINGS = (".json", ".jsonl", ".md", ".png", ".sh", ".yaml")
 
 
 class BuildWithFiles(build_py):
