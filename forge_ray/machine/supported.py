@@ -138,8 +138,8 @@ def compiler_problem(environ: Mapping[str, str], headers: Sequence[Path], use_gp
         return Problem(f"there is no Python.h in {' or '.join(map(str, headers))}", install_hint())
     if not use_gpu and not shutil.which("openssl", path=path):
         return Problem("there is no program openssl, which torch calls when it compiles", install_hint())
-    said = _compile(program, ["-x", "c"] if use_gpu else ["-x", "c++", "-std=c++20"], headers, environ)
-    return Problem(f"{program} does not compile Python.h: {said}", install_hint()) if said else None
+    failure = _compile(program, ["-x", "c"] if use_gpu else ["-x", "c++", "-std=c++20"], headers, environ)
+    return Problem(f"{program} does not compile Python.h: {failure}", install_hint()) if failure else None
 
 
 def _compile(program: str, options: list[str], headers: Sequence[Path], environ: Mapping[str, str]) -> str:
