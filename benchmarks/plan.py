@@ -98,7 +98,7 @@ def worker(name: str, folder: str, device: str) -> None:
     from forge_ray.config.train import TrainConfig
     from forge_ray.train.context import join
     from forge_ray.train.engine import TorchEngine, TrainEngine
-    from forge_ray.train.loss import packed_loss
+    from forge_ray.train.methods.sft import loss, weight
     from forge_ray.train.model import load_for_training
     from forge_ray.train.zero import ZeroEngine, open_deepspeed
 
@@ -120,9 +120,7 @@ def worker(name: str, folder: str, device: str) -> None:
     batch = {"input_ids": ids, "position_ids": positions, "loss_mask": torch.ones_like(ids)}
     for _ in range(3):
         for last in (False, True):
-            loss, number = packed_loss(engine.forward, batch)
-            engine.backward(loss / number, is_last=last)
-            del loss
+            engine.backward(loss(engine.forward, batch).loss / weight(batch), is_last=last)
         engine.step(1e-4)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before
     if context.is_first:

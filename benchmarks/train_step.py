@@ -39,7 +39,7 @@ from forge_ray.data.dataset.stream import COLUMNS, model_inputs
 from forge_ray.train import attention
 from forge_ray.train.context import join
 from forge_ray.train.engine import TorchEngine
-from forge_ray.train.loss import packed_loss
+from forge_ray.train.methods import sft
 from forge_ray.train.model import DTYPES, compile_blocks, with_adapter
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, embeddings tied to the output
@@ -167,7 +167,7 @@ def forge(options: argparse.Namespace) -> dict[str, Any]:
         seconds = dict.fromkeys(spent, 0.0)
         for number, part in enumerate(parts):
             started = now()
-            loss, _ = packed_loss(engine.forward, part)
+            loss = sft.loss(engine.forward, part).loss
             middle = now()
             engine.backward(loss / num_trained, is_last=number == len(parts) - 1)
             seconds["forward"] += middle - started

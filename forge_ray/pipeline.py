@@ -179,12 +179,12 @@ def train_on(
     from forge_ray.release.candidates import export_best
     from forge_ray.train import attempts, follow, launch
     from forge_ray.train.job import TrainJob, run_id
-    from forge_ray.train.loop import train_loop, validate_checkpoint
+    from forge_ray.train.loop import train_loop
     from forge_ray.train.preflight import refuse_impossible, report_reach
     from forge_ray.train.record import run_record
     from forge_ray.train.sinks import open_sinks
+    from forge_ray.train.validating import validate_checkpoint
 
-    loops = {"sft": (train_loop, validate_checkpoint)}
     store, identifier = catalog.store, run_id(config.train, precision, manifest, base)
     with stage("train") as it:
         if catalog.has(identifier):
@@ -205,8 +205,7 @@ def train_on(
             catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
             try:
                 with attempts.driving(store, identifier), follow.followed(it, store, identifier, sinks):
-                    loop, validate = loops[config.train.method]
-                    launch.fit(loop, job, validate)
+                    launch.fit(train_loop, job, validate_checkpoint)
             except TrainingError as error:
                 catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
                 sinks.close(failed=True)

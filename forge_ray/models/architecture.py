@@ -1,41 +1,69 @@
-"""Which class opens a folder, and which part of a model reads text (torch and transformers on first use).
+"""The model class of a folder, and the text part of a model (torch and transformers on first use).
 
-`AutoModelForCausalLM` knows neither Mistral 4's text model nor the models that also see, such as Mistral 3's
-`Mistral3ForConditionalGeneration`, whose text model lies below `model.language_model`.
+`AutoModelForCausalLM` knows neither Mistral 4's text model nor vision-language models, such as Mistral 3's
+`Mistral3ForConditionalGeneration`, whose text model is `model.language_model`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from forge_ray.errors import ConfigError
 
 
-def model_class(config: Any) -> Any:
-    """The class with a language model's head for a transformers configuration."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+@dataclass(frozen=True)
+class Head:
+    """What a model ends in: logits over the vocabulary (`lm`), or over `labels` (`classes`)."""
 
-    for known in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if type(config) in known:
-            return known[type(config)]
+    kind: Literal["lm", "classes"] = "lm"
+    labels: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `from_pretrained` takes for it."""
+        if self.kind == "lm":
+            return {}
+        names = dict(enumerate(self.labels))
+        return {"num_labels": len(names), "id2label": names, "label2id": {label: index for index, label in names.items()}}
+
+
+LM = Head()
+
+
+def model_class(config: Any, head: Head = LM) -> Any:
+    """The class with this head for a transformers configuration."""
+    import transformers
+
+    mappings: tuple[Any, ...]
+    if head.kind == "lm":
+        mappings = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+        what, advice = "language model's head", "use a model that generates text"
+    else:
+        mappings = (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,)
+        what, advice = "head that classifies", "use a model whose architecture has one"
+    for mapping in mappings:
+        if type(config) in mapping:
+            return mapping[type(config)]
     raise ConfigError(
-        f"model_type {config.model_type!r} has no language model's head in transformers",
-        hint="use a model that generates text: Llama, Mistral, Qwen, Gemma, Mixtral and their like",
+        f"model_type {config.model_type!r} has no {what} in transformers",
+        hint=f"{advice}: Llama, Mistral, Qwen, Gemma, Mixtral and their like",
     )
 
 
-def open_model(folder: Path, dtype: Any, attention: str = "", **settings: Any) -> Any:
+def open_model(folder: Path, dtype: Any, attention: str = "", head: Head = LM, **settings: Any) -> Any:
     """The model of a folder: safetensors alone, nothing of a hub, no code but transformers'. `attention`, else torch's own
-    function where the model allows it (Gemma 2 caps its scores and does not)."""
+    function where the model allows it (Gemma 2 caps its scores and does not). A head that the folder has no weights for is
+    drawn from torch's random numbers."""
     only: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    kind = model_class(_config(folder))
+    kind = model_class(_config(folder), head)
     attention = attention or ("sdpa" if kind._supports_sdpa else "eager")
-    return kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **only, **settings)
+    return kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **only, **head.settings, **settings)
 
 
 def empty_model(folder: Path) -> Any:
-    """The model that `config.json` describes, with every weight's shape and no weight; no other file is read."""
+    """The model of a `config.json` on the meta device: shapes without weights. No other file is read."""
     import torch
 
     config = _config(folder)
@@ -50,15 +78,16 @@ def _config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"{folder / 'config.json'} is not the configuration of a known model: {str(error).strip().splitlines()[0]}",
+            f"{folder / 'config.json'} is not the configuration of a supported model: {str(error).strip().splitlines()[0]}",
             hint="give the folder of a model whose architecture this release of transformers has",
         ) from error
 
 
 def outside_text(model: Any) -> tuple[str, ...]:
-    """Names of the modules that text does not pass, such as a vision tower and its projector; none in a text model."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    found: list[str] = []
+    """Names of the modules that text does not pass through, such as a vision tower and its projector; none in a text
+    model."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings() or getattr(model, "score", None)
+    names: list[str] = []
     at, path = model, ""
     while at is not decoder:
         inner = None
@@ -66,8 +95,8 @@ def outside_text(model: Any) -> tuple[str, ...]:
             if any(module is decoder for module in child.modules()):
                 inner = (name, child)
             elif child is not head:
-                found.append(path + name)
+                names.append(path + name)
         if inner is None:
-            raise ConfigError(f"{type(model).__name__} has no text model that could be found", hint="use a text model")
+            raise ConfigError(f"{type(model).__name__} has no recognisable text model", hint="use a text model")
         at, path = inner[1], f"{path}{inner[0]}."
-    return tuple(found)
+    return tuple(names)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from forge_ray.data.dataset.order import Order, order_of
 from forge_ray.data.dataset.stream import Rows
@@ -22,15 +21,9 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store
 from forge_ray.train import metrics
+from forge_ray.train.fingerprint import fingerprint
 
-FINGERPRINT_BITS = 36  # sums over 2^16 rows stay exact in a double, in which ranks add them up
 WINDOW_STEPS = 64
-
-
-def fingerprint(input_ids: npt.ArrayLike) -> int:
-    """The sum over rows of a hash of each; input_ids: integers [rows, sequence_length]. No order, so ranks can add it up."""
-    rows = np.ascontiguousarray(input_ids, dtype="<i4")
-    return sum(xxhash.xxh3_64_intdigest(row.tobytes()) >> (64 - FINGERPRINT_BITS) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ def facts_of(store: Store, run: str) -> DataFacts:
     with Catalog(store) as catalog:
         if catalog.has(run):
             record = catalog.get_as(RunRecord, run)
-            found: dict[str, Any] = {
+            position: dict[str, Any] = {
                 "dataset": record.dataset,
                 "step": record.num_steps,
                 "order_digest": record.order_digest,
@@ -58,16 +51,16 @@ def facts_of(store: Store, run: str) -> DataFacts:
             }
             settings: dict[str, Any] = record.config["train"]
         else:
-            found = _newest_position(store, run)
+            position = _newest_position(store, run)
             settings = _settings(store, run)
-        manifest = catalog.get_as(DatasetManifest, found["dataset"])
+        manifest = catalog.get_as(DatasetManifest, position["dataset"])
     if not store.exists(paths.dataset(manifest.id)):
         raise NotFound(f"the rows of {manifest.id} are not in this store", hint="were they erased? the run's record remains")
     rows = Rows.of(store, manifest, "train")
-    key = found.get("order_key") or manifest.id  # of a run that was made when the order followed from the dataset's id
+    key = position.get("order_key") or manifest.id  # of a run that was made when the order followed from the dataset's id
     order = order_of(manifest, "train", settings["seed"], settings["global_batch"], key)
     lines = metrics.parse(store.read(paths.run(run, metrics.METRICS)).decode())
-    return DataFacts(run, rows, order, found["step"], found["order_digest"], lines)
+    return DataFacts(run, rows, order, position["step"], position["order_digest"], lines)
 
 
 def _newest_position(store: Store, run: str) -> dict[str, Any]:
@@ -106,25 +99,26 @@ def audit(facts: DataFacts, progress: Callable[[float, float, str], None]) -> Au
     """Compare what a run wrote down with its dataset. Reads every row that was used; memory is one window of steps."""
     rows, order, num_steps, order_digest = facts.rows, facts.order, facts.num_steps, facts.order_digest
     problems = []
-    recomputed = order.digest(num_steps)
+    derived = {line["step"] - 1: line["derived"] for line in facts.lines if "derived" in line}
+    recomputed = order.digest(num_steps, derived)
     if recomputed != order_digest:
         problems.append(f"the order's digest is {recomputed}, the run says {order_digest}")
-    told = {line["step"]: line for line in facts.lines}
-    missing = [step for step in range(1, num_steps + 1) if step not in told]
+    line_of = {line["step"]: line for line in facts.lines}
+    missing = [step for step in range(1, num_steps + 1) if step not in line_of]
     if missing:
         problems.append(f"{len(missing)} of {num_steps} steps are not on record, the first is step {missing[0]}")
     compared = 0
     for first in range(0, num_steps, WINDOW_STEPS):
         window = range(first, min(first + WINDOW_STEPS, num_steps))
         numbers = [order.rows_of(step, range(order.global_batch)) for step in window]
-        wanted = sorted({number for step in numbers for number in step})
-        prints = dict(zip(wanted, map(_fingerprint_of_row, rows.take(wanted)["input_ids"]), strict=True))
-        for step, used in zip(window, numbers, strict=True):
-            line = told.get(step + 1)
+        used = sorted({number for step in numbers for number in step})
+        prints = dict(zip(used, map(_fingerprint_of_row, rows.take(used)["input_ids"]), strict=True))
+        for step, of_step in zip(window, numbers, strict=True):
+            line = line_of.get(step + 1)
             if line is None or "rows_sum" not in line:
                 continue
             compared += 1
-            expected = sum(prints[number] for number in used)
+            expected = sum(prints[number] for number in of_step)
             if line["rows_sum"] != expected:
                 problems.append(f"step {step + 1} was given other rows: their sum is {line['rows_sum']}, not {expected}")
         progress(window.stop, num_steps, "steps compared")

@@ -19,7 +19,7 @@ class Context:
     local_rank: int
     device: torch.device
     under_ray: bool
-    share: int = 1  # neighbouring ranks that are given the same rows
+    sp_size: int = 1  # neighbouring ranks that are given the same rows: sequence parallelism
     group: dist.ProcessGroup | None = None  # they, where there is more than one of them
 
     @property
@@ -29,19 +29,19 @@ class Context:
     @property
     def data_rank(self) -> int:
         """Whose rows this rank is given, of `data_size`."""
-        return self.rank // self.share
+        return self.rank // self.sp_size
 
     @property
     def data_size(self) -> int:
-        return self.world_size // self.share
+        return self.world_size // self.sp_size
 
     @property
-    def place(self) -> int:
-        """Of this rank among those with the same rows."""
-        return self.rank % self.share
+    def sp_rank(self) -> int:
+        """This rank's number among those with the same rows."""
+        return self.rank % self.sp_size
 
 
-def join(use_gpu: bool, num_threads: int, under_ray: bool, share: int = 1) -> Context:
+def join(use_gpu: bool, num_threads: int, under_ray: bool, sp_size: int = 1) -> Context:
     """Join the process group: the one that Ray Train or torchrun prepared, else a group of one."""
     rank, world_size, local_rank = 0, 1, 0
     if under_ray:
@@ -63,20 +63,20 @@ def join(use_gpu: bool, num_threads: int, under_ray: bool, share: int = 1) -> Co
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    return Context(rank, world_size, local_rank, device, under_ray, share, _group(rank, world_size, share))
+    return Context(rank, world_size, local_rank, device, under_ray, sp_size, _group(rank, world_size, sp_size))
 
 
-def _group(rank: int, world_size: int, share: int) -> dist.ProcessGroup | None:
+def _group(rank: int, world_size: int, sp_size: int) -> dist.ProcessGroup | None:
     """This rank's group; every rank takes part in making each of them."""
-    if world_size % share:
+    if world_size % sp_size:
         raise ConfigError(
-            f"{world_size} workers do not make groups of train.sequence_parallel={share}",
-            hint=f"use a multiple of {share} workers; an elastic run needs nodes with room for such a multiple each",
+            f"{world_size} workers do not make groups of train.sequence_parallel={sp_size}",
+            hint=f"use a multiple of {sp_size} workers; an elastic run needs nodes with room for such a multiple each",
         )
-    if share == 1:
+    if sp_size == 1:
         return None
-    groups = [dist.new_group(list(range(first, first + share))) for first in range(0, world_size, share)]
-    group: dist.ProcessGroup = groups[rank // share]
+    groups = [dist.new_group(list(range(first, first + sp_size))) for first in range(0, world_size, sp_size)]
+    group: dist.ProcessGroup = groups[rank // sp_size]
     return group
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.order import Order
+from forge_ray.models.architecture import Head
 from forge_ray.records import canonical_json
 from forge_ray.store import paths
 from forge_ray.train import attempts, incidents, metrics
@@ -20,18 +21,18 @@ from forge_ray.train.model import export_adapter, export_full, merge_adapter
 RESULT = "result.json"
 
 
-def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path, relative: str = "") -> str:
+def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path, head: Head, relative: str = "") -> str:
     """Plain Hugging Face or PEFT safetensors under `relative`, `runs/<id>/export` by default; returns which of the two."""
     with job.store.staged_dir(relative or paths.export(job.run)) as target:
         if job.config.adapter is None:
-            export_full(base, weights, target)
+            export_full(base, weights, target, head)
             return "full"
         if job.config.export == "adapter":
             export_adapter(model, weights, job.base.id, target)
             return "adapter"
         with tempfile.TemporaryDirectory(prefix="forge-adapter-") as adapter:
             export_adapter(model, weights, job.base.id, Path(adapter))
-            merge_adapter(base, Path(adapter), target)
+            merge_adapter(base, Path(adapter), target, head)
         return "full"
 
 

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from forge_ray.data.dataset.order import Order
 from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import TrainingError
 from forge_ray.train import attempts, incidents
-from forge_ray.train.context import Context, agree
+from forge_ray.train.context import Context, agree, gather
 from forge_ray.train.job import TrainJob
 
 PROBE_EVERY = 50  # steps between two looks at how fast the workers are
@@ -32,14 +33,30 @@ class RollBack(Exception):
     """Raised on every rank at once: what an incident says is to be left out, from the checkpoint before."""
 
 
-class AttemptGuards:
-    """One attempt's guards. `step` counts from 1."""
+@dataclass(frozen=True)
+class History:
+    """What is on record of a run when an attempt begins."""
 
-    def __init__(self, job: TrainJob, rows: Rows, order: Order, total_steps: int, context: Context) -> None:
+    recorded: list[incidents.Incident]
+    num_starts: int
+
+
+def open_guards(job: TrainJob, rows: Rows, order: Order, total_steps: int, context: Context) -> AttemptGuards:
+    """Collective. A row that earned it is put aside first, which is an incident of its own."""
+    history = None
+    if context.is_first:
+        history = History(_with_quarantines(job, rows), len(attempts.read(job.store, job.run)))
+    return AttemptGuards(job, rows, order, total_steps, context, agree(history, context))
+
+
+class AttemptGuards:
+    """One attempt's guards, made by `open_guards`. `step` counts from 1; `num_starts` is the number of attempts before."""
+
+    def __init__(
+        self, job: TrainJob, rows: Rows, order: Order, total_steps: int, context: Context, history: History
+    ) -> None:
         self.job, self.rows, self.order, self.context, self.total_steps = job, rows, order, context, total_steps
-        before = (_with_quarantines(job, rows), len(attempts.read(job.store, job.run))) if context.is_first else None
-        found, self.starts_before = agree(before, context)
-        self.left_out = incidents.left_out(found)
+        self.left_out, self.num_starts = incidents.left_out(history.recorded), history.num_starts
         self.losses: deque[float] = deque(maxlen=job.config.guards.spike.window if job.config.guards.spike else 1)
         self.rising: list[int] = []
         self.slow_before: set[int] = set()
@@ -122,9 +139,9 @@ class AttemptGuards:
             if _is_of_the_group(error):
                 raise
             reason = (str(error).strip().splitlines() or [""])[0][:300]
-            said = f"{type(error).__name__}: {reason}"
-            facts = {"rank": self.context.rank, "rows": rows, "records": self.rows.records(rows), "error": said}
-            facts["start"] = self.starts_before + 1  # workers that share their rows fail together, and that is once
+            facts = {"rank": self.context.rank, "rows": rows, "records": self.rows.records(rows)}
+            facts["error"] = f"{type(error).__name__}: {reason}"
+            facts["start"] = self.num_starts + 1  # workers that share their rows fail together, and that is once
             incidents.write(self.job.store, self.job.run, "failure", step, **facts)
             raise
 
@@ -135,13 +152,12 @@ class AttemptGuards:
         nothing: in a group all are as slow as the slowest."""
         if step % PROBE_EVERY or self.context.world_size == 1:
             return
-        found: list[Any] = [None] * self.context.world_size
-        dist.all_gather_object(found, (probe(self.context.device), platform.node()))
-        seconds = [taken for taken, _ in found]
+        probes = gather((probe(self.context.device), platform.node()), self.context)
+        seconds = [taken for taken, _ in probes]
         slow = slow_ranks(seconds, self.job.config.guards.slow_rank)
         for rank in sorted(slow & self.slow_before):  # twice in a row
             times = round(seconds[rank] / statistics.median_low(seconds), 1)
-            self.record("slow_rank", step, rank=rank, node=found[rank][1], times_the_median=times)
+            self.record("slow_rank", step, rank=rank, node=probes[rank][1], times_the_median=times)
         self.slow_before = slow
 
 
@@ -172,8 +188,8 @@ def probe(device: torch.device) -> float:
 
 def _with_quarantines(job: TrainJob, rows: Rows) -> list[incidents.Incident]:
     """All incidents; a row that earned it is put aside now, before the attempt begins."""
-    found = incidents.read(job.store, job.run)
-    for failure in incidents.to_quarantine(found):
+    recorded = incidents.read(job.store, job.run)
+    for failure in incidents.to_quarantine(recorded):
         facts = {"rows": failure["rows"], "records": rows.records(failure["rows"]), "error": failure["error"]}
-        found.append(incidents.write(job.store, job.run, "quarantine", failure["step"], **facts))
-    return found
+        recorded.append(incidents.write(job.store, job.run, "quarantine", failure["step"], **facts))
+    return recorded

@@ -1,4 +1,4 @@
-"""Pure tensor maths of the losses. Each returns `(loss_sum, num_tokens)`; the scale is applied once, outside.
+"""Pure tensor maths of the losses: log probabilities of trained tokens, and the balance of routers.
 
 Shapes: B rows, T tokens, N = B T tokens of a pass, K trained positions, V vocabulary.
 """
@@ -17,13 +17,14 @@ IGNORED = -1  # a target that adds nothing
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits at a time: what a cache holds; what launches are worth
 
 
-def packed_loss(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The rows of a pass laid end to end through the model, and the loss of their trained tokens.
+def token_logps(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(log p of every trained token, fp32 [K]; the flat position row * T + t of each of them, int64 [K]).
 
-    `batch`: `input_ids`, `position_ids` (0 where a document begins) and `loss_mask`, [B, T] each. Nothing of a document
-    reaches another one: that is up to the attention, which `model.load_for_training` sets (`attention.py`). Logits are
-    computed where the next token is trained and nowhere else. A slice of a pass (`sequence_parallel.py`) brings `edges`, and
-    one token more than it has positions.
+    The rows of a pass go through the model laid end to end. `batch`: `input_ids`, `position_ids` (0 where a document begins)
+    and `loss_mask`, [B, T] each. Nothing of a document reaches another one: that is up to the attention, which
+    `model.load_for_training` sets (`attention.py`). Logits are computed where the next token is trained and nowhere else. A
+    pass without a trained token gives one log p of 0, at position 0. A slice of a pass (`sequence_parallel.py`) brings
+    `edges`, and one token more than it has positions; positions then count within the slice.
     """
     kept, targets = trained_targets(batch["input_ids"], batch["loss_mask"])
     positions = batch["position_ids"].reshape(1, -1)
@@ -35,7 +36,7 @@ def packed_loss(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[
         use_cache=False,
         **attention.bounds(edges),
     )
-    return token_cross_entropy(output.logits[0], targets)
+    return target_logps(output.logits[0], targets), (kept + 1).where(targets != IGNORED, 0)
 
 
 def trained_targets(input_ids_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,10 +52,10 @@ def trained_targets(input_ids_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor,
     return kept, input_ids_BT.flatten()[kept + 1]
 
 
-def token_cross_entropy(logits_KV: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of -log p(target) in fp32, and how many there are. The gradient takes the place of the logits."""
+def target_logps(logits_KV: Tensor, targets_K: Tensor) -> Tensor:
+    """log p(target), fp32 [K], 0 where the target is `IGNORED`. The gradient takes the place of the logits."""
     losses: Tensor = _CrossEntropy.apply(logits_KV, targets_K)  # type: ignore[no-untyped-call]
-    return losses.sum(), (targets_K != IGNORED).sum()
+    return -losses
 
 
 class _CrossEntropy(torch.autograd.Function):

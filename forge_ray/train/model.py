@@ -18,7 +18,7 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.version import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
 from forge_ray.machine import supported
-from forge_ray.models.architecture import open_model, outside_text
+from forge_ray.models.architecture import LM, Head, open_model, outside_text
 from forge_ray.train import attention, lora
 from forge_ray.train.adapter import quantised, with_adapter
 from forge_ray.train.moe import freeze_routers
@@ -44,7 +44,9 @@ def _partitioned_while_loading(config: TrainConfig, precision: str, world_size: 
         unset_hf_deepspeed_config()
 
 
-def load_for_training(folder: Path, config: TrainConfig, precision: str, device: torch.device, world_size: int) -> nn.Module:
+def load_for_training(
+    folder: Path, config: TrainConfig, precision: str, device: torch.device, world_size: int, head: Head = LM
+) -> nn.Module:
     """The base model with its adapter, ready for an engine; the same weights on every rank for the same seed.
 
     Of a model that also sees, text alone is trained: nothing of the data passes the rest.
@@ -54,8 +56,9 @@ def load_for_training(folder: Path, config: TrainConfig, precision: str, device:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     settings = quantised(config.adapter, device) if config.adapter else {}
+    torch.manual_seed(config.seed)
     with _partitioned_while_loading(config, precision, world_size):
-        model: Any = open_model(folder, DTYPES[precision], attention.register(), **settings)
+        model: Any = open_model(folder, DTYPES[precision], attention.register(), head, **settings)
     attention.refuse_unknown(model)
     model.config.get_text_config().use_cache = False  # with a cache the packed documents would see each other
     if config.activation_checkpointing:
@@ -113,10 +116,10 @@ def export_adapter(model: Any, weights: dict[str, Tensor], base_model: str, fold
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def export_full(base: Path, weights: dict[str, Tensor], folder: Path) -> None:
+def export_full(base: Path, weights: dict[str, Tensor], folder: Path, head: Head = LM) -> None:
     """A plain Hugging Face directory: the trained weights, the base's configuration and tokenizer."""
     dtype = next(iter(weights.values())).dtype
-    model = open_model(base, dtype)
+    model = open_model(base, dtype, head=head)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.all_tied_weights_keys)
     if unexpected or set(missing) - tied:
@@ -125,11 +128,11 @@ def export_full(base: Path, weights: dict[str, Tensor], folder: Path) -> None:
     copy_tokenizer(base, folder)
 
 
-def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
+def merge_adapter(base: Path, adapter: Path, folder: Path, head: Head = LM) -> None:
     """Base and adapter as one plain model: the product B A is added in fp32, the sum rounded once."""
     from peft import PeftModel
 
-    source = open_model(base, "auto")
+    source = open_model(base, "auto", head=head)
     dtype = source.dtype
     merged: Any = PeftModel.from_pretrained(source.float(), str(adapter), local_files_only=True).merge_and_unload()
     merged.to(dtype).save_pretrained(folder)

@@ -66,9 +66,14 @@ class Saver:
         self._fenced: TrainingError | None = None
 
     @property
-    def flags(self) -> list[float]:
-        """What `advance` wants summed over the ranks."""
-        return [float(self._done and not self._publishing), float(self._done and self._publishing)]
+    def written(self) -> float:
+        """1 where this rank has written its part of a checkpoint."""
+        return float(self._done and not self._publishing)
+
+    @property
+    def published(self) -> float:
+        """1 on the first rank where it has published one."""
+        return float(self._done and self._publishing)
 
     def begin(self, position: Position) -> Saved | None:
         """Copy the state and start to write it. A result only where there is nothing to write: no room, or it stands."""
@@ -87,9 +92,8 @@ class Saver:
         self._start(lambda: self._write(position, folder, files), publishing=False)
         return None if self.in_background else self.finish()
 
-    def advance(self, flags: list[float]) -> Saved | None:
-        """One step further, if the summed `flags` say that all ranks are ready for it; the result when it is published."""
-        written, published = flags
+    def advance(self, written: float, published: float) -> Saved | None:
+        """One step further, if these sums over the ranks say that all are ready for it; the result when it is published."""
         if self._position and not self._publishing and written == self.context.world_size:
             self._publish_next(self._position)
         elif published:
@@ -102,7 +106,7 @@ class Saver:
             return None
         while True:
             self._work.join()
-            if saved := self.advance(sum_over_ranks(self.flags, self.context)):
+            if saved := self.advance(*sum_over_ranks([self.written, self.published], self.context)):
                 return saved
 
     def _look(self, relative: str, position: Position) -> tuple[bool, str]:
@@ -195,8 +199,8 @@ class Saver:
 
     def _close(self) -> Saved:
         assert self._position is not None
-        position, told = self._position, (self._problem, self._fenced)
-        problem, fenced = agree(told if self.context.is_first else None, self.context)
+        position, outcome = self._position, (self._problem, self._fenced)
+        problem, fenced = agree(outcome if self.context.is_first else None, self.context)
         if (problem or not self.store.is_local) and self.context.is_first:
             self.store.delete_dir(_aside(position))
         self._work, self._position, self._publishing, self._done, self._problem = None, None, False, False, ""
@@ -222,9 +226,9 @@ def _copy(state: Any) -> Any:
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        found = copy.copy(state)
-        found.update({key: _copy(value) for key, value in state.items()})
-        return found
+        copied = copy.copy(state)
+        copied.update({key: _copy(value) for key, value in state.items()})
+        return copied
     if isinstance(state, list | tuple) and type(state) in (list, tuple):
         return type(state)(_copy(value) for value in state)
     return state

@@ -23,16 +23,20 @@ from torch import Tensor, nn
 from forge_ray.errors import ConfigError
 from forge_ray.train import attention
 from forge_ray.train.context import Context
+from forge_ray.train.method import STORED, Column
 
 NAME = "forge_sequence_parallel"
 SCALED_BY_LENGTH = {"dynamic", "longrope"}  # rotary embeddings that look at the longest position: a slice has another
 
 
 class Slices:
-    """One rank's part of its group's rows; with `context.share` 1 the rows as they are. Put into `model` when made."""
+    """One rank's part of its group's rows; with `context.sp_size` 1 the rows as they are. Put into `model` when made.
 
-    def __init__(self, model: Any, sequence_length: int, context: Context) -> None:
-        self.context, self.size, self.place = context, context.share, context.place
+    `columns` are those that a method adds: one per token is cut as the rows are, the others are whole on every rank."""
+
+    def __init__(self, model: Any, sequence_length: int, context: Context, columns: tuple[Column, ...] = ()) -> None:
+        self.context, self.size, self.rank = context, context.sp_size, context.sp_rank
+        self.per_token = {column.name for column in (*STORED, *columns) if column.per == "token"}
         if self.size > 1:
             _check(model.config.get_text_config(), sequence_length, self.size)
             from transformers import AttentionInterface
@@ -45,12 +49,13 @@ class Slices:
         slice: the token that the slice's last position predicts. `edges` are those of the documents of the whole rows."""
         if self.size == 1:
             return batch
-        flat = {name: value.reshape(1, -1) for name, value in batch.items()}
+        flat = {name: value.reshape(1, -1, *value.shape[2:]) for name, value in batch.items() if name in self.per_token}
+        whole = {name: value for name, value in batch.items() if name not in self.per_token}
         width = flat["input_ids"].shape[1] // self.size
-        first = self.place * width
+        first = self.rank * width
         after = {name: F.pad(flat[name], (0, 1))[:, first : first + width + 1] for name in ("input_ids", "loss_mask")}
         edges = {"edges": attention.edges(flat["position_ids"][0])}
-        return {name: value[:, first : first + width] for name, value in flat.items()} | after | edges
+        return {name: value[:, first : first + width] for name, value in flat.items()} | after | edges | whole
 
     def attend(
         self,
@@ -59,15 +64,15 @@ class Slices:
         key_1GSD: Tensor,
         value_1GSD: Tensor,
         attention_mask: None,
-        **given: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """Takes the place of `document_attention`; returns [1, S, H, D]."""
         repeats = _repeats(query_1HSD.shape[1], key_1GSD.shape[1], self.size)
         if repeats > 1:
             key_1GSD, value_1GSD = (x.repeat_interleave(repeats, dim=1) for x in (key_1GSD, value_1GSD))
         query, key, value = (exchange(x, self.context.group, 1, 2) for x in (query_1HSD, key_1GSD, value_1GSD))
-        found, _ = attention.document_attention(module, query, key, value, attention_mask, **given)
-        return exchange(found, self.context.group, 1, 2).contiguous(), None
+        attended, _ = attention.document_attention(module, query, key, value, attention_mask, **options)
+        return exchange(attended, self.context.group, 1, 2).contiguous(), None
 
 
 def _check(config: Any, sequence_length: int, size: int) -> None:
@@ -85,10 +90,11 @@ def _check(config: Any, sequence_length: int, size: int) -> None:
             hint=f"prepare the data with data.sequence_length={-(-sequence_length // size) * size}",
         )
     rope = getattr(config, "rope_parameters", None) or {}
-    other = sorted({str(found) for found in (rope.get("rope_type"),) if found in SCALED_BY_LENGTH})
-    if other:
+    scaling = rope.get("rope_type")
+    if scaling in SCALED_BY_LENGTH:
         raise ConfigError(
-            f"train.sequence_parallel={size}: this model has {', '.join(other)}, which a slice of a row does not give right",
+            f"train.sequence_parallel={size}: this model has {scaling} rotary embeddings, whose scaling depends on the full"
+            " sequence length",
             hint="train it with train.sequence_parallel=1",
         )
 

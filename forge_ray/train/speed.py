@@ -14,6 +14,7 @@ import math
 import resource
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.machine.hardware import gpu_named
 from forge_ray.records import DatasetManifest
 from forge_ray.train.adapter import active_share, is_expert
+from forge_ray.train.metrics import StepClock
 from forge_ray.train.model import DTYPES
 from forge_ray.train.plan import OUTSIDE, Model
 
@@ -36,6 +38,38 @@ class Flops:
 
     def of(self, tokens: float, trained_tokens: float) -> float:
         return tokens * self.per_token + trained_tokens * self.per_trained_token
+
+
+class Meter:
+    """Where the time of a step goes, and how much of the machine it used. `flops` None: the architecture is not known."""
+
+    def __init__(self, flops: Flops | None, peak: float, world_size: int, first_step: int) -> None:
+        self.flops, self.peak, self.world_size, self.first_step = flops, peak, world_size, first_step
+        self._clock, self._began = StepClock(), time.perf_counter()
+        self._step_began = self._began
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._step_began = time.perf_counter()
+
+    def measure(self, part: str) -> AbstractContextManager[None]:
+        """What is done inside counts as `part` of the step."""
+        return self._clock.measure(part)
+
+    def line(self, step: int, total_steps: int, tokens: float, trained_tokens: float) -> dict[str, float]:
+        """`times`, the share of the peak (`mfu`), and the seconds that are left (`eta_s`)."""
+        line = self.times(tokens, trained_tokens)
+        if self.flops and self.peak:
+            line["mfu"] = self.flops.of(tokens, trained_tokens) / line["seconds"] / self.peak / self.world_size
+        done = step - self.first_step
+        return line | {"eta_s": (time.perf_counter() - self._began) / done * (total_steps - step)}
+
+    def times(self, tokens: float, trained_tokens: float) -> dict[str, float]:
+        """Seconds of the step so far, of its parts since the last call, and its tokens per second."""
+        seconds = time.perf_counter() - self._step_began
+        parts = {f"{part}_s": spent for part, spent in self._clock.take().items()}
+        rates = {"tokens_per_s": int(tokens) / seconds, "trained_tokens_per_s": int(trained_tokens) / seconds}
+        return {"seconds": seconds, **parts, **rates}
 
 
 def flops(folder: Path, config: TrainConfig, dataset: DatasetManifest) -> Flops | None:
@@ -66,8 +100,8 @@ def active_weights(model: Model) -> float:
 
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s of one worker: of the data sheet for a known card in bf16, else of a large matrix product, measured now."""
-    if device.type == "cuda" and precision == "bf16" and (known := gpu_named(torch.cuda.get_device_name(device))):
-        return known.flops
+    if device.type == "cuda" and precision == "bf16" and (card := gpu_named(torch.cuda.get_device_name(device))):
+        return card.flops
     size = 8192 if device.type == "cuda" else 768
     matrix, best = torch.ones(size, size, dtype=DTYPES[precision], device=device), math.inf
     for _ in range(5):

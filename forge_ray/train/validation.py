@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -109,25 +109,40 @@ def why_stop(results: Iterable[Result], rule: EarlyStopping | None) -> str:
     return ""
 
 
-class Validations:
-    """One attempt's view of them: which are due, and whether the run should end. `step` counts from 1."""
+def open_validations(
+    job: TrainJob, context: Context, first_step: int, total_steps: int, left_out: Callable[[int], str]
+) -> Validations:
+    """Collective. Results behind this attempt's first step, and those that a task of an attempt before was asked for, are
+    removed: the first are validated again, nobody answers the second."""
+    why = ""
+    if context.is_first:
+        for result in read(job.store, job.run):
+            if result.step > first_step or result.is_pending:
+                job.store.delete(_path(job.run, result.step))
+        why = why_stop(read(job.store, job.run), job.config.validation.early_stopping)
+    return Validations(job, context, first_step, total_steps, left_out, agree(why, context))
 
-    def __init__(self, job: TrainJob, context: Context, first_step: int, total_steps: int, left_out: Any) -> None:
+
+class Validations:
+    """One attempt's view of them, made by `open_validations`: which are due, and whether the run should end. `step` counts
+    from 1; `why` is the reason to end it that is on record already."""
+
+    def __init__(
+        self,
+        job: TrainJob,
+        context: Context,
+        first_step: int,
+        total_steps: int,
+        left_out: Callable[[int], str],
+        why: str = "",
+    ) -> None:
         self.job, self.context, self.left_out = job, context, left_out
         self.settings, self.last_step = job.config.validation, total_steps
         self.in_background = self.settings.background and context.under_ray
-        if context.is_first:
-            self._forget(first_step)
-        self.why = agree(self._why() if context.is_first else "", context)
-        if self.why:
+        self.why = why
+        if why:
             self.last_step = first_step  # it was to end here, and was killed before it had
         self._looked = time.monotonic()
-
-    def _forget(self, first_step: int) -> None:
-        """What lies before this attempt's first step is history; the rest is done again. Nobody answers what was asked."""
-        for result in read(self.job.store, self.job.run):
-            if result.step > first_step or result.is_pending:
-                self.job.store.delete(_path(self.job.run, result.step))
 
     def _why(self) -> str:
         return why_stop(read(self.job.store, self.job.run), self.settings.early_stopping)

@@ -14,6 +14,7 @@ from forge_ray.train import checkpoint, finish
 from forge_ray.train.checkpoint import Position
 from forge_ray.train.engine import trained
 from forge_ray.train.job import TrainJob
+from forge_ray.train.methods import method_of
 from forge_ray.train.model import load_for_training
 from forge_ray.train.zero import consolidated
 
@@ -21,15 +22,16 @@ from forge_ray.train.zero import consolidated
 def verified(job: TrainJob, step: int) -> tuple[Position, Path]:
     """The position and the folder of the checkpoint of `step`, every byte checked as a resume does. Raises `NotFound` where
     there is none, `StoreError` where it is not whole or another run's."""
-    store, known = job.store, checkpoint.steps(job.store, job.run)
-    if step not in known:
-        told = ", ".join(map(str, known)) or "none"
-        raise NotFound(f"{job.run} has no checkpoint of step {step}", hint=f"its checkpoints: {told}")
+    store, steps = job.store, checkpoint.steps(job.store, job.run)
+    if step not in steps:
+        listed = ", ".join(map(str, steps)) or "none"
+        raise NotFound(f"{job.run} has no checkpoint of step {step}", hint=f"its checkpoints: {listed}")
     relative = paths.checkpoint(job.run, step)
-    found, reason = checkpoint.verify(store, relative, checkpoint.expected(job))
-    if found is None or found.step != step:
-        raise StoreError(f"{relative} is not used: {reason or f'it is of step {found.step}'}", hint="take another step")  # type: ignore[union-attr]
-    return found, store.fetch_dir(relative, verify=not store.is_local)
+    position, reason = checkpoint.verify(store, relative, checkpoint.expected(job))
+    if position is None or position.step != step:
+        reason = reason or f"it is of step {position.step}"  # type: ignore[union-attr]
+        raise StoreError(f"{relative} is not used: {reason}", hint="take another step")
+    return position, store.fetch_dir(relative, verify=not store.is_local)
 
 
 def of_checkpoint(folder: Path, position: Position) -> dict[str, Tensor]:
@@ -44,15 +46,15 @@ def of_checkpoint(folder: Path, position: Position) -> dict[str, Tensor]:
 def load(job: TrainJob, step: int, device: torch.device) -> nn.Module:
     """The base model with the weights of that checkpoint, in the precision of the run and as one process holds it."""
     position, folder = verified(job, step)
-    found = of_checkpoint(folder, position)
+    weights = of_checkpoint(folder, position)
     base = job.store.fetch_dir(paths.model(job.base.id), verify=not job.store.is_local)
     alone = job.config.model_copy(update={"engine": "torch", "zero_stage": 0})
-    model = load_for_training(base, alone, job.precision, device, world_size=1)
+    model = load_for_training(base, alone, job.precision, device, 1, method_of(job).head)
     with torch.no_grad():
         for name, parameter in trained(model):
-            if name not in found:
+            if name not in weights:
                 raise TrainingError(f"the checkpoint of step {step} has no weight {name}", hint="take another step")
-            parameter.copy_(found[name])
+            parameter.copy_(weights[name])
     return model
 
 
@@ -64,4 +66,4 @@ def export_checkpoint(values: dict[str, Any], step: int, relative: str) -> str:
     chosen = trained(model) if job.config.adapter else list(model.named_parameters())
     weights = {name: parameter.detach() for name, parameter in chosen}
     base = job.store.fetch_dir(paths.model(job.base.id), verify=not job.store.is_local)
-    return finish.export(job, model, weights, base, relative)
+    return finish.export(job, model, weights, base, method_of(job).head, relative)

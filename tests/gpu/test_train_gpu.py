@@ -10,7 +10,7 @@ from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.train import attention
 from forge_ray.train.engine import TorchEngine
-from forge_ray.train.loss import packed_loss
+from forge_ray.train.methods.sft import loss, weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -42,13 +42,13 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def train(engine: TorchEngine, steps: int) -> list[float]:
-    rows, found = batch(), []
+    rows, losses = batch(), []
     for _ in range(steps):
-        loss, count = packed_loss(engine.forward, rows)
-        engine.backward(loss / count, is_last=True)
+        mean = loss(engine.forward, rows).loss / weight(rows)
+        engine.backward(mean, is_last=True)
         assert engine.step(1e-3) > 0
-        found.append(float(loss.detach() / count))
-    return found
+        losses.append(float(mean.detach()))
+    return losses
 
 
 def config() -> TrainConfig:

@@ -158,8 +158,8 @@ def run(tmp_path: Path, fork_server: None) -> Run:
     """`run(job, ranks=2, kill_at=3)`: train in `ranks` processes and return what the first one printed.
 
     `kill_at=k`: the process that logs step k dies before it does (`kill_in="report"`: when the checkpoint of step k is
-    there), and the others are killed. The test fails unless the first
-    process ends with the exit code `expect` and printed the words `says`.
+    there), and the others are killed. `method`: the module whose `method_of` takes the place of the loop's. The test fails
+    unless the first process ends with the exit code `expect` and printed the words `says`.
     """
     groups = 0
 
@@ -171,6 +171,7 @@ def run(tmp_path: Path, fork_server: None) -> Run:
         expect: int = 0,
         says: str = "",
         faults: worker.Faults | None = None,
+        method: str = "",
     ) -> str:
         nonlocal groups
         groups += 1
@@ -179,7 +180,7 @@ def run(tmp_path: Path, fork_server: None) -> Run:
         port = _free_port()
         workers = [
             PROCESSES.Process(
-                target=worker.main, args=(values, rank, ranks, port, kill_at, kill_in, str(logs[rank]), faults or {})
+                target=worker.main, args=(values, rank, ranks, port, kill_at, kill_in, str(logs[rank]), faults or {}, method)
             )
             for rank in range(ranks)
         ]

@@ -18,7 +18,7 @@ from forge_ray.data.dataset.stream import COLUMNS, model_inputs
 from forge_ray.errors import ConfigError
 from forge_ray.train import attention
 from forge_ray.train import loss as loss_module
-from forge_ray.train.loss import IGNORED, packed_loss, token_cross_entropy, trained_targets
+from forge_ray.train.loss import IGNORED, target_logps, token_logps, trained_targets
 
 pytestmark = pytest.mark.numerics
 
@@ -37,12 +37,13 @@ def batch_of(chosen: list[Document], length: int) -> dict[str, Tensor]:
 
 
 def loss_of(model: Any, batch: dict[str, Tensor], **inputs: Any) -> tuple[Tensor, Tensor]:
-    """As the recipe computes it, but for `inputs`."""
+    """(sum over the trained tokens, their number), as supervised fine-tuning computes it, but for `inputs`."""
 
     def forward(**given: Any) -> Any:
         return model(**given | inputs)
 
-    return packed_loss(forward, batch)
+    logps, _ = token_logps(forward, batch)
+    return -logps.sum(), torch.count_nonzero(batch["loss_mask"][:, 1:])
 
 
 def gradients_of(model: Any, loss: Tensor) -> list[Tensor]:
@@ -152,9 +153,18 @@ def test_cross_entropy_by_hand() -> None:
     kept, targets = trained_targets(torch.tensor([[3, 1, 0], [2, 2, 3]]), torch.tensor([[0, 1, 1], [1, 0, 1]]))
     assert (kept.tolist(), targets.tolist()) == ([0, 1, 4], [1, 0, 3])
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0], [9.0, 9.0, 9.0, 0.0]])
-    loss, count = token_cross_entropy(logits, torch.tensor([1, 0, IGNORED]))
-    assert int(count) == 2
-    assert float(loss) == pytest.approx(np.log(4) + np.log(1 + 3 * np.exp(-2)), rel=1e-6)
+    logps = target_logps(logits, torch.tensor([1, 0, IGNORED]))
+    assert logps.tolist() == pytest.approx([-np.log(4), -np.log(1 + 3 * np.exp(-2)), 0.0], rel=1e-6)
+
+
+def test_log_probabilities_come_with_the_positions_of_their_tokens(model: LlamaForCausalLM) -> None:
+    """Row by row, and 0 where nothing is trained."""
+    batch = batch_of(some_documents(), SEQUENCE_LENGTH)
+    logps, positions = token_logps(model, batch)
+    assert positions.tolist() == torch.nonzero(batch["loss_mask"].flatten()).flatten().tolist()
+    assert (logps < 0).all()
+    logps, positions = token_logps(model, batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])})
+    assert (logps.tolist(), positions.tolist()) == ([0.0], [0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,7 +174,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_torch(dtype: torch.dtype, m
     torch.manual_seed(0)
     source, targets = torch.randn(10, 50), torch.randint(0, 50, (10,))
     one, other = (source.to(dtype).requires_grad_() for _ in range(2))
-    loss, _ = token_cross_entropy(one * 1, targets)
+    loss = -target_logps(one * 1, targets).sum()
     expected = F.cross_entropy(other.float(), targets, reduction="sum")
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     (loss / 7).backward()

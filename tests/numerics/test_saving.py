@@ -53,12 +53,12 @@ def test_steps_go_on_while_the_copy_is_written(tmp_path: Path, monkeypatch: pyte
     saver = saver_of(tmp_path)
     assert saver.begin(at(2)) is None
     saver.engine.weight.fill_(9.0)  # type: ignore[attr-defined]  # the next step, in place
-    assert saver.advance(saver.flags) is None
+    assert saver.advance(saver.written, saver.published) is None
     assert checkpoint.steps(saver.store, "run_a") == []
     gate.set()
     deadline, saved = time.monotonic() + 30, None
     while not saved and time.monotonic() < deadline:
-        saved = saver.advance(saver.flags)
+        saved = saver.advance(saver.written, saver.published)
         time.sleep(0.01)
     assert saved == saving.Saved(2, "runs/run_a/checkpoints/step-00000002")
     state = torch.load(saver.store.local(saved.path) / "state.pt", weights_only=True)

@@ -51,7 +51,7 @@ def result(job: TrainJob) -> dict[str, Any]:
 
 def test_a_checkpoint_alone_has_the_loss_and_the_weights_of_its_run(jobs: Jobs, run: Run) -> None:
     """Any engine and stage, full and LoRA: validated and exported without the workers that wrote it."""
-    from forge_ray.train.loop import validate_checkpoint
+    from forge_ray.train.validating import validate_checkpoint
     from forge_ray.train.weights import export_checkpoint
 
     kinds = {
@@ -77,7 +77,7 @@ def test_a_checkpoint_alone_has_the_loss_and_the_weights_of_its_run(jobs: Jobs, 
 
 
 def test_only_a_checkpoint_that_verifies_is_opened(jobs: Jobs, run: Run) -> None:
-    from forge_ray.train.loop import validate_checkpoint
+    from forge_ray.train.validating import validate_checkpoint
 
     job = jobs("changed", engine="torch", zero_stage=0, **LOOKING)
     run(job)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 KILLED = 23
@@ -12,7 +14,15 @@ Faults = dict[str, dict[int, int]]
 
 
 def main(
-    jobs: list[dict[str, Any]], rank: int, ranks: int, port: int, kill_at: int, kill_in: str, log: str, faults: Faults
+    jobs: list[dict[str, Any]],
+    rank: int,
+    ranks: int,
+    port: int,
+    kill_at: int,
+    kill_in: str,
+    log: str,
+    faults: Faults,
+    method: str,
 ) -> None:
     """The process: told its rank by the environment, as torchrun would tell it; its output goes to `log`."""
     stream = open(log, "w", buffering=1)  # noqa: SIM115  (open until the process ends)
@@ -26,8 +36,10 @@ def main(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    from forge_ray.train import loop
+    from forge_ray.train import loop, validating
 
+    if method:
+        loop.method_of = validating.method_of = importlib.import_module(method).method_of
     if kill_at:
         _die_at(kill_at, kill_in)
     armed: Faults = {}
@@ -44,25 +56,27 @@ def main(
 def _break(faults: Faults, rank: int) -> None:
     """`{"nan": {step: times}}`: so many computations of that step have no finite loss. `{"raise": {row: 0}}`: that row
     fails, always. `{"rise": {step: times}}`: the loss is a hundred times as large, its gradient too."""
-    from forge_ray.train import loop
+    from forge_ray.train import guards, loop, method, methods, step
 
-    compute, update, at = loop._loss, loop.Passes.run, {"step": 0, "rows": []}
+    kept, run_passes, broken = guards.AttemptGuards.blaming, step.Steps.passes, {"step": 0, "nan": False}
 
-    def passes(self: Any) -> float:
-        at["step"] = self.step
-        left = faults.get("nan", {}).get(self.step, 0)
+    def passes(self: Any, rows: Any, *options: Any) -> Any:
+        left = faults.get("nan", {}).get(rows.step, 0)
         if left:
-            faults["nan"][self.step] = left - 1
-        at["nan"] = left > 0
-        return update(self)
+            faults["nan"][rows.step] = left - 1
+        broken.update(step=rows.step, nan=left > 0)
+        return run_passes(self, rows, *options)
 
-    def loss(batch: Any, engine: Any) -> Any:
-        found, number = compute(batch, engine)
-        if at["nan"] and rank == 0:
-            found = found * float("nan")
-        if at["step"] in faults.get("rise", {}):
-            found = found * 100
-        return found, number
+    def method_of(job: Any) -> method.Method:
+        whole = methods.method_of(job)
+
+        def loss(forward: Any, batch: Any) -> method.Sums:
+            sums = whole.loss(forward, batch)
+            factor = float("nan") if broken["nan"] and rank == 0 else 1.0
+            factor *= 100.0 if broken["step"] in faults.get("rise", {}) else 1.0
+            return replace(sums, loss=sums.loss * factor) if factor != 1.0 else sums
+
+        return replace(whole, loss=loss)
 
     def blaming(self: Any, step: int, rows: list[int]) -> Any:
         context = kept(self, step, rows)
@@ -71,10 +85,7 @@ def _break(faults: Faults, rank: int) -> None:
                 raise ArithmeticError(f"no such token in row {sorted(hit)[0]}")
         return context
 
-    from forge_ray.train import guards
-
-    kept = guards.AttemptGuards.blaming
-    loop._loss, loop.Passes.run, guards.AttemptGuards.blaming = loss, passes, blaming
+    loop.method_of, step.Steps.passes, guards.AttemptGuards.blaming = method_of, passes, blaming
 
 
 def _die_at(step: int, when: str) -> None:

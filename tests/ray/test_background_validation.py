@@ -20,7 +20,7 @@ from forge_ray.records import Event, RunRecord, canonical_json
 from forge_ray.release import candidates
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
-from forge_ray.train import incidents, loop, validation
+from forge_ray.train import incidents, loop, validating, validation
 from forge_ray.train.job import TrainJob
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -45,7 +45,7 @@ def functions_travel_by_value(ray_cluster: None) -> None:
 def killed_at_two(values: dict[str, Any], step: int) -> None:
     if step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    loop.validate_checkpoint(values, step)
+    validating.validate_checkpoint(values, step)
 
 
 def slow_loop(values: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ def config() -> RunConfig:
 def record(config: RunConfig, store: Store) -> RunRecord:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_loop", slow_loop)
-        patch.setattr(loop, "validate_checkpoint", killed_at_two)
+        patch.setattr(validating, "validate_checkpoint", killed_at_two)
         return pipeline.train(config, store)
 
 

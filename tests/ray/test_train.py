@@ -60,7 +60,7 @@ def job_of(config: RunConfig, store: Store, manifest: DatasetManifest, seed: int
 
 def killed_once(values: dict[str, Any]) -> None:
     """The real loop, in whose second rank a SIGKILL strikes at the start of the fourth step, the first time."""
-    from forge_ray.train import context, loop
+    from forge_ray.train import context, loop, step
 
     job = TrainJob.from_json(values)
     marker = job.store.local(f"runs/{job.run}/killed")
@@ -76,7 +76,7 @@ def killed_once(values: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(numbers, at)
 
-    loop.sum_over_ranks = counting
+    step.sum_over_ranks = counting
     loop.train_loop(values)
 
 

@@ -14,8 +14,10 @@ files they came from.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 from forge_ray.records import DatasetManifest
 
@@ -102,17 +104,19 @@ class Order:
     def rows_of(self, step: int, lanes: range) -> list[int]:
         return [self.row(step * self.global_batch + lane) for lane in lanes]
 
-    def link(self, before: str, step: int) -> str:
-        """The chain's digest behind `step`, from the one before it ("" before step 0): equal for every world size."""
+    def link(self, before: str, step: int, derived: str = "") -> str:
+        """The chain's digest behind `step`, from the one before it ("" before step 0): equal for every world size. `derived`
+        is the digest of the rows that a training method made of those read."""
         rows = self.rows_of(step, range(self.global_batch))
-        return "sha256:" + hashlib.sha256(before.encode() + b"".join(row.to_bytes(8, "little") for row in rows)).hexdigest()
+        linked = before.encode() + b"".join(row.to_bytes(8, "little") for row in rows) + derived.encode()
+        return "sha256:" + hashlib.sha256(linked).hexdigest()
 
-    def digest(self, num_steps: int) -> str:
-        """The chain over the first `num_steps` steps: which rows were used, and in which order."""
-        found = ""
+    def digest(self, num_steps: int, derived: Mapping[int, str] = MappingProxyType({})) -> str:
+        """The chain over the first `num_steps` steps: which rows were used, in which order. `derived`: by step, from 0."""
+        chain = ""
         for step in range(num_steps):
-            found = self.link(found, step)
-        return found
+            chain = self.link(chain, step, derived.get(step, ""))
+        return chain
 
 
 def order_of(manifest: DatasetManifest, split: str, seed: int, global_batch: int, key: str = "") -> Order:

@@ -13,7 +13,7 @@ from forge_ray.config.train import EarlyStopping, TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.store.files import Store
 from forge_ray.train import validation
-from forge_ray.train.validation import Result, Validations, best, why_stop
+from forge_ray.train.validation import Result, Validations, best, open_validations, why_stop
 
 pytestmark = pytest.mark.unit
 RUN = "run_1"
@@ -58,7 +58,7 @@ def attempt(store: Store, monkeypatch: pytest.MonkeyPatch, first_step: int = 0, 
     )
     job: Any = SimpleNamespace(store=store, run=RUN, config=config)
     context: Any = SimpleNamespace(is_first=True, under_ray=True)
-    return Validations(job, context, first_step, 60, lambda step: "")
+    return open_validations(job, context, first_step, 60, lambda step: "")
 
 
 def test_one_task_at_a_time_and_its_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_ranks_that_share_rows_are_fed_the_same(rows: Rows, share: int) -> None:
     found = [next(local_batches(feed(rows, one.data_rank, one.data_size, 5, 1))) for one in world]
     for first in range(0, 8, share):
         assert [one.data_rank for one in world[first : first + share]] == [first // share] * share
-        assert [one.place for one in world[first : first + share]] == list(range(share))
+        assert [one.sp_rank for one in world[first : first + share]] == list(range(share))
         assert all(equal(found[first], other) for other in found[first : first + share])
     whole = next(local_batches(feed(rows, 0, 1, 5, 1)))
     together = np.concatenate([found[first]["input_ids"] for first in range(0, 8, share)])

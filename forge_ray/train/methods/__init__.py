@@ -1,0 +1,15 @@
+"""One file per training method, opened when a run file names it."""
+
+from __future__ import annotations
+
+from forge_ray.train.job import TrainJob
+from forge_ray.train.method import Method
+
+
+def method_of(job: TrainJob) -> Method:
+    """The method that `train.method` names. It is made before the model is loaded, for it decides the model's head."""
+    match job.config.method:
+        case "sft":
+            from forge_ray.train.methods.sft import sft
+
+            return sft()

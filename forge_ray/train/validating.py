@@ -1,0 +1,86 @@
+"""The method's loss on held-out rows, without a gradient: in the loop, or of a checkpoint in a task of its own."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from forge_ray.data.dataset.order import order_of
+from forge_ray.data.dataset.stream import Rows
+from forge_ray.errors import TrainingError
+from forge_ray.train.context import Context, join, sum_over_ranks
+from forge_ray.train.engine import TrainEngine
+from forge_ray.train.job import TrainJob
+from forge_ray.train.method import Method
+from forge_ray.train.methods import method_of
+from forge_ray.train.sequence_parallel import Slices
+from forge_ray.train.step import PassSums, tensors, with_columns
+from forge_ray.train.validation import Result, write
+from forge_ray.train.weights import load, verified
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """What `validate` needs of an engine, over a model that belongs to none."""
+
+    model: Any
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+@torch.no_grad()
+def validate(
+    job: TrainJob, method: Method, engine: TrainEngine | PlainModel, context: Context, slices: Slices | None = None
+) -> dict[str, float]:
+    """`validation_loss` and the method's metrics, per unit of weight, on the same validation rows each time; empty where the
+    dataset has none. Every rank does the same number of passes.
+
+    A shuffled sample, not the first rows: packing puts the longest documents first, and they are not like the others.
+    """
+    rows = Rows.of(job.store, job.dataset, "validation")
+    num_rows = min(rows.num_rows, job.config.validation.max_rows)
+    if not num_rows:
+        return {}
+    if made := [column.name for column in method.columns if column.read is None]:
+        raise TrainingError(
+            f"train.method={job.config.method} makes the columns {made} while it trains; validation rows have none",
+            hint="set train.validation.max_rows=0",
+        )
+    order = order_of(job.dataset, "validation", 0, global_batch=1)
+    sample = [order.row(index) for index in range(num_rows)]
+    engine.model.eval()
+    sums, weight = PassSums(), 0.0
+    size = job.config.micro_batch_size
+    for start in range(0, num_rows, size * context.data_size):
+        numbers = sample[start + context.data_rank * size : start + (context.data_rank + 1) * size]
+        read = numbers or sample[:1]  # a rank whose rows have run out takes part, and counts nothing
+        batch = tensors(with_columns(method, rows, read, rows.batch(read)), method, context)
+        part = slices.cut(batch) if slices else batch
+        pass_sums = method.loss(engine.forward, part)
+        counted = float if numbers else _nothing
+        sums = sums.plus(counted(pass_sums.loss), {name: counted(value) for name, value in pass_sums.metrics.items()})
+        weight += counted(method.weight(batch))
+    engine.model.train()
+    names = ["loss", *sorted(sums.metrics)]
+    *totals, weight = sum_over_ranks([sums.loss, *(sums.metrics[name] for name in names[1:]), weight], context)
+    weight = max(weight / context.sp_size, 1.0)  # ranks that share their rows counted them once each
+    return {f"validation_{name}": total / weight for name, total in zip(names, totals, strict=True)}
+
+
+def _nothing(_: Any) -> float:
+    return 0.0
+
+
+def validate_checkpoint(values: dict[str, Any], step: int) -> None:
+    """The same as `validate`, from a checkpoint, in a process that belongs to no group; written into the store."""
+    job, began = TrainJob.from_json(values), time.perf_counter()
+    context = join(bool(job.config.validation.gpus), int(job.config.validation.cpus), under_ray=False)
+    position, _ = verified(job, step)
+    method = method_of(job)
+    scores = validate(job, method, PlainModel(load(job, step, context.device)), context)
+    result = Result(step, position.left_out, scores["validation_loss"], "", time.perf_counter() - began, background=True)
+    write(job.store, job.run, result)
