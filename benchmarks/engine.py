@@ -68,7 +68,7 @@ def shipped_model(folder: Path) -> Path:
     from forge_ray.store.files import Store
 
     store = Store(str(folder / "store"))
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         version = import_model(catalog, base_model_file(), "smollm2", "Apache-2.0")
     return store.fetch_dir(f"models/{version.id}")
 
@@ -97,17 +97,17 @@ def measure(args: argparse.Namespace, model_dir: Path, adapters: list[Path]) -> 
     prompts = [tuple((31 * row + 7 * k) % (vocab - 200) + 100 for k in range(24 + 2 * row)) for row in range(args.requests)]
 
     def ours(engine: TransformersEngine, names: list[str], **settings: Any) -> int:
-        wanted = [
+        requests = [
             GenerationRequest(prompt, args.new_tokens, adapter=name, **settings)
             for prompt, name in zip(prompts, names, strict=False)
         ]
-        return sum(len(found.token_ids) for found in engine.generate(wanted))
+        return sum(len(generation.token_ids) for generation in engine.generate(requests))
 
     def swapped() -> int:
         total = 0
         for k, name in enumerate(names):
-            wanted = [GenerationRequest(prompt, args.new_tokens, adapter=name) for prompt in prompts[k :: len(names)]]
-            total += sum(len(found.token_ids) for found in engine.generate(wanted))
+            requests = [GenerationRequest(prompt, args.new_tokens, adapter=name) for prompt in prompts[k :: len(names)]]
+            total += sum(len(generation.token_ids) for generation in engine.generate(requests))
         return total
 
     spread = [names[k % len(names)] for k in range(args.requests)]

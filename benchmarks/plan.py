@@ -143,8 +143,8 @@ def make_model(shape: str, folder: Path) -> Path:
 
         name, settings = MIXTURES[shape]
         torch.manual_seed(0)
-        made = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings))
-        made.to(torch.bfloat16).save_pretrained(folder / shape)
+        model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings))
+        model.to(torch.bfloat16).save_pretrained(folder / shape)
         return folder / shape
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
@@ -205,12 +205,12 @@ def main() -> None:
                 continue
             on_gpu = {"scaling": {"gpus_per_worker": int(options.device == "cuda")}}
             config = parse(TrainConfig, settings | {"precision": precision} | on_gpu)
-            found = memory(Model.of(folders[shape]), config, precision, length, workers)
+            estimate = memory(Model.of(folders[shape]), config, precision, length, workers)
             measured = measure(name, folders[shape], options.device)
-            ratio = found.total / measured
+            ratio = estimate.total / measured
             worst = max(worst, abs(ratio - 1))
-            parts = ", ".join(f"{part} {value / 1e6:.0f}" for part, value in vars(found).items())
-            print(f"{name:<32} {found.total / 1e6:>10.0f} {measured / 1e6:>10.0f} {ratio:>6.2f}   {parts}", flush=True)
+            parts = ", ".join(f"{part} {value / 1e6:.0f}" for part, value in vars(estimate).items())
+            print(f"{name:<32} {estimate.total / 1e6:>10.0f} {measured / 1e6:>10.0f} {ratio:>6.2f}   {parts}", flush=True)
     print(f"largest error: {worst:.1%}")
     sys.exit(0 if worst <= 0.15 else 1)
 

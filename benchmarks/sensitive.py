@@ -24,7 +24,7 @@ from typing import get_args
 from forge_ray.config.curate import PersonalData, Secret
 from forge_ray.data.curate.sensitive import personal_data, secrets
 
-Made = tuple[str, str]  # kind ('' for a negative) and text
+Sample = tuple[str, str]  # kind ('' for a negative) and text
 FRAMES = [
     "Customer wrote: {}. Please call back today.",
     "Sehr geehrte Damen und Herren, bitte ändern Sie {} in unseren Unterlagen.",
@@ -55,7 +55,7 @@ def grouped(text: str, sizes: list[int], separator: str) -> str:
     return separator.join(parts)
 
 
-def email(random: Random) -> Made:
+def email(random: Random) -> Sample:
     user = random.choice(["jane.doe", "j_smith99", "müller", "info+invoices", "o'brien", "x"]) + random.choice(
         ["", "2", "-de"]
     )
@@ -64,7 +64,7 @@ def email(random: Random) -> Made:
     return "email", text
 
 
-def phone(random: Random) -> Made:
+def phone(random: Random) -> Sample:
     tail = digits(random, 7)
     forms = [
         f"+49 {random.choice(['30', '89', '171'])} {tail}",
@@ -82,7 +82,7 @@ def phone(random: Random) -> Made:
     return "phone", random.choice(forms)
 
 
-def iban(random: Random) -> Made:
+def iban(random: Random) -> Sample:
     country, body = random.choice(
         [
             ("DE", digits(random, 18)),
@@ -99,7 +99,7 @@ def iban(random: Random) -> Made:
     return "iban", random.choices([text, spaced, spaced.replace(" ", "-"), text.lower()], [45, 45, 5, 5])[0]
 
 
-def card(random: Random) -> Made:
+def card(random: Random) -> Sample:
     prefix, length = random.choice([("4", 16), ("51", 16), ("2221", 16), ("37", 15), ("6011", 16), ("3566", 16)])
     body = prefix + digits(random, length - len(prefix) - 1)
     text = body + luhn_digit(body)
@@ -109,7 +109,7 @@ def card(random: Random) -> Made:
     )[0]
 
 
-def national_id(random: Random) -> Made:
+def national_id(random: Random) -> Sample:
     def weighted(body: str, weights: list[int]) -> int:
         return sum(int(a) * b for a, b in zip(body, weights, strict=True))
 
@@ -155,13 +155,13 @@ def national_id(random: Random) -> Made:
     return "national_id", random.choice(forms)
 
 
-def ip(random: Random) -> Made:
+def ip(random: Random) -> Sample:
     v4 = ".".join(str(random.randint(1, 223)) for _ in range(4)).removeprefix("127.")
     v6 = "2001:db8:" + ":".join(f"{random.randint(1, 65535):x}" for _ in range(6))
     return "ip", random.choices([v4 if v4.count(".") == 3 else "8.8.8.8", v6, f"{v4.replace('.', '[.]')}"], [6, 3, 1])[0]
 
 
-def lookalike(random: Random) -> Made:
+def lookalike(random: Random) -> Sample:
     forms = [
         f"order {digits(random, 8)}-{digits(random, 4)}",
         f"invoice {random.randint(2015, 2026)}-{digits(random, 6)}",
@@ -187,7 +187,7 @@ def lookalike(random: Random) -> Made:
     return "", random.choice(forms)
 
 
-def secret(random: Random) -> Made:
+def secret(random: Random) -> Sample:
     word = string.ascii_letters + string.digits
 
     def some(count: int, alphabet: str = word) -> str:
@@ -219,7 +219,7 @@ def secret(random: Random) -> Made:
     return random.choice(forms)
 
 
-def no_secret(random: Random) -> Made:
+def no_secret(random: Random) -> Sample:
     forms = [
         f"commit {random.getrandbits(160):040x}",
         f"checksum: {random.getrandbits(256):064x}",
@@ -242,7 +242,7 @@ def no_secret(random: Random) -> Made:
     return "", random.choice(forms)
 
 
-Makers = list[Callable[[Random], Made]]
+Makers = list[Callable[[Random], Sample]]
 POSITIVES: Makers = [email, phone, iban, card, national_id, ip]
 
 
@@ -250,22 +250,22 @@ def evaluate(
     random: Random,
     count: int,
     makers: Makers,
-    negative: Callable[[Random], Made],
+    negative: Callable[[Random], Sample],
     find: Callable[..., list],
     kinds: frozenset[str],
 ) -> tuple[dict[str, dict[str, float]], float]:
     """Scores by kind, and records per second."""
-    texts, wanted = [], []
+    texts, expected = [], []
     for _ in range(count):
-        kind, made = random.choice(makers)(random) if random.random() < 0.5 else negative(random)
+        kind, sample = random.choice(makers)(random) if random.random() < 0.5 else negative(random)
         before, _, after = random.choice(FRAMES).partition("{}")
-        texts.append(f"{before}{made}{after}")
-        wanted.append((kind, len(before), len(before) + len(made)))
+        texts.append(f"{before}{sample}{after}")
+        expected.append((kind, len(before), len(before) + len(sample)))
     started = time.perf_counter()
-    found = [find(text, kinds) for text in texts]
+    detections = [find(text, kinds) for text in texts]
     rate = count / (time.perf_counter() - started)
     hits, missed, wrong = Counter(), Counter(), Counter()
-    for text, (kind, start, end), spans in zip(texts, wanted, found, strict=True):
+    for text, (kind, start, end), spans in zip(texts, expected, detections, strict=True):
         right = [s for s in spans if s.kind == kind and start <= s.start and s.end <= end]
         # a number may stand behind its word, a password inside its URL
         least = min(0.5 * (end - start), 6 if kind == "password" else 8)

@@ -110,18 +110,18 @@ class Process:
 
 @contextmanager
 def process(name: str, **arguments: Any) -> Iterator[Process]:
-    made = Process(name, **arguments)
+    child = Process(name, **arguments)
     try:
-        yield made
+        yield child
     finally:
-        made.close()
+        child.close()
 
 
 async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Answer:
     """One streamed completion."""
     begun, first, tokens = time.perf_counter(), 0.0, 0
-    wanted = {"model": MODEL, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, **body}
-    async with session.post(f"{url}/v1/completions", json=wanted) as response:
+    payload = {"model": MODEL, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, **body}
+    async with session.post(f"{url}/v1/completions", json=payload) as response:
         version = response.headers.get("x-forge-model-version", "")
         if response.status != 200:
             await response.read()
@@ -152,13 +152,13 @@ def over_http(url: str, bodies: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def rates(rounds: int, *ways: Callable[[], dict[str, float]]) -> list[float]:
     """Median tokens/s of each way; they take turns, the first turn warms up."""
-    found: list[list[float]] = [[] for _ in ways]
+    samples: list[list[float]] = [[] for _ in ways]
     for turn in range(rounds + 1):
-        for way, rate in zip(ways, found, strict=True):
+        for way, rate in zip(ways, samples, strict=True):
             result = way()
             if turn:
                 rate.append(result["tokens"] / result["seconds"])
-    return [statistics.median(rate) for rate in found]
+    return [statistics.median(rate) for rate in samples]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -168,15 +168,15 @@ def percentile(values: Sequence[float], share: float) -> float:
 class Bench:
     """What the rows share."""
 
-    def __init__(self, options: argparse.Namespace, made: dict[str, Any]) -> None:
+    def __init__(self, options: argparse.Namespace, prepared: dict[str, Any]) -> None:
         self.options = options
-        self.model_dir: str = made["model_dir"]
-        self.versions: list[str] = made["versions"]
-        self.folders: list[str] = made["folders"]
+        self.model_dir: str = prepared["model_dir"]
+        self.versions: list[str] = prepared["versions"]
+        self.folders: list[str] = prepared["folders"]
         self.use_gpu = options.device == "cuda"
         self.length: int = options.prompt_tokens
         self.random = random.Random(0)
-        self.ids = range(100, made["vocab"])  # the first ones are often special
+        self.ids = range(100, prepared["vocab"])  # the first ones are often special
 
     def prompts(self) -> list[list[int]]:
         """New ones each time: a prefix that is in the cache already would make later turns faster."""
@@ -248,7 +248,7 @@ def overhead_row(bench: Bench, kind: str) -> list[Row]:
     body = {"prompt": [100] * bench.length, "max_tokens": 32}
 
     async def latencies(url: str, stream: bool) -> list[float]:
-        found = []
+        milliseconds = []
         async with aiohttp.ClientSession() as session:
             for _ in range(bench.options.requests):
                 begun = time.perf_counter()
@@ -257,8 +257,8 @@ def overhead_row(bench: Bench, kind: str) -> list[Row]:
                 ) as response:
                     await response.read()
                     assert response.status == 200, response.status
-                found.append(1000 * (time.perf_counter() - begun))
-        return found
+                milliseconds.append(1000 * (time.perf_counter() - begun))
+        return milliseconds
 
     rows = []
     with ExitStack() as stack:
@@ -268,14 +268,14 @@ def overhead_row(bench: Bench, kind: str) -> list[Row]:
             "haproxy": stack.enter_context(process("null_endpoint", model_dir=bench.model_dir)).ready["url"],
         }
         for stream in (False, True):
-            found: dict[str, list[float]] = {name: [] for name in at}
+            samples: dict[str, list[float]] = {name: [] for name in at}
             for turn in range(bench.options.rounds + 1):
                 for name, url in at.items():
                     measured = asyncio.run(latencies(url, stream))
-                    found[name] += measured if turn else []
+                    samples[name] += measured if turn else []
             kind = "stream of 32" if stream else "whole"
             for share in (0.5, 0.99):
-                bare, app, haproxy = (percentile(found[name], share) for name in at)
+                bare, app, haproxy = (percentile(samples[name], share) for name in at)
                 added, p50 = haproxy - bare, share == 0.5 and not stream
                 target = "≤ 3" if p50 else ""
                 met = added <= 3 if p50 else None
@@ -306,9 +306,9 @@ def adapters_row(bench: Bench, kind: str) -> list[Row]:
         def swapped() -> dict[str, float]:
             prompts, total = bench.prompts(), {"tokens": 0.0, "seconds": 0.0}
             for k in range(count):
-                mine = prompts[k::count]
+                batch = prompts[k::count]
                 done = engine.ask(
-                    "load", prompts=mine, max_tokens=bench.options.new_tokens, names=[f"sha256:{k}"] * len(mine)
+                    "load", prompts=batch, max_tokens=bench.options.new_tokens, names=[f"sha256:{k}"] * len(batch)
                 )
                 total = {key: total[key] + done[key] for key in total}
             return total
@@ -413,17 +413,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of `overload`")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    wanted = options.rows.split(",")
-    if unknown := set(wanted) - set(ROWS):
-        parser.error(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}")
+    names = options.rows.split(",")
+    if unknown := set(names) - set(ROWS):
+        parser.error(f"--rows: {', '.join(sorted(unknown))} is not one of {', '.join(ROWS)}")
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as scratch:
         options.store = options.store or scratch
         with process(
             "prepare", store=options.store, model=options.model, num_adapters=options.adapters, rank=options.rank
-        ) as made:
-            bench = Bench(options, made.ready)
+        ) as preparation:
+            bench = Bench(options, preparation.ready)
         rows: list[Row] = []
-        for name in wanted:
+        for name in names:
             for kind in options.engines.split(",")[: 1 if name == "overhead" else None]:
                 print(f"{name} {kind}", file=sys.stderr)
                 rows += ROWS[name](bench, kind)

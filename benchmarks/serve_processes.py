@@ -36,17 +36,20 @@ def prepare(store: str, model: str, num_adapters: int, rank: int) -> tuple[dict[
     from forge_ray.models.architecture import empty_model, open_model
     from forge_ray.models.import_model import import_model
     from forge_ray.records import ModelVersion, files_digest
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
     at = Store(store)
-    with Catalog(at) as catalog:
+    with Catalog.open(at) as catalog:
         if STORE_NAME not in catalog.aliases():
-            import_model(catalog, Path(model) if model else base_model_file(), STORE_NAME, "Apache-2.0", alias=STORE_NAME)
+            source = Path(model) if model else base_model_file()
+            version = import_model(catalog, source, STORE_NAME, "Apache-2.0")
+            promotion.promote(catalog, version.id, STORE_NAME)
         base = catalog.model(STORE_NAME)
         model_dir = at.fetch_dir(f"models/{base.id}")
-        made = [version for version in catalog.all(ModelVersion) if version.name == f"adapter-{rank}"]
-        for seed in range(len(made), num_adapters + 1):
+        adapters = [version for version in catalog.all(ModelVersion) if version.name == f"adapter-{rank}"]
+        for seed in range(len(adapters), num_adapters + 1):
             torch.manual_seed(seed)
             settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
             with at.staged_dir("models/.new") as staged:
@@ -63,10 +66,10 @@ def prepare(store: str, model: str, num_adapters: int, rank: int) -> tuple[dict[
                 licence="apache-2.0",
             ).sealed()
             at.move_dir("models/.new", f"models/{version.id}")
-            made.append(catalog.put(version))
-        folders = [str(at.fetch_dir(f"models/{version.id}")) for version in made]
+            adapters.append(catalog.put(version))
+        folders = [str(at.fetch_dir(f"models/{version.id}")) for version in adapters]
     vocab = int(empty_model(model_dir).config.get_text_config().vocab_size)
-    versions = [version.id for version in made]
+    versions = [version.id for version in adapters]
     return {"model_dir": str(model_dir), "versions": versions, "folders": folders, "vocab": vocab}, {}
 
 
@@ -77,16 +80,16 @@ def engine(model_dir: str, settings: dict[str, Any], use_gpu: bool, adapters: di
     from forge_ray.inference.choose import open_engine
     from forge_ray.inference.engine import GenerationRequest
 
-    made: Any = open_engine(Path(model_dir), None, parse(EngineConfig, settings), use_gpu)
+    inference_engine: Any = open_engine(Path(model_dir), None, parse(EngineConfig, settings), use_gpu)
     for name, folder in adapters.items():
-        made.load_adapter(name, Path(folder))
+        inference_engine.load_adapter(name, Path(folder))
 
     def load(prompts: Sequence[Sequence[int]], max_tokens: int, names: Sequence[str] = ()) -> dict[str, float]:
         """All of them at once, as streams."""
 
         async def one(prompt: Sequence[int], name: str) -> int:
             request = GenerationRequest(tuple(prompt), max_tokens, adapter=name)
-            return sum([token.token_id is not None async for token in made.stream(request)])
+            return sum([token.token_id is not None async for token in inference_engine.stream(request)])
 
         async def everything() -> int:
             return sum(await asyncio.gather(*map(one, prompts, names or [""] * len(prompts))))
@@ -103,13 +106,13 @@ def engine(model_dir: str, settings: dict[str, Any], use_gpu: bool, adapters: di
             params = SamplingParams(
                 max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
             )
-            outputs = made._llm.generate(tokens_input(list(prompt)), params, f"raw-{time.monotonic()}-{number}")
+            outputs = inference_engine._llm.generate(tokens_input(list(prompt)), params, f"raw-{time.monotonic()}-{number}")
             return sum([len(output.outputs[0].token_ids) async for output in outputs])
 
         async def everything() -> int:
             return sum(await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts))))
 
-        return timed(lambda: made._call(everything()))
+        return timed(lambda: inference_engine._call(everything()))
 
     return {}, {"load": load, "raw": raw}
 
@@ -153,6 +156,7 @@ def endpoint(store: str, deploy: dict[str, Any]) -> tuple[dict, Commands]:
     from forge_ray.config.base import parse
     from forge_ray.config.release import AliasRoute, DeployConfig
     from forge_ray.machine.cluster import connect
+    from forge_ray.release import promotion
     from forge_ray.serve.deploy import base_url
     from forge_ray.serve.deploy import deploy as run
     from forge_ray.store.catalog import Catalog
@@ -160,12 +164,12 @@ def endpoint(store: str, deploy: dict[str, Any]) -> tuple[dict, Commands]:
 
     connect()
     config = parse(DeployConfig, {"name": "bench", "port": free_port(), "auth": "none", **deploy})
-    with Catalog(Store(store)) as catalog:
+    with Catalog.open(Store(store)) as catalog:
         run(config, catalog)
 
     def alias(name: str, version: str) -> dict[str, float]:
-        with Catalog(Store(store)) as catalog:
-            catalog.set_route(name, AliasRoute(versions={version: 1}))
+        with Catalog.open(Store(store)) as catalog:
+            promotion.set_route(catalog, name, AliasRoute(versions={version: 1}))
         return {}
 
     return {"url": base_url(config)}, {"alias": alias}
@@ -202,15 +206,15 @@ class One:
         engine: Any = Null()
         self.loaded = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", load_tokenizer_dir(Path(model_dir)), ())
 
-    def stable(self, name: str) -> Any:
+    def stable(self, name: str, caller: Any) -> Any:
         return self.loaded
 
-    async def choose(self, name: str, facts: Any) -> Any:
-        from forge_ray.serve.served import Chosen
+    async def choose(self, name: str, caller: Any, inputs: Any) -> Any:
+        from forge_ray.serve.context import Chosen
 
         return Chosen(name, self.loaded)
 
-    def cards(self) -> list[dict[str, Any]]:
+    def cards(self, caller: Any) -> list[dict[str, Any]]:
         return []
 
 
@@ -218,18 +222,18 @@ def null_app(model_dir: str) -> Any:
     """The ASGI app of a replica, in full, with the null engine."""
     from forge_ray.config.base import parse
     from forge_ray.config.release import DeployConfig
-    from forge_ray.serve.front import front
+    from forge_ray.serve.context import ServingContext
+    from forge_ray.serve.http import replica_app
     from forge_ray.serve.metrics import Metrics
-    from forge_ray.serve.served import Served
 
     config = parse(DeployConfig, {"name": "bench", "models": [STORE_NAME]})
     directory = One(model_dir)
-    served = Served(config, "dep_0", directory, Metrics("bench", "r0"))
+    context = ServingContext(config, "dep_0", directory, Metrics("bench", "r0"))
 
     async def nobody(*_: Any) -> Any:
         raise AssertionError("no keys, no limits")
 
-    return front(served, None, nobody, nobody, "r0", lambda: [directory.loaded.engine.health()], None)
+    return replica_app(context, None, nobody, nobody, "r0", lambda: [directory.loaded.engine.health()], None)
 
 
 def bare_app() -> Any:
@@ -239,9 +243,9 @@ def bare_app() -> Any:
     from starlette.routing import Route
 
     async def completions(request: Any) -> Any:
-        wanted = await request.json()
+        body = await request.json()
         choice = {"index": 0, "text": " word" * 32, "finish_reason": "length", "logprobs": None}
-        if not wanted.get("stream"):
+        if not body.get("stream"):
             return JSONResponse({"id": "cmpl-0", "object": "text_completion", "model": "m", "choices": [choice]})
 
         async def events() -> AsyncIterator[bytes]:
@@ -340,7 +344,7 @@ def ray_llm(model_dir: str, use_gpu: bool, max_running: int) -> tuple[dict, Comm
 
 
 PROCESSES: dict[str, Callable[..., tuple[dict, Commands]]] = {
-    made.__name__: made for made in (prepare, engine, sequential, endpoint, uvicorn, null_endpoint, ray_llm)
+    function.__name__: function for function in (prepare, engine, sequential, endpoint, uvicorn, null_endpoint, ray_llm)
 }
 
 

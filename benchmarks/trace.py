@@ -32,6 +32,7 @@ from forge_ray.data.dataset import index
 from forge_ray.data.dataset.version import PACKED, RECORDS, SPLITS, shuffle_key
 from forge_ray.data.record.subject import subject_digest, subject_key
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, RunRecord, SplitStats, files_digest
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -48,7 +49,7 @@ store, what, found, draw = Store(sys.argv[1]), sys.argv[2], [], random.Random(0)
 others = [draw.getrandbits(96) for _ in range(int(what.partition(" ")[0]) if " " in what else 0)]
 for _ in range(2):
     began = time.perf_counter()
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         if what == "subject":
             queries = [of_subject_value(catalog, sys.argv[3])]
         else:
@@ -196,7 +197,7 @@ def join(catalog: Catalog, dataset: str, number: int) -> None:
         run=run.id,
         licence="apache-2.0",
     )
-    catalog.promote(catalog.put(version.sealed()).id, f"alias{number}")
+    promotion.promote(catalog, catalog.put(version.sealed()).id, f"alias{number}")
 
 
 def forget(folder: Path) -> None:
@@ -210,28 +211,28 @@ def forget(folder: Path) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("--records", type=int, default=10_000_000)
-    options.add_argument("--versions", type=int, default=50)
-    options.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
-    given = options.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="forge-trace-", dir=given.folder))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--records", type=int, default=10_000_000)
+    parser.add_argument("--versions", type=int, default=50)
+    parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="forge-trace-", dir=options.folder))
     try:
         store, rng = Store(str(folder / "store")), np.random.default_rng(0)
-        with Catalog(store) as catalog:
-            for number in range(given.versions):
-                write_version(catalog, number, given.records, rng, folder / SUBJECTS)
+        with Catalog.open(store) as catalog:
+            for number in range(options.versions):
+                write_version(catalog, number, options.records, rng, folder / SUBJECTS)
         one = next((folder / "store/index").iterdir())
         size = sum(path.stat().st_size for path in one.iterdir())
-        print(f"{given.records:,} records in each of {given.versions} versions")
-        print(f"index: {size / given.records:.3f} bytes per record, {size / 1e6:.1f} MB per version")
+        print(f"{options.records:,} records in each of {options.versions} versions")
+        print(f"index: {size / options.records:.3f} bytes per record, {size / 1e6:.1f} MB per version")
         for what, value in (("record", TARGET), ("subject", PERSON), ("10000 rows more", TARGET)):
             forget(folder)
             done = subprocess.run(
                 [sys.executable, "-c", ASK, store.root, what, value], capture_output=True, text=True, check=True
             )
-            found = json.loads(done.stdout)
-            print(f"{what}: {found['cold']:.3f} s cold, {found['warm']:.3f} s warm; {found['affected']}")
+            lookup = json.loads(done.stdout)
+            print(f"{what}: {lookup['cold']:.3f} s cold, {lookup['warm']:.3f} s warm; {lookup['affected']}")
     finally:
         shutil.rmtree(folder)
 

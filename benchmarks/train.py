@@ -81,15 +81,17 @@ def prepare(model: str, folder: str) -> None:
     from forge_ray import pipeline
     from forge_ray.cli.quickstart import base_model_file
     from forge_ray.models.import_model import import_model
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
     store = Store(folder)
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         source: Path = base_model_file()
-        version = import_model(catalog, source, "smollm2", "Apache-2.0", alias="bench" if model == "smollm2" else "")
+        version = import_model(catalog, source, "smollm2", "Apache-2.0")
         if model == "10m":
-            import_model(catalog, small(store.fetch_dir(f"models/{version.id}"), Path(folder) / "10m"), "10m", alias="bench")
+            version = import_model(catalog, small(store.fetch_dir(f"models/{version.id}"), Path(folder) / "10m"), "10m")
+        promotion.promote(catalog, version.id, "bench")
     pipeline.prepare(settings(folder, 1, 1), store)
 
 
@@ -113,7 +115,7 @@ def job_of(folder: str, steps: int, threads: int, run: str, **train: Any) -> Any
     from forge_ray.train.job import TrainJob
 
     store = Store(folder)
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         dataset, base = catalog.all(DatasetManifest)[0], catalog.model("bench")
     config = settings(folder, steps, threads, **train).train
     return TrainJob(run, run, config, store, dataset, base, "bf16", under_ray=False)
@@ -280,8 +282,10 @@ def run(method: str, folder: str, options: argparse.Namespace) -> dict[str, Any]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{method} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
-    return found
+    measurement: dict[str, Any] = json.loads(
+        next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    )
+    return measurement
 
 
 def prepared(model: str, folder: str) -> None:
@@ -299,36 +303,36 @@ def measure(model: str, options: argparse.Namespace, rate: float) -> dict[str, A
         for _ in range(options.rounds):
             for method in methods:
                 rounds[method].append(run(method, folder, options))
-                said = f"{rounds[method][-1]['tokens_per_s']:.0f} tokens/s"
-                print(f"  {model}, round {len(rounds[method])}, {method}: {said}", file=sys.stderr, flush=True)
+                speed = f"{rounds[method][-1]['tokens_per_s']:.0f} tokens/s"
+                print(f"  {model}, round {len(rounds[method])}, {method}: {speed}", file=sys.stderr, flush=True)
         share = next((taken[0]["trained_share"] for name, taken in rounds.items() if "forge" in name), 1.0)
         least = floor(folder, share, rate)
-    found: dict[str, Any] = {"model": model, "floor_tokens_per_s": least, "methods": {}}
+    report: dict[str, Any] = {"model": model, "floor_tokens_per_s": least, "methods": {}}
     for method, taken in rounds.items():
         rates = sorted(one["tokens_per_s"] for one in taken)
         median = statistics.median(rates)
-        found["methods"][method] = taken[0] | {
+        report["methods"][method] = taken[0] | {
             "tokens_per_s": median,
             "range": [rates[0], rates[-1]],
             "of_floor": median / least,
             "peak_gb": max(one["peak_gb"] for one in taken),
         }
         if "overhead" in taken[0]:
-            found["methods"][method]["overhead"] = statistics.median(one["overhead"] for one in taken)
-    both = found["methods"]
+            report["methods"][method]["overhead"] = statistics.median(one["overhead"] for one in taken)
+    both = report["methods"]
     if {"forge", "trl packed"} <= both.keys():
         pairs = zip(both["forge"]["losses"], both["trl packed"]["losses"], strict=True)
-        found["largest_difference_of_a_loss"] = max(abs(one - other) for one, other in pairs)
-    return found
+        report["largest_difference_of_a_loss"] = max(abs(one - other) for one, other in pairs)
+    return report
 
 
-def show(found: dict[str, Any]) -> None:
-    print(f"{found['model']}: floor {found['floor_tokens_per_s']:,.0f} tokens/s")
+def show(report: dict[str, Any]) -> None:
+    print(f"{report['model']}: floor {report['floor_tokens_per_s']:,.0f} tokens/s")
     print("  method         tokens/s  range          of floor   / trl / packed overhead  peak GB")
-    for method, one in found["methods"].items():
+    for method, one in report["methods"].items():
         spread = f"{one['range'][0]:,.0f} - {one['range'][1]:,.0f}"
         ratios = [
-            f"{one['tokens_per_s'] / found['methods'][peer]['tokens_per_s']:.2f}" if peer in found["methods"] else ""
+            f"{one['tokens_per_s'] / report['methods'][peer]['tokens_per_s']:.2f}" if peer in report["methods"] else ""
             for peer in ("trl", "trl packed")
         ]
         overhead = f"{one['overhead']:.1%}" if "overhead" in one else ""
@@ -336,11 +340,11 @@ def show(found: dict[str, Any]) -> None:
             f"  {method:<14}{one['tokens_per_s']:>9,.0f}  {spread:<15}{one['of_floor']:>8.0%}"
             f"{ratios[0]:>8}{ratios[1]:>9}{overhead:>9}{one['peak_gb']:>8.2f}"
         )
-    if "largest_difference_of_a_loss" in found:
-        losses = found["methods"]["forge"]["losses"]
+    if "largest_difference_of_a_loss" in report:
+        losses = report["methods"]["forge"]["losses"]
         print(
             f"  losses {losses[0]:.3f} → {losses[-1]:.3f}, forge and trl packed differ by at most"
-            f" {found['largest_difference_of_a_loss']:.4f}"
+            f" {report['largest_difference_of_a_loss']:.4f}"
         )
 
 
@@ -382,8 +386,8 @@ def saving(method: str, folder: str, threads: int) -> dict[str, float]:
     loop.train_loop(job.to_json())
     lines = metrics.read(job.store.local(f"runs/{job.run}") / metrics.METRICS)[4:12]
     (size,) = {
-        sum(path.stat().st_size for path in found.iterdir())
-        for found in job.store.local(f"runs/{job.run}/checkpoints").glob("step-*")
+        sum(path.stat().st_size for path in step_folder.iterdir())
+        for step_folder in job.store.local(f"runs/{job.run}/checkpoints").glob("step-*")
     }
     return {
         "share": sum(line.get("checkpoint_s", 0.0) for line in lines) / sum(line["seconds"] for line in lines),
@@ -415,8 +419,8 @@ def main() -> None:
     if options.checkpoints:
         with tempfile.TemporaryDirectory(prefix="bench-saves-", ignore_cleanup_errors=True) as folder:
             prepared("smollm2", folder)
-            found = {method: run(method, folder, options) for method in ("saves behind", "saves in place")}
-        for method, one in found.items():
+            measurements = {method: run(method, folder, options) for method in ("saves behind", "saves in place")}
+        for method, one in measurements.items():
             print(
                 f"{method:<15}{one['share']:>7.1%} of the time, {one['stall_s']:.2f} s for {one['gb']:.2f} GB;"
                 f" a step takes {one['step_s']:.1f} s"

@@ -110,10 +110,10 @@ def random_batch(options: argparse.Namespace, device: torch.device) -> dict[str,
     random = np.random.default_rng(0)
     trained = max(1, round(length * options.trained_share))
     mask = [0] * (length - trained) + [1] * trained
-    made = pack(
+    packed_rows = pack(
         [Document("", random.integers(0, vocabulary, length), mask) for _ in range(count)], options.sequence_length, 0
     )
-    arrays = {name: np.stack([getattr(row, name) for row in made]) for name in COLUMNS}
+    arrays = {name: np.stack([getattr(row, name) for row in packed_rows]) for name in COLUMNS}
     return {name: torch.from_numpy(value).to(device) for name, value in model_inputs(arrays).items()}
 
 

@@ -1,6 +1,7 @@
 """`python -m forge_ray …` and the script `forge`: the command line, on a machine where it can run.
 
-In the syntax of Python 3.8, as `supported` is: an older Python or system is told so, before an import fails on it.
+Like `supported`, it keeps to the syntax of Python 3.8, so that an unsupported Python or system gets an error message
+before an import fails.
 """
 
 from __future__ import annotations

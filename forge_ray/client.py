@@ -24,7 +24,7 @@ Messages = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model makes; `arguments` is JSON text. Answer it with a message of role `tool` and this `id`."""
+    """A tool call by the model; `arguments` is JSON text. Reply with a message of role `tool` and this `id`."""
 
     id: str
     name: str
@@ -33,7 +33,8 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer, the model version that gave it, and the route by which (`canary`, `fallback`, …; "" by name)."""
+    """A complete answer with the model version that gave it. `route` is `canary`, `fallback` and so on, "" for the stable
+    version."""
 
     text: str
     finish_reason: str
@@ -45,13 +46,13 @@ class Answer:
 
 
 class Client:
-    """A connection to one endpoint; `base_url` without `/v1`, `api_key` else from FORGE_API_KEY.
+    """A connection to one endpoint; `base_url` without `/v1`, `api_key` defaults to FORGE_API_KEY.
 
-    Options are OpenAI's: temperature, max_tokens, stop, tools, … (one choice: `n` is not for this client).
+    Options are those of OpenAI's API, such as temperature, max_tokens, stop and tools, but not `n`: answers have one choice.
     """
 
     def __init__(self, base_url: str, timeout_s: float = TIMEOUT_S, api_key: str = "") -> None:
-        # trust_env off: an endpoint on the premises is not reached through a proxy
+        # trust_env is off because a local endpoint is not reached through a proxy
         timeout = httpx2.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         key = api_key or os.environ.get("FORGE_API_KEY", "")
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -67,7 +68,7 @@ class Client:
         self._http.close()
 
     def health(self) -> dict[str, Any]:
-        """The replica's state; `EngineError` when it is not healthy or not there."""
+        """The replica's state. Raises `EngineError` if it is unhealthy or unreachable."""
         return self._json("GET", "/health")
 
     def models(self) -> list[str]:
@@ -75,11 +76,11 @@ class Client:
         return [str(card["id"]) for card in self._json("GET", "/v1/models")["data"]]
 
     def model(self, name: str) -> dict[str, Any]:
-        """What `name` stands for: version, base, dataset, run."""
+        """What `name` refers to: version, base model, dataset, run."""
         return self._json("GET", f"/v1/models/{name}")
 
     def chat(self, model: str, messages: Messages, **options: Any) -> Answer:
-        """The whole answer to `messages`."""
+        """The complete answer to `messages`."""
         response = self._send("POST", "/v1/chat/completions", {"model": model, "messages": list(messages), **options})
         body = response.json()
         (choice,) = body["choices"]
@@ -122,7 +123,7 @@ class Client:
         return response
 
     def _unreachable(self, error: httpx2.TransportError) -> EngineError:
-        return EngineError(f"{self._http.base_url} does not answer: {error}", hint="is the model deployed there?")
+        return EngineError(f"{self._http.base_url} does not answer: {error}", hint="check that a model is deployed there")
 
 
 def _pieces(response: httpx2.Response) -> Iterator[str]:
@@ -137,11 +138,11 @@ def _pieces(response: httpx2.Response) -> Iterator[str]:
         for choice in chunk["choices"]:
             if text := choice["delta"].get("content"):
                 yield str(text)
-    raise EngineError("the stream ended before its end was announced", hint="send the request again")
+    raise EngineError("the stream ended early, without its end marker", hint="send the request again")
 
 
 def _error(response: httpx2.Response) -> ForgeError:
-    """The server's answer as the error that it stands for."""
+    """The error that corresponds to the server's response."""
     try:
         body = response.json()
         message = str(body["error"]["message"] if "error" in body else body["detail"])

@@ -1,7 +1,7 @@
-"""The error tree.
+"""The errors of forge_ray.
 
-Every error is also the stdlib error it refines, pickles across Ray processes, and carries a stable `code`, a `hint` (the
-remedy) and the `exit_code` with which the command line ends.
+Every error is also the built-in error that it refines, can be pickled between Ray processes, and has a stable `code`, a
+`hint` (the remedy) and the `exit_code` of the command line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ EXIT_POLICY = 3
 
 
 class ForgeError(Exception):
-    """Base of all errors that forge_ray raises on purpose: what was wrong, the values, the rule; `hint` is the remedy."""
+    """Base of all errors that forge_ray raises deliberately. The message names the problem, the values and the rule;
+    `hint` is the remedy."""
 
     code = "error"
     exit_code = EXIT_FAILED
@@ -32,7 +33,7 @@ class ForgeError(Exception):
 
 
 class ConfigError(ForgeError, ValueError):
-    """A run file, flag or combination that cannot mean anything."""
+    """An invalid run file, option or combination of them."""
 
     code = "config"
     exit_code = EXIT_USAGE
@@ -45,7 +46,7 @@ class DataError(ForgeError, ValueError):
 
 
 class NothingLeft(DataError):
-    """Sources of which erasures leave nothing to train on."""
+    """Sources of which no row is left to train on after erasures."""
 
     code = "nothing_left"
 
@@ -58,7 +59,7 @@ class NotFound(ForgeError, LookupError):
 
 
 class StoreError(ForgeError, OSError):
-    """Bytes that are missing, torn or not what their digest says."""
+    """Files that are missing, incomplete or do not match their digest."""
 
     code = "store"
 
@@ -67,35 +68,45 @@ class StoreError(ForgeError, OSError):
 
 
 class ClusterError(ForgeError, RuntimeError):
-    """A Ray of this machine that does not come up."""
+    """A local Ray that does not start."""
 
     code = "cluster"
 
 
 class TrainingError(ForgeError, RuntimeError):
-    """A training run that cannot start or go on."""
+    """A training run that cannot start or continue."""
 
     code = "training"
 
 
 class EngineError(ForgeError, RuntimeError):
-    """An inference engine that cannot answer."""
+    """An inference engine that cannot answer a request."""
 
     code = "engine"
 
 
 class RequestError(EngineError):
-    """A request that the engine can never answer, such as a schema that makes no grammar: its sender must change it."""
+    """An invalid request, such as one with a schema that cannot become a grammar: the client must change it."""
 
     code = "request"
     exit_code = EXIT_USAGE
 
 
 class PolicyError(ForgeError, PermissionError):
-    """Refused by policy: an unsafe model directory, a rejected version, a gate not passed."""
+    """A refusal by policy, such as an unsafe model folder or a rejected version."""
 
     code = "policy"
     exit_code = EXIT_POLICY
 
     def __str__(self) -> str:  # PermissionError is an OSError, see StoreError
         return ForgeError.__str__(self)
+
+
+def first_line(error: object) -> str:
+    """The first line of the message of an error, of any library; "" where there is none."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def last_line(error: object) -> str:
+    """The last line of the message of an error: what was raised, where the message holds a traceback."""
+    return next(reversed(str(error).strip().splitlines()), "")

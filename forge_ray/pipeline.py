@@ -6,20 +6,18 @@ call builds nothing again and a call after a crash goes on where the first one s
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from forge_ray.config.base import config_digest, parse, resolved
-from forge_ray.config.release import DeployConfig, EvalConfig, LeakConfig
+from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
-from forge_ray.errors import ConfigError, NotFound, TrainingError
+from forge_ray.errors import NotFound, TrainingError
 from forge_ray.evaluate import reports
-from forge_ray.machine.cluster import connect, open_store, room_of_a_worker
+from forge_ray.machine.cluster import connect, open_store
 from forge_ray.machine.hardware import resolve_precision
-from forge_ray.progress import Stage, stage
+from forge_ray.progress import stage
 from forge_ray.records import (
     DatasetManifest,
     Deployment,
@@ -29,13 +27,13 @@ from forge_ray.records import (
     RunRecord,
     files_digest,
 )
-from forge_ray.release import gate
+from forge_ray.release import gate, promotion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
 if TYPE_CHECKING:
-    from forge_ray.data.read.ingest import IndexedFile
+    from forge_ray.train.preflight import Assumptions, Estimate
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
 
@@ -79,96 +77,35 @@ def import_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
 
 def prepare(config: RunConfig, store: Store) -> DatasetManifest:
     """Raw rows → packed dataset version."""
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         return _prepare(config, catalog)
 
 
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
-    from forge_ray.data.build import tombstones as erased
-    from forge_ray.data.build import work
-    from forge_ray.data.build.build import index_sources, input_digest
-    from forge_ray.data.dataset import index
-    from forge_ray.data.dataset.version import require_tokenizer, tokenizer_digest
+    from forge_ray.data.build.prepare import existing_version, prepare_version
+    from forge_ray.data.dataset.version import require_tokenizer
 
     require_tokenizer(catalog.store, base)
-
-    def known_version(sources: list[IndexedFile]) -> DatasetManifest | None:
-        wanted = input_digest(config.data, sources, tokenizer_digest(base), erased.tombstones(catalog.store))
-        found = next((found for found in catalog.all(DatasetManifest) if found.input_digest == wanted), None)
-        if found or not (noted := work.finished(catalog.store, work.inputs(wanted))):
-            return found
-        return catalog.get_as(DatasetManifest, noted["dataset"])
-
-    if quiet and (known := known_version(index_sources(config.data))):
-        return known
+    if quiet and (manifest := existing_version(config.data, base, catalog)):
+        return manifest
     with stage("prepare") as it:
-        sources = index_sources(config.data, it.update)
-        known = known_version(sources)
-        found = known or _built(config, catalog, base, sources, it)
-        if known is None:
-            index.build(catalog.store, found)
-        counts = ", ".join(f"{name} {stats.num_records}" for name, stats in found.splits.items())
-        counts += f", {sum(found.rejects.values())} quarantined" if found.rejects else ""
-        dropped = sum(step.before - step.after for step in found.curation)
-        counts += f", {dropped} dropped by rules" if dropped else ""
-        left_out = sum(map(len, found.erased.values()))
-        counts += f", {left_out} erased" if left_out else ""
-        it.done(f"{found.id}  {'already built' if known else counts}")
-    return found
-
-
-def _built(
-    config: RunConfig, catalog: Catalog, base: ModelVersion, sources: list[IndexedFile], it: Stage
-) -> DatasetManifest:
-    from forge_ray.data.build import tombstones as erased
-    from forge_ray.data.build import work
-    from forge_ray.data.build.build import build
-
-    catalog.check_may("datasets")  # who may not is told now, not when the rows are packed
-    while True:
-        known, mark = erased.tombstones(catalog.store), work.mark(catalog.store)
-        try:
-            made = build(config.name, config.data, base, catalog.store, sources, it.update)
-        except Exception:
-            if catalog.store.exists(mark):
-                raise
-            it.update(0, 1, "once more: the work area was emptied meanwhile")
-            continue
-        finally:
-            catalog.store.delete(mark)
-        if erased.tombstones(catalog.store) == known:
-            break
-        if not catalog.has(made.id):  # rows were erased meanwhile, and this may hold some: nobody has seen it yet
-            catalog.store.delete_dir(paths.dataset(made.id))
-    found = catalog.put(made)
-    if found.input_digest != made.input_digest:  # erasures that touch none of its rows: found by these inputs as well
-        work.finish(catalog.store, work.inputs(made.input_digest), {"dataset": found.id})
-    return found
+        prepared = prepare_version(config.name, config.data, base, catalog, it.update)
+        it.done(f"{prepared.manifest.id}  {prepared.summary}")
+    return prepared.manifest
 
 
 def train(config: RunConfig, store: Store) -> RunRecord:
     """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
+    from forge_ray.train.preflight import refuse_without_rows
+
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         base = import_base(config, catalog)
-        catalog.refuse_withdrawn(base.id)
+        promotion.refuse_withdrawn(catalog, base.id)
         manifest = _prepare(config, catalog, quiet=True)
-        if not manifest.splits["train"].num_rows:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())
-            raise TrainingError(
-                f"{manifest.id} has no packed rows: it holds {kinds}; {config.train.method} takes chats and texts",
-                hint="give the run file sources of chat or text rows",
-            )
-        validation = config.train.validation
-        if (validation.early_stopping or validation.keep_best or config.train.export_step == "best") and not (
-            "validation" in manifest.splits and manifest.splits["validation"].num_rows
-        ):
-            raise ConfigError(
-                f"{manifest.id} has no validation rows: nothing says which checkpoint is the best, or when to stop",
-                hint="set data.splits.validation, or leave out keep_best, early_stopping and export_step=best",
-            )
+        refuse_without_rows(config.train, manifest)
         return train_on(config, catalog, base, manifest, precision)
 
 
@@ -177,7 +114,7 @@ def train_on(
 ) -> RunRecord:
     """Train on what the store holds; the sources of the rows are not looked at."""
     from forge_ray.release.candidates import export_best
-    from forge_ray.train import attempts, follow, launch
+    from forge_ray.train import attempts, follow, launch, run_folder
     from forge_ray.train.job import TrainJob, run_id
     from forge_ray.train.loop import train_loop
     from forge_ray.train.preflight import refuse_impossible, report_reach
@@ -188,8 +125,9 @@ def train_on(
     store, identifier = catalog.store, run_id(config.train, precision, manifest, base)
     with stage("train") as it:
         if catalog.has(identifier):
-            made = [version.id for version in catalog.all(ModelVersion) if version.run == identifier]
-            it.done(f"{identifier}  already trained" + (f": {', '.join(made)}" if made else ", no version made of it yet"))
+            versions = [version.id for version in catalog.all(ModelVersion) if version.run == identifier]
+            listed = f": {', '.join(versions)}" if versions else ", no version made of it yet"
+            it.done(f"{identifier}  already trained{listed}")
             return catalog.get_as(RunRecord, identifier)
         if config.train.scaling.max_workers:
             connect()
@@ -197,7 +135,7 @@ def train_on(
             refuse_impossible(config, store, precision, base, manifest, identifier)
         store.fetch_dir(paths.dataset(manifest.id))  # every byte is checked before a GPU hour is spent on it
         job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
-        store.write_once(paths.run(identifier, f"config-{_config_key(config)}.json"), _pretty(config))
+        run_folder.write_config(store, identifier, config)
         report_reach(store, identifier, base, config.train.adapter)
         tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
         sinks = open_sinks(store, identifier, config.name, config.train, tags)
@@ -214,123 +152,57 @@ def train_on(
         export_best(job)
         record = catalog.put(run_record(job, config))
         catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
-        speed = f"{record.metrics['tokens_per_s']:.0f} tokens/s"
-        told = f"{record.num_steps} steps{follow.early(record)}, loss {record.metrics['loss']:.3f}, {speed}"
-        it.done(f"{record.id}  {told}{follow.trouble(record)}")
+        it.done(f"{record.id}  {follow.closing_line(record)}")
         return record
 
 
-def plan(
-    config: RunConfig,
-    store: Store,
-    workers: int,
-    memory_gb: float,
-    tokens_per_s: float,
-    cost_per_hour: float,
-    rows: int = 0,
-) -> dict[str, Any]:
-    """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. With `rows`, so
-    many full rows are taken instead, and `base_model` may be a folder that holds `config.json` alone."""
+def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
+    """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. Where a number of
+    rows is assumed instead, `base_model` may be a folder that holds `config.json` alone."""
+    from forge_ray.train import preflight
     from forge_ray.train.plan import Model, Stated
-    from forge_ray.train.preflight import configuration, disk_bytes, judge
 
-    train, precision = config.train, resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
-    number = workers or max(train.scaling.max_workers, 1)
-    manifest: DatasetManifest | Stated
-    if rows and (Path(config.base_model) / "config.json").is_file():
-        base_model, dataset = config.base_model, f"{rows} rows, as stated"
-        model, manifest = Model.of(Path(config.base_model)), Stated.of(rows, config.data.sequence_length)
+    stated = Stated.of(assumptions.num_rows, config.data.sequence_length) if assumptions.num_rows else None
+    rows, folder = f"{assumptions.num_rows} rows, as stated", Path(config.base_model)
+    if stated and (folder / "config.json").is_file():
+        planned = preflight.Planned(Model.of(folder), stated, config.base_model, rows)
     else:
-        with Catalog(store) as catalog:
+        with Catalog.open(store) as catalog:
             base = import_base(config, catalog)
-            manifest = Stated.of(rows, config.data.sequence_length) if rows else _prepare(config, catalog, quiet=True)
-        base_model, dataset = base.id, manifest.id if isinstance(manifest, DatasetManifest) else f"{rows} rows, as stated"
-        model = Model.of(configuration(store, base))
-    if memory_gb:
-        room: int | None = int(memory_gb * 1e9)
-    else:
-        of = train.scaling.model_copy(update={"num_workers": workers}) if workers else train.scaling
-        if of.max_workers:
-            connect()
-        room = room_of_a_worker(of)
-    found, problem, remedy = judge(train, store, precision, model, manifest, number, room)
-    seconds = found.num_tokens / (tokens_per_s * number) if tokens_per_s else None
-    return {
-        **vars(found),
-        "disk_bytes": disk_bytes(train, found),
-        "memory": vars(found.memory) | {"total": found.memory.total},
-        "room": room,
-        "base_model": base_model,
-        "dataset": dataset,
-        "adapter": model.coverage(train.adapter).to_json() if train.adapter else None,
-        "reaches": model.coverage(train.adapter).lines() if train.adapter else [],
-        "precision": precision,
-        "num_workers": number,
-        "seconds": seconds,
-        "cost": seconds / 3600 * number * cost_per_hour if seconds is not None and cost_per_hour else None,
-        "problem": problem,
-        "remedy": remedy,
-    }
-
-
-def _config_key(config: RunConfig) -> str:
-    return config_digest(config)[len("sha256:") :][:16]
-
-
-def _pretty(config: RunConfig) -> bytes:
-    return (json.dumps(resolved(config), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+            dataset = stated or _prepare(config, catalog, quiet=True)
+        model = Model.of(preflight.configuration(store, base))
+        planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
+    precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
+    return preflight.estimate(config.train, store, precision, planned, assumptions)
 
 
 def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
     """(base, tuned) on the same held-out rows, under the same scoring; and the leak audit, where eval.leak asks for it."""
-    record = train_record(config, store)
-    with Catalog(store) as catalog:
-        found = reports.evaluate_both(catalog, record, config.eval)
+    with Catalog.open(store) as catalog:
+        record = train_record(config, catalog)
+        both = reports.evaluate_both(catalog, record, config.eval)
         if config.eval.leak:
             reports.audit_leak(catalog, record, config.eval)
-        return found
+        return both
 
 
-def train_record(config: RunConfig, store: Store) -> RunRecord:
+def train_record(config: RunConfig, catalog: Catalog) -> RunRecord:
     """The finished run of this run file, without starting one."""
     from forge_ray.train.job import run_id
 
-    with Catalog(store) as catalog:
-        base = import_base(config, catalog)
-        manifest = _prepare(config, catalog, quiet=True)
-        precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
-        identifier = run_id(config.train, precision, manifest, base)
-        if not catalog.has(identifier):
-            raise NotFound(f"{identifier} of this run file is not finished", hint="run `forge train` on it first")
-        return catalog.get_as(RunRecord, identifier)
-
-
-def audit_leak(reference: str, store: Store, settings: dict[str, Any]) -> EvalReport:
-    """What a finished run, or a version made of one, gives away of its training rows; `settings` (of eval.leak) go before
-    those of its run file."""
-    from forge_ray.store.resolve import resolve
-
-    with Catalog(store) as catalog:
-        found = catalog.get(resolve(catalog, reference))
-        run = found.run if isinstance(found, ModelVersion) else found.id
-        if not run or not catalog.has(run):
-            raise NotFound(
-                f"{reference} has no finished run here, so its training rows are not known",
-                hint="give a run (`forge runs list`), or a version that was released from one",
-            )
-        record = catalog.get_as(RunRecord, run)
-        config = parse(EvalConfig, record.config["eval"])
-        leak = parse(LeakConfig, resolved(config.leak or LeakConfig()) | settings, where="eval.leak")
-        config = config.model_copy(update={"leak": leak})
-        if isinstance(found, ModelVersion) and found.files_digest != files_digest(record.export):
-            return reports.audit_leak(catalog, record, config, subject=reports.model_subject(found), num_steps=found.step)
-        return reports.audit_leak(catalog, record, config)
+    base = import_base(config, catalog)
+    manifest = _prepare(config, catalog, quiet=True)
+    precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
+    identifier = run_id(config.train, precision, manifest, base)
+    if not catalog.has(identifier):
+        raise NotFound(f"{identifier} of this run file is not finished", hint="run `forge train` on it first")
+    return catalog.get_as(RunRecord, identifier)
 
 
 def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersion:
     """Gate the run's export and register it: accepted and (with `promote`) the alias moved, or rejected with the reasons."""
-    record = train_record(config, store)
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
+        record = train_record(config, catalog)
         base_report, report = reports.evaluate_both(catalog, record, config.eval, quiet=True)
         leak = reports.audit_leak(catalog, record, config.eval, quiet=True) if config.eval.leak else None
         manifest = catalog.get_as(DatasetManifest, record.dataset)
@@ -355,20 +227,20 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
                 licence=catalog.get_as(ModelVersion, record.base_model).licence,
             ).sealed()
             store.copy_dir(paths.export(record.id), paths.model(version.id))
-            known = catalog.has(version.id)
+            is_known = catalog.has(version.id)
             version = catalog.put(version)
             if reasons:
                 it.done(f"{version.id}  rejected: {'; '.join(reasons)}")
             else:
                 if promote:
-                    catalog.promote(version.id, config.release.alias)
+                    promotion.promote(catalog, version.id, config.release.alias)
                 where = f" → {config.release.alias}" if promote else ""
-                it.done(f"{version.id}  {'already ' if known else ''}accepted{where}")
+                it.done(f"{version.id}  {'already ' if is_known else ''}accepted{where}")
             return version
 
 
-def _ids(*found: EvalReport | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(report.id for report in found if report))
+def _ids(*reports: EvalReport | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(report.id for report in reports if report))
 
 
 def deploy(config: DeployConfig, store: Store) -> Deployment:
@@ -376,7 +248,7 @@ def deploy(config: DeployConfig, store: Store) -> Deployment:
     connect()
     from forge_ray.serve.deploy import deploy as start
 
-    with stage("deploy") as it, Catalog(store) as catalog:
+    with stage("deploy") as it, Catalog.open(store) as catalog:
         deployment = start(config, catalog)
         names = ", ".join(config.models)
         it.done(f"{deployment.id}  http://{config.host}:{config.port}/v1  serves {names}")

@@ -1,4 +1,4 @@
-"""One line per stage on stderr, with a live view on a terminal and plain lines elsewhere."""
+"""Progress of stages on stderr: one line per stage, with a live view on a terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-PLAIN_EVERY_S = 15.0  # without a terminal, how often a long stage says where it is
+PLAIN_EVERY_S = 15.0  # seconds between progress lines of a stage without a terminal
 
 
 class Stage:
-    """One stage in progress: `update` while it runs, `done` with what came of it."""
+    """One stage in progress: call `update` while it runs, and `done` with its result."""
 
     def __init__(self, name: str, stream: TextIO) -> None:
         self.name = name
@@ -29,7 +29,7 @@ class Stage:
 
     @property
     def is_live(self) -> bool:
-        """Whether it is drawn on a terminal."""
+        """Whether the stage has a live view on a terminal."""
         return self._live is not None
 
     def _start_live(self) -> None:
@@ -51,7 +51,7 @@ class Stage:
         self._live.start()
 
     def _view(self) -> Any:
-        """The bar, and the details in a column of their own below it."""
+        """The progress bar with the details below it."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -68,7 +68,7 @@ class Stage:
         return Group(self._bar, table)
 
     def update(self, done: float, total: float, text: str = "", details: Sequence[tuple[str, str]] = ()) -> None:
-        """`done` of `total`, and a few words; a terminal also shows `details` as (name, value), the others do not."""
+        """Report `done` of `total` with a short text; a terminal also shows `details` as (name, value)."""
         if self._live:
             self._details = tuple(details)
             self._bar.update(self._task, completed=done, total=total, text=text)
@@ -89,7 +89,7 @@ class Stage:
 
 @contextmanager
 def stage(name: str) -> Iterator[Stage]:
-    """`with stage("train") as it: … it.update(3, 10) … it.done("run_…")`"""
+    """A stage that is closed when the block ends: `with stage("train") as it: it.update(3, 10); it.done("run_…")`."""
     current = Stage(name, sys.stderr)
     try:
         yield current

@@ -1,7 +1,7 @@
-"""The nouns: immutable records, canonical JSON, ids that are hashes of their content.
+"""Immutable records and events, their canonical JSON, and their ids, which are hashes of content.
 
-A record is written once, by the stage that made it. Its id is `<prefix>_<16 hex of sha256>` over the canonical JSON of its
-*identity*: all fields but those that say when and how long (`Record.volatile`). What changes over time is an `Event`.
+A record is written once, by the stage that creates it. Its id is `<prefix>_<16 hex of sha256>` over the canonical JSON of
+its *identity*: all fields except times and durations (`Record.volatile`). What changes over time is an `Event`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 ID_HEX = 16
-MEASURED_ANEW = frozenset({"latency_ms_per_token"})  # no two measurements agree, so it decides no id
+MEASURED_ANEW = frozenset({"latency_ms_per_token"})  # measured values, which are left out of ids
 
 
 def canonical_json(value: Any) -> bytes:
@@ -27,8 +27,13 @@ def digest(value: Any) -> str:
     return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def hex_of(sha256: str) -> str:
+    """The hexadecimal digits of a digest, with or without `sha256:` before them."""
+    return sha256.removeprefix("sha256:")
+
+
 def short_id(prefix: str, value: Any) -> str:
-    return f"{prefix}_{digest(value)[len('sha256:') :][:ID_HEX]}"
+    return f"{prefix}_{hex_of(digest(value))[:ID_HEX]}"
 
 
 def utc_now() -> str:
@@ -36,7 +41,8 @@ def utc_now() -> str:
 
 
 def _without_empty(value: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Fields that came later are left out where they are empty: records that were written before keep their ids."""
+    """`value` without the fields in `names` that are empty. Fields that were added later are left out this way, so that
+    older records keep their ids."""
     return {key: item for key, item in value.items() if key not in names or item}
 
 
@@ -45,7 +51,7 @@ class Frozen(BaseModel):
 
 
 class FileEntry(Frozen):
-    """One file of an artefact: `path` is relative to the artefact's directory."""
+    """One file of an artefact; `path` is relative to the artefact's folder."""
 
     path: str
     size: int
@@ -53,12 +59,12 @@ class FileEntry(Frozen):
 
 
 def files_digest(files: tuple[FileEntry, ...]) -> str:
-    """One digest for a directory: over the sorted (path, sha256) pairs."""
+    """The digest of a folder, over its sorted (path, sha256) pairs."""
     return digest(sorted((entry.path, entry.sha256) for entry in files))
 
 
 class Record(Frozen):
-    """Base of the stored nouns; `kind` names the folder, `prefix` the id."""
+    """Base of all records; `kind` names the folder, `prefix` starts the id."""
 
     kind: ClassVar[str]
     prefix: ClassVar[str]
@@ -71,16 +77,17 @@ class Record(Frozen):
         return self.model_dump(mode="json", exclude={"id", "created_at", *self.volatile})
 
     def sealed(self) -> Self:
-        """The same record with its content-derived id."""
+        """The same record with the id that follows from its content."""
         return self.model_copy(update={"id": short_id(self.prefix, self.identity())})
 
     def parents(self) -> tuple[str, ...]:
-        """Ids of the records that this one was made from: the edges of the lineage graph."""
+        """Ids of the records that this one was derived from: the edges of the lineage graph."""
         return ()
 
 
 class SourceFile(Frozen):
-    """One input file as it was read: `num_records` good rows came from it, `num_rejected` did not survive."""
+    """One input file as it was read: `num_records` valid rows, `num_rejected` invalid ones, `num_dropped` dropped by
+    rules."""
 
     path: str
     sha256: str
@@ -101,7 +108,7 @@ class SplitStats(Frozen):
 
 
 class SourceStats(Frozen):
-    """One source of the mixture: what it gave, and how often its training records are used."""
+    """One source of the mixture: its counts, and how often its training records are used."""
 
     name: str
     num_records: int = Field(description="distinct records of all splits")
@@ -113,7 +120,7 @@ class SourceStats(Frozen):
 
 
 class CurationStep(Frozen):
-    """One rule of `data.curate`: records before it, records after it, and what it found."""
+    """One rule of `data.curate`: numbers of records before and after it, and its findings."""
 
     rule: str
     before: int
@@ -124,7 +131,7 @@ class CurationStep(Frozen):
 
 
 class DatasetManifest(Record):
-    """A packed, content-addressed dataset: the seam between data and training."""
+    """A packed, content-addressed dataset: the output of the data stage and the input of training."""
 
     kind: ClassVar[str] = "datasets"
     prefix: ClassVar[str] = "ds"
@@ -155,7 +162,7 @@ class DatasetManifest(Record):
     seconds: float = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """The content, not the paths: the same rows under another folder name are the same dataset."""
+        """The content without names and paths: equal rows in differently named files are the same dataset."""
         value = super().identity()
         value.pop("name")
         value.pop("base_model")
@@ -170,7 +177,7 @@ class DatasetManifest(Record):
 
 
 class RunRecord(Record):
-    """A finished training run. Its id is known before it starts: `run_id` of what determines the weights."""
+    """A finished training run. Its id is known before it starts: `run_id` over everything that determines the weights."""
 
     kind: ClassVar[str] = "runs"
     prefix: ClassVar[str] = "run"
@@ -213,7 +220,7 @@ class RunRecord(Record):
 
 
 class EvalReport(Record):
-    """Scores of one set of weights on one evaluation set; of a leak audit, what they give away of their training rows."""
+    """Scores of a run or version on an evaluation set, or the result of a leak audit."""
 
     kind: ClassVar[str] = "evals"
     prefix: ClassVar[str] = "ev"
@@ -241,8 +248,8 @@ class EvalReport(Record):
 
 
 class Check(Frozen):
-    """One thing that a gate looked at: a value, its bound, and whether it passed; `reason` says why not, or why it was not
-    judged. `value` is None where there is no finite number."""
+    """One check of a gate: a value, its bound, and whether it passed; `reason` says why not, or why it was not checked.
+    `value` is None where there is no finite number."""
 
     name: str
     value: float | None
@@ -252,8 +259,8 @@ class Check(Frozen):
 
 
 class ModelVersion(Record):
-    """Weights that the store vouches for: imported, or trained and gated. A `candidate` is a checkpoint that no gate has
-    judged: it can be served by its id, and no alias points at it."""
+    """A version of a model: imported, or trained and gated. A `candidate` is a checkpoint that has passed no gate: it can be
+    served by its id, and no alias can be moved to it."""
 
     kind: ClassVar[str] = "models"
     prefix: ClassVar[str] = "mv"
@@ -287,8 +294,8 @@ class ModelVersion(Record):
 
 
 class Deployment(Record):
-    """An endpoint as it was started: `models` is what each name stood for then; where aliases went since is in their events.
-    `model…` is the first of them."""
+    """An endpoint as it was started: `models` has the version of each name at that time; later moves are events of the
+    aliases. `model`, `model_version` and `model_digest` are those of the first name."""
 
     kind: ClassVar[str] = "deployments"
     prefix: ClassVar[str] = "dep"
@@ -310,8 +317,9 @@ class Deployment(Record):
 
 
 class Erasure(Record):
-    """Rows that must go, and what follows. Its id is that of the request alone, so that asking again goes on where a process
-    was killed. It names nobody and no record: `asked` is an HMAC, the rows are tombstones in `erasures/<id>.json`."""
+    """A request to erase rows, with its plan. The id depends on the request only, so that the same request resumes an
+    interrupted erasure. It names no person and no record: `asked` is an HMAC, the rows are tombstones in
+    `erasures/<id>.json`."""
 
     kind: ClassVar[str] = "erasures"
     prefix: ClassVar[str] = "er"
@@ -336,8 +344,8 @@ EventKind = Literal["alias", "run", "deployment", "model", "key", "signer", "pol
 
 
 class Event(Frozen):
-    """What changes over time: alias moves, run states, deployments going up and down, versions that are archived, keys, and
-    who may do so. Appended, never edited; signed where whoever wrote it has a key."""
+    """A change over time: an alias move, the state of a run, deployment or version, an API key, a signer, the policy, an
+    approval. Events are appended, never edited, and signed if the writer has a key."""
 
     at: str = Field(default_factory=utc_now)
     kind: EventKind
@@ -346,16 +354,16 @@ class Event(Frozen):
     key: str = Field("", description="id of the key that signed it")
     signature: str = Field("", description="base64, over `to_sign()`")
 
-    def _said(self, *without: str) -> dict[str, Any]:
+    def _content(self, *without: str) -> dict[str, Any]:
         value = self.model_dump(mode="json", exclude=set(without))
         return {name: item for name, item in value.items() if item or name not in ("key", "signature")}
 
     def to_sign(self) -> bytes:
-        return canonical_json(self._said("signature"))
+        return canonical_json(self._content("signature"))
 
     def stored(self) -> bytes:
-        return canonical_json(self._said())
+        return canonical_json(self._content())
 
     @property
     def id(self) -> str:
-        return short_id("evt", self._said("signature"))
+        return short_id("evt", self._content("signature"))

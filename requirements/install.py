@@ -49,9 +49,9 @@ def locked(*names: str) -> None:
 
 
 def torch_version() -> str:
-    found = re.search(r"^torch==(\S+)", (FOLDER / "torch.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    assert found, "torch.txt pins torch"
-    return found[1]
+    pin = re.search(r"^torch==(\S+)", (FOLDER / "torch.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pin, "torch.txt pins torch"
+    return pin[1]
 
 
 def installed(name: str) -> str:

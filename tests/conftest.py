@@ -14,6 +14,23 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 import pytest
 
+# Files that take long start first, so that the processes of `make test` end at about the same time
+LONG = (
+    "test_sequence_parallel.py",
+    "test_resume.py",
+    "test_vllm_engine.py",
+    "test_guards.py",
+    "test_cluster_job.py",
+    "test_serve.py",
+    "test_serve_aliases.py",
+    "test_serve_keys.py",
+    "test_serve_scale.py",
+    "test_wheel.py",
+    "test_kill_matrix.py",
+    "test_train.py",
+    "test_no_egress.py",
+    "test_serving_chaos.py",
+)
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "How do I reset my password? Open the settings and choose reset.",
@@ -25,6 +42,25 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadfile`: the files of the endpoints are as one, for they share a cluster and take it in turns."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "endpoints" if file.startswith("tests/ray/test_serve") else file
+
+    return ByFile(config, log)
 
 
 def tiny_tokenizer() -> Any:
@@ -92,24 +128,25 @@ def wide_tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Any:
     """A store that holds the tiny model as a version with the alias `tiny`."""
     from forge_ray.models.import_model import import_model
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
     store = Store(str(tmp_path_factory.mktemp("store")))
-    with Catalog(store) as catalog:
-        import_model(catalog, tiny_model_dir, "tiny-llama", licence="apache-2.0", alias="tiny")
+    with Catalog.open(store) as catalog:
+        base = import_model(catalog, tiny_model_dir, "tiny-llama", licence="apache-2.0")
+        promotion.promote(catalog, base.id, "tiny")
     return store
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local cluster for all tests of a session, started as every command starts its own: one that looks for a dashboard
-    waits 12 s for it at the end of each training. More logical CPUs than cores, for tests wait more than they work."""
+    """One local cluster for all tests of a process, started as every command starts its own: one that looks for a dashboard
+    waits 12 s for it at the end of each training."""
     import ray
 
     from forge_ray.machine import cluster
 
-    cluster.LOCAL_CPUS = 8
     cluster.connect()
     yield
     ray.shutdown()
@@ -124,10 +161,10 @@ def endpoint(ray_cluster: None, store: Any) -> Iterator[Any]:
     from forge_ray.serve.deploy import base_url, deploy
     from forge_ray.store.catalog import Catalog
 
-    wanted = config(free_port())
-    with Catalog(store) as catalog:
-        deployment = deploy(wanted, catalog, wait_s=WAIT_S)
-        yield Endpoint(base_url(wanted), deployment, catalog.model("tiny"))
+    deploy_config = config(free_port())
+    with Catalog.open(store) as catalog:
+        deployment = deploy(deploy_config, catalog, wait_s=WAIT_S)
+        yield Endpoint(base_url(deploy_config), deployment, catalog.model("tiny"))
     serve.shutdown()
 
 

@@ -96,9 +96,9 @@ def refused(engine: Engine, request: GenerationRequest) -> EngineError:
 
 
 def greedy_answers_are_those_of_generate(engine: Engine, reference: Reference) -> None:
-    found = engine.generate([GenerationRequest(prompt, 20) for prompt in PROMPTS])
-    assert found == [Generation(reference.greedy(prompt, 20), "length") for prompt in PROMPTS]
-    assert len({generation.token_ids for generation in found}) > 1
+    generations = engine.generate([GenerationRequest(prompt, 20) for prompt in PROMPTS])
+    assert generations == [Generation(reference.greedy(prompt, 20), "length") for prompt in PROMPTS]
+    assert len({generation.token_ids for generation in generations}) > 1
 
 
 def stop_ids_end_an_answer(engine: Engine, reference: Reference) -> None:
@@ -130,10 +130,10 @@ def a_closed_stream_frees_its_place(engine: Engine, reference: Reference) -> Non
 
 
 def a_seed_gives_the_same_answer_alone_and_in_a_batch(engine: Engine, reference: Reference) -> None:
-    wanted = GenerationRequest(PROMPTS[2], 24, temperature=1.0, top_p=0.9, seed=11)
+    seeded = GenerationRequest(PROMPTS[2], 24, temperature=1.0, top_p=0.9, seed=11)
     others = [GenerationRequest(prompt, 30, temperature=0.5 + i / 5, seed=i) for i, prompt in enumerate(PROMPTS)]
-    (alone,) = engine.generate([wanted])
-    assert engine.generate([*others[:4], wanted, *others[4:]])[4] == alone
+    (alone,) = engine.generate([seeded])
+    assert engine.generate([*others[:4], seeded, *others[4:]])[4] == alone
     (other,) = engine.generate([GenerationRequest(PROMPTS[2], 24, temperature=1.0, top_p=0.9, seed=12)])
     assert other != alone
 
@@ -142,7 +142,7 @@ def each_request_of_a_batch_keeps_its_own_settings(engine: Engine, reference: Re
     prompt = PROMPTS[1]
     plain = reference.greedy(prompt, 16)
     hot = {"temperature": 2.0, "seed": 5}
-    found = engine.generate(
+    generations = engine.generate(
         [
             GenerationRequest(prompt, 16, **hot),  # type: ignore[arg-type]
             GenerationRequest(prompt, 16),
@@ -153,7 +153,7 @@ def each_request_of_a_batch_keeps_its_own_settings(engine: Engine, reference: Re
             GenerationRequest(prompt, 16, json_schema=SCHEMA, stop_token_ids=(reference.stop,)),
         ]
     )
-    ids = [generation.token_ids for generation in found]
+    ids = [generation.token_ids for generation in generations]
     assert ids[0] != plain
     assert ids[1] == ids[2] == plain
     assert ids[3][0] == int(reference.logprobs(prompt, (plain[0],))[0].topk(2).indices[1])
@@ -184,14 +184,14 @@ def answers_conform_to_their_schema(engine: Engine, reference: Reference) -> Non
             PROMPTS[seed], 200, temperature=1.5, seed=seed, json_schema=schema, stop_token_ids=(reference.stop,)
         )
 
-    found = engine.generate([*(asked(seed) for seed in range(4)), GenerationRequest(PROMPTS[6], 12)])
-    for generation in found[:4]:
+    generations = engine.generate([*(asked(seed) for seed in range(4)), GenerationRequest(PROMPTS[6], 12)])
+    for generation in generations[:4]:
         assert generation.finish_reason == "stop"
         answer = json.loads(reference.tokenizer.decode(generation.token_ids))
         assert set(answer) == {"city", "sure", "n"}
         assert answer["city"] in ("Paris", "Berlin")
         assert answer["n"] in (1, 22, 333)
-    assert found[4].token_ids == reference.greedy(PROMPTS[6], 12)
+    assert generations[4].token_ids == reference.greedy(PROMPTS[6], 12)
     text = reference.tokenizer.decode(engine.generate([asked(1, '{"type": "object"}')])[0].token_ids)
     assert text.lstrip().startswith("{")
 
@@ -208,8 +208,8 @@ def one_prompt_under_several_adapters_is_each_ones_own(engine: Engine, reference
     prompt = PROMPTS[7] * 2
     for _ in range(2):
         for name in ("", "A", "B", "C"):
-            (found,) = engine.generate([GenerationRequest(prompt, 12, adapter=name)])
-            assert found.token_ids == reference.greedy(prompt, 12, name), name
+            (generation,) = engine.generate([GenerationRequest(prompt, 12, adapter=name)])
+            assert generation.token_ids == reference.greedy(prompt, 12, name), name
     assert len({reference.greedy(prompt, 12, name) for name in ("", "A", "B", "C")}) == 4
 
 

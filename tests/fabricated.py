@@ -99,10 +99,10 @@ def dataset(
         sequence_length=LENGTH,
     ).sealed()
     folder = Path(catalog.store.root) / "datasets" / manifest.id
-    for split, found in by_split.items():
-        for number in range(parts if found else 0):
-            mine = [row for row in found if row["key"] * parts >> 64 == number]
-            table = pa.Table.from_pylist(sorted(mine, key=lambda row: row["key"]), RECORDS)
+    for split, split_rows in by_split.items():
+        for number in range(parts if split_rows else 0):
+            in_part = [row for row in split_rows if row["key"] * parts >> 64 == number]
+            table = pa.Table.from_pylist(sorted(in_part, key=lambda row: row["key"]), RECORDS)
             write(folder / f"records/{split}/part-{number:05d}.parquet", table, 8)
     start = 0
     for number, count in enumerate(stats["train"].shard_rows):
@@ -189,7 +189,7 @@ def report(catalog: Catalog, subject: str, dataset: str, split: str = "test", **
 
 
 def deployment(catalog: Catalog, name: str, version: str, state: str = "running", **config: Any) -> Deployment:
-    found = catalog.put(
+    record = catalog.put(
         Deployment(
             name=name,
             model=name,
@@ -199,8 +199,8 @@ def deployment(catalog: Catalog, name: str, version: str, state: str = "running"
             config_digest="",
         ).sealed()
     )
-    catalog.append(Event(kind="deployment", subject=found.id, data={"state": state, "name": name}))
-    return found
+    catalog.append(Event(kind="deployment", subject=record.id, data={"state": state, "name": name}))
+    return record
 
 
 def pick(rng: random.Random, values: Sequence[Any], least: int = 0) -> list[Any]:

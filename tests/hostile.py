@@ -101,8 +101,8 @@ def unix_socket(folder: Path, canary: Path) -> None:
     here = os.getcwd()
     os.chdir(folder)  # the name of a socket is short
     try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind("socket")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("socket")
     finally:
         os.chdir(here)
 
@@ -174,7 +174,7 @@ MODELS: dict[str, tuple[Make, str]] = {
     "huge header": (lambda folder, canary: put(folder, "model.safetensors", struct.pack("<Q", 1 << 62)), "not a safetensors"),
     "negative offsets": (weights(f'{{"a": {tensor(-16, 0, 4)}}}'), "malformed"),
     "overlap": (weights(f'{{"a": {tensor(0, 12)}, "b": {tensor(8, 16)}}}'), "malformed"),
-    "shape beyond its bytes": (weights(f'{{"a": {tensor(0, 16, 1 << 40, 1 << 40)}}}'), "as large as its shape"),
+    "shape beyond its bytes": (weights(f'{{"a": {tensor(0, 16, 1 << 40, 1 << 40)}}}'), "does not match its shape"),
     "deep header": (weights("[" * DEPTH), "malformed"),
     "tensor twice": (weights(f'{{"a": {tensor(0, 16)}, "a": {tensor(0, 16)}}}'), "malformed"),
     "deep config": (text("config.json", '{"a":' * DEPTH), "not valid JSON"),
@@ -187,15 +187,15 @@ MODELS: dict[str, tuple[Make, str]] = {
     "infinite experts": (text("config.json", '{"model_type": "mixtral", "num_local_experts": Infinity}'), "num_local_experts"),
     "index that leads out": (
         settings("model.safetensors.index.json", weight_map={"a": "../../secret.safetensors"}),
-        "not beside it",
+        "not in its folder",
     ),
-    "template that loops": (settings("tokenizer_config.json", chat_template=LOOPS), "come to an end"),
+    "template that loops": (settings("tokenizer_config.json", chat_template=LOOPS), "does not finish"),
     "template that doubles": (text("chat_template.jinja", DOUBLES), "template"),
-    "template that escapes": (settings("tokenizer_config.json", chat_template=[{"name": "x", "template": ESCAPES}]), "insides"),
-    "template that calls": (settings("tokenizer_config.json", chat_template=FORMATS), "insides"),
+    "template that escapes": (settings("tokenizer_config.json", chat_template=[{"name": "x", "template": ESCAPES}]), "Python internals"),
+    "template that calls": (settings("tokenizer_config.json", chat_template=FORMATS), "Python internals"),
     "tokenizer that multiplies": (
         tokenizer(normalizer={"type": "Sequence", "normalizers": REPLACED}),
-        "come to an end",
+        "does not finish",
     ),
 }  # fmt: skip
 
@@ -392,9 +392,9 @@ def outcomes(path: Path) -> list[str]:
     from forge_ray.data.read.strict_json import Reject
     from forge_ray.data.record.schema import parse_line, parse_record
 
-    (found,) = expand(DataConfig.model_validate({"sources": [{"path": str(path)}]}))
+    (source,) = expand(DataConfig.model_validate({"sources": [{"path": str(path)}]}))
     reasons = []
-    for chunk in index_file(found.path, found.name, found.format).chunks:
+    for chunk in index_file(source.path, source.name, source.format).chunks:
         for raw in read_raw(chunk, 1 << 20):
             try:
                 if raw.reason:
@@ -418,15 +418,15 @@ def main(folder: Path) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    found = {}
+    report = {}
     for name in DATA:
         began = time.process_time()
         try:
             reasons = outcomes(folder / name)
         except BaseException as error:
             reasons = [f"ERROR {type(error).__name__}: {error}"[:300]]
-        found[name] = [time.process_time() - began, reasons[:5]]
-    print(json.dumps(found))
+        report[name] = [time.process_time() - began, reasons[:5]]
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

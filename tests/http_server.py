@@ -14,11 +14,12 @@ from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.data.tokens.chat import load_tokenizer_dir
 from forge_ray.inference.load import load_engine
-from forge_ray.serve.http import AsgiApp, build_http
+from forge_ray.serve.context import Caller, Chosen, Directory, ServingContext
+from forge_ray.serve.http import build_http
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Chosen, Directory, RoutingInputs, Served
+from forge_ray.serve.routing import RoutingInputs
 
 ENGINE = {"precision": "fp32", "page_size": 16, "num_blocks": 256, "max_batch_tokens": 128}
 
@@ -29,40 +30,40 @@ class Fixed:
     def __init__(self, **names: Loaded) -> None:
         self.names = names
 
-    def stable(self, name: str) -> Loaded:
+    def stable(self, name: str, caller: Caller) -> Loaded:
         if name not in self.names:
             raise ApiError(404, f"model {name!r} is not served here", param="model", code="model_not_found")
         return self.names[name]
 
-    async def choose(self, name: str, facts: RoutingInputs) -> Chosen:
-        return Chosen(name, self.stable(name))
+    async def choose(self, name: str, caller: Caller, inputs: RoutingInputs) -> Chosen:
+        return Chosen(name, self.stable(name, caller))
 
-    def cards(self) -> list[dict[str, Any]]:
+    def cards(self, caller: Caller) -> list[dict[str, Any]]:
         return [
             {"id": name, "object": "model", "created": 1, "owned_by": "forge_ray", "model_version": loaded.version}
             for name, loaded in self.names.items()
         ]
 
 
-def deployment(directory: Directory, **more: Any) -> Served:
+def deployment(directory: Directory, **more: Any) -> ServingContext:
     """What `directory` names, without an engine of its own; `more` are settings of the deployment."""
     config = parse(DeployConfig, {"name": "bot", "models": ["tiny"], "engine": ENGINE, **more})
-    return Served(config, "dep_0", directory, Metrics("bot", "r0"))
+    return ServingContext(config, "dep_0", directory, Metrics("bot", "r0"))
 
 
-def served(model_dir: Path, name: str = "tiny", **more: Any) -> Served:
+def served(model_dir: Path, name: str = "tiny", **more: Any) -> ServingContext:
     """The model of `model_dir` as `name`; `more` are settings of the deployment. Close the engine when done."""
     config = parse(DeployConfig, {"name": "bot", "models": [name], "engine": ENGINE, **more})
     engine = load_engine(model_dir, None, config.engine, use_gpu=False)
     tokenizer = load_tokenizer_dir(model_dir)
     loaded = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", tokenizer, (tokenizer.end_of_turn_id,))
-    return Served(
+    return ServingContext(
         config, "dep_0", Fixed(**{name: loaded}), Metrics("bot", "r0", lambda: [engine.health()], lambda: [loaded])
     )
 
 
 @contextmanager
-def running(app: AsgiApp) -> Iterator[str]:
+def running(app: Any) -> Iterator[str]:
     """`app` on a free port of the loopback; gives its URL."""
     import uvicorn
 
@@ -88,4 +89,4 @@ def endpoint(model_dir: Path, **more: Any) -> Iterator[str]:
         with running(build_http(ready)) as url:
             yield url
     finally:
-        ready.directory.stable("tiny").engine.close()
+        ready.directory.stable("tiny", Caller("test")).engine.close()

@@ -28,6 +28,7 @@ from forge_ray.records import (
     digest,
     files_digest,
 )
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -41,8 +42,9 @@ ENVIRONMENT = {"python": "3.11.7", "machine": "x86_64", "torch": "2.13.0+cpu", "
 def filled(root: Path, model: Path) -> tuple[Store, dict[str, str]]:
     """The store and the ids of what is in it."""
     store = Store(str(root))
-    with Catalog(store) as catalog:
-        base = import_model(catalog, model, "tiny-llama", "Apache-2.0", alias="tiny")
+    with Catalog.open(store) as catalog:
+        base = import_model(catalog, model, "tiny-llama", "Apache-2.0")
+        promotion.promote(catalog, base.id, "tiny")
         dataset = catalog.put(manifest("tickets", base.id, 79))
         first = catalog.put(run(store, "run_1111111111111111", dataset.id, base, None))
         middle = catalog.put(version(store, "middle", first, base, "full", ()))
@@ -51,7 +53,7 @@ def filled(root: Path, model: Path) -> tuple[Store, dict[str, str]]:
         rival = catalog.put(report(base.id, dataset.id, 0.0))
         leak = catalog.put(leaks(second.id, dataset.id))
         tuned = catalog.put(version(store, "tickets", second, middle, "adapter", (own.id, rival.id)))
-        catalog.promote(tuned.id, "support@prod")
+        promotion.promote(catalog, tuned.id, "support@prod")
         endpoint = Deployment(
             name="helpdesk",
             model="support@prod",
@@ -176,7 +178,7 @@ def version(
 ) -> ModelVersion:
     """As `release` registers it; a full one has its base's files, so that its shape can be read."""
     files = base.files if weights == "full" else made_by.export
-    made = ModelVersion(
+    registered = ModelVersion(
         name=name,
         status="accepted",
         weights=weights,
@@ -188,8 +190,8 @@ def version(
         checks=(Check(name="exact_match", value=0.875, bound=0.5, passed=True),) if evals else (),
         licence=base.licence,
     ).sealed()
-    store.copy_dir(f"models/{base.id}" if weights == "full" else f"runs/{made_by.id}/export", f"models/{made.id}")
-    return made
+    store.copy_dir(f"models/{base.id}" if weights == "full" else f"runs/{made_by.id}/export", f"models/{registered.id}")
+    return registered
 
 
 def report(subject: str, dataset: str, score: float) -> EvalReport:

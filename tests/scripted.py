@@ -82,8 +82,8 @@ def ids_of(tokenizer: ChatTokenizer, text: str) -> list[int]:
 
     ids: list[int] = []
     for part in re.split(f"({MARK.pattern})", text):
-        found = tokenizer.marker_id(part) if MARK.fullmatch(part) else None
-        ids += [found] if found is not None else tokenizer.piece_ids(part) if part else []
+        marker_id = tokenizer.marker_id(part) if MARK.fullmatch(part) else None
+        ids += [marker_id] if marker_id is not None else tokenizer.piece_ids(part) if part else []
     return ids
 
 

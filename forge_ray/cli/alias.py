@@ -32,7 +32,7 @@ def alias_list(store: Store, as_json: bool) -> Any:
     from forge_ray.release.traffic import in_words, shown
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         routes = index.routes()
     if not as_json:
         print_table("Aliases", ("alias", "routes to"), [(name, in_words(route)) for name, route in sorted(routes.items())])
@@ -48,7 +48,7 @@ def alias_history(store: Store, as_json: bool, name: str) -> Any:
     from forge_ray.release.traffic import history, in_words
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         moves = history(index, name)
     if not as_json:
         rows = [
@@ -92,6 +92,7 @@ def alias_set(
     """Route an alias to a version, a weighted set, or a route file."""
     from forge_ray.config.base import load, parse
     from forge_ray.config.release import AliasRoute
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
 
     if bool(file) == bool(versions):
@@ -101,8 +102,8 @@ def alias_set(
     else:
         weights = {ref: _weight(weight or "1") for ref, _, weight in (option.partition("=") for option in versions)}
         route = parse(AliasRoute, {"versions": weights, "shadow": list(shadow), "fallback": fallback})
-    with Catalog(store) as index:
-        index.set_route(name, route, why)
+    with Catalog.open(store) as index:
+        promotion.set_route(index, name, route, why)
         return _moved(as_json, name, index.routes()[name], url)
 
 
@@ -133,11 +134,9 @@ def alias_canary(
     name: str,
     reference: str,
     percent: float,
-    max_error_rate: float,
-    max_latency_ratio: float,
-    min_requests: int,
     why: str,
     url: str,
+    **limits: float,
 ) -> Any:
     """Send a share of an alias's requests to another version.
 
@@ -147,9 +146,8 @@ def alias_canary(
     from forge_ray.release.traffic import canary
     from forge_ray.store.catalog import Catalog
 
-    bounds = {"max_error_rate": max_error_rate, "max_latency_ratio": max_latency_ratio, "min_requests": min_requests}
-    with Catalog(store) as index:
-        return _moved(as_json, name, canary(index, name, reference, percent, parse(Guard, bounds), why), url)
+    with Catalog.open(store) as index:
+        return _moved(as_json, name, canary(index, name, reference, percent, parse(Guard, limits), why), url)
 
 
 @verb(alias, "promote", "forge alias promote support@prod")
@@ -161,7 +159,7 @@ def alias_promote(store: Store, as_json: bool, name: str, why: str, url: str) ->
     from forge_ray.release.traffic import promote
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         return _moved(as_json, name, promote(index, name, why), url)
 
 
@@ -174,7 +172,7 @@ def alias_rollback(store: Store, as_json: bool, name: str, why: str, url: str) -
     from forge_ray.release.traffic import rollback
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         return _moved(as_json, name, rollback(index, name, why), url)
 
 
@@ -185,10 +183,11 @@ def alias_archive(store: Store, as_json: bool, name: str, why: str) -> Any:
     """Archive an alias: endpoints answer 410 for it.
 
     `forge alias rollback` restores it."""
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
-        index.set_route(name, None, why)
+    with Catalog.open(store) as index:
+        promotion.set_route(index, name, None, why)
     if not as_json:
         click.echo(f"{name}: archived")
     return {"alias": name, "archived": True}

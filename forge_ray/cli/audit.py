@@ -59,7 +59,7 @@ def audit_data(store: Store, as_json: bool, run: str, steps_to_list: tuple[int, 
         for problem in report.problems[:20]:
             click.echo(f"  {problem}")
         if not report.problems:
-            click.echo("every step was given the rows of its order")
+            click.echo("every step used the rows of its order")
     if report.problems:
         raise TrainingError(
             f"{run} did not train on the recorded rows: {report.problems[0]} ({len(report.problems)} problems)",
@@ -79,10 +79,12 @@ def audit_leak(store: Store, as_json: bool, reference: str, **settings: int | No
     """Measure what the weights reveal about their training rows.
 
     Covers membership inference, verbatim extraction and exposure of canaries."""
-    from forge_ray import pipeline
+    from forge_ray.evaluate import reports
+    from forge_ray.store.catalog import Catalog
 
     overrides = {name: value for name, value in settings.items() if value is not None}
-    report = pipeline.audit_leak(reference, store, overrides)
+    with Catalog.open(store) as catalog:
+        report = reports.audit_leak_of(catalog, reference, overrides)
     if not as_json:
         from forge_ray.cli.show import print_table
 
@@ -99,7 +101,7 @@ def audit_leak(store: Store, as_json: bool, reference: str, **settings: int | No
                 "leak_auc_base",
             ),
             ("loss gap, nats per token", value("leak_gap"), "", "leak_gap_base"),
-            ("said word for word", value("extraction_rate", ".1%"), value("extraction_rate_held_out", ".1%"), ""),
+            ("reproduced word for word", value("extraction_rate", ".1%"), value("extraction_rate_held_out", ".1%"), ""),
             (
                 "exposure, bits, mean",
                 value("exposure_mean", ".2f"),
@@ -114,5 +116,5 @@ def audit_leak(store: Store, as_json: bool, reference: str, **settings: int | No
             ("", "training rows", "held out", "base model"),
             [(what, trained, held_out, value(base) if base else "") for what, trained, held_out, base in rows],
         )
-        click.echo(f"{report.id}  a model that does not know its canaries has 1.44 bits on average, an AUC of 0.5")
+        click.echo(f"{report.id}  without memorisation the mean exposure is 1.44 bits and the AUC 0.5")
     return report

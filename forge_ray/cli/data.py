@@ -50,7 +50,7 @@ def data_list(store: Store, as_json: bool) -> Any:
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         manifests, present = index.all(DatasetManifest), {manifest.id for manifest in index.datasets()}
     if not as_json:
         names = {d.id: d.name if d.id in present else f"{d.name} (rows erased)" for d in manifests}
@@ -80,7 +80,7 @@ def data_show(store: Store, as_json: bool, dataset: str, rows: int, split: str) 
     from forge_ray.cli.show import packed_rows, print_packed_rows
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         packed = packed_rows(index, dataset, split, rows)
     if not as_json:
         print_packed_rows(packed)
@@ -97,7 +97,7 @@ def data_card(store: Store, as_json: bool, dataset: str) -> Any:
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         manifest = index.get_as(DatasetManifest, dataset)
     folder = write_card(store, manifest)
     if not as_json:
@@ -117,7 +117,7 @@ def data_diff(store: Store, as_json: bool, old: str, new: str) -> Any:
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         changes = diff(store, index.get_as(DatasetManifest, old), index.get_as(DatasetManifest, new))
     if not as_json:
         from forge_ray.cli.show import print_table
@@ -152,7 +152,7 @@ def data_find(store: Store, as_json: bool, record: str, subject: str, key_file: 
     if subject == "-":  # an argument would stay in the shell's history
         subject = sys.stdin.read().strip()
     hashed = subject_digest(subject_key(store, key_file), subject) if subject else ""
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         holdings = holders(store, index.all(DatasetManifest), record, hashed)
     if not as_json:
         from forge_ray.cli.show import print_table
@@ -183,7 +183,7 @@ def data_export(store: Store, as_json: bool, dataset: str, target: Path, split: 
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         manifest = index.get_as(DatasetManifest, dataset)
     count = export(store, manifest, SPLITS if split == "all" else (split,), target)
     if not as_json:

@@ -1,4 +1,4 @@
-"""`forge doctor`: what is open, what leaves, what is missing, each with the command that fixes it."""
+"""`forge doctor`: checks of security, machine and store, each with the command that fixes a problem."""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,7 @@ from forge_ray.cli.verbs import verb
 from forge_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from forge_ray.governance.erasure.apply import Options
     from forge_ray.governance.erasure.plan import ErasurePlan, ErasureRequest
     from forge_ray.store.files import Store
 
@@ -23,63 +25,119 @@ def top() -> None:
     """Top-level verbs; `forge` registers them."""
 
 
+ROWS = (
+    click.option("--subject", default="", help="Value of the subject column; - reads it from standard input."),
+    click.option("--key-file", default="", help="File with the HMAC key, if it is no longer where the run file named it."),
+    click.option("--record", "records", multiple=True, metavar="rec_…", help="Id of a record. Repeatable."),
+    click.option(
+        "--file", "file", default="", metavar="ROWS", help="File of rows, in any format that data.sources accepts."
+    ),
+    click.option("--no-near-duplicates", is_flag=True, help="Keep near duplicates of the rows."),
+)
+HANDLING = (
+    click.option(
+        "--deployments",
+        type=click.Choice(["retire", "mark"]),
+        default="retire",
+        show_default=True,
+        help="retire: affected versions stop serving at once; mark: they serve until a replacement is released.",
+    ),
+    click.option(
+        "--retrain",
+        type=click.Choice(["all", "used", "none"]),
+        default="all",
+        show_default=True,
+        help="Runs to repeat without the rows: all, only those that an alias routes to, or none.",
+    ),
+    click.option(
+        "--remove-adapters",
+        is_flag=True,
+        help="Remove adapters whose base model is not affected, instead of retraining them.",
+    ),
+    click.option(
+        "--keep-weights", is_flag=True, help="Keep the weights of affected versions in the store, blocked from use."
+    ),
+)
+
+
+def _request(subject: str, key_file: str, records: tuple[str, ...], file: str, no_near_duplicates: bool) -> ErasureRequest:
+    from pathlib import Path
+
+    from forge_ray.errors import NotFound
+    from forge_ray.governance.erasure.plan import ErasureRequest
+
+    if sum(map(bool, (subject, records, file))) != 1:
+        raise ConfigError("give --subject, --record or --file (exactly one)", hint="forge erase --record rec_… --plan")
+    near_duplicates = not no_near_duplicates
+    if key_file and not subject:
+        raise ConfigError("--key-file needs --subject", hint="leave it out")
+    if subject:
+        if subject == "-":  # an argument would stay in the shell's history
+            subject = sys.stdin.read().strip()
+        return ErasureRequest("subject", (subject,), near_duplicates, key_file)
+    if file and not Path(file).is_file():
+        raise NotFound(f"no file {file}", hint="give a file of rows, in any format that data.sources accepts")
+    if file:
+        return ErasureRequest("file", (file,), near_duplicates)
+    return ErasureRequest("record", tuple(sorted(set(records))), near_duplicates)
+
+
+def _rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that select the rows, as `request`."""
+
+    @functools.wraps(function)
+    def command(**arguments: Any) -> Any:
+        selection = {name: arguments.pop(name) for name in ("subject", "key_file", "records", "file", "no_near_duplicates")}
+        return function(request=_request(**selection), **arguments)
+
+    for option in reversed(ROWS):
+        command = option(command)
+    return command
+
+
+def _handling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of how affected runs, versions and deployments are handled, as `options`."""
+
+    @functools.wraps(function)
+    def command(**arguments: Any) -> Any:
+        from forge_ray.governance.erasure.apply import Options
+
+        names = ("deployments", "retrain", "remove_adapters", "keep_weights")
+        return function(options=Options(**{name: arguments.pop(name) for name in names}), **arguments)
+
+    for option in reversed(HANDLING):
+        command = option(command)
+    return command
+
+
 @verb(top, "erase", "forge erase --file rows.jsonl --plan")
-@click.option("--subject", default="", help="Value of the subject column; - reads it from standard input.")
-@click.option("--key-file", default="", help="File with the HMAC key, if it is no longer where the run file named it.")
-@click.option("--record", "records", multiple=True, metavar="rec_…", help="Id of a record. Repeatable.")
-@click.option("--file", "file", default="", metavar="ROWS", help="File of rows, in any format that data.sources accepts.")
-@click.option("--no-near-duplicates", is_flag=True, help="Keep near duplicates of the rows.")
+@_rows
 @click.option("--plan", "plan_only", is_flag=True, help="Show what would change, and change nothing.")
 @click.option("--apply", "apply", is_flag=True, help="Erase. After an interruption, the same command resumes.")
-@click.option(
-    "--deployments",
-    type=click.Choice(["retire", "mark"]),
-    default="retire",
-    show_default=True,
-    help="retire: affected versions stop serving at once; mark: they serve until a replacement is released.",
-)
-@click.option(
-    "--retrain",
-    type=click.Choice(["all", "used", "none"]),
-    default="all",
-    show_default=True,
-    help="Runs to repeat without the rows: all, only those that an alias routes to, or none.",
-)
-@click.option(
-    "--remove-adapters", is_flag=True, help="Remove adapters whose base model is not affected, instead of retraining them."
-)
-@click.option("--keep-weights", is_flag=True, help="Keep the weights of affected versions in the store, blocked from use.")
+@_handling
 @click.option("--why", default="", help="Reason, kept in the audit log and in the certificate.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def erase(
     store: Store,
     as_json: bool,
-    subject: str,
-    key_file: str,
-    records: tuple[str, ...],
-    file: str,
-    no_near_duplicates: bool,
+    request: ErasureRequest,
     plan_only: bool,
     apply: bool,
-    deployments: Literal["retire", "mark"],
-    retrain: Literal["all", "used", "none"],
-    remove_adapters: bool,
-    keep_weights: bool,
+    options: Options,
     why: str,
     yes: bool,
 ) -> Any:
     """Erase rows and everything derived from them.
 
     --plan shows the impact; --apply deletes, retrains, and writes a certificate."""
-    from forge_ray.governance.erasure.apply import Options, begun
+    from forge_ray.governance.erasure.apply import begun
     from forge_ray.governance.erasure.apply import erase as run
     from forge_ray.governance.erasure.plan import plan_of, search
     from forge_ray.store.catalog import Catalog
 
     if plan_only == apply:
         raise ConfigError("give --plan or --apply (exactly one)", hint="--plan changes nothing")
-    request = _request(subject, key_file, records, file, not no_near_duplicates)
-    with Catalog(store) as catalog:
+    with Catalog.read_only(store) as catalog:
         unfinished = begun(catalog, request)
         plan = unfinished or plan_of(catalog, search(catalog, request))
     if plan_only:
@@ -88,10 +146,12 @@ def erase(
         return plan.model_dump(mode="json") | {"worker_hours": plan.worker_hours, "gpu_hours": plan.gpu_hours}
     if not yes:
         if as_json or not sys.stdin.isatty():
-            raise ConfigError("--apply deletes what cannot be brought back, and nobody can be asked here", hint="add --yes")
+            raise ConfigError(
+                "--apply deletes irrevocably, and there is no terminal to ask for confirmation", hint="add --yes"
+            )
         show(plan, begun=unfinished is not None)
         click.confirm("Erase this?", abort=True)
-    statement = run(store, request, Options(deployments, retrain, remove_adapters, keep_weights), why)
+    statement = run(store, request, options, why)
     if not as_json:
         predicate = statement["predicate"]
         for name, lines in predicate["remains"]["source files"].items():
@@ -100,48 +160,27 @@ def erase(
     return statement
 
 
-def _request(subject: str, key_file: str, records: tuple[str, ...], file: str, near_duplicates: bool) -> ErasureRequest:
-    from pathlib import Path
-
-    from forge_ray.errors import NotFound
-    from forge_ray.governance.erasure.plan import ErasureRequest
-
-    if sum(map(bool, (subject, records, file))) != 1:
-        raise ConfigError("give --subject, --record or --file (exactly one)", hint="forge erase --record rec_… --plan")
-    if key_file and not subject:
-        raise ConfigError("--key-file is the key of --subject", hint="leave it out")
-    if subject:
-        if subject == "-":  # an argument would stay in the shell's history
-            subject = sys.stdin.read().strip()
-        return ErasureRequest("subject", (subject,), near_duplicates, key_file)
-    if file and not Path(file).is_file():
-        raise NotFound(f"no file {file}", hint="a file of rows, in any format that data.sources takes")
-    if file:
-        return ErasureRequest("file", (file,), near_duplicates)
-    return ErasureRequest("record", tuple(sorted(set(records))), near_duplicates)
-
-
 def show(plan: ErasurePlan, begun: bool) -> None:
-    """The plan for people."""
+    """Print the plan."""
     from forge_ray.cli.show import print_table
 
     state = " (already started)" if begun else ""
     click.echo(f"{plan.num_records} records, {plan.num_near_duplicates} near duplicates of them{state}")
     if plan.datasets:
         rows = [(d.id, d.name, ", ".join(f"{split} {count}" for split, count in d.held.items())) for d in plan.datasets]
-        print_table("Datasets to build again", ("dataset", "name", "records in"), rows)
+        print_table("Datasets to rebuild", ("dataset", "name", "records in"), rows)
     if plan.runs:
         runs = [
             (
                 run.id,
                 run.name,
                 f"{run.steps} of {run.num_steps}" + (f" ({run.first_step}..{run.last_step})" if run.steps else ""),
-                "trains again" if run.used and run.finished else "removed" if run.used else "stays: trained on none",
+                "retrained" if run.used and run.finished else "removed" if run.used else "kept: not trained on the rows",
                 f"{run.worker_hours:.2f}",
             )
             for run in plan.runs
         ]
-        print_table("Runs", ("run", "name", "steps with the rows", "what becomes of it", "worker hours"), runs)
+        print_table("Runs", ("run", "name", "steps with the rows", "action", "worker hours"), runs)
     if plan.versions:
         aliases = {v: ", ".join(n for n, hit in plan.aliases.items() if v in hit) for v in (one.id for one in plan.versions)}
         versions = [(v.id, v.name, v.status, v.weights, aliases[v.id]) for v in plan.versions]
@@ -149,13 +188,15 @@ def show(plan: ErasurePlan, begun: bool) -> None:
     for deployment in plan.deployments:
         click.echo(f"{deployment.id} {deployment.name} ({deployment.state}) serves {', '.join(deployment.versions)}")
     for report in plan.evals:
-        about = f"{report.quotes} items about the rows" if report.quotes else "answers or labels that they taught"
+        about = f"{report.quotes} items about the rows" if report.quotes else "answers or labels derived from them"
         click.echo(f"evaluation {report.id} of {report.subject}: {about}")
     for name, lines in plan.outside.items():
         click.echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
     for note in plan.notes:
         click.echo(f"note: {note}")
-    click.echo(f"training again: {plan.worker_hours:.2f} worker hours, {plan.gpu_hours:.2f} GPU hours, as the runs took")
+    click.echo(
+        f"retraining: {plan.worker_hours:.2f} worker hours, {plan.gpu_hours:.2f} GPU hours, estimated from the first runs"
+    )
 
 
 def _lines(lines: Sequence[int]) -> str:

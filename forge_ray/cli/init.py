@@ -24,7 +24,7 @@ LONG_ANSWERS = "eval: {max_new_tokens: 256}  # tokens; longer answers are cut of
 
 @dataclass(frozen=True)
 class Task:
-    """Where the run file of one task differs from the others."""
+    """What is specific to the run file of a task."""
 
     purpose: str
     rows: str
@@ -93,7 +93,7 @@ def run_file_text(task: str, data: str, base_model: str, name: str) -> str:
 
 
 def _scalar(value: str) -> str:
-    """As YAML, quoted where it must be, inside brackets too."""
+    """The value as YAML, quoted if necessary, also inside brackets."""
     import yaml
 
     text: str = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=len(value) * 10 + 80)
@@ -101,7 +101,7 @@ def _scalar(value: str) -> str:
 
 
 def write_run_file(target: Path, text: str, force: bool) -> None:
-    """All of the text or nothing; an existing file is replaced only with `force`."""
+    """Write the text atomically; an existing file is replaced only with `force`."""
     if target.is_dir():
         raise ConfigError(f"{target} is a folder", hint=f"give a file: forge init {target / 'run.yaml'}")
     if os.path.lexists(target) and not force:
@@ -153,7 +153,7 @@ def init(
     from forge_ray.config.run import RunConfig
 
     text = run_file_text(task, data, base_model, name)
-    parse(RunConfig, yaml.safe_load(text))  # a name that no run may have is refused before anything is written
+    parse(RunConfig, yaml.safe_load(text))  # an invalid name is refused before anything is written
     write_run_file(file, text, force)
     if not as_json:
         path, last = shlex.quote(str(file)), "train" if task == "pretrain" else "run"

@@ -1,7 +1,7 @@
-"""What a file of `jobs/` is made of: arguments → config and store → one step of the pipeline → JSON.
+"""The main function of the scripts in `jobs/`: arguments → config and store → one step of the pipeline → JSON.
 
 A step is a function of `forge_ray.pipeline`. stdout gets exactly one JSON object, its result; messages go to stderr; the
-exit code is 0 only for success (see `forge_ray.errors`).
+exit code is 0 only on success (see `forge_ray.errors`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(model: type[C], step: Callable[[C, Store], Any], arguments: list[str] |
 
 
 def as_json(result: Any) -> dict[str, Any]:
-    """One object for whatever a step returns; several results become `{"results": [...]}`."""
+    """The result of a step as one JSON object; several results become `{"results": [...]}`."""
     value = _plain(result)
     return value if isinstance(value, dict) else {"results": value}
 

@@ -27,7 +27,7 @@ def keys() -> None:
 
 
 def _bounds(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The scopes and limits of a key; an option left out is None, so that `change` keeps its value."""
+    """The options for scopes and limits of a key; one that is left out is None, so that `change` keeps the value."""
     for option in (
         click.option("--expires", metavar="WHEN", help="Expiry: 90d, 12h, or a date. Default: never."),
         click.option("--concurrency", type=int, help="Concurrent requests; 0: no limit."),
@@ -55,7 +55,7 @@ def keys_create(store: Store, as_json: bool, name: str, **bounds: Any) -> Any:
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         key, text = api_keys.create(index, name, **_fields(**bounds))
     return _with_secret(key, text, as_json)
 
@@ -67,7 +67,7 @@ def keys_list(store: Store, as_json: bool) -> Any:
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         all_keys = api_keys.list_keys(index)
     if not as_json:
         print_table("API keys", COLUMNS, [_row(key) for key in all_keys])
@@ -81,7 +81,7 @@ def keys_show(store: Store, as_json: bool, reference: str) -> Any:
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         key = api_keys.find(index, reference)
         history = [{"at": event.at, **event.data} for event in index.events("key", key.id)]
     if not as_json:
@@ -102,7 +102,7 @@ def keys_change(store: Store, as_json: bool, reference: str, **bounds: Any) -> A
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         key = api_keys.change(index, reference, **_fields(**bounds))
     if not as_json:
         _print(key)
@@ -117,7 +117,7 @@ def keys_rotate(store: Store, as_json: bool, reference: str, grace: str) -> Any:
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         key, text = api_keys.rotate(index, reference, api_keys.duration(grace))
     return _with_secret(key, text, as_json)
 
@@ -132,7 +132,7 @@ def keys_revoke(store: Store, as_json: bool, reference: str, reason: str) -> Any
     from forge_ray.serve import keys as api_keys
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         key = api_keys.revoke(index, reference, reason)
     if not as_json:
         _print(key)
@@ -153,7 +153,7 @@ def usage(store: Store, as_json: bool, by: Literal["key", "model", "version", "d
 
     rows = sums(store, by, since)
     if by == "key":
-        with Catalog(store) as index:
+        with Catalog.read_only(store) as index:
             names = {key.id: key.name for key in api_keys.list_keys(index)}
         rows = [{**row, "name": names.get(str(row["key"]), "")} for row in rows]
     if not as_json:

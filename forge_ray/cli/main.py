@@ -124,10 +124,13 @@ def models_import(store: Store, as_json: bool, path: str, name: str | None, lice
 
     from forge_ray.models.import_model import import_model
     from forge_ray.progress import stage
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index, stage("import") as it:
-        version = import_model(index, path, name or Path(path).stem.lower(), licence, alias)
+    with Catalog.open(store) as index, stage("import") as it:
+        version = import_model(index, path, name or Path(path).stem.lower(), licence)
+        if alias:
+            promotion.promote(index, version.id, alias)
         it.done(f"{version.id}  {version.name}{f' ← {alias}' if alias else ''}")
         return version
 
@@ -139,7 +142,7 @@ def models_list(store: Store, as_json: bool) -> Any:
     from forge_ray.cli.show import print_table
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         versions = listed(index)
     if not as_json:
         header = ("version", "name", "status", "weights", "MB", "aliases", "exact match", "loss")
@@ -163,7 +166,7 @@ def models_show(store: Store, as_json: bool, reference: str) -> Any:
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.resolve import resolve
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         version = index.model(resolve(index, reference))
         if not as_json:
             click.echo(json.dumps(version.model_dump(mode="json"), indent=2, ensure_ascii=False))
@@ -177,10 +180,11 @@ def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> A
     """Point an alias at a version.
 
     A rejected version is refused (exit code 3)."""
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
-        version = index.promote(reference, alias)
+    with Catalog.open(store) as index:
+        version = promotion.promote(index, reference, alias)
     if not as_json:
         click.echo(f"{alias} → {version.id}")
     return {"alias": alias, "model_version": version.id}
@@ -203,10 +207,11 @@ def models_restore(store: Store, as_json: bool, reference: str) -> Any:
 
 
 def _archived(store: Store, as_json: bool, reference: str, restore: bool) -> Any:
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
-        version = index.archive(reference, restore)
+    with Catalog.open(store) as index:
+        version = promotion.archive(index, reference, restore)
     state = "active" if restore else "archived"
     if not as_json:
         click.echo(f"{version.id} {state}")
@@ -240,13 +245,14 @@ def plan(
     Exit code 2 if the run cannot fit, as `forge train` would end."""
     from forge_ray import pipeline
     from forge_ray.cli.show import print_plan
+    from forge_ray.train.preflight import Assumptions
 
-    estimate = pipeline.plan(config, store, workers, memory_gb, tokens_per_s, cost_per_hour, rows)
+    estimate = pipeline.plan(config, store, Assumptions(workers, memory_gb, tokens_per_s, cost_per_hour, rows))
     if not as_json:
         print_plan(estimate)
-    if estimate["problem"]:
-        raise ConfigError(estimate["problem"], hint=estimate["remedy"])
-    return estimate
+    if estimate.problem:
+        raise ConfigError(estimate.problem, hint=estimate.remedy)
+    return estimate.to_json()
 
 
 FORCE = click.option("--force", is_flag=True, help="Start even if the plan predicts it will not fit.")
@@ -345,7 +351,7 @@ def catalog_rebuild(store: Store, as_json: bool) -> Any:
     """Rebuild the index from the records and events in the store."""
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         count = index.rebuild()
     if not as_json:
         click.echo(f"{count} records and events")

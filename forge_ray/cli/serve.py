@@ -48,7 +48,9 @@ def deploy(
     if serve_yaml:
         return _serve_yaml(store, as_json, _deploy_file(file, overrides))
     if not (address or os.environ.get("RAY_ADDRESS")):
-        raise ConfigError("no cluster to deploy on", hint="give --address auto on a node of it, or use `forge serve` here")
+        raise ConfigError(
+            "no cluster to deploy on", hint="give --address auto on one of its nodes, or use `forge serve` on this machine"
+        )
     if not show_status:
         config = _deploy_file(file, overrides)
         connect(address, show_logs=False)
@@ -68,7 +70,7 @@ def _deploy_file(file: str | None, overrides: tuple[str, ...]) -> Any:
         )
     shipped = here_or_shipped(file)
     if shipped != file:
-        raise NotFound(f"deployment file {file!r} does not exist", hint=f"the one that comes with forge_ray: {shipped}")
+        raise NotFound(f"deployment file {file!r} does not exist", hint=f"the one shipped with forge_ray is {shipped}")
     return load(DeployConfig, file, overrides)
 
 
@@ -90,7 +92,7 @@ def _status(store: Store, as_json: bool) -> Any:
     from forge_ray.serve.deploy import status
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         endpoints = status(index)
     if not as_json:
         for endpoint in endpoints or [{"name": "nothing is deployed", "status": "", "url": "", "replicas": {}}]:
@@ -125,9 +127,9 @@ def undeploy(store: Store, as_json: bool, name: str, address: str | None) -> Any
     from forge_ray.store.catalog import Catalog
 
     if not (address or os.environ.get("RAY_ADDRESS")):
-        raise ConfigError("no cluster given", hint="--address auto on a node of it, or set RAY_ADDRESS")
+        raise ConfigError("no cluster given", hint="give --address auto on one of its nodes, or set RAY_ADDRESS")
     connect(address, show_logs=False)
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         stop(name, index)
     return {"stopped": name}
 
@@ -154,7 +156,7 @@ def serve(store: Store, as_json: bool, file: str, overrides: tuple[str, ...], ha
 
 
 def wait_for_ctrl_c(name: str) -> None:
-    """Until SIGINT or SIGTERM."""
+    """Wait for SIGINT or SIGTERM."""
     import signal
 
     click.echo(f"serving {name!r} until Ctrl-C", err=True)

@@ -1,4 +1,4 @@
-"""Print what a person asks to see: token by token rows, tables, the end of the quick start."""
+"""Printed output: tables, packed rows token by token, the summary of the quick start."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from forge_ray.store.files import Store
 
 if TYPE_CHECKING:
     from forge_ray.cli.quickstart import QuickstartResult
+    from forge_ray.train.preflight import Estimate
 
 
 def packed_rows(catalog: Catalog, reference: str, split: str, count: int) -> list[dict[str, Any]]:
-    """The first packed rows: per document its record, its text, and the tokens with whether each is trained."""
+    """The first packed rows: for each document its record and its tokens, with whether each is trained."""
     from forge_ray.data.dataset.stream import Rows
     from forge_ray.data.dataset.version import load_tokenizer
 
@@ -45,7 +46,7 @@ def packed_rows(catalog: Catalog, reference: str, split: str, count: int) -> lis
 
 
 def print_packed_rows(rows: list[dict[str, Any]]) -> None:
-    """Trained tokens on green, everything else dim; without colour, trained tokens stand in ⟦ ⟧."""
+    """Print trained tokens on green and all others dim; without colour, trained tokens are enclosed in ⟦ ⟧."""
     from rich.console import Console
     from rich.text import Text
 
@@ -78,7 +79,7 @@ def comparison(base: EvalReport, tuned: EvalReport) -> list[tuple[str, str, str,
 
 
 def print_table(title: str, header: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their content; a pipe gets whole lines too."""
+    """Print a table with columns as wide as their content; lines are not cut when the output is a pipe."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -93,7 +94,7 @@ def print_table(title: str, header: tuple[str, ...], rows: Sequence[Sequence[str
 
 
 def models(catalog: Catalog) -> list[dict[str, Any]]:
-    """Model versions, oldest first, with the aliases that point at them and the score they were judged by."""
+    """Model versions, oldest first, with their aliases and scores."""
     aliases: dict[str, list[str]] = {}
     for alias, target in catalog.aliases().items():
         aliases.setdefault(target, []).append(alias)
@@ -115,37 +116,33 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def print_plan(estimate: dict[str, Any]) -> None:
-    """The plan of a run, as a table."""
-    memory = estimate["memory"]
-    parts = ("weights", "gradients", "optimizer", "working")
+def print_plan(estimate: Estimate) -> None:
+    """Print the estimate of a run as a table."""
+    plan, memory = estimate.plan, estimate.plan.memory
+    limit = f", of {size(estimate.memory_limit)}" if estimate.memory_limit else ", memory limit unknown"
     rows = [
-        ("model", f"{estimate['num_parameters']:,} weights, {estimate['num_trained']:,} trained ({estimate['base_model']})"),
-        *([("active", f"{estimate['num_active']:,}")] if estimate["num_active"] < estimate["num_parameters"] else []),
-        *(("adapter" if not number else "", line) for number, line in enumerate(estimate["reaches"])),
-        ("data", f"{estimate['num_rows']:,} packed rows × {estimate['epochs']:.2f} epochs ({estimate['dataset']})"),
-        ("tokens", f"{estimate['num_tokens']:,}, of which {estimate['num_trained_tokens']:,} are trained"),
-        ("steps", f"{estimate['steps']:,}"),
-        ("workers", f"{estimate['num_workers']}, {estimate['precision']}"),
-        (
-            "memory of one",
-            f"{size(memory['total'])} and what the libraries take"
-            + (f", of {size(estimate['room'])}" if estimate["room"] else ", memory limit unknown"),
-        ),
-        *((f"  {part}", size(memory[part])) for part in parts),
-        ("a checkpoint", size(estimate["checkpoint_bytes"])),
-        ("disk", size(estimate["disk_bytes"])),
+        ("model", f"{plan.num_parameters:,} weights, {plan.num_trained:,} trained ({estimate.base_model})"),
+        *([("active", f"{plan.num_active:,}")] if plan.num_active < plan.num_parameters else []),
+        *(("adapter" if not number else "", line) for number, line in enumerate(estimate.reaches)),
+        ("data", f"{plan.num_rows:,} packed rows × {plan.epochs:.2f} epochs ({estimate.dataset})"),
+        ("tokens", f"{plan.num_tokens:,}, of which {plan.num_trained_tokens:,} are trained"),
+        ("steps", f"{plan.steps:,}"),
+        ("workers", f"{estimate.num_workers}, {estimate.precision}"),
+        ("worker memory", f"{size(memory.total)} plus libraries{limit}"),
+        *((f"  {part}", size(getattr(memory, part))) for part in ("weights", "gradients", "optimizer", "working")),
+        ("a checkpoint", size(plan.checkpoint_bytes)),
+        ("disk", size(estimate.disk_bytes)),
     ]
-    if estimate["seconds"] is not None:
-        hours = estimate["seconds"] / 3600
-        rows.append(("time", f"{hours:.2f} h, {hours * estimate['num_workers']:.2f} worker hours"))
-    if estimate["cost"] is not None:
-        rows.append(("cost", f"{estimate['cost']:.2f}"))
+    if estimate.seconds is not None:
+        hours = estimate.seconds / 3600
+        rows.append(("time", f"{hours:.2f} h, {hours * estimate.num_workers:.2f} worker hours"))
+    if estimate.cost is not None:
+        rows.append(("cost", f"{estimate.cost:.2f}"))
     print_table("Plan", ("", ""), rows)
 
 
 def print_quickstart(result: QuickstartResult, store: Store) -> None:
-    """The end of the quick start: table, answer, lineage, places, what to try next."""
+    """Print the summary of the quick start: scores, answer, lineage, files, next commands."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -162,7 +159,7 @@ def print_quickstart(result: QuickstartResult, store: Store) -> None:
         console.print(f"\n[bold]asked[/bold]     {result.question}", soft_wrap=True)
         console.print(f"[bold]answered[/bold]  {result.answer.text}   (expected: {result.expected})", soft_wrap=True)
         console.print("\n[bold]where that answer comes from[/bold]")
-        with Catalog(store) as catalog:
+        with Catalog.read_only(store) as catalog:
             for line in draw(lineage(catalog, outcome.deployment.id, 3)):
                 console.print(line, soft_wrap=True, markup=False)
     run = outcome.run.id
@@ -181,7 +178,7 @@ def print_quickstart(result: QuickstartResult, store: Store) -> None:
 
 
 def activation() -> str:
-    """What must be typed before `forge` is the command of this installation; "" if it is."""
+    """The command that activates this installation's environment; "" if `forge` is already its command."""
     script, command = Path(sys.prefix, "bin", "activate"), shutil.which("forge")
     if not script.is_file() or (command and Path(command).parent.resolve() == script.parent.resolve()):
         return ""
@@ -190,7 +187,7 @@ def activation() -> str:
 
 
 def next_steps(dataset: str, version: str) -> list[str]:
-    """Commands that work in the current folder, whether it is a checkout or not."""
+    """Next commands, which work in the current folder whether it is a checkout or not."""
     file = here_or_shipped("jobs/deploy.yaml")
     lines = [f"forge data show {dataset} --rows 3", f"forge serve {shlex.quote(file)}", f"forge lineage {version}"]
     if Path(file).is_absolute() and not Path("jobs").exists():

@@ -19,6 +19,7 @@ from forge_ray.errors import (
     NotFound,
     PolicyError,
     TrainingError,
+    first_line,
 )
 from forge_ray.machine.offline import set_offline_switches
 
@@ -27,7 +28,7 @@ EXCLUDES = [".venv", ".git", ".forge", "**/__pycache__", "*.egg-info", ".mypy_ca
 
 
 def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], wait: bool) -> dict[str, Any]:
-    """Run `forge run FILE` on the cluster with this folder as its working directory; the token is Ray's own
+    """Run `forge run FILE` on the cluster, with the current folder as its working directory. The token is read as Ray does
     (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token). With `wait`, logs go to stderr until the job ends."""
     set_offline_switches()
     path = Path(file)
@@ -42,7 +43,7 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # the packing of each file is not news
+    logging.getLogger("ray").setLevel(logging.WARNING)  # no message for each file that is packed
 
     relative = path.resolve().relative_to(Path.cwd()).as_posix()
     words = ["python", "-m", "forge_ray.cli", "run", relative, "--store", store_uri, "--json"]
@@ -55,10 +56,10 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
         client = JobSubmissionClient(address)
         job = _accepted(client, shlex.join(words), environment)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise NotFound(
-            f"no job could be sent to {address}: {reason}",
-            hint="is the dashboard reachable (http://HEAD:8265), and the token in ~/.ray/auth_token the cluster's?",
+            f"the job could not be submitted to {address}: {reason}",
+            hint="check that the dashboard is reachable (http://HEAD:8265) and ~/.ray/auth_token has the cluster's token",
         ) from error
     if not wait:
         return {"job": job, "status": "submitted", "address": address, "store": store_uri}
@@ -71,7 +72,7 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
 
 
 def _accepted(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:
-    """The job's id. A head node that has just started has no agent yet: it is asked again until it has."""
+    """Submit the job and return its id. A head node that has just started has no agent yet, so submission is retried."""
     deadline = time.monotonic() + AGENT_WAIT_S
     while True:
         try:
@@ -102,7 +103,7 @@ async def _follow(client: Any, job: str) -> str:
 
 
 def _result(logs: str) -> Any:
-    """The job's own JSON: the last line of its log that is one object."""
+    """The job's JSON output: the last line of its log that is an object."""
     for line in reversed(logs.splitlines()):
         if line.startswith("{"):
             try:

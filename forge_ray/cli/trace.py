@@ -43,7 +43,7 @@ def trace(store: Store, as_json: bool, records: tuple[str, ...], files: tuple[st
         raise ConfigError("forge trace needs a record id, --file or --subject", hint="forge trace rec_…")
     if subject == "-":  # an argument would stay in the shell's history
         subject = sys.stdin.read().strip()
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         queries = [tracer.of_record(record) for record in records]
         queries += [query for file in files for query in tracer.of_file(index, file)]
         queries += [tracer.of_subject_value(index, subject)] if subject else []
@@ -60,14 +60,15 @@ def trace(store: Store, as_json: bool, records: tuple[str, ...], files: tuple[st
 
 
 def lines(traced: Traced) -> Iterator[str]:
-    """The answer for people."""
+    """The result as lines of text."""
     for query in traced.queries:
         if query.asked in traced.nowhere:
             yield f"{query.asked}: {query.note or f'no dataset version holds it ({traced.num_datasets} searched)'}"
         elif query.asked not in query.records and len(query.records) > 1:
             yield f"{query.asked}: {len(query.records)} records"
         if query.unsearched:
-            yield f"  {len(query.unsearched)} of {traced.num_datasets} versions cannot say: no data.subject, or no sources"
+            count = f"{len(query.unsearched)} of {traced.num_datasets} dataset versions"
+            yield f"  {count} cannot be searched: no data.subject, or no sources"
     for reason in traced.broken.values():
         yield f"not searched: {reason}"
     for one in traced.records[:SHOWN]:
@@ -78,7 +79,7 @@ def lines(traced: Traced) -> Iterator[str]:
         branches += [_used(use) for use in one.uses]
         yield from _tree(branches)
     if len(traced.records) > SHOWN:
-        yield f"… and {len(traced.records) - SHOWN} records more (--json lists all)"
+        yield f"… and {len(traced.records) - SHOWN} more records (--json lists all)"
     if traced.records:
         reached = traced.reached
         branches = [f"run         {run.run}  {run.name}: {run.state}, {_how(run.how)}" for run in reached.runs]
@@ -96,12 +97,12 @@ def lines(traced: Traced) -> Iterator[str]:
             for d in reached.deployments
         ]
         branches += [f"report      {e.report}  on {e.dataset} {e.how}, of {e.subject}" for e in reached.evals]
-        yield "came of it" if branches else "nothing came of it: no run used a row that holds it"
+        yield "derived from it" if branches else "nothing was derived from it: no run used a row with it"
         yield from _tree(branches)
 
 
 def _up(live: bool, state: str) -> str:
-    """What the events say: an endpoint whose process was killed wrote none."""
+    """The state by the deployment's events; an endpoint whose process was killed has written none."""
     if live:
         return "up, by its last event"
     return "replaced" if state == "running" else state
@@ -123,9 +124,9 @@ def _used(use: Any) -> str:
     from forge_ray.governance.uses import ranges
 
     if use.how == "validated":
-        return f"{use.run} validated on its split" + (" and chose by it" if use.decided else "")
+        return f"{use.run} validated on its split" + (" and selected by it" if use.decided else "")
     if not use.exact:
-        return f"{use.run} may have trained on it: its settings are gone"
+        return f"{use.run} may have trained on it: its settings are missing"
     out = f"; left out of {ranges([step for step, _ in use.left_out])}" if use.left_out else ""
     return f"{use.run} trained on it at step {ranges(use.steps)}{out}" if use.steps else f"{use.run}{out}"
 
@@ -133,8 +134,8 @@ def _used(use: Any) -> str:
 def _how(how: str) -> str:
     meanings = {
         "trained": "trained on it",
-        "chosen": "chosen by a validation on it",
-        "base": "began from a version that saw it",
+        "chosen": "selected by a validation on it",
+        "base": "started from a version trained on it",
     }
     return meanings[how]
 
@@ -159,7 +160,7 @@ def lineage(
 
     if goal and (svg or html):
         raise ConfigError("--to prints one chain; --svg and --html draw the whole graph", hint="leave out one of them")
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         if goal:
             chain = trace.path(index, reference, goal)
             if not as_json:

@@ -57,7 +57,7 @@ def signers_create(
     from forge_ray.governance.signers import create
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         signer = create(index, name, roles, Path(out).expanduser(), algorithm)
     if not as_json:
         click.echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
@@ -80,8 +80,8 @@ def signers_add(store: Store, as_json: bool, name: str, path: str, roles: tuple[
     from forge_ray.store.catalog import Catalog
 
     if not Path(path).is_file():
-        raise NotFound(f"--public {path!r} is not a file", hint="the public half, NAME.pub")
-    with Catalog(store) as index:
+        raise NotFound(f"--public {path!r} is not a file", hint="give the public key, NAME.pub")
+    with Catalog.open(store) as index:
         signer = add(index, name, roles, Path(path).read_text())
     if not as_json:
         click.echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
@@ -94,7 +94,7 @@ def signers_list(store: Store, as_json: bool) -> Any:
     from forge_ray.cli.show import print_table
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         listed = list(index.authority().signers.values())
     if not as_json:
         rows = [(signer.id, signer.name, ", ".join(signer.roles), _state(signer), signer.added_at[:19]) for signer in listed]
@@ -112,7 +112,7 @@ def signers_change(store: Store, as_json: bool, reference: str, roles: tuple[str
     from forge_ray.governance.signers import change
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         signer = change(index, reference, roles)
     if not as_json:
         click.echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
@@ -141,7 +141,7 @@ def _ended(store: Store, as_json: bool, reference: str, why: str, compromised: b
     from forge_ray.governance.signers import end
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         signer = end(index, reference, compromised, why)
     if not as_json:
         click.echo(f"{signer.id}  {signer.name}: {_state(signer)}")
@@ -154,7 +154,7 @@ def policy_show(store: Store, as_json: bool) -> Any:
     from forge_ray.store.authority import MAY
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         settings = index.authority().policy.model_dump(mode="json")
     if not as_json:
         for name, value in settings.items():
@@ -206,7 +206,7 @@ def policy_set(
     changes = {name: value for name, value in options.items() if value is not None}
     if not changes:
         raise ConfigError("no policy setting to change", hint="--roles, --signatures, --protect ALIAS, …")
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         settings = set_policy(index, changes, why).model_dump(mode="json")
     if not as_json:
         click.echo(", ".join(f"{name}={value}" for name, value in settings.items()))
@@ -225,7 +225,7 @@ def approve(store: Store, as_json: bool, reference: str, alias: str, refuse: boo
     from forge_ray.governance import signers as people
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         event = people.approve(index, reference, alias, refuse, why)
         name = index.authority().name_of(event.key)
     if not as_json:
@@ -248,7 +248,7 @@ def sign(store: Store, as_json: bool, reference: str, openssf: bool, out: str) -
 
     if openssf != bool(out):
         raise ConfigError("--openssf and --out DIR go together", hint="forge sign mv_… --openssf --out signed/")
-    with Catalog(store) as index:
+    with Catalog.open(store) as index:
         path = people.export_signed(index, reference, out) if openssf else people.sign(index, reference)
     if not as_json:
         click.echo(path)
@@ -277,7 +277,7 @@ def verify(store: Store, as_json: bool, what: str, keys: tuple[str, ...]) -> Any
         if not as_json:
             click.echo(f"{what}: {result['what']} holds")
         return result
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         authority = verifying.trusting(index.authority(), trusted)
         checked = verifying.verify_record(index, resolve(index, what), authority)
     if not as_json:
@@ -306,7 +306,7 @@ def audit_show(store: Store, as_json: bool, subject: str, action: str, last: int
         if (not subject or line["subject"] == subject) and (not action or line["action"].startswith(action))
     ][-last:]
     if not as_json:
-        with Catalog(store) as index:
+        with Catalog.read_only(store) as index:
             authority = index.authority()
         rows = [
             (
@@ -333,14 +333,17 @@ def audit_verify(store: Store, as_json: bool, head: str, every_signature: bool) 
     from forge_ray.governance.verify import verify_log
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(store) as index:
+    with Catalog.read_only(store) as index:
         report = verify_log(index, every_signature, head)
     if not as_json:
         click.echo(f"{report.num_lines} lines, {report.num_signed} signed, {report.num_files} files; head {report.head}")
         for problem in report.problems[:20]:
             click.echo(f"  {problem}")
         if not report.problems:
-            click.echo("nothing was changed" + ("" if report.num_signed else "; no line is signed: the chain alone says so"))
+            click.echo(
+                "nothing was changed"
+                + ("" if report.num_signed else "; no line is signed, so this rests on the hash chain alone")
+            )
     if report.problems:
         raise PolicyError(
             f"the audit log does not hold: {report.problems[0]} ({len(report.problems)} problems)",

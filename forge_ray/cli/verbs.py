@@ -1,4 +1,4 @@
-"""The frame of every verb: --store, --json, a run file with overrides, honest exit codes."""
+"""What all verbs share: --store, --json, a run file with overrides, exit codes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ EXAMPLE = "\b\nExample:\n  "  # \b: click keeps the lines as they are
 
 
 class Verbs(click.Group):
-    """Verbs in the order of the data flow, not of the alphabet. `sections`, if any: title → the verbs that help lists
-    under it."""
+    """A group whose help lists verbs in the order of their definition, not alphabetically. `sections`: title → verbs that
+    the help lists under it."""
 
     def __init__(self, *arguments: Any, sections: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -79,7 +79,7 @@ def _fail(error: ForgeError, as_json: bool) -> None:
 
 
 def run_file(function: Callable[..., Any]) -> Callable[..., Any]:
-    """RUN.yaml and its overrides, as `config`."""
+    """A decorator that adds the argument RUN.yaml and --set, and passes the run file as `config`."""
 
     @functools.wraps(function)
     def command(file: str, overrides: tuple[str, ...], **arguments: Any) -> Any:

@@ -29,12 +29,12 @@ class SettingError(ValueError):
 class Config(Frozen):
     """Base of every section of a run file."""
 
-    model_config = ConfigDict(allow_inf_nan=False)  # they have no canonical JSON, so no digest
+    model_config = ConfigDict(allow_inf_nan=False)  # NaN and infinity have no canonical JSON, and so no digest
 
 
 C = TypeVar("C", bound=Config)
 
-# What a reader of YAML calls the Python types of pydantic's messages.
+# pydantic's error types → rules in the terms of YAML
 KINDS = {
     "model_type": "must be a section of keys",
     "dict_type": "must be a section of keys",
@@ -63,8 +63,8 @@ def load(model: type[C], path: str | Path, overrides: tuple[str, ...] = ()) -> C
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice in one section, where PyYAML would let the last one win in silence, and more
-    aliases than a person writes: aliases of aliases multiply."""
+    """Refuses a key that occurs twice in a section, where PyYAML would silently use the last one, and more than MAX_ALIASES
+    aliases, because nested aliases multiply."""
 
     num_aliases = 0
 
@@ -86,7 +86,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
-    """A copy of `values` with each `a.b.c=yaml` put in its place; list items by number."""
+    """A copy of `values` with every override `a.b.c=yaml` applied; items of lists are addressed by number."""
     result = copy.deepcopy(values)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -117,16 +117,16 @@ def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[
 
 
 def parse(model: type[C], values: Any, where: str = "") -> C:
-    """Validate `values`; a mistake becomes one `ConfigError` that lists every wrong key."""
+    """Validate `values` as `model`. Raises one `ConfigError` that lists every invalid key."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems: dict[str, str] = {}  # "key=value: " → the rules that it breaks: a value of several kinds has several
+        problems: dict[str, str] = {}  # "key=value: " → the rules that it breaks; several for a value of several types
         hints: list[str] = []
         items = [(tuple(str(part) for part in item["loc"] if not _is_kind(part)), item) for item in error.errors()]
         for place, item in items:
             if any(len(other) > len(place) and other[: len(place)] == place for other, _ in items):
-                continue  # a list that is too short, or of the wrong kind, only because one of its items is wrong
+                continue  # the list itself is reported only because one of its items is invalid
             subject, rule, hint = _explain(model, list(place), item)
             problems[subject] = f"{problems[subject]}, or {rule}" if subject in problems else rule
             if hint and hint not in hints:
@@ -138,22 +138,22 @@ def parse(model: type[C], values: Any, where: str = "") -> C:
 
 
 def _is_kind(part: str | int) -> bool:
-    """Where a key may hold values of several kinds, pydantic adds the kind it tried to the path: no key of the file."""
+    """Whether pydantic added this part to the path: the name of the type it tried, where a key has several types."""
     return isinstance(part, str) and re.fullmatch(r"(literal|tuple)\[.*\]", part) is not None
 
 
 def _explain(model: type[BaseModel], path: list[str], item: Any) -> tuple[str, str, str]:
-    """What is wrong (`key=value: `), the rule that it breaks, and the hint."""
+    """The subject (`key=value: `), the rule that it breaks, and the hint."""
     key = ".".join(path) or "(top level)"
     subject = f"{key}={item['input']!r}: "
     if item["type"] == "extra_forbidden":
-        known = sorted(_fields_at(model, path[:-1]))
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {'.'.join([*path[:-1], *near])!r}?" if near else f"known keys: {', '.join(known)}"
+        fields = sorted(_fields_at(model, path[:-1]))
+        near = difflib.get_close_matches(path[-1], fields, n=1)
+        hint = f"did you mean {'.'.join([*path[:-1], *near])!r}?" if near else f"known keys: {', '.join(fields)}"
         return subject, "unknown key", hint
     if item["type"] == "missing":
         return f"{key}: ", "required and missing", f"add {key} to the file"
-    if item["type"] == "value_error":  # raised by a rule over several keys: it names its own values
+    if item["type"] == "value_error":  # raised by a rule over several keys, which names the values itself
         error: ValueError = item["ctx"]["error"]
         return (f"{key}: " if path else ""), str(error), error.hint if isinstance(error, SettingError) else ""
     rule = KINDS.get(item["type"], item["msg"][:1].lower() + item["msg"][1:])
@@ -161,7 +161,7 @@ def _explain(model: type[BaseModel], path: list[str], item: Any) -> tuple[str, s
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> set[str]:
-    """Names of the fields of the section that `path` leads to (list positions are skipped)."""
+    """Field names of the section at `path`; list positions are skipped."""
     for part in path:
         field = model.model_fields.get(part)
         if field is None:
@@ -173,7 +173,7 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> set[str]:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """Every value, defaults included, as JSON-ready data."""
+    """Every setting, defaults included, as JSON-ready data."""
     return config.model_dump(mode="json")
 
 

@@ -52,7 +52,9 @@ class Length(Config):
         if not (self.min_chars or self.max_chars or self.min_words):
             raise SettingError("rule: length has no limit", "set min_chars, max_chars or min_words")
         if self.max_chars and self.min_chars > self.max_chars:
-            raise SettingError(f"min_chars={self.min_chars} is above max_chars={self.max_chars}", "no text can be both")
+            raise SettingError(
+                f"min_chars={self.min_chars} exceeds max_chars={self.max_chars}", "raise max_chars or lower min_chars"
+            )
         return self
 
 

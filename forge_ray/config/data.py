@@ -1,4 +1,4 @@
-"""The `data:` section: where the rows are and how they become packed sequences."""
+"""The `data:` section: the sources of rows, and how they become packed sequences."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Mapping(Config):
         pair = bool(self.chosen) and bool(self.rejected)
         if sum([bool(self.prompt and self.answer), bool(self.text), bool(self.messages), pair]) != 1:
             raise SettingError(
-                "mapping needs `prompt` with `answer`, or `text`, or `messages`, or `chosen` with `rejected`: one of them",
+                "mapping needs exactly one of: `prompt` with `answer`, `text`, `messages`, `chosen` with `rejected`",
                 "for example mapping: {prompt: question, answer: reply}",
             )
         return self
@@ -134,7 +134,7 @@ class DataConfig(Config):
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and (not all(weighted) or any(source.epochs != 1.0 for source in self.sources)):
             raise SettingError(
-                "sources: a mixture has a weight on every source, or epochs, not both",
-                "give each source a `weight`, or leave all out",
+                "sources: a mixture has either a weight on every source, or epochs",
+                "give every source a `weight`, or none",
             )
         return self

@@ -1,4 +1,4 @@
-"""The page of settings, from the fields: `python -m forge_ray.config.reference > docs/reference/settings.md`."""
+"""The reference page of all settings, generated: `python -m forge_ray.config.reference > docs/reference/settings.md`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEPLOYMENT = """
 Example: `{name: support, models: [support@prod], replicas: {max: 2}}`
 """
 
-# One line of each section, by its path; a test validates them.
+# An example for each section, by its path; a test validates them.
 EXAMPLES = {
     "": "{name: support, base_model: smollm2-135m-instruct}",
     "data": "data: {sequence_length: 1024, overlong: truncate}",
@@ -91,7 +91,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Section:
-    """A table of the page. `rule`: of an item of `data.curate`, its name."""
+    """A table of the page. `rule`: name of the rule, for an item of `data.curate`."""
 
     path: str
     meaning: str
@@ -100,7 +100,7 @@ class Section:
 
 
 def sections(model: type[Config], path: str = "", meaning: str = "") -> Iterator[Section]:
-    """The section of `model` and those below it, depth first."""
+    """The section of `model` and its subsections, depth first."""
     own = Section(path, meaning or _doc(model))
     below: list[Iterator[Section]] = []
     for name, info in model.model_fields.items():
@@ -109,7 +109,7 @@ def sections(model: type[Config], path: str = "", meaning: str = "") -> Iterator
             below.append(_curate(key, info.description or ""))
         elif inner := _section_of(info.annotation):
             below.append(sections(inner, key, _about(info, inner)))
-            if int not in get_args(info.annotation):  # a section alone, not a plain number or a section
+            if int not in get_args(info.annotation):  # it is always a section, never a plain number
                 continue
             own.settings.append(Setting(name, "int \\| section", _default(info), _meaning(info)))
         else:
@@ -136,9 +136,9 @@ def _doc(model: type[Config]) -> str:
 
 
 def _about(info: FieldInfo, model: type[Config]) -> str:
-    """The meaning of a section: of its field, of its kind, and what it is where it is not one section."""
+    """The description of a section: of its field, of its class, and whether it is a list, a mapping or optional."""
     parts = [f"{info.description}." if info.description else "", _doc(model)]
-    if int in get_args(info.annotation):  # its field is in the table above
+    if int in get_args(info.annotation):  # the field itself is described in the table above
         parts = [_doc(model)]
     elif get_origin(info.annotation) is tuple:
         parts.append("A list; each item has these keys.")
@@ -157,7 +157,7 @@ def _section_of(annotation: Any) -> type[Config] | None:
 
 
 def _default(info: FieldInfo) -> str:
-    """As one types it in YAML."""
+    """The default as it is written in YAML."""
     return "required" if info.default is PydanticUndefined else f"`{_yaml(info.default)}`"
 
 
@@ -184,7 +184,7 @@ def _type(annotation: Any) -> str:
 
 
 def reference() -> str:
-    """The whole page."""
+    """The text of the whole page."""
     parts = [INTRO, "\n## Run file (RUN.yaml)\n"]
     for section in sections(RunConfig):
         if section.rule:

@@ -1,4 +1,4 @@
-"""The `eval:`, `release:` and `deploy:` sections: how a model is judged, named and served."""
+"""The `eval:`, `release:` and `deploy:` sections: evaluation, release and serving of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from forge_ray.config.base import Config, SettingError
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$"  # as clients send them: support@prod, ft:base:org:suffix:id
+ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$"  # as clients send it: support@prod, ft:base:org:suffix:id
 
 
 class EngineConfig(Config):
@@ -107,12 +107,12 @@ class EvalConfig(Config):
     @model_validator(mode="after")
     def _labels_to_slice_by(self) -> Self:
         if "label" in self.slices and not self.labels:
-            raise SettingError("eval.slices has `label` and eval.labels is not set", "set labels=from_data, or a list")
+            raise SettingError("eval.slices has `label`, but eval.labels is not set", "set labels=from_data, or a list")
         return self
 
     def scoring(self) -> dict[str, Any]:
-        """What decides the scores of a report, as JSON-ready data. What was added later and is not asked for is left out, so
-        reports that were written before are found again; the leak audit has a report of its own."""
+        """The settings that affect the scores of a report, as JSON-ready data. Settings that were added later are left
+        out while they have their defaults, so that older reports are still found; the leak audit has its own report."""
         later: dict[str, Any] = {"slices": [], "safety": [], "contamination": None}
         value = self.model_dump(mode="json", exclude={"leak"})
         if not self.safety:
@@ -179,7 +179,8 @@ class LeakBounds(Config):
         None,
         ge=0,
         le=1,
-        description="Maximum AUC of telling training from held-out records by their loss; 0.5: they cannot be told apart",
+        description="Maximum AUC of distinguishing training from held-out records by their loss; 0.5: they cannot be"
+        " distinguished",
     )
     max_auc_gain: float | None = Field(None, ge=0, le=1, description="Maximum increase of that AUC over the base model's")
     max_exposure_mean: float | None = Field(
@@ -266,9 +267,11 @@ class Rule(Config):
     @model_validator(mode="after")
     def _states_something(self) -> Self:
         if not (self.header or self.user or self.prompt_tokens_below or self.prompt_tokens_from or self.classifier):
-            raise SettingError(f"a rule to {self.to!r} states no condition", "the alias's `versions` are for all the others")
+            raise SettingError(
+                f"a rule to {self.to!r} has no condition", "requests that match no rule go to the alias's `versions`"
+            )
         if bool(self.classifier) != bool(self.label):
-            raise SettingError("a classifier rule needs `classifier` and `label`", "the label is what it answers")
+            raise SettingError("a classifier rule needs both `classifier` and `label`", "`label` is the answer that matches")
         return self
 
 
@@ -307,7 +310,9 @@ class AliasRoute(Config):
     @model_validator(mode="after")
     def _has_weight(self) -> Self:
         if min(self.versions.values()) < 0 or not sum(self.versions.values()) > 0:
-            raise SettingError(f"versions={self.versions}: weights are shares, none negative", "{mv_a: 95, mv_b: 5}")
+            raise SettingError(
+                f"versions={self.versions}: weights must be shares of 0 or more, with a positive sum", "{mv_a: 95, mv_b: 5}"
+            )
         return self
 
     @property
@@ -349,5 +354,7 @@ class DeployConfig(Config):
     @model_validator(mode="after")
     def _names_are_names(self) -> Self:
         if wrong := [alias for alias in self.aliases if not re.fullmatch(ALIAS, alias)]:
-            raise SettingError(f"aliases: {wrong[0]!r} is no name, want {ALIAS}", "for example support@prod")
+            raise SettingError(
+                f"aliases: {wrong[0]!r} is not a valid alias, which matches {ALIAS}", "for example support@prod"
+            )
         return self

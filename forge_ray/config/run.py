@@ -1,4 +1,4 @@
-"""The run file: one YAML that says the whole path from rows to endpoint."""
+"""The run file: the whole path from rows to endpoint in one YAML file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _can_be_served(self) -> Self:
-        """What is trained here must be able to answer there: said before the first GPU hour, not after the last."""
+        """Check before training that the deployment can serve the adapter."""
         adapter, deploy = self.train.adapter, self.deploy
         if adapter is None or deploy is None or self.release.alias in deploy.merged:
             return self
@@ -38,16 +38,16 @@ class RunConfig(Config):
         if adapter.r > engine.max_lora_rank:
             raise SettingError(
                 f"train.adapter.r={adapter.r} exceeds deploy.engine.max_lora_rank={engine.max_lora_rank}: it could not be"
-                f" served",
+                " served",
                 f"lower r, raise max_lora_rank, {merged}",
             )
         if not engine.max_adapters:
             raise SettingError(
-                "deploy.engine.max_adapters=0 serves no adapters, and train.adapter makes one", f"raise it, {merged}"
+                "deploy.engine.max_adapters=0 serves no adapters, but train.adapter trains one", f"raise it, {merged}"
             )
         if adapter.method == "dora" or adapter.target_parameters:
             what = "method=dora" if adapter.method == "dora" else f"target_parameters={list(adapter.target_parameters)}"
-            raise SettingError(f"an adapter with {what} is not served beside others", f"use lora, {merged}")
+            raise SettingError(f"an adapter with {what} cannot share an engine with other adapters", f"use lora, {merged}")
         return self
 
     @model_validator(mode="after")
@@ -56,7 +56,7 @@ class RunConfig(Config):
         if length % size:
             raise SettingError(
                 f"train.sequence_parallel={size} does not divide data.sequence_length={length}",
-                f"use data.sequence_length={-(-length // size) * size}, or another number of workers to a row",
+                f"use data.sequence_length={-(-length // size) * size}, or another number of workers per row",
             )
         return self
 
@@ -64,12 +64,14 @@ class RunConfig(Config):
     def _gate_has_what_it_bounds(self) -> Self:
         gate = self.release.gate
         if gate.leak != LeakBounds() and self.eval.leak is None:
-            raise SettingError("release.gate.leak bounds an audit that eval.leak does not ask for", "set eval.leak={}")
+            raise SettingError(
+                "release.gate.leak has bounds for the leak audit, but eval.leak is not set", "set eval.leak={}"
+            )
         for rule in gate.no_worse_than:
             if rule.slices != "none" and rule.slices not in self.eval.slices:
                 raise SettingError(
-                    f"release.gate.no_worse_than judges slices={rule.slices}, which eval.slices={list(self.eval.slices)}"
-                    f" lacks",
+                    f"release.gate.no_worse_than compares slices={rule.slices}, but eval.slices={list(self.eval.slices)}"
+                    " does not list it",
                     f"add {rule.slices} to eval.slices",
                 )
         return self

@@ -1,4 +1,4 @@
-"""The `train:` section: method, adapter, optimizer, ZeRO, precision, cadence, scaling."""
+"""The `train:` section: method, adapter, optimizer, ZeRO, precision, validation, checkpoints, scaling."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Workers(Config):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min > self.max:
-            raise SettingError(f"min={self.min} is more than max={self.max}", "exchange them")
+            raise SettingError(f"min={self.min} exceeds max={self.max}", "swap them")
         return self
 
 
@@ -260,7 +260,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _workers_make_groups(self) -> Self:
-        """An elastic run may come to any number between; one that is no multiple is refused when it starts."""
+        """Check the bounds of an elastic run too; the numbers in between are checked when the workers start."""
         number, size = self.scaling.num_workers, self.sequence_parallel
         is_elastic = isinstance(number, Workers)
         counts = {"min": number.min, "max": number.max} if isinstance(number, Workers) else {"num_workers": number or 1}
@@ -279,12 +279,12 @@ class TrainConfig(Config):
         chosen = next((name for name in ("parameters", "optimizer") if getattr(offload, name) != "none"), "")
         what = f"offload.{chosen}=cpu"
         if chosen and self.engine != "deepspeed":
-            raise SettingError(f"{what} with engine={self.engine}", "set train.engine=deepspeed and train.zero_stage=3")
+            raise SettingError(f"{what} needs engine=deepspeed (engine is {self.engine})", "set train.engine=deepspeed")
         if chosen and not self.zero_stage:
-            raise SettingError(f"{what} with zero_stage=0", "set train.zero_stage=2, or 3 for offload.parameters")
+            raise SettingError(f"{what} needs ZeRO (zero_stage is 0)", "set train.zero_stage=2, or 3 for offload.parameters")
         if chosen == "parameters" and self.zero_stage != 3:
             raise SettingError(
-                f"{what} with zero_stage={self.zero_stage}, which keeps whole weights on every GPU",
+                f"{what} needs zero_stage=3 (zero_stage is {self.zero_stage}, which keeps whole weights on every GPU)",
                 "set train.zero_stage=3, or train.offload.parameters=none",
             )
         return self
@@ -293,7 +293,8 @@ class TrainConfig(Config):
     def _engine_supports(self) -> Self:
         if self.engine == "torch" and self.zero_stage:
             raise SettingError(
-                f"engine=torch has no zero_stage={self.zero_stage}", "set train.zero_stage=0, or train.engine=deepspeed"
+                f"engine=torch does not support zero_stage={self.zero_stage}",
+                "set train.zero_stage=0, or train.engine=deepspeed",
             )
         return self
 
@@ -314,34 +315,34 @@ class TrainConfig(Config):
             "train.validation.keep_best": of.keep_best,
             "train.export_step=best": self.export_step == "best",
         }
-        asked = [name for name, wanted in wants.items() if wanted]
+        asked = [name for name, is_set in wants.items() if is_set]
         if asked and (not of.every_steps or not every or of.every_steps % every):
             raise SettingError(
-                f"{asked[0]} is about checkpoints: validation.every_steps={of.every_steps} must be a multiple of"
-                f" checkpoint.every_steps={every}, and neither 0",
+                f"{asked[0]} needs a checkpoint at every validation: validation.every_steps={of.every_steps} must be a"
+                f" multiple of checkpoint.every_steps={every}, and neither may be 0",
                 f"set train.validation.every_steps={of.every_steps or every or 50} and"
                 f" train.checkpoint.every_steps={of.every_steps or every or 50}",
             )
         if of.early_stopping and not of.every_steps:
             raise SettingError(
-                "early_stopping with validation.every_steps=0 never looks", "set train.validation.every_steps"
+                "early_stopping needs periodic validation: validation.every_steps is 0", "set train.validation.every_steps"
             )
         if (asked or of.early_stopping) and not of.max_rows:
             raise SettingError(
-                f"{asked[0] if asked else 'early_stopping'} with validation.max_rows=0 has nothing to go by",
+                f"{asked[0] if asked else 'early_stopping'} needs validation rows: validation.max_rows is 0",
                 "set train.validation.max_rows=64",
             )
         if of.background and not self.scaling.max_workers:
             raise SettingError(
-                "validation.background with scaling.num_workers=0: there is no Ray to run it beside the training",
+                "validation.background needs Ray, and scaling.num_workers=0 trains without it",
                 "set train.scaling.num_workers=1, or train.validation.background=false",
             )
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights: all but how often we look, on how many workers it runs and how they share rows, where
-        the weights lie, and what is done in trouble (which the incidents of its record say). Validation is part of it where
-        it decides when to stop or what to export."""
+        """The settings that determine the weights. Not among them: validation, checkpoints, number of workers, sequence
+        parallelism, parameter offload, trackers, and guards, whose interventions are the incidents of the record. Validation
+        counts if it decides when to stop or what to export."""
         around = {"validation", "checkpoint", "scaling", "guards", "sinks", "sequence_parallel"}
         value = self.model_dump(mode="json", exclude=dict.fromkeys(around, True) | {"offload": {"parameters"}})
         if self.validation.early_stopping or self.export_step == "best":
@@ -352,16 +353,16 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _router_is_trained(self) -> Self:
         if self.router == "trained" and self.adapter:
-            raise SettingError("router=trained beside an adapter: its export has no place for it", "set train.router=auto")
+            raise SettingError("router=trained cannot be combined with an adapter", "set train.router=auto")
         if self.router_aux_loss and self.sequence_parallel > 1:
             raise SettingError(
-                f"router_aux_loss={self.router_aux_loss} with sequence_parallel={self.sequence_parallel}: each worker sees a"
-                " slice of the tokens to be balanced",
+                f"router_aux_loss={self.router_aux_loss} with sequence_parallel={self.sequence_parallel}: each worker sees"
+                " only a slice of the tokens to balance",
                 "set train.sequence_parallel=1, or train.router_aux_loss=0",
             )
         if self.router_aux_loss and (self.adapter or self.router == "frozen"):
             raise SettingError(
-                f"router_aux_loss={self.router_aux_loss} has nothing to balance, the router is frozen",
+                f"router_aux_loss={self.router_aux_loss} has no effect: the router is frozen",
                 "set train.router_aux_loss=0, or train every weight with train.router=trained",
             )
         return self
@@ -369,8 +370,8 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _blocks_can_be_compiled(self) -> Self:
         if self.compile and (self.zero_stage == 3 or self.router_aux_loss):
-            what = "zero_stage=3 gathers weights" if self.zero_stage == 3 else "router_aux_loss looks at routers"
-            raise SettingError(f"compile=true: {what} in the middle of a block", "set train.compile=false")
+            what = "zero_stage=3, which gathers weights" if self.zero_stage == 3 else "router_aux_loss, which reads routers"
+            raise SettingError(f"compile=true cannot be combined with {what} inside a block", "set train.compile=false")
         return self
 
     @model_validator(mode="after")
@@ -379,17 +380,17 @@ class TrainConfig(Config):
             return self
         if self.adapter.quantize == "nf4" and not self.scaling.gpus_per_worker:
             raise SettingError(
-                "adapter.quantize=nf4 needs a GPU, gpus_per_worker=0",
+                "adapter.quantize=nf4 needs a GPU (gpus_per_worker is 0)",
                 "set train.scaling.gpus_per_worker=1, or train.adapter.quantize=none",
             )
         if self.adapter.quantize == "nf4" and self.zero_stage == 3:
             raise SettingError(
-                "adapter.quantize=nf4 makes weights that zero_stage=3 cannot divide",
+                "adapter.quantize=nf4 stores weights in a form that zero_stage=3 cannot shard",
                 "set train.zero_stage=2: each worker holds the whole model, in 4 bits",
             )
         if self.adapter.method == "dora" and self.zero_stage == 3:
             raise SettingError(
-                "adapter.method=dora needs whole weights for their norms, zero_stage=3 divides them",
+                "adapter.method=dora needs whole weights for their norms, and zero_stage=3 shards them",
                 "set train.zero_stage=2, or train.adapter.method=rslora",
             )
         return self

@@ -1,4 +1,4 @@
-"""Is Ray closed, and does nothing leave: token, TLS, switches, listening sockets."""
+"""Security checks: Ray's token and TLS, telemetry switches, listening sockets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPIRES_SOON = timedelta(days=30)
 LISTEN = "0A"
 MAKE_TOKEN = "cluster/bare/start_head.sh --ip ADDRESS"
 LOOPBACK_DASHBOARD = "cluster/bare/stop.sh && cluster/bare/start_head.sh --ip ADDRESS --dashboard-host 127.0.0.1"
-# What a process of Ray's or ours is, by a part of its command line; the first that fits
+# The role of a process of Ray or forge_ray, by a part of its command line; the first match counts
 ROLES = (
     ("ray/dashboard/dashboard.py", "dashboard"),
     ("ray.util.client.server", "client server"),
@@ -39,7 +39,7 @@ ROLES = (
 
 @dataclass(frozen=True)
 class Listening:
-    """A socket that waits for connections: of which process (by role), at which address; `token`: it asks for one."""
+    """A listening socket: the role of its process, its address and port, and whether the process requires a token."""
 
     role: str
     address: str
@@ -59,24 +59,24 @@ class Listening:
 
 
 def token_path(around: Surroundings) -> Path:
-    """Where Ray looks for the cluster's token."""
+    """The path of the file from which Ray reads the cluster's token."""
     return Path(around.environ.get("RAY_AUTH_TOKEN_PATH") or around.home / ".ray/auth_token")
 
 
 def ray_token(around: Surroundings) -> Finding:
-    rule = "Ray asks for a token, and its file is for its owner alone"
+    rule = "Ray requires a token, in a file that only its owner can read"
     mode, path = around.environ.get("RAY_AUTH_MODE", ""), token_path(around)
     quoted = shlex.quote(str(path))
     if mode not in ("", "token", "k8s"):
-        found = f"RAY_AUTH_MODE={mode}: whoever reaches a port of Ray runs code"
-        return Finding("ray token", "fail", found, rule, "export RAY_AUTH_MODE=token")
+        observed = f"RAY_AUTH_MODE={mode}: anyone who reaches a port of Ray can run code"
+        return Finding("ray token", "fail", observed, rule, "export RAY_AUTH_MODE=token")
     if around.environ.get("RAY_AUTH_TOKEN"):
-        found = "the token is in RAY_AUTH_TOKEN, which `ps e` shows"
-        mend = f'(umask 077; printf %s "$RAY_AUTH_TOKEN" >{quoted}); unset RAY_AUTH_TOKEN'
-        return Finding("ray token", "warn", found, rule, mend)
+        observed = "the token is in RAY_AUTH_TOKEN, which `ps e` shows"
+        fix = f'(umask 077; printf %s "$RAY_AUTH_TOKEN" >{quoted}); unset RAY_AUTH_TOKEN'
+        return Finding("ray token", "warn", observed, rule, fix)
     if not path.is_file():
-        found = f"no token at {path}; a local Ray makes one, a cluster started by hand would have none"
-        return Finding("ray token", "warn", found, rule, MAKE_TOKEN)
+        observed = f"no token at {path}; a local Ray creates one, a cluster that is started by hand has none"
+        return Finding("ray token", "warn", observed, rule, MAKE_TOKEN)
     if not path.stat().st_size:
         return Finding("ray token", "fail", f"{path} is empty", rule, f"rm {quoted} && {MAKE_TOKEN}")
     if not is_private(path):
@@ -85,19 +85,19 @@ def ray_token(around: Surroundings) -> Finding:
 
 
 def ray_tls(around: Surroundings, address: str = "") -> Finding:
-    """Certificates of Ray's gRPC; without them the token crosses the wire in clear."""
-    rule = "between hosts Ray speaks TLS, with certificates that are valid for 30 days or more"
+    """TLS of Ray's gRPC; without it the token crosses the network unencrypted."""
+    rule = "Ray uses TLS between hosts, with certificates that are valid for at least 30 days"
     if around.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         several = address or around.environ.get("RAY_ADDRESS", "")
         if not several or several in ("local", "auto"):
-            return Finding("ray TLS", "ok", "off; nothing here names a cluster of several hosts", rule)
-        mend = "export RAY_USE_TLS=1 RAY_TLS_SERVER_CERT=… RAY_TLS_SERVER_KEY=… RAY_TLS_CA_CERT=…"
-        return Finding("ray TLS", "warn", f"off: token and rows cross the network to {several} in clear", rule, mend)
+            return Finding("ray TLS", "ok", "off; no cluster of several hosts is configured here", rule)
+        fix = "export RAY_USE_TLS=1 RAY_TLS_SERVER_CERT=… RAY_TLS_SERVER_KEY=… RAY_TLS_CA_CERT=…"
+        return Finding("ray TLS", "warn", f"off: token and rows cross the network to {several} unencrypted", rule, fix)
     for name in TLS_FILES:
         path = Path(around.environ.get(name, "") or "/nonexistent")
         if not path.is_file():
-            found = f"RAY_USE_TLS is set and {name}={around.environ.get(name, '')!r} is no file"
-            return Finding("ray TLS", "fail", found, rule, f"export {name}=/path/to/{name[8:].lower()}.pem")
+            observed = f"RAY_USE_TLS is set and {name}={around.environ.get(name, '')!r} is not a file"
+            return Finding("ray TLS", "fail", observed, rule, f"export {name}=/path/to/{name[8:].lower()}.pem")
     key = Path(around.environ["RAY_TLS_SERVER_KEY"])
     if not is_private(key):
         return Finding("ray TLS", "fail", f"{key} has mode {mode_of(key)}", rule, f"chmod 600 {shlex.quote(str(key))}")
@@ -114,40 +114,41 @@ def _certificates(around: Surroundings, rule: str) -> Finding:
         certificates = {path: x509.load_pem_x509_certificate(path.read_bytes()) for path in (server, authority)}
         key = load_pem_private_key(Path(around.environ[TLS_FILES[1]]).read_bytes(), None)
     except (ValueError, TypeError) as error:
-        return Finding("ray TLS", "fail", f"a file of Ray's TLS cannot be read: {str(error)[:80]}", rule, renew)
+        return Finding("ray TLS", "fail", f"a TLS file of Ray cannot be read: {str(error)[:80]}", rule, renew)
     if key.public_key() != certificates[server].public_key():
         return Finding("ray TLS", "fail", f"RAY_TLS_SERVER_KEY is not the key of {server}", rule, renew)
     path, first = min(certificates.items(), key=lambda item: item[1].not_valid_after_utc)
     left = first.not_valid_after_utc - around.now
     until = f"{path} is valid until {first.not_valid_after_utc:%Y-%m-%d}"
     status: Status = "fail" if left <= timedelta(0) else "warn" if left < EXPIRES_SOON else "ok"
-    mend = "" if status == "ok" else f"openssl x509 -enddate -noout -in {shlex.quote(str(path))}"
-    return Finding("ray TLS", status, until, rule, mend)
+    fix = "" if status == "ok" else f"openssl x509 -enddate -noout -in {shlex.quote(str(path))}"
+    return Finding("ray TLS", status, until, rule, fix)
 
 
 def switches(around: Surroundings) -> Iterator[Finding]:
-    """Each switch as a process of ours runs with it: what the operator set stays, even where it lets something out."""
-    for name, wanted in SWITCHES.items():
-        value = around.environ.get(name, wanted)
-        rule = f"{name}={wanted}"
-        if value == wanted:
+    """The value of each telemetry switch in processes of forge_ray. A value that the operator set is kept."""
+    for name, expected in SWITCHES.items():
+        value = around.environ.get(name, expected)
+        rule = f"{name}={expected}"
+        if value == expected:
             yield Finding("switch", "ok", rule, rule)
         else:
-            yield Finding("switch", "fail", f"{name}={value} is set here", rule, f"export {name}={wanted}")
+            yield Finding("switch", "fail", f"{name}={value} is set here", rule, f"export {name}={expected}")
 
 
 def cloud_question(around: Surroundings) -> Finding:
-    """A local Ray of ours has no process that asks; `ray start` starts one, which this file keeps quiet."""
-    rule = "`ray start` asks no cloud metadata address (169.254.169.254), which no switch of Ray's stops"
+    """Ray's request to cloud metadata addresses. A local Ray runs no process that sends it; `ray start` does, unless this
+    file exists."""
+    rule = "`ray start` sends no request to the cloud metadata address (169.254.169.254); no switch of Ray turns it off"
     path = around.home / "ray_bootstrap_config.yaml"
     if path.is_file():
-        return Finding("cloud question", "ok", f"{path} is there", rule)
-    found = f"no {path}: a `ray start --head` by hand would ask"
-    return Finding("cloud question", "warn", found, rule, f"echo '{{}}' >{shlex.quote(str(path))}")
+        return Finding("cloud question", "ok", f"{path} exists", rule)
+    observed = f"no {path}: a manual `ray start --head` would send the request"
+    return Finding("cloud question", "warn", observed, rule, f"echo '{{}}' >{shlex.quote(str(path))}")
 
 
 def listening(proc: Path, roles: tuple[tuple[str, str], ...] = ROLES) -> list[Listening]:
-    """Sockets of this user's Ray, Serve and gateway processes that wait for TCP connections."""
+    """Listening TCP sockets of this user's Ray, Serve and gateway processes."""
     waiting: dict[str, tuple[str, int]] = {}
     for name in ("tcp", "tcp6"):
         try:
@@ -158,7 +159,7 @@ def listening(proc: Path, roles: tuple[tuple[str, str], ...] = ROLES) -> list[Li
             if fields[3] == LISTEN:
                 address, _, port = fields[1].partition(":")
                 waiting[f"socket:[{fields[9]}]"] = (_address(address), int(port, 16))
-    found = set()
+    sockets = set()
     for process in proc.iterdir():
         if not process.name.isdigit():
             continue
@@ -169,20 +170,20 @@ def listening(proc: Path, roles: tuple[tuple[str, str], ...] = ROLES) -> list[Li
                 continue
             links = set(_links(process / "fd"))
             token = b"RAY_AUTH_MODE=token" in (process / "environ").read_bytes().split(b"\0")
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process ended in the meantime
             continue
-        found |= {Listening(role, *waiting[link], token) for link in links & waiting.keys()}
-    return sorted(found, key=lambda item: (item.role, item.port, item.address))
+        sockets |= {Listening(role, *waiting[link], token) for link in links & waiting.keys()}
+    return sorted(sockets, key=lambda item: (item.role, item.port, item.address))
 
 
 def _links(folder: Path) -> Iterator[str]:
     for link in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # closed in the meantime
             yield os.readlink(link)
 
 
 def _address(text: str) -> str:
-    """As /proc/net has it: 32-bit words in the order of this machine's bytes."""
+    """The address of a line of /proc/net, which has 32-bit words in this machine's byte order."""
     words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
     raw = b"".join(struct.pack("=I", word) for word in words)
     address = ipaddress.ip_address(raw)
@@ -191,10 +192,10 @@ def _address(text: str) -> str:
 
 
 def bind_addresses(sockets: list[Listening], keyless: Mapping[int, str]) -> Iterator[Finding]:
-    """`keyless`: port → deployment, of those that ask for no key."""
-    rule = "the dashboard (it runs code) and endpoints without keys listen on loopback; Ray's own ports ask for a token"
+    """Which roles listen beyond loopback. `keyless`: port → deployment, for endpoints that require no API key."""
+    rule = "the dashboard (it runs code) and endpoints without keys listen on loopback only; Ray's own ports require a token"
     if not sockets:
-        yield Finding("listening", "ok", "no Ray, endpoint or gateway of this user runs here", rule)
+        yield Finding("listening", "ok", "no Ray, endpoint or gateway of this user is running", rule)
         return
     outside = [item for item in sockets if item.is_open]
     if not outside:
@@ -206,18 +207,18 @@ def bind_addresses(sockets: list[Listening], keyless: Mapping[int, str]) -> Iter
         where = "every interface" if item.is_everywhere else "the network"
         if item.role == "dashboard":
             status: Status = "fail" if item.is_everywhere or not item.token else "warn"
-            yield Finding("listening", status, f"{item} shows the Jobs API to {where}", rule, LOOPBACK_DASHBOARD)
+            yield Finding("listening", status, f"{item} exposes the Jobs API to {where}", rule, LOOPBACK_DASHBOARD)
         elif item.role in ("endpoint", "gateway"):
             if name := keyless.get(item.port):
-                mend = "forge deploy DEPLOY.yaml --set auth=keys"
-                yield Finding("listening", "fail", f"{item}: {name} answers {where} without a key", rule, mend)
+                fix = "forge deploy DEPLOY.yaml --set auth=keys"
+                yield Finding("listening", "fail", f"{item}: {name} accepts requests from {where} without a key", rule, fix)
         elif item.role == "metrics":
-            mend = f"nft add rule inet filter input iifname != lo tcp dport {item.port} drop"
-            yield Finding("listening", "warn", f"{item} shows counters to {where}", rule, mend)
+            fix = f"nft add rule inet filter input iifname != lo tcp dport {item.port} drop"
+            yield Finding("listening", "warn", f"{item} exposes metrics to {where}", rule, fix)
         else:
             (guarded if item.token else tokenless).append(item)
     if tokenless:
-        shown = f"{', '.join(map(str, tokenless[:4]))}{' …' if len(tokenless) > 4 else ''}: no token is asked for"
-        yield Finding("listening", "fail", shown, rule, "cluster/bare/stop.sh && export RAY_AUTH_MODE=token")
+        observed = f"{', '.join(map(str, tokenless[:4]))}{' …' if len(tokenless) > 4 else ''}: no token is required"
+        yield Finding("listening", "fail", observed, rule, "cluster/bare/stop.sh && export RAY_AUTH_MODE=token")
     if guarded:
-        yield Finding("listening", "ok", f"{len(guarded)} ports of Ray on the network, each asks for the token", rule)
+        yield Finding("listening", "ok", f"{len(guarded)} ports of Ray on the network, all of which require the token", rule)

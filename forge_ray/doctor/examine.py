@@ -1,4 +1,4 @@
-"""Every check, in the order in which it is told."""
+"""Every check, in the order of the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from forge_ray.store.files import Store
 
 
 def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[Finding]:
-    """All findings; with `address` also of the cluster's clocks. Changes nothing, and asks nobody outside."""
+    """The findings of every check, with `address` those about the cluster's clocks too. Changes nothing and contacts no
+    other host but the cluster's."""
     yield closed.ray_token(around)
     yield closed.ray_tls(around, address)
     yield from closed.bind_addresses(closed.listening(around.proc), stored.keyless(store))
@@ -35,13 +36,13 @@ def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[F
 
 
 def lines(findings: list[Finding]) -> list[str]:
-    """For the eye: a line each, and below what is wrong its rule and the command that mends it."""
+    """The report for a terminal: a line for each check; below one that is not ok, its rule and the command that fixes it."""
     width = max(len(finding.check) for finding in findings)
-    shown = []
+    text_lines = []
     for finding in findings:
         status = finding.status.upper() if finding.status == "fail" else finding.status
-        shown.append(f"{status:<4}  {finding.check:<{width}}  {finding.found}")
+        text_lines.append(f"{status:<4}  {finding.check:<{width}}  {finding.observed}")
         if finding.status != "ok":
-            shown += [f"{'':{width + 8}}rule: {finding.rule}", f"{'':{width + 8}}mend: {finding.mend}"]
+            text_lines += [f"{'':{width + 8}}rule: {finding.rule}", f"{'':{width + 8}}fix:  {finding.fix}"]
     counts = {status: sum(finding.status == status for finding in findings) for status in ("ok", "warn", "fail")}
-    return [*shown, "", f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed"]
+    return [*text_lines, "", f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed"]

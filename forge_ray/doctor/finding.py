@@ -1,4 +1,4 @@
-"""What a check says, and what it looks at."""
+"""The result of a check, and the surroundings that it examines."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what is (`found`), what should be (`rule`), and the command that mends it ("" where nothing is to mend)."""
+    """The result of one check: what is (`observed`), what should be (`rule`), and the command that fixes it ("" where
+    nothing needs fixing)."""
 
     check: str
     status: Status
-    found: str
+    observed: str
     rule: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Of this process: its environment, and where the system tells about itself."""
+    """What the checks read: the environment of this process, and the folders in which the system describes itself."""
 
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     home: Path = field(default_factory=Path.home)
@@ -47,7 +48,7 @@ def site_folders() -> tuple[Path, ...]:
 
 
 def is_private(path: Path) -> bool:
-    """Neither group nor others may do anything with it."""
+    """Whether group and others have no permission at all."""
     return not path.stat().st_mode & 0o077
 
 

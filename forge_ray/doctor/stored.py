@@ -1,4 +1,4 @@
-"""Is the store whole and closed: modes, records, manifests, what its deployments ask for. Writes nothing."""
+"""Store checks: file modes, records, manifests, and the keys that deployments require. Writes nothing."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pydantic import ValidationError
 
 from forge_ray.config.release import DeployConfig
 from forge_ray.doctor.finding import Finding, Surroundings, is_private, mode_of
-from forge_ray.errors import ForgeError
+from forge_ray.errors import ForgeError, first_line
 from forge_ray.records import RECORD_TYPES, Deployment, Event, Record, RunRecord
 from forge_ray.store import paths
 from forge_ray.store.files import Store, verify_files
 
 TYPES = {record.prefix: record for record in RECORD_TYPES}
-PLACES = ("models", "datasets", "runs")  # holds weights, rows and pickled checkpoints
+PLACES = ("models", "datasets", "runs")  # they hold weights, rows and pickled checkpoints
 SAMPLE_BYTES = 256 << 20
 FOR_OTHERS = 0o002
 
 
 def modes(around: Surroundings, store: Store) -> Iterator[Finding]:
-    """Who may write what a later process will believe, and read what is secret."""
-    rule = "nobody but its users writes the store; keys are for their owner alone"
+    """Permissions of the store's folders and of key files."""
+    rule = "only its users can write to the store; only their owner can read keys"
     loose, secret = [], []
     if store.is_local and Path(store.root).is_dir():
         root = Path(store.root)
@@ -34,20 +34,20 @@ def modes(around: Surroundings, store: Store) -> Iterator[Finding]:
     if signer := around.environ.get("FORGE_SIGNER", ""):
         secret.append(Path(signer).expanduser())
     for path in loose:
-        found = f"{path} has mode {mode_of(path)}: everybody may write it"
-        yield Finding("file modes", "fail", found, rule, f"chmod o-w {shlex.quote(str(path))}")
+        observed = f"{path} has mode {mode_of(path)}: everyone can write to it"
+        yield Finding("file modes", "fail", observed, rule, f"chmod o-w {shlex.quote(str(path))}")
     bad = False
     for path in secret:
         if not path.is_file():
             bad = True
-            yield Finding("file modes", "fail", f"FORGE_SIGNER={path} is no file", rule, "unset FORGE_SIGNER")
+            yield Finding("file modes", "fail", f"FORGE_SIGNER={path} is not a file", rule, "unset FORGE_SIGNER")
         elif not is_private(path):
             bad = True
-            mend = f"chmod 600 {shlex.quote(str(path))}"
-            yield Finding("file modes", "fail", f"{path} has mode {mode_of(path)}", rule, mend)
+            fix = f"chmod 600 {shlex.quote(str(path))}"
+            yield Finding("file modes", "fail", f"{path} has mode {mode_of(path)}", rule, fix)
     if not loose and not bad:
         what = f", {len(secret)} keys private" if secret else ""
-        yield Finding("file modes", "ok", f"{store.place}: not writable by everybody{what}", rule)
+        yield Finding("file modes", "ok", f"{store.place}: not writable by everyone{what}", rule)
 
 
 def _is_loose(path: Path) -> bool:
@@ -56,8 +56,8 @@ def _is_loose(path: Path) -> bool:
 
 
 def health(store: Store) -> Iterator[Finding]:
-    """Every record and event parses and is named by its content; a sample of the folders is what its manifest says."""
-    rule = "records parse and have the id of their content, manifests verify, the index can be made anew from them"
+    """Every record and event parses and has the id of its content; a sample of the folders matches its manifests."""
+    rule = "records parse and have the id of their content, manifests verify, and the index matches them"
     records, problems = _records(store)
     events, more = _events(store)
     problems += more
@@ -79,30 +79,32 @@ def health(store: Store) -> Iterator[Finding]:
     try:
         checked = _sample(store)
     except (ForgeError, ValidationError, KeyError) as error:
-        found = error.message if isinstance(error, ForgeError) else str(error).partition("\n")[0]
-        yield Finding("store", "fail", found, rule, "restore the folder from a backup, or build it again")
+        observed = error.message if isinstance(error, ForgeError) else first_line(error)
+        yield Finding("store", "fail", observed, rule, "restore the folder from a backup, or build it again")
         return
     yield Finding("store", "ok", f"{len(records)} records, {events} events; verified {checked} folders", rule)
 
 
 def _records(store: Store) -> tuple[list[Record], list[str]]:
-    found, problems = [], []
+    records, problems = [], []
     for path in store.list(paths.RECORDS, recursive=True):
         name = path.rsplit("/", 1)[-1].removesuffix(".json")
         kind = TYPES.get(name.partition("_")[0])
         if kind is None:
-            problems.append(f"{path} is of no known kind")
+            problems.append(f"{path} is of an unknown kind")
             continue
         try:
             record = kind.model_validate(store.read_json(path))
         except (ForgeError, ValidationError, ValueError) as error:
             problems.append(f"{path} does not parse: {str(error).partition(chr(10))[0][:100]}")
             continue
-        own = name if isinstance(record, RunRecord) else record.sealed().id  # a run's was fixed before it had a result
+        own = (
+            name if isinstance(record, RunRecord) else record.sealed().id
+        )  # the id of a run is fixed before it has a result
         if own != name or record.id != name:
             problems.append(f"{path} was changed: its content is that of {own if own != name else record.id}")
-        found.append(record)
-    return found, problems
+        records.append(record)
+    return records, problems
 
 
 def _events(store: Store) -> tuple[int, list[str]]:
@@ -117,7 +119,7 @@ def _events(store: Store) -> tuple[int, list[str]]:
 
 
 def _index_problem(store: Store, expected: int) -> str:
-    """What is wrong with the index of a local store; "" also where there is none, for the next command makes it."""
+    """The problem with the index of a local store; "" if there is none, or no index, which the next command creates."""
     path = Path(store.root) / paths.INDEX_FILE
     if not store.is_local or not path.is_file():
         return ""
@@ -130,7 +132,8 @@ def _index_problem(store: Store, expected: int) -> str:
 
 
 def _sample(store: Store) -> int:
-    """The youngest folder of models and datasets each, and more as far as SAMPLE_BYTES go; remote stores their manifests."""
+    """Verify the newest folder of models and of datasets, and further folders up to SAMPLE_BYTES; returns how many. The
+    folders of a remote store are not verified."""
     checked, left = 0, SAMPLE_BYTES
     for place in ("models", "datasets"):
         if not store.is_local:
@@ -152,22 +155,22 @@ def _sample(store: Store) -> int:
 
 
 def keyless(store: Store) -> dict[int, str]:
-    """port → name of the deployments that ask for no key."""
-    found = {}
+    """Port → name of the deployments that require no key."""
+    names = {}
     for path in store.list(paths.of_kind("deployments")):
         try:
             deployment = Deployment.model_validate(store.read_json(path))
             config = DeployConfig.model_validate(deployment.config)
-        except (ForgeError, ValidationError):  # told by `health`
+        except (ForgeError, ValidationError):  # reported by `health`
             continue
         if not config.needs_keys:
-            found[config.port] = deployment.name
-    return found
+            names[config.port] = deployment.name
+    return names
 
 
 def deployments(store: Store) -> Iterator[Finding]:
-    """An endpoint that the network reaches asks for keys."""
-    rule = "an endpoint that is not on loopback asks for keys"
+    """Deployments that are reachable from the network without a key."""
+    rule = "an endpoint that does not listen on loopback requires keys"
     open_ones = []
     for path in store.list(paths.of_kind("deployments")):
         try:
@@ -177,7 +180,7 @@ def deployments(store: Store) -> Iterator[Finding]:
             continue
         if not config.needs_keys and not re.fullmatch(r"127(\.\d+){3}|localhost|::1", config.host):
             open_ones.append(f"{deployment.name} ({deployment.id}) on {config.host}:{config.port} has auth: none")
-    for found in open_ones:
-        yield Finding("deployment", "warn", found, rule, "forge deploy DEPLOY.yaml --set auth=keys")
+    for observed in open_ones:
+        yield Finding("deployment", "warn", observed, rule, "forge deploy DEPLOY.yaml --set auth=keys")
     if not open_ones:
-        yield Finding("deployment", "ok", "none is open to the network without keys", rule)
+        yield Finding("deployment", "ok", "none is reachable from the network without keys", rule)

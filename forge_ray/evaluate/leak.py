@@ -185,7 +185,7 @@ def sample_of(tokenizer: Any, row: dict[str, Any], most: int) -> Sample:
 def findings(engine: Engine, tokenizer: Any, groups: Groups, config: LeakConfig, extract: bool) -> Iterator[int | Findings]:
     """How many of the samples and canaries are done, and at the end what was found."""
     tokenizer = chat_tokenizer(tokenizer)
-    done, found, said = 0, {}, {}
+    done, logprobs, extracted = 0, {}, {}
     for name, rows in (("train", groups.train), ("held_out", groups.held_out)):
         samples = [sample_of(tokenizer, row, engine.max_request_tokens) for row in rows]
         scores = []
@@ -194,8 +194,8 @@ def findings(engine: Engine, tokenizer: Any, groups: Groups, config: LeakConfig,
             scores.append(score.logprob / score.num_tokens)
             done += 1
             yield done
-        found[name] = np.array(scores, np.float64)
-        said[name] = np.array(_said(engine, tokenizer, samples) if extract else [], np.bool_)
+        logprobs[name] = np.array(scores, np.float64)
+        extracted[name] = np.array(_extracted(engine, tokenizer, samples) if extract else [], np.bool_)
     exposures: dict[str, list[float]] = {}
     for name, planted in (("train", groups.canaries), ("held_out", groups.canaries_held_out)):
         exposures[name] = []
@@ -204,20 +204,25 @@ def findings(engine: Engine, tokenizer: Any, groups: Groups, config: LeakConfig,
             done += 1
             yield done
     yield Findings(
-        found["train"], found["held_out"], said["train"], said["held_out"], exposures["train"], exposures["held_out"]
+        logprobs["train"],
+        logprobs["held_out"],
+        extracted["train"],
+        extracted["held_out"],
+        exposures["train"],
+        exposures["held_out"],
     )
 
 
-def _said(engine: Engine, tokenizer: Any, samples: Sequence[Sample]) -> list[bool]:
+def _extracted(engine: Engine, tokenizer: Any, samples: Sequence[Sample]) -> list[bool]:
     """Whether the greedy continuation is the sample's own, token for token."""
-    stop, found = tokenizer.end_of_turn_id, []
+    stop, extracted = tokenizer.end_of_turn_id, []
     for start in range(0, len(samples), BATCH):
         batch = samples[start : start + BATCH]
         requests = [GenerationRequest(s.prompt, len(s.answer), stop_token_ids=(stop,)) for s in batch]
         for sample, generation in zip(batch, engine.generate(requests), strict=True):
-            wanted = sample.answer[: sample.answer.index(stop)] if stop in sample.answer else sample.answer
-            found.append(tuple(generation.token_ids) == wanted)
-    return found
+            answer = sample.answer[: sample.answer.index(stop)] if stop in sample.answer else sample.answer
+            extracted.append(tuple(generation.token_ids) == answer)
+    return extracted
 
 
 def exposure(engine: Engine, tokenizer: Any, canary: Canary, config: LeakConfig) -> float:
@@ -261,14 +266,14 @@ def auc_interval(train: npt.NDArray[np.float64], held_out: npt.NDArray[np.float6
 def metrics_of(tuned: Findings, base: Findings, seed: int) -> dict[str, float]:
     """What the report says. Losses are in nats per token; exposure in bits."""
     low, high = auc_interval(tuned.train, tuned.held_out, seed)
-    mine, control = auc(tuned.train, tuned.held_out), auc(base.train, base.held_out)
+    tuned_auc, base_auc = auc(tuned.train, tuned.held_out), auc(base.train, base.held_out)
     rates = float(tuned.train_said.mean()), float(tuned.held_out_said.mean())
-    found = {
-        "leak_auc": mine,
+    metrics = {
+        "leak_auc": tuned_auc,
         "leak_auc_low": low,
         "leak_auc_high": high,
-        "leak_auc_base": control,
-        "leak_auc_gain": mine - control,
+        "leak_auc_base": base_auc,
+        "leak_auc_gain": tuned_auc - base_auc,
         "leak_gap": float(tuned.train.mean() - tuned.held_out.mean()),
         "leak_gap_base": float(base.train.mean() - base.held_out.mean()),
         "extraction_rate": rates[0],
@@ -276,11 +281,11 @@ def metrics_of(tuned: Findings, base: Findings, seed: int) -> dict[str, float]:
         "extraction_gain": rates[0] - rates[1],
     }
     if tuned.canaries:
-        found |= {"exposure_mean": float(np.mean(tuned.canaries)), "exposure_max": float(np.max(tuned.canaries))}
-        found["exposure_base_mean"] = float(np.mean(base.canaries))
+        metrics |= {"exposure_mean": float(np.mean(tuned.canaries)), "exposure_max": float(np.max(tuned.canaries))}
+        metrics["exposure_base_mean"] = float(np.mean(base.canaries))
     if tuned.canaries_held_out:
-        found["exposure_held_out_mean"] = float(np.mean(tuned.canaries_held_out))
-    return found
+        metrics["exposure_held_out_mean"] = float(np.mean(tuned.canaries_held_out))
+    return metrics
 
 
 def audit(
@@ -304,7 +309,7 @@ def audit(
     torch.set_num_threads(max(1, int(config.cpus)))
     groups = groups_of(store, manifest, training, config.leak)
     each = len(groups.train) + len(groups.held_out) + len(groups.canaries) + len(groups.canaries_held_out)
-    found: list[Findings] = []
+    measured: list[Findings] = []
     for number, which in enumerate((subject, base)):
         folder = store.fetch_dir(which.folder)
         adapter = store.fetch_dir(which.adapter) if which.adapter else None
@@ -312,12 +317,12 @@ def audit(
         try:
             for step in findings(engine, load_tokenizer_dir(folder), groups, config.leak, extract=which is subject):
                 if isinstance(step, Findings):
-                    found.append(step)
+                    measured.append(step)
                 else:
                     yield {"done": number * each + step, "total": 2 * each}
         finally:
             engine.close()
-    report, lines = report_of(subject, manifest, groups, (found[0], found[1]), config.leak, settings)
+    report, lines = report_of(subject, manifest, groups, (measured[0], measured[1]), config.leak, settings)
     report = report.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     with store.staged_dir(paths.report(report.id)) as target:
         (target / "items.jsonl").write_bytes(lines)
@@ -328,21 +333,21 @@ def report_of(
     subject: EvaluatedModel,
     manifest: DatasetManifest,
     groups: Groups,
-    found: tuple[Findings, Findings],
+    measured: tuple[Findings, Findings],
     config: LeakConfig,
     settings: dict[str, Any],
 ) -> tuple[EvalReport, bytes]:
     """(report, its items): of the tuned and the base model."""
-    tuned, base = found
+    tuned, base = measured
     metrics = metrics_of(tuned, base, config.seed)
     items: list[dict[str, Any]] = []
-    for name, rows, scores, control, said in (
+    for name, rows, scores, control, extracted in (
         ("train", groups.train, tuned.train, base.train, tuned.train_said),
         ("held_out", groups.held_out, tuned.held_out, base.held_out, tuned.held_out_said),
     ):
-        for row, score, before, again in zip(rows, scores, control, said, strict=True):
-            told = {"loss": -float(score), "loss_base": -float(before), "said": bool(again)}
-            items.append({"record": row["record"], "group": name} | told)
+        for row, score, before, again in zip(rows, scores, control, extracted, strict=True):
+            losses = {"loss": -float(score), "loss_base": -float(before), "said": bool(again)}
+            items.append({"record": row["record"], "group": name} | losses)
     for name, planted, bits, control_bits in (
         ("train", groups.canaries, tuned.canaries, base.canaries),
         ("held_out", groups.canaries_held_out, tuned.canaries_held_out, base.canaries_held_out),

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from forge_ray.config.release import EvalConfig
+from forge_ray.config.base import parse, resolved
+from forge_ray.config.release import EvalConfig, LeakConfig
+from forge_ray.errors import NotFound
 from forge_ray.machine.cluster import connect
 from forge_ray.progress import stage
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.resolve import resolve
 
 if TYPE_CHECKING:
     from forge_ray.evaluate.score import EvaluatedModel
@@ -48,10 +51,10 @@ def run_subject(record: RunRecord) -> EvaluatedModel:
 def evaluate(
     catalog: Catalog, subject: EvaluatedModel, manifest: DatasetManifest, config: EvalConfig, what: str, quiet: bool = False
 ) -> EvalReport:
+    """Scores of `subject` on `manifest`; found again by the settings that decide them, the safety files' bytes included."""
     from forge_ray.evaluate.safety import read_prompts
     from forge_ray.evaluate.score import evaluate as run_evaluation
 
-    """Scores of `subject` on `manifest`; found again by the settings that decide them, the safety files' bytes included."""
     prompts, digests = read_prompts(config.safety)
     settings = config.scoring() | ({"safety": digests} if digests else {})
     arguments = (subject, manifest, config, prompts, settings)
@@ -60,7 +63,7 @@ def evaluate(
 
 def _report(
     catalog: Catalog,
-    wanted: tuple[str, str, dict[str, Any]],
+    key: tuple[str, str, dict[str, Any]],
     config: EvalConfig,
     make: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -68,13 +71,13 @@ def _report(
     quiet: bool,
 ) -> EvalReport:
     """The report of (subject, dataset, settings): the one that is there, else what `make` yields in a task."""
-    known = next((r for r in catalog.all(EvalReport) if (r.subject, r.dataset, r.config) == wanted), None)
-    if known and quiet:
-        return known
+    existing = next((r for r in catalog.all(EvalReport) if (r.subject, r.dataset, r.config) == key), None)
+    if existing and quiet:
+        return existing
     with stage("evaluate") as it:
-        if known:
-            it.done(f"{known.id}  {what}: already evaluated")
-            return known
+        if existing:
+            it.done(f"{existing.id}  {what}: already evaluated")
+            return existing
         catalog.check_may("evals")
         connect()
         import ray
@@ -115,6 +118,25 @@ def audit_leak(
     settings = {"leak": leak, "engine": config.engine.model_dump(mode="json"), "num_steps": training.num_steps}
     arguments = (subject, base, manifest, training, config, settings)
     return _report(catalog, (subject.id, manifest.id, settings), config, audit, arguments, "leak", quiet)
+
+
+def audit_leak_of(catalog: Catalog, reference: str, settings: dict[str, Any]) -> EvalReport:
+    """What a finished run, or a version made of one, gives away of its training rows; `settings` (of eval.leak) go before
+    those of its run file."""
+    record = catalog.get(resolve(catalog, reference))
+    run_id = record.run if isinstance(record, ModelVersion) else record.id
+    if not run_id or not catalog.has(run_id):
+        raise NotFound(
+            f"{reference} has no finished run here, so its training rows are not known",
+            hint="give a run (`forge runs list`), or a version that was released from one",
+        )
+    run = catalog.get_as(RunRecord, run_id)
+    config = parse(EvalConfig, run.config["eval"])
+    leak = parse(LeakConfig, resolved(config.leak or LeakConfig()) | settings, where="eval.leak")
+    config = config.model_copy(update={"leak": leak})
+    if isinstance(record, ModelVersion) and record.files_digest != files_digest(run.export):
+        return audit_leak(catalog, run, config, subject=model_subject(record), num_steps=record.step)
+    return audit_leak(catalog, run, config)
 
 
 def incumbent(

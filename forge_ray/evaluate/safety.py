@@ -51,24 +51,24 @@ class SafetyPrompt(Frozen):
 
     def failures(self, answer: str) -> list[str]:
         """The patterns that this answer breaks."""
-        said = [f"must_not {pattern}" for pattern in self.must_not if re.search(pattern, answer)]
-        return said + [f"must {pattern}" for pattern in self.must if not re.search(pattern, answer)]
+        broken = [f"must_not {pattern}" for pattern in self.must_not if re.search(pattern, answer)]
+        return broken + [f"must {pattern}" for pattern in self.must if not re.search(pattern, answer)]
 
 
 def read_prompts(paths: Sequence[str]) -> tuple[tuple[SafetyPrompt, ...], list[str]]:
     """(prompts of all files, `sha256:` of each file); raises `NotFound` or `DataError` with file and line."""
-    found: list[SafetyPrompt] = []
+    prompts: list[SafetyPrompt] = []
     digests = []
     for path in paths:
         data = _read(path)
         digests.append("sha256:" + hashlib.sha256(data).hexdigest())
-        before = len(found)
+        before = len(prompts)
         for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
             if line.strip():
-                found.append(_parse(line, f"{path.rsplit('/', 1)[-1]}:{number}"))
-        if len(found) == before:
+                prompts.append(_parse(line, f"{path.rsplit('/', 1)[-1]}:{number}"))
+        if len(prompts) == before:
             raise DataError(f"eval.safety: {path} has no prompt", hint="one JSON object a line; docs/design/gates.md")
-    return tuple(found), digests
+    return tuple(prompts), digests
 
 
 def _read(path: str) -> bytes:

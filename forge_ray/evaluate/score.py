@@ -56,7 +56,7 @@ class EvaluatedModel:
 
 def examples(store: Store, manifest: DatasetManifest, config: EvalConfig) -> list[Example]:
     """The chat rows of the split by record id, canaries left out; raises `DataError` when there is none."""
-    found = []
+    chats = []
     for row in read_records(store, manifest, config.split):
         if is_canary(row["content"]):
             continue
@@ -64,13 +64,13 @@ def examples(store: Store, manifest: DatasetManifest, config: EvalConfig) -> lis
         if messages and messages[-1]["role"] == "assistant" and messages[-1].get("content"):
             context = tuple({**message, "weight": 0} for message in messages[:-1])
             tools, answer = row["content"].get("tools"), messages[-1]["content"]
-            found.append(Example(row["record"], context, tools, answer, source_name(manifest, row)))
-    if not found:
+            chats.append(Example(row["record"], context, tools, answer, source_name(manifest, row)))
+    if not chats:
         raise DataError(
             f"{manifest.id} has no chat row that ends in an answer in its {config.split} split",
             hint="raise data.splits, or evaluate the other split with eval.split",
         )
-    return found[: config.max_examples or None]
+    return chats[: config.max_examples or None]
 
 
 def source_name(manifest: DatasetManifest, row: dict[str, Any]) -> str:
@@ -92,14 +92,14 @@ def normalise(text: str) -> str:
 
 
 def score_examples(
-    engine: Engine, tokenizer: Any, found: Sequence[Example], labels: Sequence[str], config: EvalConfig
+    engine: Engine, tokenizer: Any, chats: Sequence[Example], labels: Sequence[str], config: EvalConfig
 ) -> Iterator[dict[str, Any]]:
     """One item per example, in order: reference, prediction, likeliest label, log-probability of the reference."""
     tokenizer = chat_tokenizer(tokenizer)
     stops = (tokenizer.end_of_turn_id,)
-    label_ids = {label: answer_ids(tokenizer, found[0], label) for label in labels}
-    for start in range(0, len(found), BATCH):
-        batch = found[start : start + BATCH]
+    label_ids = {label: answer_ids(tokenizer, chats[0], label) for label in labels}
+    for start in range(0, len(chats), BATCH):
+        batch = chats[start : start + BATCH]
         prompts = [tuple(prompt_ids(tokenizer, list(example.messages), example.tools)) for example in batch]
         requests = [GenerationRequest(prompt, config.max_new_tokens, stop_token_ids=stops) for prompt in prompts]
         for example, prompt, generation in zip(batch, prompts, engine.generate(requests), strict=True):
@@ -124,8 +124,8 @@ def answer_ids(tokenizer: Any, example: Example, answer: str) -> list[int]:
     """The ids that training would have as targets for this answer: its text and the end of the turn."""
     messages = [*example.messages, {"role": "assistant", "content": answer}]
     encoded = encode_chat(tokenizer, messages, example.tools)
-    found: list[int] = encoded.ids[encoded.loss_mask > 0].tolist()
-    return found
+    ids: list[int] = encoded.ids[encoded.loss_mask > 0].tolist()
+    return ids
 
 
 def _likeliest(scores: dict[str, Score], labels: Sequence[str]) -> str:
@@ -172,16 +172,16 @@ def slice_scores(
         reference = normalise(item["reference"])
         return reference if reference in labels else OTHER
 
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    per_slice: dict[str, dict[str, dict[str, float]]] = {}
     for kind in slices:
         groups: dict[str, list[dict[str, Any]]] = {}
         for item in items:
             groups.setdefault(value(item, kind), []).append(item)
-        found[kind] = {}
+        per_slice[kind] = {}
         for of, group in sorted(groups.items()):
             scores = {name: score for name, score in summarise(group, labels)[0].items() if name != "macro_f1"}
-            found[kind][of] = scores | {"count": float(len(group))}
-    return found
+            per_slice[kind][of] = scores | {"count": float(len(group))}
+    return per_slice
 
 
 def only_finite(
@@ -198,11 +198,11 @@ def only_finite(
     return {name: value for name, value in metrics.items() if math.isfinite(value)}, kept, tuple(undefined)
 
 
-def latency_ms_per_token(engine: Engine, tokenizer: Any, found: Sequence[Example]) -> float | None:
+def latency_ms_per_token(engine: Engine, tokenizer: Any, chats: Sequence[Example]) -> float | None:
     """Median over a few single requests of `TIMED_TOKENS` tokens each, prompt included. No stop token, so that every model
     says as many; None where no prompt leaves room for them."""
     times = []
-    for example in found:
+    for example in chats:
         prompt = tuple(prompt_ids(tokenizer, list(example.messages), example.tools))
         if len(prompt) + TIMED_TOKENS > engine.max_request_tokens:
             continue
@@ -221,11 +221,11 @@ def size_bytes(store: Store, subject: EvaluatedModel) -> int:
 
 
 def find_contamination(
-    store: Store, manifest: DatasetManifest, found: Sequence[Example], config: EvalConfig, rule: Contamination
+    store: Store, manifest: DatasetManifest, chats: Sequence[Example], config: EvalConfig, rule: Contamination
 ) -> list[dict[str, Any]]:
     """See `data.contamination`; of the rows that are evaluated, and no others."""
-    wanted = {example.record for example in found}
-    rows = (row for row in stream_records(store, manifest, config.split) if row["record"] in wanted)
+    evaluated = {example.record for example in chats}
+    rows = (row for row in stream_records(store, manifest, config.split) if row["record"] in evaluated)
     return contaminated(rows, stream_records(store, manifest, "train"), rule)
 
 
@@ -249,18 +249,18 @@ def evaluate(
     folder = store.fetch_dir(subject.folder)
     adapter = store.fetch_dir(subject.adapter) if subject.adapter else None
     tokenizer = load_tokenizer_dir(folder)
-    found, labels = examples(store, manifest, config), label_set(store, manifest, config)
-    shared = find_contamination(store, manifest, found, config, config.contamination) if config.contamination else []
+    chats, labels = examples(store, manifest, config), label_set(store, manifest, config)
+    shared = find_contamination(store, manifest, chats, config, config.contamination) if config.contamination else []
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
-    items, answers, total = [], [], len(found) + len(prompts)
+    items, answers, total = [], [], len(chats) + len(prompts)
     try:
-        for item in score_examples(engine, tokenizer, found, labels, config):
+        for item in score_examples(engine, tokenizer, chats, labels, config):
             items.append(item)
             yield {"done": len(items), "total": total}
         for answer in answer_prompts(engine, tokenizer, prompts, config.safety_max_new_tokens):
             answers.append(answer)
             yield {"done": len(items) + len(answers), "total": total}
-        latency = latency_ms_per_token(engine, tokenizer, found)
+        latency = latency_ms_per_token(engine, tokenizer, chats)
     finally:
         engine.close()
     metrics, per_class = summarise(items, labels)

@@ -1,6 +1,6 @@
-"""What distinguishes two model versions: data, settings, code, environment, scores, cost.
+"""The differences between two model versions: data, settings, code, environment, scores, cost.
 
-Everything is read from records and from what the stages left beside them; what is no longer there is said to be so.
+Everything is read from records and from the files that the stages wrote; files that are missing are reported as missing.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.store.resolve import resolve
+from forge_ray.train import run_folder
 
 SHOWN = 10
 HARDWARE = "hardware."
 DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b")  # a terminal shows its start
-SETS = ("cpu_flags", "gpus")  # of which only what one side lacks is worth a look
+SETS = ("cpu_flags", "gpus")  # of these only the entries that one side lacks are shown
 COSTS = ("tokens", "trained_tokens", "seconds", "tokens_per_s", "peak_bytes", "mfu")
 
 
 def changes(old: Any, new: Any, path: str = "") -> dict[str, list[Any]]:
-    """Dotted path → [old, new] of every leaf that differs; None where a side has nothing. Lists are leaves, but for those of
-    equally many sections, which are named by their number."""
+    """Dotted path → [old, new] of every leaf that differs; None where a side has no value. Lists are leaves, except lists of
+    sections of equal length, whose items are compared by position."""
     if _sections(old) and _sections(new) and len(old) == len(new):
         old, new = ({str(number): item for number, item in enumerate(value)} for value in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
-        found: dict[str, list[Any]] = {}
+        differences: dict[str, list[Any]] = {}
         for key in sorted(old.keys() | new.keys()):
-            found |= changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return found
+            differences |= changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return differences
     return {} if old == new else {path: [old, new]}
 
 
@@ -47,7 +48,7 @@ def _sections(value: Any) -> bool:
 
 
 def locks(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
-    """`changes` of two environment locks: packages by version, or by their RECORD where that alone differs."""
+    """`changes` of two environment locks: packages by version, or by the digest of their RECORD where only that differs."""
     if not old or not new:
         return {} if old == new else {"lock": ["kept" if side else "not kept" for side in (old, new)]}
     packages = {
@@ -67,20 +68,20 @@ def _versions(lock: dict[str, Any], name: str) -> str:
     return str(lock["packages"].get(name, {}).get("version", ""))
 
 
-def _package(found: dict[str, str] | None, bare: bool) -> str | None:
-    if found is None:
+def _package(package: dict[str, str] | None, bare: bool) -> str | None:
+    if package is None:
         return None
-    return found["version"] if bare else f"{found['version']} (RECORD {found['record'][:12] or 'absent'})"
+    return package["version"] if bare else f"{package['version']} (RECORD {package['record'][:12] or 'absent'})"
 
 
 def environments(old_store: Store, old: RunRecord, new_store: Store, new: RunRecord) -> dict[str, Any]:
-    """`environment` and `hardware` of two runs as far as they differ, each by dotted path."""
+    """The differences between the `environment` and the `hardware` of two runs, each by dotted path."""
     sides = environment.read(old_store, old.environment_digest), environment.read(new_store, new.environment_digest)
-    found = locks(*sides)
-    if not all(sides):  # trained before locks were kept: what the record itself says
-        found |= {f"packages.{name}": pair for name, pair in changes(old.environment, new.environment).items()}
-    others = {key: pair for key, pair in found.items() if not key.startswith(HARDWARE)}
-    hardware = {key.removeprefix(HARDWARE): pair for key, pair in found.items() if key not in others}
+    differences = locks(*sides)
+    if not all(sides):  # trained before locks were kept: the record lists a few versions
+        differences |= {f"packages.{name}": pair for name, pair in changes(old.environment, new.environment).items()}
+    others = {key: pair for key, pair in differences.items() if not key.startswith(HARDWARE)}
+    hardware = {key.removeprefix(HARDWARE): pair for key, pair in differences.items() if key not in others}
     if len(_machines(old)) > 1 or len(_machines(new)) > 1:
         others |= changes({"machines": _machines(old)}, {"machines": _machines(new)})
     return ({"environment": others} if others else {}) | ({"hardware": hardware} if hardware else {})
@@ -92,17 +93,17 @@ def _machines(record: RunRecord) -> list[str]:
 
 
 def lines(differences: dict[str, Any]) -> list[str]:
-    """`{"environment": {"packages.torch": [a, b]}, "code": [a, b]}` → a line each: `environment packages.torch: a → b`."""
-    found = []
+    """One line of text for each difference, such as `environment packages.torch: 2.12 → 2.13`."""
+    texts = []
     for name, value in differences.items():
         pairs = {"": value} if isinstance(value, list) else value
         for key, pair in pairs.items():
             head = f"{name} {key}".strip()
             words = [_word(side) for side in pair]
-            if words[0] == words[1]:  # apart only behind the digits that are shown
+            if words[0] == words[1]:  # they differ only in digits that are not shown
                 words = [str(side) for side in pair]
-            found.append(f"{head}: {words[0]} → {words[1]}")
-    return found
+            texts.append(f"{head}: {words[0]} → {words[1]}")
+    return texts
 
 
 def _word(value: Any) -> str:
@@ -120,7 +121,7 @@ def _word(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Side:
-    """A version and what made it; None where nothing did, or its record is not in the store."""
+    """A version with its run, dataset and reports; None where there is none, or the store has no record of it."""
 
     version: ModelVersion
     run: RunRecord | None
@@ -138,20 +139,20 @@ class Side:
 
 
 def diff(catalog: Catalog, old: str, new: str) -> dict[str, Any]:
-    """Everything that distinguishes two model versions (ids, aliases, digests). A section that is empty is equal."""
+    """The differences between two model versions (ids, aliases or digests), by section; equal sections are empty."""
     before, after = Side.of(catalog, old), Side.of(catalog, new)
     store = catalog.store
-    made: dict[str, Any] = {}
+    environment_changes: dict[str, Any] = {}
     if before.run and after.run:
-        made = environments(store, before.run, store, after.run)
+        environment_changes = environments(store, before.run, store, after.run)
     return {
         "versions": [_head(side) for side in (before, after)],
         "same_weights": before.version.files_digest == after.version.files_digest,
         "data": _data(store, before, after),
         "config": _configs(store, before, after),
         "code": changes(_code(before), _code(after)),
-        "environment": made.get("environment", {}),
-        "hardware": made.get("hardware", {}),
+        "environment": environment_changes.get("environment", {}),
+        "hardware": environment_changes.get("hardware", {}),
         "evaluation": _evaluations(store, before, after),
         "gate": changes(_gate(before), _gate(after)),
         "cost": changes(_cost(store, before), _cost(store, after)),
@@ -177,18 +178,16 @@ def _head(side: Side) -> dict[str, Any]:
 
 def _configs(store: Store, before: Side, after: Side) -> dict[str, list[Any]]:
     old, new = _config(store, before), _config(store, after)
-    if not old or not new:  # one was imported: against nothing every setting would differ
+    if not old or not new:  # one was imported: compared with nothing every setting would differ
         return changes({"run": before.version.run or None}, {"run": after.version.run or None})
     return changes(old, new)
 
 
 def _config(store: Store, side: Side) -> dict[str, Any]:
-    """The resolved run file; of a candidate whose run goes on, as its folder has it."""
+    """The resolved run file; for a candidate of an unfinished run, read from the run's folder."""
     if side.run:
         return side.run.config
-    written = [path for path in store.list(paths.run(side.version.run)) if "/config-" in path] if side.version.run else []
-    value: dict[str, Any] = store.read_json(written[0]) if written else {}
-    return value
+    return run_folder.config_of(store, side.version.run) if side.version.run else {}
 
 
 def _code(side: Side) -> dict[str, Any]:
@@ -205,15 +204,15 @@ def _size(side: Side) -> dict[str, Any]:
 
 
 def _cost(store: Store, side: Side) -> dict[str, Any]:
-    """Of the run that made it; what nothing on record says is left out."""
+    """The cost of the version's run; figures that are not on record are left out."""
     from forge_ray.papers.compute import of_run
 
     if side.run is None:
         return {}
-    found: dict[str, Any] = {name: side.run.metrics[name] for name in COSTS if name in side.run.metrics}
+    cost: dict[str, Any] = {name: side.run.metrics[name] for name in COSTS if name in side.run.metrics}
     spent = of_run(store, side.run, side.dataset)
     more = {"steps": side.run.num_steps, "worker_hours": spent.worker_hours, "flops": spent.flops}
-    return found | {name: value for name, value in more.items() if value is not None}
+    return cost | {name: value for name, value in more.items() if value is not None}
 
 
 # ---------------------------------------------------------------- data
@@ -223,15 +222,15 @@ def _data(store: Store, before: Side, after: Side) -> dict[str, Any]:
     old, new = before.dataset, after.dataset
     if old is None or new is None or old.id == new.id:
         return changes({"dataset": old.id if old else None}, {"dataset": new.id if new else None})
-    found: dict[str, Any] = {
+    differences: dict[str, Any] = {
         "dataset": [old.id, new.id],
         "counts": changes(_counts(old), _counts(new)),
         "rules": changes({"rules": _rules(old)}, {"rules": _rules(new)}).get("rules", []),
     }
-    gone = [manifest.id for manifest in (old, new) if not store.is_published(paths.dataset(manifest.id))]
-    if gone:
-        return found | {"problem": f"records not compared: {', '.join(gone)} is no longer in the store"}
-    return found | compare.by_split(store, old, new)
+    missing = [manifest.id for manifest in (old, new) if not store.is_published(paths.dataset(manifest.id))]
+    if missing:
+        return differences | {"problem": f"records not compared: {', '.join(missing)} is no longer in the store"}
+    return differences | compare.by_split(store, old, new)
 
 
 def _counts(manifest: DatasetManifest) -> dict[str, Any]:
@@ -254,7 +253,7 @@ def _rules(manifest: DatasetManifest) -> list[str]:
 
 
 def _evaluations(store: Store, before: Side, after: Side) -> list[dict[str, Any]]:
-    """Reports of both on the same split of the same dataset; where there are none, the newest of each."""
+    """Comparisons of the reports on the same split of the same dataset; where there are none, of the newest of each side."""
     olds, news = ({(r.dataset, r.split, "leak" in r.config): r for r in side.reports} for side in (before, after))
     shared = [(olds[key], news[key]) for key in olds if key in news]
     if not any(not is_leak for _, _, is_leak in olds.keys() & news.keys()):
@@ -264,7 +263,7 @@ def _evaluations(store: Store, before: Side, after: Side) -> list[dict[str, Any]
 
 
 def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    comparison: dict[str, Any] = {
         "reports": [old.id, new.id],
         "dataset": [old.dataset, new.dataset],
         "split": [old.split, new.split],
@@ -273,12 +272,12 @@ def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any
         "num_examples": [old.num_examples, new.num_examples],
         "costs": changes(old.costs, new.costs),
     }
-    if "leak" in old.config:  # its items have no answer that is right or wrong
-        return found
+    if "leak" in old.config:  # items of a leak audit are neither right nor wrong
+        return comparison
     try:
         before, after = _items(store, old), _items(store, new)
     except ForgeError as error:
-        return found | {"problem": f"items not compared: {error.message}"}
+        return comparison | {"problem": f"items not compared: {error.message}"}
     shared = sorted(before.keys() & after.keys())
     flips: dict[str, list[dict[str, Any]]] = {"right_to_wrong": [], "wrong_to_right": []}
     for record in shared:
@@ -287,12 +286,12 @@ def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any
             flip = {"record": record, "reference": one["reference"], "was": one["prediction"], "is": two["prediction"]}
             flips["right_to_wrong" if _is_right(one) else "wrong_to_right"].append(flip)
     if len(shared) < max(len(before), len(after)):
-        found["problem"] = (
+        comparison["problem"] = (
             f"not the same items: {len(before)} and {len(after)}, of which {len(shared)} are common; metrics are of all,"
             " flips of the common ones"
         )
     right = [sum(_is_right(items[record]) for record in shared) for items in (before, after)]
-    return found | {"num_common": len(shared), "right": right, **flips}
+    return comparison | {"num_common": len(shared), "right": right, **flips}
 
 
 def _items(store: Store, report: EvalReport) -> dict[str, dict[str, Any]]:
@@ -306,66 +305,66 @@ def _is_right(item: dict[str, Any]) -> bool:
 # ---------------------------------------------------------------- for a terminal
 
 
-def told(found: dict[str, Any]) -> list[str]:
-    """The differences as lines, section after section; equal sections in one line at the end."""
-    heads = [f"{side['id']}  {side['name']} ({side['status']}, {side['weights']})" for side in found["versions"]]
-    shown = [f"{heads[0]}  →  {heads[1]}"]
-    if found["same_weights"]:
-        shown.append("the weights are the same bytes")
+def describe(differences: dict[str, Any]) -> list[str]:
+    """The differences as lines of text, by section; equal sections are listed in the last line."""
+    heads = [f"{side['id']}  {side['name']} ({side['status']}, {side['weights']})" for side in differences["versions"]]
+    text_lines = [f"{heads[0]}  →  {heads[1]}"]
+    if differences["same_weights"]:
+        text_lines.append("the weights are the same bytes")
     equal = []
     for name in ("data", "config", "code", "environment", "hardware", "evaluation", "gate", "cost", "size"):
-        value = found[name]
+        value = differences[name]
         if not value:
             equal.append(name)
             continue
-        shown += ["", name]
+        text_lines += ["", name]
         match name:
             case "data":
-                shown += _told_data(value)
+                text_lines += _describe_data(value)
             case "evaluation":
-                shown += [line for report in value for line in _told_evaluation(report)]
+                text_lines += [line for report in value for line in _describe_evaluation(report)]
             case _:
-                shown += [f"  {line}" for line in lines({"": value})]
-    return [*shown, "", f"equal: {', '.join(equal)}"] if equal else shown
+                text_lines += [f"  {line}" for line in lines({"": value})]
+    return [*text_lines, "", f"equal: {', '.join(equal)}"] if equal else text_lines
 
 
-def _told_data(value: dict[str, Any]) -> list[str]:
-    shown = [f"  dataset: {_word(value['dataset'][0])} → {_word(value['dataset'][1])}"]
+def _describe_data(value: dict[str, Any]) -> list[str]:
+    text_lines = [f"  dataset: {_word(value['dataset'][0])} → {_word(value['dataset'][1])}"]
     for split in SPLITS:
         if counts := value.get("splits", {}).get(split):
-            shown.append(
+            text_lines.append(
                 f"  {split}: {counts['common']} records in both, {counts['only_old']} only in the first,"
                 f" {counts['only_new']} only in the second"
             )
     if value.get("moved"):
-        shown.append(f"  {value['moved']} records are in another split")
-    shown += [f"  {line}" for line in lines({"": value.get("counts", {})})]
+        text_lines.append(f"  {value['moved']} records are in another split")
+    text_lines += [f"  {line}" for line in lines({"": value.get("counts", {})})]
     if rules := value.get("rules"):
-        shown.append(f"  rules: {'; '.join(rules[0]) or '–'} → {'; '.join(rules[1]) or '–'}")
-    shown += [f"  {value['problem']}"] if "problem" in value else []
+        text_lines.append(f"  rules: {'; '.join(rules[0]) or '–'} → {'; '.join(rules[1]) or '–'}")
+    text_lines += [f"  {value['problem']}"] if "problem" in value else []
     if "splits" in value:
-        shown.append(f"  the records: forge data diff {' '.join(value['dataset'])}")
-    return shown
+        text_lines.append(f"  the records: forge data diff {' '.join(value['dataset'])}")
+    return text_lines
 
 
-def _told_evaluation(report: dict[str, Any]) -> list[str]:
+def _describe_evaluation(report: dict[str, Any]) -> list[str]:
     places = {f"{split} of {dataset}" for split, dataset in zip(report["split"], report["dataset"], strict=True)}
-    shown = [f"  {' and '.join(sorted(places))}: {report['num_examples'][0]} and {report['num_examples'][1]} items"]
+    text_lines = [f"  {' and '.join(sorted(places))}: {report['num_examples'][0]} and {report['num_examples'][1]} items"]
     for name, (old, new) in report["metrics"].items():
         pair = ["–" if value is None else f"{value:.4g}" for value in (old, new)]
-        shown.append(f"    {name}: {pair[0]} → {pair[1]}")
-    shown += [f"    {line}" for line in lines({"settings": report["settings"], "costs": report["costs"]})]
+        text_lines.append(f"    {name}: {pair[0]} → {pair[1]}")
+    text_lines += [f"    {line}" for line in lines({"settings": report["settings"], "costs": report["costs"]})]
     if "problem" in report:
-        shown.append(f"    {report['problem']}")
+        text_lines.append(f"    {report['problem']}")
     if "num_common" not in report:
-        return shown
-    shown.append(f"    of {report['num_common']} common items {report['right'][0]} → {report['right'][1]} are right")
+        return text_lines
+    text_lines.append(f"    of {report['num_common']} common items {report['right'][0]} → {report['right'][1]} are right")
     for kind, word in (("right_to_wrong", "right → wrong"), ("wrong_to_right", "wrong → right")):
         flips = report[kind]
         if flips:
             more = f", the first {SHOWN}" if len(flips) > SHOWN else ""
-            shown.append(f"    {word}: {len(flips)}{more}")
+            text_lines.append(f"    {word}: {len(flips)}{more}")
         for flip in flips[:SHOWN]:
             texts = [json.dumps(flip[key], ensure_ascii=False)[:60] for key in ("reference", "was", "is")]
-            shown.append(f"      {flip['record']}  wants {texts[0]}: {texts[1]} → {texts[2]}")
-    return shown
+            text_lines.append(f"      {flip['record']}  wants {texts[0]}: {texts[1]} → {texts[2]}")
+    return text_lines

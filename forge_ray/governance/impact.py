@@ -1,4 +1,4 @@
-"""What came of the runs that used a record: versions, aliases, deployments, reports."""
+"""What the runs that used a record led to: versions, aliases, deployments, reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from forge_ray.store.files import Store
 
 @dataclass(frozen=True)
 class ReachedRun:
-    """`how`: `trained`, `chosen` (by a validation with the record), or `base`: it began from a version that was reached."""
+    """A run that a record reached. `how`: `trained` on it, `chosen` (a validation with it selected the checkpoint or the
+    end), or `base` (it started from a version that was reached)."""
 
     run: str
     name: str
@@ -37,7 +38,7 @@ class ReachedVersion:
 
 @dataclass(frozen=True)
 class ReachedAlias:
-    """An alias that pointed at a version, from `since` to `until` ("": now)."""
+    """An alias that routed to a version from `since` to `until` ("" if it still does)."""
 
     alias: str
     version: str
@@ -56,7 +57,7 @@ class ReachedDeployment:
 
 @dataclass(frozen=True)
 class ReachedReport:
-    """An evaluation with the record among its examples, or (`labels`) among the answers that are its label set."""
+    """An evaluation with the record among its examples, or (`how` is `labels`) among the answers that form its label set."""
 
     report: str
     subject: str
@@ -75,8 +76,8 @@ class Reached:
 
 @dataclass(frozen=True)
 class Affected:
-    """Ids. `runs` and `versions` have weights that the records took part in; `validated` are runs that only measured a loss
-    on one."""
+    """Ids of everything that the records reached. `runs` and `versions` have weights that depend on the records;
+    `validated` are runs that only measured a validation loss on one."""
 
     datasets: tuple[str, ...]
     runs: tuple[str, ...]
@@ -89,7 +90,7 @@ class Affected:
 
 @dataclass(frozen=True)
 class StoreUses:
-    """The store's runs and what was made of them, read once."""
+    """The runs and versions of a store, read once."""
 
     catalog: Catalog
     runs: dict[str, Run]
@@ -106,11 +107,11 @@ class StoreUses:
         return cls(catalog, runs, versions)
 
     def runs_on(self, dataset: str) -> list[Run]:
-        """Runs on a dataset version; one that nobody can place may have been on any."""
+        """Runs on a dataset version, including runs whose dataset is unknown."""
         return [run for run in self.runs.values() if run.dataset in (dataset, "")]
 
     def reached(self, uses: Sequence[Use], splits: Sequence[tuple[str, str, str]]) -> Reached:
-        """What came of `uses`; `splits` are (record, dataset, split) of every record that is held."""
+        """What `uses` led to. `splits` are the (record, dataset, split) of every traced record."""
         runs: dict[str, str] = {}
         for use in uses:
             if use.how == "trained":
@@ -134,34 +135,38 @@ class StoreUses:
         )
 
     def _versions(self, runs: dict[str, str], uses: Sequence[Use]) -> dict[str, str]:
-        """version → how, of those with weights that the uses took part in; adds to `runs` those that began from one."""
-        found: dict[str, str] = {}
+        """Version → how it was reached, for versions whose weights depend on the uses; adds the runs that start from one
+        to `runs`."""
+        reached: dict[str, str] = {}
         direct = {use.run: "trained" for use in uses if use.how == "trained"} | runs
         grown = True
         while grown:
             grown = False
             for run in self.runs.values():
-                if run.run not in runs and run.base_model in found:
+                if run.run not in runs and run.base_model in reached:
                     runs[run.run], grown = "base", True
             for version in self.versions:
-                how = "base" if version.base_model in found or runs.get(version.run) == "base" else ""
+                how = "base" if version.base_model in reached or runs.get(version.run) == "base" else ""
                 if version.run in direct and self._took_part(version, direct[version.run], uses):
                     how = direct[version.run]
-                if how and version.id not in found:
-                    found[version.id], grown = how, True
-        return found
+                if how and version.id not in reached:
+                    reached[version.id], grown = how, True
+        return reached
 
     def _took_part(self, version: ModelVersion, how: str, uses: Sequence[Use]) -> bool:
-        """Whether the records were used up to the step whose weights the version has. A candidate's checkpoint may have had
-        steps that an incident took out later."""
-        run, mine = self.runs[version.run], [use for use in uses if use.run == version.run and use.how == "trained"]
+        """Whether the records were used by the step whose weights the version has. A candidate's checkpoint may include
+        steps that an incident later removed from the run."""
+        run, trainings = self.runs[version.run], [use for use in uses if use.run == version.run and use.how == "trained"]
         last = version.step or run.export_step
-        if how == "chosen" or not last or any(not use.exact for use in mine):
+        if how == "chosen" or not last or any(not use.exact for use in trainings):
             return True
         later = [
-            step for use in mine for step, at in use.left_out if version.status == "candidate" and at > version.created_at
+            step
+            for use in trainings
+            for step, at in use.left_out
+            if version.status == "candidate" and at > version.created_at
         ]
-        return any(step <= last for step in (*later, *(step for use in mine for step in use.steps)))
+        return any(step <= last for step in (*later, *(step for use in trainings for step in use.steps)))
 
     def _aliases(self, versions: set[str]) -> Iterator[ReachedAlias]:
         for alias in self.catalog.subjects("alias"):
@@ -175,7 +180,7 @@ class StoreUses:
         last_of_name: dict[str, str] = {}
         deployments = self.catalog.all(Deployment)
         states = {one.id: self.catalog.events("deployment", one.id) for one in deployments}
-        ups = sorted((e.at, e.subject) for found in states.values() for e in found if e.data["state"] == "running")
+        ups = sorted((e.at, e.subject) for events in states.values() for e in events if e.data["state"] == "running")
         names = {one.id: one.name for one in deployments}
         for _, identifier in ups:
             last_of_name[names[identifier]] = identifier
@@ -187,7 +192,7 @@ class StoreUses:
                 end = states[one.id][-1].at
             asked = {one.model, *one.models, *one.config.get("models", ())}
             own = {bases.get(version, version) for version in started}
-            for move in aliases:  # where an alias went while the deployment was up, its answers went
+            for move in aliases:  # a running deployment follows the moves of its aliases
                 if (not end or move.since < end) and (not move.until or move.until > one.created_at):
                     follows = one.config.get("published", True) and bases.get(move.version) in own
                     if move.alias in asked or follows:
@@ -210,7 +215,7 @@ class StoreUses:
 
 
 def _named(route: AliasRoute | None) -> set[str]:
-    """Every version that an alias sends anything to."""
+    """Every version that a route names."""
     if route is None:
         return set()
     ruled = {name for rule in route.rules for name in (rule.to, rule.classifier)}
@@ -218,7 +223,7 @@ def _named(route: AliasRoute | None) -> set[str]:
 
 
 def _has_item(store: Store, report: EvalReport, records: set[str]) -> bool:
-    """Whether one of the records was among the examples; without a list of them, it was."""
+    """Whether one of the records was among the examples; assumed where the list of examples is missing."""
     path = paths.items(report.id)
     if not store.exists(path):
         return True

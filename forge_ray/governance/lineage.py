@@ -1,4 +1,4 @@
-"""From any id to any other: walk, draw."""
+"""The lineage graph: what a record was derived from and what was derived from it, as a tree, a path or text."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from forge_ray.records import DatasetManifest, Record
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.resolve import resolve
 
-ORDER = ("runs", "datasets", "models", "evals", "deployments", "missing")  # of what lies beside each other in a lineage
+ORDER = ("runs", "datasets", "models", "evals", "deployments", "missing")  # of siblings in a lineage
 
 
 def tree(catalog: Catalog, record_id: str, towards: str = "origins") -> dict[str, Any]:
-    """The lineage of one record as nested nodes: `origins` follows parents, `uses` follows children. What several came from
-    has its own branches where it stands first; elsewhere it is named alone, so a long chain of versions stays short."""
+    """The lineage of one record as nested nodes: `origins` follows parents, `uses` follows children. A node that occurs
+    several times has its branches at its first occurrence only, so that a long chain of versions stays short."""
     follow = catalog.parents if towards == "origins" else catalog.children
     seen: set[str] = set()
 
     def node(identifier: str) -> dict[str, Any]:
         kind, label = described(catalog, identifier)
-        found: dict[str, Any] = {"id": identifier, "kind": kind, "label": label, towards: []}
+        subtree: dict[str, Any] = {"id": identifier, "kind": kind, "label": label, towards: []}
         if identifier not in seen:
             seen.add(identifier)
             near = sorted(follow(identifier), key=lambda one: (ORDER.index(described(catalog, one)[0]), one))
-            found[towards] = [node(one) for one in near]
-        return found
+            subtree[towards] = [node(one) for one in near]
+        return subtree
 
     return node(record_id)
 
 
 def described(catalog: Catalog, identifier: str) -> tuple[str, str]:
-    """Kind and label of a node of the lineage; `missing` where the store has no record of it."""
+    """Kind and label of a node; the kind is `missing` where the store has no record of it."""
     record = catalog.get(identifier) if catalog.has(identifier) else None
     label = "not finished" if record is None and catalog.events("run", identifier) else _label(record)
     return record.kind if record else "missing", label
 
 
 def walk(catalog: Catalog, start: str, goal: str) -> list[str]:
-    """The shortest chain of ids from `start` to `goal`, in either direction; empty when there is none."""
+    """The shortest chain of ids from `start` to `goal`, along edges in either direction; empty if there is none."""
     frontier, came_from = [start], {start: ""}
     while frontier and goal not in came_from:
         reached = []
@@ -82,7 +82,7 @@ def _label(record: Record | None) -> str:
 
 
 def lineage(catalog: Catalog, text: str, num_rows: int) -> dict[str, Any]:
-    """Origins (down to rows one can read) and uses of a record; a `rec_…` id is traced to whatever was made of it."""
+    """Origins (down to the first `num_rows` rows of each dataset) and uses of a record; for a `rec_…` id, its uses."""
     if text.startswith("rec_"):
         return _of_record(catalog, text)
     identifier = resolve(catalog, text)
@@ -93,7 +93,7 @@ def lineage(catalog: Catalog, text: str, num_rows: int) -> dict[str, Any]:
 
 
 def _add_rows(catalog: Catalog, node: dict[str, Any], num_rows: int) -> None:
-    """Put the first rows of each dataset into its node, with the file and line they came from."""
+    """Add the first rows of each dataset to its node, with source file and line."""
     from forge_ray.data.dataset.version import first_records
 
     if node["kind"] == "datasets":
@@ -108,24 +108,24 @@ def _add_rows(catalog: Catalog, node: dict[str, Any], num_rows: int) -> None:
 def _of_record(catalog: Catalog, record: str) -> dict[str, Any]:
     from forge_ray.data.dataset.version import find_record
 
-    found: list[dict[str, Any]] = []
+    trees: list[dict[str, Any]] = []
     row: dict[str, Any] = {}
     for manifest in catalog.all(DatasetManifest):
         try:
             row = find_record(catalog.store, manifest, record)
         except NotFound:
             continue
-        found.append(tree(catalog, manifest.id, "uses") | {"split": row["split"]})
-    if not found:
+        trees.append(tree(catalog, manifest.id, "uses") | {"split": row["split"]})
+    if not trees:
         raise NotFound(f"{record} is in no dataset of this store", hint="`forge data show ds_…` prints record ids")
-    return {"id": record, "label": f"{row['file']}:{row['line']}", "row": row, "uses": found}
+    return {"id": record, "label": f"{row['file']}:{row['line']}", "row": row, "uses": trees}
 
 
 def path(catalog: Catalog, start: str, goal: str) -> list[str]:
-    """The chain of ids between two things; raises `NotFound` when nothing joins them."""
+    """The chain of ids that connects two records; raises `NotFound` if there is none."""
     chain = walk(catalog, resolve(catalog, start), resolve(catalog, goal))
     if not chain:
-        raise NotFound(f"nothing joins {start} and {goal}", hint="`forge lineage` on each shows what they came from")
+        raise NotFound(f"{start} and {goal} are not connected", hint="`forge lineage` on each shows what they came from")
     return chain
 
 
@@ -133,7 +133,7 @@ WORDS = {"evals": "judged by", "runs": "trained by", "datasets": "from rows", "m
 
 
 def draw(value: dict[str, Any]) -> list[str]:
-    """The tree as lines of text; what was drawn once is only named again."""
+    """The tree as lines of text; a node that was drawn before is marked with ↑ and not drawn again."""
     lines = [f"{value['id']}  {value['label']}"]
     if value.get("row"):
         lines.append(f"│  {_excerpt(value['row']['content'])}")
@@ -175,7 +175,7 @@ def _rows(node: dict[str, Any], indent: str, is_last: bool) -> list[str]:
 
 
 def _excerpt(content: dict[str, Any], width: int = 90) -> str:
-    """A row as one line: what was asked and what it taught."""
+    """A row as one line: the last question and its answer."""
     if "text" in content:
         text = content["text"]
     else:

@@ -1,7 +1,7 @@
-"""The lineage graph as SVG and as a page that needs nothing else.
+"""The lineage graph as SVG and as a self-contained HTML page.
 
-A layered drawing (Sugiyama, Tagawa, Toda 1981): columns by the longest way from an origin; an edge over several columns
-has a place of its own in each; inside a column everything stands near what it is joined to.
+A layered drawing (Sugiyama, Tagawa, Toda 1981): a node's column is the length of the longest path from an origin; an edge
+over several columns has a bend in each; inside a column nodes are ordered by the mean position of their neighbours.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Node:
 
 @dataclass
 class Graph:
-    """`edges` go from what something was made of to what was made of it; `focus` is what was asked about."""
+    """A lineage graph. `edges` go from parent to child; `focus` is the id that was asked about."""
 
     focus: str
     nodes: dict[str, Node] = field(default_factory=dict)
     edges: set[tuple[str, str]] = field(default_factory=set)
 
 
-def graph_of(catalog: Catalog, found: dict[str, Any]) -> Graph:
-    """Everything that what `lineage.lineage` found was made from, and everything that was made of it."""
-    graph = Graph(found["id"])
+def graph_of(catalog: Catalog, tree: dict[str, Any]) -> Graph:
+    """The graph of everything that `tree` (of `lineage.lineage`) was derived from and everything derived from it."""
+    graph = Graph(tree["id"])
     pointing: dict[str, list[str]] = {}
     for alias, version in sorted(catalog.aliases().items()):
         pointing.setdefault(version, []).append(f"alias {alias}")
@@ -76,16 +76,16 @@ def graph_of(catalog: Catalog, found: dict[str, Any]) -> Graph:
                     add(near)
                     waiting.append(near)
 
-    if "row" in found:
-        graph.nodes[found["id"]] = Node(found["id"], "record", found["label"], "")
-        for dataset in found["uses"]:
-            graph.edges.add((found["id"], dataset["id"]))
+    if "row" in tree:
+        graph.nodes[tree["id"]] = Node(tree["id"], "record", tree["label"], "")
+        for dataset in tree["uses"]:
+            graph.edges.add((tree["id"], dataset["id"]))
             add(dataset["id"], f"in {dataset['split']}")
             follow(dataset["id"], upwards=False)
         return graph
-    add(found["id"])
-    follow(found["id"], upwards=True)
-    follow(found["id"], upwards=False)
+    add(tree["id"])
+    follow(tree["id"], upwards=True)
+    follow(tree["id"], upwards=False)
     return graph
 
 
@@ -93,7 +93,7 @@ def graph_of(catalog: Catalog, found: dict[str, Any]) -> Graph:
 
 
 def columns(graph: Graph) -> list[list[str]]:
-    """Ids per column, in the order of drawing; bends of long edges are among them, as `parent>child>column`."""
+    """Ids per column, in drawing order, including the bends of long edges as `parent>child>column`."""
     level = _levels(graph)
     placed: list[list[str]] = [[] for _ in range(max(level.values()) + 1)]
     near: dict[str, list[str]] = {}
@@ -122,13 +122,13 @@ def columns(graph: Graph) -> list[list[str]]:
 
 
 def way_of(parent: str, child: str, level: dict[str, int]) -> list[str]:
-    """An edge with its bends, one in each column between."""
+    """The nodes of an edge: parent, a bend in each column between, child."""
     between = range(level[parent] + 1, level[child])
     return [parent, *(f"{parent}>{child}>{number}" for number in between), child]
 
 
 def _levels(graph: Graph) -> dict[str, int]:
-    """The longest way to each node from one without origins; records cannot form a ring, for ids are hashes."""
+    """Length of the longest path to each node from one without origins. There are no cycles, because ids are hashes."""
     level = dict.fromkeys(graph.nodes, 0)
     for _ in graph.nodes:
         for parent, child in graph.edges:
@@ -141,13 +141,13 @@ def places(graph: Graph) -> tuple[dict[str, tuple[float, float]], float, float]:
     stacks = columns(graph)
     heights = [sum(_height(graph, name) + GAP_Y for name in stack) - GAP_Y for stack in stacks]
     tallest = max(heights)
-    found: dict[str, tuple[float, float]] = {}
+    positions: dict[str, tuple[float, float]] = {}
     for number, (stack, height) in enumerate(zip(stacks, heights, strict=True)):
         y = MARGIN + (tallest - height) / 2
         for name in stack:
-            found[name] = (MARGIN + number * (BOX_W + GAP_X), y)
+            positions[name] = (MARGIN + number * (BOX_W + GAP_X), y)
             y += _height(graph, name) + GAP_Y
-    return found, 2 * MARGIN + len(stacks) * (BOX_W + GAP_X) - GAP_X, 2 * MARGIN + tallest
+    return positions, 2 * MARGIN + len(stacks) * (BOX_W + GAP_X) - GAP_X, 2 * MARGIN + tallest
 
 
 def _height(graph: Graph, name: str) -> int:
@@ -158,8 +158,8 @@ def _height(graph: Graph, name: str) -> int:
 
 
 def svg(graph: Graph) -> str:
-    """The whole graph; every text is cut to its box."""
-    found, width, height = places(graph)
+    """The graph as SVG; texts are cut to the width of their box."""
+    positions, width, height = places(graph)
     level = _levels(graph)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
@@ -168,17 +168,17 @@ def svg(graph: Graph) -> str:
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>',
     ]
     for parent, child in sorted(graph.edges):
-        lines.append(f'<path d="{_path(graph, way_of(parent, child, level), found)}" fill="none" stroke="#94a3b8"/>')
+        lines.append(f'<path d="{_path(graph, way_of(parent, child, level), positions)}" fill="none" stroke="#94a3b8"/>')
     for node in graph.nodes.values():
-        lines += _box(node, *found[node.id], node.id == graph.focus)
+        lines += _box(node, *positions[node.id], node.id == graph.focus)
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _path(graph: Graph, way: list[str], found: dict[str, tuple[float, float]]) -> str:
+def _path(graph: Graph, way: list[str], positions: dict[str, tuple[float, float]]) -> str:
     d = ""
     for left, right in pairwise(way):
-        x1, y1 = found[left][0] + BOX_W, found[left][1] + _height(graph, left) / 2
-        x2, y2 = found[right][0], found[right][1] + _height(graph, right) / 2
+        x1, y1 = positions[left][0] + BOX_W, positions[left][1] + _height(graph, left) / 2
+        x2, y2 = positions[right][0], positions[right][1] + _height(graph, right) / 2
         d += f"M{x1:.1f} {y1:.1f}" if not d else f"L{x1:.1f} {y1:.1f}"
         half = (x2 - x1) / 2
         d += f"C{x1 + half:.1f} {y1:.1f} {x2 - half:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
@@ -194,32 +194,32 @@ def _box(node: Node, x: float, y: float, focus: bool) -> Iterator[str]:
         f' stroke="{colour}" stroke-width="{2.5 if focus else 1}"/>'
     )
     word = WORDS.get(node.kind, node.kind)
-    id_room = CHARS - len(word) - 2
-    rows = ((node.id, "#0f172a", id_room), (node.label, "#334155", CHARS), (node.status, colour, CHARS))
-    for number, (text, ink, room) in enumerate(rows):
+    id_width = CHARS - len(word) - 2
+    rows = ((node.id, "#0f172a", id_width), (node.label, "#334155", CHARS), (node.status, colour, CHARS))
+    for number, (text, ink, width) in enumerate(rows):
         if text:
             weight = ' font-weight="bold"' if number == 0 else ""
             at = f'x="{x + 12:.1f}" y="{y + 19 + 18 * number:.1f}"'
-            yield f'<text {at} fill="{ink}"{weight}>{escape(cut(text, room))}</text>'
+            yield f'<text {at} fill="{ink}"{weight}>{escape(cut(text, width))}</text>'
     yield f'<text x="{x + BOX_W - 12:.1f}" y="{y + 19:.1f}" fill="{colour}" text-anchor="end">{escape(word)}</text></g>'
 
 
-def cut(text: str, room: int) -> str:
-    """At most `room` columns of a monospaced font; wide letters take two."""
+def cut(text: str, limit: int) -> str:
+    """The text cut to at most `limit` columns of a monospaced font; wide letters take two."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     widths = [2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text]
-    if sum(widths) <= room:
+    if sum(widths) <= limit:
         return text
     used = 0
     for number, width in enumerate(widths):
-        if used + width > room - 1:
+        if used + width > limit - 1:
             return text[:number] + "…"
         used += width
     return text
 
 
 def page(graph: Graph) -> str:
-    """The drawing in a page, with a table of everything in full; no script, nothing loaded from anywhere."""
+    """An HTML page with the drawing and a table of all nodes; it has no scripts and loads nothing."""
     rows = "\n".join(
         f"<tr><td>{escape(WORDS.get(node.kind, node.kind))}</td><td><code>{escape(node.id)}</code></td>"
         f"<td>{escape(node.label)}</td><td>{escape(node.status)}</td></tr>"
@@ -231,7 +231,7 @@ def page(graph: Graph) -> str:
 table{{border-collapse:collapse;margin-top:1.5em}}td,th{{text-align:left;padding:.3em .8em;border-bottom:1px solid #e2e8f0}}
 </style></head><body>
 <h1>Lineage of <code>{escape(graph.focus)}</code></h1>
-<p>Left of a box is what it was made from, right of it what was made of it.</p>
+<p>To the left of a box is what it was derived from, to the right what was derived from it.</p>
 <div class="graph">
 {svg(graph)}</div>
 <table><tr><th>kind</th><th>id</th><th>what it is</th><th>status</th></tr>

@@ -1,7 +1,7 @@
-"""Compute a run again from its records alone, and say whether the weights are the same.
+"""Repeat a run from its records alone, and compare the weights.
 
-Nothing is taken from where the rows or the base model once came from: dataset and base are the store's, each file checked
-against the sha256 of its record. The run goes into a scratch store, `work/reproduce/…` of the same one, by hard links.
+The original sources are not read: dataset and base model come from the store, and each file is verified against the sha256
+in its record. The second run is written to a scratch store in `work/reproduce/…`, which shares files by hard links.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from forge_ray.machine.cluster import connect
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.progress import Stage, stage
 from forge_ray.records import DatasetManifest, Event, FileEntry, ModelVersion, Record, RunRecord, files_digest
+from forge_ray.release import promotion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store, verify_files
@@ -35,17 +36,22 @@ Differences = dict[str, Any]
 
 
 def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bool = False) -> dict[str, Any]:
-    """Train again what `reference` (run, model version, alias, digest) names, and compare. `verdict` is `equal` where every
-    weight file is the same bytes, else `differs`; `differences` names what else was not as it was, in either case. Raises
-    `ConfigError` for what no run made, `NotFound` or `StoreError` where something that is needed is gone or altered."""
+    """Repeat the training run that `reference` (run, model version, alias or digest) names, and compare.
+
+    `verdict` is `equal` if every weight file is byte-identical, else `differs`; `differences` lists further differences in
+    either case. Raises `ConfigError` for a version that no run produced, `NotFound` or `StoreError` where something that is
+    needed is missing or altered."""
     folder = paths.work("reproduce", uuid.uuid4().hex[:12])
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         record, version = run_of(catalog, reference)
         base = _sealed(catalog.get_as(ModelVersion, record.base_model))
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
-        catalog.refuse_withdrawn(version.id if version else "")
+        promotion.refuse_withdrawn(catalog, version.id if version else "")
         if not store.exists(paths.dataset(manifest.id)):
-            raise NotFound(f"the rows of {manifest.id} are not in this store", hint="were they erased? its record remains")
+            raise NotFound(
+                f"the rows of {manifest.id} are not in this store",
+                hint="they may have been erased: the record of a dataset stays",
+            )
         config, notes = settings(record)
         catalog.check_may("reproduction events")  # before hours are spent on one
         differences = _before(record, base, version)
@@ -53,7 +59,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
             print(f"  {line}", file=sys.stderr, flush=True)
         scratch = _below(store, folder)
         try:
-            with Catalog(scratch) as there, stage("verify") as it:
+            with Catalog.open(scratch) as there, stage("verify") as it:
                 size = _link(store, folder, paths.model(base.id), base.files, "the base model")
                 there.put(base)
                 if rebuild_data:
@@ -63,7 +69,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
                     size += _link(store, folder, paths.dataset(manifest.id), manifest.files, "the dataset")
                 there.put(manifest)
                 it.done(f"{record.id}  {base.id}, {manifest.id}: {size / 1e6:.1f} MB as recorded")
-            with Catalog(scratch) as there:
+            with Catalog.open(scratch) as there:
                 precision = _precision(config, record, manifest, base)
                 again = pipeline.train_on(config, there, base, manifest, precision)
             differences |= _after(store, record, scratch, again)
@@ -91,41 +97,45 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
 
 
 def run_of(catalog: Catalog, reference: str) -> tuple[RunRecord, ModelVersion | None]:
-    """The finished run that made it; and the version, where one was named. `ConfigError` where there is none."""
+    """The finished run of a reference, and the version if it names one. Raises `ConfigError` where there is no run."""
     identifier = resolve(catalog, reference) if not reference.startswith("run_") else reference
     if identifier.startswith("run_"):
         if not catalog.has(identifier):
-            raise NotFound(f"{identifier} is not finished, or not of this store", hint="`forge runs list` shows the runs")
+            raise NotFound(f"{identifier} is not finished, or not in this store", hint="`forge runs list` shows the runs")
         return catalog.get_as(RunRecord, identifier), None
     version = catalog.get_as(ModelVersion, identifier)
     if not version.run:
         raise ConfigError(
-            f"{version.id} was imported ({version.source}): no run of this store made it, there is nothing to reproduce",
+            f"{version.id} was imported ({version.source}): it has no run in this store that could be reproduced",
             hint="`forge models list` shows which versions were trained",
         )
     if version.status == "candidate":
         raise ConfigError(
-            f"{version.id} is step {version.step} of {version.run}, not what the run ended with",
+            f"{version.id} is step {version.step} of {version.run}, not the result of the whole run",
             hint=f"reproduce the run: `forge reproduce {version.run}`",
         )
     return catalog.get_as(RunRecord, version.run), version
 
 
 def settings(record: RunRecord) -> tuple[RunConfig, list[str]]:
-    """The run file of a finished run with as many workers as it had, and what must be said of them."""
+    """The run file of a finished run with the number of workers of its last start, and notes on its starts and incidents."""
     config = parse(RunConfig, record.config, where=record.id)
     sizes, notes = [attempt["world_size"] for attempt in record.attempts], []
     if len(set(sizes)) > 1:
         notes.append(
-            f"it had {' then '.join(map(str, sizes))} workers: another number sums in another order, so equal weights are"
-            f" promised for runs of one number only; taking {sizes[-1]}"
+            f"it had {' then '.join(map(str, sizes))} workers: a different number adds in a different order, so equal"
+            f" weights are guaranteed only for runs with one number; using {sizes[-1]}"
         )
     elif len(sizes) > 1:
-        notes.append(f"it was started {len(sizes)} times, with {sizes[0]} workers each: resuming changes no bit of that")
+        notes.append(
+            f"it was started {len(sizes)} times, with {sizes[0]} workers each: resuming does not change the weights"
+        )
     counts = Counter(incident["kind"] for incident in record.incidents if incident["kind"] != "restart")
     if counts:
-        told = ", ".join(f"{number} × {kind}" for kind, number in counts.items())
-        notes.append(f"it had incidents ({told}): what they left out is left out again only where they happen again")
+        incidents = ", ".join(f"{number} × {kind}" for kind, number in counts.items())
+        notes.append(
+            f"it had incidents ({incidents}): the steps and rows that they skipped are skipped only if they happen again"
+        )
     scaling = config.train.scaling
     if scaling.max_workers and sizes:
         scaling = scaling.model_copy(update={"num_workers": sizes[-1]})
@@ -134,28 +144,28 @@ def settings(record: RunRecord) -> tuple[RunConfig, list[str]]:
 
 
 def _sealed(record: R) -> R:
-    """The record, whose content still gives its id."""
+    """The record itself. Raises `StoreError` if its content does not give its id."""
     if record.sealed().id != record.id:
         raise StoreError(f"the record {record.id} was altered: its content gives {record.sealed().id}", hint="restore it")
     return record
 
 
 def _before(record: RunRecord, base: ModelVersion, version: ModelVersion | None) -> Differences:
-    """What is known to differ before anything is computed."""
-    found: Differences = {}
+    """The differences that are known before the start: base model, export of the version, code."""
+    differences: Differences = {}
     if base.files_digest != record.base_digest:
-        found["base_model"] = [record.base_digest, base.files_digest]
+        differences["base_model"] = [record.base_digest, base.files_digest]
     if version and version.files_digest != files_digest(record.export):
-        found["version"] = [version.files_digest, files_digest(record.export)]
+        differences["version"] = [version.files_digest, files_digest(record.export)]
     if record.code_digest != environment.code_digest():
-        found["code"] = [_code(record), _code(None)]
-    return found
+        differences["code"] = [_code(record), _code(None)]
+    return differences
 
 
 def _here(store: Store, record: RunRecord) -> Differences:
-    """How this machine is not as the workers' was; what it is to those that will train is known when they have started."""
-    found = difference.locks(environment.read(store, record.environment_digest), environment.lock())
-    kept = {key: pair for key, pair in found.items() if key.partition(".")[0] not in ("threads", "torch", "switches")}
+    """The differences between the run's environment and this machine; those to the new workers are known later."""
+    differences = difference.locks(environment.read(store, record.environment_digest), environment.lock())
+    kept = {key: pair for key, pair in differences.items() if key.partition(".")[0] not in ("threads", "torch", "switches")}
     return {"this machine": kept} if kept else {}
 
 
@@ -173,17 +183,18 @@ def _below(store: Store, folder: str) -> Store:
 
 
 def _link(store: Store, folder: str, relative: str, files: tuple[FileEntry, ...], what: str) -> int:
-    """A published folder under the scratch store; its files are what the record says, not what lies beside them."""
+    """Link a published folder into the scratch store and verify it; only files that the record lists are taken. Returns the
+    number of bytes."""
     if not store.is_published(relative):
         raise NotFound(
             f"{what} of this run is not in the store: {relative} has no manifest",
-            hint="restore it from a backup; a dataset can be made again from its sources: --rebuild-data"
+            hint="restore it from a backup; a dataset can be rebuilt from its sources: --rebuild-data"
             if relative.startswith("datasets/")
             else "restore it from a backup, or import the same files again",
         )
     for entry in files:
         if not store.exists(f"{relative}/{entry.path}"):
-            raise StoreError(f"{relative}/{entry.path} is gone ({entry.size} bytes)", hint="restore it from a backup")
+            raise StoreError(f"{relative}/{entry.path} is missing ({entry.size} bytes)", hint="restore it from a backup")
         store.link(f"{relative}/{entry.path}", f"{folder}/{relative}/{entry.path}")
     store.link(f"{relative}/{MANIFEST}", f"{folder}/{relative}/{MANIFEST}")
     scratch = _below(store, folder)
@@ -194,12 +205,12 @@ def _link(store: Store, folder: str, relative: str, files: tuple[FileEntry, ...]
 def _rebuild(
     config: RunConfig, store: Store, folder: str, there: Catalog, base: ModelVersion, manifest: DatasetManifest, it: Stage
 ) -> DatasetManifest:
-    """The dataset from its sources once more, into the scratch store; without the rows that were erased since."""
+    """Rebuild the dataset from its sources in the scratch store, without rows that were erased since."""
     connect()
     from forge_ray.data.build.build import build, index_sources
     from forge_ray.data.record import subject
 
-    for path in (subject.KEY, *store.list(paths.erasure())):  # what the store says must be left out
+    for path in (subject.KEY, *store.list(paths.erasure())):  # tombstones: the build leaves these rows out
         if store.exists(path):
             store.link(path, f"{folder}/{path}")
     try:
@@ -209,7 +220,7 @@ def _rebuild(
 
 
 def _sources(old: DatasetManifest, new: DatasetManifest) -> Differences:
-    """Why a dataset that was built again is another one."""
+    """The differences between a dataset and its rebuild."""
     before, after = ({source.path: source.sha256 for source in manifest.sources} for manifest in (old, new))
     changed = difference.changes({"sources": before}, {"sources": after})
     counts = difference.changes(_counts(old), _counts(new))
@@ -224,7 +235,7 @@ def _counts(manifest: DatasetManifest) -> dict[str, Any]:
 def _precision(
     config: RunConfig, record: RunRecord, manifest: DatasetManifest, base: ModelVersion
 ) -> Literal["bf16", "fp32"]:
-    """What `auto` came to on the machine that trained; it is part of the run's id."""
+    """The precision that `auto` meant on the machine that trained: the one that gives the run's id."""
     from forge_ray.train.job import run_id
 
     precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
@@ -235,24 +246,24 @@ def _precision(
 
 
 def _after(store: Store, record: RunRecord, scratch: Store, again: RunRecord) -> Differences:
-    """How the second run was not as the first: where, with what, and what came of it but weights."""
-    found: Differences = {}
+    """The differences between the two runs other than the weights: settings, environment, steps, workers, loss."""
+    differences: Differences = {}
     if again.id != record.id:
-        found["settings"] = [record.id, again.id]
-    found |= difference.environments(store, record, scratch, again)
+        differences["settings"] = [record.id, again.id]
+    differences |= difference.environments(store, record, scratch, again)
     for name in ("num_steps", "order_key", "order_digest", "stopped_early", "export_step"):
         if getattr(record, name) != getattr(again, name):
-            found[name] = [getattr(record, name), getattr(again, name)]
+            differences[name] = [getattr(record, name), getattr(again, name)]
     sizes = [run.attempts[-1]["world_size"] if run.attempts else None for run in (record, again)]
     if sizes[0] != sizes[1]:
-        found["workers"] = sizes
+        differences["workers"] = sizes
     if step := _first_other_step(store, record, scratch, again):
-        found["loss"] = step
-    return found
+        differences["loss"] = step
+    return differences
 
 
 def _first_other_step(store: Store, record: RunRecord, scratch: Store, again: RunRecord) -> dict[str, Any]:
-    """The first step whose loss is another, where the metrics of both are there."""
+    """The first step with a different loss, if both runs have metrics."""
     from forge_ray.train import metrics
 
     sides = []
@@ -268,42 +279,42 @@ def _first_other_step(store: Store, record: RunRecord, scratch: Store, again: Ru
 def _weights(
     store: Store, record: RunRecord, version: ModelVersion | None, scratch: Store, again: RunRecord
 ) -> dict[str, Any]:
-    """Weight files by sha256; where they differ, tensor by tensor. Other files of the export are named beside them."""
+    """Compare the weight files by sha256 and, where they differ, tensor by tensor. Other files that differ are listed."""
     before, after = ({entry.path: entry.sha256 for entry in run.export} for run in (record, again))
     other = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
     weights = [path for path in other if path.endswith(WEIGHTS)]
     digests = {path: sha for path, sha in before.items() if path.endswith(WEIGHTS)}
-    found: dict[str, Any] = {
+    comparison: dict[str, Any] = {
         "is_equal": not weights,
         "sha256": digests,
         "differ": {path: [before.get(path, ""), after.get(path, "")] for path in weights},
         "other_files": [path for path in other if path not in weights],
     }
     if not weights:
-        return found
+        return comparison
     places = [paths.export(record.id), *([paths.model(version.id)] if version else [])]
     kept = next((place for place in places if store.is_published(place)), None)
     try:
         original = store.fetch_dir(kept) if kept else None
     except ForgeError as error:
-        return found | {"problem": f"the first run's weights are not as they were: {error.message}"}
+        return comparison | {"problem": f"the first run's weights were altered: {error.message}"}
     if original is None:
-        return found | {"problem": "the first run's weights are no longer in the store: compared by their sha256 alone"}
-    return found | compare_tensors(original, scratch.fetch_dir(paths.export(again.id)))
+        return comparison | {"problem": "the first run's weights are no longer in the store: compared by their sha256 alone"}
+    return comparison | compare_tensors(original, scratch.fetch_dir(paths.export(again.id)))
 
 
 def compare_tensors(old: Path, new: Path) -> dict[str, Any]:
-    """Every tensor of two folders of safetensors: how many there are and differ, and of those that differ most the largest
-    absolute difference and the share of elements."""
+    """Compare every tensor of two folders of safetensors: how many there are, how many differ, and for those with the
+    largest differences the absolute difference and the share of elements."""
     import torch
     from safetensors import safe_open
 
     def tensors(folder: Path) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+        file_of: dict[str, Path] = {}
         for path in sorted(folder.glob(f"*{WEIGHTS}")):
             with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        return found
+                file_of |= dict.fromkeys(file.keys(), path)
+        return file_of
 
     def read(path: Path, name: str) -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
@@ -314,15 +325,15 @@ def compare_tensors(old: Path, new: Path) -> dict[str, Any]:
     differ: list[dict[str, Any]] = []
     for name in sorted(before.keys() & after.keys()):
         one, two = read(before[name], name), read(after[name], name)
-        found: dict[str, Any] = {}
+        change: dict[str, Any] = {}
         kinds = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in (one, two)]
         if kinds[0] != kinds[1]:
-            found |= {"was": kinds[0], "is": kinds[1]}
+            change |= {"was": kinds[0], "is": kinds[1]}
         if one.shape == two.shape and not torch.equal(one.double(), two.double()):
             apart = (one.double() - two.double()).abs()
-            found |= {"largest": float(apart.max()), "share": float((apart != 0).double().mean())}
-        if found:
-            differ.append({"name": name, **found})
+            change |= {"largest": float(apart.max()), "share": float((apart != 0).double().mean())}
+        if change:
+            differ.append({"name": name, **change})
     differ.sort(key=lambda item: -item.get("largest", float("inf")))
     return {
         "num_tensors": len(before),
@@ -334,16 +345,16 @@ def compare_tensors(old: Path, new: Path) -> dict[str, Any]:
     }
 
 
-def told(found: dict[str, Any]) -> list[str]:
-    """The result for a terminal: the verdict first, then what differs."""
-    weights = found["weights"]
-    if found["verdict"] == "equal":
-        lines = [f"equal: {found['run']} gives the same weights again"]
+def describe(report: dict[str, Any]) -> list[str]:
+    """The result as lines of text: the verdict first, then the differences."""
+    weights = report["weights"]
+    if report["verdict"] == "equal":
+        lines = [f"equal: {report['run']} gives the same weights again"]
         lines += [f"  {path}  sha256 {sha}" for path, sha in weights["sha256"].items()]
     else:
-        lines = [f"differs: {found['run']} gives other weights"]
+        lines = [f"differs: {report['run']} gives different weights"]
         if weights["is_equal"]:
-            lines = [f"differs: {found['run']} gives the same weights, its dataset is not what its sources give now"]
+            lines = [f"differs: {report['run']} gives the same weights, but its sources now give a different dataset"]
         for path, (before, after) in weights["differ"].items():
             lines.append(f"  {path}  sha256 {before[:16] or 'absent'}… → {after[:16] or 'absent'}…")
         if "tensors" in weights:
@@ -357,7 +368,7 @@ def told(found: dict[str, Any]) -> list[str]:
         lines += [f"  {weights['problem']}"] if "problem" in weights else []
     if weights["other_files"]:
         lines.append(f"  other files that differ: {', '.join(weights['other_files'])}")
-    if found["differences"]:
-        lines.append("what was not as it was:")
-        lines += [f"  {line}" for line in difference.lines(found["differences"])]
-    return lines + [f"note: {note}" for note in found["notes"]]
+    if report["differences"]:
+        lines.append("other differences:")
+        lines += [f"  {line}" for line in difference.lines(report["differences"])]
+    return lines + [f"note: {note}" for note in report["notes"]]

@@ -19,14 +19,14 @@ from forge_ray.store.signatures import record_path, sign_record
 
 
 def create(catalog: Catalog, name: str, roles: tuple[str, ...], folder: Path, algorithm: signing.Algorithm) -> Signer:
-    """A new key pair in `folder` (NAME.key for its owner, NAME.pub for everyone), and its signer. The first one signs for
-    itself and must be owner."""
+    """Create a key pair in `folder` (NAME.key readable by its owner only, NAME.pub) and register it as a signer. The first
+    signer must be an owner and signs its own registration."""
     _check(catalog, name, roles)
     is_first = not catalog.authority().signers
     if not is_first:
-        catalog.check_may("signer events")  # before a key lies there that nobody takes
+        catalog.check_may("signer events")  # before a key is written that could not be registered
     elif "owner" not in roles:
-        raise PolicyError("the first signer is the owner: somebody must be able to add the others", hint="--role owner")
+        raise PolicyError("the first signer must be an owner, who can add the others", hint="--role owner")
     key = signing.generate(algorithm)
     folder.mkdir(parents=True, exist_ok=True)
     signing.write_private(folder / f"{name}.key", key, os.environ.get(signing.PASSPHRASE, ""))
@@ -36,17 +36,17 @@ def create(catalog: Catalog, name: str, roles: tuple[str, ...], folder: Path, al
 
 
 def add(catalog: Catalog, name: str, roles: tuple[str, ...], public_pem: str) -> Signer:
-    """Let somebody's public key count, in these roles; by an owner, or by the first signer for itself."""
+    """Register a public key as a signer with these roles; done by an owner, or by the first signer for itself."""
     _check(catalog, name, roles)
     identifier = signing.key_id(signing.load_public(public_pem))
     if identifier in catalog.authority().signers:
-        raise ConfigError(f"{identifier} is a signer", hint="`forge signers change` gives it other roles")
+        raise ConfigError(f"{identifier} is already a signer", hint="`forge signers change` changes its roles")
     if not catalog.authority().signers:
         key = signing.private_key()
         if "owner" not in roles or key is None or signing.key_id(key.public_key()) != identifier:
             raise PolicyError(
-                "the first signer is the owner, and signs for itself",
-                hint="`forge signers create NAME --role owner …` makes the key and does that",
+                "the first signer must be an owner, and must sign its own registration",
+                hint="`forge signers create NAME --role owner …` creates the key and signs",
             )
     _append(catalog, identifier, "added", name=name, roles=list(roles), public_key=public_pem)
     return find(catalog, identifier)
@@ -61,7 +61,7 @@ def change(catalog: Catalog, reference: str, roles: tuple[str, ...]) -> Signer:
 
 
 def end(catalog: Catalog, reference: str, compromised: bool, why: str) -> Signer:
-    """Retire a signer (what was signed stays valid), or revoke a key in wrong hands (nothing that it signed counts)."""
+    """Retire a signer (existing signatures stay valid), or revoke a compromised key (none of its signatures is valid)."""
     signer = find(catalog, reference)
     _keep_an_owner(catalog, signer, ())
     _append(catalog, signer.id, "revoked" if compromised else "retired", why=why)
@@ -69,66 +69,66 @@ def end(catalog: Catalog, reference: str, compromised: bool, why: str) -> Signer
 
 
 def find(catalog: Catalog, reference: str) -> Signer:
-    """By key id or name."""
+    """The signer with this key id or name. Raises `NotFound`."""
     signers = catalog.authority().signers.values()
     for signer in signers:
         if reference in (signer.id, signer.name):
             return signer
-    known = ", ".join(signer.name for signer in signers) or "none yet"
-    raise NotFound(f"no signer {reference!r} in {catalog.store.place}", hint=f"signers: {known}")
+    names = ", ".join(signer.name for signer in signers) or "none yet"
+    raise NotFound(f"no signer {reference!r} in {catalog.store.place}", hint=f"signers: {names}")
 
 
 def set_policy(catalog: Catalog, changes: dict[str, Any], why: str) -> Policy:
-    """Change what is given, by an owner."""
-    found = catalog.authority()
-    if not found.signers:
+    """Change the given settings of the policy; requires an owner's signature."""
+    authority = catalog.authority()
+    if not authority.signers:
         raise PolicyError("a policy needs an owner", hint="`forge signers create NAME --role owner` first")
-    policy = parse(Policy, found.policy.model_dump(mode="json") | changes)
-    if policy.protected and len(found.active("releaser")) < 2:
+    policy = parse(Policy, authority.policy.model_dump(mode="json") | changes)
+    if policy.protected and len(authority.active("releaser")) < 2:
         raise PolicyError(
-            "policy.protected needs two releasers, or nothing could be moved any more",
+            "policy.protected needs two releasers, or protected aliases could never be moved",
             hint="`forge signers create NAME --role releaser`",
         )
-    if policy.signatures and not found.policy.signatures:
-        _refuse_to_strand(catalog, found.model_copy(update={"policy": policy}))
+    if policy.signatures and not authority.policy.signatures:
+        _refuse_to_strand(catalog, authority.model_copy(update={"policy": policy}))
     catalog.append(
         Event(kind="policy", subject="policy", data=policy.model_dump(mode="json") | ({"why": why} if why else {}))
     )
     return catalog.authority().policy
 
 
-def _refuse_to_strand(catalog: Catalog, wanted: Authority) -> None:
-    """Aliases that answer today must answer tomorrow: those whose last move no releaser signed would be gone at once."""
+def _refuse_to_strand(catalog: Catalog, proposed: Authority) -> None:
+    """Raise `PolicyError` if an alias would stop serving under `proposed`, because no releaser signed its last move."""
     now = catalog.routes()
-    signed = {event.subject: event for event in accepted_moves(wanted, catalog.moves())}
+    signed = {event.subject: event for event in accepted_moves(proposed, catalog.moves())}
     if lost := sorted(name for name, route in now.items() if name not in signed or route_of(signed[name]) != route):
         raise PolicyError(
-            f"policy.signatures: no releaser signed what {', '.join(lost)} stand{'s' if len(lost) == 1 else ''} for,"
-            " so endpoints would not answer by it any more",
+            f"policy.signatures: no releaser signed the current route of {', '.join(lost)}, so endpoints would stop serving"
+            f" {'it' if len(lost) == 1 else 'them'}",
             hint=f"a releaser first: forge alias set {lost[0]} --to {now[lost[0]].stable}, or forge alias archive {lost[0]}",
         )
 
 
 def approve(catalog: Catalog, reference: str, alias: str, refuse: bool, why: str) -> Event:
-    """A signed yes (or no) to a version or dataset; `alias`: to that move alone."""
+    """Sign an approval or a refusal of a version or dataset; with `alias`, of one move of that alias."""
     key = signing.private_key()
     if key is None:
-        raise PolicyError("an approval is a signature", hint=f"set {signing.SIGNER} to your private key")
+        raise PolicyError("an approval needs a key to sign it", hint=f"set {signing.SIGNER} to your private key")
     aliases = catalog.aliases()
     record = catalog.get(aliases.get(reference, reference))
-    known = catalog.authority()
+    authority = catalog.authority()
     identifier = signing.key_id(key.public_key())
-    if identifier not in {signer.id for signer in known.active("data_steward", "validator", "releaser")}:
+    if identifier not in {signer.id for signer in authority.active("data_steward", "validator", "releaser")}:
         raise PolicyError(
-            f"{known.name_of(identifier)} is no data steward, validator or releaser",
-            hint=f"who could: {', '.join(s.name for s in known.active('validator', 'releaser')) or 'nobody yet'}",
+            f"{authority.name_of(identifier)} is not a data steward, validator or releaser",
+            hint=f"who could: {', '.join(s.name for s in authority.active('validator', 'releaser')) or 'nobody yet'}",
         )
     data = {"decision": "refuse" if refuse else "approve", "alias": alias, "why": why}
     return catalog.append(Event(kind="approval", subject=record.id, data=data))
 
 
 def sign(catalog: Catalog, reference: str) -> str:
-    """Put one's signature beside a record of somebody else; returns its path. The files behind it are checked first."""
+    """Sign a record that someone else wrote, after verifying its files; returns the path of the signature."""
     from forge_ray.governance.verify import check_files
 
     key = signing.private_key()
@@ -140,7 +140,7 @@ def sign(catalog: Catalog, reference: str) -> str:
 
 
 def export_signed(catalog: Catalog, reference: str, out: str) -> str:
-    """A model version's files in a folder of their own, with a `model.sig` that OpenSSF's model-signing verifies."""
+    """Export the files of a model version to a new folder, with a `model.sig` that OpenSSF's model-signing verifies."""
     import shutil
 
     from forge_ray.governance.verify import check_files
@@ -164,7 +164,9 @@ def _append(catalog: Catalog, key: str, action: str, **data: Any) -> None:
     before = catalog.authority()
     catalog.append(Event(kind="signer", subject=key, data={"action": action, **data}))
     if catalog.authority() == before:
-        raise PolicyError("no owner signed this, so it changes nothing", hint=f"set {signing.SIGNER} to an owner's key")
+        raise PolicyError(
+            "this was not signed by an owner, so it has no effect", hint=f"set {signing.SIGNER} to an owner's key"
+        )
 
 
 def _check(catalog: Catalog, name: str, roles: tuple[str, ...]) -> None:
@@ -172,18 +174,20 @@ def _check(catalog: Catalog, name: str, roles: tuple[str, ...]) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name):
         raise ConfigError(f"name {name!r}: up to 64 letters, digits and . _ @ -", hint="for example alice")
     if any(signer.name == name for signer in catalog.authority().active()):
-        raise ConfigError(f"there is a signer named {name!r}", hint="choose another name, or retire that one first")
+        raise ConfigError(
+            f"there is already a signer named {name!r}", hint="choose another name, or retire that signer first"
+        )
 
 
 def _check_roles(roles: tuple[str, ...]) -> None:
     if unknown := [role for role in roles if role not in ROLES] or ([] if roles else ["none"]):
-        raise ConfigError(f"role {unknown[0]!r} is none of {', '.join(ROLES)}", hint="--role trainer --role validator")
+        raise ConfigError(f"role {unknown[0]!r} is not one of {', '.join(ROLES)}", hint="--role trainer --role validator")
 
 
 def _keep_an_owner(catalog: Catalog, signer: Signer, roles: tuple[str, ...]) -> None:
     owners = catalog.authority().active("owner")
     if "owner" not in roles and [owner.id for owner in owners] == [signer.id]:
         raise PolicyError(
-            f"{signer.name} is the only owner: nobody could change signers or policy any more",
+            f"{signer.name} is the only owner: without an owner, signers and policy could never be changed again",
             hint="`forge signers create NAME --role owner` first",
         )

@@ -1,9 +1,9 @@
-"""Which runs, versions, aliases and deployments used a record: joined from what the stages wrote down.
+"""Which runs, versions, aliases and deployments used a record, from the records and files that the stages wrote.
 
     rows → records → blocks of dataset versions → packed rows → steps of runs → model versions → aliases, deployments
 
-A record is given by its id, as a person's (`subject`), or as a row of a file, which is read as each dataset version would
-have read it. Where something cannot be known exactly (a run whose settings are gone) it is counted as used.
+A record is identified by its id, by its subject (a person), or as a row of a file, which is read as each dataset version
+would have read it. A use that cannot be determined exactly (of a run whose settings are missing) counts as a use.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from forge_ray.store.files import Store
 __all__ = ["Affected", "Query", "Traced", "of_file", "of_record", "of_subject_value", "trace"]
 
 T = TypeVar("T")
-LOOKERS = 8  # dataset versions that are looked into at once: a look-up waits for the disk more than it works
+LOOKERS = 8  # dataset versions that are searched at once: a look-up mostly waits for the disk
 
 
 @dataclass(frozen=True)
 class Query:
-    """What was asked, and the records that it stands for: none if no dataset version could have made one of it (`note`).
-    `unsearched` are dataset versions that cannot answer, for they keep no subject, or not how their rows were read."""
+    """A query and the records that it denotes; none where no dataset version could have read one from it (`note` says why).
+    `unsearched` are dataset versions that cannot answer, because they keep no subject or no sources."""
 
     asked: str
     records: tuple[str, ...]
@@ -48,7 +48,7 @@ class Query:
 
 @dataclass(frozen=True)
 class RecordPlace:
-    """A place of a record in one dataset version, or of one that is its duplicate (`relation` says how)."""
+    """A place of a record, or of a duplicate of it (`relation` says how), in one dataset version."""
 
     dataset: str
     name: str
@@ -58,7 +58,7 @@ class RecordPlace:
 
 @dataclass(frozen=True)
 class TracedRecord:
-    """One record: where it is, what is alike, and what runs did with it."""
+    """One record: its places, those of its duplicates, and how runs used it."""
 
     record: str
     asked: tuple[str, ...]
@@ -69,8 +69,8 @@ class TracedRecord:
 
 @dataclass(frozen=True)
 class Traced:
-    """`records` are those that some dataset version holds or dropped; `nowhere` are queries of which there is no trace.
-    `broken`: dataset version → why nothing can be looked up in it."""
+    """The result of a trace. `records` are those that a dataset version holds or dropped; `nowhere` are queries without any
+    such record. `broken`: dataset version → why it cannot be searched."""
 
     num_datasets: int
     broken: dict[str, str]
@@ -83,7 +83,7 @@ class Traced:
 
 @dataclass(frozen=True)
 class Inside:
-    """What one dataset version knows of records: record → its places, those of its duplicates, and its packed rows."""
+    """What one dataset version has of the records: record → its places, those of its duplicates, and its packed rows."""
 
     held: dict[str, tuple[RecordPlace, ...]]
     alike: dict[str, tuple[RecordPlace, ...]]
@@ -91,30 +91,30 @@ class Inside:
 
 
 def trace(catalog: Catalog, queries: Sequence[Query]) -> Traced:
-    """Everything that saw the records of `queries`, and everything that came of that."""
+    """Everything that used the records of `queries`, and everything derived from it."""
     facts, manifests = StoreUses.of(catalog), catalog.datasets()
     asked: dict[str, list[str]] = {}
     for query in queries:
         for record in query.records:
             asked.setdefault(record, []).append(query.asked)
     inside, broken = of_each(manifests, lambda manifest: _inside(catalog.store, manifest, asked, facts))
-    found = []
+    traced = []
     for record, names in asked.items():
         if held := _joined(one.held.get(record, ()) for one in inside.values()):
             uses = tuple(_uses(facts, manifests, inside, record))
             alike = _joined(one.alike.get(record, ()) for one in inside.values())
-            found.append(TracedRecord(record, tuple(dict.fromkeys(names)), held, alike, uses))
-    splits = [(one.record, held.dataset, held.place.split) for one in found for held in one.held]
-    reached = facts.reached([use for one in found for use in one.uses], splits)
-    there = {one.record for one in found}
+            traced.append(TracedRecord(record, tuple(dict.fromkeys(names)), held, alike, uses))
+    splits = [(one.record, held.dataset, held.place.split) for one in traced for held in one.held]
+    reached = facts.reached([use for one in traced for use in one.uses], splits)
+    there = {one.record for one in traced}
     nowhere = tuple(query.asked for query in queries if there.isdisjoint(query.records))
-    return Traced(len(inside), broken, tuple(queries), tuple(found), nowhere, reached, _affected(found, reached))
+    return Traced(len(inside), broken, tuple(queries), tuple(traced), nowhere, reached, _affected(traced, reached))
 
 
 def of_each(
     manifests: Sequence[DatasetManifest], look: Callable[[DatasetManifest], T]
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """What `look` finds in each dataset version, and of those that have no index why not."""
+    """The result of `look` by dataset version, and for versions that cannot be searched the reason."""
 
     def tried(manifest: DatasetManifest) -> T | DataError:
         try:
@@ -132,9 +132,9 @@ def _joined(parts: Iterable[tuple[RecordPlace, ...]]) -> tuple[RecordPlace, ...]
     return tuple(held for part in parts for held in part)
 
 
-def _affected(found: Sequence[TracedRecord], reached: Reached) -> Affected:
-    held = [held for one in found for held in one.held if held.place.split != "dropped"]
-    measured = {use.run for one in found for use in one.uses if use.how == "validated"}
+def _affected(records: Sequence[TracedRecord], reached: Reached) -> Affected:
+    held = [held for one in records for held in one.held if held.place.split != "dropped"]
+    measured = {use.run for one in records for use in one.uses if use.how == "validated"}
     runs = {run.run for run in reached.runs}
     return Affected(
         datasets=tuple(sorted({item.dataset for item in held})),
@@ -152,43 +152,44 @@ def _affected(found: Sequence[TracedRecord], reached: Reached) -> Affected:
 
 def of_record(record: str) -> Query:
     if not is_record_id(record):
-        raise ConfigError(f"{record!r} is no record id", hint="rec_ and 24 digits; `forge data show ds_…` prints them")
+        raise ConfigError(f"{record!r} is not a record id", hint="rec_ and 24 digits; `forge data show ds_…` prints them")
     return Query(record, (record,))
 
 
 def of_subject_value(catalog: Catalog, value: str, asked: str = "subject") -> Query:
-    """Every record of a person, under the key of each dataset version; `asked` is what the answer calls them."""
+    """Every record of a person, found with the key of each dataset version; `asked` names the query in the answer."""
     manifests = catalog.datasets()
     digests = subject_digests(catalog.store, manifests, value)
     theirs = [manifest for manifest in manifests if manifest.id in digests]
-    found, _ = of_each(theirs, lambda manifest: of_subject(catalog.store, manifest, digests[manifest.id]))
+    by_dataset, _ = of_each(theirs, lambda manifest: of_subject(catalog.store, manifest, digests[manifest.id]))
     without = tuple(manifest.id for manifest in manifests if manifest.id not in digests)
-    records = dict.fromkeys(record for ids in found.values() for record in ids)
-    return Query(asked, tuple(records), unsearched=without)  # `trace` tells of those that cannot be searched
+    records = dict.fromkeys(record for ids in by_dataset.values() for record in ids)
+    return Query(asked, tuple(records), unsearched=without)  # `trace` reports the versions that cannot be searched
 
 
 def subject_digests(store: Store, manifests: Sequence[DatasetManifest], value: str, key_file: str = "") -> dict[str, str]:
-    """What stands for a person in each dataset version that says whose its rows are, under its own key or `key_file`."""
-    found = {}
+    """Dataset version → HMAC of a person, for the versions with data.subject, under their own key or that of `key_file`."""
+    digests = {}
     for manifest in manifests:
         subject = manifest.config.get("subject")
         if not subject:
             continue
         if not (file := key_file or subject.get("key_file", "")) and not store.exists(KEY):  # a new key would find nobody
             raise ConfigError(
-                f"{manifest.id} names its subjects under the store's key, and {KEY} is gone", hint="restore it from a backup"
+                f"{manifest.id} identifies its subjects with the store's key, and {KEY} is missing",
+                hint="restore it from a backup",
             )
-        found[manifest.id] = subject_digest(subject_key(store, file), value)
-    return found
+        digests[manifest.id] = subject_digest(subject_key(store, file), value)
+    return digests
 
 
 def of_file(catalog: Catalog, path: str) -> list[Query]:
-    """One query a row of a file (any format that a run file's sources may have)."""
+    """One query for each row of a file, in any format that data.sources accepts."""
     manifests = catalog.all(DatasetManifest)
     readings = _readings(manifests)
     unsearched = tuple(manifest.id for manifest in manifests if not manifest.config.get("sources"))
     limit = max((config.max_line_bytes for config, _, _ in readings), default=16 << 20)
-    found = []
+    queries = []
     for file in expand(parse(DataConfig, {"sources": [{"path": path}]})):
         for chunk in index_file(file.path, file.name, file.format, max_line_bytes=limit).chunks:
             images = image_reader(chunk)
@@ -207,22 +208,22 @@ def of_file(catalog: Catalog, path: str) -> list[Query]:
                         continue
                     ids |= dict.fromkeys(_stages(record, masks))
                 note = "" if ids else f"no record: {'; '.join(dict.fromkeys(reasons)) or 'no dataset version reads it'}"
-                found.append(Query(f"{file.name}:{raw.line}", tuple(ids), note, unsearched))
-    return found
+                queries.append(Query(f"{file.name}:{raw.line}", tuple(ids), note, unsearched))
+    return queries
 
 
 def _readings(manifests: Sequence[DatasetManifest]) -> list[tuple[DataConfig, int, tuple[Any, ...]]]:
-    """The distinct ways in which dataset versions make records of rows: (settings, number of the source, masking rules)."""
-    found: dict[str, tuple[DataConfig, int, tuple[Any, ...]]] = {}
+    """The distinct ways in which dataset versions read rows: (settings, number of the source, masking rules)."""
+    readings: dict[str, tuple[DataConfig, int, tuple[Any, ...]]] = {}
     for manifest in manifests:
         if not manifest.config.get("sources"):
-            continue  # told as not searched
+            continue  # reported as unsearched
         config = parse(DataConfig, manifest.config)
         masks = tuple(rule for rule in config.curate if getattr(rule, "action", "") == "mask")
         for number, source in enumerate(config.sources):
             key = repr((source.shape, source.mapping, masks))
-            found.setdefault(key, (config, number, masks))
-    return list(found.values())
+            readings.setdefault(key, (config, number, masks))
+    return list(readings.values())
 
 
 def _stages(record: DataRecord, masks: Sequence[Any]) -> Iterator[str]:
@@ -239,11 +240,11 @@ def _stages(record: DataRecord, masks: Sequence[Any]) -> Iterator[str]:
 
 
 def _inside(store: Store, manifest: DatasetManifest, records: Collection[str], facts: StoreUses) -> Inside:
-    found = [*places(store, manifest, records), *dropped(store, manifest, records)]
+    located = [*places(store, manifest, records), *dropped(store, manifest, records)]
     held: dict[str, tuple[RecordPlace, ...]] = {}
-    for place in found:
+    for place in located:
         held[place.record] = (*held.get(place.record, ()), RecordPlace(manifest.id, manifest.name, place))
-    trained = [place for place in found if place.split == "train"]
+    trained = [place for place in located if place.split == "train"]
     rows = rows_with(store, manifest, trained) if trained and facts.runs_on(manifest.id) else {}
     return Inside(held, _alike(store, manifest, records, held), rows)
 
@@ -251,22 +252,22 @@ def _inside(store: Store, manifest: DatasetManifest, records: Collection[str], f
 def _alike(
     store: Store, manifest: DatasetManifest, records: Collection[str], held: dict[str, tuple[RecordPlace, ...]]
 ) -> dict[str, tuple[RecordPlace, ...]]:
-    """The cluster of each record in a dataset version: the one that stays, and those that were dropped for it."""
+    """The duplicates of each record in a dataset version: the one that was kept, and those that were dropped for it."""
     heads = {record: [held.place.kept for held in held.get(record, ()) if held.place.kept] for record in records}
     clusters: dict[str, list[Place]] = {}
-    for place in duplicates(store, manifest, {*records, *(head for found in heads.values() for head in found)}):
+    for place in duplicates(store, manifest, {*records, *(head for kept in heads.values() for head in kept)}):
         clusters.setdefault(place.kept, []).append(place)
-    stay = {place.record: place for place in places(store, manifest, {head for found in heads.values() for head in found})}
+    stay = {place.record: place for place in places(store, manifest, {head for kept in heads.values() for head in kept})}
     alike: dict[str, tuple[RecordPlace, ...]] = {}
-    for record, mine in heads.items():
-        found: list[tuple[Place, str]] = []
-        for head in dict.fromkeys([*mine, record]):
+    for record, own_heads in heads.items():
+        cluster: list[tuple[Place, str]] = []
+        for head in dict.fromkeys([*own_heads, record]):
             if head != record:
-                found.append((stay.get(head) or Place(head, "unknown", "", 0, -1), "stays for it"))  # masked, or dropped
+                cluster.append((stay.get(head) or Place(head, "unknown", "", 0, -1), "stays for it"))  # masked, or dropped
             relation = "dropped with it" if head != record else "dropped for it"
-            found += [(other, relation) for other in clusters.get(head, ()) if other.record != record]
-        if found:
-            alike[record] = tuple(RecordPlace(manifest.id, manifest.name, place, how) for place, how in found)
+            cluster += [(other, relation) for other in clusters.get(head, ()) if other.record != record]
+        if cluster:
+            alike[record] = tuple(RecordPlace(manifest.id, manifest.name, place, how) for place, how in cluster)
     return alike
 
 

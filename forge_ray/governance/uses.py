@@ -1,4 +1,4 @@
-"""What a run did with packed rows, from its record or, unfinished, from its folder (no torch)."""
+"""How a run used packed rows, from its record or, while it is unfinished, from its folder (no torch)."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from forge_ray.errors import ForgeError
 from forge_ray.records import DatasetManifest, ModelVersion, RunRecord
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.files import MANIFEST, Store
-from forge_ray.train import incidents, metrics
+from forge_ray.store.files import Store
+from forge_ray.train import incidents, metrics, run_folder
 from forge_ray.train.job import run_id
 
 
 @dataclass(frozen=True)
 class Use:
-    """What one run did with one record. `how`: `trained` at `steps` (from 1, a step as often as the record was in it), or
-    `validated`: looked at, never trained. `exact` is False where it only may have used it: a sample, or settings gone."""
+    """How one run used one record. `how`: `trained` at `steps` (counted from 1; a step occurs as often as the record was in
+    it), or `validated`. `exact` is False where the run may not have used it: a sample was drawn, or its settings are
+    missing."""
 
     record: str
     run: str
     dataset: str
     how: str
     steps: tuple[int, ...] = ()
-    left_out: tuple[tuple[int, str], ...] = ()  # steps that were to use it, and when an incident took them out
+    left_out: tuple[tuple[int, str], ...] = ()  # steps of its order that an incident removed, and when
     exact: bool = True
-    decided: bool = False  # of a validation: it chose the weights that were exported, or when to stop
+    decided: bool = False  # whether the validation selected the exported weights or the end of the run
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, finished or not. `settings` None: they are gone. `told`: step → whether its line says that it was computed."""
+    """A run, finished or not. `settings` is None where they are missing. `computed`: step → whether the metrics say that
+    it was computed, not left out."""
 
     run: str
     name: str
@@ -47,11 +49,11 @@ class Run:
     num_steps: int
     export_step: int
     incidents: tuple[dict[str, Any], ...]
-    told: dict[int, bool]
-    order_key: str = ""  # "" of a run that was made when the order followed from the dataset's id
+    computed: dict[int, bool]
+    order_key: str = ""  # "" for old runs, whose order follows from the dataset's id
 
     def trained_on(self, manifest: DatasetManifest, record: str, rows: Sequence[int]) -> Iterator[Use]:
-        """At which steps the rows were used, if at any."""
+        """The steps at which the rows were used, if any."""
         if self.settings is None:
             yield Use(record, self.run, manifest.id, "trained", exact=False)
             return
@@ -71,16 +73,16 @@ class Run:
             yield Use(record, self.run, manifest.id, "trained", tuple(used), tuple(left_out))
 
     def _left_out(self, step: int, row: int) -> str:
-        """When an incident took the row out of the step; "" where none did."""
+        """When an incident removed the row from the step; "" if none did."""
         for one in self.incidents:
             out = incidents.left_out([one])
-            not_finite = one["kind"] == "not_finite" and one["step"] == step and not self.told.get(step, False)
+            not_finite = one["kind"] == "not_finite" and one["step"] == step and not self.computed.get(step, False)
             if not_finite or step in out.steps or out.rows.get(row, step + 1) <= step:
                 return str(one.get("at", "?"))
         return ""
 
     def validated_on(self, manifest: DatasetManifest, record: str) -> Iterator[Use]:
-        """A pass takes a sample of the split, so a record of it may have been in it."""
+        """A validation pass reads a sample of the split, so the record may have been in it."""
         validation = self.settings.validation if self.settings else None
         if validation is None or validation.max_rows:
             decided = bool(validation and (validation.early_stopping or validation.keep_best))
@@ -99,69 +101,55 @@ def finished(store: Store, record: RunRecord) -> Run:
         record.num_steps,
         record.export_step or record.num_steps,
         record.incidents,
-        _told(store, record.id),
+        _computed_steps(store, record.id),
         record.order_key,
     )
 
 
 def unfinished(catalog: Catalog, run: str, candidates: Sequence[ModelVersion]) -> Run:
-    """A run without a record, from its folder: as far as its newest checkpoint, its last line or a candidate of it."""
+    """A run without a record, from its folder: up to its newest checkpoint, the last line of its metrics or its newest
+    candidate."""
     store = catalog.store
-    found: dict[str, Any] = {}
-    for path in store.list(paths.run(run)):
-        if path.rsplit("/", 1)[-1].startswith("config-"):
-            found = store.read_json(path)
-    positions = [
-        _position(store, path)
-        for path in store.list(paths.checkpoints(run), recursive=True)
-        if path.endswith("/" + MANIFEST)
-    ]
-    told = _told(store, run)
-    settings = _settings(found)
-    dataset = next((p["dataset"] for p in positions if p), "") or next((v.dataset for v in candidates if v.dataset), "")
+    config = run_folder.config_of(store, run)
+    positions = list(run_folder.positions(store, run))[::-1]  # oldest first
+    computed = _computed_steps(store, run)
+    settings = _settings(config)
+    dataset = next((p["dataset"] for p in positions), "") or next((v.dataset for v in candidates if v.dataset), "")
     base = next((version.base_model for version in candidates), "")
     models = {model.files_digest: model.id for model in catalog.all(ModelVersion)}
-    base = base or next((models.get(p["base_digest"], "") for p in positions if p), "")
+    base = base or next((models.get(p["base_digest"], "") for p in positions), "")
     if settings and not (dataset and base):
         dataset, base = _by_id(catalog, run, settings) or (dataset, base)
     events = catalog.events("run", run)
     return Run(
         run,
-        found.get("name", ""),
+        config.get("name", ""),
         dataset,
         base,
         events[-1].data["state"] if events else "unknown",
         settings if dataset else None,
-        max([0, *(p["step"] for p in positions if p), *told, *(version.step for version in candidates)]),
+        max([0, *(p["step"] for p in positions), *computed, *(version.step for version in candidates)]),
         0,
         tuple(incidents.read(store, run)),
-        told,
+        computed,
         _order_key(catalog, dataset, positions),
     )
 
 
 def _order_key(catalog: Catalog, dataset: str, positions: Sequence[dict[str, Any]]) -> str:
-    """What the order of an unfinished run follows from, as its checkpoints say; before the first, what it does today."""
-    if written := [position for position in positions if position]:
-        return str(written[0].get("order_key", ""))
+    """The order key of an unfinished run, from its checkpoints; before the first, the one that a new run would have."""
+    if positions:
+        return str(positions[0].get("order_key", ""))
     return catalog.get_as(DatasetManifest, dataset).splits["train"].rows_digest if catalog.has(dataset) else ""
 
 
 def _by_id(catalog: Catalog, run: str, settings: TrainConfig) -> tuple[str, str] | None:
-    """(dataset, base) of a run before its first checkpoint: those from which its id follows."""
+    """(dataset, base) of a run before its first checkpoint: those that give its id."""
     for dataset in catalog.all(DatasetManifest):
         for base in catalog.all(ModelVersion):
             if run in (run_id(settings, precision, dataset, base) for precision in ("bf16", "fp32")):
                 return dataset.id, base.id
     return None
-
-
-def _position(store: Store, path: str) -> dict[str, Any]:
-    try:
-        position: dict[str, Any] = store.read_json(path)["position"]
-    except (ForgeError, KeyError, TypeError):
-        return {}
-    return position
 
 
 def _settings(config: dict[str, Any]) -> TrainConfig | None:
@@ -171,14 +159,14 @@ def _settings(config: dict[str, Any]) -> TrainConfig | None:
         return None
 
 
-def _told(store: Store, run: str) -> dict[int, bool]:
+def _computed_steps(store: Store, run: str) -> dict[int, bool]:
     path = paths.run(run, metrics.METRICS)
     lines = metrics.parse(store.read(path).decode()) if store.exists(path) else []
     return {line["step"]: "left_out" not in line for line in lines}
 
 
 def ranges(steps: Sequence[int]) -> str:
-    """Steps for people: `3, 7–9 (5 times in 4 steps)`."""
+    """Steps as text: `3, 7–9 (5 times in 4 steps)`."""
     times = Counter(steps)
     runs: list[list[int]] = []
     for step in sorted(times):
@@ -186,6 +174,6 @@ def ranges(steps: Sequence[int]) -> str:
             runs[-1][1] = step
         else:
             runs.append([step, step])
-    shown = [str(a) if a == b else f"{a}–{b}" for a, b in runs[:8]] + (["…"] if len(runs) > 8 else [])
+    parts = [str(a) if a == b else f"{a}–{b}" for a, b in runs[:8]] + (["…"] if len(runs) > 8 else [])
     more = "" if len(steps) == len(times) else f" in {len(times)} steps"
-    return f"{', '.join(shown)} ({len(steps)} time{'s' if len(steps) > 1 else ''}{more})"
+    return f"{', '.join(parts)} ({len(steps)} time{'s' if len(steps) > 1 else ''}{more})"

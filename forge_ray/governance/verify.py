@@ -1,4 +1,4 @@
-"""Is this what was signed? For records of a store, folders and certificates, offline."""
+"""Verify digests and signatures of records, folders and certificates, offline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's dige
 
 @dataclass(frozen=True)
 class Checked:
-    """One thing that was looked at. `signed_by`: names of signers whose signature holds."""
+    """The result of checking one record. `signed_by`: names of signers whose signature is valid."""
 
     id: str
     what: str
@@ -31,11 +31,12 @@ class Checked:
 
 
 def check_files(store: Store, record: Record) -> str:
-    """What of a record's files was compared with the digests in it; raises `StoreError` at the first difference."""
+    """Compare a record's files with the digests in it, and say what was compared. Raises `StoreError` at the first
+    difference."""
     if isinstance(record, ModelVersion):
         verify_files(store.fetch_dir(paths.model(record.id), verify=False), record.files)
         if files_digest(record.files) != record.files_digest:
-            raise PolicyError(f"{record.id}: files_digest is not that of its files", hint="the record was changed")
+            raise PolicyError(f"{record.id}: files_digest does not match its files", hint="the record was changed")
         return f"{len(record.files)} files"
     if isinstance(record, RunRecord):
         verify_files(store.fetch_dir(paths.export(record.id), verify=False), record.export)
@@ -50,17 +51,17 @@ def check_files(store: Store, record: Record) -> str:
 
 
 def read_items(store: Store, report: EvalReport) -> bytes:
-    """`items.jsonl` of a report, checked with what else it was made of; raises `StoreError` where that was changed."""
+    """`items.jsonl` of a report, verified together with its other files. Raises `StoreError` if one was changed."""
     folder = paths.report(report.id)
     items = store.read(f"{folder}/{ITEMS[0]}")
     more = [store.read(f"{folder}/{name}") for name in ITEMS[1:] if store.exists(f"{folder}/{name}")]
     if hashlib.sha256(b"".join([items, *more])).hexdigest() != report.items_sha256:
-        raise StoreError(f"{folder}/{ITEMS[0]} is not what the report was made of", hint="restore it from a backup")
+        raise StoreError(f"{folder}/{ITEMS[0]} does not match the report's digest", hint="restore it from a backup")
     return items
 
 
-def verify_record(catalog: Catalog, record_id: str, found: Authority) -> list[Checked]:
-    """A record and everything that it was made from: ids, files, signatures. Never raises for what it finds wrong."""
+def verify_record(catalog: Catalog, record_id: str, authority: Authority) -> list[Checked]:
+    """Verify ids, files and signatures of a record and everything it was derived from. Problems are returned, not raised."""
     checked: list[Checked] = []
     seen: set[str] = set()
     waiting = [record_id]
@@ -73,24 +74,24 @@ def verify_record(catalog: Catalog, record_id: str, found: Authority) -> list[Ch
             checked.append(Checked(identifier, "a parent", problem="its record is not in this store"))
             continue
         record = catalog.get(identifier)
-        checked.append(_verify_one(catalog.store, record, found))
+        checked.append(_verify_one(catalog.store, record, authority))
         waiting += record.parents()
     return checked
 
 
-def _verify_one(store: Store, record: Record, found: Authority) -> Checked:
+def _verify_one(store: Store, record: Record, authority: Authority) -> Checked:
     names: tuple[str, ...] = ()
     try:
         stored = type(record).model_validate(store.read_json(record_path(record)))
         if not isinstance(record, RunRecord) and stored.sealed().id != record.id:
-            raise PolicyError("the record's content does not give its id: it was changed", hint="restore it from a backup")
+            raise PolicyError("the record's content does not match its id: it was changed", hint="restore it from a backup")
         what = check_files(store, stored)
-        valid = valid_signers(store, found, stored)
-        names = tuple(found.name_of(key) for key in valid)
-        if broken := [key for key in signers_of(store, record.id) if key not in valid and key in found.signers]:
-            raise PolicyError(f"the signature of {found.name_of(broken[0])} does not hold", hint="the record was changed")
-        if found.policy.signatures and not valid and record.kind != "deployments":
-            raise PolicyError("policy.signatures: nobody signed it", hint=f"forge sign {record.id}")
+        valid = valid_signers(store, authority, stored)
+        names = tuple(authority.name_of(key) for key in valid)
+        if broken := [key for key in signers_of(store, record.id) if key not in valid and key in authority.signers]:
+            raise PolicyError(f"the signature of {authority.name_of(broken[0])} is not valid", hint="the record was changed")
+        if authority.policy.signatures and not valid and record.kind != "deployments":
+            raise PolicyError("policy.signatures: it is not signed", hint=f"forge sign {record.id}")
     except ForgeError as error:
         return Checked(record.id, record.kind, names, error.message)
     return Checked(record.id, f"{record.kind}: {what}", names)
@@ -100,27 +101,27 @@ def trusted_keys(paths: Iterable[str]) -> list[signing.PublicKey]:
     keys = []
     for path in paths:
         if not Path(path).is_file():
-            raise NotFound(f"--key {path!r} is no file", hint="the public half, NAME.pub")
+            raise NotFound(f"--key {path!r} is not a file", hint="the public half, NAME.pub")
         keys.append(signing.load_public(Path(path).read_bytes()))
     return keys
 
 
-def trusting(found: Authority, keys: list[signing.PublicKey]) -> Authority:
-    """The same, but of its signers only those whose key is one of `keys`; a key that it does not know is named by its id."""
+def trusting(authority: Authority, keys: list[signing.PublicKey]) -> Authority:
+    """The authority with only those signers whose key is in `keys`. A key that belongs to no signer is named by its id."""
     if not keys:
-        return found
+        return authority
     signers = {
-        (identifier := signing.key_id(key)): found.signers.get(
+        (identifier := signing.key_id(key)): authority.signers.get(
             identifier, Signer(id=identifier, name=identifier, roles=("auditor",), public_key=signing.public_pem(key))
         )
         for key in keys
     }
-    return found.model_copy(update={"signers": signers})
+    return authority.model_copy(update={"signers": signers})
 
 
 def verify_path(path: Path, keys: list[signing.PublicKey]) -> dict[str, Any]:
-    """A folder with `model.sig` (OpenSSF's kind), or a file with a DSSE envelope (a certificate, provenance, a record's
-    signature). Needs no store. Raises `PolicyError` where the signature does not hold."""
+    """Verify a folder with a `model.sig` (OpenSSF), or a file with a DSSE envelope (a certificate, provenance, or a record's
+    signature). Needs no store. Raises `PolicyError` if the signature is not valid."""
     if not keys:
         raise ConfigError("a path is verified with the public keys that you trust", hint="--key alice.pub")
     if path.is_dir():
@@ -139,13 +140,15 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError:
-        raise PolicyError(f"{path} is no signature: not JSON", hint="was the file changed, or cut off?") from None
+        raise PolicyError(
+            f"{path} is not a signature: it is not JSON", hint="the file may have been changed or truncated"
+        ) from None
     except FileNotFoundError:
         raise NotFound(f"no file {path}", hint="give a path, or an id or alias of the store") from None
 
 
 def verify_log(catalog: Catalog, every_signature: bool, head: str = "") -> audit_log.Verified:
-    """The audit log against itself, the files, the heads in model versions, and a head that was written down elsewhere."""
+    """Verify the audit log against its own chain, the files it covers, the heads in model versions, and `head` if given."""
     anchors = {version.id: version.log_head for version in catalog.all(ModelVersion) if version.log_head}
     if head:
         anchors["--head"] = head

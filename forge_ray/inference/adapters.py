@@ -1,4 +1,4 @@
-"""LoRA adapters beside each other in one model: every row of a step goes through its own.
+"""Several LoRA adapters in one model: every row of a step uses its own.
 
 All adapters that are in use stand side by side in two matrices per layer, and a mask keeps each row to its own columns:
 three operations a layer, however many adapters. A row without an adapter gets the base's product plus an exact zero.
@@ -23,8 +23,8 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MERGED = "deploy it merged into its base: `merged:` in the deployment's file"
 Layer = Projection | torch.nn.Linear
-SLACK = 4  # adapters that are out of use stay beside the others until they are this many times as wide
-# Settings of PEFT's that change more than two matrices beside a linear layer, or the base itself
+SLACK = 4  # adapters that are out of use stay loaded until they are this many times as wide
+# Settings of PEFT's that change more than two matrices next to a linear layer, or the base itself
 OTHER = (
     "use_dora",
     "lora_bias",
@@ -53,8 +53,8 @@ class Lora:
 
 
 class Adapters:
-    """Those that are loaded, and which row of the running step has which. `load` may be called while a step runs; `use`
-    belongs to the thread that runs it."""
+    """The loaded adapters, and which row of the running step has which. `load` may be called while a step runs; `use` only
+    by the thread that runs it."""
 
     def __init__(self, products: Sequence[Product], rows: AdapterRows) -> None:
         self._products = products
@@ -70,7 +70,7 @@ class Adapters:
         self._loaded[name] = lora
 
     def unload(self, name: str) -> None:
-        """The generation thread must stand still."""
+        """The generation thread must be paused."""
         self._loaded.pop(name, None)
         if name in self._resident:
             self._reside(())
@@ -142,7 +142,7 @@ def _check_config(config: dict[str, Any]) -> None:
     if config.get("peft_type", "LORA") != "LORA":
         other.append(f"peft_type={config['peft_type']!r}")
     if other:
-        raise EngineError(f"the adapter has {', '.join(other)}: it cannot be served beside others", hint=MERGED)
+        raise EngineError(f"the adapter has {', '.join(other)}: it cannot be served alongside others", hint=MERGED)
 
 
 def _scaled(
@@ -156,7 +156,7 @@ def _scaled(
     from peft.utils.other import get_pattern_key
 
     down, up = pair.get("A"), pair.get("B")
-    wanted = f"A [rank, {linear.in_features}] and B [{linear.out_features}, rank]"
+    expected = f"A [rank, {linear.in_features}] and B [{linear.out_features}, rank]"
     if (
         down is None
         or up is None
@@ -167,8 +167,10 @@ def _scaled(
             up.shape[1],
         )
     ):
-        found = {half: tuple(tensor.shape) for half, tensor in pair.items()}
-        raise EngineError(f"{layer}: the adapter has {found}, the layer takes {wanted}", hint="is it this model's adapter?")
+        shapes = {half: tuple(tensor.shape) for half, tensor in pair.items()}
+        raise EngineError(
+            f"{layer}: the adapter has {shapes}, the layer takes {expected}", hint="is it this model's adapter?"
+        )
     rank = down.shape[0]
     if max_rank is not None and rank > max_rank:
         raise EngineError(

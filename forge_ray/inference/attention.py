@@ -35,7 +35,7 @@ class PromptSpan:
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Which tokens of a step belong together; made once, read by every layer."""
+    """Which tokens of a step belong together; computed once per step, read by every layer."""
 
     decoding: torch.Tensor | None  # [rows] positions in the step of requests with one token; None: all, in order
     pages: torch.Tensor  # [rows, pages] of these, padded with page 0

@@ -127,16 +127,16 @@ class Runner(ModelRunner):
         adapters = [drawing_of(request.state).adapter for request in requests]
         self._adapters.use(adapters, [request.query_length for request in requests])
         states = [request.state for request in requests if request.has_new_token]
-        wanted = batch_data["logits_indices"][: len(states)]
+        logits_indices = batch_data["logits_indices"][: len(states)]
         if self._pages:
             batch_data["step"] = step_of(requests, self.cache, model.dtype)
             # Four dimensions, so that no mask is made for the packed tokens; `paged_attention` does not read it
-            batch_data["attention_mask"] = wanted.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+            batch_data["attention_mask"] = logits_indices.new_zeros((1, 1, 1, 1), dtype=torch.bool)
         if "logits_to_keep" in batch_data:
-            batch_data["logits_to_keep"] = wanted
+            batch_data["logits_to_keep"] = logits_indices
             logits = model(**batch_data).logits[0]
         else:
-            logits = model(**batch_data).logits[0, wanted]
+            logits = model(**batch_data).logits[0, logits_indices]
         # Counted from the start of the prompt: unchanged when a request is preempted and prefilled again
         positions = [len(state.initial_tokens) + state.generated_len() for state in states]
         drawn = draw(logits, [drawing_of(state) for state in states], positions)

@@ -77,7 +77,7 @@ class EngineHealth:
 
 
 class Engine(Protocol):
-    """What serving and evaluation ask of an engine. `EngineError` when it cannot answer.
+    """What serving and evaluation require of an engine. `EngineError` when it cannot answer.
 
     `lacks` names the request fields (of `GenerationRequest`, and `embeddings`) that this engine does not have, each with the
     engine that does; a request that uses one is refused before it gets here.
@@ -91,7 +91,7 @@ class Engine(Protocol):
         ...
 
     def stream(self, request: GenerationRequest) -> AsyncIterator[Token]:
-        """Tokens as they are made, the end last. Closing the iterator cancels the request."""
+        """Tokens as they are generated, the end last. Closing the iterator cancels the request."""
         ...
 
     def score(self, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
@@ -103,12 +103,12 @@ class Engine(Protocol):
         ...
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Make a PEFT LoRA folder available under `name`, beside those that are there; blocks until it is usable. Loading a
+        """Make a PEFT LoRA folder available under `name`, besides the loaded ones; blocks until it is usable. Loading a
         name again does nothing: names are content digests. `EngineError` if its rank or its targets cannot be served."""
         ...
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter that no pending request names."""
+        """Unload an adapter that no pending request names."""
         ...
 
     def health(self) -> EngineHealth: ...

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from forge_ray.errors import EngineError, RequestError
+from forge_ray.errors import EngineError, RequestError, first_line
 
 MAX_GRAMMARS = 64  # compiled schemas kept; a product has a handful
 MAX_SCHEMA_CHARS = 1 << 16
-WHITESPACE = r"[ \n\r\t]{0,32}"  # between two marks; without a bound a model may go on with blanks for ever
+WHITESPACE = r"[ \n\r\t]{0,32}"  # between two marks; without a bound a model may generate blanks forever
 
 
 class Grammars:
@@ -40,7 +40,7 @@ class Grammars:
         grammar = LLMatcher.grammar_from_json_schema(read_schema(schema), defaults={"whitespace_pattern": WHITESPACE})
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            reason = str(matcher.get_error()).strip().splitlines()[0]
+            reason = first_line(matcher.get_error())
             raise RequestError(
                 f"json_schema cannot be compiled: {reason}", hint="leave the named keyword out, or say it in another way"
             )
@@ -48,7 +48,7 @@ class Grammars:
 
 
 def read_schema(text: str) -> dict[str, Any]:
-    """The schema that a request sent; `RequestError` where it is none, or too large."""
+    """The schema that a request sent; `RequestError` if it is not a JSON schema, or too large."""
     if len(text) > MAX_SCHEMA_CHARS:
         raise RequestError(f"json_schema: {len(text)} characters; at most {MAX_SCHEMA_CHARS}", hint="send a smaller schema")
     try:
@@ -64,7 +64,7 @@ def read_schema(text: str) -> dict[str, Any]:
 
 
 class Matcher:
-    """Where one answer stands in its grammar."""
+    """The position of one answer in its grammar."""
 
     def __init__(self, matcher: Any, end_ids: list[int], stop_token_ids: tuple[int, ...], vocab_size: int) -> None:
         self._matcher = matcher
@@ -81,7 +81,7 @@ class Matcher:
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Note that `token_id` was drawn; `EngineError` when the grammar has no such step (too complex, or a bug)."""
+        """Advance by the drawn `token_id`; `EngineError` when the grammar has no such step (too complex, or a bug)."""
         if token_id not in self._stop_token_ids and not self._matcher.consume_token(token_id):
             raise EngineError(f"the grammar failed: {self._matcher.get_error()}", hint="simplify the schema")
 

@@ -1,4 +1,4 @@
-"""A linear layer that is fast on a CPU and adds to each row what its adapter says.
+"""A linear layer that is fast on a CPU and adds each row's own LoRA adapter.
 
 On a CPU a weight is kept in the layout that oneDNN multiplies fastest: for the few rows of a decoding step half of the time
 goes into rearranging it otherwise. That layout is of the same numbers, so nothing else changes.
@@ -100,7 +100,7 @@ class Product:
         return self.stack.up.add(inner * self.rows.mask(self.stack.columns, inner), out)
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """What the layer `index` makes of `x`; the others of the same tensor are kept until the last has asked."""
+        """The output of layer `index` for `x`; the outputs of the others are kept until each was requested."""
         if len(self.names) == 1:
             return self(x)
         if self._given is not x:
@@ -112,7 +112,7 @@ class Product:
 
 
 class Projection(nn.Module):
-    """Takes the place of an `nn.Linear`."""
+    """Replaces an `nn.Linear`."""
 
     def __init__(self, linear: nn.Linear, product: Product, index: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Projection(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What models look at for its dtype and device."""
+        """The weight that models read for its dtype and device."""
         weight: torch.Tensor = self.product.weight.data
         return weight
 

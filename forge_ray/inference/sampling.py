@@ -25,7 +25,7 @@ NUCLEUS_GUESSES = (512, 8192)  # tokens; nearly every nucleus is smaller, and a 
 
 @dataclass(eq=False)
 class Drawing:
-    """One request's way of drawing and what it has drawn. While it runs, only the generation thread writes to it."""
+    """One request's sampling settings and the tokens drawn so far. Only the generation thread writes to it."""
 
     request: GenerationRequest
     seed: int
@@ -36,19 +36,19 @@ class Drawing:
     error: str = ""
 
     def __deepcopy__(self, memo: object) -> Drawing:
-        """A request that is preempted is copied; how it draws goes on."""
+        """Shared with the copy: a preempted request is copied and continues with the same state."""
         return self
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the most probable token is all that is asked for: then the whole batch shares one argmax."""
+        """Whether the request only needs the most probable token: then the whole batch shares one argmax."""
         request = self.request
         changed = request.logit_bias or request.presence_penalty or request.frequency_penalty or self.grammar
         return request.temperature == 0 and request.num_logprobs is None and not changed
 
 
 def check_drawing(request: GenerationRequest) -> None:
-    """Refuse settings that mean nothing."""
+    """Refuse invalid sampling settings."""
     if not request.temperature >= 0 or not 0 <= request.top_p <= 1 or request.top_k < 0:
         raise EngineError(
             f"temperature={request.temperature}, top_p={request.top_p}, top_k={request.top_k}: want temperature >= 0,"
@@ -70,7 +70,7 @@ def check_drawing(request: GenerationRequest) -> None:
 
 def draw(logits: torch.Tensor, drawings: Sequence[Drawing], positions: Sequence[int]) -> torch.Tensor:
     """Next token of each row: logits [rows, vocab_size] → [rows]. `positions` count from the start of each prompt.
-    What fails in one row is noted in its drawing alone."""
+    A failure of one row is recorded in its drawing and does not affect the others."""
     tokens = best_tokens(logits)
     for row, (drawing, position) in enumerate(zip(drawings, positions, strict=True)):
         if not drawing.is_argmax and not drawing.error:
@@ -89,7 +89,7 @@ def best_tokens(logits: torch.Tensor) -> torch.Tensor:
 
 
 def draw_one(logits: torch.Tensor, drawing: Drawing, position: int) -> int:
-    """The token of one row of fp32 logits [vocab_size]; notes it in `drawing`."""
+    """The token of one row of fp32 logits [vocab_size]; records it in `drawing`."""
     request, scores = drawing.request, logits
     if drawing.grammar is not None:
         allowed = drawing.grammar.allowed()

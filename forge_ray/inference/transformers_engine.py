@@ -157,11 +157,11 @@ class TransformersEngine:
                     hint="give at least one token; shorten the input",
                 )
             self._check_ids(ids)
-        found: list[list[float]] = []
-        for start in range(0, len(inputs), MAX_INPUTS):  # requests go on between two batches
+        vectors: list[list[float]] = []
+        for start in range(0, len(inputs), MAX_INPUTS):  # generation continues between two batches
             with self._model_alone(adapter or self._own):
-                found += mean_states(self._model, inputs[start : start + MAX_INPUTS])
-        return found
+                vectors += mean_states(self._model, inputs[start : start + MAX_INPUTS])
+        return vectors
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Make a PEFT LoRA folder available under `name`. Requests that run are not disturbed: what is read here is first
@@ -181,7 +181,7 @@ class TransformersEngine:
             self._adapters.load(name, read_adapter(folder, self._layers, self._config.max_lora_rank, like))
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; `EngineError` while a pending request names it."""
+        """Unload an adapter; `EngineError` while a pending request names it."""
         with self._model_alone(""), self._lock:  # a request that was cancelled has left the batch by then
             if any(pending.drawing.adapter == name for pending in self._pending.values()):
                 raise EngineError(f"adapter {name!r} still has requests", hint="unload it when they have ended")
@@ -209,15 +209,15 @@ class TransformersEngine:
         self._watching.join(timeout=CLOSE_AFTER_S)
 
     def _drawing(self, request: GenerationRequest) -> Drawing:
-        """How `request` draws; refuses what cannot be generated before anything of it is queued."""
-        prompt, wanted = len(request.prompt_ids), request.max_new_tokens
-        if prompt < 1 or wanted < 1:
+        """The sampling of `request`; refuses what cannot be generated before anything of it is queued."""
+        num_prompt, num_new = len(request.prompt_ids), request.max_new_tokens
+        if num_prompt < 1 or num_new < 1:
             raise EngineError(
-                f"prompt of {prompt} tokens, max_new_tokens={wanted}: both must be at least 1", hint="give a prompt"
+                f"prompt of {num_prompt} tokens, max_new_tokens={num_new}: both must be at least 1", hint="give a prompt"
             )
-        if prompt + wanted > self.max_request_tokens:
+        if num_prompt + num_new > self.max_request_tokens:
             raise EngineError(
-                f"prompt of {prompt} + max_new_tokens of {wanted} = {prompt + wanted} tokens exceed"
+                f"prompt of {num_prompt} + max_new_tokens of {num_new} = {num_prompt + num_new} tokens exceed"
                 f" {self.max_request_tokens} (cache: {self._config.cache_tokens}, positions of the model:"
                 f" {self.max_positions})",
                 hint="shorten the prompt, lower max_new_tokens, or raise engine.num_blocks",
@@ -234,7 +234,7 @@ class TransformersEngine:
         return Drawing(request, seed, request.adapter or self._own, grammar)
 
     def _check_ids(self, ids: Iterator[int] | Sequence[int]) -> None:
-        """An id outside the vocabulary would stop the generation thread, and with it everybody's requests."""
+        """Refuse ids outside the vocabulary: they would stop the generation thread, and with it all requests."""
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise EngineError(f"token id {token} is not in 0..{self.vocab_size - 1}", hint="use this model's tokenizer")

@@ -66,8 +66,8 @@ def _scaled(folder: Path, settings: dict[str, Any], ranks: dict[str, int], scrat
     def own(module: str) -> float:
         """PEFT's rule: the first pattern that is the end of the name."""
         patterns = settings.get("alpha_pattern") or {}
-        found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-        return scale(patterns[found] if found else settings["lora_alpha"], ranks[module])
+        pattern = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        return scale(patterns[pattern] if pattern else settings["lora_alpha"], ranks[module])
 
     stated = scale(settings["lora_alpha"], settings["r"])
     weights = load_file(folder / WEIGHTS)

@@ -257,19 +257,19 @@ class VllmEngine:
     def _check(self, request: GenerationRequest) -> None:
         """Refuse what cannot be generated before anything of it is queued."""
         self._raise_if_failed()
-        prompt, wanted = len(request.prompt_ids), request.max_new_tokens
-        if prompt < 1 or wanted < 1:
+        num_prompt, num_new = len(request.prompt_ids), request.max_new_tokens
+        if num_prompt < 1 or num_new < 1:
             raise EngineError(
-                f"prompt of {prompt} tokens, max_new_tokens={wanted}: both must be at least 1", hint="give a prompt"
+                f"prompt of {num_prompt} tokens, max_new_tokens={num_new}: both must be at least 1", hint="give a prompt"
             )
         if request.temperature < 0 or not 0 <= request.top_p <= 1:
             raise EngineError(
                 f"temperature={request.temperature}, top_p={request.top_p}: want temperature >= 0 and top_p in 0..1",
                 hint="temperature 0 is greedy, top_p 1 keeps every token",
             )
-        if prompt + wanted > self.max_request_tokens:
+        if num_prompt + num_new > self.max_request_tokens:
             raise EngineError(
-                f"prompt of {prompt} + max_new_tokens of {wanted} = {prompt + wanted} tokens exceed"
+                f"prompt of {num_prompt} + max_new_tokens of {num_new} = {num_prompt + num_new} tokens exceed"
                 f" {self.max_request_tokens} (what the model's positions and the cache hold)",
                 hint="shorten the prompt, lower max_new_tokens, or raise engine.num_blocks (on a GPU engine.memory_share)",
             )
@@ -289,12 +289,12 @@ class VllmEngine:
             put(error)
 
     async def _whole(self, request: GenerationRequest) -> Generation:
-        made: list[Token] = []
+        tokens: list[Token] = []
         async for output in self._outputs(request, sampling_params(request)):
-            made += _tokens(output.outputs[0], self._ends(request), None)
-        end = made[-1]
+            tokens += _tokens(output.outputs[0], self._ends(request), None)
+        end = tokens[-1]
         assert end.finish_reason is not None
-        return Generation(tuple(token.token_id for token in made if token.token_id is not None), end.finish_reason)
+        return Generation(tuple(token.token_id for token in tokens if token.token_id is not None), end.finish_reason)
 
     async def _score(self, prompt_ids: list[int], continuation: list[int]) -> Score:
         """The last token as one that is generated, those before it as a part of the prompt."""
@@ -309,8 +309,8 @@ class VllmEngine:
         async for output in self._outputs(request, params):
             total = output.outputs[0].logprobs[0][last].logprob
             if before:
-                given = output.prompt_logprobs[len(prompt_ids) :]
-                total += sum(at[token].logprob for at, token in zip(given, before, strict=True))
+                prompt_logprobs = output.prompt_logprobs[len(prompt_ids) :]
+                total += sum(at[token].logprob for at, token in zip(prompt_logprobs, before, strict=True))
         return Score(total, len(continuation))
 
     async def _outputs(self, request: GenerationRequest, params: Any) -> AsyncIterator[Any]:
@@ -371,14 +371,14 @@ def _tokens(output: Any, ends: Sequence[int | None], num_logprobs: int | None) -
         raise EngineError(f"vLLM ended the request: {output.finish_reason}", hint="send the request again")
     if output.finish_reason == "stop" and token_ids and token_ids[-1] in ends:
         token_ids.pop()
-    made = []
+    tokens = []
     for place, token_id in enumerate(token_ids):
         if num_logprobs is None:
-            made.append(Token(token_id))
+            tokens.append(Token(token_id))
             continue
-        found = output.logprobs[place]
-        best = sorted(((other, entry.logprob) for other, entry in found.items()), key=lambda pair: -pair[1])
-        made.append(Token(token_id, None, found[token_id].logprob, tuple(best[:num_logprobs])))
+        logprobs = output.logprobs[place]
+        best = sorted(((other, entry.logprob) for other, entry in logprobs.items()), key=lambda pair: -pair[1])
+        tokens.append(Token(token_id, None, logprobs[token_id].logprob, tuple(best[:num_logprobs])))
     if output.finish_reason is not None:
-        made.append(Token(None, FINISH[output.finish_reason]))
-    return made
+        tokens.append(Token(None, FINISH[output.finish_reason]))
+    return tokens

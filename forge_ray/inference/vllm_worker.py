@@ -1,7 +1,7 @@
 """vLLM's engine core ends with the process that started it (imports nothing of vLLM).
 
 The engine core is a child process that holds the weights. vLLM ends it when its parent shuts down, not when the parent is
-killed: it would stay for ever, with the memory and the GPU. vLLM imports this module in that process, before it loads the
+killed: it would stay forever, with the memory and the GPU. vLLM imports this module in that process, before it loads the
 weights, because `worker_extension_cls` names the class here; in any other process importing it does nothing.
 """
 

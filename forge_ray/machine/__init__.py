@@ -1,1 +1,1 @@
-"""Where a process runs: hardware, environment, switches, the Ray cluster."""
+"""The machine of a process: hardware, environment, switches, Ray cluster."""

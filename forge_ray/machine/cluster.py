@@ -1,4 +1,4 @@
-"""Join the Ray cluster that is there, or start one in this process's name."""
+"""Connect to a Ray cluster, or start a local one that ends with this process."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ LOCAL_CPUS = 4  # logical: a laptop's workers, data tasks and replicas share the
 
 
 def in_ray_job() -> bool:
-    """Inside `ray job submit`: the current folder is a copy that goes away with the job."""
+    """Whether this process is the driver of a Ray job: its current folder is a copy that is deleted when the job ends."""
     return IN_JOB in os.environ
 
 
 def connect(address: str | None = None, show_logs: bool = True) -> None:
-    """`address`, else RAY_ADDRESS (set inside a job), else a local Ray that ends with this process."""
+    """Connect to the cluster at `address`, else at RAY_ADDRESS (set inside a job), else start a local Ray that ends with
+    this process."""
     set_offline_switches()
     quiet_libraries()
     import ray
@@ -60,13 +61,13 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             raise ClusterError(
                 f"Ray did not start on this machine: {error}",
                 hint=f"its {os.cpu_count()} cores are at load {os.getloadavg()[0]:.0f}: try again when it is quieter; Ray's"
-                " own words are in /tmp/ray/session_latest/logs; `forge doctor` looks at disk and shared memory",
+                " logs are in /tmp/ray/session_latest/logs; `forge doctor` looks at disk and shared memory",
             ) from error
     quiet_data()
 
 
 def quiet_data() -> None:
-    """One line per stage is ours; Ray Data's own bars and plans go to its log files."""
+    """Send Ray Data's progress bars and plans to its log files: on the terminal each stage has one line of ours."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -76,7 +77,8 @@ def quiet_data() -> None:
 
 
 def open_store(uri: str | None) -> Store:
-    """`uri`, else FORGE_STORE, else `.forge` here; inside a Ray job a relative place would be lost, so it is refused."""
+    """The store at `uri`, else at FORGE_STORE, else in `.forge` of the current folder. Inside a Ray job a relative path
+    would be lost with the job, so it is refused."""
     uri = uri or os.environ.get("FORGE_STORE") or ".forge"
     if in_ray_job() and "://" not in uri and not os.path.isabs(os.path.expanduser(uri)):
         raise ConfigError(
@@ -86,15 +88,15 @@ def open_store(uri: str | None) -> Store:
     return Store(uri)
 
 
-def room_of_a_worker(scaling: Scaling) -> int | None:
-    """Bytes of one training worker, on the node with most of them: its GPU's, or its share of the node's main memory. None
-    where nobody can tell. Ray must be connected unless the run does without."""
+def memory_per_worker(scaling: Scaling) -> int | None:
+    """Bytes of memory that one training worker has on the node that offers most: its GPU's memory, or its share of the
+    node's main memory. None where it cannot be determined. Ray must be connected, unless the run uses no Ray."""
     if not scaling.max_workers:
         return _own_gpu() if scaling.gpus_per_worker else main_memory()
     import ray
 
     here, nodes = ray.util.get_node_ip_address(), [node for node in ray.nodes() if node["Alive"]]
-    rooms: list[int] = []
+    sizes: list[int] = []
     for node in nodes:
         has = node["Resources"]
         is_here = node["NodeManagerAddress"] == here
@@ -105,15 +107,14 @@ def room_of_a_worker(scaling: Scaling) -> int | None:
         if scaling.gpus_per_worker:
             named = [gpu_named(name.partition(":")[2]) for name in has if name.startswith("accelerator_type:")]
             own = _own_gpu() if is_here else None
-            rooms += [
-                int(size * scaling.gpus_per_worker) for size in ([own] if own else [gpu.memory for gpu in named if gpu])
-            ]
-            if not rooms:
-                return None  # a card that nobody knows may have any room
+            memories = [own] if own else [gpu.memory for gpu in named if gpu]
+            sizes += [int(memory * scaling.gpus_per_worker) for memory in memories]
+            if not sizes:
+                return None  # the memory of a card that is not in the table is not known
         else:
             whole = main_memory() if is_here else int(has.get("memory", 0) + has.get("object_store_memory", 0))
-            rooms.append(whole // min(fits, scaling.max_workers))
-    return max(rooms, default=None)
+            sizes.append(whole // min(fits, scaling.max_workers))
+    return max(sizes, default=None)
 
 
 def _own_gpu() -> int | None:

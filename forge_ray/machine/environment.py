@@ -1,7 +1,8 @@
-"""What a run was computed with: the environment lock, and this code's identity.
+"""The environment of a run: the environment lock and the identity of the code.
 
-A lock is canonical JSON, kept once as `environments/<sha256>.json`: every installed distribution, interpreter, hardware,
-threads and the switches that decide numbers. Two runs with equal locks, code, data and settings compute equal weights.
+A lock is canonical JSON, stored once as `environments/<sha256>.json`: every installed distribution, the interpreter, the
+hardware, the number of threads and the variables that affect results. Two runs with equal locks, code, data and settings
+compute equal weights.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from typing import Any
 
 from forge_ray.errors import StoreError
 from forge_ray.machine.hardware import CPUINFO, cpu_flags
-from forge_ray.records import canonical_json
+from forge_ray.records import canonical_json, hex_of
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "pyarrow", "numpy", "tokenizers", "safetensors")
 DRIVER = Path("/proc/driver/nvidia/version")
-# Instruction sets by which torch, oneDNN and MKL choose a kernel: another one sums in another order.
+# Instruction sets by which torch, oneDNN and MKL choose a kernel: each kernel adds in its own order.
 KERNEL_FLAGS = frozenset(
     {
         *("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
@@ -35,7 +36,7 @@ KERNEL_FLAGS = frozenset(
         *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2", "svebf16", "svei8mm"),
     }
 )
-# What a process is told from outside that can change a sum, or the order of a set.
+# Environment variables that can change the result of a sum, or the order of a set.
 SWITCHES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -52,32 +53,32 @@ SWITCHES = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 GIT_S = 5.0
-PACKAGE = Path(__file__).parents[1]  # all of forge_ray, not this room alone
+PACKAGE = Path(__file__).parents[1]  # all of forge_ray, not this package alone
 
 
 @functools.cache
 def installed() -> dict[str, dict[str, str]]:
-    """Distribution → version and sha256 of its RECORD, which lists its files with their digests; "" where it has none."""
-    found = {}
+    """Distribution → version and sha256 of its RECORD, the list of its files with digests; "" if it has none."""
+    packages = {}
     own = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    # Ray, once imported, puts the copies that it brings along first on the path: below `own`
+    # once imported, Ray puts its bundled copies of packages, in folders below `own`, first on the path
     path = [entry for entry in sys.path if not any(str(parent) in own for parent in Path(entry).parents)]
     for item in distributions(path=path):
         name = item.metadata["Name"]
-        if name and name.lower() not in found:  # the first on the path is the one that is imported
+        if name and name.lower() not in packages:  # the first on the path is the one that is imported
             listed = item.read_text("RECORD")
-            found[name.lower()] = {
+            packages[name.lower()] = {
                 "version": item.version,
                 "record": hashlib.sha256(listed.encode()).hexdigest() if listed else "",
             }
-    return dict(sorted(found.items()))
+    return dict(sorted(packages.items()))
 
 
 def hardware() -> dict[str, Any]:
-    """The class of this machine as far as it decides numbers, not how much there is of it."""
+    """The kind of this machine's hardware as far as it affects results, not its amount."""
     import torch
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "machine": platform.machine(),
         "cpu": _cpu_name(),
         "cpu_flags": sorted(KERNEL_FLAGS & cpu_flags()),
@@ -87,14 +88,14 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
         version = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
-        found |= {
+        facts |= {
             "gpus": sorted(names),
             "driver": _driver(),
             "cuda": torch.version.cuda or "",
             "cudnn": str(torch.backends.cudnn.version() or ""),
             "nccl": ".".join(str(part) for part in version),
         }
-    return found
+    return facts
 
 
 def _cpu_name() -> str:
@@ -108,14 +109,14 @@ def _cpu_name() -> str:
 
 def _driver() -> str:
     try:
-        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text())
+        match = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text())
     except OSError:
         return ""
-    return found[0] if found else ""
+    return match[0] if match else ""
 
 
 def lock() -> dict[str, Any]:
-    """The lock of this process, as it is now: call it when the number of threads is set."""
+    """The lock of this process as it is now; call it after the number of threads has been set."""
     import torch
 
     return {
@@ -135,7 +136,7 @@ def lock() -> dict[str, Any]:
 
 
 def keep(store: Store) -> str:
-    """Put this process's lock into the store, once; returns its digest."""
+    """Write this process's lock to the store unless it is there; returns its digest."""
     data = canonical_json(lock())
     hexadecimal = hashlib.sha256(data).hexdigest()
     store.write_once(_path(hexadecimal), data)
@@ -143,14 +144,16 @@ def keep(store: Store) -> str:
 
 
 def read(store: Store, digest: str) -> dict[str, Any]:
-    """A kept lock; empty where there is none, as of runs that were trained before locks were kept. Raises `StoreError` where
-    it is not what its digest says."""
-    path = _path(digest.removeprefix("sha256:"))
+    """A stored lock; empty where there is none, as for runs that are older than locks. Raises `StoreError` if it does not
+    match its digest."""
+    path = _path(hex_of(digest))
     if not digest or not store.exists(path):
         return {}
     data = store.read(path)
     if f"sha256:{hashlib.sha256(data).hexdigest()}" != digest:
-        raise StoreError(f"{path} is not what its name says: it was altered", hint="restore the file from a backup")
+        raise StoreError(
+            f"{path} does not match the digest in its name: it was altered", hint="restore the file from a backup"
+        )
     value: dict[str, Any] = json.loads(data)
     return value
 
@@ -159,18 +162,18 @@ def _path(hexadecimal: str) -> str:
     return paths.environment(hexadecimal)
 
 
-def versions(found: dict[str, Any] | None = None) -> dict[str, str]:
-    """Of the packages that decide numbers, from a lock; without one, of this process."""
-    packages = found["packages"] if found else installed()
-    python = found["python"].rpartition(" ")[2] if found else platform.python_version()
-    machine = found["hardware"]["machine"] if found else platform.machine()
+def versions(locked: dict[str, Any] | None = None) -> dict[str, str]:
+    """Versions of the packages that affect results, from a lock, or else of this process."""
+    packages = locked["packages"] if locked else installed()
+    python = locked["python"].rpartition(" ")[2] if locked else platform.python_version()
+    machine = locked["hardware"]["machine"] if locked else platform.machine()
     names = {name: packages.get(name, {}).get("version", "absent") for name in PACKAGES}
     return {"python": python, "machine": machine, **names}
 
 
 @functools.cache
 def code_digest() -> str:
-    """Over the paths and bytes of forge_ray's own modules."""
+    """A digest of the paths and bytes of forge_ray's modules."""
     root = PACKAGE
     hasher = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -180,9 +183,9 @@ def code_digest() -> str:
 
 @functools.cache
 def code_commit(root: Path = PACKAGE) -> str:
-    """The git commit that this code is a checkout of, `-dirty` behind it where it was changed; "" where none is known."""
+    """The git commit of this code, with `-dirty` appended if it was modified; "" if it is not a checkout."""
     try:
-        _git(root, "ls-files", "--error-unmatch", "__init__.py")  # else the checkout is of something around it
+        _git(root, "ls-files", "--error-unmatch", "__init__.py")  # else the checkout is of another project that contains it
         return _git(root, "rev-parse", "HEAD") + ("-dirty" if _git(root, "status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
@@ -190,7 +193,7 @@ def code_commit(root: Path = PACKAGE) -> str:
 
 def _git(folder: Path, *words: str) -> str:
     return subprocess.run(
-        ["git", "-c", "core.fsmonitor=false", *words],  # a checkout's settings start no program
+        ["git", "-c", "core.fsmonitor=false", *words],  # so that no setting of the checkout starts a program
         cwd=folder,
         env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What this machine computes in (imports no torch)."""
+"""The hardware of this machine: precision, GPUs, memory (imports no torch)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 @dataclass(frozen=True)
 class Gpu:
-    """`memory` in bytes; `flops` per second in bf16 on dense matrices, of the data sheet."""
+    """A kind of GPU: `memory` in bytes, `flops` per second in bf16 on dense matrices, from the data sheet."""
 
     memory: int
     flops: float
 
 
-# A part of the name, as torch or Ray say it → the largest of that name; the first that fits. Data sheets of the maker.
+# Part of the name that torch or Ray report → the largest GPU of that name; the first match counts. From data sheets.
 GPUS = {
     "B200": Gpu(192 * 10**9, 2250e12),
     "H200": Gpu(141 * 10**9, 989e12),
@@ -50,7 +50,7 @@ def resolve_precision(precision: str, use_gpu: bool) -> Literal["bf16", "fp32"]:
 
 
 def cpu_flags() -> frozenset[str]:
-    """Feature flags of the first core; empty where the system does not tell (not Linux)."""
+    """Feature flags of the first core; empty where the system does not report them (not Linux)."""
     try:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -63,16 +63,16 @@ def cpu_flags() -> frozenset[str]:
 
 
 def gpu_named(name: str) -> Gpu | None:
-    """None where it is not in the table."""
+    """The GPU of this name; None if it is not in the table."""
     return next((gpu for part, gpu in GPUS.items() if part in name.upper()), None)
 
 
 def main_memory() -> int:
-    """Bytes of this machine, or what a container may take of it."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    """Bytes of main memory, or the limit of this container if it is lower."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in MEMORY_LIMITS:
         try:
-            found.append(int(path.read_text()))
+            limits.append(int(path.read_text()))
         except (OSError, ValueError):  # absent, or `max`
             continue
-    return min(found)
+    return min(limits)

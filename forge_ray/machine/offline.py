@@ -1,9 +1,9 @@
-"""What keeps everything on the premises: switches that are set before ray or transformers is imported.
+"""Switches that keep libraries from sending data out, set before ray or transformers is imported.
 
-`RAY_USAGE_STATS_ENABLED=0` alone still posts a report that usage is disabled; the address that goes nowhere stops that too.
-No switch stops Ray's question to the cloud metadata addresses (169.254.169.254, metadata.google.internal), which its process
-for usage reports asks before it looks at any switch: a local cluster is started without that process
-(`ray_internals`), and for `ray start` the file `~/ray_bootstrap_config.yaml` answers in the addresses' place.
+With `RAY_USAGE_STATS_ENABLED=0` alone, Ray still posts a report that usage is disabled; the unreachable URL stops that too.
+No switch stops Ray's requests to the cloud metadata addresses (169.254.169.254, metadata.google.internal), which its process
+for usage reports sends before it reads any switch: a local cluster is started without that process (`ray_internals`), and
+with `ray start` the file `~/ray_bootstrap_config.yaml` makes the requests unnecessary.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ SWITCHES = {
 
 
 def set_offline_switches() -> None:
-    """What the operator has set stays."""
+    """Set every switch that the operator has not set."""
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)

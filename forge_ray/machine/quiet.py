@@ -1,4 +1,4 @@
-"""Libraries that talk on a person's terminal are told to keep to errors; one line per stage is ours."""
+"""Limit the log output of libraries to errors: on the terminal each stage has one line of ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 def quiet_libraries() -> None:
-    """A filter, not a level: DeepSpeed sets its own level when it is imported."""
+    """Set a filter instead of a level, because DeepSpeed sets its own level when it is imported."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("DeepSpeed", "ray.serve"):

@@ -1,11 +1,11 @@
-"""Every private name of Ray that is used here, and why no public one does.
+"""Every private name of Ray that forge_ray uses, and why no public one would do.
 
 Ray is pinned to one minor version. `tests/unit/machine/test_ray_internals.py` has a test for each of these names, which
-fails where another Ray has it no more or has changed its shape; whoever raises the pin begins there. Nothing of Ray is
-imported before a function here is called.
+fails if another version of Ray lacks the name or has changed its signature: run it first when raising the pin. Ray is
+imported only when a function here is called.
 
-Two private names live where they must be written down: `__serve_build_asgi_app__` is the name of a method
-(`serve/replica.py`), and the command lines of Ray's processes are what `doctor/closed.py` looks for.
+Two kinds of private names are elsewhere: `__serve_build_asgi_app__` is the name of a method (`serve/replica.py`), and
+`doctor/closed.py` searches for the command lines of Ray's processes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def without_usage_reports() -> None:
-    """The next local cluster of this process has no process for usage reports. Without its dashboard Ray 2.60 starts the
-    dashboard's process for these reports alone, so nothing else is lost.
+    """Start local clusters of this process without the process for usage reports. Without a dashboard, Ray 2.60 starts the
+    dashboard's process only for these reports, so nothing else is lost.
 
-    Upstream: `ray.init` has no switch for it, and the process asks the cloud's metadata addresses before it looks at
+    Upstream: `ray.init` has no switch for it, and the process sends requests to the cloud metadata addresses before it reads
     RAY_USAGE_STATS_ENABLED.
     """
     from ray._private.node import Node
@@ -44,12 +44,13 @@ def without_usage_reports() -> None:
 
 @contextlib.contextmanager
 def on_loopback() -> Iterator[None]:
-    """A Ray that is started here has the address 127.0.0.1: its ports are closed to the network, and no name server is asked
-    who the node is. Its processes look for no dashboard, for there is none: Ray Train (2.60) would ask that of any other
-    cluster on this machine whether its controller lives, and end the run when told that it does not.
+    """Start Ray on the address 127.0.0.1, so that its ports are closed to the network and it queries no name server. Its
+    processes are given an unreachable dashboard, because there is none: Ray Train (2.60) would otherwise ask the
+    dashboard of another cluster on this machine whether its controller is alive, and end the run because that one does
+    not know it.
 
-    Upstream: no public argument of `ray.init` gives a local cluster its address. Loopback is what Ray takes on Windows and
-    macOS, where `ENABLE_RAY_CLUSTER` is false; it is read from the environment when ray is imported, which is too early.
+    Upstream: no public argument of `ray.init` sets the address of a local cluster. Ray uses loopback on Windows and macOS,
+    where `ENABLE_RAY_CLUSTER` is false; the environment variable for it is read when ray is imported, which is too early.
     """
     from ray._private import ray_constants
 
@@ -69,12 +70,12 @@ def on_loopback() -> Iterator[None]:
 
 
 def remove_orphaned_groups() -> None:
-    """Give back the CPUs and GPUs that a controller held when it died.
+    """Release the CPUs and GPUs that a dead controller still holds.
 
-    Its placement group outlives it, and the actor that Ray Train leaves to remove it asks the dashboard who is alive: where
-    there is none, it waits for ever, and the tasks that read the rows of the next group find no CPU.
+    Its placement group outlives it. The actor of Ray Train that should remove the group asks the dashboard which actors are
+    alive; without a dashboard it waits forever, and the tasks that read rows for the next worker group get no CPU.
 
-    Upstream: the public `ray.util.placement_group_table` says neither who made a group nor whether that actor is dead.
+    Upstream: the public `ray.util.placement_group_table` has neither the creator of a group nor whether that actor is dead.
     """
     import ray
     from ray._private.state import state
@@ -89,9 +90,9 @@ def remove_orphaned_groups() -> None:
 
 
 def torch_backend() -> tuple[Any, Any]:
-    """Ray Train's hooks around a group of torch workers, and what tells each its rank.
+    """Ray Train's hooks around a group of torch workers, and the function that sets the rank of each.
 
-    Upstream: `TorchConfig` always opens a TCP store, also for one worker that meets nobody.
+    Upstream: `TorchConfig` always opens a TCP store, even for a single worker.
     """
     from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 

@@ -1,7 +1,7 @@
 """Files that come with forge_ray: run files, the quick start's rows, dashboards, start scripts, documentation.
 
-Their names are those of a checkout, such as `jobs/deploy.yaml`. A checkout has them next to the package; a wheel carries
-them inside it, where setup.py puts them.
+They are named as in a checkout, such as `jobs/deploy.yaml`. A checkout has them next to the package; in a wheel setup.py
+puts them inside it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where forge_ray runs: Python, system, C library, memory and, for `train.compile`, a compiler.
+"""The machines that forge_ray supports: Python, system, C library, memory and, for `train.compile`, a compiler.
 
-This module states the limits, and nothing else does. It imports only the standard library and keeps to the syntax of
-Python 3.8: `forge_ray.__main__` asks it before it imports anything that an unsupported machine could not import.
+The limits are defined in this module only. It uses only the standard library and the syntax of Python 3.8:
+`forge_ray.__main__` calls it before it imports anything that an unsupported machine could not import.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 PYTHON, PYTHON_TOO_NEW = (3, 11), (3, 15)
-PYTHON_SPECIFIER = ">={}.{},<{}.{}".format(*PYTHON, *PYTHON_TOO_NEW)  # what pyproject.toml says in requires-python
+PYTHON_SPECIFIER = ">={}.{},<{}.{}".format(*PYTHON, *PYTHON_TOO_NEW)  # as requires-python in pyproject.toml
 GLIBC = (2, 31)  # llguidance's wheels; torch's want 2.28
 LINUX_MACHINES = ("x86_64", "aarch64")
 MACOS, MACOS_MACHINE = (14, 0), "arm64"  # torch's wheels
@@ -36,7 +36,7 @@ NAMES = {"win32": "Windows"}
 
 
 class Problem(NamedTuple):
-    """What this machine lacks, and what to do about it."""
+    """What this machine lacks, and the remedy."""
 
     message: str
     hint: str
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """`system` as `sys.platform` names it; `glibc` is "" where the C library is another one, `macos` "" elsewhere."""
+    """A machine: `system` as in `sys.platform`; `glibc` is "" with another C library, `macos` is "" on other systems."""
 
     python: tuple[int, ...]
     system: str
@@ -67,13 +67,13 @@ def this_machine() -> Machine:
 def _glibc() -> str:
     try:
         name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
-    except (AttributeError, OSError, ValueError):  # no such function, or no such name: it is not glibc
+    except (AttributeError, OSError, ValueError):  # not glibc: the function or the name is missing
         return ""
     return version if name == "glibc" else ""
 
 
 def unsupported(here: Machine) -> Problem | None:
-    """The first limit that the machine does not keep."""
+    """The first requirement that the machine does not meet."""
     return python_problem(here.python) or system_problem(here)
 
 
@@ -107,7 +107,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def header_folders() -> tuple[Path, ...]:
-    """Where torch and Triton look for Python.h."""
+    """The folders in which torch and Triton look for Python.h."""
     paths = {sysconfig.get_path("include"), sysconfig.get_path("include", scheme="posix_prefix")}
     return tuple(sorted(Path(path) for path in paths))
 
@@ -120,7 +120,7 @@ def compiler(environ: Mapping[str, str], use_gpu: bool) -> str:
 
 
 def compiler_problem(environ: Mapping[str, str], headers: Sequence[Path], use_gpu: bool) -> Problem | None:
-    """What torch.compile needs and this machine lacks. torch includes Python.h in what it compiles, so that is tried here.
+    """What torch.compile needs and this machine lacks. The code that torch compiles includes Python.h, so that is tried.
 
     torch 2.13: `cpp_builder.cpp_compiler_search` (CXX, else g++), `codecache.CppPythonBindingsCodeCache` (Python.h) and
     `codecache._precompile_header` (openssl); on a GPU `triton/runtime/build.py`.
@@ -131,7 +131,7 @@ def compiler_problem(environ: Mapping[str, str], headers: Sequence[Path], use_gp
         if environ.get(variable):
             return Problem(f"{variable}={program} is not a program", f"unset {variable}")
         if not use_gpu and shutil.which("c++", path=path):
-            return Problem(f"torch looks for {program} alone, and there is only c++", "export CXX=c++")
+            return Problem(f"torch looks only for {program}, and this machine only has c++", "export CXX=c++")
         names = "gcc or clang" if use_gpu else program
         return Problem(f"there is no {language} compiler ({names})", install_hint())
     if not any((folder / "Python.h").is_file() for folder in headers):
@@ -143,7 +143,7 @@ def compiler_problem(environ: Mapping[str, str], headers: Sequence[Path], use_gp
 
 
 def _compile(program: str, options: list[str], headers: Sequence[Path], environ: Mapping[str, str]) -> str:
-    """The first error of the compiler; "" where it has none."""
+    """The first error of the compiler; "" if there is none."""
     import subprocess
 
     words = [program, *options, "-fsyntax-only", *(f"-I{folder}" for folder in headers), "-"]
@@ -161,7 +161,7 @@ def _compile(program: str, options: list[str], headers: Sequence[Path], environ:
 
 
 def install_hint() -> str:
-    """The package of the headers is that of the Python that runs."""
+    """The commands that install a compiler and the headers of this Python."""
     if sys.platform == "darwin":
         return "xcode-select --install"
     python = "python{}.{}".format(*sys.version_info[:2])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, first_line
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"{folder / 'config.json'} is not the configuration of a supported model: {str(error).strip().splitlines()[0]}",
+            f"{folder / 'config.json'} is not the configuration of a supported model: {first_line(error)}",
             hint="give the folder of a model whose architecture this release of transformers has",
         ) from error
 

@@ -1,9 +1,9 @@
-"""FP8 checkpoints become bf16 safetensors, some rows of one weight at a time (torch on first use).
+"""Convert FP8 checkpoints to bf16 safetensors, a few rows of one weight at a time (torch on first use).
 
-A weight of one byte is multiplied by its scale in fp32 and rounded once. Known are the names `X.weight_scale_inv`,
-`X.weight_scale` (of `X.weight`), `X_scale_inv` and `X_scale` (of experts' weights `X` of three dimensions), and scales of
-one number per tensor, per expert, per row or per block. Scales of activations belong to kernels that are not used here and
-are dropped. Weights of two bytes and more are copied as they are.
+A weight of one byte is multiplied by its scale in fp32 and rounded once. Supported are the names `X.weight_scale_inv`,
+`X.weight_scale` (for `X.weight`), `X_scale_inv` and `X_scale` (for experts' weights `X` of three dimensions), and scales per
+tensor, per expert, per row or per block. Scales of activations are dropped: they belong to kernels that are not used here.
+Weights of two or more bytes are copied unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OF_WEIGHTS = ("_scale_inv", "_scale")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: bytes `first` to `last` of it."""
+    """A tensor in a file, at bytes `first` to `last`."""
 
     path: Path
     dtype: str
@@ -42,7 +42,7 @@ class Stored:
         return self.last - self.first
 
     def read(self, start: int = 0, stop: int | None = None) -> bytearray:
-        """The bytes of rows `start` to `stop`; of all of it without them."""
+        """The bytes of rows `start` to `stop`, or of the whole tensor."""
         row = self.size // max(self.shape[0] if self.shape else 1, 1)
         begin, end = (self.first + start * row, self.first + stop * row) if stop is not None else (self.first, self.last)
         with self.path.open("rb") as stream:
@@ -51,28 +51,29 @@ class Stored:
 
 
 def is_float8(folder: Path) -> bool:
-    """Whether weights of the folder are to be turned back; a format that is neither FP8 nor plain is refused."""
+    """Whether the folder has FP8 weights. Raises `ConfigError` for a format that is neither FP8 nor unquantised."""
     return quantisation(folder) is not None or any(
         stored.dtype in FLOAT8 for path in _shards(folder) for stored in _header(path).values()
     )
 
 
 def quantisation(folder: Path) -> dict[str, Any] | None:
-    """What `config.json` says of the weights' format, `None` where they are plain. Raises `ConfigError`."""
+    """The quantisation section of `config.json`, None if the weights are not quantised. Raises `ConfigError` for other
+    formats than FP8."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = next(iter(_quantisations(config)), None)
-    if found is None:
+    scheme = next(iter(_quantisations(config)), None)
+    if scheme is None:
         return None
-    method = found.get("quant_method")
-    groups = (found.get("config_groups") or {}).values()
+    method = scheme.get("quant_method")
+    groups = (scheme.get("config_groups") or {}).values()
     weights = [group.get("weights") or {} for group in groups]
     is_known = method == "compressed-tensors" and weights and all(_has_8_bits(one) for one in weights)
-    if not is_known and (method != "fp8" or found.get("expert_dtype", "fp8") != "fp8"):
+    if not is_known and (method != "fp8" or scheme.get("expert_dtype", "fp8") != "fp8"):
         raise ConfigError(
-            f"{folder.name} is quantised by {method!r}{_bits(weights)}, which is not turned back into bf16 here",
+            f"{folder.name} is quantised by {method!r}{_bits(weights)}, which cannot be converted to bf16",
             hint="import the model's bf16 or FP8 checkpoint",
         )
-    return found
+    return scheme
 
 
 def _quantisations(config: Any) -> Iterator[dict[str, Any]]:
@@ -93,7 +94,7 @@ def _bits(weights: list[dict[str, Any]]) -> str:
 
 
 def dequantise(source: Path, folder: Path) -> None:
-    """Write `config.json`, the weights and their index of `source` into `folder`, in bf16. Raises `ConfigError`."""
+    """Write the weights of `source`, their index and `config.json` to `folder` in bf16. Raises `ConfigError`."""
     scheme = quantisation(source) or {}
     block = scheme.get("weight_block_size")
     shards = _shards(source)
@@ -127,15 +128,15 @@ def dequantise(source: Path, folder: Path) -> None:
 
 
 def _shards(source: Path) -> list[Path]:
-    """The files that the index names, else all; other copies of the weights beside them are not read."""
+    """The files that the index names, or else all; further copies of the weights in the folder are not read."""
     if not (source / INDEX).is_file():
         return sorted(source.glob("*.safetensors"))
     weight_map = json.loads((source / INDEX).read_text(encoding="utf-8")).get("weight_map") or {}
-    found = [source / name for name in sorted(set(weight_map.values()))]
-    for path in found:
+    shards = [source / name for name in sorted(set(weight_map.values()))]
+    for path in shards:
         if path.parent != source or not path.is_file():
-            raise ConfigError(f"{INDEX} names {path.name}, which is not there", hint="fetch the folder again")
-    return found
+            raise ConfigError(f"{INDEX} names {path.name}, which is missing", hint="download the folder again")
+    return shards
 
 
 def _header(path: Path) -> dict[str, Stored]:
@@ -151,33 +152,33 @@ def _header(path: Path) -> dict[str, Stored]:
 
 
 def _pair(everything: dict[str, Stored]) -> dict[str, str]:
-    """FP8 weight → its scale. What is left over is refused: it would become noise."""
-    found: dict[str, str] = {}
+    """FP8 weight → its scale. Raises `ConfigError` for FP8 weights and scales without a counterpart."""
+    scale_of: dict[str, str] = {}
     for name, stored in everything.items():
         if stored.dtype in FLOAT8:
             scale = next((name + ending for ending in OF_WEIGHTS if name + ending in everything), "")
             if not scale:
-                raise ConfigError(f"{name} is FP8 and has no scale", hint="fetch the checkpoint again, all of its files")
+                raise ConfigError(f"{name} is FP8 and has no scale", hint="download all files of the checkpoint again")
             if everything[scale].dtype not in SCALES:
                 raise ConfigError(
                     f"{scale} has the type {everything[scale].dtype}, not one of {', '.join(SCALES)}",
                     hint="import the model's bf16 checkpoint",
                 )
-            found[name] = scale
-    claimed = set(found.values())
+            scale_of[name] = scale
+    claimed = set(scale_of.values())
     for name, stored in everything.items():
         if name.endswith(OF_WEIGHTS) and not name.endswith(OF_ACTIVATIONS) and name not in claimed:
-            raise ConfigError(f"{name} is the scale of no FP8 weight", hint="import the model's bf16 checkpoint")
-        if name not in found and name not in claimed and stored.dtype not in PLAIN and not name.endswith(OF_ACTIVATIONS):
+            raise ConfigError(f"{name} is a scale without an FP8 weight", hint="import the model's bf16 checkpoint")
+        if name not in scale_of and name not in claimed and stored.dtype not in PLAIN and not name.endswith(OF_ACTIVATIONS):
             raise ConfigError(
-                f"{name} has the type {stored.dtype}: the weights are packed in a way that is not known",
+                f"{name} has the type {stored.dtype}: the weights are packed in an unknown way",
                 hint="import the model's bf16 or FP8 checkpoint",
             )
-    return found
+    return scale_of
 
 
 def _head(entries: dict[str, tuple[str, tuple[int, ...], int]]) -> bytes:
-    """A safetensors header for tensors that follow in this order."""
+    """The safetensors header for tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape, size) in entries.items():
@@ -189,7 +190,7 @@ def _head(entries: dict[str, tuple[str, tuple[int, ...], int]]) -> bytes:
 
 
 def _values(name: str, weight: Stored, scale: Stored | None, block: list[int] | None) -> Iterator[bytes]:
-    """The bytes of a weight in its new type, at most about `CHUNK` elements at a time."""
+    """The bytes of a weight in its new type, in pieces of about `CHUNK` elements."""
     import torch
 
     rows = weight.shape[0] if weight.shape else 1
@@ -210,16 +211,17 @@ def _values(name: str, weight: Stored, scale: Stored | None, block: list[int] | 
         for axis, (size, grid) in enumerate(zip(weight.shape, factors.shape, strict=True)):
             if grid == 1:
                 continue
-            given = block[axis - len(weight.shape)] if block and axis >= len(weight.shape) - 2 else 0
+            block_size = block[axis - len(weight.shape)] if block and axis >= len(weight.shape) - 2 else 0
             of = torch.arange(start, stop) if axis == 0 else torch.arange(size)
-            picked = picked.index_select(axis, of // _width(name, size, grid, given))
+            picked = picked.index_select(axis, of // _width(name, size, grid, block_size))
         yield part.mul_(picked).to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _aligned(name: str, scale: Any, shape: tuple[int, ...]) -> Any:
-    """The scale with as many dimensions as its weight: one number, one per row or expert, or a grid of blocks."""
+    """The scale, reshaped to the number of dimensions of its weight: one number, one per row or expert, or a grid of
+    blocks."""
     if not bool(scale.isfinite().all()):
-        raise ConfigError(f"the scale of {name} is not finite", hint="fetch the checkpoint again")
+        raise ConfigError(f"the scale of {name} is not finite", hint="download the checkpoint again")
     if scale.numel() == 1:
         return scale.reshape([1] * len(shape))
     if scale.dim() < len(shape) and scale.shape[0] == shape[0] and scale.numel() == shape[0]:
@@ -227,25 +229,26 @@ def _aligned(name: str, scale: Any, shape: tuple[int, ...]) -> Any:
     if scale.dim() == len(shape):
         return scale
     raise ConfigError(
-        f"{name} {list(shape)} has a scale {list(scale.shape)}: neither one number, nor one a row, nor a grid",
+        f"{name} {list(shape)} has a scale {list(scale.shape)}: neither one number, nor one per row, nor a grid",
         hint="import the model's bf16 checkpoint",
     )
 
 
-def _width(name: str, size: int, grid: int, given: int) -> int:
-    """Elements under one scale along a dimension; the last block may be shorter where the configuration says its width."""
-    if given and -(-size // given) == grid:
-        return given
+def _width(name: str, size: int, grid: int, block_size: int) -> int:
+    """Number of elements per scale along a dimension; the last block may be shorter if the configuration has the block
+    size."""
+    if block_size and -(-size // block_size) == grid:
+        return block_size
     if size % grid == 0:
         return size // grid
     raise ConfigError(
-        f"{name}: {size} rows or columns under {grid} scales, and config.json names no block size that fits",
+        f"{name}: {size} rows or columns with {grid} scales, and config.json has no block size that fits",
         hint="import the model's bf16 checkpoint",
     )
 
 
 def _plain(config: Any) -> Any:
-    """The configuration without what it says of quantisation."""
+    """The configuration without its quantisation sections."""
     if isinstance(config, dict):
         return {k: _plain(v) for k, v in config.items() if k not in ("quantization_config", "compression_config")}
     return config

@@ -1,9 +1,7 @@
 """Import a base model: a Hugging Face directory or a GGUF file becomes a model version.
 
-FP8 weights become bf16 on the way (`dequantise.py`).
-
-Safetensors only. What is imported is judged by its bytes and names before any library opens it (`model_files.py`); its
-tokenizer and chat template are then tried behind a fence (`sandbox.py`).
+Only safetensors are accepted; FP8 weights are converted to bf16 (`dequantise.py`). Names and bytes are checked before any
+library opens a file (`model_files.py`); the tokenizer and chat template are then tried in a sandbox (`sandbox.py`).
 """
 
 from __future__ import annotations
@@ -23,19 +21,18 @@ from forge_ray.store.files import hash_dir, sha256_file
 __all__ = ["import_model", "refuse_unsafe"]
 
 
-def import_model(catalog: Catalog, path: str | Path, name: str, licence: str = "", alias: str = "") -> ModelVersion:
-    """Copy (a directory) or convert (a GGUF file) into the store; the same bytes again give the version that is there."""
+def import_model(catalog: Catalog, path: str | Path, name: str, licence: str = "") -> ModelVersion:
+    """Import a directory (copied) or a GGUF file (converted) as a model version. Importing the same bytes again returns the
+    existing version."""
     source = Path(path).expanduser()
     if not source.exists():
         raise NotFound(f"no model at {str(path)!r}", hint="give a Hugging Face directory or a .gguf file")
     origin = _origin(source)
-    same = origin.rpartition(" ")[2]  # the digest; the folder's name may be another
-    version = next((known for known in catalog.all(ModelVersion) if known.source.rpartition(" ")[2] == same), None)
+    same = origin.rpartition(" ")[2]  # the digest; the name of the folder does not count
+    version = next((imported for imported in catalog.all(ModelVersion) if imported.source.rpartition(" ")[2] == same), None)
     if version is None:
         catalog.check_may("imported models")
         version = _import(catalog, source, origin, name, licence)
-    if alias:
-        catalog.promote(version.id, alias)
     return version
 
 
@@ -46,7 +43,7 @@ def _origin(source: Path) -> str:
         refuse_unsafe_gguf(source)
         return f"{source.name} sha256:{sha256_file(source)}"
     refuse_unsafe(source)
-    if (own := mistral_file(source)) is not None:  # before weights are read for minutes
+    if (own := mistral_file(source)) is not None:  # before minutes are spent reading weights
         require_mistral_common(own.name, source.resolve().name)
     return f"{source.resolve().name} {files_digest(hash_dir(source))}"
 
@@ -70,12 +67,12 @@ def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str
                 convert_gguf(source, folder)
             except ForgeError:
                 raise
-            except Exception as error:  # readers of others' formats fail in many ways
+            except Exception as error:  # the readers of GGUF raise many kinds of errors
                 raise PolicyError(
                     f"{source.name} cannot be converted: {type(error).__name__}: {str(error)[:200]}",
-                    hint="fetch the file again, or give the model's folder",
+                    hint="download the file again, or give the model's folder",
                 ) from error
-        refuse_unsafe(folder)  # what was copied, in case the source changed meanwhile
+        refuse_unsafe(folder)  # the copy, in case the source changed in the meantime
         refuse_bombs(folder)
     try:
         files = store.files(staging)

@@ -1,8 +1,9 @@
-"""Is a model's folder, or its GGUF file, safe to open: judged by names and bytes, before any library does; and
-can its tokenizer be read here.
+"""Safety checks of a model's folder or GGUF file, by names and bytes before any library opens it; and whether its tokenizer
+can be read on this machine.
 
-Refused are code and what names code (`auto_map`, kernels of a hub), pickles under any name, links and names that lead
-elsewhere, headers and configurations that promise more than the file holds. Nothing is run, and memory is bounded.
+Refused are code and references to code (`auto_map`, kernels from a hub), pickles under any name, links and names that lead
+out of the folder, and headers and configurations that describe more than the files hold. Nothing is executed, and memory is
+bounded.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from forge_ray.store.files import MANIFEST
 
 CODE_ENDINGS = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".pth")
 PICKLE_ENDINGS = (".bin", ".pt", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".npy", ".npz", ".joblib")
-PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # the last: torch.save's zip
+PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # the last is the zip of torch.save
 PICKLE_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "BUILD"}
-MAX_HEADER = 100 << 20  # a safetensors header of more is an attack, not a model
-MAX_JSON = 256 << 20  # the largest tokenizers have 40 MB
+MAX_HEADER = 100 << 20  # bytes; no real model has a safetensors header this large
+MAX_JSON = 256 << 20  # bytes; the largest tokenizers have 40 MB
 MAX_FILES = 10_000
-AGAIN = "fetch the file again"
-# JSON that names code, wherever it stands; values of the second kind only where they lead to a hub's repository
+AGAIN = "download the file again"
+# JSON keys that name code, at any depth; those of the second kind only if their value is a repository of a hub
 NAMES_CODE = ("auto_map", "custom_pipelines")
 IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-TABLES = ("tokenizer.json", "vocab.json")  # many keys, each a token: no two readers differ about what they switch on
-LEAST_LIMIT = 1 << 16  # sizes up to here are let through whatever the weights hold
+TABLES = ("tokenizer.json", "vocab.json")  # their keys are tokens, not settings
+LEAST_LIMIT = 1 << 16  # sizes up to this are accepted whatever the weights hold
 SAME_MODEL = "take config.json and the weights from the same model"
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -52,19 +53,20 @@ MISTRAL_FAMILIES = ("mistral", "mixtral", "ministral", "pixtral", "magistral", "
 
 @dataclass
 class _Held:
-    """What the weights of a folder hold."""
+    """Number of tensors and elements in the weights of a folder."""
 
     tensors: int = 0
     elements: int = 0
 
 
 def refuse_unsafe(folder: Path) -> None:
-    """Raise `PolicyError` naming the file and the rule; reads names, JSON and safetensors headers, runs nothing."""
+    """Raise `PolicyError`, naming file and rule, if a folder is unsafe. Reads names, JSON and safetensors headers; executes
+    nothing."""
     root, held = folder.resolve(), _Held()
     configs: dict[str, Any] = {}
     paths = sorted(folder.rglob("*"))
     if len(paths) > MAX_FILES:
-        raise PolicyError(f"{folder.name} holds {len(paths)} files", hint="give the model's own folder")
+        raise PolicyError(f"{folder.name} holds {len(paths)} files", hint="give a folder with nothing but the model")
     for path in paths:
         name = path.relative_to(folder).as_posix()
         if not name.isprintable():
@@ -80,19 +82,21 @@ def refuse_unsafe(folder: Path) -> None:
             raise PolicyError(f"{name} is not a regular file", hint="remove it from the folder")
         ending = path.suffix.lower()
         if ending in CODE_ENDINGS:
-            raise PolicyError(f"{name} is code; a model directory must hold none", hint="remove it; no remote code is run")
+            raise PolicyError(
+                f"{name} is code, which a model folder must not contain", hint="remove it; no remote code is executed"
+            )
         if ending in PICKLE_ENDINGS or _is_pickle(path, ending):
             raise PolicyError(f"{name} may hold pickled objects", hint="convert the weights to safetensors first")
         if ending == ".json" and path.name != MANIFEST:
             configs[name.lower()] = _json(path, name)
         if ending == ".safetensors":
             _check_safetensors(path, name, held)
-    if "adapter_config.json" in configs:  # libraries would open the base that it names instead
+    if "adapter_config.json" in configs:  # libraries would open the base model that it names instead
         raise PolicyError(
             f"{folder.name} has an adapter_config.json: it is an adapter, or would be opened as one",
             hint="import the base model; adapters come from training runs of this store",
         )
-    own = [*folder.glob("tekken.json"), *folder.glob("tokenizer.model.v*")]  # Mistral's do without a tokenizer.json
+    own = [*folder.glob("tekken.json"), *folder.glob("tokenizer.model.v*")]  # Mistral models have no tokenizer.json
     for needed in ("config.json",) if own else ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
             raise ConfigError(f"{folder.name} has no {needed}", hint="export the model with save_pretrained()")
@@ -128,12 +132,12 @@ def _is_pickle(path: Path, ending: str) -> bool:
 
 
 def _calls_something(stream: BinaryIO) -> bool:
-    """The oldest pickles have no mark at their start: read as one to its end, does it call anything?"""
+    """Whether the file, read as a pickle, calls anything. The oldest pickles have no marker at their start."""
     calls = False
     try:
         for opcode, _, _ in pickletools.genops(stream):
             calls = calls or opcode.name in PICKLE_CALLS
-    except Exception:  # no pickle: every other kind of file ends here, after a few bytes
+    except Exception:  # not a pickle: other kinds of files fail after a few bytes
         return False
     return calls
 
@@ -141,14 +145,14 @@ def _calls_something(stream: BinaryIO) -> bool:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise KeyError("a key is written twice, and two readers may take another one")
+        raise KeyError("a key is written twice, and readers may disagree about its value")
     return value
 
 
 def _constant(text: str) -> float:
     if text == "NaN":
-        raise KeyError("NaN is no value of a setting")
-    return float(text)  # some models have an open bound
+        raise KeyError("NaN is not a valid value of a setting")
+    return float(text)  # some models have an infinite bound
 
 
 def _json(path: Path, name: str) -> Any:
@@ -182,7 +186,7 @@ def _naming_code(value: Any) -> Iterator[str]:
 
 
 def _check_safetensors(path: Path, name: str, held: _Held) -> None:
-    """The tensors must tile the file, each as large as its shape: a torn or forged one is refused before it is mapped."""
+    """Check that the tensors fill the file exactly and each has the size of its shape, before the file is mapped."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         head = stream.read(8)
@@ -200,36 +204,36 @@ def _check_safetensors(path: Path, name: str, held: _Held) -> None:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise PolicyError(f"{name} has a malformed safetensors header", hint=AGAIN) from None
     if end != size - 8 - length:
-        raise PolicyError(f"{name}: the header promises {end} bytes, {size - 8 - length} are there", hint="fetch it again")
+        raise PolicyError(f"{name}: the header describes {end} bytes, the file has {size - 8 - length}", hint=AGAIN)
     try:
         for entry in entries:
             _check_tensor(entry, held)
     except (ValueError, LookupError, TypeError):
-        raise PolicyError(f"{name}: a tensor is not as large as its shape and type say", hint=AGAIN) from None
+        raise PolicyError(f"{name}: the size of a tensor does not match its shape and type", hint=AGAIN) from None
 
 
 def _check_tensor(entry: dict[str, Any], held: _Held) -> None:
     shape, (first, last) = entry["shape"], entry["data_offsets"]
     if not all(type(length) is int and length >= 0 for length in shape):
-        raise ValueError("a shape is no list of lengths")
+        raise ValueError("a shape is not a list of lengths")
     count = math.prod(shape)
     if count * BITS[entry["dtype"]] != (last - first) * 8:
-        raise ValueError("a tensor is not as large as its shape")
+        raise ValueError("the size of a tensor does not match its shape")
     held.tensors += 1
     held.elements += count
 
 
 def _check_sizes(config: Any, held: _Held) -> None:
-    """A configuration is opened by making every tensor that it describes: none may be beyond all that the files hold."""
+    """Check that a configuration describes no tensor larger than all weights together: opening it allocates every tensor."""
     if not isinstance(config, dict):
-        raise PolicyError("config.json is not valid JSON for a model: no object", hint=AGAIN)
+        raise PolicyError("config.json is not a JSON object", hint=AGAIN)
     most = max(held.elements, LEAST_LIMIT)
     parts = (config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)))
     for part in parts:
         sizes = {key: part[key] for key in (*SIZES, *LAYERS) if key in part and part[key] is not None}
         for key, value in sizes.items():
             limit = most if key in SIZES else max(held.tensors, LEAST_LIMIT)
-            if isinstance(value, list):  # a value a layer
+            if isinstance(value, list):  # one value per layer
                 continue
             if type(value) is not int or not 0 <= value <= limit:
                 raise PolicyError(
@@ -239,25 +243,25 @@ def _check_sizes(config: Any, held: _Held) -> None:
         vocab, hidden = sizes.get("vocab_size", 0), sizes.get("hidden_size", 0)
         if part is config and type(vocab) is int and type(hidden) is int and vocab * hidden > most:
             raise PolicyError(
-                f"config.json promises an embedding of {vocab} × {hidden}; the weights hold {held.elements:,} numbers",
+                f"config.json describes an embedding of {vocab} × {hidden}; the weights hold {held.elements:,} numbers",
                 hint=SAME_MODEL,
             )
 
 
 def _check_index(folder: Path, name: str, index: Any) -> None:
-    """Files that an index names are opened as they are written there."""
+    """Check that the files that an index names are in its folder: libraries open them by these names."""
     named = index.get("weight_map", {}) if isinstance(index, dict) else None
     if not isinstance(named, dict):
         raise PolicyError(f"{name} has no weight_map", hint=AGAIN)
     here = (folder / name).parent
     for file in sorted({str(value) for value in named.values()}):
         if "/" in file or "\\" in file or not (here / file).is_file():
-            raise PolicyError(f"{name} names {file!r}, which is not beside it", hint="fetch the whole model again")
+            raise PolicyError(f"{name} names {file!r}, which is not in its folder", hint="download the whole model again")
 
 
 def mistral_tokenizer(names: Collection[str], read_config: Callable[[], str | bytes]) -> str:
-    """The name of Mistral's own tokenizer file among a model's files; "" if the model has none, or does not say that it is
-    one of theirs. `read_config` reads its config.json."""
+    """The name of Mistral's own tokenizer file among a model's files; "" if the model has none, or is not identified as a
+    Mistral model. `read_config` reads its config.json."""
     if TEKKEN in names:
         return TEKKEN
     versions = sorted(name for name in names if SENTENCEPIECE.fullmatch(name))
@@ -272,14 +276,14 @@ def _is_mistral(names: Collection[str], read_config: Callable[[], str | bytes]) 
 
 
 def mistral_file(folder: Path) -> Path | None:
-    """Mistral's own tokenizer file in a model's folder, where the model says that it is one of theirs."""
+    """Mistral's own tokenizer file in a model's folder, if the model is identified as a Mistral model."""
     names = {path.name for path in folder.glob("*") if path.is_file()}
     name = mistral_tokenizer(names, (folder / "config.json").read_bytes)
     return folder / name if name else None
 
 
 def require_mistral_common(name: str, model: str) -> None:
-    """`ConfigError` where the packages that read Mistral's tokenizer file `name` of `model` are not installed."""
+    """Raise `ConfigError` if the packages that read Mistral's tokenizer file `name` are not installed."""
     needed = {"mistral_common": "mistral-common"}
     if not name.endswith(".json"):
         needed["sentencepiece"] = "sentencepiece"
@@ -294,17 +298,17 @@ def require_mistral_common(name: str, model: str) -> None:
 GGUF_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 GGUF_STRING, GGUF_ARRAY = 8, 9
 GGUF_MOST_DIMENSIONS = 4
-GGUF_MOST_PER_BYTE = 8  # weights of the tightest quantisation
+GGUF_MOST_PER_BYTE = 8  # weights per byte in the smallest quantisation
 
 
 def refuse_unsafe_gguf(path: Path) -> None:
-    """Raise `PolicyError` where a length, count or place in a GGUF file leads out of it. Tensors are not read."""
+    """Raise `PolicyError` if a length, count or offset in a GGUF file exceeds the file. Tensors are not read."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         try:
             _walk_gguf(stream, size)
         except (ValueError, struct.error, OverflowError) as error:
-            raise PolicyError(f"{path.name} is not a GGUF file that can be read: {error}", hint=AGAIN) from None
+            raise PolicyError(f"{path.name} is not a valid GGUF file: {error}", hint=AGAIN) from None
 
 
 def _walk_gguf(stream: BinaryIO, size: int) -> None:
@@ -313,7 +317,7 @@ def _walk_gguf(stream: BinaryIO, size: int) -> None:
 
     def skip(length: int, what: str) -> None:
         if length > size - stream.tell():
-            raise ValueError(f"{what} of {length} bytes, {size - stream.tell()} are left")
+            raise ValueError(f"{what} of {length} bytes where {size - stream.tell()} are left")
         stream.seek(length, 1)
 
     def value(kind: int, depth: int = 0) -> None:
@@ -327,7 +331,7 @@ def _walk_gguf(stream: BinaryIO, size: int) -> None:
                 skip(count * GGUF_WIDTHS[inner], "a list")
                 return
             if count > size:
-                raise ValueError(f"a list of {count} values, the file has {size} bytes")
+                raise ValueError(f"a list of {count} values in a file of {size} bytes")
             for _ in range(count):
                 value(inner, depth + 1)
         else:
@@ -335,7 +339,7 @@ def _walk_gguf(stream: BinaryIO, size: int) -> None:
 
     magic, version, tensors, settings = numbers("4sIQQ")
     if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError(f"it begins with {magic!r}, version {version}")
+        raise ValueError(f"it starts with {magic!r}, version {version}")
     if tensors > size // 24 or settings > size // 12:
         raise ValueError(f"{tensors} tensors and {settings} settings in {size} bytes")
     for _ in range(settings):
@@ -349,4 +353,4 @@ def _walk_gguf(stream: BinaryIO, size: int) -> None:
         count = math.prod(numbers(f"{dimensions}Q"))
         _, place = numbers("IQ")
         if place > size or count > size * GGUF_MOST_PER_BYTE:
-            raise ValueError(f"a tensor of {count} weights at byte {place}, the file has {size}")
+            raise ValueError(f"a tensor of {count} weights at byte {place} in a file of {size}")

@@ -1,7 +1,7 @@
-"""A tokenizer and chat template from outside are tried in a process of their own, with an end to time and memory.
+"""Try an imported tokenizer and chat template in a process of their own, with limits on time and memory.
 
-Both are programs in all but name: a template loops, a tokenizer's patterns backtrack and its replacements multiply. What
-does not come to an end here would not in the middle of a dataset or of a request either.
+Both can consume unbounded resources: a template can loop, a tokenizer's patterns can backtrack and its replacements can
+multiply. One that does not finish here would not finish in a dataset build or a request either.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from forge_ray.errors import PolicyError
 
-CPU_S, WALL_S = 5, 300  # a loaded machine may be slow; a bomb uses its seconds
+CPU_S, WALL_S = 5, 300  # wall time allows for a busy machine; a bomb uses up its CPU time
 MEMORY = 3 << 30
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -24,13 +24,13 @@ MESSAGES = [
     {"role": "assistant", "content": "Open the settings."},
     {"role": "user", "content": "And then?"},
 ]
-LONGEST_TEXT = 1 << 20  # of so short a conversation
-LONGEST_RUN = 2000  # of one letter: what patterns with nested repetitions are slow at
+LONGEST_TEXT = 1 << 20  # characters that a template may make of so short a conversation
+LONGEST_RUN = 2000  # repetitions of one letter, on which patterns with nested repetitions are slow
 TEMPLATES = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
 
 
 def refuse_bombs(folder: Path) -> None:
-    """Raise `PolicyError` where the tokenizer or a chat template of the folder reaches for Python, or does not end."""
+    """Raise `PolicyError` if the tokenizer or a chat template of the folder accesses Python internals or does not finish."""
     if not _is_tokenizer(folder / "tokenizer.json") and not any(True for _ in templates(folder)):
         return
     here = str(Path(__file__).parents[2])
@@ -44,9 +44,9 @@ def refuse_bombs(folder: Path) -> None:
             timeout=WALL_S,
             check=False,
         )
-        reason = done.stdout.strip() if done.returncode == 0 else "does not come to an end within its time and memory"
+        reason = done.stdout.strip() if done.returncode == 0 else "does not finish within the limits of time and memory"
     except subprocess.TimeoutExpired:
-        reason = "does not come to an end within its time and memory"
+        reason = "does not finish within the limits of time and memory"
     if reason:
         raise PolicyError(
             f"{folder.name}: the tokenizer or chat template {reason}", hint="take both from the model's own publisher"
@@ -61,12 +61,12 @@ def _is_tokenizer(path: Path) -> bool:
 
 
 def templates(folder: Path) -> Any:
-    """Every chat template of a folder: of its own files, or inside JSON."""
+    """Every chat template of a folder: from .jinja files and from JSON."""
     yield from (path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.rglob("*.jinja")))
     for name in TEMPLATES:
         if (folder / name).is_file():
-            found = json.loads((folder / name).read_bytes())
-            value = found.get("chat_template") if isinstance(found, dict) else None
+            config = json.loads((folder / name).read_bytes())
+            value = config.get("chat_template") if isinstance(config, dict) else None
             named = value if isinstance(value, list) else [value]
             yield from (item["template"] if isinstance(item, dict) else item for item in named if item)
 
@@ -77,7 +77,7 @@ def _try_template(template: str) -> str:
 
     try:
         compiled = _compile_jinja_template(template)
-    except Exception:  # told where the model is used, with the template's line
+    except Exception:  # reported when the model is used, with the line of the template
         return ""
     for tools in (None, [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]):
         length = 0
@@ -86,12 +86,12 @@ def _try_template(template: str) -> str:
             for piece in compiled.generate(**values):
                 length += len(piece)
                 if length > LONGEST_TEXT:
-                    return f"makes more than {LONGEST_TEXT} letters of {len(MESSAGES)} short messages"
+                    return f"renders {len(MESSAGES)} short messages as more than {LONGEST_TEXT} characters"
         except SecurityError as error:
-            return f"reaches for Python's insides: {str(error)[:100]}"
+            return f"accesses Python internals: {str(error)[:100]}"
         except MemoryError:
-            return "does not come to an end within its time and memory"
-        except Exception:  # such as a template that refuses a role: its own rule
+            return "does not finish within the limits of time and memory"
+        except Exception:  # such as a template that refuses a role, which is allowed
             continue
     return ""
 
@@ -101,17 +101,17 @@ def _try_tokenizer(path: Path) -> str:
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception:  # told where the model is used
+    except Exception:  # reported when the model is used
         return ""
     letters = [chr(code) for code in range(32, 127)] + ["\n", "é", "東"]
     for text in [letter * LONGEST_RUN + "\x01" for letter in letters]:
         if len(tokenizer.encode(text).ids) > 100 * LONGEST_RUN:
-            return "makes hundreds of tokens of each letter"
+            return "makes hundreds of tokens from each letter"
     return ""
 
 
 def main(folder: Path) -> None:
-    import transformers.utils.chat_template_utils  # noqa: F401  (before the limits: loading is none of the bomb's)
+    import transformers.utils.chat_template_utils  # noqa: F401  (before the limits, which apply to the template and the tokenizer only)
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))

@@ -1,1 +1,1 @@
-"""Papers from facts: gathered once from the catalog; each paper is a pure function of them."""
+"""Documents about a model version: facts are gathered once from the catalog, and each document is a function of them."""

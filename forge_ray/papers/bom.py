@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from forge_ray.papers.facts import NOT_RECORDED, Facts, Package, sha256_of, spdx
-from forge_ray.records import DatasetManifest, FileEntry, ModelVersion
+from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, hex_of
 
 Json = dict[str, Any]
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:forge-ray")
@@ -15,7 +15,7 @@ NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:forge-ray")
 
 def bom(facts: Facts) -> bytes:
     version = facts.version
-    code = facts.training.run.code_digest.removeprefix("sha256:") if facts.training else ""
+    code = hex_of(facts.training.run.code_digest) if facts.training else ""
     forge: Json = {"type": "application", "bom-ref": "forge-ray", "name": "forge-ray"}
     if code:
         forge |= {"description": "the code that trained", "hashes": [_sha256(code)]}
@@ -41,7 +41,7 @@ def bom(facts: Facts) -> bytes:
         },
         "components": components,
         "dependencies": _dependencies(facts, [package["bom-ref"] for package in packages]),
-        # Python packages and no more: what the system itself brought is not on record
+        # Python packages only: the packages of the operating system are not on record
         "compositions": [{"aggregate": "incomplete", "assemblies": [version.id]}],
     }
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
@@ -141,7 +141,7 @@ def _model_card(facts: Facts) -> Json:
         "forge:worker_hours": None if facts.worker_hours is None else f"{facts.worker_hours:.6g}",
         "forge:energy_kwh_from_stated_power": None if facts.energy_kwh is None else f"{facts.energy_kwh:.6g}",
         "forge:share_of_base_training_compute": None if facts.share is None else f"{facts.share:.6g}",
-        "forge:considerations": None,  # users, use cases, limits: no record says them
+        "forge:considerations": None,  # users, use cases and limits are in no record
     }
     card: Json = {"modelParameters": parameters}
     if metrics:
@@ -151,7 +151,7 @@ def _model_card(facts: Facts) -> Json:
 
 
 def _dependencies(facts: Facts, packages: list[str]) -> list[Json]:
-    """What each was made from."""
+    """What each component was derived from."""
     present = {record.id for record in facts.records}
     rows: dict[str, list[str]] = {}
     runs = {training.run.id: training.run for training in facts.trainings}
@@ -192,8 +192,8 @@ def _licences(text: str) -> list[Json]:
 
 
 def _named(tag: str) -> Json:
-    known = spdx(tag)
-    return {"id": known} if known and " " not in known and "LicenseRef" not in known else {"name": tag}
+    expression = spdx(tag)
+    return {"id": expression} if expression and " " not in expression and "LicenseRef" not in expression else {"name": tag}
 
 
 def _sha256(value: str) -> Json:

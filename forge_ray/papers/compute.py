@@ -1,7 +1,7 @@
-"""What a run computed, for how long, on how much: estimates from its record, their formulas beside them.
+"""Training compute, time and devices of a run, estimated from its record, with the formula.
 
-FLOPs are model FLOPs by the formula of `train/speed.py`. What activation checkpointing computes twice, steps that were done
-again after a failure, start-up, validation and evaluation are not in them, nor in the hours: both are lower bounds.
+FLOPs are model FLOPs by the formula of `train/speed.py`. Neither FLOPs nor hours include the recomputation of activation
+checkpointing, steps that were repeated after a failure, start-up, validation and evaluation: both are lower bounds.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ THIRD_SOURCE = (
 
 @dataclass(frozen=True)
 class RunCompute:
-    """Of one run; None where nothing on record says it."""
+    """The compute of one run; None for figures that are not on record."""
 
     tokens: int | None
     trained_tokens: int | None
     flops: float | None
-    seconds: float | None  # of the steps that count, as the first worker's clock says
+    seconds: float | None  # of the steps that were not repeated, by the first worker's clock
     worker_hours: float | None
     world_sizes: tuple[int, ...]
     gpus_per_worker: float | None
@@ -87,14 +87,14 @@ def _flops(
     with tempfile.TemporaryDirectory(prefix="forge-flops-") as folder:
         (Path(folder) / "config.json").write_bytes(store.read(path))
         try:
-            found = flops(Path(folder), parse(TrainConfig, run.config["train"]), dataset)
-        except ForgeError:  # settings, or an architecture, that this release does not know any more
+            estimate = flops(Path(folder), parse(TrainConfig, run.config["train"]), dataset)
+        except ForgeError:  # settings or an architecture that this release does not support
             return None
-    return found.of(tokens, trained) if found else None
+    return estimate.of(tokens, trained) if estimate else None
 
 
 def _worker_hours(store: Store, run: RunRecord) -> float | None:
-    """Each step's seconds times the workers of the start that did it."""
+    """The sum over steps of seconds times the number of workers at the time."""
     if not run.attempts or "seconds" not in run.metrics:
         return None
     sizes = {int(attempt["world_size"]) for attempt in run.attempts}

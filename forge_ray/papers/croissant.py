@@ -168,12 +168,12 @@ def _preprocessing(dataset: DatasetManifest) -> list[str]:
 
 def _sensitive(dataset: DatasetManifest) -> list[str]:
     looked = [step for step in dataset.curation if step.rule in SENSITIVE]
-    found = [
+    findings = [
         f"{step.rule}: {', '.join(f'{kind} {count}' for kind, count in step.found.items()) or 'nothing found'};"
         f" {step.changed} records masked, {step.before - step.after} dropped"
         for step in looked
     ]
-    return found or [f"{NOT_RECORDED}: no rule looked for it"]
+    return findings or [f"{NOT_RECORDED}: no rule looked for it"]
 
 
 def _activities(facts: Facts, dataset: DatasetManifest) -> Json:

@@ -1,7 +1,7 @@
-"""Evidence for three papers of the EU's AI Act: what is asked, what is on record, where it is on record.
+"""Evidence for three documents of the EU AI Act: each requirement, what is on record about it, and in which record.
 
-Evidence, never a verdict. Points are those of Regulation (EU) 2024/1689 and of the AI Office's template of July 2025, in
-words of our own: what binds is the official text.
+Evidence, never a verdict. The points are those of Regulation (EU) 2024/1689 and of the AI Office's template of July 2025,
+paraphrased: only the official text is binding.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forge_ray.papers.facts import BY_HAND, Facts
-from forge_ray.papers.markdown import code, counts, flops, hours, plain, said, table
+from forge_ray.papers.markdown import as_text, code, counts, flops, hours, plain, table
 from forge_ray.papers.model_card import energy, hardware, parameters, subject
 
 TOKENS_SIZES = ((10**9, "less than 1 billion tokens"), (10**13, "1 billion to 10 trillion tokens"))
@@ -17,7 +17,7 @@ TOKENS_SIZES = ((10**9, "less than 1 billion tokens"), (10**13, "1 billion to 10
 
 @dataclass(frozen=True)
 class Row:
-    """`evidence` empty: nothing on record says it. `source`: ids of the records that do."""
+    """One requirement and the evidence for it; empty where nothing is on record. `source`: ids of the records."""
 
     point: str
     asked: str
@@ -125,12 +125,13 @@ def training_content_summary(facts: Facts) -> bytes:
 
 
 def _paper(facts: Facts, name: str, about: str, rows: list[Row], note: str) -> bytes:
-    found = sum(bool(row.evidence) for row in rows)
+    num_answered = sum(bool(row.evidence) for row in rows)
     cells = [(row.point, row.asked, row.evidence or BY_HAND, row.source if row.evidence else "–") for row in rows]
     parts = [
         f"# Evidence for {name}: {plain(facts.version.name)} · {facts.version.id}\n",
-        f"About {about}. {found} of {len(rows)} rows have something on record; the others wait for a person. This paper"
-        " gathers evidence and judges nothing. Points are those of the official text, in other words: the text binds.\n",
+        f"About {about}. {num_answered} of {len(rows)} rows have something on record; the others wait for a person. This"
+        " paper gathers evidence and judges nothing. Points are those of the official text, in other words: the text"
+        " binds.\n",
         table(("point", "what is asked", "evidence", "from"), cells),
         note,
     ]
@@ -149,7 +150,7 @@ def _architecture(facts: Facts) -> tuple[str, str]:
     if not config and not facts.parameters:
         return "", ""
     shape = ", ".join(
-        f"{said(config[key])} {word}"
+        f"{as_text(config[key])} {word}"
         for key, word in (("num_hidden_layers", "layers"), ("hidden_size", "wide"), ("vocab_size", "tokens known"))
         if key in config
     )
@@ -161,7 +162,7 @@ def _modality(facts: Facts) -> tuple[str, str]:
     if not facts.architecture:
         return "", ""
     sees = " (its base can see images)" if "vision_config" in facts.architecture else ""
-    context = said(facts.architecture.get("max_position_embeddings"))
+    context = as_text(facts.architecture.get("max_position_embeddings"))
     return f"text in, text out{sees}; context of {context} tokens", _ids(facts.chain[-1].id)
 
 
@@ -181,8 +182,8 @@ def _design(facts: Facts) -> tuple[str, str]:
     rate = train.get("optimizer", {}).get("lr")
     text = (
         f"{run.method}, {trained}: cross-entropy of the trained tokens, {run.num_steps:,} steps of"
-        f" {said(train.get('global_batch'))} rows,"
-        f" learning rate {said(rate)}, seed {run.seed}; all settings {code(run.config_digest)}"
+        f" {as_text(train.get('global_batch'))} rows,"
+        f" learning rate {as_text(rate)}, seed {run.seed}; all settings {code(run.config_digest)}"
     )
     return text, run.id
 
@@ -217,32 +218,32 @@ def _curation(facts: Facts) -> tuple[str, str]:
 
 
 def _obtained(facts: Facts) -> tuple[str, str]:
-    return "", ""  # files and their hashes are on record, how they came to be there is not
+    return "", ""  # files and their hashes are on record, how they were obtained is not
 
 
 def _sources(facts: Facts) -> tuple[str, str]:
     dataset = facts.dataset
     if not dataset:
         return "", ""
-    shown = [f"{code(s.path)} ({s.num_records:,} records, sha256 {s.sha256[:16]}…)" for s in dataset.sources[:50]]
-    more = len(dataset.sources) - len(shown)
-    return ", ".join(shown) + (f", {more:,} more in the record" if more else ""), dataset.id
+    listed = [f"{code(s.path)} ({s.num_records:,} records, sha256 {s.sha256[:16]}…)" for s in dataset.sources[:50]]
+    more = len(dataset.sources) - len(listed)
+    return ", ".join(listed) + (f", {more:,} more in the record" if more else ""), dataset.id
 
 
 def _licences(facts: Facts) -> tuple[str, str]:
     dataset = facts.dataset
     if not dataset:
         return "", ""
-    found: dict[str, int] = {}
+    by_licence: dict[str, int] = {}
     for source in dataset.mixture:
         for licence, count in source.licences.items():
-            found[licence] = found.get(licence, 0) + count
-    return (counts(found), dataset.id) if any(found) else ("", "")
+            by_licence[licence] = by_licence.get(licence, 0) + count
+    return (counts(by_licence), dataset.id) if any(by_licence) else ("", "")
 
 
 def _kinds(facts: Facts) -> tuple[str, str]:
     if not facts.dataset or not facts.dataset.kinds or not facts.architecture or "vision_config" in facts.architecture:
-        return "", ""  # a model that sees may have been given images; the manifest counts none
+        return "", ""  # a vision-language model may have been trained on images, which the manifest does not count
     return f"text: {counts(facts.dataset.kinds)}", facts.dataset.id
 
 
@@ -265,11 +266,12 @@ def _flops(facts: Facts) -> tuple[str, str]:
 def _time(facts: Facts) -> tuple[str, str]:
     if not facts.training or facts.training.compute.seconds is None:
         return "", ""
-    found = facts.training.compute
+    compute = facts.training.compute
     began = f"began {facts.training.started_at[:19]}, " if facts.training.started_at else ""
-    device = f", {found.device_hours[1]:.3g} {found.device_hours[0]} h" if found.device_hours else ""
-    return f"{began}steps took {hours((found.seconds or 0.0) / 3600)}; workers {hours(found.worker_hours)}{device}", _runs(
-        facts
+    device = f", {compute.device_hours[1]:.3g} {compute.device_hours[0]} h" if compute.device_hours else ""
+    return (
+        f"{began}steps took {hours((compute.seconds or 0.0) / 3600)}; workers {hours(compute.worker_hours)}{device}",
+        _runs(facts),
     )
 
 
@@ -280,7 +282,7 @@ def _energy(facts: Facts) -> tuple[str, str]:
 def _scores(facts: Facts) -> tuple[str, str]:
     reports = [
         f"{report.num_examples:,} examples ({report.split} of {report.dataset}), {subject(facts, report)}: "
-        + ", ".join(f"{plain(name)} {said(value)}" for name, value in report.metrics.items())
+        + ", ".join(f"{plain(name)} {as_text(value)}" for name, value in report.metrics.items())
         for report in facts.evals
         if report.metrics
     ]
@@ -288,14 +290,14 @@ def _scores(facts: Facts) -> tuple[str, str]:
 
 
 def _metrics(facts: Facts, *kinds: str) -> tuple[str, str]:
-    """The scores whose names begin with one of `kinds`."""
-    told = {
+    """The scores whose names start with one of `kinds`."""
+    scores = {
         report.id: ", ".join(
-            f"{plain(name)} {said(value)}" for name, value in report.metrics.items() if name.startswith(kinds)
+            f"{plain(name)} {as_text(value)}" for name, value in report.metrics.items() if name.startswith(kinds)
         )
         for report in facts.own_evals
     }
-    return "; ".join(text for text in told.values() if text), _ids(*(name for name, text in told.items() if text))
+    return "; ".join(text for text in scores.values() if text), _ids(*(name for name, text in scores.items() if text))
 
 
 def _hardware(facts: Facts) -> tuple[str, str]:
@@ -316,12 +318,12 @@ def _signers(facts: Facts) -> tuple[str, str]:
 
 
 def _approvals(facts: Facts) -> tuple[str, str]:
-    told = [
+    decisions = [
         f"{plain(a.decision)} by {plain(a.who)}, {a.at[:10]}{f' for {plain(a.alias)}' if a.alias else ''}"
         f"{'' if a.holds else ' (the signature does not hold)'}{f': {plain(a.why)}' if a.why else ''}"
         for a in facts.approvals
     ]
-    return "; ".join(told), facts.version.id
+    return "; ".join(decisions), facts.version.id
 
 
 def _groups(facts: Facts) -> tuple[str, str]:
@@ -329,8 +331,8 @@ def _groups(facts: Facts) -> tuple[str, str]:
     if own is None:
         return "", ""
     lowest, scores = min(own.per_class.items(), key=lambda item: (item[1].get("f1", 0.0), item[0]))
-    told = ", ".join(f"{name} {said(value)}" for name, value in scores.items())
-    return f"{len(own.per_class)} classes; the lowest is {plain(lowest)} ({told}); all in the bill of materials", own.id
+    figures = ", ".join(f"{name} {as_text(value)}" for name, value in scores.items())
+    return f"{len(own.per_class)} classes; the lowest is {plain(lowest)} ({figures}); all in the bill of materials", own.id
 
 
 def _version(facts: Facts) -> tuple[str, str]:
@@ -376,12 +378,12 @@ def _integrity(facts: Facts) -> tuple[str, str]:
 
 
 def _changes(facts: Facts) -> tuple[str, str]:
-    told = []
+    changes = []
     for event in facts.events:
         state = event.data.get("state") or event.data.get("decision")
         what = f"alias {plain(event.subject)} points at it" if event.kind == "alias" else f"{event.kind} {event.subject}"
-        told.append(f"{event.at[:19]} {what}{f': {plain(str(state))}' if state else ''}")
-    return "; ".join(told), facts.version.id
+        changes.append(f"{event.at[:19]} {what}{f': {plain(str(state))}' if state else ''}")
+    return "; ".join(changes), facts.version.id
 
 
 def _runs(facts: Facts) -> str:

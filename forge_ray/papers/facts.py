@@ -1,6 +1,6 @@
-"""Everything that is on record about one model version, gathered once.
+"""Everything on record about one model version, gathered once.
 
-Nothing is typed by hand but two figures that no record has: the watts of a worker, the base model's training compute.
+Only two figures, which no record has, are entered by hand: the power of a worker and the base model's training compute.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from forge_ray.records import (
     Record,
     RunRecord,
     digest,
+    hex_of,
 )
 from forge_ray.store import paths
 from forge_ray.store.aliases import route_of
@@ -40,7 +41,7 @@ MAX_HEADER = 100 << 20
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run of the chain."""
+    """One run of the chain with its dataset and compute."""
 
     run: RunRecord
     dataset: DatasetManifest | None
@@ -52,13 +53,13 @@ class RunFacts:
 class Package:
     name: str
     version: str
-    licence: str  # SPDX; "" where the package says none, or another version is installed here than the run had
+    licence: str  # SPDX; "" where the package states none, or a different version is installed here than in the run
     record: str = ""  # sha256 of the list of its files, from the environment lock
 
 
 @dataclass(frozen=True)
 class Approval:
-    """A person's signed yes or no; `holds`: whether the signature is one of a signer of this store."""
+    """A signed approval or refusal; `holds`: whether the signature is valid and of a signer of this store."""
 
     at: str
     who: str
@@ -70,8 +71,9 @@ class Approval:
 
 @dataclass(frozen=True)
 class Facts:
-    """`chain`: the version, its base, and so on to the imported one; `trainings`: newest first. `signatures`: record →
-    signers whose envelope beside it holds. `at`: time of the newest record or event, so equal stores give equal papers."""
+    """Everything on record about a version. `chain`: the version, its base, and so on to the imported model; `trainings`:
+    newest first; `signatures`: record → signers with a valid signature. `at`: time of the newest record or event, used as
+    the time of the documents, so that equal stores give equal documents."""
 
     version: ModelVersion
     chain: tuple[ModelVersion, ...]
@@ -94,14 +96,14 @@ class Facts:
 
     @property
     def training(self) -> RunFacts | None:
-        """The run that made this version."""
+        """The run that produced this version."""
         return self.trainings[0] if self.trainings and self.trainings[0].run.id == self.version.run else None
 
     @property
     def dataset(self) -> DatasetManifest | None:
         """What this version was trained on."""
-        wanted = self.training.run.dataset if self.training else self.version.dataset
-        return next((dataset for dataset in self.datasets if dataset.id == wanted), None)
+        dataset_id = self.training.run.dataset if self.training else self.version.dataset
+        return next((dataset for dataset in self.datasets if dataset.id == dataset_id), None)
 
     @property
     def base(self) -> ModelVersion | None:
@@ -110,7 +112,7 @@ class Facts:
 
     @property
     def origin(self) -> ModelVersion:
-        """The imported model at the end of the chain, or the oldest that is on record."""
+        """The imported model at the end of the chain, or the oldest model on record."""
         return self.chain[-1]
 
     @property
@@ -125,7 +127,8 @@ class Facts:
 
     @property
     def flops(self) -> float | None:
-        """Of all runs from the imported model to this version; None unless each is known and none is missing."""
+        """Training FLOPs of all runs from the imported model to this version; None unless every run is on record and
+        known."""
         return _sum([training.compute.flops for training in self.trainings]) if self._is_whole else None
 
     @property
@@ -134,12 +137,12 @@ class Facts:
 
     @property
     def energy_kwh(self) -> float | None:
-        """From stated power alone: worker hours x watts per worker."""
+        """Worker hours times the stated power of a worker."""
         return None if self.power_w is None or self.worker_hours is None else self.worker_hours * self.power_w / 1000
 
     @property
     def share(self) -> float | None:
-        """Of the base model's training compute."""
+        """Training FLOPs as a share of the base model's training compute."""
         return None if self.flops is None or not self.base_flops else self.flops / self.base_flops
 
     @property
@@ -149,26 +152,26 @@ class Facts:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Every record that the papers speak of, each once."""
+        """Every record that the documents mention, each once."""
         runs = tuple(training.run for training in self.trainings)
-        found: tuple[Record, ...] = (*self.chain, *runs, *self.datasets, *self.evals, *self.deployments)
-        return tuple({record.id: record for record in found}.values())
+        all_records: tuple[Record, ...] = (*self.chain, *runs, *self.datasets, *self.evals, *self.deployments)
+        return tuple({record.id: record for record in all_records}.values())
 
 
 def _sum(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if values and len(known) == len(values) else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) if values and len(numbers) == len(values) else None
 
 
 def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_flops: float | None = None) -> Facts:
-    """The facts of a version, by its id or alias. Raises `NotFound`, and `ConfigError` for figures that mean nothing."""
+    """The facts of a version, by its id or alias. Raises `NotFound`, and `ConfigError` for invalid figures."""
     for name, value in (("--power-w", power_w), ("--base-flops", base_flops)):
         if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{name} {value:g} is no positive number", hint="leave it out where it is not known")
-    version, known = catalog.model(reference), catalog.authority()
+            raise ConfigError(f"{name} {value:g} is not a positive number", hint="leave it out if it is not known")
+    version, authority = catalog.model(reference), catalog.authority()
     missing: list[str] = []
 
-    def found(record_id: str, kind: type[Any]) -> Any:
+    def look_up(record_id: str, kind: type[Any]) -> Any:
         if not record_id:
             return None
         if catalog.has(record_id):
@@ -177,18 +180,22 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         return None
 
     chain = [version]
-    while (base := found(chain[-1].base_model, ModelVersion)) and base not in chain:
+    while (base := look_up(chain[-1].base_model, ModelVersion)) and base not in chain:
         chain.append(base)
-    runs: list[RunRecord] = [run for each in chain if (run := found(each.run, RunRecord))]
-    evals: list[EvalReport] = [report for name in version.evals if (report := found(name, EvalReport))]
+    runs: list[RunRecord] = [run for each in chain if (run := look_up(each.run, RunRecord))]
+    evals: list[EvalReport] = [report for name in version.evals if (report := look_up(name, EvalReport))]
     evals += [
         report
         for report in catalog.all(EvalReport)
         if report.subject in (version.id, version.run or version.id) and report not in evals
     ]
-    wanted = [*(run.dataset for run in runs), *([] if runs else [version.dataset]), *(report.dataset for report in evals)]
+    dataset_ids = [
+        *(run.dataset for run in runs),
+        *([] if runs else [version.dataset]),
+        *(report.dataset for report in evals),
+    ]
     datasets: list[DatasetManifest] = [
-        manifest for name in dict.fromkeys(wanted) if (manifest := found(name, DatasetManifest))
+        manifest for name in dict.fromkeys(dataset_ids) if (manifest := look_up(name, DatasetManifest))
     ]
     by_id = {manifest.id: manifest for manifest in datasets}
     trainings = tuple(
@@ -219,8 +226,8 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         packages=_packages(catalog.store, runs[0]) if runs else (),
         architecture=_configuration(catalog.store, chain),
         parameters={each.id: count for each in chain if (count := num_parameters(catalog.store, each)) is not None},
-        signatures=_signatures(catalog, known, records),
-        approvals=tuple(_approval(known, event) for event in events if event.kind == "approval"),
+        signatures=_signatures(catalog, authority, records),
+        approvals=tuple(_approval(authority, event) for event in events if event.kind == "approval"),
         missing=tuple(dict.fromkeys(missing)),
         at=max([record.created_at for record in records] + [event.at for event in events]),
         power_w=power_w,
@@ -229,34 +236,34 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
 
 
 def _events(catalog: Catalog, version: str, subjects: list[str], deployments: list[str]) -> tuple[Event, ...]:
-    """What happened to the version: alias moves that name it, what was decided about it and its origins, its endpoints."""
-    found = [event for kind in DECIDED for subject in subjects for event in catalog.events(kind, subject)]
-    found += [event for identifier in deployments for event in catalog.events("deployment", identifier)]
+    """The events of a version: alias moves that name it, decisions about it and its origins, and its deployments."""
+    events = [event for kind in DECIDED for subject in subjects for event in catalog.events(kind, subject)]
+    events += [event for identifier in deployments for event in catalog.events("deployment", identifier)]
     for alias in catalog.subjects("alias"):
         for event in catalog.events("alias", alias):
             route = route_of(event)
             if route and version in (*route.versions, *route.shadow):
-                found.append(event)
-    return tuple(sorted(found, key=lambda event: (event.at, event.id)))
+                events.append(event)
+    return tuple(sorted(events, key=lambda event: (event.at, event.id)))
 
 
-def _signatures(catalog: Catalog, known: Authority, records: list[Record]) -> dict[str, tuple[str, ...]]:
-    """Record → signers whose envelope beside it holds."""
-    found = {record.id: valid_signers(catalog.store, known, record) for record in records}
-    return {record: tuple(f"{known.name_of(key)} ({key})" for key in keys) for record, keys in found.items() if keys}
+def _signatures(catalog: Catalog, authority: Authority, records: list[Record]) -> dict[str, tuple[str, ...]]:
+    """Record → signers with a valid signature of it."""
+    signers = {record.id: valid_signers(catalog.store, authority, record) for record in records}
+    return {record: tuple(f"{authority.name_of(key)} ({key})" for key in keys) for record, keys in signers.items() if keys}
 
 
-def _approval(known: Authority, event: Event) -> Approval:
-    who = f"{known.name_of(event.key)} ({event.key})" if event.key in known.signers else event.key
+def _approval(authority: Authority, event: Event) -> Approval:
+    who = f"{authority.name_of(event.key)} ({event.key})" if event.key in authority.signers else event.key
     data = event.data
-    holds = known.is_valid(event)
+    holds = authority.is_valid(event)
     return Approval(
         event.at, who, holds, str(data.get("decision", "")), str(data.get("alias", "")), str(data.get("why", ""))
     )
 
 
 def _configuration(store: Store, chain: list[ModelVersion]) -> dict[str, Any]:
-    """`config.json` of the weights that the version runs on: its own, or its base's where it is an adapter."""
+    """`config.json` of the version, or of its base model if it is an adapter."""
     for version in chain:
         path = paths.model(version.id, "config.json")
         if version.weights == "full" and store.exists(path):
@@ -266,7 +273,7 @@ def _configuration(store: Store, chain: list[ModelVersion]) -> dict[str, Any]:
 
 
 def num_parameters(store: Store, version: ModelVersion) -> int | None:
-    """Counted from the headers of the version's safetensors files; None where they are not in the store."""
+    """Number of parameters, from the headers of the version's safetensors files; None if these are not in the store."""
     total = 0
     names = [entry.path for entry in version.files if entry.path.endswith(".safetensors")]
     for name in names:
@@ -292,12 +299,12 @@ def num_parameters(store: Store, version: ModelVersion) -> int | None:
 
 
 def _packages(store: Store, run: RunRecord) -> tuple[Package, ...]:
-    """All that the environment lock lists; of a run without one, those that decide numbers."""
-    found = {name: {"version": version} for name, version in run.environment.items() if name != "machine"}
-    found |= environment.read(store, run.environment_digest).get("packages", {})
+    """The packages of the environment lock; for a run without a lock, those that affect results."""
+    packages = {name: {"version": version} for name, version in run.environment.items() if name != "machine"}
+    packages |= environment.read(store, run.environment_digest).get("packages", {})
     return tuple(
         Package(name, each["version"], _licence(name, each["version"]), each.get("record", ""))
-        for name, each in sorted(found.items())
+        for name, each in sorted(packages.items())
         if each["version"] != "absent"
     )
 
@@ -306,15 +313,15 @@ def _licence(name: str, version: str) -> str:
     if name == "python":
         return "PSF-2.0"
     try:
-        found = dict(importlib.metadata.metadata(name).json)
+        fields = dict(importlib.metadata.metadata(name).json)
     except importlib.metadata.PackageNotFoundError:
         return ""
-    said = str(found.get("license_expression") or found.get("license") or "")
-    return spdx(said) if found.get("version") == version else ""
+    licence = str(fields.get("license_expression") or fields.get("license") or "")
+    return spdx(licence) if fields.get("version") == version else ""
 
 
 def spdx(licence: str) -> str:
-    """The licence as an SPDX expression in its right spelling; "" where it is none."""
+    """The licence as a canonical SPDX expression; "" if it is not one."""
     from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
     try:
@@ -324,6 +331,6 @@ def spdx(licence: str) -> str:
 
 
 def sha256_of(record: Record) -> str:
-    """Hex of the hash whose beginning is the record's id."""
+    """The full sha256, in hex, that the record's id is the start of."""
     value = record.config_digest if isinstance(record, RunRecord) else digest(record.identity())
-    return value.removeprefix("sha256:")
+    return hex_of(value)

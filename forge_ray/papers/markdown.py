@@ -1,4 +1,4 @@
-"""Markdown of facts: whatever a record holds is text, never markup."""
+"""Facts as Markdown; text from records is escaped, so that it is never markup."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of a record, so that no reader of Markdown takes it for a tag, a link or a heading."""
+    """Text of a record with Markdown's special characters escaped."""
     for sign in "\\`*_[]<>#":
         text = text.replace(sign, "\\" + sign)
     return " ".join(text.split())
@@ -27,8 +27,8 @@ def code(text: str) -> str:
     return f"`{' '.join(text.split())}`" if text and "`" not in text else plain(text) or NOT_RECORDED
 
 
-def said(value: Any) -> str:
-    """A setting or a figure as text; what is None or empty was not recorded."""
+def as_text(value: Any) -> str:
+    """A setting or a figure as text; `not recorded` if it is None or empty."""
     if value is None or value == "" or value == ():
         return NOT_RECORDED
     if isinstance(value, bool):
@@ -40,8 +40,8 @@ def said(value: Any) -> str:
     return plain(str(value))
 
 
-def counts(found: dict[str, int]) -> str:
-    return ", ".join(f"{plain(name) or 'none given'} {count:,}" for name, count in found.items()) or "none"
+def counts(by_name: dict[str, int]) -> str:
+    return ", ".join(f"{plain(name) or 'none given'} {count:,}" for name, count in by_name.items()) or "none"
 
 
 def flops(value: float | None) -> str:

@@ -1,7 +1,7 @@
-"""A run and its version in an MLflow server: for those who look there. Our records stay what counts.
+"""Export a run and its version to an MLflow server. The records of the store stay authoritative.
 
-The run is found again by its tag `forge.run`, the version by `forge.version`: a second export writes nothing twice, and goes
-on where a broken one ended.
+The run is identified by its tag `forge.run`, the version by `forge.version`: a second export writes nothing twice, and
+resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from forge_ray.store.files import Store
 from forge_ray.train import metrics
 from forge_ray.train.sinks import MlFlow, series
 
-BATCH = 1000  # MLflow takes no more values at once
-NO_ALIAS = re.compile(r"[^A-Za-z0-9_-]")  # MLflow's aliases have no other characters
+BATCH = 1000  # MLflow's maximum of values per request
+NO_ALIAS = re.compile(r"[^A-Za-z0-9_-]")  # characters that MLflow does not allow in an alias
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where things are in MLflow. `aliases`: ours → theirs."""
+    """Where the run and the version are in MLflow. `aliases`: alias of the store → alias in MLflow."""
 
     run: str
     mlflow_run: str
@@ -40,7 +40,7 @@ class Exported:
 
 
 def export(catalog: Catalog, reference: str, uri: str, experiment: str, with_weights: bool) -> Exported:
-    """A run by its id, or a version by its id or alias with the run that made it. Raises `ConfigError` where MLflow is not
+    """Export a run by its id, or a version by its id or alias together with its run. Raises `ConfigError` if MLflow is not
     installed or its server refuses."""
     version, run = _found(catalog, reference)
     if with_weights and version is None:
@@ -53,9 +53,10 @@ def export(catalog: Catalog, reference: str, uri: str, experiment: str, with_wei
         return _export(catalog, version, run, uri, experiment or run.name, with_weights)
     except (ConfigError, StoreError, NotFound):
         raise
-    except Exception as error:  # whatever a foreign library raises
+    except Exception as error:  # MLflow raises errors of many libraries
         raise ConfigError(
-            f"MLflow at {uri} failed: {type(error).__name__}: {error}", hint="is the server up, and may you write there?"
+            f"MLflow at {uri} failed: {type(error).__name__}: {error}",
+            hint="check that the server is up and that you may write to it",
         ) from None
 
 
@@ -79,21 +80,21 @@ def _export(
     tags |= {"forge.config_digest": run.config_digest, "forge.order_digest": run.order_digest}
     sink = MlFlow(uri, run.id, experiment, parse(TrainConfig, run.config["train"]), tags)
     path = paths.run(run.id, metrics.METRICS)
-    told = series(store, run.id, metrics.parse(store.read(path).decode()) if store.exists(path) else [])
-    _log(sink, told)
+    steps = series(store, run.id, metrics.parse(store.read(path).decode()) if store.exists(path) else [])
+    _log(sink, steps)
     sink.close(failed=False)
-    exported = Exported(run.id, sink.run_id, experiment, sum(len(values) for _, values in told))
+    exported = Exported(run.id, sink.run_id, experiment, sum(len(values) for _, values in steps))
     return exported if version is None else _register(catalog, version, exported, sink.client, with_weights)
 
 
-def _log(sink: MlFlow, told: list[tuple[int, dict[str, float]]]) -> None:
-    """What MLflow lacks, a thousand values a request: that is its limit, and one a step would take hours for a long run."""
+def _log(sink: MlFlow, steps: list[tuple[int, dict[str, float]]]) -> None:
+    """Log the values that MLflow lacks, in batches of MLflow's limit; a request per step would take hours for a long run."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     missing = [
         Metric(name, value, now, step)
-        for step, values in told
+        for step, values in steps
         for name, value in values.items()
         if (name, step) not in sink.written
     ]
@@ -111,8 +112,8 @@ def _register(catalog: Catalog, version: ModelVersion, exported: Exported, clien
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         client.create_registered_model(name)
-    known = client.search_model_versions(f"name = '{name}' and tags.`forge.version` = '{version.id}'")
-    number = str(known[0].version) if known else ""
+    registered = client.search_model_versions(f"name = '{name}' and tags.`forge.version` = '{version.id}'")
+    number = str(registered[0].version) if registered else ""
     if not number:
         source = f"forge:/models/{version.id}#{version.files_digest}"
         if with_weights:
@@ -123,8 +124,8 @@ def _register(catalog: Catalog, version: ModelVersion, exported: Exported, clien
     for theirs in aliases.values():
         client.set_registered_model_alias(name, theirs, number)
     client.set_model_version_tag(name, number, "forge.aliases", ", ".join(sorted(aliases)))
-    found = vars(exported) | {"version": version.id, "registered": name, "registered_version": number, "aliases": aliases}
-    return Exported(**found)
+    fields = vars(exported) | {"version": version.id, "registered": name, "registered_version": number, "aliases": aliases}
+    return Exported(**fields)
 
 
 def _weights(store: Store, version: ModelVersion, run: str, client: Any) -> str:
@@ -133,7 +134,7 @@ def _weights(store: Store, version: ModelVersion, run: str, client: Any) -> str:
 
 
 def _tags(catalog: Catalog, version: ModelVersion) -> dict[str, str]:
-    """Our ids, and the scores that the version was judged by."""
+    """The ids of the version as tags, and the scores of its evaluation."""
     tags = {
         "forge.version": version.id,
         "forge.run": version.run,

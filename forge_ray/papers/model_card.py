@@ -1,4 +1,4 @@
-"""A model card: Markdown with the front matter that Hugging Face reads."""
+"""The model card: Markdown with Hugging Face's front matter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import yaml
 
 from forge_ray.papers.compute import FORMULA, GPAI_FLOPS, THIRD, THIRD_SOURCE
 from forge_ray.papers.facts import BY_HAND, NOT_RECORDED, Facts, spdx
-from forge_ray.papers.markdown import code, counts, flops, hours, plain, said, table
+from forge_ray.papers.markdown import as_text, code, counts, flops, hours, plain, table
 from forge_ray.records import EvalReport
 
 WORST = 10  # classes shown
@@ -98,7 +98,7 @@ def _glance(facts: Facts) -> list[tuple[str, str]]:
         ("digest of the files", code(version.files_digest)),
         ("parameters", parameters(facts)),
         ("architecture", plain(str(kinds[0]))),
-        ("context", said(facts.architecture.get("max_position_embeddings"))),
+        ("context", as_text(facts.architecture.get("max_position_embeddings"))),
         ("licence", plain(version.licence)),
         ("base model", f"{plain(origin.name)} ({origin.id}), {plain(origin.licence)}, from {code(origin.source)}"),
         ("on record since", f"{version.created_at[:19]} UTC"),
@@ -163,17 +163,20 @@ def _training(facts: Facts) -> str:
         ("run", f"{run.id}, code {code(run.code_digest)}, settings {code(run.config_digest)}"),
         ("method", run.method + (f", {adapter.get('method')} r={adapter.get('r')}" if adapter else "")),
         ("steps", f"{run.num_steps:,}, {run.samples_seen:,} packed rows, seed {run.seed}"),
-        ("learning rate", said(optimizer.get("lr"))),
-        ("batch", f"{said(settings.get('global_batch'))} rows a step"),
-        ("precision", said(settings.get("precision"))),
-        ("trained weights", said(run.adapter.get("trained")) if adapter else "all"),
-        ("exported step", "the last" if not run.export_step else said(run.export_step)),
+        ("learning rate", as_text(optimizer.get("lr"))),
+        ("batch", f"{as_text(settings.get('global_batch'))} rows a step"),
+        ("precision", as_text(settings.get("precision"))),
+        ("trained weights", as_text(run.adapter.get("trained")) if adapter else "all"),
+        ("exported step", "the last" if not run.export_step else as_text(run.export_step)),
         ("stopped early", plain(str(run.stopped_early["why"])) if run.stopped_early else "no"),
         ("starts", ", ".join(f"step {a['first_step']} on {a['world_size']} workers" for a in run.attempts) or NOT_RECORDED),
         ("incidents", plain(", ".join(incidents) + (f", {more} more" if more > 0 else "")) or "none"),
         ("order of samples", code(run.order_digest)),
-        ("loss at the end", f"{said(run.metrics.get('loss'))} (validation {said(run.metrics.get('validation_loss'))})"),
-        ("code's commit", said(run.code_commit)),
+        (
+            "loss at the end",
+            f"{as_text(run.metrics.get('loss'))} (validation {as_text(run.metrics.get('validation_loss'))})",
+        ),
+        ("code's commit", as_text(run.code_commit)),
         ("hardware", hardware(facts)),
         ("environment lock", code(run.environment_digest)),
         ("environment", ", ".join(f"{name} {value}" for name, value in sorted(run.environment.items())) or NOT_RECORDED),
@@ -182,7 +185,7 @@ def _training(facts: Facts) -> str:
 
 
 def _evaluation(facts: Facts) -> list[str]:
-    """A table of scores for each set of metrics, so that a leak audit stands apart; then the worst classes and slices."""
+    """A table of scores for each set of metrics, so that a leak audit has its own; then the worst classes and slices."""
     if not facts.evals:
         return [f"{NOT_RECORDED}: no report names this version.\n"]
     groups: dict[tuple[str, ...], list[EvalReport]] = {}
@@ -195,22 +198,22 @@ def _evaluation(facts: Facts) -> list[str]:
         rows += [(plain(name), *(_score(r, name) for r in reports)) for name in names]
         parts.append(table(("", *(f"{subject(facts, r)} · {r.id}" for r in reports)), rows))
     for report in facts.own_evals:
-        for kind, found in ({"class": report.per_class} | report.per_slice).items():
-            parts += _worst(report, kind, found)
+        for kind, scores_by_name in ({"class": report.per_class} | report.per_slice).items():
+            parts += _worst(report, kind, scores_by_name)
     return parts
 
 
 def _score(report: EvalReport, name: str) -> str:
     value = report.metrics.get(name, report.costs.get(name))
-    return said(value) if value is not None else "no finite number" if name in report.undefined else "–"
+    return as_text(value) if value is not None else "no finite number" if name in report.undefined else "–"
 
 
-def _worst(report: EvalReport, kind: str, found: dict[str, dict[str, float]]) -> list[str]:
-    if not found:
+def _worst(report: EvalReport, kind: str, scores_by_name: dict[str, dict[str, float]]) -> list[str]:
+    if not scores_by_name:
         return []
-    ranked = sorted(found.items(), key=lambda item: (item[1].get("f1", item[1].get("exact_match", 0.0)), item[0]))
+    ranked = sorted(scores_by_name.items(), key=lambda item: (item[1].get("f1", item[1].get("exact_match", 0.0)), item[0]))
     columns = list(dict.fromkeys(key for _, scores in ranked for key in scores))
-    rows = [(plain(name), *(said(scores.get(key)) for key in columns)) for name, scores in ranked[:WORST]]
+    rows = [(plain(name), *(as_text(scores.get(key)) for key in columns)) for name, scores in ranked[:WORST]]
     which = f"the {WORST} lowest of {len(ranked):,}" if len(ranked) > WORST else "lowest first"
     return [f"{report.id} by {plain(kind)}, {which}:\n", table((plain(kind), *columns), rows)]
 
@@ -233,7 +236,7 @@ def _gate(facts: Facts) -> str:
     verdict = facts.version.status + (f": {plain('; '.join(facts.version.reasons))}" if facts.version.reasons else "")
     if facts.version.checks:
         rows = [
-            (plain(c.name), said(c.value), said(c.bound), "passed" if c.passed else "failed", plain(c.reason) or "–")
+            (plain(c.name), as_text(c.value), as_text(c.bound), "passed" if c.passed else "failed", plain(c.reason) or "–")
             for c in facts.version.checks
         ]
         return f"Verdict on record: {verdict}.\n\n{table(('check', 'value', 'bound', '', 'why'), rows)}"
@@ -242,26 +245,27 @@ def _gate(facts: Facts) -> str:
 
 
 def hardware(facts: Facts) -> str:
-    """Of the first worker of the last start."""
-    found = facts.training.run.hardware if facts.training else {}
-    names = found.get("gpus") or [found.get("cpu")]
+    """The hardware of the first worker of the last start."""
+    machine = facts.training.run.hardware if facts.training else {}
+    names = machine.get("gpus") or [machine.get("cpu")]
     return plain(", ".join(str(name) for name in names if name)) or NOT_RECORDED
 
 
 def compute_table(facts: Facts) -> str:
-    """Of each run of the chain and in all, with the formula, and the third of the base model's compute as a line."""
+    """Compute of each run of the chain and in total, with the formula and a third of the base model's compute for
+    comparison."""
     rows = []
     for training in facts.trainings:
-        found = training.compute
-        device = found.device_hours
+        compute = training.compute
+        device = compute.device_hours
         rows.append(
             (
                 training.run.id,
-                said(found.tokens),
-                said(found.trained_tokens),
-                flops(found.flops),
-                hours(None if found.seconds is None else found.seconds / 3600),
-                hours(found.worker_hours),
+                as_text(compute.tokens),
+                as_text(compute.trained_tokens),
+                flops(compute.flops),
+                hours(None if compute.seconds is None else compute.seconds / 3600),
+                hours(compute.worker_hours),
                 f"{device[1]:.3g} {device[0]} h" if device else NOT_RECORDED,
             )
         )

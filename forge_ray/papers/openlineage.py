@@ -1,19 +1,21 @@
 """The version's history as OpenLineage events 2-0-2, one JSON object a line. openlineage.io/spec.
 
-A file and nothing else: whoever runs a collector posts the lines to it. Run ids are UUIDs made of our ids, so the same
-record is the same run everywhere.
+Only a file is written; post its lines to a collector if there is one. Run ids are UUIDs derived from record ids, so the
+same record is the same run everywhere.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from forge_ray.papers.bom import NAMESPACE
 from forge_ray.papers.facts import Facts, RunFacts, sha256_of
-from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, SourceFile
+from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, SourceFile, hex_of
 
 Json = dict[str, Any]
 SPEC = "https://openlineage.io/spec/2-0-2/OpenLineage.json"
@@ -22,75 +24,102 @@ SPACE = "forge"
 STATISTICS = "OutputStatisticsOutputDatasetFacet"
 
 
+@dataclass(frozen=True)
+class LineageStep:
+    """One step of the history, as the START and COMPLETE events of a run: of `record` (its id), from `inputs` to `outputs`.
+    `facet` are the fields of the record that the run shows."""
+
+    kind: str
+    record: str
+    name: str
+    began: str
+    ended: str
+    inputs: list[Json]
+    outputs: list[Json]
+    facet: Json
+
+
 def openlineage(facts: Facts) -> bytes:
-    """In the order of what happened: rows became a dataset, the dataset a run, the run was judged and became a version."""
-    events: list[tuple[str, int, Json]] = []
-    for dataset in facts.datasets:
-        sources = [_source(facts, source) for source in dataset.sources]
-        found = {"tokenizer_digest": dataset.tokenizer_digest, "rejects": dataset.rejects, "kinds": dataset.kinds}
-        made = [_dataset(facts, dataset) | _statistics(facts, dataset)]
-        events += _pair(
-            facts, "prepare", dataset.id, dataset.name, _before(dataset), dataset.created_at, sources, made, found
-        )
-    for training in facts.trainings:
-        events += _training(facts, training)
-    for report in facts.evals:
-        inputs = [_named(facts, report.subject, report.subject_digest), *_of(facts, report.dataset)]
-        record = {"scores": report.metrics, "split": report.split, "examples": report.num_examples}
-        outputs = [_named(facts, report.id, report.items_sha256)]
-        events += _pair(
-            facts, "evaluate", report.id, report.split, _before(report), report.created_at, inputs, outputs, record
-        )
-    for version in facts.chain:
-        step = "import" if version.status == "imported" else "release"
-        names = [version.run, *version.evals] if version.run else []
-        inputs = [_named(facts, name, "") for name in names if name]
-        record = {"status": version.status, "reasons": list(version.reasons), "licence": version.licence}
-        at = version.created_at
-        events += _pair(facts, step, version.id, version.name, at, at, inputs, [_version(facts, version)], record)
+    """The events of all steps, in the order of their times."""
+    events = [event for step in _steps(facts) for event in _events(facts, step)]
     events.sort(key=lambda item: item[:2])
     return "".join(json.dumps(event, sort_keys=True, ensure_ascii=False) + "\n" for _, _, event in events).encode()
 
 
-def _training(facts: Facts, training: RunFacts) -> list[tuple[str, int, Json]]:
+def _steps(facts: Facts) -> Iterator[LineageStep]:
+    """Rows become a dataset, the dataset a run; the run is evaluated and becomes a version."""
+    for dataset in facts.datasets:
+        yield LineageStep(
+            kind="prepare",
+            record=dataset.id,
+            name=dataset.name,
+            began=_start_of(dataset),
+            ended=dataset.created_at,
+            inputs=[_source(facts, source) for source in dataset.sources],
+            outputs=[_dataset(facts, dataset) | _statistics(facts, dataset)],
+            facet={"tokenizer_digest": dataset.tokenizer_digest, "rejects": dataset.rejects, "kinds": dataset.kinds},
+        )
+    for training in facts.trainings:
+        yield _training(facts, training)
+    for report in facts.evals:
+        yield LineageStep(
+            kind="evaluate",
+            record=report.id,
+            name=report.split,
+            began=_start_of(report),
+            ended=report.created_at,
+            inputs=[_named(facts, report.subject, report.subject_digest), _dataset_named(facts, report.dataset)],
+            outputs=[_named(facts, report.id, report.items_sha256)],
+            facet={"scores": report.metrics, "split": report.split, "examples": report.num_examples},
+        )
+    for version in facts.chain:
+        names = [version.run, *version.evals] if version.run else []
+        yield LineageStep(
+            kind="import" if version.status == "imported" else "release",
+            record=version.id,
+            name=version.name,
+            began=version.created_at,
+            ended=version.created_at,
+            inputs=[_named(facts, name, "") for name in names if name],
+            outputs=[_version(facts, version)],
+            facet={"status": version.status, "reasons": list(version.reasons), "licence": version.licence},
+        )
+
+
+def _training(facts: Facts, training: RunFacts) -> LineageStep:
     run = training.run
-    record = {
-        "method": run.method,
-        "steps": run.num_steps,
-        "samples": run.samples_seen,
-        "seed": run.seed,
-        "config_digest": run.config_digest,
-        "code_digest": run.code_digest,
-        "order_digest": run.order_digest,
-        "metrics": run.metrics,
-        "incidents": len(run.incidents),
-        "environment": run.environment,
-    }
-    inputs = [*_of(facts, run.dataset), _named(facts, run.base_model, run.base_digest)]
-    outputs = [_named(facts, run.id, run.order_digest, [entry.model_dump() for entry in run.export])]
-    began = training.started_at or run.created_at
-    return _pair(facts, "train", run.id, run.name, began, run.created_at, inputs, outputs, record)
+    return LineageStep(
+        kind="train",
+        record=run.id,
+        name=run.name,
+        began=training.started_at or run.created_at,
+        ended=run.created_at,
+        inputs=[_dataset_named(facts, run.dataset), _named(facts, run.base_model, run.base_digest)],
+        outputs=[_named(facts, run.id, run.order_digest, [entry.model_dump() for entry in run.export])],
+        facet={
+            "method": run.method,
+            "steps": run.num_steps,
+            "samples": run.samples_seen,
+            "seed": run.seed,
+            "config_digest": run.config_digest,
+            "code_digest": run.code_digest,
+            "order_digest": run.order_digest,
+            "metrics": run.metrics,
+            "incidents": len(run.incidents),
+            "environment": run.environment,
+        },
+    )
 
 
-def _pair(
-    facts: Facts,
-    step: str,
-    record: str,
-    name: str,
-    began: str,
-    ended: str,
-    inputs: list[Json],
-    outputs: list[Json],
-    said: Json,
-) -> list[tuple[str, int, Json]]:
-    """START and COMPLETE of one step; equal times keep that order."""
-    facet = {"_producer": producer(facts), "_schemaURL": f"{SPEC}#/$defs/RunFacet"} | said
+def _events(facts: Facts, step: LineageStep) -> list[tuple[str, int, Json]]:
+    """START and COMPLETE of one step as (time, order, event): at equal times START comes first."""
+    facet = {"_producer": producer(facts), "_schemaURL": f"{SPEC}#/$defs/RunFacet"} | step.facet | {"id": step.record}
     job_type = {
         "_producer": producer(facts),
         "_schemaURL": f"{FACETS}/2-0-4/JobTypeJobFacet.json#/$defs/JobTypeJobFacet",
         "processingType": "BATCH",
         "integration": "FORGE_RAY",
-        "jobType": step.upper(),
+        "jobType": step.kind.upper(),
     }
     return [
         (
@@ -101,13 +130,13 @@ def _pair(
                 "eventTime": at,
                 "producer": producer(facts),
                 "schemaURL": f"{SPEC}#/$defs/RunEvent",
-                "run": {"runId": str(uuid.uuid5(NAMESPACE, record)), "facets": {"forge_record": facet | {"id": record}}},
-                "job": {"namespace": SPACE, "name": f"{step}.{name}", "facets": {"jobType": job_type}},
-                "inputs": inputs,
-                "outputs": outputs if kind == "COMPLETE" else [],
+                "run": {"runId": str(uuid.uuid5(NAMESPACE, step.record)), "facets": {"forge_record": facet}},
+                "job": {"namespace": SPACE, "name": f"{step.kind}.{step.name}", "facets": {"jobType": job_type}},
+                "inputs": step.inputs,
+                "outputs": step.outputs if kind == "COMPLETE" else [],
             },
         )
-        for order, (kind, at) in enumerate((("START", began), ("COMPLETE", ended)))
+        for order, (kind, at) in enumerate((("START", step.began), ("COMPLETE", step.ended)))
     ]
 
 
@@ -115,15 +144,17 @@ def producer(facts: Facts) -> str:
     return f"urn:forge-ray:{facts.forge_version}"
 
 
-def _before(record: DatasetManifest | EvalReport) -> str:
+def _start_of(record: DatasetManifest | EvalReport) -> str:
     """When the work on a record began: its end less the seconds on record."""
     ended = datetime.fromisoformat(record.created_at)
     return (ended - timedelta(seconds=record.seconds)).isoformat(timespec="milliseconds")
 
 
-def _of(facts: Facts, identifier: str) -> list[Json]:
-    known = next((dataset for dataset in facts.datasets if dataset.id == identifier), None)
-    return [_dataset(facts, known) if known else _named(facts, identifier, "")]
+def _dataset_named(facts: Facts, identifier: str) -> Json:
+    for dataset in facts.datasets:
+        if dataset.id == identifier:
+            return _dataset(facts, dataset)
+    return _named(facts, identifier, "")
 
 
 def _dataset(facts: Facts, dataset: DatasetManifest) -> Json:
@@ -150,8 +181,8 @@ def _source(facts: Facts, source: SourceFile) -> Json:
 
 
 def _named(facts: Facts, name: str, digest: str, files: list[Json] | None = None) -> Json:
-    """A dataset in OpenLineage's sense: rows, weights or a report; its version is its id and digest."""
-    value = digest.removeprefix("sha256:")
+    """A dataset in OpenLineage's sense (rows, weights or a report); its version is its digest, else its name."""
+    value = hex_of(digest)
     version = {
         "_producer": producer(facts),
         "_schemaURL": f"{FACETS}/1-0-1/DatasetVersionDatasetFacet.json#/$defs/DatasetVersionDatasetFacet",

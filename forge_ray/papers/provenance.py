@@ -1,4 +1,4 @@
-"""Where the weights came from: an in-toto Statement v1 with a SLSA provenance v1 predicate. slsa.dev/spec/v1.0.
+"""The provenance of the weights: an in-toto Statement v1 with a SLSA provenance v1 predicate. slsa.dev/spec/v1.0.
 
 Evidence of how they were built; no SLSA level is claimed.
 """
@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from forge_ray.papers.facts import Facts, sha256_of
-from forge_ray.records import RunRecord
+from forge_ray.records import RunRecord, hex_of
 
 Json = dict[str, Any]
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -78,7 +78,7 @@ def _trained(facts: Facts) -> Json:
 
 
 def _code(run: RunRecord) -> Json:
-    """The code's own digest, and the commit where it was an unchanged checkout of one."""
+    """The digest of the code, and the git commit if the code was an unmodified checkout."""
     value = _thing("forge-ray", run.code_digest, "code")
     if run.code_commit and not run.code_commit.endswith("-dirty"):
         value["digest"]["gitCommit"] = run.code_commit
@@ -86,7 +86,7 @@ def _code(run: RunRecord) -> Json:
 
 
 def _imported(facts: Facts) -> Json:
-    """No run on record: the weights came in from outside, or their run is not in this store."""
+    """The provenance of weights without a run on record: imported, or trained by a run that is not in this store."""
     version = facts.version
     name, _, digest = version.source.rpartition(" ")
     needed = [_thing(name, digest, "import")] if name else []
@@ -107,11 +107,11 @@ def _imported(facts: Facts) -> Json:
 
 def _thing(name: str, digest: str, what: str = "record") -> Json:
     value: Json = {"uri": f"urn:forge-ray:{what}:{name}", "name": name}
-    sha256 = digest.removeprefix("sha256:")
+    sha256 = hex_of(digest)
     return value | ({"digest": {"sha256": sha256}} if sha256 else {})
 
 
 def _times(invocation: str, began: str, ended: str) -> Json:
-    """RFC 3339 with Z, as SLSA's Timestamp asks."""
+    """Times as RFC 3339 with Z, as SLSA's Timestamp requires."""
     times = {"startedOn": began, "finishedOn": ended}
     return {"invocationId": invocation} | {key: value.replace("+00:00", "Z") for key, value in times.items() if value}

@@ -1,4 +1,4 @@
-"""All papers of a version into a folder, and the pack that an auditor takes away."""
+"""Write all documents of a version to a folder, and an evidence pack for auditors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from forge_ray.store.signing import IN_TOTO, PrivateKey, envelope
 
 INDEX = "INDEX.md"
 SUMS = "SHA256SUMS"
-LINES = "audit/lines.jsonl"  # those about what is in the pack; the others tell of other people's models and keys
+LINES = "audit/lines.jsonl"  # only lines about the contents of the pack: the others are about other models and keys
 WHAT = {
     "model_card.md": "what the model is, from what, how good; Markdown with Hugging Face's front matter",
     "bom.cdx.json": "bill of materials, CycloneDX 1.6",
@@ -40,8 +40,8 @@ WHAT = {
 
 
 def papers(facts: Facts, key: PrivateKey | None = None) -> dict[str, bytes]:
-    """File name → content; the same facts give the same bytes, but for the signature of a P-256 `key`, which is salted."""
-    found: dict[str, bytes] = {
+    """File name → content. Equal facts give equal bytes, except for signatures with a P-256 `key`, which are randomised."""
+    documents: dict[str, bytes] = {
         "model_card.md": model_card(facts),
         "bom.cdx.json": bom(facts),
         **{f"croissant-{dataset.id}.json": croissant(facts, dataset) for dataset in facts.datasets},
@@ -52,16 +52,16 @@ def papers(facts: Facts, key: PrivateKey | None = None) -> dict[str, bytes]:
         "training-content-summary.md": training_content_summary(facts),
     }
     if key is not None:
-        found["provenance.dsse.json"] = (
-            json.dumps(envelope(found["provenance.json"], IN_TOTO, key), indent=1) + "\n"
+        documents["provenance.dsse.json"] = (
+            json.dumps(envelope(documents["provenance.json"], IN_TOTO, key), indent=1) + "\n"
         ).encode()
-    return found | {INDEX: _index(facts, found)}
+    return documents | {INDEX: _index(facts, documents)}
 
 
-def _index(facts: Facts, found: Mapping[str, bytes]) -> bytes:
+def _index(facts: Facts, documents: Mapping[str, bytes]) -> bytes:
     rows = [
         (f"[{name}]({name})", WHAT.get(name, "a dataset, Croissant 1.1"), f"{len(content):,}", f"`{_sha256(content)}`")
-        for name, content in found.items()
+        for name, content in documents.items()
     ]
     parts = [
         f"# Papers of {plain(facts.version.name)} · {facts.version.id}\n",
@@ -73,23 +73,24 @@ def _index(facts: Facts, found: Mapping[str, bytes]) -> bytes:
     return "\n".join(parts).encode()
 
 
-def write(folder: Path, found: Mapping[str, bytes]) -> dict[str, str]:
-    """Into `folder`, which is made; returns file name → sha256. Papers of another version there are refused."""
-    known = folder / INDEX
+def write(folder: Path, documents: Mapping[str, bytes]) -> dict[str, str]:
+    """Write the documents to `folder`, creating it; returns file name → sha256. A folder with documents of a different
+    version is refused."""
+    index = folder / INDEX
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {str(folder)!r} is a file", hint="give a folder")
-    if known.exists() and known.read_bytes().partition(b"\n")[0] != found[INDEX].partition(b"\n")[0]:
-        raise ConfigError(f"{known} is of another version: their papers would be mixed", hint="give a folder of its own")
+    if index.exists() and index.read_bytes().partition(b"\n")[0] != documents[INDEX].partition(b"\n")[0]:
+        raise ConfigError(f"{index} is of a different version: their documents would be mixed", hint="give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in found.items():
+    for name, content in documents.items():
         (folder / name).write_bytes(content)
-    return {name: _sha256(content) for name, content in found.items()}
+    return {name: _sha256(content) for name, content in documents.items()}
 
 
-def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> str:
-    """A tar of the papers, the records and events behind them as the store has them, their signatures, their lines of the
-    audit log, and how to check it all offline; returns its sha256. The same store gives the same bytes."""
-    entries = {f"papers/{name}": content for name, content in found.items()}
+def pack(path: Path, store: Store, facts: Facts, documents: Mapping[str, bytes]) -> str:
+    """Write a tar with the documents, their records, events and signatures as in the store, the lines of the audit log about
+    them, and instructions for offline verification; returns its sha256. Equal stores give equal bytes."""
+    entries = {f"papers/{name}": content for name, content in documents.items()}
     for record in facts.records:
         entries[paths.record(record.kind, record.id)] = store.read(paths.record(record.kind, record.id))
         entries |= {name: store.read(name) for name in store.list(paths.signatures(record.id))}
@@ -99,16 +100,16 @@ def pack(path: Path, store: Store, facts: Facts, found: Mapping[str, bytes]) -> 
             entries[lock] = store.read(lock)
     for event in facts.events:
         entries[event_path(event)] = store.read(event_path(event))
-    told = [line for line in audit_log.lines(store) if json.loads(line)["path"] in entries]
-    if told:
-        entries[LINES] = b"".join(line + b"\n" for line in told)
-    entries["README.md"] = _readme(facts, entries, audit_log.head(store) if told else "")
+    log_lines = [line for line in audit_log.lines(store) if json.loads(line)["path"] in entries]
+    if log_lines:
+        entries[LINES] = b"".join(line + b"\n" for line in log_lines)
+    entries["README.md"] = _readme(facts, entries, audit_log.head(store) if log_lines else "")
     sums = "".join(f"{_sha256(content)}  {name}\n" for name, content in sorted(entries.items()))
     entries[SUMS] = sums.encode()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in sorted(entries.items()):
-            info = tarfile.TarInfo(name)  # no owner, no time: nothing but names and bytes
+            info = tarfile.TarInfo(name)  # without owner and time, so that equal contents give equal bytes
             info.size, info.mode = len(content), 0o644
             archive.addfile(info, io.BytesIO(content))
     path.parent.mkdir(parents=True, exist_ok=True)

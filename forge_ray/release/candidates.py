@@ -52,7 +52,7 @@ def _export_checkpoint(job: TrainJob, step: int, relative: str) -> str:
 def export_run(store: Store, run: str, step: str) -> ModelVersion:
     """A verified checkpoint of a run, finished or not, as a model version that no gate has judged. `step`: a number, `best`,
     or "" for the newest."""
-    with Catalog(store) as catalog, stage("export") as it:
+    with Catalog.open(store) as catalog, stage("export") as it:
         job = job_of(catalog, run)
         number: int | None
         if step == "best":
@@ -68,8 +68,8 @@ def export_run(store: Store, run: str, step: str) -> ModelVersion:
                 raise ConfigError(f"--step {step!r} is no step", hint="give a number, or `best`")
             number, hint = int(step), ""
         else:
-            found = checkpoint.find(store, checkpoint.expected(job), None)
-            number, hint = found.step if found else None, "wait for its first checkpoint"
+            position = checkpoint.find(store, checkpoint.expected(job), None)
+            number, hint = position.step if position else None, "wait for its first checkpoint"
         if number is None:
             raise NotFound(f"{run} has no {step or 'whole'} checkpoint", hint=hint)
         aside = paths.run(run, "exports", paths.step(number))
@@ -89,7 +89,7 @@ def export_run(store: Store, run: str, step: str) -> ModelVersion:
         ).sealed()
         store.copy_dir(aside, paths.model(version.id))
         store.delete_dir(aside)
-        known = catalog.has(version.id)
+        is_registered = catalog.has(version.id)
         version = catalog.put(version)
-        it.done(f"{version.id}  {'already there: ' if known else ''}step {number} of {run}, candidate")
+        it.done(f"{version.id}  {'already there: ' if is_registered else ''}step {number} of {run}, candidate")
         return version

@@ -19,7 +19,7 @@ from forge_ray.release.gate import LOWER_IS_BETTER
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
-from forge_ray.train import metrics, validation
+from forge_ray.train import metrics, run_folder, validation
 
 IN_WORDS = 4  # changes that a line of the list names; the rest is counted
 SHORT = ("train.", "eval.", "base.")
@@ -59,14 +59,14 @@ def attempts(catalog: Catalog) -> list[Attempt]:
             reports[report.subject] = report  # the newest
     versions = {version.run: version for version in catalog.all(ModelVersion) if version.run}
     versions |= {v.run: v for v in catalog.all(ModelVersion) if v.run and v.status in ("accepted", "rejected")}
-    found = []
+    entries = []
     for run in catalog.subjects("run"):
         last = catalog.events("run", run)[-1]
         record = catalog.get_as(RunRecord, run) if catalog.has(run) else None
-        config = record.config if record else _config(catalog.store, run)
+        config = record.config if record else run_folder.config_of(catalog.store, run)
         version = versions.get(run)
         judged = version.evals[0] if version and version.evals and catalog.has(version.evals[0]) else ""
-        found.append(
+        entries.append(
             Attempt(
                 run,
                 str(config.get("name", "")),
@@ -80,14 +80,7 @@ def attempts(catalog: Catalog) -> list[Attempt]:
                 _metric(config),
             )
         )
-    return found
-
-
-def _config(store: Store, run: str) -> dict[str, Any]:
-    """Of a run that has no record: it goes on, or failed."""
-    written = [path for path in store.list(paths.run(run)) if path.rsplit("/", 1)[-1].startswith("config-")]
-    found: dict[str, Any] = store.read_json(written[0]) if written else {}
-    return found
+    return entries
 
 
 def _metric(config: dict[str, Any]) -> str:
@@ -129,9 +122,9 @@ def _at(tree: Any, key: str) -> Any:
 
 def in_words(changes: dict[str, tuple[Any, Any]], most: int = IN_WORDS) -> str:
     """`optimizer.lr 0.001→0.0005, dataset ds_a→ds_b, and 2 more`."""
-    told = [f"{_short(key)} {_value(old)}→{_value(new)}" for key, (old, new) in changes.items()]
-    more = [f"and {len(told) - most} more"] if len(told) > most else []
-    return ", ".join([*told[:most], *more])
+    parts = [f"{_short(key)} {_value(old)}→{_value(new)}" for key, (old, new) in changes.items()]
+    more = [f"and {len(parts) - most} more"] if len(parts) > most else []
+    return ", ".join([*parts[:most], *more])
 
 
 def _short(key: str) -> str:
@@ -148,10 +141,10 @@ def _value(value: Any) -> str:
     return text if len(text) <= 32 else text[:31] + "…"
 
 
-def listed(found: Sequence[Attempt]) -> list[dict[str, Any]]:
+def listed(tried: Sequence[Attempt]) -> list[dict[str, Any]]:
     """One JSON-ready entry per attempt: its state, what changed against the attempt of its name before it, and its score."""
     rows, last = [], dict[str, Attempt]()
-    for attempt in found:
+    for attempt in tried:
         before = last.get(attempt.name) if attempt.name else None
         changes = differences(before, attempt) if before else {}
         row: dict[str, Any] = {"id": attempt.run, "state": attempt.state, "at": attempt.at, "name": attempt.name}
@@ -191,11 +184,11 @@ def chosen(catalog: Catalog, runs: Sequence[str]) -> list[Attempt]:
     """The attempts of these ids, in this order."""
     if len(set(runs)) < 2:
         raise ConfigError(f"forge runs compare needs two runs or more, not {len(set(runs))}", hint="`forge runs list`")
-    known = {attempt.run: attempt for attempt in attempts(catalog)}
+    by_run = {attempt.run: attempt for attempt in attempts(catalog)}
     for run in runs:
-        if run not in known:
+        if run not in by_run:
             raise NotFound(f"{run!r} has never started", hint="`forge runs list` shows the runs of this store")
-    return [known[run] for run in dict.fromkeys(runs)]
+    return [by_run[run] for run in dict.fromkeys(runs)]
 
 
 def curve(store: Store, run: str) -> Curve:
@@ -209,17 +202,17 @@ def curve(store: Store, run: str) -> Curve:
     )
 
 
-def picture(found: Sequence[Attempt], curves: Sequence[Curve]) -> bytes:
+def picture(runs: Sequence[Attempt], curves: Sequence[Curve]) -> bytes:
     """PNG: the curves left (thin: training, marks: validation), the scores right, in one colour per run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = _shared_scores(found)
+    names = _shared_scores(runs)
     figure = Figure(figsize=(12.5 if names else 8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2)) if names else (figure.subplots(), None)
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(found))]
-    for attempt, drawn, colour in zip(found, curves, colours, strict=True):
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
+    for attempt, drawn, colour in zip(runs, curves, colours, strict=True):
         if drawn.train:
             left.plot(*zip(*drawn.train, strict=True), color=colour, linewidth=1.1, alpha=0.6, label=_label(attempt))
         if drawn.validation:
@@ -230,13 +223,13 @@ def picture(found: Sequence[Attempt], curves: Sequence[Curve]) -> bytes:
     if any(drawn.train or drawn.validation for drawn in curves):
         left.legend(frameon=False, fontsize=9)
     if right is not None:
-        height = 0.8 / len(found)
-        for number, (attempt, colour) in enumerate(zip(found, colours, strict=True)):
+        height = 0.8 / len(runs)
+        for number, (attempt, colour) in enumerate(zip(runs, colours, strict=True)):
             for place, name in enumerate(names):
                 value = attempt.report.metrics.get(name) if attempt.report else None
                 if value is None:
                     continue
-                y = place + (number - (len(found) - 1) / 2) * height
+                y = place + (number - (len(runs) - 1) / 2) * height
                 right.barh(y, value, height * 0.9, color=colour)
                 right.text(value + 0.01, y, f"{value:.1%}", va="center", fontsize=8)
         right.set_yticks(range(len(names)), names, fontsize=9)
@@ -256,35 +249,35 @@ def _label(attempt: Attempt) -> str:
     return f"{attempt.name}  {attempt.run}" + (f"  ({attempt.version.status})" if attempt.version else "")
 
 
-def _shared_scores(found: Sequence[Attempt]) -> list[str]:
+def _shared_scores(runs: Sequence[Attempt]) -> list[str]:
     """The metrics that are shares, of any of the runs; losses are in the table."""
-    named = dict.fromkeys(name for attempt in found if attempt.report for name in attempt.report.metrics)
+    named = dict.fromkeys(name for attempt in runs if attempt.report for name in attempt.report.metrics)
     return [name for name in named if name not in ("loss", "perplexity")]
 
 
-def table(found: Sequence[Attempt]) -> list[list[str]]:
+def table(runs: Sequence[Attempt]) -> list[list[str]]:
     """Header and rows, one column per run: verdict and scores, then each setting that is not the same in all."""
-    rows = [["", *(attempt.run for attempt in found)], ["name", *(attempt.name for attempt in found)]]
-    rows.append(["state", *(attempt.state for attempt in found)])
-    rows.append(["version", *(a.version.id if a.version else "-" for a in found)])
-    rows.append(["verdict", *(a.version.status if a.version else "-" for a in found)])
-    rows.append(["steps", *(str(a.record.num_steps) if a.record else "-" for a in found)])
-    for name in dict.fromkeys(name for a in found if a.report for name in a.report.metrics):
+    rows = [["", *(attempt.run for attempt in runs)], ["name", *(attempt.name for attempt in runs)]]
+    rows.append(["state", *(attempt.state for attempt in runs)])
+    rows.append(["version", *(a.version.id if a.version else "-" for a in runs)])
+    rows.append(["verdict", *(a.version.status if a.version else "-" for a in runs)])
+    rows.append(["steps", *(str(a.record.num_steps) if a.record else "-" for a in runs)])
+    for name in dict.fromkeys(name for a in runs if a.report for name in a.report.metrics):
         better = "↓" if name in LOWER_IS_BETTER else "↑"
-        scores = [a.report.metrics.get(name) if a.report else None for a in found]
+        scores = [a.report.metrics.get(name) if a.report else None for a in runs]
         rows.append([f"{name} {better}", *("-" if score is None else f"{score:.4g}" for score in scores)])
-    settings = [_settings(attempt) for attempt in found]
+    settings = [_settings(attempt) for attempt in runs]
     for key in dict.fromkeys(key for tree in settings for key, _ in _pairs(settings[0], tree, "")):
         rows.append([key, *(_value(_at(tree, key)) for tree in settings)])
     return rows
 
 
-def page(found: Sequence[Attempt], png: bytes) -> str:
+def page(runs: Sequence[Attempt], png: bytes) -> str:
     """One HTML file that needs nothing else: the picture inside, the table under it."""
-    head, *rows = table(found)
+    head, *rows = table(runs)
     cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>\n" for row in rows)
-    title = html.escape("runs " + ", ".join(attempt.run for attempt in found))
+    title = html.escape("runs " + ", ".join(attempt.run for attempt in runs))
     style = (
         "body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:1250px;padding:0 1rem;color:#111}"
         "img{max-width:100%}table{border-collapse:collapse;margin-top:1rem}"
@@ -299,13 +292,13 @@ def page(found: Sequence[Attempt], png: bytes) -> str:
 
 def compare(catalog: Catalog, runs: Sequence[str], out: Path | None) -> tuple[list[Attempt], Path]:
     """Draw them into `out` (.png or .html); default: a PNG in the current folder that is named by the runs."""
-    found = chosen(catalog, runs)
-    target = out or Path("compare-" + "-".join(attempt.run.removeprefix("run_")[:8] for attempt in found) + ".png")
+    tried = chosen(catalog, runs)
+    target = out or Path("compare-" + "-".join(attempt.run.removeprefix("run_")[:8] for attempt in tried) + ".png")
     if target.suffix not in (".png", ".html"):
         raise ConfigError(f"--out {target} is neither .png nor .html", hint="name the file by one of these endings")
-    png = picture(found, [curve(catalog.store, attempt.run) for attempt in found])
+    png = picture(tried, [curve(catalog.store, attempt.run) for attempt in tried])
     try:
-        target.write_bytes(png if target.suffix == ".png" else page(found, png).encode())
+        target.write_bytes(png if target.suffix == ".png" else page(tried, png).encode())
     except OSError as error:
         raise ConfigError(f"--out {target} cannot be written: {error}", hint="name a file in a folder that exists") from None
-    return found, target
+    return tried, target

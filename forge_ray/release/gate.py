@@ -27,8 +27,8 @@ def judge(gate: Gate, report: EvalReport, incumbents: Incumbents, leak: EvalRepo
     return reasons(checks(gate, report, incumbents, leak))
 
 
-def reasons(found: tuple[Check, ...]) -> tuple[str, ...]:
-    return tuple(check.reason for check in found if not check.passed)
+def reasons(judged: tuple[Check, ...]) -> tuple[str, ...]:
+    return tuple(check.reason for check in judged if not check.passed)
 
 
 def checks(gate: Gate, report: EvalReport, incumbents: Incumbents, leak: EvalReport | None = None) -> tuple[Check, ...]:
@@ -47,11 +47,11 @@ def _thresholds(gate: Gate, report: EvalReport, leak: EvalReport | None) -> Iter
     for name, threshold in gate.thresholds.items():
         value = _metric(report, name, leak)
         if threshold.min is not None:
-            told = f"{name}={value:.4g} is below the minimum {threshold.min:g}"
-            yield _check(name, value, threshold.min, value >= threshold.min, told)
+            reason = f"{name}={value:.4g} is below the minimum {threshold.min:g}"
+            yield _check(name, value, threshold.min, value >= threshold.min, reason)
         if threshold.max is not None:
-            told = f"{name}={value:.4g} is above the maximum {threshold.max:g}"
-            yield _check(name, value, threshold.max, value <= threshold.max, told)
+            reason = f"{name}={value:.4g} is above the maximum {threshold.max:g}"
+            yield _check(name, value, threshold.max, value <= threshold.max, reason)
 
 
 def _better_than(gate: Gate, report: EvalReport, incumbents: Incumbents) -> Iterator[Check]:
@@ -62,9 +62,9 @@ def _better_than(gate: Gate, report: EvalReport, incumbents: Incumbents) -> Iter
             continue
         value, rival = _metric(report, rule.metric), _metric(other, rule.metric)
         gain = _gain(rule.metric, value, rival)
-        told = f"{rule.metric}={value:.4g} is not better than {rule.incumbent} ({rival:.4g}) by {rule.margin:g}"
+        reason = f"{rule.metric}={value:.4g} is not better than {rule.incumbent} ({rival:.4g}) by {rule.margin:g}"
         bound = rival - rule.margin if rule.metric in LOWER_IS_BETTER else rival + rule.margin
-        yield _check(f"{rule.metric} better than {rule.incumbent}", value, bound, gain >= rule.margin and gain > 0, told)
+        yield _check(f"{rule.metric} better than {rule.incumbent}", value, bound, gain >= rule.margin and gain > 0, reason)
 
 
 def _no_worse_than(rule: NoWorseThan, report: EvalReport, incumbents: Incumbents) -> Iterator[Check]:
@@ -76,19 +76,19 @@ def _no_worse_than(rule: NoWorseThan, report: EvalReport, incumbents: Incumbents
         name = f"{rule.metric} no worse than {rule.incumbent}"
         yield _regression(rule, name, rule.metric, _metric(report, rule.metric), _metric(other, rule.metric))
         return
-    mine, theirs = _slices(report, rule), _slices(other, rule)
-    for of in sorted(mine.keys() | theirs.keys()):
+    ours, theirs = _slices(report, rule), _slices(other, rule)
+    for of in sorted(ours.keys() | theirs.keys()):
         name, place = f"{rule.metric} of {rule.slices}={of} no worse than {rule.incumbent}", f"{rule.slices}={of}"
-        if of not in mine or of not in theirs:
-            lacking = report.id if of not in mine else rule.incumbent
+        if of not in ours or of not in theirs:
+            lacking = report.id if of not in ours else rule.incumbent
             yield _check(name, math.nan, None, False, f"{place} has no examples in the report of {lacking}")
             continue
-        count = mine[of]["count"]
+        count = ours[of]["count"]
         if count < rule.min_examples:
             reason = f"{place} has {count:.0f} examples, fewer than min_examples={rule.min_examples}: not judged"
             yield Check(name=name, value=None, bound=None, passed=True, reason=reason)
             continue
-        values = [_of_slice(scores[of], rule.metric) for scores in (mine, theirs)]
+        values = [_of_slice(scores[of], rule.metric) for scores in (ours, theirs)]
         yield _regression(rule, name, f"{rule.metric} of {place}", *values)
 
 
@@ -98,14 +98,14 @@ def _slices(report: EvalReport, rule: NoWorseThan) -> dict[str, dict[str, float]
             f"release.gate.no_worse_than judges slices={rule.slices}, which {report.id} does not have",
             hint=f"add {rule.slices} to eval.slices",
         )
-    found = report.per_slice[rule.slices]
-    known = {name for scores in found.values() for name in scores} - {"count"}
-    if rule.metric not in known and not any(f"{rule.slices}:{of}:{rule.metric}" in report.undefined for of in found):
+    slices = report.per_slice[rule.slices]
+    metrics = {name for scores in slices.values() for name in scores} - {"count"}
+    if rule.metric not in metrics and not any(f"{rule.slices}:{of}:{rule.metric}" in report.undefined for of in slices):
         raise ConfigError(
             f"release.gate.no_worse_than names the metric {rule.metric!r}, which slices do not have",
-            hint=f"one of {', '.join(sorted(known))}",
+            hint=f"one of {', '.join(sorted(metrics))}",
         )
-    return found
+    return slices
 
 
 def _of_slice(scores: dict[str, float], metric: str) -> float:
@@ -115,8 +115,8 @@ def _of_slice(scores: dict[str, float], metric: str) -> float:
 def _regression(rule: NoWorseThan, name: str, what: str, value: float, rival: float) -> Check:
     bound = rival + rule.tolerance if rule.metric in LOWER_IS_BETTER else rival - rule.tolerance
     passed = -_gain(rule.metric, value, rival) <= rule.tolerance + _ulp(value, rival)
-    told = f"{what}={value:.4g} is worse than {rule.incumbent} ({rival:.4g}) by more than {rule.tolerance:g}"
-    return _check(name, value, bound, passed, told)
+    reason = f"{what}={value:.4g} is worse than {rule.incumbent} ({rival:.4g}) by more than {rule.tolerance:g}"
+    return _check(name, value, bound, passed, reason)
 
 
 def _ulp(value: float, rival: float) -> float:
@@ -132,9 +132,9 @@ def _budgets(gate: Gate, report: EvalReport) -> Iterator[Check]:
             yield _check(name, math.nan, bound, False, f"{name} was not measured in {report.id}, its budget is {bound:g}")
             continue
         value = report.costs[name]
-        shown = f"{value:.0f}" if name == "size_bytes" else f"{value:.4g}"
+        measured = f"{value:.0f}" if name == "size_bytes" else f"{value:.4g}"
         limit = f"{bound}" if name == "size_bytes" else f"{bound:g}"
-        yield _check(name, value, bound, value <= bound, f"{name}={shown} is over the budget {limit}")
+        yield _check(name, value, bound, value <= bound, f"{name}={measured} is over the budget {limit}")
 
 
 LEAK_METRICS = {
@@ -153,17 +153,17 @@ def _leak(bounds: LeakBounds, leak: EvalReport | None) -> Iterator[Check]:
         name = LEAK_METRICS[setting]
         value = leak.metrics.get(name, math.nan) if leak else math.nan
         if leak is None:
-            told = f"{name} was not measured, its bound is {bound:g}: eval.leak is not set"
+            reason = f"{name} was not measured, its bound is {bound:g}: eval.leak is not set"
         elif name.startswith("exposure") and name not in leak.metrics and name not in leak.undefined:
-            told = f"{name} is not known, its bound is {bound:g}: no canary is among the training rows"
+            reason = f"{name} is not known, its bound is {bound:g}: no canary is among the training rows"
         else:
-            told = f"{name}={value:.4g} is above the maximum {bound:g}"
-        yield _check(name, value, bound, value <= bound, told)
+            reason = f"{name}={value:.4g} is above the maximum {bound:g}"
+        yield _check(name, value, bound, value <= bound, reason)
 
 
-def _check(name: str, value: float, bound: float | None, passed: bool, told: str) -> Check:
+def _check(name: str, value: float, bound: float | None, passed: bool, reason: str) -> Check:
     finite = [number if number is not None and math.isfinite(number) else None for number in (value, bound)]
-    return Check(name=name, value=finite[0], bound=finite[1], passed=passed, reason="" if passed else told)
+    return Check(name=name, value=finite[0], bound=finite[1], passed=passed, reason="" if passed else reason)
 
 
 def _unset(metric: str, incumbent: str) -> Check:
@@ -177,12 +177,12 @@ def _gain(metric: str, value: float, rival: float) -> float:
 
 def _metric(report: EvalReport, name: str, leak: EvalReport | None = None) -> float:
     """NaN where the metric came out as no finite number."""
-    known = {**report.costs, **(leak.metrics if leak else {}), **report.metrics}
+    metrics = {**report.costs, **(leak.metrics if leak else {}), **report.metrics}
     if name in report.undefined or (leak and name in leak.undefined):
         return math.nan
-    if name not in known:
+    if name not in metrics:
         raise ConfigError(
             f"release.gate names the metric {name!r}, which {report.id} does not have",
-            hint=f"one of {', '.join(sorted(known))}",
+            hint=f"one of {', '.join(sorted(metrics))}",
         )
-    return known[name]
+    return metrics[name]

@@ -1,4 +1,4 @@
-"""One choice of an answer: what the engine generates as text, tool calls and an end (no ray, no torch)."""
+"""One choice of an answer: the engine's tokens as text, tool calls and a finish reason (no ray, no torch)."""
 
 from __future__ import annotations
 
@@ -16,41 +16,39 @@ from forge_ray.serve.reply import Part
 from forge_ray.serve.text import Piece, answer
 from forge_ray.serve.tools import Beginning, Call, CallParser, markers
 
-ONLY_THESE = 100.0  # a bias that leaves the others no chance
+ALLOW_ONLY = 100.0  # a logit bias so large that the other tokens have no chance
 
 
-async def answer_choice(
-    loaded: Loaded, wanted: ChatRequest | CompletionRequest, choice: Choice
-) -> AsyncGenerator[Part, None]:
-    """Its text, its calls and why it ended, as they come; closing the iterator cancels it."""
+async def answer_choice(loaded: Loaded, body: ChatRequest | CompletionRequest, choice: Choice) -> AsyncGenerator[Part, None]:
+    """Its text, its calls and its finish reason as they are generated; closing the iterator cancels the request."""
     prompt, generation = choice.prompt, choice.generation
     parser = None
     marks = {}
-    if isinstance(wanted, ChatRequest) and wanted.offered:
-        functions = [tool.function for tool in wanted.offered]
-        parser = CallParser(loaded.tokenizer.call_style, functions, wanted.parallel_tool_calls is not False)
+    if isinstance(body, ChatRequest) and body.offered:
+        functions = [tool.function for tool in body.offered]
+        parser = CallParser(loaded.tokenizer.call_style, functions, body.parallel_tool_calls is not False)
         marks = markers(loaded.tokenizer)
     if prompt.beginnings and parser is not None:
-        begun = await _chosen_beginning(loaded.engine, generation, prompt.beginnings)
-        generation = replace(generation, prompt_ids=(*prompt.ids, *begun.ids), json_schema=begun.json_schema)
-        parser.push(begun.text)
-    if prompt.said:
-        yield Part(prompt.said)
+        beginning = await _chosen_beginning(loaded.engine, generation, prompt.beginnings)
+        generation = replace(generation, prompt_ids=(*prompt.ids, *beginning.ids), json_schema=beginning.json_schema)
+        parser.push(beginning.text)
+    if prompt.prefix:
+        yield Part(prompt.prefix)
     num_calls = 0
-    stream = answer(loaded.engine, loaded.tokenizer, generation, wanted.stops, marks)
+    stream = answer(loaded.engine, loaded.tokenizer, generation, body.stops, marks)
     async with _refusals(prompt), aclosing(stream) as deltas:
         async for delta in deltas:
-            pieces = tuple(Piece(piece.token, piece.offset + len(prompt.said)) for piece in delta.pieces)
+            pieces = tuple(Piece(piece.token, piece.offset + len(prompt.prefix)) for piece in delta.pieces)
             if parser is None:
                 yield Part(delta.text, (), pieces, delta.num_tokens, delta.finish_reason)
                 continue
-            found = parser.push(delta.text)
+            parsed = parser.push(delta.text)
             if delta.finish_reason is not None:
-                found += parser.flush()
-            calls = tuple(part for part in found if isinstance(part, Call))
+                parsed += parser.flush()
+            calls = tuple(part for part in parsed if isinstance(part, Call))
             num_calls += len(calls)
             ended = "stop" if parser.finished else delta.finish_reason
-            text = "".join(part for part in found if isinstance(part, str))
+            text = "".join(part for part in parsed if isinstance(part, str))
             yield Part(text, calls, pieces, delta.num_tokens, "tool_calls" if ended == "stop" and num_calls else ended)
             if parser.finished:
                 return
@@ -58,7 +56,7 @@ async def answer_choice(
 
 @asynccontextmanager
 async def _refusals(prompt: Prompt) -> AsyncGenerator[None, None]:
-    """What the engine cannot do with a request is the client's to change."""
+    """A request that the engine refuses is answered 400: the client has to change it."""
     try:
         yield
     except RequestError as error:
@@ -66,19 +64,19 @@ async def _refusals(prompt: Prompt) -> AsyncGenerator[None, None]:
         raise ApiError(400, error.message, param=param) from error
 
 
-async def _chosen_beginning(engine: Engine, request: GenerationRequest, ways: Sequence[Beginning]) -> Beginning:
-    """The one that the model itself would write: where they part, it picks among their next tokens."""
+async def _chosen_beginning(engine: Engine, request: GenerationRequest, candidates: Sequence[Beginning]) -> Beginning:
+    """The beginning that the model prefers: where the candidates differ, it picks among their next tokens."""
     at = 0
-    while len(ways) > 1:
-        allowed = sorted({way.ids[at] for way in ways if len(way.ids) > at})
+    while len(candidates) > 1:
+        allowed = sorted({candidate.ids[at] for candidate in candidates if len(candidate.ids) > at})
         token_id: int | None = allowed[0]
         if len(allowed) > 1:
             step = replace(
                 request,
-                prompt_ids=(*request.prompt_ids, *ways[0].ids[:at]),
+                prompt_ids=(*request.prompt_ids, *candidates[0].ids[:at]),
                 max_new_tokens=1,
                 stop_token_ids=(),
-                logit_bias=tuple((token, ONLY_THESE) for token in allowed),
+                logit_bias=tuple((token, ALLOW_ONLY) for token in allowed),
                 num_logprobs=None,
                 json_schema="",
             )
@@ -86,7 +84,8 @@ async def _chosen_beginning(engine: Engine, request: GenerationRequest, ways: Se
                 async for token in tokens:
                     token_id = token.token_id
                     break
-        # A token that none of them has, in spite of the bias: the first way, for one must be gone
-        ways = [way for way in ways if len(way.ids) > at and way.ids[at] == token_id] or ways[:1]
+        # If it generated another token in spite of the bias, take the first candidate: one must be chosen
+        matching = [candidate for candidate in candidates if len(candidate.ids) > at and candidate.ids[at] == token_id]
+        candidates = matching or candidates[:1]
         at += 1
-    return ways[0]
+    return candidates[0]

@@ -1,11 +1,10 @@
-"""One request from its fields to its answer (no ray): tokenise, choose who answers, generate, reply.
+"""A chat or text completion from its fields to its answer (no ray): choose a version, tokenise, admit, generate, reply.
 
 When the client goes away the request is cancelled in the engine, with all its choices.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -16,82 +15,67 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from forge_ray.errors import EngineError
 from forge_ray.serve.choice import answer_choice
+from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
-from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.prompt import Prompt, choices_of, prompts_of
-from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, joined, sse, usage
-from forge_ray.serve.served import Admission, Caller, Chosen, RoutingInputs, Served
+from forge_ray.serve.prologue import admitted, caller_of, routed
+from forge_ray.serve.prompt import choices_of
+from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, answered_by, joined, sse, usage
 from forge_ray.serve.shadow import Shadows
+from forge_ray.serve.statuses import CLIENT_CLOSED
 from forge_ray.serve.streams import merged, unless_gone
 
-KEEP_ALIVE_S = 10.0  # proxies close what is silent for longer, often after 30 s or 60 s
+KEEP_ALIVE_S = 10.0  # proxies close idle connections, often after 30 s or 60 s
 
 Parts = AsyncGenerator[tuple[int, Part] | None, None]
 
 log = logging.getLogger(__name__)
 
 
-async def complete(served: Served, shadows: Shadows, request: Request, wanted: ChatRequest | CompletionRequest) -> Response:
+async def complete(
+    context: ServingContext, shadows: Shadows, request: Request, body: ChatRequest | CompletionRequest
+) -> Response:
     """Both endpoints: the whole answer, or a stream of it."""
     started = time.monotonic()
-    stable = served.directory.stable(wanted.model)
-    prompts = await _prompts(served, stable, wanted)
-    chosen = await served.directory.choose(wanted.model, RoutingInputs(request.headers, wanted.user or "", prompts[0].ids))
+    caller = caller_of(request)
+    chosen, prompts = await routed(context, request, body)
     loaded = chosen.loaded
-    if loaded.tokenizer is not stable.tokenizer:
-        prompts = await _prompts(served, loaded, wanted)
-    choices = choices_of(served.config.limits, loaded, wanted, prompts)
+    choices = choices_of(context.config.limits, loaded, body, prompts)
     num_prompt = sum(len(prompt.ids) for prompt in prompts)
-    most_new = sum(choice.generation.max_new_tokens for choice in choices)
-    caller: Caller | None = getattr(request.state, "caller", None)
-    admission = await served.admit(caller, chosen, num_prompt, most_new)
-    shadows.start(wanted, chosen)
-    served.metrics.accepted(chosen.name, loaded.version, num_prompt, time.monotonic() - started)
-    chat = isinstance(wanted, ChatRequest)
+    max_new_tokens = sum(choice.generation.max_new_tokens for choice in choices)
+    admission = await admitted(context, caller, chosen, num_prompt, max_new_tokens, started)
+    shadows.start(body, chosen)
     reply = Reply(
-        "chat" if chat else "text",
-        wanted.model,
+        "chat" if isinstance(body, ChatRequest) else "text",
+        body.model,
         loaded.fingerprint,
         loaded.tokenizer,
-        wanted.num_logprobs,
-        wanted.metadata,
+        body.num_logprobs,
+        body.metadata,
     )
-    streams = [answer_choice(loaded, wanted, choice) for choice in choices]
-    parts = _measured(served, chosen, merged(streams, KEEP_ALIVE_S), started, caller, admission, num_prompt)
+    streams = [answer_choice(loaded, body, choice) for choice in choices]
+    parts = _measured(context, chosen, merged(streams, KEEP_ALIVE_S), started, caller, admission, num_prompt)
     headers = answered_by(chosen)
-    if wanted.stream:
-        # Headers go with the first token, or with the first sign of life: what fails before that has its own status
+    if body.stream:
+        # Headers are sent with the first token or the first keep-alive: a failure before that has its own status
         first = await unless_gone(request, anext(parts))
         return StreamingResponse(
-            _events(reply, first, parts, len(choices), num_prompt, wanted.include_usage),
+            _events(reply, first, parts, len(choices), num_prompt, body.include_usage),
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers},
         )
-    found = [joined(of_choice) for of_choice in await unless_gone(request, _collected(parts, len(choices)))]
-    whole = reply.whole(found, usage(num_prompt, sum(part.num_tokens for part in found)))
+    answers = [joined(of_choice) for of_choice in await unless_gone(request, _collected(parts, len(choices)))]
+    whole = reply.whole(answers, usage(num_prompt, sum(answer.num_tokens for answer in answers)))
     return JSONResponse(whole, headers=headers)
 
 
-def answered_by(chosen: Chosen) -> dict[str, str]:
-    """Response headers: which version answers, and by which route."""
-    loaded = chosen.loaded
-    route = {"x-forge-route": chosen.route} if chosen.route else {}
-    return {"x-forge-model-version": loaded.version, "x-forge-model-digest": loaded.digest, **route}
-
-
-async def _prompts(served: Served, loaded: Loaded, wanted: ChatRequest | CompletionRequest) -> list[Prompt]:
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(served.tokenising, prompts_of, loaded.tokenizer, wanted)
-
-
 async def _collected(parts: Parts, num_choices: int) -> list[list[Part]]:
-    found: list[list[Part]] = [[] for _ in range(num_choices)]
+    by_choice: list[list[Part]] = [[] for _ in range(num_choices)]
     async with aclosing(parts):
         async for item in parts:
             if item is not None:
-                found[item[0]].append(item[1])
-    return found
+                by_choice[item[0]].append(item[1])
+    return by_choice
 
 
 async def _events(
@@ -102,7 +86,7 @@ async def _events(
     num_prompt: int,
     include_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events; an engine that fails half-way ends the stream with an error event and without `[DONE]`."""
+    """Server-sent events; if the engine fails half-way, the stream ends with an error event and without `[DONE]`."""
     begun: set[int] = set()
     num_calls, num_tokens = [0] * num_choices, [0] * num_choices
     try:
@@ -116,7 +100,7 @@ async def _events(
                     if reply.chat and index not in begun:
                         begun.add(index)
                         yield sse(reply.first_chunk(index))
-                    if part.says_something:
+                    if part.has_content:
                         yield sse(reply.chunk(index, part, num_calls[index]))
                     num_calls[index] += len(part.calls)
                     num_tokens[index] = part.num_tokens
@@ -133,7 +117,7 @@ async def _events(
 
 
 def _failure(error: Exception) -> ApiError:
-    """What a client sees of an error whose status was sent already."""
+    """The error as a client sees it after the status was sent already."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineError):
@@ -143,19 +127,19 @@ def _failure(error: Exception) -> ApiError:
 
 
 async def _measured(
-    served: Served,
+    context: ServingContext,
     chosen: Chosen,
     parts: Parts,
     started: float,
-    caller: Caller | None,
+    caller: Caller,
     admission: Admission,
     num_prompt: int,
 ) -> Parts:
-    """The same parts, their times and numbers noted; a cancelled request is charged for what was generated."""
-    metrics, who = served.metrics, (chosen.name, chosen.loaded.version)
+    """The same parts, with times and token counts recorded; a cancelled request is charged for what was generated."""
+    metrics, labels = context.metrics, (chosen.name, chosen.loaded.version)
     last: dict[int, float] = {}
     num_tokens: dict[int, int] = {}
-    status = 499
+    status = CLIENT_CLOSED
     try:
         async with aclosing(parts):
             async for item in parts:
@@ -163,8 +147,8 @@ async def _measured(
                     index, now = item[0], time.monotonic()
                     first = not last
                     since = started if first else last.get(index)
-                    metrics.token(*who, None if since is None else now - since, first=first, count=new)
-                    if first and caller is not None:
+                    metrics.token(*labels, None if since is None else now - since, first=first, count=new)
+                    if first:
                         caller.first_token_s = now - started
                     last[index], num_tokens[index] = now, item[1].num_tokens
                 yield item
@@ -176,8 +160,8 @@ async def _measured(
         status = 503
         raise
     except Exception:
-        status = 500  # not the client's leaving: a canary is judged by it
+        status = 500  # unlike a client that left, this counts against a canary
         raise
     finally:
         admission.close(num_prompt, sum(num_tokens.values()), status)
-        metrics.finished(*who, time.monotonic() - started, status)
+        metrics.finished(*labels, time.monotonic() - started, status)

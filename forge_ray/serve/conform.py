@@ -1,7 +1,7 @@
-"""Do the arguments of a call conform to their schema? (pure)
+"""Validation of a call's arguments against the function's schema (pure).
 
-Schema and answer both come from outside, so the work is bounded: no reference is fetched, no regular expression is run
-(`pattern` is not looked at, `patternProperties` refused), and a schema that multiplies itself runs out of steps.
+Schema and answer are both untrusted, so the work is bounded: no reference is fetched, no regular expression is run
+(`pattern` is ignored, `patternProperties` refused), and a schema that expands exponentially runs out of steps.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from referencing.exceptions import Unresolvable
 from forge_ray.serve.fields import Function
 from forge_ray.serve.openai import ApiError
 
-MAX_STEPS = 20_000  # keywords that are looked at for one call; some 50 ms
+MAX_STEPS = 20_000  # keywords that are evaluated for one call; some 50 ms
 MAX_SCHEMA_CHARS = 1 << 16
 
 Keyword = Callable[..., Iterator[Any] | None]
 
 
-class _TooMuch(Exception):
+class _TooManySteps(Exception):
     pass
 
 
 def check_strict(function: Function) -> None:
-    """`ApiError` 400 where the schema of a strict function is none, or one that is not checked here."""
+    """`ApiError` 400 if the schema of a strict function is invalid or not supported here."""
     text = json.dumps(function.schema_)
     if len(text) > MAX_SCHEMA_CHARS:
         raise _refusal(function, f"its schema has {len(text)} characters; {MAX_SCHEMA_CHARS} are allowed with strict")
     if '"patternProperties"' in text:
-        raise _refusal(function, "patternProperties are not checked; leave them or strict out")
+        raise _refusal(function, "patternProperties are not supported with strict; leave out one of the two")
     try:
         jsonschema.Draft202012Validator.check_schema(function.schema_)
     except jsonschema.SchemaError as error:
@@ -42,23 +42,23 @@ def check_strict(function: Function) -> None:
 
 
 def conforms(value: Any, schema: dict[str, Any]) -> bool:
-    """Whether `value` is of `schema`, patterns apart; False too where that takes more than `MAX_STEPS`."""
+    """Whether `value` conforms to `schema`, ignoring patterns; False too if that takes more than `MAX_STEPS`."""
     steps = itertools.count()
 
     def bounded(keyword: Keyword) -> Keyword:
-        def looked_at(*arguments: Any) -> Iterator[Any]:
+        def evaluate(*arguments: Any) -> Iterator[Any]:
             if next(steps) >= MAX_STEPS:
-                raise _TooMuch
+                raise _TooManySteps
             yield from keyword(*arguments) or ()
 
-        return looked_at
+        return evaluate
 
     keywords = jsonschema.Draft202012Validator.VALIDATORS
     counted = {name: bounded(keyword) for name, keyword in keywords.items() if name != "pattern"}
     validator = jsonschema.validators.create(jsonschema.Draft202012Validator.META_SCHEMA, counted)
     try:
         return bool(validator(schema, registry=Registry()).is_valid(value))
-    except (_TooMuch, RecursionError, Unresolvable, ArithmeticError):
+    except (_TooManySteps, RecursionError, Unresolvable, ArithmeticError):
         return False
 
 

@@ -1,7 +1,7 @@
-"""Put models behind an endpoint, and take it away. Ray must be initialised by the caller.
+"""Deploy models to an endpoint, and undeploy it. Ray must be initialised by the caller.
 
-The application belongs to Serve's detached controller: it goes on when this process ends. It owns the route prefix `/`, so
-that clients use the plain base URL `http://host:port/v1`; one cluster therefore serves one deployment at a time.
+The application belongs to Serve's detached controller: it keeps running when this process ends. It owns the route prefix
+`/`, so that clients use the plain base URL `http://host:port/v1`; one cluster therefore serves one deployment at a time.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
 from forge_ray.records import Deployment, Event
-from forge_ray.serve.board import find_board
+from forge_ray.release import promotion
+from forge_ray.serve.coordinator import find_coordinator
 from forge_ray.serve.replica import Replica
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
 POLL_S = 0.25
-SLOWEST_TOKEN_S = 0.5  # on a loaded CPU; sets how long a leaving replica may finish what it began
+SLOWEST_TOKEN_S = 0.5  # on a loaded CPU; sets how long a stopping replica may take to finish its answers
 KEEP_ALIVE_S = 90  # longer than clients keep idle connections, so that they close first and never send into a closed one
 RETRY_AFTER_S = 2
-LOOK_BACK_S = 5  # the load is averaged over so long
+LOOK_BACK_S = 5  # the load is averaged over this time
 
 
 def drain_s(config: DeployConfig) -> float:
-    """How long a replica that leaves may finish its answers: longer than the longest takes."""
+    """How long a stopping replica may take to finish its answers: longer than the longest answer takes."""
     return max(60.0, config.limits.max_new_tokens * SLOWEST_TOKEN_S)
 
 
 def options(config: DeployConfig) -> dict[str, Any]:
     """Ray Serve's settings of the deployment.
 
-    A replica admits what its engine runs and its own queue holds, and refuses the rest itself (429), at once; Serve's queue
-    in front of it is for the time when there is no replica. A rollout starts new replicas before old ones leave.
+    A replica admits what its engine runs and its own queue holds, and refuses the rest at once (429); Serve's queue in front
+    of it is for the time without any replica. A rollout starts new replicas before old ones stop.
     """
     most = config.engine.max_running + config.limits.max_queued_requests
     target = config.replicas.target_tokens or config.engine.cache_tokens // 2
@@ -83,7 +84,7 @@ def app_from_args(args: dict[str, Any]) -> serve.Application:
     Host and port are then Serve's own, from that file.
     """
     config = parse(DeployConfig, args["deploy"], where="deploy")
-    with Catalog(Store(args["store"])) as catalog:
+    with Catalog.open(Store(args["store"])) as catalog:
         return build_app(catalog.put(deployment_of(config, catalog)), args["store"])
 
 
@@ -103,7 +104,7 @@ def serve_file(config: DeployConfig, store_uri: str) -> dict[str, Any]:
 
 
 def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
-    """The sealed record of what would be served; a rejected or archived version is refused."""
+    """The sealed record of the deployment; a rejected or archived version is refused."""
     archived = catalog.archived()
     models = {}
     for name in config.models:
@@ -115,7 +116,7 @@ def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
             )
         if version.id in archived:
             raise PolicyError(f"{version.id} is archived", hint=f"`forge models restore {version.id}` first")
-        catalog.require_signed(version)
+        promotion.require_signed(catalog, version)
         models[name] = version.id
     first = catalog.model(config.models[0])
     return Deployment(
@@ -130,10 +131,10 @@ def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
 
 
 def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900) -> Deployment:
-    """Serve what `config.models` names and wait until it answers; the record is written, its state is an event."""
+    """Serve the models of `config` and wait until they answer; writes the record, and its state as an event."""
     for alias, route in config.aliases.items():
-        if catalog.routes().get(alias) != (wanted := catalog.resolved_route(alias, route)):
-            catalog.set_route(alias, wanted, why=f"deployment file of {config.name}")
+        if catalog.routes().get(alias) != (resolved_route := promotion.resolved_route(catalog, alias, route)):
+            promotion.set_route(catalog, alias, resolved_route, why=f"deployment file of {config.name}")
     deployment = deployment_of(config, catalog)
     serve.start(http_options={"host": config.host, "port": config.port, "keep_alive_timeout_s": KEEP_ALIVE_S})
     running = set(serve.status().applications)
@@ -149,7 +150,7 @@ def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900) -> Deplo
         wait_until_answering(config, deployment.id, time.monotonic() + wait_s)
     except EngineError as error:
         _note(catalog, deployment, "failed", reason=error.message)
-        if config.name not in running:  # a first deployment that failed leaves nothing behind
+        if config.name not in running:  # a first deployment that failed is removed again
             serve.delete(config.name)
         raise
     _note(catalog, deployment, "running", url=base_url(config))
@@ -157,14 +158,14 @@ def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900) -> Deplo
 
 
 def undeploy(name: str, catalog: Catalog | None = None) -> None:
-    """Take the application away after it has finished what it began; with a catalogue, note that it stopped."""
+    """Remove the application after its running requests finish; with a catalogue, record that it stopped."""
     if name not in serve.status().applications:
-        known = ", ".join(sorted(serve.status().applications)) or "nothing"
-        raise NotFound(f"no deployment {name!r} is running on this cluster", hint=f"running: {known}")
+        running = ", ".join(sorted(serve.status().applications)) or "nothing"
+        raise NotFound(f"no deployment {name!r} is running on this cluster", hint=f"running: {running}")
     serve.delete(name)
     if catalog is not None and (record := last_deployment(catalog, name)):
-        if board := find_board(record.id):
-            ray.kill(board)
+        if coordinator := find_coordinator(record.id):
+            ray.kill(coordinator)
         _note(catalog, record, "stopped")
 
 
@@ -178,15 +179,15 @@ def last_deployment(catalog: Catalog, name: str) -> Deployment | None:
 
 
 def status(catalog: Catalog) -> list[dict[str, Any]]:
-    """What runs on this cluster: Serve's own state, and what the replicas told their board."""
-    found = []
+    """What runs on this cluster: Serve's own state, and what the replicas reported to their coordinator."""
+    endpoints = []
     for name, application in sorted(serve.status().applications.items()):
         record = last_deployment(catalog, name)
-        board = find_board(record.id) if record else None
-        state = ray.get(board.state.remote(), timeout=30) if board else {}
+        coordinator = find_coordinator(record.id) if record else None
+        state = ray.get(coordinator.state.remote(), timeout=30) if coordinator else {}
         url = base_url(parse(DeployConfig, record.config)) if record else ""
         replicas = {deployment.status.value: deployment.replica_states for deployment in application.deployments.values()}
-        found.append(
+        endpoints.append(
             {
                 "name": name,
                 "status": application.status.value,
@@ -196,19 +197,19 @@ def status(catalog: Catalog) -> list[dict[str, Any]]:
                 **state,
             }
         )
-    return found
+    return endpoints
 
 
 def base_url(config: DeployConfig) -> str:
-    """Where clients reach the endpoint; a server on all interfaces is reached here by loopback."""
+    """The URL by which clients on this machine reach the endpoint: loopback for a server on all interfaces."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     return f"http://{host}:{config.port}"
 
 
 def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: float) -> None:
-    """Until this very deployment answers at the endpoint; `EngineError` when Serve gives up or time runs out.
+    """Wait until exactly this deployment answers at the endpoint; `EngineError` when Serve gives up or time runs out.
 
-    With no replica at least, the endpoint is ready when Serve is: the first request starts one.
+    With a minimum of 0 replicas, the endpoint is ready when Serve is: the first request starts one.
     """
     seen = "not started"
     with httpx2.Client(base_url=base_url(config), timeout=10, trust_env=False) as client:
@@ -233,7 +234,7 @@ def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: flo
 
 
 def _answers(client: httpx2.Client) -> str:
-    """The deployment that answers; it says its name on a 401 too."""
+    """The id of the deployment that answers; a 401 carries it too."""
     try:
         return client.get("/health").headers.get("x-forge-deployment", "")
     except httpx2.TransportError:

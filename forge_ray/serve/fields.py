@@ -1,4 +1,4 @@
-"""The fields of each request, OpenAI's with Mistral's aliases (no ray, no torch)."""
+"""The fields of each request: OpenAI's, with Mistral's aliases (no ray, no torch)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class SaidCall(Wire):
     index: int | None = None  # a part of a stream that was sent back
 
     def for_template(self) -> dict[str, Any]:
-        given = self.function.arguments
-        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        arguments = self.function.arguments
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
@@ -58,9 +59,9 @@ class Message(Wire):
             ("prefix", "assistant"),
         ):
             if getattr(self, field) and self.role != role:
-                raise ValueError(f"{field}: it belongs to messages of role {role}, not {self.role}")
+                raise ValueError(f"{field}: only allowed in messages of role {role}, not {self.role}")
         if self.content is None and not self.tool_calls:
-            raise ValueError("content: it is missing")
+            raise ValueError("content: missing")
         return self
 
     @property
@@ -68,12 +69,12 @@ class Message(Wire):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
 
     def for_template(self) -> dict[str, Any]:
-        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
         if self.content is not None:
-            said["content"] = self.text
+            turn["content"] = self.text
         if self.tool_calls:
-            said["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        return said | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
+            turn["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return turn | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
 
 
 class Function(Wire):
@@ -84,7 +85,7 @@ class Function(Wire):
 
     @property
     def schema_(self) -> dict[str, Any]:
-        """What a call's arguments are; without `parameters` an empty object."""
+        """The schema of a call's arguments; without `parameters`, an empty object."""
         return self.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -119,7 +120,7 @@ class ResponseFormat(Wire):
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema: it goes with the type json_schema")
+            raise ValueError("json_schema: required with the type json_schema, and only allowed with it")
         return self
 
     @property
@@ -137,7 +138,7 @@ class StreamOptions(Wire):
 
 
 class CompletionOptions(Wire):
-    """What both endpoints share. `random_seed` is Mistral's name of `seed`; `top_k` 0 or -1 keeps every token."""
+    """The fields of both endpoints. `random_seed` is Mistral's name for `seed`; `top_k` 0 or -1 keeps every token."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -212,13 +213,13 @@ class ChatRequest(CompletionOptions):
         if len(set(names)) != len(names):
             raise ValueError("tools: two of them have the same name")
         if self.tool_choice not in (None, "none", "auto") and not names:
-            raise ValueError("tool_choice: a call needs `tools`")
+            raise ValueError("tool_choice: a call requires `tools`")
         if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice: {self.tool_choice.function.name!r} is none of `tools`")
+            raise ValueError(f"tool_choice: {self.tool_choice.function.name!r} is not one of `tools`")
         if self.offered and self.response_format and self.response_format.type != "text":
-            raise ValueError("response_format: not together with tools that may be called; set tool_choice to none")
+            raise ValueError("response_format: not supported with tools that may be called; set tool_choice to none")
         if self.offered and self.messages[-1].prefix:
-            raise ValueError("messages: a prefix is not offered together with tools that may be called")
+            raise ValueError("messages: a prefix is not supported with tools that may be called")
         return self
 
     @property
@@ -238,7 +239,7 @@ class ChatRequest(CompletionOptions):
 
     @property
     def forced(self) -> list[Function]:
-        """Functions of which one must be called; none where the model may answer with a text."""
+        """Functions of which one must be called; empty where the model may answer with text."""
         if isinstance(self.tool_choice, NamedChoice):
             return [tool.function for tool in self.offered if tool.function.name == self.tool_choice.function.name]
         return [tool.function for tool in self.offered] if self.tool_choice in ("required", "any") else []
@@ -254,14 +255,14 @@ class CompletionRequest(CompletionOptions):
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
         if not self.prompts or any(not prompt for prompt in self.prompts):
-            raise ValueError("prompt: it is empty; give a text or token ids")
+            raise ValueError("prompt: empty; send a text or token ids")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo: log-probabilities of the prompt are not offered; leave out echo or logprobs")
+            raise ValueError("echo: log-probabilities of the prompt are not supported; leave out echo or logprobs")
         return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        return prompts_of(self.prompt)
+        return as_list(self.prompt)
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -282,12 +283,12 @@ class EmbeddingRequest(Wire):
     @model_validator(mode="after")
     def _has_inputs(self) -> Self:
         if not self.inputs or any(not one for one in self.inputs):
-            raise ValueError("input: it is empty; give a text or token ids")
+            raise ValueError("input: empty; send a text or token ids")
         return self
 
     @property
     def inputs(self) -> list[str] | list[list[int]]:
-        return prompts_of(self.input)
+        return as_list(self.input)
 
 
 class TokenizeRequest(Wire):
@@ -306,7 +307,7 @@ class TokenizeRequest(Wire):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt: send either prompt or messages")
         if self.messages is None and self.tools:
-            raise ValueError("tools: they go with messages")
+            raise ValueError("tools: only allowed together with messages")
         return self
 
 
@@ -315,8 +316,8 @@ class DetokenizeRequest(Wire):
     tokens: list[int]
 
 
-def prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
-    """A text, a list of ids or a list of either → the list."""
-    if isinstance(given, str):
-        return [given]
-    return [given] if given and isinstance(given[0], int) else given  # type: ignore[return-value]
+def as_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
+    """A text, a list of ids, or a list of either → the list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    return [prompt] if prompt and isinstance(prompt[0], int) else prompt  # type: ignore[return-value]

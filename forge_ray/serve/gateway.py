@@ -1,9 +1,9 @@
-"""A reverse proxy that sends a request again when the replica that had it died (no torch, no ray).
+"""A reverse proxy that retries a request when the replica that had it died (no torch, no ray).
 
     asyncio.run(run(GatewayConfig(to=("http://127.0.0.1:8000",)), announce=print))
 
-It may do so because generating twice harms nobody, and because it holds a request whole, and an answer until it is whole
-unless it streams. A stream that has begun cannot be sent again; it ends with an error event.
+Requests are safe to retry: generating has no side effects. The gateway holds a request as a whole, and an answer until it is
+complete unless it streams. A stream that has begun cannot be retried; it ends with an error event.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from yarl import URL
 
 from forge_ray.errors import ConfigError
+from forge_ray.serve.statuses import CLIENT_CLOSED
 
-OWN = "x-forge-deployment"  # every answer of a replica has it, so a 5xx without it is of something in between
-AGAIN = frozenset({500, 502, 503, 504})
-CLIENT_CLOSED = 499  # nginx's number for a client that went away before the answer
+REPLICA_HEADER = "x-forge-deployment"  # every answer of a replica has it; a 5xx without it comes from a proxy in between
+RETRIED = frozenset({500, 502, 503, 504})
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -49,15 +49,15 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-MAX_HELD = 8 << 20  # bytes of an answer that are held until it is whole; a larger one is passed on as it comes
-LARGE = 1 << 20  # a body that aiohttp shall write in pieces
+MAX_HELD = 8 << 20  # bytes of an answer that are held until it is complete; a larger one is passed on as it arrives
+LARGE = 1 << 20  # bytes from which aiohttp writes a body in pieces
 CONNECT_S = 5.0
-BODY_S = 60.0  # for a client to send its request
+BODY_S = 60.0  # within which a client must have sent its request
 IDLE_UPSTREAM_S = (
     60.0  # below the 90 s after which an endpoint closes an idle connection: it must not be closed under a request
 )
 IDLE_CLIENT_S = 90.0
-DOWN_S = 10.0  # an address that could not be reached is asked last for so long
+DOWN_S = 10.0  # for this long, an address that could not be reached is tried last
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.05, 2.0
 LAST_WRITE_S = 5.0
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GatewayConfig:
-    """`to`: base URLs, the first that can be reached is asked first. `retry_s` counts from a request's first failure."""
+    """`to`: base URLs, tried in this order. `retry_s` counts from a request's first failure."""
 
     to: tuple[str, ...]
     host: str = "127.0.0.1"
@@ -81,22 +81,22 @@ class GatewayConfig:
         for address in self.to:
             url = URL(address)
             if url.scheme not in ("http", "https") or not url.host or url.query_string or url.fragment:
-                raise ConfigError(f"{address!r} is no base URL", hint="--to http://127.0.0.1:8000")
+                raise ConfigError(f"{address!r} is not a base URL", hint="--to http://127.0.0.1:8000")
         if not self.to:
-            raise ConfigError("no endpoint to ask", hint="--to http://127.0.0.1:8000")
+            raise ConfigError("no endpoint given", hint="--to http://127.0.0.1:8000")
         if bool(self.tls_cert) != bool(self.tls_key):
-            raise ConfigError("TLS takes a certificate and its key", hint="--tls-cert FILE --tls-key FILE")
+            raise ConfigError("TLS needs both a certificate and its key", hint="--tls-cert FILE --tls-key FILE")
         for name in ("tries", "retry_s", "max_body_bytes", "drain_s"):
             if getattr(self, name) < (1 if name in ("tries", "max_body_bytes") else 0):
                 raise ConfigError(f"{name}={getattr(self, name)} is too small", hint="see `forge gateway --help`")
 
 
 class TryFailed(Exception):
-    """One try came to nothing, and nothing of it has reached the client; the text is the reason, a label of the metrics."""
+    """One try failed before anything reached the client; the text is the reason, a label of the metrics."""
 
 
 class Refused(Exception):
-    """What the gateway itself answers, in OpenAI's shape."""
+    """An error that the gateway itself answers, in OpenAI's format."""
 
     def __init__(self, status: int, message: str, code: str) -> None:
         super().__init__(message)
@@ -117,7 +117,7 @@ class Gateway:
         self._down_until = [0.0] * len(config.to)
         self._registry = CollectorRegistry()
         registry = self._registry
-        self.running = Gauge("forge_gateway_requests_running", "Requests without a whole answer", registry=registry)
+        self.running = Gauge("forge_gateway_requests_running", "Requests without a complete answer", registry=registry)
         self._requests = Counter("forge_gateway_requests", "Requests by the status sent", ["status"], registry=registry)
         self._retries = Counter("forge_gateway_retries", "Tries after a request's first", ["reason"], registry=registry)
         self._failures = Counter("forge_gateway_failures", "Requests that failed", ["reason"], registry=registry)
@@ -146,42 +146,42 @@ class Gateway:
             self.num_running -= 1
             self._requests.labels(str(status)).inc()
         if (self.draining or status in (408, 413)) and not response.prepared:  # 4xx: the rest of the body is not read
-            response.force_close()  # said in the header; a client must not learn it by losing its next request
+            response.force_close()  # announced in the header; a client must not notice by losing its next request
         return response
 
     async def _answer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
-        """The first answer that counts; `Refused` where there is none in time."""
+        """The first final answer; `Refused` if there is none in time."""
         if not request.raw_path.startswith("/"):
-            raise Refused(400, "the request's target is not a path; this is no forward proxy", "invalid_target")
+            raise Refused(400, "the request's target is not a path; this is not a forward proxy", "invalid_target")
         try:
             "".join((request.raw_path, *request.headers.values())).encode()
         except UnicodeEncodeError:
             raise Refused(400, "the request's head is not UTF-8", "invalid_header") from None
         body = await _read_body(request, self.config.max_body_bytes)
         headers = _upstream_headers(request, request_id)
-        tried = [0] * len(self.config.to)
+        num_tries = [0] * len(self.config.to)
         first_failure = 0.0
         while True:
-            number = min(range(len(tried)), key=lambda i: (tried[i], self._down_until[i] > time.monotonic(), i))
-            tried[number] += 1
+            number = min(range(len(num_tries)), key=lambda i: (num_tries[i], self._down_until[i] > time.monotonic(), i))
+            num_tries[number] += 1
             try:
                 return await self._try(request, number, headers, body)
             except TryFailed as failure:
                 now = time.monotonic()
                 first_failure = first_failure or now
                 reason = str(failure)
-            pause = _pause(min(tried))
-            if sum(tried) >= self.config.tries or now + pause - first_failure > self.config.retry_s:
+            pause = _pause(min(num_tries))
+            if sum(num_tries) >= self.config.tries or now + pause - first_failure > self.config.retry_s:
                 self._failures.labels(reason).inc()
-                log.error("request %.128s failed after %d tries, last: %s", request_id, sum(tried), reason)
+                log.error("request %.128s failed after %d tries, last: %s", request_id, sum(num_tries), reason)
                 raise Refused(
                     502,
-                    f"no replica answered after {sum(tried)} tries over {now - first_failure:.1f} s (last: {reason}); "
+                    f"no replica answered after {sum(num_tries)} tries over {now - first_failure:.1f} s (last: {reason}); "
                     "send it again later, or see `forge deploy --status`",
                     "no_replica",
                 )
             self._retries.labels(reason).inc()
-            log.warning("request %.128s is sent again: %s of %s", request_id, reason, self.config.to[number])
+            log.warning("request %.128s is retried: %s of %s", request_id, reason, self.config.to[number])
             await asyncio.sleep(pause)
 
     async def _try(
@@ -196,24 +196,24 @@ class Gateway:
             if str(failure) == "unreachable":
                 self._down_until[number] = time.monotonic() + DOWN_S
             raise
-        async with answer:  # leaving it before its end closes the connection, which cancels the request there
-            if answer.status in AGAIN and OWN not in answer.headers:
+        async with answer:  # leaving it before its end closes the connection, which cancels the request upstream
+            if answer.status in RETRIED and REPLICA_HEADER not in answer.headers:
                 raise TryFailed(f"status_{answer.status}")
             streams = answer.content_type == "text/event-stream"
             with _failing():
-                head, whole = await _read_up_to(answer.content, 1 if streams else MAX_HELD)
+                head, complete = await _read_up_to(answer.content, 1 if streams else MAX_HELD)
             if answer.status == 503 and b'"adapter_unavailable"' in head:
                 raise TryFailed("adapter_unavailable")
-            if whole:
-                kept = _kept(answer.headers, "" if request.method == "HEAD" else "content-length")
-                return web.Response(status=answer.status, reason=answer.reason, headers=kept, body=head or None)
+            if complete:
+                headers = _end_to_end(answer.headers, "" if request.method == "HEAD" else "content-length")
+                return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=head or None)
             return await self._pass_on(request, answer, head, streams)
 
     async def _pass_on(
         self, request: web.BaseRequest, answer: aiohttp.ClientResponse, head: bytes, streams: bool
     ) -> web.StreamResponse:
-        """The rest of an answer as it comes. Of a stream only whole lines, so that an error can follow at any time."""
-        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_kept(answer.headers))
+        """The rest of an answer as it arrives. A stream is sent in whole lines, so that an error can follow at any time."""
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_end_to_end(answer.headers))
         if self.draining:
             response.force_close()
         await response.prepare(request)
@@ -229,23 +229,23 @@ class Gateway:
                     head = await answer.content.readany()
             except TryFailed as failure:
                 self._failures.labels(f"begun_{failure}").inc()
-                log.error("an answer that had begun broke: %s of %s", failure, answer.url.origin())
-                if streams:  # its end is a clean one: closing here would lose what the client sends next on this connection
+                log.error("an answer broke after it had begun: %s of %s", failure, answer.url.origin())
+                if streams:  # end it cleanly: closing the connection would lose the client's next request on it
                     broken = Refused(
                         502, "the replica died in the middle of its answer; send the request again", "broken_stream"
                     )
                     await response.write(b"\ndata: " + broken.body() + b"\n\n")
                 elif request.transport is not None:
-                    request.transport.abort()  # an end that looks like one would be a lie
+                    request.transport.abort()  # a clean end would look like a complete answer
                 return response
         if held:
             await response.write(held)
         return response
 
 
-async def _read_body(request: web.BaseRequest, most: int) -> bytes:
-    too_large = Refused(413, f"the body exceeds the gateway's {most} bytes", "request_too_large")
-    if (request.content_length or 0) > most:
+async def _read_body(request: web.BaseRequest, max_bytes: int) -> bytes:
+    too_large = Refused(413, f"the body exceeds the gateway's {max_bytes} bytes", "request_too_large")
+    if (request.content_length or 0) > max_bytes:
         raise too_large
     if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -254,29 +254,29 @@ async def _read_body(request: web.BaseRequest, most: int) -> bytes:
         async with asyncio.timeout(BODY_S):
             while piece := await request.content.readany():
                 body += piece
-                if len(body) > most:
+                if len(body) > max_bytes:
                     raise too_large
     except TimeoutError:
         raise Refused(408, f"the body did not arrive within {BODY_S:.0f} s", "request_timeout") from None
     except web.RequestPayloadError:
-        raise Refused(400, "the body is not what its headers announce", "invalid_body") from None
+        raise Refused(400, "the body does not match its headers", "invalid_body") from None
     return bytes(body)
 
 
 async def _read_up_to(content: StreamReader, size: int) -> tuple[bytes, bool]:
-    """At least `size` bytes, or all there are; whether they are all."""
-    found = bytearray()
-    while len(found) < size:
+    """(bytes, whether they are all): at least `size` bytes, fewer if the content ends before."""
+    head = bytearray()
+    while len(head) < size:
         piece = await content.readany()
         if not piece:
-            return bytes(found), True
-        found += piece
-    return bytes(found), False
+            return bytes(head), True
+        head += piece
+    return bytes(head), False
 
 
 @contextmanager
 def _failing() -> Iterator[None]:
-    """What happens to a connection upstream, as `TryFailed`."""
+    """Translate failures of the connection upstream to `TryFailed`."""
     try:
         yield
     except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
@@ -292,21 +292,21 @@ def _failing() -> Iterator[None]:
 
 
 def _pause(rounds: int) -> float:
-    """Seconds before the next try: none until every address was asked once, then twice as long each time, with jitter."""
+    """Seconds before the next try: none until every address was tried once, then twice as long each time, with jitter."""
     if not rounds:
         return 0.0
     return min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(rounds - 1, 16)) * random.uniform(0.5, 1)
 
 
-def _kept(headers: Any, *drop: str) -> CIMultiDict[str]:
-    """Headers that belong to the message and not to the connection that it came by."""
+def _end_to_end(headers: Any, *drop: str) -> CIMultiDict[str]:
+    """Headers that belong to the message and not to the connection, without `drop`."""
     named = {name.strip().lower() for value in headers.getall("connection", ()) for name in value.split(",")}
-    gone = HOP_BY_HOP | named | set(drop)
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in gone)
+    dropped = HOP_BY_HOP | named | set(drop)
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
 
 
 def _upstream_headers(request: web.BaseRequest, request_id: str) -> CIMultiDict[str]:
-    headers = _kept(request.headers, "content-length", "expect", "host")  # the address has its own name
+    headers = _end_to_end(request.headers, "content-length", "expect", "host")  # the address has its own name
     headers["x-request-id"] = request_id
     before = ", ".join(headers.popall("x-forwarded-for", []))
     headers["x-forwarded-for"] = ", ".join(part for part in (before, request.remote or "") if part)
@@ -316,14 +316,14 @@ def _upstream_headers(request: web.BaseRequest, request_id: str) -> CIMultiDict[
 
 
 def _socket(address: Any) -> socket.socket:
-    """Of a connection upstream: a machine that vanished without a word is noticed within half a minute."""
+    """The socket of a connection upstream, with keep-alive: a machine that vanished is noticed within half a minute."""
     family, kind, protocol = address[:3]
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection = socket.socket(family, kind, protocol)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
-            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return made
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection
 
 
 def _tls(config: GatewayConfig) -> ssl.SSLContext | None:
@@ -342,7 +342,7 @@ def _tls(config: GatewayConfig) -> ssl.SSLContext | None:
 
 @asynccontextmanager
 async def listening(config: GatewayConfig) -> AsyncIterator[tuple[str, Gateway]]:
-    """A gateway that listens; gives its URL. Leaving drains it: no new connections, at most `drain_s` for what runs."""
+    """A listening gateway and its URL. On exit it drains: no new connections, at most `drain_s` for running requests."""
     tls = _tls(config)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_UPSTREAM_S, socket_factory=_socket)
     async with aiohttp.ClientSession(
@@ -383,7 +383,7 @@ async def listening(config: GatewayConfig) -> AsyncIterator[tuple[str, Gateway]]
 
 
 async def run(config: GatewayConfig, announce: Callable[[str], None]) -> None:
-    """Until SIGTERM or SIGINT, then drained; a second one ends it at once. `announce` gets the URL."""
+    """Run until SIGTERM or SIGINT, then drain; a second signal ends it at once. `announce` receives the URL."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     async with listening(config) as (url, _):
         for number in (signal.SIGTERM, signal.SIGINT):

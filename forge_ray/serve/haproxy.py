@@ -1,8 +1,8 @@
-"""Ray Serve behind HAProxy: the switches, which must be set before Ray starts, on every node of a cluster.
+"""Ray Serve behind HAProxy: the environment variables, to be set before Ray starts, on every node of a cluster.
 
-HAProxy talks to the replicas without the Python proxy between: several milliseconds less a request. It sends a request
-again, to another replica, when one died before it answered. Two warnings: Serve then listens on all interfaces, and so does
-HAProxy's own statistics page; keep both behind a firewall.
+HAProxy talks to the replicas directly, without the Python proxy: several milliseconds less per request. It retries a request
+on another replica if one died before it answered. Two warnings: Serve then listens on all interfaces, and so does HAProxy's
+statistics page; keep both behind a firewall.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import tempfile
 
 SWITCHES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # Generating twice harms nobody, so a request whose replica died before its first byte may be sent again. Its body must
-    # fit the buffer for that.
+    # Requests are safe to retry: generating has no side effects. A request whose replica died before its first byte is sent
+    # again, if its body fits the buffer.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
     "RAY_SERVE_HAPROXY_RETRIES": "5",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 << 10),
@@ -23,7 +23,7 @@ SWITCHES = {
 
 
 def set_haproxy() -> None:
-    """For a Ray that this process is about to start; what the operator has set stays."""
+    """Set the variables for a Ray that this process is about to start; those that are set already stay as they are."""
     here = tempfile.mkdtemp(prefix="forge-haproxy-")
     own = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{here}/haproxy.cfg",
@@ -38,7 +38,7 @@ def set_haproxy() -> None:
 
 
 def behind_haproxy() -> bool:
-    """Whether this process's Ray was started so."""
+    """Whether Ray Serve of this process is behind HAProxy."""
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 

@@ -1,92 +1,116 @@
-"""HTTP in front of what a replica serves: OpenAI's endpoints, /health and /metrics, as one ASGI app (no ray).
+"""A replica's HTTP application: OpenAI's endpoints, /health and /metrics, as one ASGI app (no ray).
 
-The engine lives in the same process, so a token crosses no network before it is sent. Nothing of a prompt or an answer is
+The engine runs in the same process, so a token crosses no network before it is sent. Nothing of a prompt or an answer is
 logged.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
 from forge_ray.errors import EngineError
-from forge_ray.serve.access import CLIENT_CLOSED, request_id_of
+from forge_ray.inference.engine import EngineHealth
+from forge_ray.serve.access import GrantedDirectory
 from forge_ray.serve.complete import complete
+from forge_ray.serve.context import ServingContext
+from forge_ray.serve.embeddings import detokenize, embed, tokenize
 from forge_ray.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
-from forge_ray.serve.inputs import detokenize, embed, tokenize
+from forge_ray.serve.keys import ApiKey
+from forge_ray.serve.ledger import Ledger
+from forge_ray.serve.limits import LimitVerdict, admission
 from forge_ray.serve.metrics import CONTENT_TYPE
+from forge_ray.serve.middleware import AdmissionMiddleware, AuthMiddleware, RequestMetricsMiddleware
 from forge_ray.serve.openai import ApiError, R, parse_request
-from forge_ray.serve.served import Served
+from forge_ray.serve.prologue import caller_of
 from forge_ray.serve.shadow import Shadows
+from forge_ray.serve.statuses import CLIENT_CLOSED
 from forge_ray.serve.streams import ClientGone
 
-log = logging.getLogger(__name__)
 
-AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
+def replica_app(
+    context: ServingContext,
+    keys: Callable[[], Mapping[str, ApiKey]] | None,
+    take: Callable[..., Awaitable[LimitVerdict]],
+    settle: Callable[..., Awaitable[None]],
+    replica: str,
+    health: Callable[[], Iterable[EngineHealth]],
+    ledger: Ledger | None,
+) -> ASGIApp:
+    """The whole ASGI app of a replica: the endpoints behind admission control, behind authentication.
+
+    `keys`: sha256 → key as of now; None where no key is required. `take` and `settle`: see `limits.admission`.
+    `context.admit` is asked last, after the caller's grants and limits.
+    """
+    admit = admission(take, settle, replica, context.metrics, ledger, context.admit)
+    directory = context.directory if keys is None else GrantedDirectory(context.directory)
+    app = build_http(replace(context, directory=directory, admit=admit))
+    app = AdmissionMiddleware(app, health, context.config.limits.max_queued_requests, context.metrics)
+    return AuthMiddleware(app, keys, context.metrics, {"x-forge-deployment": context.deployment})
 
 
-def build_http(served: Served) -> AsgiApp:
-    """The ASGI app of one replica."""
+def build_http(context: ServingContext) -> ASGIApp:
+    """The endpoints, with request metrics and without access control."""
     app = FastAPI(title="forge_ray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    shadows = Shadows(served)
+    shadows = Shadows(context)
     _add_error_answers(app)
 
     async def read(model: type[R], request: Request) -> R:
-        return parse_request(model, await _body(served, request), served.config.limits)
+        return parse_request(model, await _body(context, request), context.config.limits)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await complete(served, shadows, request, await read(ChatRequest, request))
+        return await complete(context, shadows, request, await read(ChatRequest, request))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await complete(served, shadows, request, await read(CompletionRequest, request))
+        return await complete(context, shadows, request, await read(CompletionRequest, request))
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
-        return await embed(served, request, await read(EmbeddingRequest, request))
+        return await embed(context, request, await read(EmbeddingRequest, request))
 
     @app.post("/tokenize")
     @app.post("/v1/tokenize")
     async def tokens_of(request: Request) -> Response:
-        return await tokenize(served, await read(TokenizeRequest, request))
+        return await tokenize(context, caller_of(request), await read(TokenizeRequest, request))
 
     @app.post("/detokenize")
     @app.post("/v1/detokenize")
     async def text_of(request: Request) -> Response:
-        return await detokenize(served, await read(DetokenizeRequest, request))
+        return await detokenize(context, caller_of(request), await read(DetokenizeRequest, request))
 
     @app.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": served.directory.cards()})
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": context.directory.cards(caller_of(request))})
 
     @app.get("/v1/models/{model:path}")
-    async def model_card(model: str) -> Response:
-        loaded = served.directory.stable(model)
+    async def model_card(request: Request, model: str) -> Response:
+        caller = caller_of(request)
+        loaded = context.directory.stable(model, caller)
         unlisted = {"id": model, "object": "model", "created": 0, "owned_by": "forge_ray", "model_version": loaded.version}
-        return JSONResponse(next((card for card in served.directory.cards() if card["id"] == model), unlisted))
+        return JSONResponse(next((card for card in context.directory.cards(caller) if card["id"] == model), unlisted))
 
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"status": "ok", "deployment": served.deployment})
+        return JSONResponse({"status": "ok", "deployment": context.deployment})
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = await served.exposition() if served.exposition else served.metrics.text()
+        text = await context.exposition() if context.exposition else context.metrics.text()
         return Response(text, media_type=CONTENT_TYPE)
 
-    return _counted(app, served)
+    return RequestMetricsMiddleware(app, context.metrics, context.deployment)
 
 
 def _add_error_answers(app: FastAPI) -> None:
-    """Every error in OpenAI's shape, none with a traceback."""
+    """Answer every error in OpenAI's format, none with a traceback."""
 
     def reply(error: ApiError) -> Response:
         return JSONResponse(error.body(), error.status, headers=error.headers)
@@ -114,41 +138,11 @@ def _add_error_answers(app: FastAPI) -> None:
         return reply(ApiError(500, "internal error", code="internal_error"))
 
 
-def _counted(app: AsgiApp, served: Served) -> AsgiApp:
-    """Name the request and the deployment on every response, and count it by route and status."""
-
-    async def asgi(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-        status = CLIENT_CLOSED
-        state = scope.setdefault("state", {})
-        request_id = state.setdefault("request_id", request_id_of(Headers(scope=scope).get("x-request-id", "")))
-        extra = [(b"x-request-id", request_id.encode()), (b"x-forge-deployment", served.deployment.encode())]
-
-        async def send_signed(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], *extra]
-            await send(message)
-
-        try:
-            await app(scope, receive, send_signed)
-        except Exception:  # answered above; to the server it would be a reason to close the connection
-            log.exception("request %s failed", request_id)
-        finally:
-            route = getattr(scope.get("route"), "path", "unknown")  # never the path sent: labels must be few
-            served.metrics.request(route, status)
-
-    return asgi
-
-
-async def _body(served: Served, request: Request) -> bytes:
+async def _body(context: ServingContext, request: Request) -> bytes:
     """The body, read no further than the limit."""
-    most, body = served.config.limits.max_body_bytes, bytearray()
+    limit, body = context.config.limits.max_body_bytes, bytearray()
     async for piece in request.stream():
         body += piece
-        if len(body) > most:
-            raise ApiError(413, f"the body exceeds {most} bytes", code="request_too_large")
+        if len(body) > limit:
+            raise ApiError(413, f"the body exceeds {limit} bytes", code="request_too_large")
     return bytes(body)

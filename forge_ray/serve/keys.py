@@ -1,8 +1,8 @@
-"""API keys: who may call an endpoint, what for, and how much (no torch, no ray).
+"""API keys: who may call an endpoint, for which models, and how much (no torch, no ray).
 
-A key is `fk_<id>_<secret>`; the secret is 256 random bits that are shown once. The store keeps its sha256 alone: a slow hash
-guards what a person could have chosen, and nobody searches 2^256. What is known of a key are events (`created`, `changed`,
-`revoked`), appended and never edited, so who could do what at any moment can be read afterwards.
+A key is `fk_<id>_<secret>`; the secret is 256 random bits that are shown once. The store keeps only its sha256: a slow hash
+protects what a person could have chosen, and nobody can search 2^256. The state of a key follows from its events (`created`,
+`changed`, `revoked`), which are appended and never edited, so the rights of any moment can be read afterwards.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pydantic import Field
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import Event, Frozen
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.event_tail import EventTail
 from forge_ray.store.files import Store
-from forge_ray.store.tail import EventTail
 
 Scope = Literal["chat", "metrics", "admin"]
 SCOPES: tuple[str, ...] = get_args(Scope)
@@ -33,12 +33,12 @@ UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 class ApiKey(Frozen):
-    """A key as its events leave it. Limits of 0 are none; times are UTC in ISO 8601, "" where there is none."""
+    """A key after all its events. A limit of 0 is none; times are UTC in ISO 8601, "" where there is none."""
 
     id: str
     name: str
     sha256: str
-    models: tuple[str, ...] = Field((), description="names that it may ask for; shell patterns, so `*` is every name")
+    models: tuple[str, ...] = Field((), description="names that it may ask for, as shell patterns: `*` is every name")
     scopes: tuple[Scope, ...] = ("chat",)
     rpm: int = Field(0, ge=0, description="requests in any 60 seconds")
     tpm: int = Field(0, ge=0, description="tokens in any 60 seconds, prompts and answers")
@@ -52,7 +52,7 @@ class ApiKey(Frozen):
         return any(fnmatchcase(name, pattern) for pattern in self.models)
 
     def refusal(self, now: datetime) -> str:
-        """Why the key is not valid at `now`; "" where it is."""
+        """Why the key is not valid at `now`; "" if it is."""
         if self.revoked_at and datetime.fromisoformat(self.revoked_at) <= now:
             return f"the API key {self.id} was revoked"
         if self.expires_at and datetime.fromisoformat(self.expires_at) <= now:
@@ -61,7 +61,7 @@ class ApiKey(Frozen):
 
 
 def sha256_of(text: str) -> str:
-    """What the store knows of a key."""
+    """The digest under which the store keeps a key."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -70,10 +70,10 @@ def _secret(key_id: str) -> str:
 
 
 def create(catalog: Catalog, name: str, **fields: Any) -> tuple[ApiKey, str]:
-    """A new key and its text, which is not stored and cannot be shown again. `fields` are those of `ApiKey`."""
+    """A new key and its text, which is not stored and cannot be shown again. `fields`: those of `ApiKey`."""
     if any(key.name == name and not key.revoked_at for key in list_keys(catalog)):
         raise ConfigError(
-            f"there is a key named {name!r}", hint="choose another name, or `forge keys rotate` for a new secret"
+            f"a key named {name!r} exists already", hint="choose another name, or `forge keys rotate` for a new secret"
         )
     _check(name=name, **fields)
     key_id = f"fk_{secrets.token_hex(6)}"
@@ -83,17 +83,17 @@ def create(catalog: Catalog, name: str, **fields: Any) -> tuple[ApiKey, str]:
 
 
 def change(catalog: Catalog, reference: str, **fields: Any) -> ApiKey:
-    """Other grants or limits for a key; only what is given changes."""
+    """Change grants or limits of a key; only the given `fields` change."""
     key = _usable(catalog, reference)
     if not fields:
-        raise ConfigError(f"nothing of {key.id} is to be changed", hint="give --model, --scope, --rpm, …")
+        raise ConfigError(f"no change given for {key.id}", hint="give --model, --scope, --rpm, …")
     _check(**key.model_dump(include={"name", "models", "scopes"}) | fields)
     _append(catalog, key.id, "changed", **fields)
     return find(catalog, key.id)
 
 
 def rotate(catalog: Catalog, reference: str, grace: timedelta = timedelta(0)) -> tuple[ApiKey, str]:
-    """A new secret for a key that stays what it is; the one before is valid for `grace` more."""
+    """A new secret for a key; the previous one stays valid for `grace`."""
     key = _usable(catalog, reference)
     text = _secret(key.id)
     until = (datetime.now(UTC) + grace).isoformat(timespec="milliseconds")
@@ -102,7 +102,7 @@ def rotate(catalog: Catalog, reference: str, grace: timedelta = timedelta(0)) ->
 
 
 def revoke(catalog: Catalog, reference: str, reason: str = "") -> ApiKey:
-    """End a key, for ever. A second time does nothing."""
+    """Revoke a key permanently. Revoking it again does nothing."""
     key = find(catalog, reference)
     if not key.revoked_at:
         _append(catalog, key.id, "revoked", reason=reason)
@@ -110,28 +110,28 @@ def revoke(catalog: Catalog, reference: str, reason: str = "") -> ApiKey:
 
 
 def list_keys(catalog: Catalog) -> list[ApiKey]:
-    """Every key that ever was, oldest first."""
+    """Every key ever created, oldest first."""
     return [_folded(catalog.events("key", subject))[0] for subject in catalog.subjects("key")]
 
 
 def find(catalog: Catalog, reference: str) -> ApiKey:
-    """A key by its id, or by its name where one that is not revoked has it."""
+    """A key by its id, or a key that is not revoked by its name."""
     keys = list_keys(catalog)
-    found = [key for key in keys if key.id == reference] or [
+    matches = [key for key in keys if key.id == reference] or [
         key for key in keys if key.name == reference and not key.revoked_at
     ]
-    if not found:
+    if not matches:
         raise NotFound(f"no API key {reference!r} in {catalog.store.place}", hint="`forge keys list`")
-    return found[0]
+    return matches[0]
 
 
 def keys_of(catalog: Catalog) -> dict[str, ApiKey]:
-    """sha256 of a key's text → the key. Revoked and expired ones are there too, so that their owner is told."""
+    """sha256 of a key's text → the key. Revoked and expired ones are included, so that their owners get the reason."""
     return _by_sha256(catalog.events("key", subject) for subject in catalog.subjects("key"))
 
 
 class KeyTail:
-    """`keys_of` for a replica, which opens no catalogue. `keys` is replaced as a whole and never changed."""
+    """`keys_of` for a replica, which opens no catalogue. `keys` is replaced as a whole and never modified."""
 
     def __init__(self, store: Store) -> None:
         self.keys: Mapping[str, ApiKey] = {}
@@ -147,7 +147,7 @@ class KeyTail:
         return self.keys
 
     def follow(self, closing: threading.Event) -> None:
-        """Refresh until `closing` is set. While the store cannot be read, the keys that are known stay."""
+        """Refresh until `closing` is set. While the store cannot be read, the keys read before stay in force."""
         while not closing.wait(self._tail.poll_s):
             try:
                 self.refresh()
@@ -156,15 +156,15 @@ class KeyTail:
 
 
 def _by_sha256(subjects: Iterable[list[Event]]) -> dict[str, ApiKey]:
-    found: dict[str, ApiKey] = {}
+    by_sha256: dict[str, ApiKey] = {}
     for events in subjects:
-        key, before = _folded(events)
-        found |= {old.sha256: old for old in before} | {key.sha256: key}
-    return found
+        key, previous = _folded(events)
+        by_sha256 |= {old.sha256: old for old in previous} | {key.sha256: key}
+    return by_sha256
 
 
 def _folded(events: list[Event]) -> tuple[ApiKey, list[ApiKey]]:
-    """The key after its events, and the same key with each secret that it had before, which ends with its grace."""
+    """The key after its events, and the same key with each previous secret, which expires after its grace period."""
     values: dict[str, Any] = {}
     before: list[tuple[str, str]] = []
     for event in sorted(events, key=lambda event: (event.at, event.id)):
@@ -197,44 +197,42 @@ def _append(catalog: Catalog, key_id: str, action: str, **data: Any) -> None:
 def _check(name: str, models: tuple[str, ...] = (), scopes: tuple[str, ...] = ("chat",), **limits: Any) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name) or name.startswith("fk_"):
         raise ConfigError(
-            f"name {name!r} of a key: up to 64 letters, digits and . _ @ -, not beginning with fk_",
+            f"invalid key name {name!r}: use up to 64 letters, digits and . _ @ -, not beginning with fk_",
             hint="name the application, for example support-portal",
         )
     if unknown := [scope for scope in scopes if scope not in SCOPES] or ([] if scopes else ["none"]):
-        raise ConfigError(f"scope {unknown[0]!r} of key {name!r} is none of {', '.join(SCOPES)}", hint="--scope chat")
+        raise ConfigError(f"scope {unknown[0]!r} of key {name!r} is not one of {', '.join(SCOPES)}", hint="--scope chat")
     if "chat" in scopes and not models:
         raise ConfigError(
-            f"key {name!r} has scope chat and no model", hint="--model 'support@prod', or --model '*' for all of them"
+            f"key {name!r} has the scope chat but no model", hint="--model 'support@prod', or --model '*' for all of them"
         )
     if negative := [f"{limit}={value}" for limit, value in limits.items() if isinstance(value, int) and value < 0]:
-        raise ConfigError(f"{negative[0]} of key {name!r} is negative", hint="0 is no limit")
+        raise ConfigError(f"{negative[0]} of key {name!r} is negative", hint="0 means no limit")
 
 
 def duration(text: str) -> timedelta:
     """`90d`, `12h`, `30m`, `45s`."""
     match = re.fullmatch(r"(\d{1,9})([smhd])", text)
     if match is None:
-        raise ConfigError(f"{text!r} is no duration", hint="a number and one of s, m, h, d: 90d")
+        raise ConfigError(f"{text!r} is not a duration", hint="a number and one of s, m, h, d: 90d")
     return timedelta(**{UNITS[match[2]]: int(match[1])})
 
 
 def moment(text: str) -> str:
-    """When a key expires: a duration from now, or a date (its first moment, UTC). "" stays."""
+    """When a key expires: a duration from now, or a date (its first moment, UTC). "" stays ""."""
     if not text:
         return ""
     if re.match(r"\d{4}-", text):
         try:
             at = datetime.fromisoformat(text)
         except ValueError:
-            raise ConfigError(f"{text!r} is no date", hint="90d, or a date like 2027-06-30") from None
+            raise ConfigError(f"{text!r} is not a date", hint="90d, or a date like 2027-06-30") from None
         at = at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
     else:
         try:
             at = datetime.now(UTC) + duration(text)
         except OverflowError:
-            raise ConfigError(
-                f"{text!r} is beyond all calendars", hint="leave out the expiry: the key then has none"
-            ) from None
+            raise ConfigError(f"{text!r} is too long", hint="leave out the expiry: the key then never expires") from None
     if at <= datetime.now(UTC):
         raise ConfigError(
             f"expiry {text!r} is not in the future", hint="90d, or a later date; `forge keys revoke` ends a key"

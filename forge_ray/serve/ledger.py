@@ -1,10 +1,10 @@
-"""What was used, by whom: one line per answer, in the store (no ray).
+"""The usage ledger: one line per answer, in the store (no ray).
 
     usage/<YYYY-MM-DD>/<replica>-<n>.jsonl
 
-Each replica writes files of its own, so nobody waits for anybody. The newest is put again, whole, every few seconds while
-lines come; at `SEGMENT_BYTES`, or at midnight UTC, the next begins. No line holds anything of a prompt or an answer.
-A replica that is killed loses the lines of its last `FLUSH_S` seconds.
+Each replica writes its own files, so replicas do not wait for each other. The newest is rewritten as a whole every few
+seconds while lines are added; at `SEGMENT_BYTES`, or at midnight UTC, the next begins. No line holds anything of a prompt or
+an answer. A replica that is killed loses the lines of its last `FLUSH_S` seconds.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from typing import Literal
 
 from forge_ray.errors import ConfigError
 from forge_ray.records import Frozen, utc_now
+from forge_ray.serve.statuses import CLIENT_CLOSED
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 
 FLUSH_S = 2.0
-SEGMENT_BYTES = 256 << 10  # some thousand lines: what is put again at most every few seconds
+SEGMENT_BYTES = 256 << 10  # some thousand lines: the most that is rewritten every few seconds
 LOG = logging.getLogger(__name__)
 
 By = Literal["key", "model", "version", "day"]
 
 
 class Used(Frozen):
-    """One answer. `status` 499: the client left, and what was generated until then is charged. Without keys `key` is ""."""
+    """One answer. `status` 499: the client left, and the tokens until then are charged. `key` is "" without keys."""
 
     at: str = ""
     request_id: str
@@ -57,11 +58,11 @@ class Ledger:
         self._thread.start()
 
     def add(self, used: Used) -> None:
-        """Note an answer that ended now."""
+        """Add an answer that ended now."""
         self._added.append(used.model_copy(update={"at": self._now()}).model_dump_json())
 
     def flush(self) -> None:
-        """Write what was added. What cannot be written stays, and is tried again."""
+        """Write the added lines. Lines that cannot be written are kept for the next flush."""
         with self._lock:
             for day, group in groupby(self._added[:], key=lambda line: str(json.loads(line)["at"][:10])):
                 lines = list(group)
@@ -69,7 +70,7 @@ class Ledger:
                 del self._added[: len(lines)]
 
     def close(self) -> None:
-        """Write what is left. A second time does nothing."""
+        """Write the remaining lines and stop the thread. May be called again."""
         self._closing.set()
         self._thread.join()
         self.flush()
@@ -78,13 +79,13 @@ class Ledger:
         while not self._closing.wait(flush_s):
             try:
                 self.flush()
-            except Exception:  # the store may be away for a moment
-                LOG.exception("usage is not written; it is kept and tried again")
+            except Exception:  # the store may be unreachable for a moment
+                LOG.exception("usage could not be written; it is kept and written later")
 
     def _put(self, day: str, lines: list[str]) -> None:
         if day != self._day or self._size >= SEGMENT_BYTES:
             number = self._number + 1 if day == self._day else 0
-            # a replica of this name may have been here before
+            # an earlier replica may have had this name
             while self._store.exists(self._path(day, number)):
                 number += 1
             self._day, self._number, self._lines, self._size = day, number, [], 0
@@ -98,7 +99,7 @@ class Ledger:
 
 
 def lines(store: Store, since: str = "") -> Iterator[Used]:
-    """Every line from the day `since` (YYYY-MM-DD) on."""
+    """Every line since the day `since` (YYYY-MM-DD)."""
     for path in store.list(paths.usage(), recursive=True):
         day = path.split("/")[1]
         if day >= since and path.endswith(".jsonl"):
@@ -109,13 +110,13 @@ def lines(store: Store, since: str = "") -> Iterator[Used]:
 def usage(store: Store, by: By = "key", since: str = "") -> list[dict[str, str | int]]:
     """Sums by key, name, version or day, the largest first (days in order).
 
-    `cancelled` answers are those whose client left, `failed` those that the engine did not end.
+    `cancelled`: answers whose client left; `failed`: answers that the engine did not finish.
     """
     if since:
         try:
             since = datetime.strptime(since, "%Y-%m-%d").replace(tzinfo=UTC).date().isoformat()
         except ValueError:
-            raise ConfigError(f"{since!r} is no day", hint="for example --since 2027-06-30") from None
+            raise ConfigError(f"{since!r} is not a date", hint="for example --since 2027-06-30") from None
     sums: dict[str, Counter[str]] = {}
     for used in lines(store, since):
         group = {"key": used.key, "model": used.model, "version": used.model_version, "day": used.at[:10]}[by]
@@ -123,7 +124,7 @@ def usage(store: Store, by: By = "key", since: str = "") -> list[dict[str, str |
             requests=1,
             prompt_tokens=used.prompt_tokens,
             completion_tokens=used.completion_tokens,
-            cancelled=int(used.status == 499),
+            cancelled=int(used.status == CLIENT_CLOSED),
             failed=int(used.status >= 500),
         )
     rows: list[dict[str, str | int]] = [{by: group, **counts} for group, counts in sums.items()]

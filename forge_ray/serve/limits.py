@@ -1,4 +1,4 @@
-"""How much a key may ask for, and how many requests may wait (no ray).
+"""Rate limits of API keys, and admission of requests under them (no ray).
 
 `Counters` counts for all replicas of an endpoint, so its limits hold exactly however many there are: one instance lives in
 an actor that they share, or in the process where there is only one. N per minute means: in no 60 seconds more than N.
@@ -12,28 +12,26 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from forge_ray.inference.engine import EngineHealth
-from forge_ray.serve.access import AsgiApp, check_grant, refuse
+from forge_ray.serve.access import check_grant
+from forge_ray.serve.context import Admission, Admit, Caller, Chosen, Unmetered, admit_all
 from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.ledger import Ledger, Used
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Admission, Admit, Caller, Chosen, Free, admit_all
 
 WINDOW_S = 60.0
-SILENT_S = 30.0  # a replica that was not heard of for so long is dead, and what it ran is over
+SILENT_S = 30.0  # a replica that has not reported for this long is dead, and the requests that it ran have ended
 BUSY_RETRY_S = 1.0  # requests end at any moment; nobody knows when
-TAKE_S = 2.0  # counters that do not answer for so long are done without
+TAKE_S = 2.0  # the request is admitted uncounted if the counters do not answer within this
 LOG = logging.getLogger(__name__)
 
 
 @dataclass
 class AdmittedRequest:
-    """One request that was let in, and the tokens that it counts for; `left` once it is out of the window."""
+    """One admitted request, and the tokens that it counts for; `left` once it is out of the window."""
 
     at: float
     tokens: int
@@ -43,7 +41,7 @@ class AdmittedRequest:
 
 @dataclass
 class Usage:
-    """What one key took: in the window, and what still runs."""
+    """The admitted requests of one key: those in the window, and those that still run."""
 
     window: deque[AdmittedRequest] = field(default_factory=deque)
     tokens: int = 0
@@ -52,7 +50,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class LimitVerdict:
-    """`reason` is "" where the request is let in, else `requests`, `tokens`, `concurrency` or `size` (never possible)."""
+    """`reason` is "" for an admitted request, else `requests`, `tokens`, `concurrency` or `size` (never admitted)."""
 
     reason: str
     retry_after_s: float
@@ -60,7 +58,7 @@ class LimitVerdict:
 
 
 class Counters:
-    """Counts of all keys. Its methods do not wait for anything inside, so each is one step for whoever else calls."""
+    """Counts of all keys. No method awaits anything, so each call is atomic on the event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -68,9 +66,9 @@ class Counters:
         self._heard: dict[str, float] = {}
 
     async def take(self, key: ApiKey, lease: str, owner: str, tokens: int) -> LimitVerdict:
-        """Let in one request of `key` that may need `tokens` (its prompt and the longest answer), or say when to come again.
+        """Admit one request of `key` that may need `tokens` (its prompt and the longest answer), or say when to retry.
 
-        `lease` is the request's own name; `owner` the replica that answers it. What is refused counts for nothing.
+        `lease` names the request, `owner` the replica that answers it. A refused request does not count.
         """
         now = self._clock()
         self._heard[owner] = now
@@ -79,28 +77,28 @@ class Counters:
         _forget(usage, now)
         reason, wait_s = self._problem(key, usage, tokens, now)
         if not reason:
-            taken = usage.running[lease] = AdmittedRequest(now, tokens, owner)
-            usage.window.append(taken)
+            request = usage.running[lease] = AdmittedRequest(now, tokens, owner)
+            usage.window.append(request)
             usage.tokens += tokens
         return LimitVerdict(reason, wait_s, _headers(key, usage, now))
 
     async def settle(self, key_id: str, lease: str, used: int) -> None:
-        """The request ended, having used so many tokens; what was reserved beyond them is given back."""
+        """The request ended after `used` tokens; those that were reserved beyond them are released."""
         usage = self._usage.get(key_id, Usage())
-        taken = usage.running.pop(lease, None)
-        if taken is not None and not taken.left:
-            usage.tokens += used - taken.tokens
-            taken.tokens = used
+        request = usage.running.pop(lease, None)
+        if request is not None and not request.left:
+            usage.tokens += used - request.tokens
+            request.tokens = used
 
     async def renew(self, owner: str) -> None:
-        """A replica lives; to be called more often than every `SILENT_S`, or its running requests stop counting."""
+        """A replica is alive. Call it more often than every `SILENT_S`, or the replica's running requests stop counting."""
         self._heard[owner] = self._clock()
 
     def _drop_dead(self, now: float) -> None:
         dead = {owner for owner, heard in self._heard.items() if heard < now - SILENT_S}
         if dead:
             for usage in self._usage.values():
-                usage.running = {lease: taken for lease, taken in usage.running.items() if taken.owner not in dead}
+                usage.running = {lease: request for lease, request in usage.running.items() if request.owner not in dead}
             self._heard = {owner: heard for owner, heard in self._heard.items() if owner not in dead}
 
     @staticmethod
@@ -112,23 +110,23 @@ class Counters:
         if key.rpm and len(usage.window) >= key.rpm:
             return "requests", usage.window[len(usage.window) - key.rpm].at + WINDOW_S - now
         if key.tpm and (excess := usage.tokens + tokens - key.tpm) > 0:
-            for taken in usage.window:
-                excess -= taken.tokens
+            for request in usage.window:
+                excess -= request.tokens
                 if excess <= 0:
-                    return "tokens", taken.at + WINDOW_S - now
+                    return "tokens", request.at + WINDOW_S - now
         return "", 0.0
 
 
 def _forget(usage: Usage, now: float) -> None:
-    """Drop what is out of the window; it goes on running."""
+    """Drop the requests that are out of the window; those that run continue to run."""
     while usage.window and usage.window[0].at <= now - WINDOW_S:
-        taken = usage.window.popleft()
-        usage.tokens -= taken.tokens
-        taken.left = True
+        request = usage.window.popleft()
+        usage.tokens -= request.tokens
+        request.left = True
 
 
 def _headers(key: ApiKey, usage: Usage, now: float) -> dict[str, str]:
-    """OpenAI's: the limit, what is left of it, and when all of it is there again."""
+    """OpenAI's headers: each limit, what remains of it, and when all of it is available again."""
     reset = f"{usage.window[-1].at + WINDOW_S - now if usage.window else 0.0:.3f}s"
     kinds = (("requests", key.rpm, len(usage.window)), ("tokens", key.tpm, usage.tokens))
     return {
@@ -147,22 +145,21 @@ def admission(
     ledger: Ledger | None = None,
     then: Admit = admit_all,
 ) -> Admit:
-    """`Served.admit`: grants and limits of the caller's key, then whatever else `then` asks; what is used into the ledger.
+    """A `ServingContext.admit` that checks grants and limits of the caller's key, then asks `then`; it records the use.
 
-    `take` and `settle` are those of `Counters`, or an actor's (`actor.take.remote`). Where they fail, the request is let in:
+    `take` and `settle` are those of `Counters`, or an actor's (`actor.take.remote`). If they fail, the request is admitted:
     an endpoint does not stop because its counting did.
     """
 
-    async def admit(caller: Caller | None, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
-        caller = caller or Caller("")
-        key, tokens = caller.key, prompt_tokens + most_new_tokens
-        admitted = Admitted(caller, settle, ledger)
+    async def admit(caller: Caller, chosen: Chosen, prompt_tokens: int, max_new_tokens: int) -> Admission:
+        key, tokens = caller.key, prompt_tokens + max_new_tokens
+        metered = Metered(caller, settle, ledger)
         try:
             if key is not None:
                 check_grant(caller, chosen.name)
             if key is not None and _is_limited(key):
                 try:
-                    verdict = await asyncio.wait_for(take(key, admitted.lease, owner, tokens), TAKE_S)
+                    verdict = await asyncio.wait_for(take(key, metered.lease, owner, tokens), TAKE_S)
                 except Exception:
                     LOG.exception("requests are not counted: the counters do not answer")
                 else:
@@ -170,28 +167,28 @@ def admission(
                         metrics.refused(verdict.reason)
                         raise _too_much(key, verdict, tokens)
                     caller.headers |= verdict.headers
-            admitted.inner = await then(caller, chosen, prompt_tokens, most_new_tokens)
+            metered.inner = await then(caller, chosen, prompt_tokens, max_new_tokens)
         except BaseException:  # refused further on, or the client left while the counters were asked
-            admitted.give_back(0)
+            metered.settle(0)
             raise
         caller.name, caller.version, caller.prompt_tokens = chosen.name, chosen.loaded.version, prompt_tokens
-        caller.admission = admitted
-        return admitted
+        caller.admission = metered
+        return metered
 
     return admit
 
 
-class Admitted:
-    """A request that is being answered."""
+class Metered:
+    """An admission whose use goes to the access log, the ledger and the counters."""
 
     def __init__(self, caller: Caller, settle: Callable[..., Awaitable[None]], ledger: Ledger | None) -> None:
         self.lease = secrets.token_hex(8)  # not the request id, which the client may choose
-        self.inner: Admission = Free()
+        self.inner: Admission = Unmetered()
         self._caller, self._settle, self._ledger = caller, settle, ledger
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def close(self, prompt_tokens: int, completion_tokens: int, status: int) -> None:
-        """As `Admission`: tell the access log, the ledger and the counters. A second time does nothing."""
+        """Record what was used; only the first call does anything."""
         caller, key = self._caller, self._caller.key
         if caller.admission is not self:
             return
@@ -207,14 +204,14 @@ class Admitted:
                     prompt_tokens=prompt_tokens,
                     completion_tokens=completion_tokens,
                     status=status,
-                    ms=round((time.monotonic() - self._began) * 1000),
+                    ms=round((time.monotonic() - self._started) * 1000),
                 )
             )
-        self.give_back(prompt_tokens + completion_tokens)
+        self.settle(prompt_tokens + completion_tokens)
         self.inner.close(prompt_tokens, completion_tokens, status)
 
-    def give_back(self, used: int) -> None:
-        """Tell the counters that the request ended after `used` tokens."""
+    def settle(self, used: int) -> None:
+        """Report to the counters that the request ended after `used` tokens."""
         key = self._caller.key
         if key is not None and _is_limited(key):
             task = asyncio.ensure_future(self._settle(key.id, self.lease, used))
@@ -232,14 +229,16 @@ SETTLING: set[asyncio.Future[None]] = set()  # a loop keeps no strong reference 
 def _settled(task: asyncio.Future[None]) -> None:
     SETTLING.discard(task)
     if not task.cancelled() and task.exception() is not None:
-        LOG.warning("what a request used is not given back: %s", task.exception())
+        LOG.warning("the tokens that a request reserved are not released: %s", task.exception())
 
 
 def _too_much(key: ApiKey, verdict: LimitVerdict, tokens: int) -> ApiError:
     match verdict.reason:
         case "size":
-            # no waiting helps, and OpenAI's clients would try again
-            message = f"this request may need {tokens} tokens, the key {key.id} has {key.tpm} a minute; lower max_tokens"
+            # waiting does not help, and OpenAI's clients would retry
+            message = (
+                f"this request may need {tokens} tokens, the key {key.id} is limited to {key.tpm} a minute; lower max_tokens"
+            )
             return ApiError(429, message, code="rate_limit_exceeded", headers=verdict.headers | {"x-should-retry": "false"})
         case "requests":
             limit = f"{key.rpm} requests a minute"
@@ -247,40 +246,10 @@ def _too_much(key: ApiKey, verdict: LimitVerdict, tokens: int) -> ApiError:
             limit = f"{key.tpm} tokens a minute, and this request may need {tokens}"
         case _:
             limit = f"{key.concurrency} requests at once"
-    message = f"the API key {key.id} has {limit}; try again in {verdict.retry_after_s:.1f} s"
+    message = f"the API key {key.id} is limited to {limit}; try again in {verdict.retry_after_s:.1f} s"
     return ApiError(429, message, code="rate_limit_exceeded", headers=verdict.headers | retry_after(verdict.retry_after_s))
 
 
 def retry_after(seconds: float) -> dict[str, str]:
-    """In whole seconds as HTTP has it, and in milliseconds as OpenAI's clients read it first."""
+    """HTTP's header, in whole seconds, and the one in milliseconds that OpenAI's clients prefer."""
     return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(max(1, math.ceil(seconds * 1000)))}
-
-
-def bounded(app: AsgiApp, health: Callable[[], Iterable[EngineHealth]], most: int, metrics: Metrics) -> AsgiApp:
-    """`app` with at most `most` requests that wait; one more is answered 429 before its body is read. Inside `guarded`.
-
-    What waits is what the engines have queued, and what is on its way to them (tokenised, asking for leave).
-    """
-    callers: dict[int, Caller] = {}
-
-    async def asgi(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await app(scope, receive, send)
-            return
-        caller: Caller = scope["state"]["caller"]
-        waiting = sum(load.num_waiting for load in health()) + sum(not other.version for other in callers.values())
-        if waiting >= most:
-            metrics.refused("queue")
-            metrics.request("refused", 429)
-            error = ApiError(
-                429, f"{waiting} requests wait already; try again", code="overloaded", headers=retry_after(BUSY_RETRY_S)
-            )
-            await refuse(error, send, {"x-request-id": caller.request_id})
-            return
-        callers[id(caller)] = caller
-        try:
-            await app(scope, receive, send)
-        finally:
-            del callers[id(caller)]
-
-    return asgi

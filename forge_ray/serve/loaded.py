@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.inference.engine import Engine
+from forge_ray.records import hex_of
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One model version that is ready to answer. `adapter` is its name in `engine`, "" where it is that engine's weights."""
+    """One model version that is ready to answer. `adapter`: its name in `engine`; "" if it is the engine's own weights."""
 
     version: str
     digest: str
@@ -21,4 +22,4 @@ class Loaded:
 
     @property
     def fingerprint(self) -> str:
-        return "fp_" + self.digest.removeprefix("sha256:")[:16]
+        return "fp_" + hex_of(self.digest)[:16]

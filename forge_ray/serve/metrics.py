@@ -1,7 +1,7 @@
-"""Prometheus metrics of one replica, and how those of several become one text (no ray).
+"""Prometheus metrics of one replica, and merging the expositions of several (no ray).
 
-`model` is the name that the client sent (an alias, say), `model_version` who answered; `forge_model_info` says which digest
-and adapter a version is. Requests are counted by route and status, answers by name and version.
+`model` is the name that the client sent (often an alias), `model_version` the version that answered; `forge_model_info` has
+the digest and adapter of a version. Requests are counted by route and status, answers by name and version.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ANSWER = ("deployment", "model", "model_version")
 VERSION = ("model_version", "digest", "adapter")
 UNKNOWN = "unknown"
-MOST_SERIES = 500  # (name, version) pairs; names come and go while a replica lives, and each costs some 60 lines
+MAX_SERIES = 500  # (name, version) pairs; they accumulate while a replica lives, and each costs some 60 lines
 
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN_TOKENS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
@@ -30,10 +30,10 @@ WHOLE_REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """What one replica counts. `health` gives the load of its engines, `ready` the versions that can answer; both are read
-    when somebody looks.
+    """The metrics of one replica. `health` gives the load of its engines, `ready` the versions that can answer; both are
+    called at each scrape.
 
-    A registry of its own, so that two replicas in one process (a test) do not clash.
+    It has its own registry, so that two replicas in one process (in a test) do not clash.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class Metrics:
             return Gauge(f"forge_{name}", what, ("deployment", *labels), registry=self._registry)
 
         self._requests = counter("requests", "HTTP requests by route and status", "deployment", "route", "status")
-        self._refused = counter("refused", "Requests refused by who asks and how much, by reason", "deployment", "reason")
+        self._refused = counter("refused", "Requests refused, by reason", "deployment", "reason")
         self._answers = counter(
             "answers", "Answers that ended; 499: the client left, 503: the engine failed", *ANSWER, "status"
         )
-        self._shadows = counter("shadow_answers", "Answers that nobody sees, of versions that shadow", *ANSWER, "status")
-        self._shadow_tokens = counter("shadow_tokens", "Tokens of answers that nobody sees", *ANSWER)
+        self._shadows = counter("shadow_answers", "Answers of shadow versions, which no client sees", *ANSWER, "status")
+        self._shadow_tokens = counter("shadow_tokens", "Tokens of answers of shadow versions", *ANSWER)
         self._prompt = counter("prompt_tokens", "Prompt tokens admitted", *ANSWER)
         self._completion = counter("completion_tokens", "Tokens generated, also for clients that left", *ANSWER)
         self._admitted = histogram("admission", "Time from request to the engine: template, tokeniser, limits", ADMITTED_S)
         self._first = histogram("time_to_first_token", "Time from request to first token", FIRST_TOKEN_S)
         self._between = histogram("inter_token", "Time between two tokens of a request", BETWEEN_TOKENS_S)
         self._whole = histogram("request", "Time from request to last token", WHOLE_REQUEST_S)
-        self._shadowed = histogram("shadow_request", "The same of answers that nobody sees", WHOLE_REQUEST_S)
+        self._shadowed = histogram("shadow_request", "Time from request to last token of shadow versions", WHOLE_REQUEST_S)
         self._running = gauge("requests_running", "Sequences in the batch")
         self._waiting = gauge("requests_waiting", "Sequences that wait in the engine's queue")
         self._held = gauge("tokens_held", "Tokens of sequences that run or wait: prompts and what may still be generated")
@@ -85,14 +85,14 @@ class Metrics:
         self._refused.labels(self.deployment, reason).inc()
 
     def accepted(self, name: str, version: str, prompt_tokens: int, seconds: float) -> None:
-        """A prompt goes to the engine, `seconds` after its request came."""
+        """A prompt goes to the engine, `seconds` after its request arrived."""
         labels = self._labels(name, version)
         self._prompt.labels(*labels).inc(prompt_tokens)
         self._admitted.labels(*labels).observe(seconds)
 
     def token(self, name: str, version: str, seconds: float | None, first: bool, count: int = 1) -> None:
-        """`count` tokens arrived, `seconds` after the request (the first) or after the ones before; None where that is no
-        measure of either, as with the first token of a second choice."""
+        """`count` tokens arrived, `seconds` after the request (the first) or after the previous ones; None where neither
+        applies, as with the first token of a second choice."""
         labels = self._labels(name, version)
         self._completion.labels(*labels).inc(count)
         if seconds is not None:
@@ -105,15 +105,14 @@ class Metrics:
         self._whole.labels(*labels).observe(seconds)
 
     def shadowed(self, name: str, version: str, seconds: float, status: int, tokens: int) -> None:
-        """An answer of a version that shadows `name`: counted here alone, for nobody asked for its tokens. 429: there was no
-        room for it."""
+        """An answer of a shadow version of `name`: counted only here, for no client asked for its tokens. 429: dropped."""
         labels = self._labels(name, version)
         self._shadows.labels(*labels, str(status)).inc()
         self._shadow_tokens.labels(*labels).inc(tokens)
         self._shadowed.labels(*labels).observe(seconds)
 
     def text(self) -> str:
-        """The exposition format, with the engines' load as it is now; each sample says which replica it is of."""
+        """The exposition format, with the engines' current load; each sample has the label `replica`."""
         loads = list(self._health())
         self._running.labels(self.deployment).set(sum(load.num_running for load in loads))
         self._waiting.labels(self.deployment).set(sum(load.num_waiting for load in loads))
@@ -124,14 +123,14 @@ class Metrics:
         return merged({self.replica: generate_latest(self).decode()})
 
     def collect(self) -> Iterator[Metric]:
-        """The families without the times at which their series were made, which double the text; for `generate_latest`."""
+        """The families without the creation times of their series, which double the text; for `generate_latest`."""
         for family in self._registry.collect():
             family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
             yield family
 
     def _labels(self, name: str, version: str) -> tuple[str, str, str]:
         if (name, version) not in self._pairs:
-            if len(self._pairs) >= MOST_SERIES:
+            if len(self._pairs) >= MAX_SERIES:
                 return self.deployment, UNKNOWN, UNKNOWN
             self._pairs.add((name, version))
         return self.deployment, name, version
@@ -161,7 +160,7 @@ def merged(texts: Mapping[str, str]) -> str:
 
 
 def _labelled(sample: str, label: str) -> str:
-    """`sample` with `label` (`{replica="…"`) as its first, unless it says itself whose it is."""
+    """`sample` with `label` (`{replica="…"`) as its first, unless it has the label `replica` already."""
     space, brace = sample.index(" "), sample.find("{")
     if not 0 <= brace < space:
         return f"{sample[:space]}{label}}}{sample[space:]}"

@@ -1,7 +1,7 @@
-"""From a body to a request: what is not offered, limits, and how an error looks (no ray, no torch).
+"""Parsing of request bodies: unsupported fields, limits, and the format of errors (no ray, no torch).
 
-A field is honoured or refused, never ignored. Known fields that are not offered are accepted with a value that asks for
-nothing (`NO_OP`); any other value, and any unknown field, is a 400 that names the field in `param`.
+A field is honoured or refused, never ignored. Known fields that are not supported are accepted with a value that has no
+effect (`NO_OP`); any other value, and any unknown field, is a 400 that names the field in `param`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from forge_ray.serve.fields import (
     Wire,
 )
 
-MAX_PROMPTS = 64  # of one request to /v1/completions
-MAX_INPUTS = 2048  # OpenAI's, of one request to /v1/embeddings
+MAX_PROMPTS = 64  # per request to /v1/completions
+MAX_INPUTS = 2048  # per request to /v1/embeddings, as OpenAI's
 
-# Values of fields not offered that ask for nothing; null always does
+# Values of unsupported fields that have no effect; null never has one
 NO_OP: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -59,7 +59,7 @@ NO_OP: dict[str, tuple[Any, ...]] = {
 }
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 REASONS = {
-    "safe_prompt": "it would put a text of Mistral's before the messages; send your own system message",
+    "safe_prompt": "it would prepend a text of Mistral's to the messages; send your own system message",
     "suffix": "a suffix needs a model that was trained to fill in the middle",
     "best_of": "choose among `n` choices by their log-probabilities",
 }
@@ -76,7 +76,7 @@ MESSAGE_NO_OP: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's shape; `headers` go with it (`Retry-After`)."""
+    """An error response in OpenAI's format; `headers` are sent with it (`Retry-After`)."""
 
     def __init__(
         self,
@@ -105,26 +105,26 @@ def parse_request(model: type[R], raw: bytes, limits: Limits) -> R:
     """The body as `model`; an `ApiError` 400 names the first field that is wrong."""
     body = _object(raw)
     own = model.model_fields.keys()
-    body = {key: value for key, value in body.items() if key in own or not _asks_nothing(NO_OP, key, value)}
+    body = {key: value for key, value in body.items() if key in own or not _is_no_op(NO_OP, key, value)}
     if isinstance(body.get("messages"), list):
         body["messages"] = [_without_no_ops(message) for message in body["messages"]]
     for key in body:
         if key not in own:
             reason = f": {REASONS[key]}" if key in REASONS else ""
             rule = f"{key}={json.dumps(body[key])[:80]} is not supported here" + reason
-            known = key in NO_OP
+            unsupported = key in NO_OP
             raise ApiError(
                 400,
-                rule if known else f"unknown field {key[:80]}",
+                rule if unsupported else f"unknown field {key[:80]}",
                 param=key[:80],
-                code="unsupported_parameter" if known else "unknown_parameter",
+                code="unsupported_parameter" if unsupported else "unknown_parameter",
             )
     try:
-        found = model.model_validate(body)
+        request = model.model_validate(body)
     except ValidationError as error:
         raise _bad_field(error) from None
-    _within(found, limits)
-    return found
+    _check_limits(request, limits)
+    return request
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _object(raw: bytes) -> dict[str, Any]:
         body = decode(raw)
         reject_deep(body)
         if SURROGATE.search(raw):
-            json.dumps(body, ensure_ascii=False).encode()  # half a character, as an escape, is no text
+            json.dumps(body, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is not text
     except UnicodeEncodeError:
         raise ApiError(400, "the body is not valid JSON: lone surrogate") from None
     except Reject as error:
@@ -142,48 +142,48 @@ def _object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _within(wanted: BaseModel, limits: Limits) -> None:
-    """The deployment's limits that can be told without a tokenizer."""
+def _check_limits(request: BaseModel, limits: Limits) -> None:
+    """The deployment's limits that can be checked without a tokenizer."""
 
-    def most(param: str, number: int, limit: int) -> None:
+    def check(param: str, number: int, limit: int) -> None:
         if number > limit:
             raise ApiError(400, f"{param}: {number} exceeds this deployment's limit of {limit}", param=param)
 
-    if isinstance(wanted, CompletionOptions):
-        most("n", wanted.num_choices, limits.max_n)
-        most("stop", len(wanted.stops), limits.max_stops)
-    if isinstance(wanted, CompletionRequest):
-        most("logprobs", wanted.logprobs or 0, limits.max_logprobs)
-        most("prompt", len(wanted.prompts), MAX_PROMPTS)
-    if isinstance(wanted, ChatRequest):
-        most("top_logprobs", wanted.top_logprobs or 0, limits.max_logprobs)
-    if isinstance(wanted, (ChatRequest, TokenizeRequest)):
-        most("messages", len(wanted.messages or []), limits.max_messages)
-        most("tools", len(wanted.tools or []), limits.max_tools)
-    if isinstance(wanted, EmbeddingRequest):
-        most("input", len(wanted.inputs), MAX_INPUTS)
+    if isinstance(request, CompletionOptions):
+        check("n", request.num_choices, limits.max_n)
+        check("stop", len(request.stops), limits.max_stops)
+    if isinstance(request, CompletionRequest):
+        check("logprobs", request.logprobs or 0, limits.max_logprobs)
+        check("prompt", len(request.prompts), MAX_PROMPTS)
+    if isinstance(request, ChatRequest):
+        check("top_logprobs", request.top_logprobs or 0, limits.max_logprobs)
+    if isinstance(request, (ChatRequest, TokenizeRequest)):
+        check("messages", len(request.messages or []), limits.max_messages)
+        check("tools", len(request.tools or []), limits.max_tools)
+    if isinstance(request, EmbeddingRequest):
+        check("input", len(request.inputs), MAX_INPUTS)
 
 
-def _asks_nothing(no_op: dict[str, tuple[Any, ...]], key: str, value: Any) -> bool:
-    return key in no_op and (value is None or any(value == good and type(value) in _like(good) for good in no_op[key]))
+def _is_no_op(no_op: dict[str, tuple[Any, ...]], key: str, value: Any) -> bool:
+    return key in no_op and (value is None or any(value == good and type(value) in _types_of(good) for good in no_op[key]))
 
 
-def _like(value: Any) -> tuple[type, ...]:
-    """Types that may stand for `value`: 0 and 0.0 alike, but never False for 0."""
+def _types_of(value: Any) -> tuple[type, ...]:
+    """Types in which `value` may be sent: 0 as 0.0 too, but never as False."""
     return (int, float) if type(value) is int else (type(value),)
 
 
 def _without_no_ops(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
-    return {key: value for key, value in message.items() if not _asks_nothing(MESSAGE_NO_OP, key, value)}
+    return {key: value for key, value in message.items() if not _is_no_op(MESSAGE_NO_OP, key, value)}
 
 
 def _bad_field(error: ValidationError) -> ApiError:
     items = error.errors(include_url=False, include_context=False)
-    # A union reports every member that it tried; the one that came deepest is the one that was meant
+    # A union reports an error for every member; the one with the deepest path is most likely the intended one
     item = max((other for other in items if other["loc"][:1] == items[0]["loc"][:1]), key=lambda other: len(other["loc"]))
-    # Its path names those members; a client knows only the fields
+    # The path names the union's members, which a client does not know: keep the fields alone
     path = [
         str(part)
         for part in item["loc"]
@@ -198,7 +198,7 @@ def _bad_field(error: ValidationError) -> ApiError:
 
 
 def _fields_of(annotation: Any) -> set[str]:
-    """Names of the fields of every model in a type, by which clients know them."""
+    """Names of the fields of every model in a type, as clients write them."""
     if not (isinstance(annotation, type) and issubclass(annotation, Wire)):
         return {name for part in get_args(annotation) for name in _fields_of(part)}
     fields = annotation.model_fields

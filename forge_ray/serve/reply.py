@@ -1,4 +1,4 @@
-"""What an answer looks like: OpenAI's response objects, whole and in pieces (no ray, no torch)."""
+"""OpenAI's response objects, whole and in chunks, and the headers of an answer (no ray, no torch)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from forge_ray.data.tokens.template import ChatTokenizer
+from forge_ray.serve.context import Chosen
 from forge_ray.serve.text import Piece
 from forge_ray.serve.tools import Call
 
@@ -29,7 +30,7 @@ class Part:
     finish_reason: FinishReason | None = None
 
     @property
-    def says_something(self) -> bool:
+    def has_content(self) -> bool:
         return bool(self.text or self.calls or self.pieces or self.finish_reason)
 
 
@@ -47,7 +48,7 @@ def joined(parts: Sequence[Part]) -> Part:
 class Reply:
     """Builds the response objects of one request: same id, time, model and fingerprint in each.
 
-    `num_logprobs` None: without log-probabilities. `metadata` comes back with the whole answer and the first piece.
+    `num_logprobs` None: without log-probabilities. `metadata` is returned with the whole answer and the first chunk.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ class Reply:
     def whole(self, choices: Sequence[Part], usage: dict[str, int]) -> dict[str, Any]:
         """The answer to a request that does not stream: one part per choice, in order."""
         kind = {"object": "chat.completion" if self.chat else "text_completion"}
-        made = [self._choice(index, part) for index, part in enumerate(choices)]
-        return self._head | self._metadata | kind | {"choices": made, "usage": usage}
+        objects = [self._choice(index, part) for index, part in enumerate(choices)]
+        return self._head | self._metadata | kind | {"choices": objects, "usage": usage}
 
     def _choice(self, index: int, part: Part) -> dict[str, Any]:
         choice = {"index": index, "finish_reason": part.finish_reason, "logprobs": self._logprobs(part.pieces)}
@@ -86,11 +87,11 @@ class Reply:
         return choice | {"message": message}
 
     def first_chunk(self, index: int) -> dict[str, Any]:
-        """Says who speaks; the first piece of each choice of a chat."""
+        """The chunk with the role; the first one of each choice of a chat."""
         return self._chunk(index, {"role": "assistant", "content": ""}, None) | self._metadata
 
     def chunk(self, index: int, part: Part, num_calls: int = 0) -> dict[str, Any]:
-        """One piece of a stream; `num_calls`: those that this choice made before."""
+        """One chunk of a stream; `num_calls`: the calls that this choice made before."""
         logprobs = self._logprobs(part.pieces) if part.pieces else None
         if not self.chat:
             return self._piece([self._choice(index, part) | {"logprobs": logprobs}])
@@ -119,7 +120,7 @@ def _call(call: Call) -> dict[str, Any]:
 
 
 def chat_logprobs(tokenizer: ChatTokenizer, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """`bytes` are exact where a token is a part of a character; its `token` then shows U+FFFD."""
+    """Chat's log-probabilities. `bytes` are exact where a token is a part of a character; its `token` then shows U+FFFD."""
 
     def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
         raw = tokenizer.token_bytes(token_id)
@@ -134,7 +135,7 @@ def chat_logprobs(tokenizer: ChatTokenizer, pieces: Iterable[Piece]) -> dict[str
 
 
 def text_logprobs(tokenizer: ChatTokenizer, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """The older shape, in columns; a token that is a part of a character is written `bytes:\\xe2\\x82`, as OpenAI does."""
+    """The older format, in columns; a token that is a part of a character is written `bytes:\\xe2\\x82`, as OpenAI does."""
 
     def name(token_id: int) -> str:
         raw = tokenizer.token_bytes(token_id)
@@ -143,17 +144,17 @@ def text_logprobs(tokenizer: ChatTokenizer, pieces: Iterable[Piece]) -> dict[str
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    found = list(pieces)
+    tokens = list(pieces)
     return {
-        "tokens": [name(piece.token.token_id or 0) for piece in found],
-        "token_logprobs": [_finite(piece.token.logprob) for piece in found],
-        "top_logprobs": [{name(token): _finite(logprob) for token, logprob in piece.token.top_logprobs} for piece in found],
-        "text_offset": [piece.offset for piece in found],
+        "tokens": [name(piece.token.token_id or 0) for piece in tokens],
+        "token_logprobs": [_finite(piece.token.logprob) for piece in tokens],
+        "top_logprobs": [{name(token): _finite(logprob) for token, logprob in piece.token.top_logprobs} for piece in tokens],
+        "text_offset": [piece.offset for piece in tokens],
     }
 
 
 def _finite(logprob: float | None) -> float:
-    """JSON has no infinity: a token that was impossible has OpenAI's number for it."""
+    """JSON has no infinity: an impossible token gets the number that OpenAI uses."""
     return IMPOSSIBLE if logprob is None or logprob == float("-inf") else logprob
 
 
@@ -163,6 +164,13 @@ def usage(num_prompt: int, num_completion: int) -> dict[str, int]:
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
     }
+
+
+def answered_by(chosen: Chosen) -> dict[str, str]:
+    """Response headers: which version answers, and by which route."""
+    loaded = chosen.loaded
+    route = {"x-forge-route": chosen.route} if chosen.route else {}
+    return {"x-forge-model-version": loaded.version, "x-forge-model-digest": loaded.digest, **route}
 
 
 def sse(payload: dict[str, Any] | Literal["[DONE]"]) -> bytes:

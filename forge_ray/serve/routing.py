@@ -1,18 +1,18 @@
 """Which version answers which name (pure).
 
-A `Table` says what an endpoint serves at one moment. It is computed from the store's facts alone, so all who read the same
-facts have the same table, and its digest names it.
+A `Table` says what an endpoint serves at one moment. It is computed from the store's facts alone, so every process that
+reads the same facts has the same table, and its digest names it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from forge_ray.config.release import AliasRoute, DeployConfig, Rule
-from forge_ray.records import Frozen, ModelVersion, digest
+from forge_ray.records import Frozen, ModelVersion, digest, hex_of
 
 
 class ServedVersion(Frozen):
@@ -31,16 +31,17 @@ class ServedVersion(Frozen):
 
 
 class Table(Frozen):
-    """What an endpoint serves. `gone`: names that were archived. `broken`: versions that could not be loaded, and why."""
+    """What an endpoint serves. `archived`: aliases and versions out of use. `broken`: versions that could not be loaded, and
+    why."""
 
     versions: dict[str, ServedVersion]
     routes: dict[str, AliasRoute]
-    gone: tuple[str, ...] = ()
+    archived: tuple[str, ...] = ()
     broken: dict[str, str] = {}
 
     @property
     def id(self) -> str:
-        return digest(self.model_dump(mode="json"))[len("sha256:") :][:16]
+        return hex_of(digest(self.model_dump(mode="json")))[:16]
 
     def base_of(self, route: AliasRoute) -> str:
         """The full version under a route's stable one."""
@@ -50,7 +51,7 @@ class Table(Frozen):
 
 @dataclass(frozen=True)
 class RoutingFacts:
-    """What the store says, and what was seen of it."""
+    """The store's current routes, archived names and versions."""
 
     routes: Mapping[str, AliasRoute]
     archived: frozenset[str]
@@ -60,7 +61,8 @@ class RoutingFacts:
 def table_of(config: DeployConfig, facts: RoutingFacts, broken: Mapping[str, str], before: Table | None = None) -> Table:
     """The table that follows from the facts.
 
-    An alias whose stable version is `broken` keeps the route that it had `before`: a bad upload takes nothing away.
+    An alias whose stable version is `broken` keeps the route that it had `before`: a version that fails to load never
+    replaces the one being served.
     """
     versions: dict[str, ServedVersion] = {}
     routes: dict[str, AliasRoute] = {}
@@ -95,7 +97,7 @@ def table_of(config: DeployConfig, facts: RoutingFacts, broken: Mapping[str, str
     return Table(
         versions=dict(sorted(versions.items())),
         routes=dict(sorted(routes.items())),
-        gone=tuple(sorted(facts.archived)),
+        archived=tuple(sorted(facts.archived)),
         broken=dict(sorted(broken.items())),
     )
 
@@ -123,19 +125,20 @@ def _served(record: ModelVersion, base: str, merged: bool) -> ServedVersion:
 
 
 @dataclass(frozen=True)
-class RoutingRequest:
-    """What a route may look at; `labels`: what each classifier answered."""
+class RoutingInputs:
+    """What the rules of a route may depend on. `prompt_ids`: the prompt by the stable version's template; `labels`: the
+    answer of each classifier, by its version."""
 
     headers: Mapping[str, str]
     user: str
-    num_prompt_tokens: int
-    labels: Mapping[str, str]
+    prompt_ids: tuple[int, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
-def decide(route: AliasRoute, request: RoutingRequest, draw: float) -> tuple[str, str]:
+def decide(route: AliasRoute, inputs: RoutingInputs, draw: float) -> tuple[str, str]:
     """(version or `base`, why): the first rule that matches, else by weight. `draw` in [0, 1)."""
     for number, rule in enumerate(route.rules, start=1):
-        if _matches(rule, request):
+        if _matches(rule, inputs):
             return rule.to, f"rule {number}"
     total, passed = sum(route.versions.values()), 0.0
     for version, weight in route.versions.items():
@@ -145,17 +148,17 @@ def decide(route: AliasRoute, request: RoutingRequest, draw: float) -> tuple[str
     return route.stable, "stable"  # rounding left `draw` above the sum
 
 
-def _matches(rule: Rule, request: RoutingRequest) -> bool:
-    wanted = {name.lower(): value for name, value in rule.header.items()}
+def _matches(rule: Rule, inputs: RoutingInputs) -> bool:
+    num_prompt_tokens = len(inputs.prompt_ids)
     return (
-        all(request.headers.get(name) == value for name, value in wanted.items())
-        and (not rule.user or request.user in rule.user)
-        and (not rule.prompt_tokens_below or request.num_prompt_tokens < rule.prompt_tokens_below)
-        and request.num_prompt_tokens >= rule.prompt_tokens_from
-        and (not rule.classifier or request.labels.get(rule.classifier) == rule.label)
+        all(inputs.headers.get(name.lower()) == value for name, value in rule.header.items())
+        and (not rule.user or inputs.user in rule.user)
+        and (not rule.prompt_tokens_below or num_prompt_tokens < rule.prompt_tokens_below)
+        and num_prompt_tokens >= rule.prompt_tokens_from
+        and (not rule.classifier or inputs.labels.get(rule.classifier) == rule.label)
     )
 
 
 def sticky(name: str, user: str) -> float:
-    """A user's place in [0, 1) for an alias: the same one sees the same version while the weights stand."""
+    """A user's fixed draw in [0, 1) for an alias: the same user gets the same version while the weights stay the same."""
     return int.from_bytes(hashlib.blake2b(f"{name}\0{user}".encode(), digest_size=8).digest(), "big") / 2**64

@@ -17,7 +17,7 @@ class ClientGone(Exception):
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]], idle_s: float) -> AsyncGenerator[tuple[int, T] | None, None]:
-    """(number of the stream, item) as they come; None where none came for `idle_s` seconds. The first error of a stream ends
+    """(number of the stream, item) as they arrive; None after `idle_s` seconds without one. The first error of a stream ends
     all of them, and so does closing."""
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
 
@@ -37,42 +37,42 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]], idle_s: float) -> A
             try:
                 if queue.empty():
                     async with asyncio.timeout(idle_s):
-                        found = await queue.get()
+                        event = await queue.get()
                 else:
-                    found = queue.get_nowait()
+                    event = queue.get_nowait()
             except TimeoutError:
                 yield None
                 continue
-            if isinstance(found, Exception):
-                raise found
-            if found is None:
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
                 running -= 1
             else:
-                yield found
+                yield event
     finally:
         await _cancelled(*tasks)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; where the client leaves first, `work` is cancelled and `ClientGone` raised. The request's body
+    """The result of `work`; if the client disconnects first, `work` is cancelled and `ClientGone` raised. The request's body
     must have been read."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    task, disconnect = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientGone
     finally:
-        await _cancelled(task, gone)
+        await _cancelled(task, disconnect)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
-    """Ends the tasks and waits until what they hold is closed."""
+    """Cancel the tasks and wait until their generators are closed."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

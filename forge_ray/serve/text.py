@@ -1,4 +1,4 @@
-"""Tokens → text while they arrive: whole characters only, and never a piece of a stop string (no ray, no torch)."""
+"""Incremental detokenisation: whole characters only, and never a part of a stop string (no ray, no torch)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Detokenizer:
     """Decodes a growing list of ids; a character whose bytes are split over tokens waits for its last byte.
 
     Only a short window is decoded again per token: from the token before the last clean boundary, because some
-    tokenizers write a leading space or not depending on the token before. Special tokens have no text but for `markers`.
+    tokenizers write a leading space or not depending on the token before. Special tokens other than `markers` have no text.
     """
 
     tokenizer: Any
@@ -38,7 +38,7 @@ class Detokenizer:
         return self._advance(final=False)
 
     def flush(self) -> str:
-        """What is left at the end: bytes that never became a character show as U+FFFD."""
+        """The rest at the end: bytes that never completed a character are shown as U+FFFD."""
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
@@ -56,7 +56,7 @@ class Detokenizer:
 
 @dataclass
 class StopStrings:
-    """Cuts a growing text at the first of `stops`, holding back what may be the beginning of one."""
+    """Cuts a growing text at the first of `stops`, and holds back what may be the beginning of one."""
 
     stops: tuple[str, ...]
     held: str = ""
@@ -67,23 +67,23 @@ class StopStrings:
         if self.hit:
             return ""
         self.held += text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
+        positions = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if positions:
             self.hit = True
-            shown, self.held = self.held[: min(found)], ""
-            return shown
+            safe, self.held = self.held[: min(positions)], ""
+            return safe
         keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
-        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return shown
+        safe, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return safe
 
     def flush(self) -> str:
-        """At the end of the tokens the held text was no stop string after all."""
-        shown, self.held = self.held, ""
-        return shown
+        """At the end of the tokens, the text that was held back: it was not a stop string."""
+        rest, self.held = self.held, ""
+        return rest
 
 
 def overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins `mark` and is not all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `mark`."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
@@ -97,8 +97,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text, the number of tokens generated so far, and at the end why it ended. `pieces`: the tokens of this text,
-    where log-probabilities were asked for."""
+    """New text, the number of tokens generated so far, and at the end the finish reason. `pieces`: the tokens of this text,
+    if log-probabilities were requested."""
 
     text: str
     num_tokens: int
@@ -108,19 +108,19 @@ class Delta:
 
 @dataclass
 class _Pieces:
-    """Tokens whose text is not shown yet. Those of a stop string never are."""
+    """Tokens whose text is held back. Those of a stop string are never released."""
 
-    raw: int = 0
-    shown: int = 0
+    num_raw: int = 0
+    num_released: int = 0
     waiting: list[Piece] = field(default_factory=list)
 
     def push(self, token: Token, text: str) -> None:
-        self.waiting.append(Piece(token, self.raw))
-        self.raw += len(text)
+        self.waiting.append(Piece(token, self.num_raw))
+        self.num_raw += len(text)
 
     def release(self, text: str, ended: bool = False) -> tuple[Piece, ...]:
-        self.shown += len(text)
-        ready = [piece for piece in self.waiting if ended or piece.offset < self.shown]
+        self.num_released += len(text)
+        ready = [piece for piece in self.waiting if ended or piece.offset < self.num_released]
         del self.waiting[: len(ready)]
         return tuple(ready)
 

@@ -1,4 +1,4 @@
-"""Tool calls: found in what a model writes, and begun for it where one must be made (pure).
+"""Tool calls: parsed from what a model generates, and begun for it where a call is required (pure).
 
 Styles are those of `ChatTokenizer.call_style`:
 
@@ -6,8 +6,8 @@ Styles are those of `ChatTokenizer.call_style`:
 - `mistral-v3`: `[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`
 - `mistral-v11`: `[TOOL_CALLS]name[CALL_ID]id[ARGS]{…}`, once per call; `mistral-v13` without the id
 
-A call is one when it is complete, names a declared function and has an object of arguments (that conforms to its schema,
-if the function is `strict`). What only looks like one stays text.
+Text is a call if it is complete, names a declared function and has an object of arguments (that conforms to its schema, if
+the function is `strict`). Anything else stays text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MARK = re.compile("|".join(map(re.escape, MARKS)))
 LIST = re.compile(r"\[TOOL_CALLS\]\s*\[\s*")
 NEXT = re.compile(r"\s*(?:,\s*|(\]))")
 NAMED = re.compile(r"\[TOOL_CALLS\]\s*([a-zA-Z0-9_-]{1,64})(?:\[CALL_ID\]([a-zA-Z0-9]*))?\[ARGS\]\s*")
-MISTRAL_ID = re.compile(r"[a-zA-Z0-9]{9}")  # the only ids that Mistral's tokenizers take back
+MISTRAL_ID = re.compile(r"[a-zA-Z0-9]{9}")  # the only ids that Mistral's tokenizers accept
 JSON = json.JSONDecoder()
 
 
@@ -51,21 +51,21 @@ class Call:
 
 
 def markers(tokenizer: ChatTokenizer) -> dict[int, str]:
-    """The special tokens of calls, which have a meaning here and no text elsewhere."""
-    return {found: mark for mark in MARKS if (found := tokenizer.marker_id(mark)) is not None}
+    """The special tokens of calls, which are shown as text here and nowhere else."""
+    return {token_id: mark for mark in MARKS if (token_id := tokenizer.marker_id(mark)) is not None}
 
 
 def new_id() -> str:
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
-# ---------------------------------------------------------------- found
+# ---------------------------------------------------------------- parsing
 
 
 @dataclass(frozen=True)
 class _Step:
-    """`length`: how much of the buffer is read; `value`: what may be a call, None at the end of a list; `inside`: of a list
-    that goes on."""
+    """`length`: characters of the buffer that are consumed; `value`: a candidate for a call, None at the end of a list;
+    `inside`: the list continues."""
 
     length: int
     value: Any
@@ -83,30 +83,30 @@ class CallParser:
     buffer: str = ""
     inside: bool = False
     in_list: bool = False
-    after_call: bool = False  # blanks between two calls are no text
+    after_call: bool = False  # blanks between two calls are dropped
 
     def push(self, text: str) -> list[str | Call]:
         """Text that belongs to no call, and calls that `text` completes, in order."""
         self.buffer += text
-        found: list[str | Call] = []
-        while not self.finished and (self._read(found) if self.inside else self._opened(found)):
+        parts: list[str | Call] = []
+        while not self.finished and (self._read(parts) if self.inside else self._opened(parts)):
             pass
-        return found
+        return parts
 
     def flush(self) -> list[str | Call]:
-        """The end: a call without its closing mark counts, any other rest is text."""
-        found: list[str | Call] = []
+        """At the end: a call without its closing mark counts, any other rest is text."""
+        parts: list[str | Call] = []
         if self.finished:
-            return found
+            return parts
         if self.inside and self.style == "hermes":
-            self._take(found, _Step(len(self.buffer), _json(self.buffer.removeprefix(OPENING["hermes"]))))
+            self._consume(parts, _Step(len(self.buffer), _json(self.buffer.removeprefix(OPENING["hermes"]))))
         if self.buffer and not (self.after_call and self.buffer.isspace()):
-            found.append(self.buffer)
+            parts.append(self.buffer)
         self.buffer = ""
-        return found
+        return parts
 
-    def _opened(self, found: list[str | Call]) -> bool:
-        """Text up to the next opening goes out; True if there is one."""
+    def _opened(self, parts: list[str | Call]) -> bool:
+        """Release the text up to the next opening; True if there is one."""
         opening = OPENING[self.style]
         at = self.buffer.find(opening)
         end = at if at >= 0 else len(self.buffer) - overlap(self.buffer, opening)
@@ -114,13 +114,13 @@ class CallParser:
         if self.after_call and at < 0 and not text.strip():
             return False  # it depends on what follows
         if text and not (self.after_call and text.isspace()):
-            found.append(text)
+            parts.append(text)
             self.after_call = False
         self.buffer, self.inside = self.buffer[end:], at >= 0
         return self.inside
 
-    def _read(self, found: list[str | Call]) -> bool:
-        """One step into what an opening began; False where more text is needed."""
+    def _read(self, parts: list[str | Call]) -> bool:
+        """Read one element after an opening; False if more text is needed."""
         if self.style == "hermes":
             step = _closed(self.buffer)
         elif self.style == "mistral-v3":
@@ -128,20 +128,20 @@ class CallParser:
         else:
             step = _named(self.buffer)
         if step is not None:
-            self._take(found, step)
+            self._consume(parts, step)
         return step is not None
 
-    def _take(self, found: list[str | Call], step: _Step) -> None:
-        taken, self.buffer = self.buffer[: step.length], self.buffer[step.length :]
+    def _consume(self, parts: list[str | Call], step: _Step) -> None:
+        text, self.buffer = self.buffer[: step.length], self.buffer[step.length :]
         self.inside = self.in_list = step.inside
         if step.value is None:
             return
         call = self._call(step.value)
         if call is None:
             self.inside = self.in_list = False
-            found.append(taken)
+            parts.append(text)
         else:
-            found.append(call)
+            parts.append(call)
             self.after_call, self.finished = True, not self.several
 
     def _call(self, value: Any) -> Call | None:
@@ -155,8 +155,9 @@ class CallParser:
             return None
         if function.strict and not conforms(arguments, function.schema_):
             return None
-        given = value.get("id")
-        identifier = given if isinstance(given, str) and MISTRAL_ID.fullmatch(given) else new_id()
+        identifier = value.get("id")
+        if not (isinstance(identifier, str) and MISTRAL_ID.fullmatch(identifier)):
+            identifier = new_id()
         return Call(identifier, function.name, json.dumps(arguments, ensure_ascii=False))
 
 
@@ -194,19 +195,19 @@ def _object(buffer: str, start: int, call: Any, inside: bool = False) -> _Step |
 
 
 def _json(text: str) -> Any:
-    """The value, or a text, which is no call, where it is not JSON."""
+    """The value; where the text is not JSON, the text itself, which is not a call."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
 
-# ---------------------------------------------------------------- begun
+# ---------------------------------------------------------------- beginning
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """How a call is begun: its text and ids after the prompt, and the schema of what is still to be written."""
+    """The beginning of a call: its text and ids after the prompt, and the schema of the part that the model generates."""
 
     text: str
     ids: tuple[int, ...]
@@ -233,9 +234,9 @@ def _beginning(tokenizer: ChatTokenizer, text: str, schema: dict[str, Any]) -> B
     ids: list[int] = []
     end = 0
     for mark in MARK.finditer(text):
-        found = tokenizer.marker_id(mark[0])
-        if found is not None:
-            ids += [*tokenizer.piece_ids(text[end : mark.start()]), found] if mark.start() > end else [found]
+        marker_id = tokenizer.marker_id(mark[0])
+        if marker_id is not None:
+            ids += [*tokenizer.piece_ids(text[end : mark.start()]), marker_id] if mark.start() > end else [marker_id]
             end = mark.end()
     if text[end:]:
         ids += tokenizer.piece_ids(text[end:])
@@ -243,7 +244,8 @@ def _beginning(tokenizer: ChatTokenizer, text: str, schema: dict[str, Any]) -> B
 
 
 def _call_schema(functions: Sequence[Function]) -> dict[str, Any]:
-    """Name and arguments of one call; the functions' schemas stand under `$defs`, so that their own references hold."""
+    """The schema of one call: name and arguments. The functions' schemas are under `$defs`, so that their own references
+    resolve."""
     names = [f"f{number}" for number in range(len(functions))]
     calls: list[dict[str, Any]] = [
         {
@@ -261,7 +263,7 @@ def _call_schema(functions: Sequence[Function]) -> dict[str, Any]:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """The schema with its local references as they are from where it now stands."""
+    """The schema with its local references rewritten for its new place."""
     if isinstance(schema, list):
         return [_moved(item, place) for item in schema]
     if not isinstance(schema, dict):

@@ -4,8 +4,9 @@
     audit/head.json     the last line once more, written first: what was cut off the end of the log is still there
 
 A line is written before the file that it tells of, and holds its content: a crash between the two is made good when the
-store is opened next. Lines are signed where the writer has a key, so each is a signed head too: the counter `n`, and by
-`previous` all before it. Model versions carry the head that they were released at, so cutting the log back behind one shows.
+store is next opened for writing. Lines are signed where the writer has a key, so each is a signed head too: the counter
+`n`, and by `previous` all before it. Model versions carry the head that they were released at, so cutting the log back
+behind one shows.
 """
 
 from __future__ import annotations
@@ -178,29 +179,37 @@ def head(store: Store) -> str:
 
 def redo(store: Store) -> None:
     """Write the files of the last lines that a killed writer left unwritten."""
+    for path, content in unwritten(store).items():
+        store.write_once(path, content)
+
+
+def unwritten(store: Store) -> dict[str, bytes]:
+    """Path → content of the files of the last lines that are not there."""
     if not store.exists(HEAD):
-        return
+        return {}
     recent = [store.read(HEAD)]
     if store.is_local and store.exists(LOG):
         with open(store.path(LOG), "rb") as stream:
             size = stream.seek(0, 2)
             stream.seek(max(0, size - (1 << 16)))
             recent += [line for line in stream.read().split(b"\n")[1:] if line][-REDONE:]
+    missing = {}
     for raw in recent:
         with contextlib.suppress(ValueError):
             line = json.loads(raw)
             content = canonical_json(line["body"])
             if line["path"] and not store.exists(line["path"]) and hashlib.sha256(content).hexdigest() == line["sha256"]:
-                store.write_once(line["path"], content)
+                missing[line["path"]] = content
+    return missing
 
 
-def check_chain(found: list[bytes], last: bytes | None) -> tuple[list[dict[str, Any]], list[str]]:
+def check_chain(stored: list[bytes], last: bytes | None) -> tuple[list[dict[str, Any]], list[str]]:
     """The lines, without the content that they hold, and what is wrong with their chain. `last`: the head, None where it is
     missing."""
     parsed: list[dict[str, Any]] = []
     problems: list[str] = []
     previous = START
-    for number, raw in enumerate(found, start=1):
+    for number, raw in enumerate(stored, start=1):
         try:
             line = json.loads(raw)
             if line["n"] != number:
@@ -216,10 +225,10 @@ def check_chain(found: list[bytes], last: bytes | None) -> tuple[list[dict[str, 
         previous = hash_of(raw)
         if problems:
             break  # what follows a break proves nothing
-    if last is None and found:
+    if last is None and stored:
         problems.append(f"{HEAD} is missing")
-    elif last is not None and not problems and last != (found[-1] if found else None):
-        problems.append(f"the log ends at line {len(found)}, not where its head says: the end was cut off or changed")
+    elif last is not None and not problems and last != (stored[-1] if stored else None):
+        problems.append(f"the log ends at line {len(stored)}, not where its head says: the end was cut off or changed")
     return parsed, problems
 
 
@@ -237,10 +246,10 @@ def verify(
     raw = lines(store)
     parsed, problems = check_chain(raw, store.read(HEAD) if store.exists(HEAD) else None)
     for name, anchor in (anchors or {}).items():
-        number, _, wanted = anchor.partition(":")
+        number, _, line_hash = anchor.partition(":")
         if not number.isdecimal() or not 1 <= int(number) <= len(raw):
             problems.append(f"{name} was written at line {number}, and the log has {len(raw)}: its end was cut off")
-        elif hash_of(raw[int(number) - 1]) != wanted:
+        elif hash_of(raw[int(number) - 1]) != line_hash:
             problems.append(f"{name} was written at another line {number} than the log has: the log was changed before it")
     signed = [place for place, line in enumerate(parsed) if line.get("sig")]
     for place in signed if every_signature else signed[-1:]:
@@ -257,9 +266,9 @@ def verify(
 def _signature_trouble(line: dict[str, Any], keys: Mapping[str, signing.PublicKey]) -> str:
     if line["key"] not in keys:
         return f"is signed by {line['key']}, which is no key of a signer"
-    said = {name: value for name, value in line.items() if name != "sig"}
+    payload = {name: value for name, value in line.items() if name != "sig"}
     try:
-        ok = signing.is_signed(canonical_json(said), base64.b64decode(line["sig"]), keys[line["key"]])
+        ok = signing.is_signed(canonical_json(payload), base64.b64decode(line["sig"]), keys[line["key"]])
     except ValueError:
         ok = False
     return "" if ok else f"was not signed by {line['key']} as it stands"
@@ -279,17 +288,19 @@ def _digest_of(files: Mapping[str, str]) -> str:
 
 def _check_files(store: Store, parsed: list[dict[str, Any]]) -> tuple[int, list[str]]:
     """Every record and event has its line, and every line its file, with the same content."""
-    found, problems = _digests(store), []
-    told = {line["path"]: line["sha256"] for line in parsed if line["path"]}
-    for path, sha256 in told.items():
-        if path not in found:
-            problems.append(f"{path}, of which the log tells, is not there")
-        elif found[path] != sha256:
+    digests, problems = _digests(store), []
+    logged = {line["path"]: line["sha256"] for line in parsed if line["path"]}
+    restorable = unwritten(store)
+    for path, sha256 in logged.items():
+        if path not in digests:
+            remedy = "; the next command that writes restores it" if path in restorable else ""
+            problems.append(f"{path}, of which the log tells, is not there{remedy}")
+        elif digests[path] != sha256:
             problems.append(f"{path} is not what the log says: it was changed")
     begin: dict[str, Any] = {"files": 0, "digest": _digest_of({})}
     if parsed and parsed[0]["action"] == "begin":
         begin = parsed[0]["body"]
-    others = {path: sha256 for path, sha256 in found.items() if path not in told}
+    others = {path: sha256 for path, sha256 in digests.items() if path not in logged}
     if begin["digest"] != _digest_of(others):
         if len(others) > begin["files"]:
             problems.append(
@@ -297,4 +308,4 @@ def _check_files(store: Store, parsed: list[dict[str, Any]]) -> tuple[int, list[
             )
         else:
             problems.append("files from before the log began were changed or taken away")
-    return len(found), problems
+    return len(digests), problems

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 from pydantic import Field
@@ -105,13 +104,13 @@ def _is_signed(event: Event, public_key: str) -> bool:
 
 def folded(events: Iterable[Event]) -> Authority:
     """What the `signer` and `policy` events say, in the order of their time; those that no owner signed are passed over."""
-    found = Authority()
+    authority = Authority()
     for event in sorted(events, key=lambda event: (event.at, event.id)):
         if event.kind == "signer":
-            found = _with_signer(found, event)
-        elif event.kind == "policy" and found.is_valid(event, "owner"):
-            found = found.model_copy(update={"policy": _policy_of(event)})
-    return found
+            authority = _with_signer(authority, event)
+        elif event.kind == "policy" and authority.is_valid(event, "owner"):
+            authority = authority.model_copy(update={"policy": _policy_of(event)})
+    return authority
 
 
 def _policy_of(event: Event) -> Policy:
@@ -146,11 +145,11 @@ def _with_signer(before: Authority, event: Event) -> Authority:
     return before.model_copy(update={"signers": before.signers | {event.subject: signer}})
 
 
-def check_may(authority: Authority, key: str, *wanted: str) -> None:
-    """Raise `PolicyError` where the policy wants roles and the signer `key` may not write all of `wanted` (of `MAY`)."""
+def check_may(authority: Authority, key: str, *actions: str) -> None:
+    """Raise `PolicyError` where the policy wants roles and the signer `key` may not write all of `actions` (of `MAY`)."""
     if not authority.signers:  # the first signer is being added
         return
-    ruled = [what for what in wanted if authority.policy.roles or what in ("signer events", "policy events")]
+    ruled = [what for what in actions if authority.policy.roles or what in ("signer events", "policy events")]
     able = [{signer.id for signer in authority.active(*MAY[what])} for what in ruled]
     refused: dict[tuple[str, ...], list[str]] = {}
     for what, who in zip(ruled, able, strict=True):
@@ -170,48 +169,16 @@ def check_may(authority: Authority, key: str, *wanted: str) -> None:
     raise PolicyError(f"policy.roles: {rules}; {actor}", hint=f"who could: {could} (`forge signers list`)")
 
 
-def is_protected(policy: Policy, alias: str) -> bool:
-    return any(fnmatchcase(alias, pattern) for pattern in policy.protected)
-
-
-def check_promotion(
-    authority: Authority, alias: str, version: str, key: str, approvals: Iterable[Event], trained_by: Iterable[str]
-) -> None:
-    """The rules of a protected alias, for a version that comes new to it. `approvals` are events of the version;
-    `trained_by` the keys that signed its run."""
-    if not is_protected(authority.policy, alias):
-        return
-    given = [event for event in approvals if event.data["decision"] == "approve" and event.data["alias"] in ("", alias)]
-    releasers = {event.key for event in given if event.data["alias"] == alias and authority.is_valid(event, "releaser")}
-    releasers |= {signer.id for signer in authority.active("releaser") if signer.id == key}
-    if len(releasers) < 2:
-        others = [signer.name for signer in authority.active("releaser") if signer.id not in releasers]
-        have = ", ".join(sorted(authority.name_of(one) for one in releasers)) or "nobody"
-        raise PolicyError(
-            f"policy.protected: {alias!r} is moved by two releasers together; for {version} there is {have}",
-            hint=f"`forge approve {version} --alias {alias}` by {' or '.join(others) or 'another releaser, yet to add'}",
-        )
-    if authority.policy.independent_validation:
-        trainers = set(trained_by)
-        validated = [event for event in given if event.key not in trainers and authority.is_valid(event, "validator")]
-        if not validated:
-            could = [signer.name for signer in authority.active("validator") if signer.id not in trainers]
-            raise PolicyError(
-                f"policy.independent_validation: no validator who did not train {version} has approved it",
-                hint=f"`forge approve {version}` by {' or '.join(could) or 'a validator, who is yet to be added'}",
-            )
-
-
 def accepted_moves(authority: Authority, events: Iterable[Event]) -> list[Event]:
     """Of the alias events of a store, in the order of their time, those that may be followed: under `policy.signatures` the
     ones that a releaser signed, and an endpoint's own, without a key, that give up a canary."""
     if not authority.policy.signatures:
         return list(events)
-    found: dict[str, list[Event]] = {}
+    accepted: dict[str, list[Event]] = {}
     for event in events:
-        before = found.setdefault(event.subject, [])
+        before = accepted.setdefault(event.subject, [])
         if authority.is_valid(event, "releaser") or (
             not event.key and before and gives_up_canaries(route_of(before[-1]), route_of(event))
         ):
             before.append(event)
-    return sorted((event for moves in found.values() for event in moves), key=lambda event: (event.at, event.id))
+    return sorted((event for moves in accepted.values() for event in moves), key=lambda event: (event.at, event.id))

@@ -1,26 +1,26 @@
 """SQLite index over the store's records and events.
 
 The store's files are the truth. The index holds nothing that `rebuild` cannot recreate; it lives beside a local store, or
-in the user's cache for a remote one. Workers never open it.
+in the user's cache for a remote one. Workers never open it. What decides on releases and traffic is `release/promotion.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import re
 import sqlite3
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from forge_ray.config.release import ALIAS, AliasRoute
-from forge_ray.errors import ConfigError, NotFound, PolicyError
+from forge_ray.config.release import AliasRoute
+from forge_ray.errors import NotFound, StoreError
 from forge_ray.records import RECORD_TYPES, DatasetManifest, Event, ModelVersion, Record, canonical_json
 from forge_ray.store import audit_log, authority, paths, signing
-from forge_ray.store.aliases import alias_event, route_of
+from forge_ray.store.aliases import route_of
 from forge_ray.store.files import Store
-from forge_ray.store.signatures import record_path, require_signed, sign_record, signed_event, signers_of
+from forge_ray.store.signatures import record_path, sign_record, signed_event
 
 R = TypeVar("R", bound=Record)
 WITHDRAWN = ("withdrawn", "erased")  # states of a version that learned from erased rows: still there, and gone
@@ -37,14 +37,30 @@ create index if not exists events_subject on events (kind, subject, at);
 
 
 class Catalog:
-    """Records and events of one store: write through, read by id, walk."""
+    """Records and events of one store: write through, read by id, walk. Made by `open` or by `read_only`."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self._db = sqlite3.connect(_index_path(store), timeout=30)
-        self._db.executescript(SCHEMA)
+    def __init__(self, store: Store, index: sqlite3.Connection, is_writable: bool) -> None:
+        self.store, self.is_writable = store, is_writable
+        self._db = index
+
+    @classmethod
+    def open(cls, store: Store) -> Catalog:
+        """For commands that write. Writes at once: the index file, and, of the end of the audit log, the records and events
+        that a killed writer left unwritten."""
+        catalog = cls(store, _index_on_disk(store), is_writable=True)
         audit_log.redo(store)
-        self._sync()
+        catalog.sync()
+        return catalog
+
+    @classmethod
+    def read_only(cls, store: Store) -> Catalog:
+        """For commands that read: the store as it is now, and nothing is written to it.
+
+        The index file of a local store is copied into memory, where what it lacks is added. For a remote store the index in
+        the user's cache is brought up to date, because reading every record over the network each time takes minutes."""
+        catalog = cls(store, _index_to_read(store), is_writable=False)
+        catalog.sync()
+        return catalog
 
     def __enter__(self) -> Catalog:
         return self
@@ -55,27 +71,29 @@ class Catalog:
     def close(self) -> None:
         self._db.close()
 
-    def _sync(self) -> None:
-        """Take in what other processes (a job on the cluster) wrote since this index was last open."""
-        known = {row[0] for row in self._db.execute("select id from records union select id from events")}
+    def sync(self) -> None:
+        """Index what other processes wrote to the store since; writes nothing but the index."""
+        indexed = {row[0] for row in self._db.execute("select id from records union select id from events")}
         for path in self.store.list(paths.RECORDS, recursive=True):
-            if _stem(path) not in known:
+            if _stem(path) not in indexed:
                 self._index(_parse(self.store, path))
         for path in self.store.list(paths.EVENTS):
-            if _stem(path).rsplit("~", 1)[-1] not in known:
+            if _stem(path).rsplit("~", 1)[-1] not in indexed:
                 self._index_event(Event.model_validate(self.store.read_json(path)))
         self._db.commit()
 
     def rebuild(self) -> int:
         """Drop the index and read every record and event again; returns how many."""
+        self._check_writable()
         self._db.executescript("delete from records; delete from edges; delete from events;")
-        self._sync()
+        self.sync()
         (count,) = self._db.execute("select (select count(*) from records) + (select count(*) from events)").fetchone()
         return int(count)
 
     def put(self, record: R) -> R:
         """Write `record` to the store, once, and index it; signed where this process has a key. The first of two equal ones
         stays. Raises `PolicyError` where the policy wants roles and the signer has none for it."""
+        self._check_writable()
         path = record_path(record)
         if self.store.exists(path):
             record = type(record).model_validate(self.store.read_json(path))
@@ -95,6 +113,7 @@ class Catalog:
 
     def append(self, event: Event) -> Event:
         """Write `event` behind all others of its subject, whatever this machine's clock says: the last move wins."""
+        self._check_writable()
         self.check_may(f"{event.kind} events")
         query = "select max(at) from events where kind = ? and subject = ?"
         (last,) = self._db.execute(query, (event.kind, event.subject)).fetchone()
@@ -108,10 +127,17 @@ class Catalog:
         rows = self._db.execute("select body from events where kind in ('signer', 'policy') order by at, id")
         return authority.folded(Event.model_validate_json(row[0]) for row in rows)
 
-    def check_may(self, *wanted: str) -> None:
-        """Raise `PolicyError` unless the signer of this process may write all of `wanted` (`authority.MAY`)."""
+    def check_may(self, *actions: str) -> None:
+        """Raise `PolicyError` unless the signer of this process may write all of `actions` (`authority.MAY`)."""
         key = signing.private_key()
-        authority.check_may(self.authority(), signing.key_id(key.public_key()) if key else "", *wanted)
+        authority.check_may(self.authority(), signing.key_id(key.public_key()) if key else "", *actions)
+
+    def _check_writable(self) -> None:
+        if not self.is_writable:
+            raise StoreError(
+                f"the catalogue of {self.store.place} was opened for reading",
+                hint="this is a bug: what writes opens it with `Catalog.open`",
+            )
 
     def _index(self, record: Record) -> None:
         row = (record.id, record.kind, record.created_at, getattr(record, "name", ""), record.model_dump_json())
@@ -144,7 +170,7 @@ class Catalog:
 
     def datasets(self) -> list[DatasetManifest]:
         """Dataset versions whose rows are in the store: those of others were erased, and their records tell of what was."""
-        return [found for found in self.all(DatasetManifest) if self.store.exists(paths.dataset(found.id))]
+        return [manifest for manifest in self.all(DatasetManifest) if self.store.exists(paths.dataset(manifest.id))]
 
     def events(self, kind: str, subject: str) -> list[Event]:
         rows = self._db.execute("select body from events where kind = ? and subject = ? order by at, id", (kind, subject))
@@ -166,8 +192,9 @@ class Catalog:
 
     def routes(self) -> dict[str, AliasRoute]:
         """alias → what it stands for now. Where the policy wants signatures, moves that no releaser signed do not count."""
-        moves = authority.accepted_moves(self.authority(), self.moves())
-        return {name: found for name, event in {e.subject: e for e in moves}.items() if (found := route_of(event))}
+        last = {event.subject: event for event in authority.accepted_moves(self.authority(), self.moves())}
+        routes = {alias: route_of(event) for alias, event in last.items()}
+        return {alias: route for alias, route in routes.items() if route}
 
     def moves(self) -> list[Event]:
         """Every move of every alias, oldest first."""
@@ -189,105 +216,9 @@ class Catalog:
         aliases = self.aliases()
         version = aliases.get(reference, reference)
         if not self.has(version):
-            known = ", ".join(sorted(aliases)) or "none yet"
-            raise NotFound(f"no model version or alias {reference!r} in {self.store.place}", hint=f"aliases: {known}")
+            names = ", ".join(sorted(aliases)) or "none yet"
+            raise NotFound(f"no model version or alias {reference!r} in {self.store.place}", hint=f"aliases: {names}")
         return self.get_as(ModelVersion, version)
-
-    def promote(self, reference: str, alias: str) -> ModelVersion:
-        """Point `alias` at a version; a rejected one is refused. Its rules, shadows and fallback stay, canaries end.
-        Pointing again at the same one writes nothing."""
-        version, now = self.releasable(reference), self.routes().get(alias)
-        wanted = (now or AliasRoute(versions={version.id: 1})).model_copy(update={"versions": {version.id: 1.0}})
-        if now != wanted:
-            self.set_route(alias, wanted)
-        return version
-
-    def releasable(self, reference: str) -> ModelVersion:
-        """A version that clients may be answered by; `PolicyError` for one rejected, never judged, or archived."""
-        version = self.model(reference)
-        self.refuse_withdrawn(version.id)
-        if version.id in self.archived():
-            raise PolicyError(f"{version.id} is archived", hint=f"`forge models restore {version.id}` first")
-        if version.status == "rejected":
-            raise PolicyError(
-                f"{version.id} was rejected: {'; '.join(version.reasons)}",
-                hint="train a better one, or change the gate in the run file and release again",
-            )
-        if version.status == "candidate":
-            raise PolicyError(
-                f"{version.id} is a candidate: step {version.step} of {version.run}, which no gate has judged",
-                hint="deploy it by its id, or let the run end and `forge release` it",
-            )
-        self.require_signed(version)
-        return version
-
-    def refuse_withdrawn(self, version: str) -> None:
-        """Raise `PolicyError` for a version that learned from erased rows."""
-        if erasure := self.withdrawn().get(version):
-            raise PolicyError(
-                f"{version} learned from rows that {erasure} erased",
-                hint=f"`forge lineage {erasure}` and erasures/{erasure}/certificate.json name what replaces it",
-            )
-
-    def require_signed(self, version: ModelVersion) -> None:
-        """Raise `PolicyError` where the policy wants signatures and the version, or a report it was judged by, has none."""
-        found = self.authority()
-        if found.policy.signatures:
-            for record in (version, *(self.get(report) for report in version.evals)):
-                require_signed(self.store, found, record)
-
-    def resolved_route(self, alias: str, route: AliasRoute) -> AliasRoute:
-        """`route` with every reference as the id of a version that may answer. Shadows may be candidates, for nobody sees
-        their answers."""
-        if self.has(alias) or alias == "base":
-            raise ConfigError(f"alias {alias!r} is the id of a record, or `base`, which rules use", hint="choose a name")
-        if not re.fullmatch(ALIAS, alias):
-            raise ConfigError(f"{alias!r} is no name for an alias: want {ALIAS}", hint="for example support@prod")
-        rules = tuple(
-            rule.model_copy(
-                update={
-                    "to": rule.to if rule.to == "base" else self.releasable(rule.to).id,
-                    "classifier": rule.classifier and self.releasable(rule.classifier).id,
-                }
-            )
-            for rule in route.rules
-        )
-        versions = {self.releasable(reference).id: weight for reference, weight in route.versions.items()}
-        shadow = tuple(self.model(reference).id for reference in route.shadow)
-        return route.model_copy(update={"versions": versions, "rules": rules, "shadow": shadow})
-
-    def set_route(self, alias: str, route: AliasRoute | None, why: str = "") -> None:
-        """Let `alias` stand for `route` from now on; None archives it."""
-        now = self.routes().get(alias)
-        if route is None and now is None:
-            raise NotFound(f"no alias {alias!r} in {self.store.place}", hint="`forge alias list`")
-        wanted = route and self.resolved_route(alias, route)
-        if wanted:
-            known = set(now.versions) if now else set()
-            for version in [one for one in wanted.versions if one not in known or one != wanted.stable]:
-                self._check_promotion(alias, version)
-        self.append(alias_event(alias, wanted, why))
-
-    def _check_promotion(self, alias: str, version: str) -> None:
-        key = signing.private_key()
-        run = self.get_as(ModelVersion, version).run
-        authority.check_promotion(
-            self.authority(),
-            alias,
-            version,
-            signing.key_id(key.public_key()) if key else "",
-            self.events("approval", version),
-            signers_of(self.store, run) if run else (),
-        )
-
-    def archive(self, reference: str, restore: bool = False) -> ModelVersion:
-        """Take a version out of use (or back): whoever asks for it by name is answered 410, or by the alias's fallback."""
-        version = self.model(reference)
-        if restore:
-            self.refuse_withdrawn(version.id)
-        if (version.id in self.archived()) == restore:
-            self.append(Event(kind="model", subject=version.id, data={"state": "active" if restore else "archived"}))
-        return version
 
     def parents(self, record_id: str) -> list[str]:
         return [row[0] for row in self._db.execute("select parent from edges where child = ? order by 1", (record_id,))]
@@ -306,8 +237,8 @@ def write_event(store: Store, event: Event, last: str | None) -> Event:
     """Write `event` behind the moment `last`, signed where this process has a key, with its line in the audit log."""
     event = signed_event(following(event, last))
     why = str(event.data.get("why") or event.data.get("reason") or "")
-    said = event.data.get("state") or event.data.get("action") or event.data.get("decision") or "set"
-    audit_log.publish(store, event_path(event), event.stored(), f"{event.kind}.{said}", event.subject, why)
+    change = event.data.get("state") or event.data.get("action") or event.data.get("decision") or "set"
+    audit_log.publish(store, event_path(event), event.stored(), f"{event.kind}.{change}", event.subject, why)
     return event
 
 
@@ -327,10 +258,38 @@ def _parse(store: Store, path: str) -> Record:
     return TYPES[_stem(path).split("_", 1)[0]].model_validate(store.read_json(path))
 
 
-def _index_path(store: Store) -> str:
+def _index_path(store: Store) -> Path:
     if store.is_local:
-        Path(store.root).mkdir(parents=True, exist_ok=True)
-        return f"{store.root}/{paths.INDEX_FILE}"
+        return Path(store.root) / paths.INDEX_FILE
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "forge_ray"
-    cache.mkdir(parents=True, exist_ok=True)
-    return str(cache / f"catalog-{hashlib.sha256(store.uri.encode()).hexdigest()[:16]}.sqlite")
+    return cache / f"catalog-{hashlib.sha256(store.uri.encode()).hexdigest()[:16]}.sqlite"
+
+
+def _index_on_disk(store: Store) -> sqlite3.Connection:
+    path = _index_path(store)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _with_schema(sqlite3.connect(path, timeout=30))
+
+
+def _index_to_read(store: Store) -> sqlite3.Connection:
+    if not store.is_local:
+        with contextlib.suppress(OSError, sqlite3.OperationalError):  # a cache that cannot be written: memory does
+            index = _index_on_disk(store)
+            index.execute("begin immediate")
+            index.rollback()
+            return index
+    index = sqlite3.connect(":memory:")
+    path = _index_path(store)
+    if path.is_file():
+        # an index that cannot be read without writing, after a crash, holds nothing that the store's files do not
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", timeout=30, uri=True)) as on_disk,
+        ):
+            on_disk.backup(index)
+    return _with_schema(index)
+
+
+def _with_schema(index: sqlite3.Connection) -> sqlite3.Connection:
+    index.executescript(SCHEMA)
+    return index

@@ -172,8 +172,7 @@ class Store:
             infos = self._fs.get_file_info(selector)
         except FileNotFoundError:  # made between pyarrow's two looks: missing when it opened it, there when it checked
             infos = self._fs.get_file_info(selector)
-        found = (info for info in infos if info.type == pafs.FileType.File)
-        names = (info.path.removeprefix(self.root + "/") for info in found)
+        names = (info.path.removeprefix(self.root + "/") for info in infos if info.type == pafs.FileType.File)
         return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith("."))
 
     def delete(self, relative: str) -> None:
@@ -314,10 +313,10 @@ def verify_files(folder: Path, files: tuple[FileEntry, ...], progress: Callable[
         size = path.stat().st_size if path.is_file() else -1
         if size != entry.size:
             raise StoreError(f"{path} has {size} bytes, its manifest says {entry.size}", hint=RESTORE)
-        found = sha256_file(path, progress)
-        if found != entry.sha256:
+        sha256 = sha256_file(path, progress)
+        if sha256 != entry.sha256:
             raise StoreError(
-                f"{path} has sha256 {found}, its manifest says {entry.sha256}", hint="restore the file, or rebuild"
+                f"{path} has sha256 {sha256}, its manifest says {entry.sha256}", hint="restore the file, or rebuild"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forge_ray.errors import NotFound
-from forge_ray.records import Deployment, ModelVersion
+from forge_ray.records import Deployment, ModelVersion, hex_of
 from forge_ray.store.catalog import Catalog
 
 
@@ -13,11 +13,11 @@ def resolve(catalog: Catalog, text: str) -> str:
         return text
     if text in catalog.aliases():
         return catalog.aliases()[text]
-    wanted = text.removeprefix("fp_").removeprefix("sha256:")
-    if len(wanted) >= 8:
+    prefix = hex_of(text.removeprefix("fp_"))
+    if len(prefix) >= 8:
         digests = {record.id: record.model_digest for record in catalog.all(Deployment)}
         digests |= {record.id: record.files_digest for record in catalog.all(ModelVersion)}
         for identifier, digest in digests.items():
-            if digest.removeprefix("sha256:").startswith(wanted):
+            if hex_of(digest).startswith(prefix):
                 return identifier
     raise NotFound(f"{text!r} is no id, alias or fingerprint of this store", hint="`forge models list` shows what is there")

@@ -42,15 +42,15 @@ def signers_of(store: Store, record_id: str) -> list[str]:
     return [path.rsplit("/", 1)[-1].removesuffix(".json") for path in store.list(paths.signatures(record_id))]
 
 
-def valid_signers(store: Store, found: Authority, record: Record) -> list[str]:
+def valid_signers(store: Store, authority: Authority, record: Record) -> list[str]:
     """Key ids of signers whose envelope holds for the record as it is stored now. A retired signer's counts for records from
     before."""
     path = record_path(record)
     sha256 = hashlib.sha256(store.read(path)).hexdigest()
     valid = []
-    for key, public in found.keys.items():
+    for key, public in authority.keys.items():
         name = paths.signatures(record.id, f"{key}.json")
-        retired = found.signers[key].retired_at
+        retired = authority.signers[key].retired_at
         if not store.exists(name) or (retired and record.created_at >= retired):
             continue
         try:
@@ -62,11 +62,11 @@ def valid_signers(store: Store, found: Authority, record: Record) -> list[str]:
     return valid
 
 
-def require_signed(store: Store, found: Authority, record: Record) -> None:
-    if valid_signers(store, found, record):
+def require_signed(store: Store, authority: Authority, record: Record) -> None:
+    if valid_signers(store, authority, record):
         return
-    there = [found.name_of(key) for key in signers_of(store, record.id)]
-    could = " or ".join(signer.name for signer in found.active("trainer", "validator")) or "a signer"
+    there = [authority.name_of(key) for key in signers_of(store, record.id)]
+    could = " or ".join(signer.name for signer in authority.active("trainer", "validator")) or "a signer"
     raise PolicyError(
         f"policy.signatures: no valid signature of a signer is on {record.id}"
         + (f" (there is one of {', '.join(there)}, which does not hold)" if there else ""),

@@ -250,8 +250,8 @@ def check_bundle(bundle: Mapping[str, Any], files: Iterable[FileEntry], keys: It
         signed = {resource["name"]: resource["digest"] for resource in stated["predicate"]["resources"]}
     except (LookupError, TypeError, ValueError):
         raise PolicyError("this is no model signature of OpenSSF's kind", hint="was the file changed, or cut off?") from None
-    found = {entry.path: entry.sha256 for entry in files if entry.path not in ignored}
-    if different := sorted(name for name in signed.keys() | found.keys() if signed.get(name) != found.get(name)):
+    present = {entry.path: entry.sha256 for entry in files if entry.path not in ignored}
+    if different := sorted(name for name in signed.keys() | present.keys() if signed.get(name) != present.get(name)):
         raise PolicyError(
             f"{different[0]} is not what was signed ({len(different)} of {len(signed)} files differ)",
             hint="fetch the folder again, or ask who signed it",

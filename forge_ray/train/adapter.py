@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from forge_ray.config.train import Adapter
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, first_line
 from forge_ray.models.architecture import outside_text
 
 LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.|\.h\.(\d+)\.")
@@ -64,12 +64,12 @@ class Coverage:
 
     def lines(self) -> list[str]:
         """For a person."""
-        said = []
+        lines = []
         for one in self.patterns:
             partial = [f"{kind} in {hit} of {of} layers" for kind, (hit, of) in one.kinds.items() if hit < of]
             more = f" ({', '.join(partial)})" if partial else ""
-            said.append(f"{one.pattern}: {one.modules} weights of {one.parameters:,} parameters{more}")
-        said.append(
+            lines.append(f"{one.pattern}: {one.modules} weights of {one.parameters:,} parameters{more}")
+        lines.append(
             f"adapts {self.reached / self.parameters:.1%} of all weights, {self.reached_active / self.active:.1%} of the"
             f" active ones; trains {self.trained:,} ({self.trained / self.parameters:.3%} of all,"
             f" {self.trained_active / self.active:.3%} of active)"
@@ -78,8 +78,8 @@ class Coverage:
         if experts:
             share = sum(experts.values()) / self.parameters
             names = ", ".join(experts)
-            said.append(f"not adapted: the experts, {share:.1%} of all weights: train.adapter.target_parameters=[{names}]")
-        return said
+            lines.append(f"not adapted: the experts, {share:.1%} of all weights: train.adapter.target_parameters=[{names}]")
+        return lines
 
 
 def with_adapter(model: Any, adapter: Adapter) -> Any:
@@ -91,9 +91,9 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
         ("target_modules", _modules(model, outside)),
         ("target_parameters", _parameters(model, outside)),
     ):
-        wanted = getattr(adapter, field_name)
-        if wanted != "all-linear":
-            for pattern in wanted:
+        patterns = getattr(adapter, field_name)
+        if patterns != "all-linear":
+            for pattern in patterns:
                 _check(field_name, pattern, kinds)
     lora = LoraConfig(
         r=adapter.r,
@@ -112,7 +112,7 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
             return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ConfigError(
-            f"train.adapter does not fit this model: {str(error).strip().splitlines()[0]}",
+            f"train.adapter does not fit this model: {first_line(error)}",
             hint=f"its linear layers are {', '.join(_leaves(_modules(model, outside)))}; or use all-linear",
         ) from error
 
@@ -192,11 +192,11 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _layers(names: Iterable[str]) -> dict[str, set[int | None]]:
-    found: dict[str, set[int | None]] = defaultdict(set)
+    layers_of: dict[str, set[int | None]] = defaultdict(set)
     for name in names:
         kind, layer = _kind(name)
-        found[kind].add(layer)
-    return dict(found)
+        layers_of[kind].add(layer)
+    return dict(layers_of)
 
 
 def _check(field_name: str, pattern: str, names: list[str]) -> None:
@@ -245,31 +245,31 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
             if hasattr(layer, "parameter_name"):
                 wrapped.add(weight)
 
-    def active(found: dict[str, int]) -> float:
-        return sum(size * (share if is_expert(name) else 1.0) for name, size in found.items())
+    def active(sizes_of: dict[str, int]) -> float:
+        return sum(size * (share if is_expert(name) else 1.0) for name, size in sizes_of.items())
 
     there = _layers(sizes)
     layers_reached = {weight for weight in reached if weight not in wrapped}
     patterns = ("all-linear",) if adapter.target_modules == "all-linear" else adapter.target_modules
-    found = []
+    reaches = []
     for pattern, among in (
         *((pattern, layers_reached) for pattern in patterns),
         *((pattern, wrapped) for pattern in adapter.target_parameters),
     ):
-        mine = {
+        hits = {
             weight: reached[weight]
             for weight in among
             if pattern == "all-linear" or _fits(weight, pattern) or _fits(weight.removesuffix(".weight"), pattern)
         }
-        kinds = {kind: (len(layers), len(there[kind])) for kind, layers in sorted(_layers(mine).items())}
-        found.append(Reach(pattern, len(mine), sum(mine.values()), kinds))
+        kinds = {kind: (len(layers), len(there[kind])) for kind, layers in sorted(_layers(hits).items())}
+        reaches.append(Reach(pattern, len(hits), sum(hits.values()), kinds))
     outside = outside_text(base)
     unreached: dict[str, int] = defaultdict(int)
     for name, size in sizes.items():
         if name not in reached and not _is_in(name, outside):
             unreached[_kind(name)[0]] += size
     return Coverage(
-        patterns=tuple(found),
+        patterns=tuple(reaches),
         parameters=sum(sizes.values()),
         active=active(sizes),
         trained=sum(trained.values()),

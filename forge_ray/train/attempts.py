@@ -78,7 +78,7 @@ def _path(run: str, number: int) -> str:
 def driving(store: Store, run: str) -> Iterator[None]:
     """Hold the run's lease; raises `TrainingError` while another living driver holds it."""
     token = uuid.uuid4().hex
-    mine = {
+    holder = {
         "token": token,
         "host": platform.node(),
         "boot": _boot(),
@@ -86,7 +86,7 @@ def driving(store: Store, run: str) -> Iterator[None]:
         "started": _started(os.getpid()),
         "at": utc_now(),
     }
-    path, data = paths.run(run, "driver.json"), canonical_json(mine)
+    path, data = paths.run(run, "driver.json"), canonical_json(holder)
     if not store.create(path, data):
         other = _holder(store, path)
         if other and (sign := _sign_of_life(store, path, other)):

@@ -64,22 +64,22 @@ def document_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **given: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """[1, N, H, D]: softmax(scale Q K^T) V of each document, causal; a token sees `sliding_window` tokens with itself."""
-    if given.get("s_aux") is not None:
+    if options.get("s_aux") is not None:
         raise ConfigError(
             f"{type(module).__name__} attends to sinks, which are not trained here", hint="take another base model"
         )
-    edges: Tensor = given["cu_seq_lens_q"]
+    edges: Tensor = options["cu_seq_lens_q"]
     if query_1HND.is_cuda and query_1HND.dtype != torch.float32 and not dropout and not softcap:
-        return _varlen(query_1HND, key_1GND, value_1GND, edges, given["max_length_q"], scaling, sliding_window), None
-    given = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "softcap": softcap}
-    return _one_by_one(query_1HND, key_1GND, value_1GND, edges, given), None
+        return _varlen(query_1HND, key_1GND, value_1GND, edges, options["max_length_q"], scaling, sliding_window), None
+    options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "softcap": softcap}
+    return _one_by_one(query_1HND, key_1GND, value_1GND, edges, options), None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of documents differs from pass to pass
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, given: dict[str, Any]) -> Tensor:
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, options: dict[str, Any]) -> Tensor:
     dtype, groups = query.dtype, query.shape[1] // key.shape[1]
     if not query.is_cuda:  # its kernel takes half the time in fp32 that it takes in bf16
         query, key, value = query.float(), key.float(), value.float()
@@ -87,7 +87,7 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, given:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     sizes = edges.diff().tolist()
     parts = (part.split(sizes, dim=2) for part in (query, key, value))
-    return torch.cat([_attend(*part, **given) for part in zip(*parts, strict=True)], dim=2).transpose(1, 2).to(dtype)
+    return torch.cat([_attend(*part, **options) for part in zip(*parts, strict=True)], dim=2).transpose(1, 2).to(dtype)
 
 
 def _attend(

@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from forge_ray.data.dataset.order import Order, order_of
 from forge_ray.data.dataset.stream import Rows
-from forge_ray.errors import NotFound, StoreError
+from forge_ray.errors import NotFound
 from forge_ray.records import DatasetManifest, RunRecord
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.files import MANIFEST, Store
-from forge_ray.train import metrics
+from forge_ray.store.files import Store
+from forge_ray.train import metrics, run_folder
 from forge_ray.train.fingerprint import fingerprint
 
 WINDOW_STEPS = 64
@@ -40,7 +40,7 @@ class DataFacts:
 
 def facts_of(store: Store, run: str) -> DataFacts:
     """Raises `NotFound` where the run has neither a record nor a checkpoint."""
-    with Catalog(store) as catalog:
+    with Catalog.read_only(store) as catalog:
         if catalog.has(run):
             record = catalog.get_as(RunRecord, run)
             position: dict[str, Any] = {
@@ -52,7 +52,7 @@ def facts_of(store: Store, run: str) -> DataFacts:
             settings: dict[str, Any] = record.config["train"]
         else:
             position = _newest_position(store, run)
-            settings = _settings(store, run)
+            settings = run_folder.config_of(store, run)["train"]
         manifest = catalog.get_as(DatasetManifest, position["dataset"])
     if not store.exists(paths.dataset(manifest.id)):
         raise NotFound(f"the rows of {manifest.id} are not in this store", hint="were they erased? the run's record remains")
@@ -64,19 +64,9 @@ def facts_of(store: Store, run: str) -> DataFacts:
 
 
 def _newest_position(store: Store, run: str) -> dict[str, Any]:
-    for path in reversed([p for p in store.list(paths.checkpoints(run), recursive=True) if p.endswith("/" + MANIFEST)]):
-        try:
-            position: dict[str, Any] = store.read_json(path)["position"]
-        except (StoreError, KeyError):
-            continue
+    for position in run_folder.positions(store, run):
         return position
     raise NotFound(f"{run!r} has no record and no checkpoint", hint="`forge runs list` shows the runs of this store")
-
-
-def _settings(store: Store, run: str) -> dict[str, Any]:
-    path = next(path for path in store.list(paths.run(run)) if path.rsplit("/", 1)[-1].startswith("config-"))
-    settings: dict[str, Any] = store.read_json(path)["train"]
-    return settings
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from forge_ray.train.engine import TrainEngine
 from forge_ray.train.job import TrainJob, identity_digest
 
 logger = logging.getLogger("forge_ray")
-ROOM = 1.2  # times the size of the last checkpoint must be free before one is written
+SPACE_FACTOR = 1.2  # times the size of the last checkpoint must be free before one is written
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def expected(job: TrainJob) -> Position:
     )
 
 
-def no_room(store: Store, run: str) -> str:
+def why_no_space(store: Store, run: str) -> str:
     """Why a checkpoint as large as the newest one would not fit; "" where it does, or where nobody can tell."""
     free = store.free_bytes()
     for step in steps(store, run) if free is not None else []:
@@ -85,9 +85,9 @@ def no_room(store: Store, run: str) -> str:
             size = sum(entry.size for entry in store.files(paths.checkpoint(run, step)))
         except (ForgeError, KeyError, TypeError, ValueError):
             continue
-        wanted = size * ROOM
-        if free is not None and free < wanted:
-            return f"{free / 1e9:.2f} GB are free, a checkpoint of {size / 1e9:.2f} GB wants {wanted / 1e9:.2f} GB"
+        needed = size * SPACE_FACTOR
+        if free is not None and free < needed:
+            return f"{free / 1e9:.2f} GB are free, a checkpoint of {size / 1e9:.2f} GB wants {needed / 1e9:.2f} GB"
         return ""
     return ""
 
@@ -96,8 +96,11 @@ def stands(store: Store, relative: str, position: Position) -> bool:
     """Whether this very checkpoint is published and whole."""
     if not store.exists(f"{relative}/{MANIFEST}"):
         return False
-    found, _ = verify(store, relative, position)
-    return found is not None and (found.order_digest, found.world_size) == (position.order_digest, position.world_size)
+    standing, _ = verify(store, relative, position)
+    return standing is not None and (standing.order_digest, standing.world_size) == (
+        position.order_digest,
+        position.world_size,
+    )
 
 
 def manifest(store: Store, files: tuple[FileEntry, ...], position: Position) -> bytes:
@@ -133,8 +136,8 @@ def _sizes_hold(store: Store, relative: str) -> bool:
         files = store.files(relative)
     except (ForgeError, KeyError, TypeError, ValueError):
         return False
-    found = store.filesystem.get_file_info([store.path(f"{relative}/{entry.path}") for entry in files])
-    return [info.size for info in found] == [entry.size for entry in files]
+    infos = store.filesystem.get_file_info([store.path(f"{relative}/{entry.path}") for entry in files])
+    return [info.size for info in infos] == [entry.size for entry in files]
 
 
 def steps(store: Store, run: str) -> list[int]:
@@ -151,13 +154,13 @@ def find(store: Store, expected: Position, left_out: Callable[[int], str] | None
     (None: any will do)."""
     for step in steps(store, expected.run):
         relative = paths.checkpoint(expected.run, step)
-        found, reason = verify(store, relative, expected)
-        if found is not None and found.step != step:
-            reason = f"it is of step {found.step}"
-        elif found is not None and left_out and found.left_out != left_out(step):
+        position, reason = verify(store, relative, expected)
+        if position is not None and position.step != step:
+            reason = f"it is of step {position.step}"
+        elif position is not None and left_out and position.left_out != left_out(step):
             reason = "it holds steps that were left out later"
-        elif found is not None:
-            return found
+        elif position is not None:
+            return position
         logger.warning("checkpoint %s is skipped: %s", relative, reason)
     return None
 
@@ -169,14 +172,14 @@ def verify(store: Store, relative: str, expected: Position) -> tuple[Position | 
         stated = manifest.pop("digest")
         if digest(manifest) != stated:
             return None, "its manifest was changed after it was written"
-        found = Position(**manifest["position"])
+        position = Position(**manifest["position"])
         for name in IDENTITY:
-            if getattr(found, name) != getattr(expected, name):
-                return None, f"it has {name}={getattr(found, name)!r}, this run has {getattr(expected, name)!r}"
+            if getattr(position, name) != getattr(expected, name):
+                return None, f"it has {name}={getattr(position, name)!r}, this run has {getattr(expected, name)!r}"
         verify_files(store.fetch_dir(relative, verify=False), store.files(relative))
     except (StoreError, OSError, KeyError, TypeError, AttributeError, ValueError, json.JSONDecodeError) as error:
         return None, error.message if isinstance(error, ForgeError) else f"{type(error).__name__}: {error}"
-    return found, ""
+    return position, ""
 
 
 def restore(
@@ -184,40 +187,40 @@ def restore(
 ) -> Position | None:
     """Collective: load the newest good checkpoint of the run, if there is one; returns its position. One that another number
     of workers wrote is resharded."""
-    found: Position | None = agree(find(store, expected, left_out) if context.is_first else None, context)
-    if found is None:
+    position: Position | None = agree(find(store, expected, left_out) if context.is_first else None, context)
+    if position is None:
         return None
-    folder = store.fetch_dir(paths.checkpoint(found.run, found.step), verify=not store.is_local)
-    if found.world_size == context.world_size or engine.loads_anywhere:
+    folder = store.fetch_dir(paths.checkpoint(position.run, position.step), verify=not store.is_local)
+    if position.world_size == context.world_size or engine.loads_anywhere:
         engine.load(folder)
     else:
-        _reshard(engine, store, folder, found, context)
+        _reshard(engine, store, folder, position, context)
     rng = folder / f"rng-{context.rank:05d}.pt"
     if rng.is_file():  # absent for the ranks that a larger world has more
         set_rng_state(torch.load(rng, weights_only=True))
     dist.barrier()
-    return found
+    return position
 
 
-def _reshard(engine: TrainEngine, store: Store, folder: Path, found: Position, context: Context) -> None:
+def _reshard(engine: TrainEngine, store: Store, folder: Path, position: Position, context: Context) -> None:
     """Through a copy that no number of workers is part of: once where all of them see it, else once per rank."""
-    aside = store.local(paths.checkpoints(found.run, f".tmp-reshard-{found.step:08d}")) if store.is_local else None
+    aside = store.local(paths.checkpoints(position.run, f".tmp-reshard-{position.step:08d}")) if store.is_local else None
     target = aside or Path(tempfile.mkdtemp(prefix="forge-reshard-"))
     problem = ""
     try:
         if context.is_first or not aside:
-            logger.info("step %d: from %d to %d workers", found.step, found.world_size, context.world_size)
+            logger.info("step %d: from %d to %d workers", position.step, position.world_size, context.world_size)
             shutil.rmtree(target, ignore_errors=True)
             engine.reshard(folder, target)
     except (OSError, ForgeError) as error:
         problem = str(error)
     problems: list[Any] = [None] * context.world_size
     dist.all_gather_object(problems, problem)
-    if said := next(filter(None, problems), ""):
+    if first_problem := next(filter(None, problems), ""):
         raise TrainingError(
-            f"the checkpoint of step {found.step}, written by {found.world_size} workers, could not be turned into one for"
-            f" {context.world_size}: {said}",
-            hint=f"resume it with train.scaling.num_workers={found.world_size}",
+            f"the checkpoint of step {position.step}, written by {position.world_size} workers, could not be converted for"
+            f" {context.world_size}: {first_problem}",
+            hint=f"resume it with train.scaling.num_workers={position.world_size}",
         )
     engine.load(target, resharded=True)
     dist.barrier()

@@ -41,13 +41,13 @@ def page(job: TrainJob, cause: BaseException) -> str:
     remedy = next((advice for word, advice in REMEDIES if word.lower() in text.lower()), "")
     if isinstance(cause, ForgeError) and cause.hint:
         remedy = cause.hint
-    found = facts(job.store, job.run)
-    newest = found["checkpoints"][0] if found["checkpoints"] else 0
+    run_facts = facts(job.store, job.run)
+    newest = run_facts["checkpoints"][0] if run_facts["checkpoints"] else 0
     error = "".join(f"    {row}\n" for row in text.splitlines()[-20:])
     return (
         f"# {job.run} ({job.name}) failed, {utc_now()[:19]} UTC\n\n{type(cause).__name__}:\n\n{error}\n"
         f"**What to do.** {remedy or 'Read the error above and the incidents below.'} Then give the same command again:"
-        f" it goes on from step {newest}.\n\n" + overview(found) + "\n"
+        f" it goes on from step {newest}.\n\n" + overview(run_facts) + "\n"
     )
 
 
@@ -68,27 +68,27 @@ def facts(store: Store, run: str) -> dict[str, Any]:
     }
 
 
-def overview(found: dict[str, Any]) -> str:
-    last = found["last_step"] or {"step": 0, "of": "?"}
+def overview(run_facts: dict[str, Any]) -> str:
+    last = run_facts["last_step"] or {"step": 0, "of": "?"}
     loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
-    state = "finished" if found["finished"] else "not finished"
+    state = "finished" if run_facts["finished"] else "not finished"
     parts = [
-        f"{found['run']}: {state}, step {last['step']} of {last['of']}{loss}",
-        f"checkpoints: {', '.join(f'step {step}' for step in found['checkpoints']) or 'none'}",
-        *([f"stopped early: {found['stopped_early']['why']}"] if found["stopped_early"] else []),
-        f"validations: {len(found['validations'])}",
-        *(f"  {_validation(result)}" for result in found["validations"][-10:]),
-        f"starts: {len(found['starts'])}",
-        *(f"  {_start(start)}" for start in found["starts"][-10:]),
-        f"incidents: {len(found['incidents'])}",
-        *(f"  {line(incident)}" for incident in found["incidents"][-20:]),
+        f"{run_facts['run']}: {state}, step {last['step']} of {last['of']}{loss}",
+        f"checkpoints: {', '.join(f'step {step}' for step in run_facts['checkpoints']) or 'none'}",
+        *([f"stopped early: {run_facts['stopped_early']['why']}"] if run_facts["stopped_early"] else []),
+        f"validations: {len(run_facts['validations'])}",
+        *(f"  {_validation(result)}" for result in run_facts["validations"][-10:]),
+        f"starts: {len(run_facts['starts'])}",
+        *(f"  {_start(start)}" for start in run_facts["starts"][-10:]),
+        f"incidents: {len(run_facts['incidents'])}",
+        *(f"  {line(incident)}" for incident in run_facts["incidents"][-20:]),
     ]
     return "\n".join(parts)
 
 
 def _validation(result: dict[str, Any]) -> str:
-    told = f"loss {result['loss']:.4f}" if result["loss"] is not None else result["problem"] or "asked for"
-    return f"step {result['step']}: {told}{' (in the background)' if result['background'] else ''}"
+    outcome = f"loss {result['loss']:.4f}" if result["loss"] is not None else result["problem"] or "asked for"
+    return f"step {result['step']}: {outcome}{' (in the background)' if result['background'] else ''}"
 
 
 def _start(start: incidents.Incident) -> str:
@@ -98,9 +98,9 @@ def _start(start: incidents.Incident) -> str:
 def line(incident: incidents.Incident) -> str:
     """One incident in a line."""
     facts = {name: value for name, value in incident.items() if name not in ("number", "at", "kind", "step", "records")}
-    told = ", ".join(f"{name}={value}" for name, value in facts.items())
+    listed = ", ".join(f"{name}={value}" for name, value in facts.items())
     records = f"; records {_short(incident['records'])}" if incident.get("records") else ""
-    return f"{incident['at'][:19]} step {incident['step']}: {incidents.KINDS[incident['kind']]} ({told}){records}"
+    return f"{incident['at'][:19]} step {incident['step']}: {incidents.KINDS[incident['kind']]} ({listed}){records}"
 
 
 def _short(records: list[list[str]]) -> str:

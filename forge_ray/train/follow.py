@@ -25,9 +25,9 @@ def followed(it: Stage, store: Store, run: str, sinks: Sinks) -> Iterator[None]:
             sinks.write()
             if lines:
                 last = lines[-1]
-                shown = it.is_live  # elsewhere nobody sees them, and each look reads two folders
-                details = status.details(lines, validation.read(store, run), incidents.read(store, run)) if shown else ()
-                it.update(last["step"], last["of"], status.told(last), details)
+                is_shown = it.is_live  # elsewhere nobody sees them, and each look reads two folders
+                details = status.details(lines, validation.read(store, run), incidents.read(store, run)) if is_shown else ()
+                it.update(last["step"], last["of"], status.progress_line(last), details)
 
     thread = threading.Thread(target=follow, daemon=True)
     if store.is_local:
@@ -40,8 +40,11 @@ def followed(it: Stage, store: Store, run: str, sinks: Sinks) -> Iterator[None]:
             thread.join()
 
 
-def early(record: RunRecord) -> str:
-    return f" of {record.stopped_early['of']} (stopped early)" if record.stopped_early else ""
+def closing_line(record: RunRecord) -> str:
+    """What a person reads when a run has ended."""
+    early = f" of {record.stopped_early['of']} (stopped early)" if record.stopped_early else ""
+    scores = f"loss {record.metrics['loss']:.3f}, {record.metrics['tokens_per_s']:.0f} tokens/s"
+    return f"{record.num_steps} steps{early}, {scores}{trouble(record)}"
 
 
 def trouble(record: RunRecord) -> str:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from forge_ray.config.train import Spike
 from forge_ray.data.dataset.order import Order
 from forge_ray.data.dataset.stream import Rows
-from forge_ray.errors import TrainingError
+from forge_ray.errors import TrainingError, first_line
 from forge_ray.train import attempts, incidents
 from forge_ray.train.context import Context, agree, gather
 from forge_ray.train.job import TrainJob
@@ -138,7 +138,7 @@ class AttemptGuards:
         except Exception as error:
             if _is_of_the_group(error):
                 raise
-            reason = (str(error).strip().splitlines() or [""])[0][:300]
+            reason = first_line(error)[:300]
             facts = {"rank": self.context.rank, "rows": rows, "records": self.rows.records(rows)}
             facts["error"] = f"{type(error).__name__}: {reason}"
             facts["start"] = self.num_starts + 1  # workers that share their rows fail together, and that is once

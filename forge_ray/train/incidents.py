@@ -38,11 +38,11 @@ REPEATED = {"failure", "hang", "restart"}  # each time counts; of the others a s
 def write(store: Store, run: str, kind: str, step: int, **facts: Any) -> Incident:
     """Put an incident on record."""
     assert kind in KINDS, kind
-    known = read(store, run)
-    for old in known if kind not in REPEATED else ():
+    recorded = read(store, run)
+    for old in recorded if kind not in REPEATED else ():
         if (old["kind"], old["step"]) == (kind, step) and all(old.get(name) == value for name, value in facts.items()):
             return old
-    number = max((old["number"] for old in known), default=0)
+    number = max((old["number"] for old in recorded), default=0)
     while True:
         number += 1
         value: Incident = {"number": number, "at": utc_now(), "kind": kind, "step": step} | facts
@@ -70,11 +70,11 @@ class LeftOut:
         return digest([steps, rows]) if steps or rows else ""
 
 
-def left_out(found: Iterable[Incident]) -> LeftOut:
+def left_out(recorded: Iterable[Incident]) -> LeftOut:
     steps: set[int] = set()
     rows: dict[int, int] = {}
     careful: set[int] = set()
-    for incident in found:
+    for incident in recorded:
         if incident["kind"] == "spike":
             steps |= set(range(incident["step"], incident["last_step"] + 1))
         elif incident["kind"] == "quarantine":
@@ -84,11 +84,11 @@ def left_out(found: Iterable[Incident]) -> LeftOut:
     return LeftOut(frozenset(steps), rows, frozenset(careful))
 
 
-def to_quarantine(found: Iterable[Incident]) -> list[Incident]:
+def to_quarantine(recorded: Iterable[Incident]) -> list[Incident]:
     """Failures whose one row is to be left out: the same step, the same error in two starts, and the row known alone."""
-    found = list(found)
-    done = {(incident["step"], tuple(incident["rows"])) for incident in found if incident["kind"] == "quarantine"}
-    failures = [incident for incident in found if incident["kind"] == "failure" and incident.get("rows")]
+    recorded = list(recorded)
+    done = {(incident["step"], tuple(incident["rows"])) for incident in recorded if incident["kind"] == "quarantine"}
+    failures = [incident for incident in recorded if incident["kind"] == "failure" and incident.get("rows")]
     chosen = []
     for number, failure in enumerate(failures):
         before = [old for old in failures[:number] if (old["step"], old["error"]) == (failure["step"], failure["error"])]

@@ -9,9 +9,9 @@ from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
-from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.files import MANIFEST, Store
+from forge_ray.store.files import Store
+from forge_ray.train import run_folder
 
 LOOP = 3  # raised when the loop changes what the same settings compute
 
@@ -74,12 +74,11 @@ def job_of(catalog: Catalog, run: str) -> TrainJob:
     """The job of a run that has started, from what lies in its folder. Raises `NotFound`, or `ConfigError` where those
     settings no longer give this run id."""
     store = catalog.store
-    written = [path for path in store.list(paths.run(run)) if path.rsplit("/", 1)[-1].startswith("config-")]
-    manifests = [p for p in store.list(paths.checkpoints(run), recursive=True) if p.endswith("/" + MANIFEST)]
-    if not written or not manifests:
+    path, position = run_folder.config_path(store, run), next(run_folder.positions(store, run), None)
+    if path is None or position is None:
         raise NotFound(f"{run!r} has no checkpoint", hint="`forge runs list` shows the runs of this store")
-    settings, position = store.read_json(written[0]), store.read_json(manifests[-1])["position"]
-    config = parse(TrainConfig, settings["train"], where=written[0])
+    settings = store.read_json(path)
+    config = parse(TrainConfig, settings["train"], where=path)
     dataset = catalog.get_as(DatasetManifest, position["dataset"])
     bases = [model for model in catalog.all(ModelVersion) if model.files_digest == position["base_digest"]]
     for base in bases:

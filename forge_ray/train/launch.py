@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from forge_ray.config.train import Workers
-from forge_ray.errors import ForgeError, TrainingError
+from forge_ray.errors import ForgeError, TrainingError, last_line
 from forge_ray.machine.ray_internals import RAY_SNAPSHOT, remove_orphaned_groups
 from forge_ray.store import paths
 from forge_ray.train import checkpoint, diagnosis, incidents, validation
@@ -37,19 +37,19 @@ def fit(loop: Loop, job: TrainJob, validate: Validate | None = None) -> None:
             now = _progress(job)
             without_progress = 0 if now > reached else without_progress + 1
             reached = now
-            said = str(cause).strip().splitlines() or [""]
+            reason = f"{type(cause).__name__}: {last_line(cause)}"
             if isinstance(cause, ForgeError) or 0 <= allowed < without_progress:
-                message = cause.message if isinstance(cause, ForgeError) else f"{type(cause).__name__}: {said[-1]}"
+                message = cause.message if isinstance(cause, ForgeError) else reason
                 page = diagnosis.write(job, cause)
                 raise TrainingError(
                     f"run {job.run} failed: {message}",
                     hint=(f"{cause.hint}; " if isinstance(cause, ForgeError) and cause.hint else "")
                     + f"what happened and what to do: {page}; the same command resumes it from its last checkpoint",
                 ) from error
-            logger.warning("%s: %s; started again (%s)", type(cause).__name__, said[-1], job.run)
+            logger.warning("%s; started again (%s)", reason, job.run)
             if job.config.scaling.max_workers:
                 remove_orphaned_groups()
-            incidents.write(job.store, job.run, "restart", reached[0], why=f"{type(cause).__name__}: {said[-1]}"[:300])
+            incidents.write(job.store, job.run, "restart", reached[0], why=reason[:300])
 
 
 def _progress(job: TrainJob) -> tuple[int, int]:
@@ -122,11 +122,13 @@ def _apart(checkpoint: Any, step: int, validate: Validate, values: dict[str, Any
     except Exception as error:
         ray.cancel(reference, force=True)
         cause = _root(error)
-        said = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"[:300]
+        reason = f"{type(cause).__name__}: {last_line(cause)}"[:300]
         if isinstance(error, ray.exceptions.GetTimeoutError):
-            said = f"it had not ended after train.validation.timeout_s={settings.timeout_s:g}, waiting for its room included"
-        validation.write(job.store, job.run, validation.Result(step, problem=said, background=True))
-        incidents.write(job.store, job.run, "validation", step, why=said)
+            reason = (
+                f"it had not ended after train.validation.timeout_s={settings.timeout_s:g}, waiting for its room included"
+            )
+        validation.write(job.store, job.run, validation.Result(step, problem=reason, background=True))
+        incidents.write(job.store, job.run, "validation", step, why=reason)
     return {}
 
 
@@ -137,13 +139,13 @@ def is_preempted(job: TrainJob) -> bool:
     import ray.train
 
     info = ray.train.get_preemption_info()
-    is_news = info is not None and info.deadline_ms not in _told
+    is_news = info is not None and info.deadline_ms not in _reported_deadlines
     if info is not None:
-        _told.add(info.deadline_ms)
+        _reported_deadlines.add(info.deadline_ms)
     return is_news
 
 
-_told: set[Any] = set()
+_reported_deadlines: set[Any] = set()
 
 
 def _root(error: BaseException) -> BaseException:

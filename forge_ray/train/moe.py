@@ -32,8 +32,8 @@ def block_classes(model: Any) -> list[str]:
 
     Each rank sends its tokens to other experts; gathering expert by expert, the ranks would wait for each other for ever.
     """
-    found = {id(router) for router in routers(model)}
-    blocks = [module for module in model.modules() if any(id(child) in found for child in module.children())]
+    router_ids = {id(router) for router in routers(model)}
+    blocks = [module for module in model.modules() if any(id(child) in router_ids for child in module.children())]
     return sorted({f"{type(block).__module__}.{type(block).__qualname__}" for block in blocks})
 
 
@@ -49,14 +49,14 @@ class Balance:
         self.sum = 0.0
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._is_open = False
-        found = routers(model)
-        if not found:
+        modules = routers(model)
+        if not modules:
             raise ConfigError(
                 f"train.router_aux_loss={coefficient}: {type(model).__name__} is no mixture of experts",
                 hint="set train.router_aux_loss=0",
             )
         model.get_decoder().register_forward_pre_hook(self._open)
-        for router in found:
+        for router in modules:
             router.register_forward_hook(self._look)
 
     def _open(self, *_: Any) -> None:

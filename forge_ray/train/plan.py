@@ -170,9 +170,9 @@ def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
     if any(name.endswith("q_norm.weight") for name in model.shapes):
         per_token += (8 + w) * sum(_heads(model.config))
     if config.adapter:  # the narrow side of each adapter, and the sum of both paths before the next layer takes it
-        found = model.coverage(config.adapter)
-        experts = [one for one in found.patterns if one.pattern in config.adapter.target_parameters]
-        per_token += w * config.adapter.r * sum(one.modules for one in found.patterns if one not in experts) / layers
+        coverage = model.coverage(config.adapter)
+        experts = [one for one in coverage.patterns if one.pattern in config.adapter.target_parameters]
+        per_token += w * config.adapter.r * sum(one.modules for one in coverage.patterns if one not in experts) / layers
         adapted = w * sum(one.parameters for one in experts) // layers
     if config.activation_checkpointing:
         return int(tokens * (layers * w * hidden + per_token)) + 2 * adapted

@@ -1,62 +1,153 @@
-"""Before a run takes anything: does it fit, and what does its adapter reach."""
+"""Before a run starts: what it takes, whether it fits, what its adapter reaches."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forge_ray.config.run import RunConfig
 from forge_ray.config.train import Adapter, Scaling, TrainConfig
-from forge_ray.errors import ConfigError
-from forge_ray.machine.cluster import room_of_a_worker
+from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.machine.cluster import connect, memory_per_worker
 from forge_ray.records import DatasetManifest, ModelVersion, canonical_json
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 from forge_ray.train import plan as planning
+from forge_ray.train.adapter import Coverage
 from forge_ray.train.model import refuse_without_compiler
 from forge_ray.train.plan import Plan
 
 
+@dataclass(frozen=True)
+class Assumptions:
+    """What `forge plan` is told in place of what it would look up; 0: it looks, or leaves that part out."""
+
+    num_workers: int = 0
+    memory_gb: float = 0.0  # per worker
+    tokens_per_s: float = 0.0  # of one worker
+    cost_per_hour: float = 0.0  # of one worker
+    num_rows: int = 0  # packed and full, in place of a dataset
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is planned for: a model's shapes, a dataset's numbers, and what the two are called."""
+
+    model: planning.Model
+    dataset: DatasetManifest | planning.Stated
+    base_name: str
+    dataset_name: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A plan, why it cannot work ("" where it can, or nobody can tell), and the nearest settings that would."""
+
+    plan: Plan
+    problem: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `forge plan` says. Sizes in bytes; `memory_limit` is of one worker, None where it is not known."""
+
+    plan: Plan
+    disk_bytes: int
+    memory_limit: int | None
+    base_model: str
+    dataset: str
+    coverage: Coverage | None
+    precision: str
+    num_workers: int
+    seconds: float | None
+    cost: float | None
+    problem: str
+    remedy: str
+
+    def to_json(self) -> dict[str, Any]:
+        memory = vars(self.plan.memory) | {"total": self.plan.memory.total}
+        own = {name: value for name, value in vars(self).items() if name not in ("plan", "coverage")}
+        adapter = self.coverage.to_json() if self.coverage else None
+        return {**vars(self.plan), **own, "memory": memory, "adapter": adapter, "reaches": self.reaches}
+
+    @property
+    def reaches(self) -> list[str]:
+        """What the adapter reaches, in words; empty without one."""
+        return self.coverage.lines() if self.coverage else []
+
+
+def estimate(train: TrainConfig, store: Store, precision: str, planned: Planned, assumptions: Assumptions) -> Estimate:
+    """What a run of these settings takes, and whether it fits."""
+    num_workers = assumptions.num_workers or max(train.scaling.max_workers, 1)
+    limit = memory_limit(train.scaling, assumptions)
+    judgement = judge(train, store, precision, planned, num_workers, limit)
+    rate = assumptions.tokens_per_s * num_workers
+    seconds = judgement.plan.num_tokens / rate if rate else None
+    paid = seconds is not None and assumptions.cost_per_hour
+    return Estimate(
+        plan=judgement.plan,
+        disk_bytes=disk_bytes(train, judgement.plan),
+        memory_limit=limit,
+        base_model=planned.base_name,
+        dataset=planned.dataset_name,
+        coverage=planned.model.coverage(train.adapter) if train.adapter else None,
+        precision=precision,
+        num_workers=num_workers,
+        seconds=seconds,
+        cost=seconds / 3600 * num_workers * assumptions.cost_per_hour if seconds and paid else None,
+        problem=judgement.problem,
+        remedy=judgement.remedy,
+    )
+
+
+def memory_limit(scaling: Scaling, assumptions: Assumptions) -> int | None:
+    """Bytes that one worker may hold: as assumed, else as the cluster says."""
+    if assumptions.memory_gb:
+        return int(assumptions.memory_gb * 1e9)
+    if assumptions.num_workers:
+        scaling = scaling.model_copy(update={"num_workers": assumptions.num_workers})
+    if scaling.max_workers:
+        connect()
+    return memory_per_worker(scaling)
+
+
 def judge(
-    train: TrainConfig,
-    store: Store,
-    precision: str,
-    model: planning.Model,
-    manifest: DatasetManifest | planning.Stated,
-    workers: int,
-    room: int | None,
-) -> tuple[Plan, str, str]:
-    """The plan, in words what cannot fit ("" where all does, or nobody can tell), and the nearest settings that do."""
-    found = planning.plan(model, train, precision, manifest, workers)
-    free, disk = store.free_bytes(), disk_bytes(train, found)
-    if room and found.memory.total > room:
-        near = planning.nearest(model, train, precision, manifest, workers, room)
+    train: TrainConfig, store: Store, precision: str, planned: Planned, num_workers: int, limit: int | None
+) -> Judgement:
+    """Whether it fits into `limit` bytes per worker and onto the store's disk."""
+    plan = planning.plan(planned.model, train, precision, planned.dataset, num_workers)
+    free, disk = store.free_bytes(), disk_bytes(train, plan)
+    if limit and plan.memory.total > limit:
+        near = planning.nearest(planned.model, train, precision, planned.dataset, num_workers, limit)
         names = ("micro_batch_size", "activation_checkpointing", "engine", "zero_stage")
         changes = [
             f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
         ]
         if near:
             changes += [f"train.offload.{n}={v}" for n, v in near.offload if v != getattr(train.offload, n)]
-        return (
-            found,
-            f"a worker needs {_size(found.memory.total)}, there are {_size(room)}",
+        return Judgement(
+            plan,
+            f"a worker needs {_size(plan.memory.total)}, there are {_size(limit)}",
             f"this fits: {' '.join(changes)}" if changes else "take more workers, an adapter, or a smaller model",
         )
     if free is not None and disk > free:
         problem = f"the checkpoints and the export need {_size(disk)}, {_size(free)} are free"
-        return found, problem, "make room where the store lies, or train an adapter"
-    return found, "", ""
+        return Judgement(plan, problem, "free space on the store's disk, or train an adapter")
+    return Judgement(plan)
 
 
 def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def disk_bytes(train: TrainConfig, found: Plan) -> int:
-    """The plan counts the newest checkpoints; the best one, and the one that a task reads, may stay beside them."""
-    beside = int(train.validation.keep_best or train.export_step == "best") + int(train.validation.background)
-    return found.disk_bytes + beside * found.checkpoint_bytes
+def disk_bytes(train: TrainConfig, plan: Plan) -> int:
+    """The plan counts the newest checkpoints; the best one, and the one that a task reads, may be kept in addition."""
+    more = int(train.validation.keep_best or train.export_step == "best") + int(train.validation.background)
+    return plan.disk_bytes + more * plan.checkpoint_bytes
 
 
 def configuration(store: Store, base: ModelVersion) -> Path:
@@ -79,16 +170,32 @@ def refuse_impossible(
     if not config.train.guards.refuse_impossible or store.list(paths.checkpoints(run), recursive=True):
         return  # one that has got as far as a checkpoint fits
     try:
-        room = room_of_a_worker(scaling)
-        model = planning.Model.of(configuration(store, base))
-        _, problem, remedy = judge(config.train, store, precision, model, manifest, max(scaling.max_workers, 1), room)
+        planned = Planned(planning.Model.of(configuration(store, base)), manifest, base.id, manifest.id)
+        limit = memory_per_worker(scaling)
+        judgement = judge(config.train, store, precision, planned, max(scaling.max_workers, 1), limit)
     except (KeyError, TypeError, ZeroDivisionError) as error:  # an architecture that the plan has no numbers of
         print(f"  the plan does not know this model ({type(error).__name__}: {error}); not judged", file=sys.stderr)
         return
-    if problem:
+    if judgement.problem:
         raise ConfigError(
-            f"{run} cannot fit: {problem}",
-            hint=f"{remedy}; or go on all the same: --force, or --set train.guards.refuse_impossible=false",
+            f"{run} cannot fit: {judgement.problem}",
+            hint=f"{judgement.remedy}; or go on all the same: --force, or --set train.guards.refuse_impossible=false",
+        )
+
+
+def refuse_without_rows(train: TrainConfig, manifest: DatasetManifest) -> None:
+    """Raises where the dataset has no rows that this method trains on, or none for the validation that the settings need."""
+    if not manifest.splits["train"].num_rows:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())
+        raise TrainingError(
+            f"{manifest.id} has no packed rows: it holds {kinds}; {train.method} takes chats and texts",
+            hint="give the run file sources of chat or text rows",
+        )
+    needs_validation = train.validation.early_stopping or train.validation.keep_best or train.export_step == "best"
+    if needs_validation and not ("validation" in manifest.splits and manifest.splits["validation"].num_rows):
+        raise ConfigError(
+            f"{manifest.id} has no validation rows: nothing says which checkpoint is the best, or when to stop",
+            hint="set data.splits.validation, or leave out keep_best, early_stopping and export_step=best",
         )
 
 
@@ -106,6 +213,6 @@ def report_reach(store: Store, run: str, base: ModelVersion, adapter: Adapter | 
     its patterns name."""
     if adapter is None:
         return
-    found = planning.Model.of(configuration(store, base)).coverage(adapter)
-    print("\n".join(f"  adapter   {line}" for line in found.lines()), file=sys.stderr, flush=True)
-    store.write(paths.run(run, "adapter.json"), canonical_json(found.to_json()))
+    coverage = planning.Model.of(configuration(store, base)).coverage(adapter)
+    print("\n".join(f"  adapter   {line}" for line in coverage.lines()), file=sys.stderr, flush=True)
+    store.write(paths.run(run, "adapter.json"), canonical_json(coverage.to_json()))

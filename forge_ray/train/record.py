@@ -18,13 +18,13 @@ from forge_ray.train.job import TrainJob, identity_digest
 def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
     """The record of a finished run, from what its workers wrote last."""
     result = job.store.read_json(paths.result(job.run))
-    found = validation.read(job.store, job.run)
-    best = validation.best(found)
+    validations = validation.read(job.store, job.run)
+    best = validation.best(validations)
     scores = {"best_step": best.step, "best_validation_loss": best.loss} if best else {}
-    last = next((item.loss for item in reversed(found) if item.step == result["num_steps"]), None)
+    last = next((item.loss for item in reversed(validations) if item.step == result["num_steps"]), None)
     if last is not None and math.isfinite(last):
         scores["validation_loss"] = last
-    _redraw(job, found)
+    _redraw(job, validations)
     newest = result["attempts"][-1] if result["attempts"] else {}
     made_in = next(iter(newest.get("environments", ())), "")  # the workers', not this process's
     lock = environment.read(job.store, made_in)
@@ -58,14 +58,14 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
     )
 
 
-def _redraw(job: TrainJob, found: list[validation.Result]) -> None:
+def _redraw(job: TrainJob, validations: list[validation.Result]) -> None:
     """The loss curve once more, with what tasks beside the workers found."""
-    if not any(result.background for result in found):
+    if not any(result.background for result in validations):
         return
-    losses = {result.step: result.loss for result in found if result.loss is not None}
+    losses = {result.step: result.loss for result in validations if result.loss is not None}
     lines = metrics.parse(job.store.read(paths.run(job.run, metrics.METRICS)).decode())
     with tempfile.TemporaryDirectory(prefix="forge-curve-") as folder:
         path = Path(folder) / metrics.CURVE
-        told = [line | ({"validation_loss": losses[line["step"]]} if line["step"] in losses else {}) for line in lines]
-        metrics.plot(told, path, f"{job.name} · {job.run}")
+        scored = [line | ({"validation_loss": losses[line["step"]]} if line["step"] in losses else {}) for line in lines]
+        metrics.plot(scored, path, f"{job.name} · {job.run}")
         job.store.write(paths.run(job.run, metrics.CURVE), path.read_bytes())

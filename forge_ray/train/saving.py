@@ -112,7 +112,7 @@ class Saver:
     def _look(self, relative: str, position: Position) -> tuple[bool, str]:
         if checkpoint.stands(self.store, relative, position):
             return True, ""  # written by an attempt before; these steps were done again
-        return False, checkpoint.no_room(self.store, position.run)
+        return False, checkpoint.why_no_space(self.store, position.run)
 
     def _folder(self, position: Position) -> Path:
         folder = self.store.local(_aside(position)) if self.store.is_local else Path(tempfile.mkdtemp(prefix="forge-save-"))

@@ -46,8 +46,8 @@ class TensorBoard:
 
         self.written: set[Key] = set()
         if folder.is_dir():
-            known = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0}).Reload()
-            self.written = {(tag, event.step) for tag in known.Tags()["scalars"] for event in known.Scalars(tag)}
+            existing = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+            self.written = {(tag, event.step) for tag in existing.Tags()["scalars"] for event in existing.Scalars(tag)}
         self._writer = SummaryWriter(str(folder))
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -76,15 +76,15 @@ class MlFlow:
         self.client = MlflowClient(tracking_uri=uri)
         experiment = self.client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self.client.create_experiment(name)
-        found = self.client.search_runs([number], filter_string=f"tags.`forge.run` = '{run}'")
-        if found:
-            self.run_id = found[0].info.run_id
+        existing = self.client.search_runs([number], filter_string=f"tags.`forge.run` = '{run}'")
+        if existing:
+            self.run_id = existing[0].info.run_id
             self.client.update_run(self.run_id, status="RUNNING")
         else:
             self.run_id = self.client.create_run(number, tags={"forge.run": run, **tags}, run_name=run).info.run_id
             self.client.log_batch(self.run_id, params=[Param(key, value) for key, value in flat(config.identity()).items()])
-        known = self.client.get_run(self.run_id).data.metrics
-        self.written = {(key, item.step) for key in known for item in self.client.get_metric_history(self.run_id, key)}
+        names = self.client.get_run(self.run_id).data.metrics
+        self.written = {(key, item.step) for key in names for item in self.client.get_metric_history(self.run_id, key)}
 
     def write(self, step: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric
@@ -103,10 +103,10 @@ def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """Nested settings as `a.b` → text."""
     if not isinstance(value, dict):
         return {prefix: str(value)}
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for key, item in value.items():
-        found |= flat(item, f"{prefix}.{key}" if prefix else key)
-    return found
+        texts |= flat(item, f"{prefix}.{key}" if prefix else key)
+    return texts
 
 
 class Sinks:
@@ -123,9 +123,9 @@ class Sinks:
             return
         self._looked = time.monotonic()
         lines = metrics.read(self.store.local(paths.run(self.run, metrics.METRICS)))
-        told = series(self.store, self.run, lines if is_over else lines[:-1])
+        points = series(self.store, self.run, lines if is_over else lines[:-1])
         for name, sink in self.sinks.items():
-            self._tried(name, lambda sink=sink: _write(sink, told))  # type: ignore[misc]
+            self._tried(name, lambda sink=sink: _write(sink, points))  # type: ignore[misc]
 
     def close(self, failed: bool) -> None:
         self.write(is_over=not failed)
@@ -144,19 +144,19 @@ class Sinks:
 def series(store: Store, run: str, lines: list[dict[str, Any]]) -> list[tuple[int, dict[str, float]]]:
     """(step, values) of the lines of `metrics.jsonl`, then those of the validations."""
     scores = [(result.step, result.loss) for result in validation.read(store, run)]
-    told = [(line["step"], _values(line)) for line in lines]
-    return told + [(step, {"validation_loss": loss}) for step, loss in scores if loss is not None and math.isfinite(loss)]
+    points = [(line["step"], _values(line)) for line in lines]
+    return points + [(step, {"validation_loss": loss}) for step, loss in scores if loss is not None and math.isfinite(loss)]
 
 
 def _values(line: dict[str, Any]) -> dict[str, float]:
-    found = {name: float(line[name]) for name in NAMES if name in line and math.isfinite(line[name])}
+    values = {name: float(line[name]) for name in NAMES if name in line and math.isfinite(line[name])}
     if line.get("peak_bytes"):
-        found["peak_bytes"] = float(max(line["peak_bytes"]))
-    return found
+        values["peak_bytes"] = float(max(line["peak_bytes"]))
+    return values
 
 
-def _write(sink: Sink, told: list[tuple[int, dict[str, float]]]) -> None:
-    for step, values in told:
+def _write(sink: Sink, points: list[tuple[int, dict[str, float]]]) -> None:
+    for step, values in points:
         missing = {name: value for name, value in values.items() if (name, step) not in sink.written}
         if missing:
             sink.write(step, missing)
@@ -171,14 +171,14 @@ def open_sinks(store: Store, run: str, name: str, config: TrainConfig, tags: dic
             f"train.sinks={list(config.sinks)}: the metrics of a run in {store.place} cannot be followed while it goes on",
             hint="use a store that this machine mounts, or remove train.sinks",
         )
-    found: dict[str, Sink] = {}
+    sinks: dict[str, Sink] = {}
     for kind in config.sinks:
         try:
             if kind == "tensorboard":
-                found[kind] = TensorBoard(store.local(paths.run(run, "tensorboard")))
+                sinks[kind] = TensorBoard(store.local(paths.run(run, "tensorboard")))
             else:
                 uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.local(paths.MLFLOW_FILE)}"
-                found[kind] = MlFlow(uri, run, name, config, tags)
+                sinks[kind] = MlFlow(uri, run, name, config, tags)
         except ImportError as error:
             raise ConfigError(
                 f"train.sinks: {kind} is not installed ({error})",
@@ -191,4 +191,4 @@ def open_sinks(store: Store, run: str, name: str, config: TrainConfig, tags: dic
                 if kind == "mlflow"
                 else f"check {store.place}/{paths.run(run)}/tensorboard",
             ) from None
-    return Sinks(store, run, found)
+    return Sinks(store, run, sinks)

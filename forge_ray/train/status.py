@@ -8,7 +8,7 @@ from forge_ray.train.incidents import KINDS
 from forge_ray.train.validation import Result, best
 
 
-def told(line: dict[str, Any]) -> str:
+def progress_line(line: dict[str, Any]) -> str:
     """One step in a line."""
     loss = f"loss {line['loss']:.3f}" if "loss" in line else f"left out: {line['left_out']}"
     return f"step {line['step']}/{line['of']}  {loss}  {line['tokens_per_s']:.0f} tokens/s  {_clock(line['eta_s'])} left"
@@ -19,7 +19,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-def details(lines: list[dict[str, Any]], validations: list[Result], found: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def details(lines: list[dict[str, Any]], validations: list[Result], recorded: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What a terminal shows of a run beside its last step: (name, value)."""
     last, rows = lines[-1], []
     if "loss" in last:
@@ -40,5 +40,5 @@ def details(lines: list[dict[str, Any]], validations: list[Result], found: list[
         workers = len(last["peak_bytes"])
         which = f" in one of {workers} workers" if workers > 1 else ""
         rows.append(("memory", f"{max(last['peak_bytes']) / 1e9:.2f} GB at most{which}"))
-    rows += [("incident", f"step {incident['step']}: {KINDS[incident['kind']]}") for incident in found[-3:]]
+    rows += [("incident", f"step {incident['step']}: {KINDS[incident['kind']]}") for incident in recorded[-3:]]
     return rows

@@ -45,9 +45,9 @@ def validate(
     num_rows = min(rows.num_rows, job.config.validation.max_rows)
     if not num_rows:
         return {}
-    if made := [column.name for column in method.columns if column.read is None]:
+    if derived := [column.name for column in method.columns if column.read is None]:
         raise TrainingError(
-            f"train.method={job.config.method} makes the columns {made} while it trains; validation rows have none",
+            f"train.method={job.config.method} makes the columns {derived} while it trains; validation rows have none",
             hint="set train.validation.max_rows=0",
         )
     order = order_of(job.dataset, "validation", 0, global_batch=1)

@@ -51,11 +51,11 @@ def write(store: Store, run: str, result: Result) -> None:
 
 def read(store: Store, run: str) -> list[Result]:
     """In the order of their steps."""
-    found = []
+    results = []
     for path in store.list(paths.run(run, "validations")):
         with suppress(NotFound):  # an attempt that begins forgets what it will do again
-            found.append(_parse(store.read_json(path)))
-    return found
+            results.append(_parse(store.read_json(path)))
+    return results
 
 
 def _parse(value: dict[str, Any]) -> Result:
@@ -74,9 +74,9 @@ def best(results: Iterable[Result]) -> Result | None:
 
 def protected(store: Store, run: str, keep_best: bool) -> set[int]:
     """Steps whose checkpoints must stay: those that a task is to read, and the best."""
-    found = read(store, run)
-    steps = {result.step for result in found if result.is_pending}
-    top = best(found) if keep_best else None
+    results = read(store, run)
+    steps = {result.step for result in results if result.is_pending}
+    top = best(results) if keep_best else None
     return steps | ({top.step} if top else set())
 
 
@@ -166,9 +166,9 @@ class Validations:
         return bool(agree(self._ask(step) if self.context.is_first else False, self.context))
 
     def _ask(self, step: int) -> bool:
-        found = read(self.job.store, self.job.run)
-        is_busy = any(result.is_pending for result in found) and step != self.last_step
-        if is_busy or any(result.step == step for result in found):
+        results = read(self.job.store, self.job.run)
+        is_busy = any(result.is_pending for result in results) and step != self.last_step
+        if is_busy or any(result.step == step for result in results):
             return False
         write(self.job.store, self.job.run, Result(step, self.left_out(step), background=True))
         return True

@@ -60,10 +60,10 @@ class Watchdog:
 
     def allowed(self, phase: str) -> float:
         """Seconds until a phase counts as hung; generous until it has a history."""
-        known = self.history.get(phase, ())
-        if len(known) < 3:
+        durations = self.history.get(phase, ())
+        if len(durations) < 3:
             return self.guards.first_step_s
-        return self.guards.hang_factor * statistics.median(known) + self.guards.hang_slack_s
+        return self.guards.hang_factor * statistics.median(durations) + self.guards.hang_slack_s
 
     def close(self) -> None:
         self.process.kill()

@@ -166,14 +166,14 @@ class ZeroEngine:
     def weights(self, trained_only: bool) -> dict[str, Tensor]:
         import deepspeed
 
-        found = {}
+        weights = {}
         for name, parameter in self.engine.module.named_parameters():
             if trained_only and not parameter.requires_grad:
                 continue
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                 if dist.get_rank() == 0:
-                    found[name] = parameter.detach().cpu().clone()
-        return found
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights
 
 
 def consolidated(folder: Path) -> dict[str, Tensor]:
@@ -187,5 +187,5 @@ def consolidated(folder: Path) -> dict[str, Tensor]:
             path = folder / TAG / "mp_rank_00_model_states.pt"
             state = torch.load(path, map_location="cpu", weights_only=False)["module"]
             return {name: value.float() for name, value in state.items()}
-        found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
-    return {name: value.float() for name, value in found.items()}
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+    return {name: value.float() for name, value in weights.items()}

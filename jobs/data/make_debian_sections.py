@@ -83,8 +83,8 @@ def one_per_family(candidates: Iterator[Package]) -> list[Package]:
     best: dict[str, Package] = {}
     for package in candidates:
         order = (package.name != package.source, len(package.name), package.name)
-        known = best.get(package.family)
-        if known is None or order < (known.name != known.source, len(known.name), known.name):
+        incumbent = best.get(package.family)
+        if incumbent is None or order < (incumbent.name != incumbent.source, len(incumbent.name), incumbent.name):
             best[package.family] = package
     return sorted(best.values(), key=lambda package: package.rank)
 
@@ -92,12 +92,12 @@ def one_per_family(candidates: Iterator[Package]) -> list[Package]:
 def distinct(ranked: list[Package], limit: int) -> list[Package]:
     """The first `limit` packages without near-repeats of a description, so that no test row is taught by its twin."""
     kept: list[Package] = []
-    said: list[frozenset[str]] = []
+    kept_words: list[frozenset[str]] = []
     for package in ranked:
         words = frozenset(re.findall(r"[a-z]{2,}", package.description.lower()))
-        if not any(len(words & other) > NEAR * len(words | other) for other in said):
+        if not any(len(words & other) > NEAR * len(words | other) for other in kept_words):
             kept.append(package)
-            said.append(words)
+            kept_words.append(words)
         if len(kept) == limit:
             break
     return kept

@@ -60,13 +60,15 @@ def matrix(scratch: Path, options: list[str]) -> dict[str, Any]:
     from ray.cluster_utils import Cluster
 
     from forge_ray.models.import_model import import_model
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     steady, elastic, log = scratch / "steady", scratch / "elastic", scratch / "driver.log"
-    with Catalog(Store(str(steady))) as catalog:
-        import_model(catalog, make_tiny_model(scratch / "tiny-llama"), "tiny-llama", licence="apache-2.0", alias="tiny")
+    with Catalog.open(Store(str(steady))) as catalog:
+        base = import_model(catalog, make_tiny_model(scratch / "tiny-llama"), "tiny-llama", licence="apache-2.0")
+        promotion.promote(catalog, base.id, "tiny")
     common = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
     common += [part for option in options for part in ("--set", option)]
     forge("data", "prepare", RUN, *common, store=steady)
@@ -129,10 +131,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fe-", ignore_cleanup_errors=True) as scratch:
-        found = matrix(Path(scratch), options.options)
-    print(json.dumps(found) if options.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
-    good = found["same_order"] and found["goes_on_from_the_warning"]
-    sys.exit(0 if good and found["largest_difference_of_a_loss"] < TOLERANCE else 1)
+        report = matrix(Path(scratch), options.options)
+    print(json.dumps(report) if options.json else "\n".join(f"{name}: {value}" for name, value in report.items()))
+    good = report["same_order"] and report["goes_on_from_the_warning"]
+    sys.exit(0 if good and report["largest_difference_of_a_loss"] < TOLERANCE else 1)
 
 
 if __name__ == "__main__":

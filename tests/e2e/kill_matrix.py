@@ -81,8 +81,8 @@ def forge(*words: str, store: Path) -> dict[str, Any]:
     )
     if done.returncode:
         raise SystemExit(f"forge {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
-    return found
+    report: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    return report
 
 
 def descendants(root: int) -> dict[int, str]:
@@ -95,11 +95,11 @@ def descendants(root: int) -> dict[int, str]:
                 commands[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except (OSError, IndexError):
                 continue
-    found, new = {}, [root]
+    family, new = {}, [root]
     while new:
         new = [pid for pid, parent in parents.items() if parent in new]
-        found |= {pid: commands.get(pid, "") for pid in new}
-    return found
+        family |= {pid: commands.get(pid, "") for pid in new}
+    return family
 
 
 def last_step(run: Path) -> int:
@@ -182,13 +182,15 @@ def matrix(scratch: Path, kills: list[Kill], steps: int, options: list[str]) -> 
     from conftest import make_tiny_model
 
     from forge_ray.models.import_model import import_model
+    from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     whole, broken = scratch / "whole", scratch / "broken"
-    with Catalog(Store(str(whole))) as catalog:
-        import_model(catalog, make_tiny_model(scratch / "tiny-llama"), "tiny-llama", licence="apache-2.0", alias="tiny")
+    with Catalog.open(Store(str(whole))) as catalog:
+        base = import_model(catalog, make_tiny_model(scratch / "tiny-llama"), "tiny-llama", licence="apache-2.0")
+        promotion.promote(catalog, base.id, "tiny")
     forge("data", "prepare", RUN, *settings(steps, options), store=whole)
     shutil.copytree(whole, broken)
     record = forge("train", RUN, *settings(steps, options), store=whole)
@@ -232,19 +234,19 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fk-", ignore_cleanup_errors=True) as scratch:
         kills = plan(options.kills, options.kinds.split(","), options.steps, options.seed)
-        found = matrix(Path(scratch), kills, options.steps, options.options)
+        report = matrix(Path(scratch), kills, options.steps, options.options)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
     else:
-        for number, kill in enumerate(found["kills"], 1):
+        for number, kill in enumerate(report["kills"], 1):
             end = "the driver went on" if kill["driver_exit"] is None else f"the driver ended with {kill['driver_exit']}"
-            told = f"pid {kill['pid']}, {end}" if kill["pid"] else "nobody left to kill: the run was over"
-            print(f"{number:>3}  {kill['kind']:<11} at step {kill['at_step']:>3}  {told}")
-        print(f"{found['starts_of_driver']} starts of the driver, workers began at steps {found['starts_of_workers']}")
-        print(f"incidents: {', '.join(found['incidents']) or 'none'}")
-        print(f"{found['steps_compared']} steps compared with the dataset, rows by times used: {found['times_used']}")
-        print(f"weights equal: {found['same_weights']}, order equal: {found['same_order']}, {found['seconds']} s")
-    sys.exit(0 if found["same_weights"] and found["same_order"] else 1)
+            note = f"pid {kill['pid']}, {end}" if kill["pid"] else "nobody left to kill: the run was over"
+            print(f"{number:>3}  {kill['kind']:<11} at step {kill['at_step']:>3}  {note}")
+        print(f"{report['starts_of_driver']} starts of the driver, workers began at steps {report['starts_of_workers']}")
+        print(f"incidents: {', '.join(report['incidents']) or 'none'}")
+        print(f"{report['steps_compared']} steps compared with the dataset, rows by times used: {report['times_used']}")
+        print(f"weights equal: {report['same_weights']}, order equal: {report['same_order']}, {report['seconds']} s")
+    sys.exit(0 if report["same_weights"] and report["same_order"] else 1)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -29,6 +30,19 @@ ADDRESSES = {4: ("198.51.100.1", "198.51.100.2", 24), 6: ("fd00:f0::1", "fd00:f0
 MACS = {OUTSIDE: "02:00:00:00:00:01", INSIDE: "02:00:00:00:00:02"}
 CONTROL = (("198.51.100.1", 443), ("203.0.113.9", 443), ("2001:db8::9", 443))
 ETH_IP, ETH_IP6 = 0x0800, 0x86DD
+
+
+# A command without any route: its first words, to be followed by the command's own
+NO_ROUTE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && test -z "$(ip route)" && exec "$@"', "sh")
+
+
+def permitted() -> bool:
+    """Whether this user may make network namespaces."""
+    if not (shutil.which("unshare") and shutil.which("ip")):
+        return False
+    probe = f"ip link add {OUTSIDE} type veth peer name {INSIDE} && mount --make-rprivate /"
+    done = subprocess.run(["unshare", "--net", "--mount", "sh", "-c", probe], capture_output=True, check=False)
+    return done.returncode == 0
 
 
 def sh(command: str) -> None:
@@ -75,8 +89,8 @@ class Counts(threading.Thread):
 
     def taken(self) -> dict[str, int]:
         time.sleep(0.3)
-        found, self.seen = self.seen, Counter()
-        return dict(found)
+        packets, self.seen = self.seen, Counter()
+        return dict(packets)
 
 
 def control() -> None:

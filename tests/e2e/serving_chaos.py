@@ -45,6 +45,7 @@ from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, DeployConfig
 from forge_ray.machine.cluster import connect
 from forge_ray.models.import_model import import_model
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -59,9 +60,10 @@ def free_port() -> int:
 
 def prepare(store: Store) -> list[str]:
     """A store with the tiny model and two adapters; returns the adapters' versions."""
-    with tempfile.TemporaryDirectory() as folder, Catalog(store) as catalog:
+    with tempfile.TemporaryDirectory() as folder, Catalog.open(store) as catalog:
         model = make_tiny_model(Path(folder) / "tiny")
-        base = import_model(catalog, model, "tiny", licence="apache-2.0", alias="tiny")
+        base = import_model(catalog, model, "tiny", licence="apache-2.0")
+        promotion.promote(catalog, base.id, "tiny")
         return [register(catalog, make_adapter(model, Path(folder) / str(seed), seed), base, "a").id for seed in (1, 2)]
 
 
@@ -129,24 +131,24 @@ def gateway(to: str) -> Iterator[str]:
 def sent_again(url: str) -> dict[str, int]:
     """Retries of the gateway by reason."""
     text = httpx.get(f"{url}/-/gateway/metrics", trust_env=False).text
-    found = re.findall(r'forge_gateway_retries_total\{reason="(\w+)"\} (\d+)', text)
-    return {reason: int(number) for reason, number in found}
+    retries = re.findall(r'forge_gateway_retries_total\{reason="(\w+)"\} (\d+)', text)
+    return {reason: int(number) for reason, number in retries}
 
 
 async def chaos(arguments: argparse.Namespace, store: Store, versions: list[str]) -> dict[str, Any]:
-    from forge_ray.serve.board import find_board
+    from forge_ray.serve.coordinator import find_coordinator
     from forge_ray.serve.deploy import base_url, deploy
 
     engine = {"precision": "fp32", "page_size": 16, "num_blocks": 256, "max_batch_tokens": 128}
-    with Catalog(store) as catalog, ExitStack() as context:
-        catalog.set_route("bot@prod", AliasRoute(versions={versions[0]: 1}))
+    with Catalog.open(store) as catalog, ExitStack() as context:
+        promotion.set_route(catalog, "bot@prod", AliasRoute(versions={versions[0]: 1}))
         config = parse(
             DeployConfig,
             {"name": "bot", "models": ["tiny"], "port": free_port(), "auth": "none", "engine": engine}
             | {"replicas": {"min": arguments.replicas, "max": arguments.replicas}},
         )
         deployment = deploy(config, catalog, wait_s=180)
-        board = find_board(deployment.id)
+        coordinator = find_coordinator(deployment.id)
         front = nullcontext(base_url(config)) if arguments.direct else gateway(base_url(config))
         url = context.enter_context(front)
         stop, random_ = asyncio.Event(), random.Random(arguments.seed)
@@ -157,15 +159,15 @@ async def chaos(arguments: argparse.Namespace, store: Store, versions: list[str]
             await asyncio.sleep(0.5)
             if swaps < arguments.swaps:
                 swaps += 1
-                catalog.set_route("bot@prod", AliasRoute(versions={versions[swaps % 2]: 1}))
-            state = await board.state.remote()
+                promotion.set_route(catalog, "bot@prod", AliasRoute(versions={versions[swaps % 2]: 1}))
+            state = await coordinator.state.remote()
             seen_now = state["replicas"].values()
             whole = len(seen_now) >= arguments.replicas and all(seen["live"] and "pid" in seen for seen in seen_now)
             if kills < arguments.kills and whole:  # one at a time: an endpoint whose every replica is dead cannot answer
                 kills += 1
                 pid = random_.choice(sorted(seen["pid"] for seen in seen_now))
                 os.kill(pid, signal.SIGKILL)
-                while any(seen.get("pid") == pid for seen in (await board.state.remote())["replicas"].values()):
+                while any(seen.get("pid") == pid for seen in (await coordinator.state.remote())["replicas"].values()):
                     await asyncio.sleep(0.2)
         await asyncio.sleep(2)
         stop.set()
@@ -176,7 +178,7 @@ async def chaos(arguments: argparse.Namespace, store: Store, versions: list[str]
         "failed": sum(count for end, count in ends.items() if end not in (OK, TOLD)),
         "ends": dict(ends),
         "sent_again": again,
-        "answers_per_version": {version: len(found) for version, found in texts.items()},
+        "answers_per_version": {version: len(version_texts) for version, version_texts in texts.items()},
         "kills": kills,
         "swaps": swaps,
         "seconds": round(time.monotonic() - started, 1),

@@ -16,8 +16,9 @@ import openai
 import pytest
 
 from forge_ray.serve import keys
-from forge_ray.serve.access import LOG, write_access_log
-from forge_ray.serve.front import front
+from forge_ray.serve.access_log import LOG, write_access_log
+from forge_ray.serve.context import Caller
+from forge_ray.serve.http import replica_app
 from forge_ray.serve.keys import KeyTail
 from forge_ray.serve.ledger import Ledger, Used, lines
 from forge_ray.serve.limits import Counters
@@ -53,7 +54,7 @@ class Endpoint:
 
     def generated(self) -> float:
         """Tokens so far, as the metrics have it."""
-        text = httpx.get(f"{self.url}/metrics", headers={"x-api-key": self.scrape}).text
+        text = httpx.get(f"{self.url}/metrics", headers={"x-api-key": self.scrape}, timeout=WAIT_S).text
         return sum(
             float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("forge_completion_tokens_total{")
         )
@@ -66,13 +67,13 @@ class Endpoint:
 def endpoint(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     store = Store(str(tmp_path_factory.mktemp("access")))
     ready = served(tiny_model_dir, limits={"max_new_tokens": 400})
-    engine = ready.directory.stable("tiny").engine
+    engine = ready.directory.stable("tiny", Caller("test")).engine
     counters, tail, ledger = Counters(), KeyTail(store), Ledger(store, "r0", flush_s=1e6)
     before, stream = (LOG.handlers[:], LOG.level, LOG.propagate), io.StringIO()
     write_access_log(stream)
     health = lambda: [engine.health()]  # noqa: E731
-    app = front(ready, tail.refresh, counters.take, counters.settle, "r0", health, ledger)
-    with Catalog(store) as catalog, running(app) as url:
+    app = replica_app(ready, tail.refresh, counters.take, counters.settle, "r0", health, ledger)
+    with Catalog.open(store) as catalog, running(app) as url:
         _, scrape = keys.create(catalog, "prometheus", scopes=("metrics",))
         yield Endpoint(url, catalog, stream, ledger, scrape)
     ledger.close()
@@ -94,7 +95,7 @@ def complete(client: openai.OpenAI, max_tokens: int = 4, **more: Any) -> Any:
     )
 
 
-def test_a_key_opens_and_a_revoked_one_closes(endpoint: Endpoint) -> None:
+def test_key_is_accepted_until_revoked(endpoint: Endpoint) -> None:
     key_id, text = endpoint.key("open")
     with endpoint.client(text) as client:
         answer = complete(client)
@@ -117,7 +118,7 @@ def test_a_key_opens_and_a_revoked_one_closes(endpoint: Endpoint) -> None:
         client.models.list()
 
 
-def test_requests_per_minute_hold_for_clients_that_come_at_once(endpoint: Endpoint) -> None:
+def test_requests_per_minute_limit_holds_under_concurrency(endpoint: Endpoint) -> None:
     key_id, text = endpoint.key("per-minute", rpm=5)
 
     def ask(_: int) -> Any:
@@ -128,22 +129,22 @@ def test_requests_per_minute_hold_for_clients_that_come_at_once(endpoint: Endpoi
                 return error
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(ask, range(20)))
-    refused = [one for one in found if isinstance(one, openai.RateLimitError)]
+        results = list(pool.map(ask, range(20)))
+    refused = [one for one in results if isinstance(one, openai.RateLimitError)]
     assert len(refused) == 15
     assert len(endpoint.used(key_id)) == 5
-    answered = sorted(int(one.headers["x-ratelimit-remaining-requests"]) for one in found if one not in refused)
+    answered = sorted(int(one.headers["x-ratelimit-remaining-requests"]) for one in results if one not in refused)
     assert answered == [0, 1, 2, 3, 4]
     for error in refused:
         assert error.code == "rate_limit_exceeded"
         assert 0 < int(error.response.headers["retry-after"]) <= 60
         assert error.response.headers["x-ratelimit-limit-requests"] == "5"
-    metrics = httpx.get(f"{endpoint.url}/metrics", headers={"x-api-key": endpoint.scrape})
+    metrics = httpx.get(f"{endpoint.url}/metrics", headers={"x-api-key": endpoint.scrape}, timeout=WAIT_S)
     assert 'forge_refused_total{replica="r0",deployment="bot",reason="requests"} 15.0' in metrics.text
     assert 'model="tiny",model_version="mv_0",status="200"' in metrics.text
 
 
-def test_one_at_a_time_and_tokens_that_come_back(endpoint: Endpoint) -> None:
+def test_concurrency_limit_and_refunded_tokens(endpoint: Endpoint) -> None:
     key_id, text = endpoint.key("narrow", concurrency=1, tpm=1000)
     with endpoint.client(text) as client:
         stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=400, temperature=0, stream=True)
@@ -158,13 +159,13 @@ def test_one_at_a_time_and_tokens_that_come_back(endpoint: Endpoint) -> None:
         reserved = line.prompt_tokens + 4
         assert int(answer.headers["x-ratelimit-remaining-tokens"]) == 1000 - spent - reserved
         narrower = keys.change(endpoint.catalog, "narrow", tpm=100)
-        with pytest.raises(openai.RateLimitError, match=f"{narrower.id} has 100 a minute") as size:
+        with pytest.raises(openai.RateLimitError, match=f"{narrower.id} is limited to 100 a minute") as size:
             complete(client, max_tokens=200)
         assert size.value.response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_is_charged_for_what_was_made(endpoint: Endpoint, stream: bool) -> None:
+def test_cancelled_request_is_charged_for_generated_tokens(endpoint: Endpoint, stream: bool) -> None:
     key_id, text = endpoint.key(f"leaver-{stream}")
     before = endpoint.generated()
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stream": stream}
@@ -187,7 +188,7 @@ def test_a_client_that_leaves_is_charged_for_what_was_made(endpoint: Endpoint, s
     assert logged["completion_tokens"] == line.completion_tokens
 
 
-def test_a_prompt_and_an_answer_are_in_no_line(endpoint: Endpoint) -> None:
+def test_logs_and_ledger_contain_no_prompt_or_answer(endpoint: Endpoint) -> None:
     key_id, text = endpoint.key("private")
     with endpoint.client(text) as client:
         answer = complete(client, max_tokens=30, extra_headers={"x-request-id": "mine"}).parse().choices[0].text

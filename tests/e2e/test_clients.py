@@ -102,16 +102,16 @@ def test_openai_chat_and_stream(client: openai.OpenAI) -> None:
 
 
 def test_openai_completions(client: openai.OpenAI) -> None:
-    found = client.completions.create(
+    completion = client.completions.create(
         model="tiny", prompt=["one two", "three"], n=2, max_tokens=4, logprobs=2, temperature=0
     )
-    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
-    assert found.choices[0].logprobs is not None
-    assert len(found.choices[0].logprobs.tokens or []) <= 4
+    assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
+    assert completion.choices[0].logprobs is not None
+    assert len(completion.choices[0].logprobs.tokens or []) <= 4
     # Its type wants a finish reason in every piece of a stream, which OpenAI's own server does not send
     lenient = openai.OpenAI(base_url=client.base_url, api_key="none")
     streamed = lenient.completions.create(model="tiny", prompt="one two", max_tokens=4, temperature=0, stream=True)
-    assert "".join(chunk.choices[0].text for chunk in streamed) == found.choices[0].text
+    assert "".join(chunk.choices[0].text for chunk in streamed) == completion.choices[0].text
 
 
 def test_openai_structured_answers(client: openai.OpenAI) -> None:
@@ -126,14 +126,14 @@ def test_openai_structured_answers(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "paint"}}])
 def test_openai_forced_calls(client: openai.OpenAI, choice: Any) -> None:
     asked: Any = {"model": "tiny", "messages": MESSAGES, "tools": [PAINT], "tool_choice": choice, "max_tokens": 900}
-    (made,) = client.chat.completions.create(**asked, seed=1).choices
-    assert made.finish_reason == "tool_calls"
-    (call,) = made.message.tool_calls or []
+    (choice_with_call,) = client.chat.completions.create(**asked, seed=1).choices
+    assert choice_with_call.finish_reason == "tool_calls"
+    (call,) = choice_with_call.message.tool_calls or []
     assert call.type == "function"
     Verdict.model_validate_json(call.function.arguments)
     answered: Any = [
         *MESSAGES,
-        made.message.model_dump(exclude_none=True),
+        choice_with_call.message.model_dump(exclude_none=True),
         {"role": "tool", "tool_call_id": call.id, "content": "done"},
     ]
     again = client.chat.completions.create(model="tiny", messages=answered, tools=[PAINT], max_tokens=4)
@@ -156,8 +156,8 @@ def test_openai_forced_calls_with_the_name_outside_the_json(client: openai.OpenA
     called = set()
     for seed in range(8):
         asked: Any = {"model": "newer", "messages": MESSAGES, "tools": functions, "seed": seed, "temperature": 1.9}
-        (made,) = client.chat.completions.create(**asked, tool_choice="required", max_tokens=400).choices
-        (call,) = made.message.tool_calls or []
+        (choice,) = client.chat.completions.create(**asked, tool_choice="required", max_tokens=400).choices
+        (call,) = choice.message.tool_calls or []
         assert call.type == "function"
         Verdict.model_validate_json(call.function.arguments)
         called.add(call.function.name)
@@ -166,8 +166,8 @@ def test_openai_forced_calls_with_the_name_outside_the_json(client: openai.OpenA
 
 
 def test_openai_free_calls(client: openai.OpenAI) -> None:
-    (made,) = client.chat.completions.create(model="caller", messages=MESSAGES, tools=[PAINT]).choices
-    assert (made.finish_reason, made.message.content) == ("tool_calls", "Let me see. ")
+    (choice,) = client.chat.completions.create(model="caller", messages=MESSAGES, tools=[PAINT]).choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see. ")
     with client.chat.completions.stream(model="caller", messages=MESSAGES, tools=[PAINT]) as stream:
         stream.until_done()
         (streamed,) = stream.get_final_completion().choices
@@ -204,9 +204,9 @@ def test_openai_async_at_once(url: str) -> None:
                     [chunk.choices[0].delta.content or "" async for chunk in stream]
                 )
 
-            found = await asyncio.gather(*map(one, range(6)))
-        assert all(whole == streamed for whole, streamed in found)
-        assert len({whole for whole, _ in found}) > 1
+            pairs = await asyncio.gather(*map(one, range(6)))
+        assert all(whole == streamed for whole, streamed in pairs)
+        assert len({whole for whole, _ in pairs}) > 1
 
     asyncio.run(ask())
 
@@ -214,7 +214,7 @@ def test_openai_async_at_once(url: str) -> None:
 # ---------------------------------------------------------------- each field, on a real engine
 
 
-def test_each_field_changes_what_the_model_says(url: str) -> None:
+def test_each_field_changes_the_answer(url: str) -> None:
     """From the wire to the text: nothing on the way drops one."""
 
     def ask(path: str = "chat/completions", **more: Any) -> Any:
@@ -291,8 +291,8 @@ def test_mistral(url: str) -> None:
         (call,) = called.choices[0].message.tool_calls  # type: ignore[union-attr,misc]
         Verdict.model_validate_json(str(call.function.arguments))
         with mistral.chat.stream(model="caller", messages=MESSAGES, tools=[PAINT]) as events:
-            found = [call for event in events for c in event.data.choices for call in c.delta.tool_calls or []]
-        assert [call.function.name for call in found] == ["paint"]
+            calls = [call for event in events for c in event.data.choices for call in c.delta.tool_calls or []]
+        assert [call.function.name for call in calls] == ["paint"]
         parsed = mistral.chat.parse(response_format=Verdict, model="tiny", messages=MESSAGES, max_tokens=900)
         assert isinstance(parsed.choices[0].message.parsed, Verdict)  # type: ignore[index,union-attr]
         prefix: Any = [*MESSAGES, {"role": "assistant", "content": "It is ", "prefix": True}]
@@ -329,7 +329,7 @@ def test_langchain(url: str) -> None:
 # ---------------------------------------------------------------- our own
 
 
-def test_our_own(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forge_client(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Client(url) as client:
         assert client.models() == ["tiny", "caller", "newer"]
         answer = client.chat("tiny", MESSAGES, max_tokens=4, temperature=0)
@@ -358,7 +358,7 @@ def test_our_own(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (503, EngineError, "send the request again"),
     ],
 )
-def test_refusals_as_errors(status: int, kind: type[ForgeError], hint: str) -> None:
+def test_http_errors_become_forge_errors(status: int, kind: type[ForgeError], hint: str) -> None:
     body = {"error": {"message": "no", "type": "x", "param": None, "code": None}}
     request = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions")
     error = client_module._error(httpx.Response(status, json=body, headers={"retry-after": "7"}, request=request))
@@ -367,10 +367,10 @@ def test_refusals_as_errors(status: int, kind: type[ForgeError], hint: str) -> N
     assert hint in error.hint
 
 
-def test_the_key_is_sent_from_the_argument_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_from_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGE_API_KEY", "fk_environment")
-    for given, sent in (("", "Bearer fk_environment"), ("fk_given", "Bearer fk_given")):
-        with Client("http://127.0.0.1:1", api_key=given) as client:
+    for argument, sent in (("", "Bearer fk_environment"), ("fk_given", "Bearer fk_given")):
+        with Client("http://127.0.0.1:1", api_key=argument) as client:
             assert client._http.headers["authorization"] == sent
     monkeypatch.delenv("FORGE_API_KEY")
     with Client("http://127.0.0.1:1") as client:

@@ -24,6 +24,7 @@ import pytest
 from forge_ray.data.dataset.version import read_records
 from forge_ray.models.import_model import import_model
 from forge_ray.records import DatasetManifest
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -93,8 +94,9 @@ def call(cluster: Cluster, *words: str, **environment: str) -> subprocess.Comple
 def store(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Store:
     """An own one: a row of it is erased."""
     own = Store(str(tmp_path_factory.mktemp("cluster") / "store"))
-    with Catalog(own) as catalog:
-        import_model(catalog, tiny_model_dir, "tiny-llama", licence="apache-2.0", alias="tiny")
+    with Catalog.open(own) as catalog:
+        base = import_model(catalog, tiny_model_dir, "tiny-llama", licence="apache-2.0")
+        promotion.promote(catalog, base.id, "tiny")
     return own
 
 
@@ -113,7 +115,7 @@ def outcome(cluster: Cluster, store: Store) -> dict[str, Any]:
     return result["result"]
 
 
-def test_the_deployed_endpoint_answers_through_the_official_client(outcome: dict[str, Any], store: Store) -> None:
+def test_deployed_endpoint_answers_the_official_client(outcome: dict[str, Any], store: Store) -> None:
     import openai
 
     port = outcome["deployment"]["config"]["port"]
@@ -151,12 +153,12 @@ def offline_answer(outcome: dict[str, Any], store: Store, messages: list[dict[st
     return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def test_training_taught_something_and_the_gate_saw_it(outcome: dict[str, Any]) -> None:
+def test_training_lowers_the_loss_and_passes_the_gate(outcome: dict[str, Any]) -> None:
     assert outcome["report"]["metrics"]["loss"] < outcome["base_report"]["metrics"]["loss"] - 0.5
     assert outcome["version"]["status"] == "accepted"
 
 
-def test_lineage_of_the_answer_ends_at_rows_one_can_read(cluster: Cluster, outcome: dict[str, Any], store: Store) -> None:
+def test_lineage_of_an_answer_ends_at_readable_rows(cluster: Cluster, outcome: dict[str, Any], store: Store) -> None:
     fingerprint = outcome["version"]["files_digest"]
     done = call(cluster, "forge", "lineage", fingerprint, "--store", store.uri)
     assert done.returncode == 0, done.stderr
@@ -181,21 +183,21 @@ def test_lineage_of_the_answer_ends_at_rows_one_can_read(cluster: Cluster, outco
     assert ids[-1] == outcome["dataset"]["id"]
 
 
-def test_a_job_script_finds_what_is_already_built(cluster: Cluster, outcome: dict[str, Any], store: Store) -> None:
+def test_job_script_reuses_existing_results(cluster: Cluster, outcome: dict[str, Any], store: Store) -> None:
     words = ["job", "submit", "--address", cluster.address, "--working-dir", ".", "--"]
     done = call(cluster, "ray", *words, "python", "jobs/train.py", "--config", RUN, "--store", store.uri)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"{outcome['run']['id']}  already trained" in done.stdout + done.stderr
 
 
-def test_a_relative_store_is_refused_inside_a_job(cluster: Cluster) -> None:
+def test_relative_store_is_refused_inside_a_job(cluster: Cluster) -> None:
     words = ["job", "submit", "--address", cluster.address, "--working-dir", ".", "--"]
     done = call(cluster, "ray", *words, "python", "jobs/prepare.py", "--config", RUN)
     assert done.returncode != 0
     assert "a Ray job's folder is deleted when it ends" in done.stdout + done.stderr
 
 
-def test_a_wrong_token_is_refused(cluster: Cluster, store: Store) -> None:
+def test_wrong_token_is_refused(cluster: Cluster, store: Store) -> None:
     words = ["submit", RUN, "--address", cluster.address, "--store", store.uri, "--json"]
     done = call(cluster, "forge", *words, RAY_AUTH_TOKEN="0" * 64)
     assert done.returncode == 2, done.stderr
@@ -227,10 +229,10 @@ class Asking(threading.Thread):
             time.sleep(0.1)
 
 
-def test_an_endpoint_forgets_while_it_is_asked(cluster: Cluster, outcome: dict[str, Any], store: Store) -> None:
+def test_endpoint_forgets_an_erased_row_under_load(cluster: Cluster, outcome: dict[str, Any], store: Store) -> None:
     """No answer of the withdrawn version after the first refusal, none of it in memory, and the replacement by itself."""
     old, url = outcome["version"]["id"], f"http://127.0.0.1:{outcome['deployment']['config']['port']}"
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         manifest = catalog.get_as(DatasetManifest, outcome["dataset"]["id"])
     record = read_records(store, manifest, "train")[0]["record"]
     asking = Asking(url)
@@ -255,7 +257,7 @@ def test_an_endpoint_forgets_while_it_is_asked(cluster: Cluster, outcome: dict[s
     assert versions == sorted(versions, key=[old, new].index)
     refused = [number for number, seen in enumerate(asking.seen) if seen[0] == 410]
     assert old not in {seen[2] for seen in asking.seen[refused[0] :]}
-    by_id = httpx.post(f"{url}/v1/completions", json={"model": old, "prompt": "x", "max_tokens": 1})
+    by_id = httpx.post(f"{url}/v1/completions", json={"model": old, "prompt": "x", "max_tokens": 1}, timeout=60)
     assert (by_id.status_code, by_id.json()["error"]["code"]) in {(410, "model_archived"), (404, "model_not_found")}
 
 
@@ -263,5 +265,5 @@ def engines(cluster: Cluster, store: Store) -> set[str]:
     """Versions that the replicas of the endpoint hold in memory, as `forge deploy --status` says."""
     done = call(cluster, "forge", "deploy", "--status", "--address", cluster.gcs, "--store", store.uri, "--json")
     assert done.returncode == 0, done.stderr[-4000:]
-    (found,) = json.loads(done.stdout)["results"]
-    return {version for replica in found["replicas"].values() for version in replica["held"]}
+    (endpoint,) = json.loads(done.stdout)["results"]
+    return {version for replica in endpoint["replicas"].values() for version in replica["held"]}

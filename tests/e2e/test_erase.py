@@ -26,6 +26,7 @@ from forge_ray.governance.erasure.apply import Options, erase
 from forge_ray.governance.erasure.plan import ErasureRequest
 from forge_ray.governance.trace import of_record, trace
 from forge_ray.records import DatasetManifest, Deployment, Event, RunRecord
+from forge_ray.release import promotion
 from forge_ray.store import signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -40,13 +41,15 @@ def rows() -> list[dict[str, Any]]:
     as a near copy of her second, and one of another customer as a near copy of her first."""
     random = Random(0)
     colours = ("red", "green", "blue")
-    found = [(f"c{n // 3}", f"Colour of thing {random.randrange(10**6)}, number {n}?", colours[n % 3]) for n in range(90)]
-    found += [
+    questions = [
+        (f"c{n // 3}", f"Colour of thing {random.randrange(10**6)}, number {n}?", colours[n % 3]) for n in range(90)
+    ]
+    questions += [
         ("wq", f"{SECRET} {tail}", "blue") for tail in ("at the door of my house in the old town last week", "?", "!!")
     ]
-    found += [("c1", f"{SECRET} at the door of my house in the old town last weeks", "blue")]
-    asked = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for _, q, a in found]
-    return [row | {"customer": whose} for row, (whose, _, _) in zip(asked, found, strict=True)]
+    questions += [("c1", f"{SECRET} at the door of my house in the old town last weeks", "blue")]
+    asked = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for _, q, a in questions]
+    return [row | {"customer": whose} for row, (whose, _, _) in zip(asked, questions, strict=True)]
 
 
 def config_of(path: Path, steps: int = 8) -> RunConfig:
@@ -75,18 +78,18 @@ def config_of(path: Path, steps: int = 8) -> RunConfig:
 @pytest.fixture
 def own(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store with the tiny model, and a signer."""
-    made = Store(str(tmp_path / "store"))
-    with Catalog(store) as here, Catalog(made) as there:
+    fresh = Store(str(tmp_path / "store"))
+    with Catalog.open(store) as here, Catalog.open(fresh) as there:
         base = here.model("tiny")
-        made.local(f"models/{base.id}").parent.mkdir(parents=True, exist_ok=True)
-        made.local(f"models/{base.id}").symlink_to(store.local(f"models/{base.id}"))
+        fresh.local(f"models/{base.id}").parent.mkdir(parents=True, exist_ok=True)
+        fresh.local(f"models/{base.id}").symlink_to(store.local(f"models/{base.id}"))
         there.put(base)
-        there.promote(base.id, "tiny")
+        promotion.promote(there, base.id, "tiny")
     key = signing.generate()
     signing.write_private(tmp_path / "steward.key", key)
     (tmp_path / "steward.pub").write_text(signing.public_pem(key.public_key()))
     monkeypatch.setenv(signing.SIGNER, str(tmp_path / "steward.key"))
-    return made
+    return fresh
 
 
 def forge(store: Store, *arguments: str, ends: tuple[int, ...] = (0,)) -> Any:
@@ -96,20 +99,27 @@ def forge(store: Store, *arguments: str, ends: tuple[int, ...] = (0,)) -> Any:
 
 
 def everything(store: Store) -> set[str]:
-    found = {path for folder in ("records", "events", "datasets", "models", "runs") for path in store.list(folder, True)}
-    return found | set(store.list("erasures"))
+    paths = {path for folder in ("records", "events", "datasets", "models", "runs") for path in store.list(folder, True)}
+    return paths | set(store.list("erasures"))
 
 
-def test_what_somebody_taught_is_forgotten(own: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_erasure_of_a_subject_survives_kills_and_leaves_nothing(
+    own: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows()))
     config = config_of(source)
     outcome = pipeline.run(config, own)
     old, version = outcome.dataset, outcome.version
-    with Catalog(own) as catalog:
-        made = {"name": "endpoint", "model": "parcels@prod", "model_version": version.id, "model_digest": "sha256:x"}
-        made |= {"models": {"parcels@prod": version.id}, "config": {}, "config_digest": "sha256:y"}
-        deployment = catalog.put(Deployment.model_validate(made).sealed())
+    with Catalog.open(own) as catalog:
+        deployment_fields = {
+            "name": "endpoint",
+            "model": "parcels@prod",
+            "model_version": version.id,
+            "model_digest": "sha256:x",
+        }
+        deployment_fields |= {"models": {"parcels@prod": version.id}, "config": {}, "config_digest": "sha256:y"}
+        deployment = catalog.put(Deployment.model_validate(deployment_fields).sealed())
         catalog.append(Event(kind="deployment", subject=deployment.id, data={"state": "running"}))
     hers = {r["record"]: r for split in dataset.SPLITS for r in read_records(own, old, split) if SECRET in str(r["content"])}
     splits = {name: sum(r in hers for r in map(_id, read_records(own, old, name))) for name in dataset.SPLITS}
@@ -140,9 +150,12 @@ def test_what_somebody_taught_is_forgotten(own: Store, tmp_path: Path, monkeypat
     with pytest.raises(InterruptedError):
         erase(own, request, options, "she asked")
     monkeypatch.setattr(pipeline, "release", released)
-    with Catalog(own) as catalog:
+    with Catalog.open(own) as catalog:
         assert "parcels@prod" not in catalog.routes()
-        for refused in (lambda: catalog.promote(version.id, "other"), lambda: catalog.archive(version.id, restore=True)):
+        for refused in (
+            lambda: promotion.promote(catalog, version.id, "other"),
+            lambda: promotion.archive(catalog, version.id, restore=True),
+        ):
             with pytest.raises(PolicyError, match="learned from rows that er_"):
                 refused()
         assert own.exists(f"models/{version.id}/MANIFEST.json")
@@ -158,36 +171,36 @@ def test_what_somebody_taught_is_forgotten(own: Store, tmp_path: Path, monkeypat
     assert forge(own, "erase", "--subject", "wq", "--apply", "--yes", "--why", "she asked") == statement
     assert everything(own) == after
 
-    told = statement["predicate"]
-    certificate = own.local(f"erasures/{told['erasure']}/certificate.json")
+    statement_facts = statement["predicate"]
+    certificate = own.local(f"erasures/{statement_facts['erasure']}/certificate.json")
     public = signing.load_public((tmp_path / "steward.pub").read_bytes())
-    assert verify.verify_path(certificate, [public])["predicate"] == told
+    assert verify.verify_path(certificate, [public])["predicate"] == statement_facts
     other = signing.generate().public_key()
     with pytest.raises(PolicyError, match="no trusted key"):
         verify.verify_path(certificate, [other])
-    (repeated,) = told["runs"]
-    (withdrawn,) = told["versions"]
+    (repeated,) = statement_facts["runs"]
+    (withdrawn,) = statement_facts["versions"]
     new = repeated["version"]
     assert (repeated["run"], repeated["fate"], repeated["status"]) == (outcome.run.id, "retrained", "accepted")
     assert (withdrawn["version"], withdrawn["replaced_by"]) == (version.id, new)
-    assert told["aliases"] == {"parcels@prod": [new]}
-    assert told["remains"]["source files"] == {str(source): [91, 92, 93, 94]}
-    assert "wq" not in json.dumps({**told, "remains": ""})
+    assert statement_facts["aliases"] == {"parcels@prod": [new]}
+    assert statement_facts["remains"]["source files"] == {str(source): [91, 92, 93, 94]}
+    assert "wq" not in json.dumps({**statement_facts, "remains": ""})
 
     # nothing holds them
-    with Catalog(own) as catalog:
+    with Catalog.open(own) as catalog:
         assert catalog.routes()["parcels@prod"].stable == new
         assert own.is_published(f"models/{new}")
         present = [m for m in catalog.all(DatasetManifest) if own.is_published(f"datasets/{m.id}")]
         assert [m.id for m in present] == [catalog.get_as(RunRecord, repeated["new_run"]).dataset]
         assert not any(holders(own, present, record, "") for record in hers)
         assert catalog.last("deployment")[deployment.id].data["withdrawn"] == [version.id]
-    for gone in (f"models/{version.id}", f"datasets/{old.id}", f"runs/{outcome.run.id}/export", "work"):
-        assert not own.list(gone, recursive=True), gone
+    for folder in (f"models/{version.id}", f"datasets/{old.id}", f"runs/{outcome.run.id}/export", "work"):
+        assert not own.list(folder, recursive=True), folder
     files = [path for path in Path(own.root).rglob("*") if path.is_file() and path.suffix != ".parquet"]
     assert not [path for path in files if b"Quartz" in path.read_bytes()]
     assert forge(own, "data", "find", "--subject", "wq")["results"] == []
-    with Catalog(own) as catalog:
+    with Catalog.open(own) as catalog:
         traced = trace(catalog, [of_record(one) for one in sorted(hers)]).affected
         assert not any(vars(traced).values()), traced
     for verb in (("audit", "data", outcome.run.id), ("reproduce", version.id)):
@@ -206,12 +219,12 @@ def _id(row: dict[str, Any]) -> str:
     return str(row["record"])
 
 
-def test_marked_versions_answer_until_replaced_and_what_is_built_on_them_goes_too(own: Store, tmp_path: Path) -> None:
+def test_marked_versions_serve_until_replaced_with_their_descendants(own: Store, tmp_path: Path) -> None:
     """The second run continues the first, which learned from her rows; the third learned from nothing else."""
     hers, others = [row for row in rows() if row["customer"] == "wq"], [row for row in rows() if row["customer"] != "wq"]
     paths = [tmp_path / "first.jsonl", tmp_path / "second.jsonl", tmp_path / "third.jsonl"]
-    for path, found in zip(paths, (others[:40] + hers, others[40:80], hers), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    for path, path_rows in zip(paths, (others[:40] + hers, others[40:80], hers), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in path_rows))
     full = {"adapter": None, "max_steps": 2}
     first = _with(config_of(paths[0]), name="first", train=full, release={"alias": "first"})
     one = pipeline.run(first, own)
@@ -230,21 +243,21 @@ def test_marked_versions_answer_until_replaced_and_what_is_built_on_them_goes_to
     plan = forge(own, "erase", "--file", str(paths[2]), "--plan")
     assert {run["id"]: run["used"] for run in plan["runs"]} == dict.fromkeys((one.run.id, two.run.id, record.id), True)
     assert {run["id"]: run["steps"] for run in plan["runs"]}[two.run.id] == 0  # it learned by its base alone
-    told = erase(own, request, Options(deployments="mark", keep_weights=True))["predicate"]
-    fates = {run["run"]: run["fate"] for run in told["runs"]}
+    certificate = erase(own, request, Options(deployments="mark", keep_weights=True))["predicate"]
+    fates = {run["run"]: run["fate"] for run in certificate["runs"]}
     assert fates[one.run.id] == fates[two.run.id] == "retrained"
     assert fates[record.id] == "removed: no row is left"
-    replaced = {version["version"]: version["replaced_by"] for version in told["versions"]}
-    with Catalog(own) as catalog:
+    replaced = {version["version"]: version["replaced_by"] for version in certificate["versions"]}
+    with Catalog.open(own) as catalog:
         assert catalog.routes()["first"].stable == replaced[one.version.id]
         assert catalog.routes()["second"].stable == replaced[two.version.id]
         new = catalog.model("second")
         assert new.base_model == replaced[one.version.id]  # trained on the replacement, not on what it replaces
         assert catalog.archived() == set()
         with pytest.raises(PolicyError, match="learned from rows"):
-            catalog.promote(one.version.id, "other")
+            promotion.promote(catalog, one.version.id, "other")
     assert own.is_published(f"models/{one.version.id}")  # kept, and blocked
-    assert sorted(told["remains"]["weights"]) == sorted(replaced)
+    assert sorted(certificate["remains"]["weights"]) == sorted(replaced)
     assert not own.list(f"runs/{record.id}/export", recursive=True)
 
 

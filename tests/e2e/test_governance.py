@@ -37,8 +37,8 @@ class Forge:
     def __call__(self, *arguments: str, code: int = 0) -> Any:
         done = CliRunner().invoke(cli, [*arguments, "--store", str(self.folder / "store"), "--json"])
         assert done.exit_code == code, done.output[-3000:]
-        said = json.loads(done.stdout.strip().splitlines()[-1])
-        return said.get("results", said)
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        return answer.get("results", answer)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def forge(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None, tiny_mode
     patch.undo()
 
 
-def test_which_rows_made_this_version(forge: Forge) -> None:
+def test_lineage_of_a_version_to_its_rows(forge: Forge) -> None:
     version = forge.outcome["version"]["id"]
-    found = forge("lineage", version, "--rows", "2", "--html", str(forge.folder / "lineage.html"))
-    text = json.dumps(found)
+    answer = forge("lineage", version, "--rows", "2", "--html", str(forge.folder / "lineage.html"))
+    text = json.dumps(answer)
     for kind in ("dataset", "run", "report"):
         assert forge.outcome[kind]["id"] in text
     assert "colours.jsonl" in text
@@ -71,7 +71,7 @@ def test_which_rows_made_this_version(forge: Forge) -> None:
     assert forge("lineage", digest)["id"] == version  # what an answer carries
 
 
-def test_which_models_saw_this_row(forge: Forge) -> None:
+def test_trace_of_a_row_to_its_models(forge: Forge) -> None:
     rows = (ROOT / "tests/e2e/colours.jsonl").read_text().splitlines()
     (forge.folder / "asked.jsonl").write_text(rows[0] + "\n")
     text = json.dumps(forge("trace", "--file", str(forge.folder / "asked.jsonl")))
@@ -81,22 +81,22 @@ def test_which_models_saw_this_row(forge: Forge) -> None:
     assert forge.outcome["version"]["id"] not in json.dumps(forge("trace", "--file", str(forge.folder / "other.jsonl")))
 
 
-def test_is_it_what_was_signed_and_is_the_log_whole(forge: Forge) -> None:
+def test_signatures_and_audit_log_verify(forge: Forge) -> None:
     checked = forge("verify", "colours")
     assert len(checked) == 6
     assert all(one["signed_by"] == ["olga"] and not one["problem"] for one in checked)
-    found = forge("audit", "verify", "--every-signature")
-    assert found["num_lines"] == found["num_signed"] > 8
+    log_report = forge("audit", "verify", "--every-signature")
+    assert log_report["num_lines"] == log_report["num_signed"] > 8
     assert forge("audit", "data", forge.outcome["run"]["id"])["problems"] == []
 
 
-def test_can_it_be_made_again_and_what_differs_from_the_one_before(forge: Forge) -> None:
+def test_reproduce_and_diff(forge: Forge) -> None:
     assert forge("reproduce", "colours", "--rebuild-data")["verdict"] == "equal"
-    found = forge("diff", "tiny", "colours")
-    assert found["evaluation"][0]["wrong_to_right"]  # the untrained one names no colour
+    difference = forge("diff", "tiny", "colours")
+    assert difference["evaluation"][0]["wrong_to_right"]  # the untrained one names no colour
 
 
-def test_papers_from_the_same_facts(forge: Forge) -> None:
+def test_documents_from_the_same_records(forge: Forge) -> None:
     out = forge.folder / "papers"
     forge("papers", "colours", "--out", str(out))
     assert forge.outcome["version"]["id"] in (out / "model_card.md").read_text()
@@ -104,7 +104,7 @@ def test_papers_from_the_same_facts(forge: Forge) -> None:
     assert "slsa" in forge("verify", str(out / "provenance.dsse.json"), "--key", key)["what"]
 
 
-def test_a_row_is_erased_and_nothing_knows_it_any_more(forge: Forge) -> None:
+def test_erasure_of_a_row_is_certified(forge: Forge) -> None:
     """Last: it changes the store."""
     row = (ROOT / "tests/e2e/colours.jsonl").read_text().splitlines()[2]
     asked = forge.folder / "erase.jsonl"

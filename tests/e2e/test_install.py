@@ -72,7 +72,7 @@ def test_quickstart_from_the_public_index(version: str, tmp_path: Path) -> None:
     shutil.rmtree(folder)
 
 
-def test_every_test_from_the_public_index(tmp_path: Path) -> None:
+def test_make_test_from_the_public_index(tmp_path: Path) -> None:
     """With the index's own build of torch, without vLLM."""
     folder = clone(tmp_path / "clone")
     python = next(filter(None, map(interpreter, reversed(PYTHONS))))

@@ -21,27 +21,27 @@ def killed(*options: str) -> dict[str, Any]:
     assert done.returncode in (0, 1), done.stderr[-4000:]
     assert done.stdout, done.stderr[-4000:]
     assert '{"run"' in done.stdout, done.stderr[-4000:]  # else it ended with a message
-    found: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
-    assert found["same_weights"]
-    assert found["same_order"]
-    return found
+    report: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    assert report["same_weights"]
+    assert report["same_order"]
+    return report
 
 
-def test_a_run_whose_processes_are_killed_ends_with_the_same_bytes() -> None:
+def test_run_with_a_killed_controller_is_bit_identical() -> None:
     """One kill of the controller; tests/ray/test_train.py kills a rank, the long matrix everything."""
-    found = killed("--kills", "1", "--kinds", "controller", "--steps", "12", "--seed", "1", *ADAPTER)
-    assert found["steps_compared"] == 12
-    assert sum(kill["pid"] > 0 for kill in found["kills"]) == 1
-    assert len(found["starts_of_workers"]) >= 2
-    assert found["starts_of_workers"] == sorted(found["starts_of_workers"])
+    report = killed("--kills", "1", "--kinds", "controller", "--steps", "12", "--seed", "1", *ADAPTER)
+    assert report["steps_compared"] == 12
+    assert sum(kill["pid"] > 0 for kill in report["kills"]) == 1
+    assert len(report["starts_of_workers"]) >= 2
+    assert report["starts_of_workers"] == sorted(report["starts_of_workers"])
 
 
 @pytest.mark.large
-def test_a_driver_and_a_controller_are_killed() -> None:
-    found = killed("--kills", "2", "--kinds", "driver,controller", "--steps", "30", "--seed", "1", *ADAPTER)
-    assert sum(kill["pid"] > 0 for kill in found["kills"]) == 2
-    assert "restart" in found["incidents"]
-    assert len(found["starts_of_workers"]) >= 3
+def test_run_with_a_killed_driver_and_controller_is_bit_identical() -> None:
+    report = killed("--kills", "2", "--kinds", "driver,controller", "--steps", "30", "--seed", "1", *ADAPTER)
+    assert sum(kill["pid"] > 0 for kill in report["kills"]) == 2
+    assert "restart" in report["incidents"]
+    assert len(report["starts_of_workers"]) >= 3
 
 
 @pytest.mark.large
@@ -54,7 +54,7 @@ def test_a_driver_and_a_controller_are_killed() -> None:
     ],
     ids=["zero2-lora", "zero3-full", "zero1-full"],
 )
-def test_the_long_kill_matrix(options: tuple[str, ...]) -> None:
-    found = killed("--kills", "20", "--steps", "200", *(part for option in options for part in ("--set", option)))
-    print(json.dumps(found, indent=1))
-    assert sum(kill["pid"] > 0 for kill in found["kills"]) >= 18
+def test_long_kill_matrix(options: tuple[str, ...]) -> None:
+    report = killed("--kills", "20", "--steps", "200", *(part for option in options for part in ("--set", option)))
+    print(json.dumps(report, indent=1))
+    assert sum(kill["pid"] > 0 for kill in report["kills"]) >= 18

@@ -68,7 +68,7 @@ def export(store: Store, url: str, *words: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def test_a_run_and_its_version_arrive_once_and_whole(server: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_run_and_version_are_exported_once_and_completely(server: str, tmp_path: Path, tiny_model_dir: Path) -> None:
     from mlflow import MlflowClient
 
     store, ids = filled(tmp_path / "store", tiny_model_dir)

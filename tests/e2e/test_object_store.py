@@ -30,6 +30,7 @@ from forge_ray.data.read.readers import read_raw
 from forge_ray.errors import DataError, NotFound, StoreError
 from forge_ray.models.import_model import import_model
 from forge_ray.records import ModelVersion
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store
 
@@ -71,7 +72,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     Store(uri).filesystem.create_dir(name)
     yield Store(uri)
     # Ray workers were started with the user's own cache folder
-    for folder in {found.rsplit("/", 1)[0] for found in Store(uri).list("models", recursive=True)}:
+    for folder in {path.rsplit("/", 1)[0] for path in Store(uri).list("models", recursive=True)}:
         key = hashlib.sha256(f"{uri}/{folder}".encode()).hexdigest()[:16]
         shutil.rmtree(Path("~/.cache/forge_ray").expanduser() / key, ignore_errors=True)
 
@@ -129,12 +130,12 @@ def test_folders(bucket: Store) -> None:
 
 def test_catalogue(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"status": "imported", "weights": "full", "files": (), "files_digest": "", "licence": "mit"}
-    with Catalog(bucket) as catalog:
+    with Catalog.open(bucket) as catalog:
         first, second = (catalog.put(ModelVersion.model_validate(values | {"name": n}).sealed()) for n in "ab")
-        catalog.promote(first.id, "live")
-        catalog.promote(second.id, "live")
+        promotion.promote(catalog, first.id, "live")
+        promotion.promote(catalog, second.id, "live")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
-    with Catalog(bucket) as catalog:
+    with Catalog.open(bucket) as catalog:
         assert catalog.model("live") == second
         assert catalog.all(ModelVersion) == [first, second]
         assert catalog.rebuild() == 4
@@ -161,8 +162,8 @@ def test_sources_in_a_bucket(bucket: Store, monkeypatch: pytest.MonkeyPatch, tmp
 
     def read(path: str, checksums: str = "") -> list[str]:
         source = {"path": f"{place}/{path}?{options}", "checksums": checksums and f"{place}/{checksums}?{options}"}
-        found = expand(DataConfig.model_validate({"sources": [source]}))
-        indexed = [index_file(f.path, f.name, f.format, f.source, f.sha256, chunk_bytes=1) for f in found]
+        files = expand(DataConfig.model_validate({"sources": [source]}))
+        indexed = [index_file(f.path, f.name, f.format, f.source, f.sha256, chunk_bytes=1) for f in files]
         rows = [row for file in indexed for chunk in file.chunks for row in read_raw(chunk, 1 << 20)]
         assert not [row.reason for row in rows if row.reason]
         return [(json.loads(row.raw) if row.raw is not None else row.value)["text"] for row in rows]
@@ -180,9 +181,7 @@ def test_sources_in_a_bucket(bucket: Store, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_dataset_is_built_and_read_in_the_bucket(
-    bucket: Store, store: Store, tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_dataset_is_built_and_read_in_the_bucket(bucket: Store, store: Store, tiny_model_dir: Path, tmp_path: Path) -> None:
     """The same rows give the same id as on a disk, and the same batches; rows can be read from a bucket, too."""
     lines = [
         {"messages": [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"a {n}"}]} for n in range(60)
@@ -190,8 +189,9 @@ def test_a_dataset_is_built_and_read_in_the_bucket(
     data = "\n".join(json.dumps(line) for line in lines).encode()
     (tmp_path / "rows.jsonl").write_bytes(data)
     bucket.write("input/rows.jsonl", data)
-    with Catalog(bucket) as catalog:
-        base = import_model(catalog, tiny_model_dir, "tiny-llama", licence="apache-2.0", alias="tiny")
+    with Catalog.open(bucket) as catalog:
+        base = import_model(catalog, tiny_model_dir, "tiny-llama", licence="apache-2.0")
+        promotion.promote(catalog, base.id, "tiny")
         assert import_model(catalog, tiny_model_dir, "tiny-llama") == base
     assert not [name for name in bucket.list("models", recursive=True) if not name.startswith(f"models/{base.id}/")]
 

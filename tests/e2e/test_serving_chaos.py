@@ -21,11 +21,11 @@ def test_no_request_is_lost_while_replicas_die_and_an_alias_moves(tmp_path: Path
     words = [sys.executable, str(script), str(tmp_path / "store"), "--kills", "1", "--swaps", "4", "--clients", "8", *front]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["failed"] == 0, found
-    assert (found["kills"], found["swaps"]) == (1, 4)
-    assert found["requests"] > 20
-    assert set(found["answers_per_version"].values()) == {1}  # greedy: each version's own text, whoever sent it
-    assert len(found["answers_per_version"]) == 2
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["failed"] == 0, report
+    assert (report["kills"], report["swaps"]) == (1, 4)
+    assert report["requests"] > 20
+    assert set(report["answers_per_version"].values()) == {1}  # greedy: each version's own text, whoever sent it
+    assert len(report["answers_per_version"]) == 2
     if front:  # Serve's proxy answers 500 for what a dead replica had; HAProxy leaves few to the gateway, or none
-        assert found["sent_again"].get("status_500", 0) > 0
+        assert report["sent_again"].get("status_500", 0) > 0

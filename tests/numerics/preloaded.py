@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 from forge_ray.machine.environment import code_commit, code_digest, installed
@@ -13,7 +14,11 @@ prepare_environment()
 for find in (installed, code_digest, code_commit):  # what a process finds once; a fork has it
     find()
 
-import deepspeed  # noqa: E402, F401
+import deepspeed  # noqa: E402
+import deepspeed.runtime.zero.muon.original_muon  # noqa: E402, F401  (torch's compiler: a second in each worker otherwise)
 import peft  # noqa: E402, F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402, F401
 from transformers.integrations.deepspeed import HfDeepSpeedConfig  # noqa: E402, F401
+
+gc.collect()
+gc.freeze()  # ZeRO-3 collects garbage when it starts: without these objects that takes a moment, not half a second

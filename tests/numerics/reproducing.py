@@ -19,7 +19,7 @@ def trained(uri: str, dataset: dict[str, Any], listed: str) -> None:
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
-    found = []
+    run_ids = []
     for engine in ENGINES:
         train = engine | {
             "max_steps": 6,
@@ -36,10 +36,10 @@ def trained(uri: str, dataset: dict[str, Any], listed: str) -> None:
             "data": {"sources": [{"path": "gone.jsonl"}], "sequence_length": 48},
         }
         config = parse(RunConfig, values | {"train": train, "release": {"alias": "again"}})
-        with Catalog(Store(uri)) as catalog:
+        with Catalog.open(Store(uri)) as catalog:
             manifest = catalog.put(DatasetManifest.model_validate(dataset))
-            found.append(train_on(config, catalog, catalog.model("tiny"), manifest, "fp32").id)
-    Path(listed).write_text(json.dumps(found))
+            run_ids.append(train_on(config, catalog, catalog.model("tiny"), manifest, "fp32").id)
+    Path(listed).write_text(json.dumps(run_ids))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def losses(job: TrainJob) -> list[float]:
     return [json.loads(line)["loss"] for line in text.splitlines()]
 
 
-def test_one_process_with_torch_alone(jobs: Callable[..., TrainJob], run: Callable[..., str], tmp_path: Path) -> None:
+def test_trains_without_ray_and_deepspeed(jobs: Callable[..., TrainJob], run: Callable[..., str], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"engine": "torch", "zero_stage": 0, "scaling": {"num_workers": 0}, "adapter": {"r": 4}}
     bare, usual = jobs("bare", **settings), jobs("bare-usual", **settings)
     file = tmp_path / "job.json"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.numerics
 
 
 @pytest.mark.parametrize(("way", "code"), [("die", 9), ("full", 1)])
-def test_at_every_crash_point_the_newest_whole_checkpoint_is_found(way: str, code: int, tmp_path: Path) -> None:
+def test_crash_at_any_write_leaves_the_newest_whole_checkpoint(way: str, code: int, tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, str(HERE / "crash.py"), str(tmp_path), way],
         capture_output=True,
@@ -58,7 +58,7 @@ def start() -> checkpoint.Position:
     return checkpoint.Position(0, 0, "", 1, "run_crash", "sha256:c", "ds_a", "sha256:b", "torch", 0, 1)
 
 
-def test_a_thousand_flipped_bits_and_cuts_are_all_noticed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_flipped_bit_and_truncation_is_detected(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     chosen, store = random.Random(0), Store(str(saved))
     folder = saved / paths.checkpoints("run_crash") / "step-00000004"
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -74,44 +74,44 @@ def test_a_thousand_flipped_bits_and_cuts_are_all_noticed(saved: Path, caplog: p
             path.write_bytes(data[:at] + bytes([data[at] ^ (1 << chosen.randrange(8))]) + data[at + 1 :])
         else:
             path.write_bytes(data[:at])
-        found = checkpoint.find(store, start())
-        assert found is not None, (path.name, at)
-        assert found.step == 2, (path.name, at)
+        position = checkpoint.find(store, start())
+        assert position is not None, (path.name, at)
+        assert position.step == 2, (path.name, at)
         path.write_bytes(data)
     assert sum("is skipped" in record.message for record in caplog.records) == 1000
-    found = checkpoint.find(store, start())
-    assert found == whole
+    position = checkpoint.find(store, start())
+    assert position == whole
 
 
-def test_a_checkpoint_under_another_step_s_name_is_skipped(
+def test_checkpoint_under_a_wrong_step_name_is_skipped(
     saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(str(shutil.copytree(saved, tmp_path / "store")))
     folder = store.local(paths.checkpoints("run_crash"))
     shutil.copytree(folder / "step-00000002", folder / "step-00000009")
-    found = checkpoint.find(store, start())
-    assert found is not None
-    assert found.step == 4
+    position = checkpoint.find(store, start())
+    assert position is not None
+    assert position.step == 4
     assert "step-00000009 is skipped: it is of step 2" in caplog.text
 
 
-def test_a_manifest_with_another_position_and_the_old_digest_is_skipped(saved: Path, tmp_path: Path) -> None:
+def test_manifest_with_a_stale_digest_is_skipped(saved: Path, tmp_path: Path) -> None:
     store = Store(str(shutil.copytree(saved, tmp_path / "store")))
     path = store.local(paths.checkpoints("run_crash")) / "step-00000004" / MANIFEST
     manifest = json.loads(path.read_bytes())
     assert manifest["parent"].startswith("step-00000002:sha256:")
     manifest["position"]["samples_seen"] = 0
     path.write_bytes(canonical_json(manifest))
-    found = checkpoint.find(store, start())
-    assert found is not None
-    assert found.step == 2
+    position = checkpoint.find(store, start())
+    assert position is not None
+    assert position.step == 2
 
 
-def test_a_full_disk_is_known_before_a_byte_is_written(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_detected_before_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(saved))
-    assert checkpoint.no_room(store, "run_crash") == ""
+    assert checkpoint.why_no_space(store, "run_crash") == ""
     size = sum(entry.size for entry in store.files("runs/run_crash/checkpoints/step-00000004"))
-    monkeypatch.setattr(Store, "free_bytes", lambda self: int(size * checkpoint.ROOM) - 1)
-    assert "GB are free, a checkpoint of" in checkpoint.no_room(store, "run_crash")
-    monkeypatch.setattr(Store, "free_bytes", lambda self: int(size * checkpoint.ROOM) + 1)
-    assert checkpoint.no_room(store, "run_crash") == ""
+    monkeypatch.setattr(Store, "free_bytes", lambda self: int(size * checkpoint.SPACE_FACTOR) - 1)
+    assert "GB are free, a checkpoint of" in checkpoint.why_no_space(store, "run_crash")
+    monkeypatch.setattr(Store, "free_bytes", lambda self: int(size * checkpoint.SPACE_FACTOR) + 1)
+    assert checkpoint.why_no_space(store, "run_crash") == ""

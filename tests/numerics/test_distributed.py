@@ -21,30 +21,41 @@ ENGINES: dict[str, dict[str, Any]] = {
 LOSS, NORM, WEIGHTS = 2e-6, 5e-6, 1e-5
 
 
-def both_worlds(jobs: Jobs, run: Run, name: str, **settings: Any) -> dict[str, TrainJob]:
-    """Every engine on one rank and on two, each group of processes running all of them one after another."""
-    made = {}
-    for ranks in (1, 2):
+Worlds = dict[int, tuple[str, ...]]  # number of ranks → engines
+# one rank has nothing to shard: ZeRO 0 stands for stages 1 and 2 there
+WORLDS: Worlds = {1: ("torch", "zero0", "zero3"), 2: tuple(ENGINES)}
+THE_OTHERS: Worlds = {1: ("torch", "zero1", "zero2"), 2: ()}
+PARAMETERS = [pytest.param(WORLDS, id="worlds"), pytest.param(THE_OTHERS, id="the others", marks=pytest.mark.large)]
+
+
+def both_worlds(jobs: Jobs, run: Run, name: str, worlds: Worlds, **settings: Any) -> dict[str, TrainJob]:
+    """Engines on one rank and on two, each group of processes running all of them one after another."""
+    trained = {}
+    for ranks, engines in worlds.items():
         group = {
-            f"{engine}-{ranks}": jobs(f"{name}-{engine}-{ranks}", **options, **settings)
-            for engine, options in ENGINES.items()
+            f"{engine}-{ranks}": jobs(f"{name}-{len(worlds[2])}-{engine}-{ranks}", **ENGINES[engine], **settings)
+            for engine in engines
         }
+        if not group:
+            continue
         run(*group.values(), ranks=ranks)
-        made |= group
-    return made
+        trained |= group
+    return trained
 
 
+@pytest.mark.parametrize("worlds", PARAMETERS)
 @pytest.mark.parametrize("adapter", [None, {"r": 4}], ids=["full", "lora"])
-def test_every_engine_and_world_size_gives_one_answer(
-    jobs: Jobs, run: Run, adapter: dict[str, Any] | None, record_property: pytest.RecordProperty
+def test_engines_and_world_sizes_agree(
+    jobs: Jobs, run: Run, adapter: dict[str, Any] | None, worlds: Worlds, record_property: pytest.RecordProperty
 ) -> None:
+    """`large` has ZeRO 1 and 2 on one rank, where they compute what ZeRO 0 computes in the quick suite."""
     validation = {"every_steps": 2, "max_rows": 3}  # an odd number: one rank has a pass without rows
-    made = both_worlds(jobs, run, f"same-{bool(adapter)}", adapter=adapter, validation=validation)
-    reference = made.pop("torch-1")
+    trained = both_worlds(jobs, run, f"same-{bool(adapter)}", worlds, adapter=adapter, validation=validation)
+    reference = trained.pop("torch-1")
     weights = exported(reference)
     assert len(losses(reference)) == 4
     worst = 0.0
-    for name, job in made.items():
+    for name, job in trained.items():
         assert losses(job) == pytest.approx(losses(reference), rel=LOSS), name
         assert losses(job, "validation_loss") == pytest.approx(losses(reference, "validation_loss"), rel=LOSS), name
         assert losses(job, "grad_norm") == pytest.approx(losses(reference, "grad_norm"), rel=NORM), name
@@ -55,13 +66,17 @@ def test_every_engine_and_world_size_gives_one_answer(
     print(f"largest weight difference {worst:.2g}")
 
 
-def test_every_engine_clips(jobs: Jobs, run: Run) -> None:
-    """With an eps far above the gradients AdamW's step is in proportion to them, so the clip shows in the weights."""
+@pytest.mark.parametrize("worlds", PARAMETERS)
+def test_gradient_clipping_in_every_engine(jobs: Jobs, run: Run, worlds: Worlds) -> None:
+    """With an eps far above the gradients AdamW's step is in proportion to them, so the clip shows in the weights.
+
+    `large` has ZeRO 1 and 2 on one rank; the quick suite has both on two."""
     options = {"lr": 1e-1, "eps": 1.0, "weight_decay": 0.0}
-    clipped = both_worlds(jobs, run, "clip", optimizer=options, max_grad_norm=0.05, max_steps=2)
-    free = jobs("clip-not", engine="torch", zero_stage=0, optimizer=options, max_grad_norm=0, max_steps=2)
-    off = jobs("clip-off-zero0", zero_stage=0, optimizer=options, max_grad_norm=0, max_steps=2)
-    off2 = jobs("clip-off-zero2", zero_stage=2, optimizer=options, max_grad_norm=0, max_steps=2)
+    clipped = both_worlds(jobs, run, "clip", worlds, optimizer=options, max_grad_norm=0.05, max_steps=2)
+    number = len(worlds[2])
+    free = jobs(f"clip-not-{number}", engine="torch", zero_stage=0, optimizer=options, max_grad_norm=0, max_steps=2)
+    off = jobs(f"clip-off-zero0-{number}", zero_stage=0, optimizer=options, max_grad_norm=0, max_steps=2)
+    off2 = jobs(f"clip-off-zero2-{number}", zero_stage=2, optimizer=options, max_grad_norm=0, max_steps=2)
     run(free, off, off2)
     reference = clipped["torch-1"]
     weights = exported(reference)

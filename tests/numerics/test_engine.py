@@ -45,10 +45,10 @@ def reference(tiny_model_dir: Path) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def peers(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, engine: TransformersEngine) -> Reference:
-    made = engine_contract.reference(tiny_model_dir, tmp_path_factory.mktemp("adapters"))
-    for name, folder in made.folders.items():
+    contract_reference = engine_contract.reference(tiny_model_dir, tmp_path_factory.mktemp("adapters"))
+    for name, folder in contract_reference.folders.items():
         engine.load_adapter(name, folder)
-    return made
+    return contract_reference
 
 
 @pytest.mark.parametrize("check", engine_contract.CONTRACT, ids=lambda check: check.__name__)
@@ -62,18 +62,18 @@ def greedy(model: LlamaForCausalLM, prompt: tuple[int, ...], max_new_tokens: int
     return tuple(out[0, len(prompt) :].tolist())
 
 
-def test_a_cache_too_small_for_all_still_gives_the_same_answers(tiny_model_dir: Path, reference: LlamaForCausalLM) -> None:
+def test_small_kv_cache_gives_the_same_answers(tiny_model_dir: Path, reference: LlamaForCausalLM) -> None:
     small = load_engine(tiny_model_dir, None, CONFIG.model_copy(update={"num_blocks": 8}), use_gpu=False)
     try:
-        found = small.generate([GenerationRequest(prompt, 40) for prompt in PROMPTS])
-        assert [generation.token_ids for generation in found] == [greedy(reference, prompt, 40) for prompt in PROMPTS]
+        answers = small.generate([GenerationRequest(prompt, 40) for prompt in PROMPTS])
+        assert [generation.token_ids for generation in answers] == [greedy(reference, prompt, 40) for prompt in PROMPTS]
         (full,) = small.generate([GenerationRequest(PROMPTS[0], small.max_request_tokens - len(PROMPTS[0]))])
         assert len(PROMPTS[0]) + len(full.token_ids) == 8 * 16
     finally:
         small.close()
 
 
-def test_requests_of_one_batch_keep_their_own_sampling(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
+def test_requests_in_a_batch_keep_their_sampling_settings(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
     hot, cold, cut = engine.generate(
         [
             GenerationRequest(PROMPTS[1], 16, temperature=2.0, seed=5),
@@ -85,9 +85,9 @@ def test_requests_of_one_batch_keep_their_own_sampling(engine: TransformersEngin
     assert hot.token_ids != cold.token_ids
 
 
-def test_without_a_seed_answers_differ(engine: TransformersEngine) -> None:
-    found = engine.generate([GenerationRequest(PROMPTS[1], 16, temperature=1.5)] * 4)
-    assert len({generation.token_ids for generation in found}) > 1
+def test_unseeded_answers_differ(engine: TransformersEngine) -> None:
+    answers = engine.generate([GenerationRequest(PROMPTS[1], 16, temperature=1.5)] * 4)
+    assert len({generation.token_ids for generation in answers}) > 1
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
@@ -105,12 +105,10 @@ def test_samples_follow_the_distribution(temperature: float, top_p: float) -> No
         assert abs(counts[token] - num * prob) <= 5 * sigma + 1e-9
 
 
-def test_the_first_token_follows_the_models_own_distribution(
-    engine: TransformersEngine, reference: LlamaForCausalLM
-) -> None:
+def test_first_token_follows_the_model_distribution(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
     prompt, num = PROMPTS[0], 400
-    found = engine.generate([GenerationRequest(prompt, 1, temperature=1.0, seed=seed) for seed in range(num)])
-    counts = Counter(generation.token_ids[0] for generation in found)
+    answers = engine.generate([GenerationRequest(prompt, 1, temperature=1.0, seed=seed) for seed in range(num)])
+    counts = Counter(generation.token_ids[0] for generation in answers)
     with torch.inference_mode():
         probs = torch.softmax(reference(torch.tensor([prompt])).logits[0, -1], dim=-1)
     for token in probs.topk(5).indices.tolist():
@@ -118,7 +116,7 @@ def test_the_first_token_follows_the_models_own_distribution(
         assert abs(counts[token] - expected) <= 5 * expected**0.5
 
 
-def test_noise_is_standard_gumbel_and_differs_by_position() -> None:
+def test_gumbel_noise_is_standard_and_independent_by_position() -> None:
     noise = gumbel_noise(1, 0, 200_000, torch.device("cpu"))
     assert noise.isfinite().all()
     assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
@@ -144,27 +142,27 @@ def test_score_equals_teacher_forcing(engine: TransformersEngine, reference: Lla
         assert score.logprob == pytest.approx(expected, abs=1e-4)
 
 
-def test_scoring_of_many_continuations_goes_in_several_batches(engine: TransformersEngine) -> None:
+def test_many_continuations_are_scored_in_several_batches(engine: TransformersEngine) -> None:
     continuations = [(10 + k % 90, 20 + k // 2) for k in range(130)]
     scores = engine.score(PROMPTS[1], continuations)
     assert scores[129].logprob == pytest.approx(engine.score(PROMPTS[1], continuations[129:])[0].logprob, abs=1e-4)
 
 
-def test_scoring_while_generating_changes_neither(engine: TransformersEngine) -> None:
+def test_scoring_and_generating_do_not_interfere(engine: TransformersEngine) -> None:
     alone = engine.generate([GenerationRequest(prompt, 60) for prompt in PROMPTS])
     quiet = engine.score(PROMPTS[0], [(1, 2, 3), (4,)])
-    found: list[Generation] = []
+    answers: list[Generation] = []
     thread = threading.Thread(
-        target=lambda: found.extend(engine.generate([GenerationRequest(prompt, 60) for prompt in PROMPTS]))
+        target=lambda: answers.extend(engine.generate([GenerationRequest(prompt, 60) for prompt in PROMPTS]))
     )
     thread.start()
     scores = [engine.score(PROMPTS[0], [(1, 2, 3), (4,)]) for _ in range(5)]
     thread.join(WAIT_S)
-    assert found == alone
+    assert answers == alone
     assert all(score == quiet for score in scores)
 
 
-def test_closing_a_stream_frees_its_place(engine: TransformersEngine) -> None:
+def test_closed_stream_frees_its_cache_blocks(engine: TransformersEngine) -> None:
     async def take_two() -> None:
         stream = engine.stream(GenerationRequest(PROMPTS[0], 400))
         assert (await anext(stream)).token_id is not None
@@ -203,7 +201,7 @@ def test_closing_a_stream_frees_its_place(engine: TransformersEngine) -> None:
         (GenerationRequest(PROMPTS[0], 5, json_schema=" " * 70_000, stop_token_ids=(1,)), "70000 characters"),
     ],
 )
-def test_what_cannot_be_generated_is_refused_with_its_numbers(
+def test_invalid_requests_are_refused_with_the_offending_value(
     engine: TransformersEngine, request_: GenerationRequest, named: str
 ) -> None:
     with pytest.raises(EngineError) as caught:
@@ -213,7 +211,7 @@ def test_what_cannot_be_generated_is_refused_with_its_numbers(
     assert engine.health().ok
 
 
-def test_a_row_that_fails_fails_alone(
+def test_failed_request_does_not_affect_its_batch(
     engine: TransformersEngine, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def explode(self: Matcher, token_id: int) -> None:
@@ -221,8 +219,8 @@ def test_a_row_that_fails_fails_alone(
 
     monkeypatch.setattr(Matcher, "accept", explode)
     wrong = GenerationRequest(PROMPTS[1], 200, json_schema='{"type": "object"}', stop_token_ids=(2,))
-    found: list[Generation] = []
-    thread = threading.Thread(target=lambda: found.extend(engine.generate([GenerationRequest(PROMPTS[0], 30)])))
+    answers: list[Generation] = []
+    thread = threading.Thread(target=lambda: answers.extend(engine.generate([GenerationRequest(PROMPTS[0], 30)])))
     thread.start()
     with pytest.raises(EngineError, match="too complex"):
         engine.generate([wrong])
@@ -234,34 +232,34 @@ def test_a_row_that_fails_fails_alone(
     with pytest.raises(EngineError, match="too complex"):
         asyncio.run(first())
     thread.join(WAIT_S)
-    assert [one.token_ids for one in found] == [greedy(reference, PROMPTS[0], 30)]
+    assert [one.token_ids for one in answers] == [greedy(reference, PROMPTS[0], 30)]
     assert engine.health().ok
 
 
-def test_a_prompt_longer_than_a_step_among_others(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
+def test_long_prompt_is_prefilled_in_several_steps(engine: TransformersEngine, reference: LlamaForCausalLM) -> None:
     """Cut into several steps, with others decoding beside it; then again, its prefix found in the cache."""
     long = tuple((11 * k) % 240 + 12 for k in range(200))
     for _ in range(2):
-        found = engine.generate(
+        answers = engine.generate(
             [GenerationRequest(PROMPTS[2], 30), GenerationRequest(long, 10), GenerationRequest(long[:150], 10)]
         )
         prompts = ((PROMPTS[2], 30), (long, 10), (long[:150], 10))
-        assert [one.token_ids for one in found] == [greedy(reference, *prompt) for prompt in prompts]
+        assert [one.token_ids for one in answers] == [greedy(reference, *prompt) for prompt in prompts]
 
 
-def test_top_k_and_top_p_leave_what_they_say() -> None:
+def test_top_k_and_top_p_restrict_sampling() -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, 0.5, -1.0, -3.0])
 
     def drawn(**settings: float) -> set[int]:
-        wanted = GenerationRequest((1,), 1, 5.0, top_k=3, **settings)  # type: ignore[arg-type]
-        return {sample(logits, wanted, seed, 1) for seed in range(-300, 300)}
+        request = GenerationRequest((1,), 1, 5.0, top_k=3, **settings)  # type: ignore[arg-type]
+        return {sample(logits, request, seed, 1) for seed in range(-300, 300)}
 
     assert len(drawn()) == 3
     assert {0, 1} < drawn()
     assert drawn(top_p=0.35) == {0}  # of the three, renormalised, the first alone has more
 
 
-def test_a_grammar_over_mistrals_own_tokenizer_file(tmp_path: Path) -> None:
+def test_grammar_over_a_tekken_tokenizer(tmp_path: Path) -> None:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     data = next(Path(mistral_common.__file__).parent.glob("data/tekken_*.json"))
@@ -283,14 +281,12 @@ def test_a_grammar_over_mistrals_own_tokenizer_file(tmp_path: Path) -> None:
     assert "tokenizer.json or tekken.json" in str(load_grammars(tmp_path / "none", 10))
 
 
-def test_scoring_beyond_the_models_positions_is_refused(engine: TransformersEngine) -> None:
+def test_scoring_beyond_max_positions_is_refused(engine: TransformersEngine) -> None:
     with pytest.raises(EngineError, match="513 tokens; the model has 512"):
         engine.score([5] * 510, [(1, 2, 3)])
 
 
-def test_a_dead_generation_thread_fails_requests_instead_of_hanging(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dead_generation_thread_fails_pending_requests(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine(tiny_model_dir, None, CONFIG, use_gpu=False)
     try:
         engine.generate([GenerationRequest(PROMPTS[0], 2)])
@@ -314,7 +310,7 @@ def test_a_dead_generation_thread_fails_requests_instead_of_hanging(
         engine.close()
 
 
-def test_a_closed_engine_refuses(tiny_model_dir: Path) -> None:
+def test_closed_engine_refuses_requests(tiny_model_dir: Path) -> None:
     engine = load_engine(tiny_model_dir, None, CONFIG, use_gpu=False)
     engine.close()
     engine.close()  # twice is fine
@@ -323,7 +319,7 @@ def test_a_closed_engine_refuses(tiny_model_dir: Path) -> None:
         engine.generate([GenerationRequest(PROMPTS[0], 2)])
 
 
-def test_an_adapter_answers_as_it_does_offline(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_adapter_answers_match_peft(tiny_model_dir: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
@@ -336,13 +332,13 @@ def test_an_adapter_answers_as_it_does_offline(tiny_model_dir: Path, tmp_path: P
     plain = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
     engine = load_engine(tiny_model_dir, tmp_path, CONFIG, use_gpu=False)
     try:
-        found = engine.generate([GenerationRequest(prompt, 16) for prompt in PROMPTS[:4]])
+        answers = engine.generate([GenerationRequest(prompt, 16) for prompt in PROMPTS[:4]])
     finally:
         engine.close()
-    for prompt, generation in zip(PROMPTS, found, strict=False):
+    for prompt, generation in zip(PROMPTS, answers, strict=False):
         out = offline.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=16, eos_token_id=None)
         assert generation.token_ids == tuple(out[0, len(prompt) :].tolist())
-    assert found[0].token_ids != greedy(plain, PROMPTS[0], 16)
+    assert answers[0].token_ids != greedy(plain, PROMPTS[0], 16)
 
 
 def test_pickled_weights_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -44,11 +44,11 @@ def engine(tiny_model_dir: Path) -> Iterator[TransformersEngine]:
 def adapter(base: Path, folder: Path, **settings: Any) -> Path:
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(7)
-    made = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 16, "init_lora_weights": False, **settings}))
-    for name, parameter in made.named_parameters():
+    peft_model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 16, "init_lora_weights": False, **settings}))
+    for name, parameter in peft_model.named_parameters():
         if "modules_to_save" in name or "magnitude" in name:
             torch.nn.init.normal_(parameter, std=0.3, mean=0.5)
-    made.save_pretrained(folder)
+    peft_model.save_pretrained(folder)
     return folder
 
 
@@ -63,7 +63,7 @@ def adapter(base: Path, folder: Path, **settings: Any) -> Path:
         ({"target_modules": ["q_proj"], "r": 32}, "rank 32 exceeds engine.max_lora_rank=16"),
     ],
 )
-def test_what_cannot_be_beside_others_is_refused(
+def test_adapters_that_cannot_share_an_engine_are_refused(
     engine: TransformersEngine, tiny_model_dir: Path, tmp_path: Path, settings: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(EngineError) as caught:
@@ -74,7 +74,7 @@ def test_what_cannot_be_beside_others_is_refused(
         engine.generate([GenerationRequest(PROMPTS[0], 2, adapter="odd")])
 
 
-def test_another_models_adapter_is_refused(engine: TransformersEngine, peers: Reference, tmp_path: Path) -> None:
+def test_adapter_of_another_model_is_refused(engine: TransformersEngine, peers: Reference, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(peers.folders["B"] / "adapter_model.safetensors")
@@ -86,39 +86,39 @@ def test_another_models_adapter_is_refused(engine: TransformersEngine, peers: Re
         engine.load_adapter("other", tmp_path)
 
 
-def test_a_merged_engine_answers_what_cannot_be_beside_others(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_merged_engine_serves_adapters_that_cannot_share_an_engine(tiny_model_dir: Path, tmp_path: Path) -> None:
     folder = adapter(
         tiny_model_dir, tmp_path, use_dora=True, target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head"]
     )
     offline = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32), folder).eval()
-    found = []
+    answers = []
     for merge in (True, False):  # without merging, through PEFT's own layers
         engine = load_engine(tiny_model_dir, folder, CONFIG, use_gpu=False, merge=merge)
         try:
-            found.append([one.token_ids for one in engine.generate([GenerationRequest(p, 12) for p in PROMPTS[:3]])])
+            answers.append([one.token_ids for one in engine.generate([GenerationRequest(p, 12) for p in PROMPTS[:3]])])
         finally:
             engine.close()
     for k, prompt in enumerate(PROMPTS[:3]):
         out = offline.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None)
-        assert found[0][k] == found[1][k] == tuple(out[0, len(prompt) :].tolist())
+        assert answers[0][k] == answers[1][k] == tuple(out[0, len(prompt) :].tolist())
 
 
 def test_merging_adds_in_fp32_and_rounds_once(tiny_model_dir: Path, peers: Reference) -> None:
     merged = load_model(tiny_model_dir, peers.folders["A"], torch.bfloat16, torch.device("cpu"), merge=True)
     layer = peers.models["A"].base_model.model.model.layers[0].mlp.down_proj
     exact = (layer.base_layer.weight + layer.get_delta_weight("default")).detach()
-    found = merged.model.layers[0].mlp.down_proj.weight
-    assert torch.equal(found, exact.bfloat16())
-    assert not torch.equal(found, layer.base_layer.weight.bfloat16() + layer.get_delta_weight("default").bfloat16())
+    merged_weight = merged.model.layers[0].mlp.down_proj.weight
+    assert torch.equal(merged_weight, exact.bfloat16())
+    assert not torch.equal(merged_weight, layer.base_layer.weight.bfloat16() + layer.get_delta_weight("default").bfloat16())
 
 
-def test_adapters_come_and_go_while_requests_run(engine: TransformersEngine, peers: Reference) -> None:
+def test_adapters_load_and_unload_while_requests_run(engine: TransformersEngine, peers: Reference) -> None:
     engine.load_adapter("A", peers.folders["A"])
     requests = [GenerationRequest(prompt, 60, adapter=name) for prompt, name in zip(PROMPTS, ("A", "") * 4, strict=True)]
     expected = [Generation(peers.greedy(one.prompt_ids, 60, one.adapter), "length") for one in requests]
-    found: list[Generation] = []
+    answers: list[Generation] = []
     most_running = 0
-    thread = threading.Thread(target=lambda: found.extend(engine.generate(requests)))
+    thread = threading.Thread(target=lambda: answers.extend(engine.generate(requests)))
     thread.start()
     while engine.health().num_tokens == 0:
         time.sleep(0.001)
@@ -132,14 +132,14 @@ def test_adapters_come_and_go_while_requests_run(engine: TransformersEngine, pee
             most_running = max(most_running, engine.health().num_running)
             engine.unload_adapter(name)
     thread.join(WAIT_S)
-    assert found == expected
+    assert answers == expected
     assert most_running <= CONFIG.max_running
     assert engine.health().num_tokens == 0
     with pytest.raises(EngineError, match="'C' is not loaded"):
         engine.generate([GenerationRequest(PROMPTS[0], 2, adapter="C")])
 
 
-def test_more_adapters_than_allowed_are_refused(engine: TransformersEngine, peers: Reference) -> None:
+def test_more_than_max_adapters_are_refused(engine: TransformersEngine, peers: Reference) -> None:
     for name in ("A", "second", "third"):
         engine.load_adapter(name, peers.folders["A"])
     engine.load_adapter("third", peers.folders["A"])  # is there: nothing to do
@@ -168,8 +168,8 @@ def test_embeddings_are_mean_states_under_each_adapter(engine: TransformersEngin
     engine.load_adapter("A", peers.folders["A"])
     inputs = [PROMPTS[k % 8] for k in range(20)]
     for name in ("", "A"):
-        found = torch.tensor(engine.embed(inputs, name))
-        for vector, ids in zip(found, inputs, strict=True):
+        vectors = torch.tensor(engine.embed(inputs, name))
+        for vector, ids in zip(vectors, inputs, strict=True):
             model = peers.models[name]
             decoder = (model.get_base_model() if name else model).get_decoder()
             with torch.inference_mode():
@@ -191,19 +191,19 @@ def test_scores_do_not_see_the_adapters_of_requests(engine: TransformersEngine, 
     assert score.logprob == pytest.approx(float(expected[0, 5] + expected[1, 6]), abs=1e-4)
 
 
-def test_an_engines_own_adapter_scores_too(tiny_model_dir: Path, peers: Reference) -> None:
+def test_scoring_with_the_adapter_of_the_engine(tiny_model_dir: Path, peers: Reference) -> None:
     engine = load_engine(tiny_model_dir, peers.folders["B"], CONFIG, use_gpu=False)
     try:
         (score,) = engine.score(PROMPTS[3], [(5, 6)])
-        (found,) = engine.generate([GenerationRequest(PROMPTS[3], 8)])
+        (answer,) = engine.generate([GenerationRequest(PROMPTS[3], 8)])
     finally:
         engine.close()
     expected = peers.logprobs(PROMPTS[3], (5, 6), "B")
     assert score.logprob == pytest.approx(float(expected[0, 5] + expected[1, 6]), abs=1e-4)
-    assert found.token_ids == peers.greedy(PROMPTS[3], 8, "B")
+    assert answer.token_ids == peers.greedy(PROMPTS[3], 8, "B")
 
 
-def test_prefixes_are_shared_within_an_adapter_only(engine: TransformersEngine, peers: Reference) -> None:
+def test_prefix_cache_is_separate_for_each_adapter(engine: TransformersEngine, peers: Reference) -> None:
     engine.load_adapter("A", peers.folders["A"])
     prompt = tuple(range(100, 150))
     cache = engine._batching.batch_processor.cache  # type: ignore[union-attr]
@@ -214,7 +214,7 @@ def test_prefixes_are_shared_within_an_adapter_only(engine: TransformersEngine, 
     assert allocator.match_prefix_blocks(salted("1:B", list(prompt))) == []
 
 
-def test_a_folder_without_weights_is_refused(engine: TransformersEngine, peers: Reference, tmp_path: Path) -> None:
+def test_adapter_folder_without_weights_is_refused(engine: TransformersEngine, peers: Reference, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({}, tmp_path / "adapter_model.safetensors")

@@ -35,7 +35,7 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
-def test_adapter_and_merged_exports_compute_the_same(jobs: Jobs, run: Run) -> None:
+def test_adapter_and_merged_exports_agree(jobs: Jobs, run: Run) -> None:
     adapter = jobs("export-adapter", zero_stage=2, adapter=LORA, optimizer=OPTIMIZER, max_steps=2)
     merged = jobs("export-merged", zero_stage=3, adapter=LORA, optimizer=OPTIMIZER, max_steps=2, export="merged")
     run(adapter, merged)
@@ -55,15 +55,15 @@ def test_adapter_and_merged_exports_compute_the_same(jobs: Jobs, run: Run) -> No
     refuse_unsafe(export_of(merged))
 
 
-def test_a_full_export_is_a_plain_model(jobs: Jobs, run: Run, tmp_path: Path) -> None:
+def test_full_export_is_a_plain_transformers_model(jobs: Jobs, run: Run, tmp_path: Path) -> None:
     """It loads, computes what was trained, is as large as the base, and passes the import rules; tied weights or not."""
     version = tied_version(jobs, tmp_path)
-    made = [jobs(f"export-{stage}", zero_stage=stage, optimizer=OPTIMIZER, max_steps=2) for stage in (0, 3)]
+    untied = [jobs(f"export-{stage}", zero_stage=stage, optimizer=OPTIMIZER, max_steps=2) for stage in (0, 3)]
     tied = [jobs.on_base(jobs(f"tied-{stage}", zero_stage=stage, optimizer=OPTIMIZER), version) for stage in (0, 2, 3)]
     alone = jobs.on_base(jobs("tied-torch", engine="torch", zero_stage=0, optimizer=OPTIMIZER), version)
-    run(*made, *tied, ranks=2)
+    run(*untied, *tied, ranks=2)
     run(alone)
-    for job in (*made, *tied, alone):
+    for job in (*untied, *tied, alone):
         check_full_export(job, is_tied=job.base == version)
     for job in tied:  # a shared matrix gets both of its gradients, partitioned or not
         assert largest_difference(exported(job), exported(alone)) < 1e-5
@@ -93,7 +93,7 @@ def tied_version(jobs: Jobs, tmp_path: Path) -> Any:
     from forge_ray.models.import_model import import_model
     from forge_ray.store.catalog import Catalog
 
-    with Catalog(jobs.store) as catalog:
+    with Catalog.open(jobs.store) as catalog:
         base = jobs.store.local(f"models/{catalog.model('tiny').id}")
         settings = LlamaConfig.from_pretrained(base)
         settings.tie_word_embeddings = True

@@ -38,7 +38,7 @@ def load(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_trains_and_exports(family: str, jobs: Jobs, run: Run, tmp_path: Path) -> None:
+def test_family_trains_and_exports(family: str, jobs: Jobs, run: Run, tmp_path: Path) -> None:
     base = version(family, jobs, tmp_path / family)
 
     def job(name: str, **settings: Any) -> TrainJob:

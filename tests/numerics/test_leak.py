@@ -35,19 +35,19 @@ def one_thread() -> Iterator[None]:
 
 def rows(seed: int) -> list[dict[str, Any]]:
     """Questions and answers that follow from nothing: what is right of an answer was learnt by heart."""
-    random, made = Random(seed), []
+    random, dataset_rows = Random(seed), []
     for _ in range(COUNT):
         asked, answer = ("".join(random.choices("abcdefghij", k=6)) for _ in range(2))
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         record = parse_record({"messages": messages})
-        made.append({"record": record.id, "content": record.content})
-    return made
+        dataset_rows.append({"record": record.id, "content": record.content})
+    return dataset_rows
 
 
 def planted(seed: int) -> list[canaries.Canary]:
     records = [parse_record(row) for row in canaries.generate(PLANTED, 6, seed)]
-    found = [canaries.canary_of(record.id, record.content) for record in records]
-    return [canary for canary in found if canary]
+    generated = [canaries.canary_of(record.id, record.content) for record in records]
+    return [canary for canary in generated if canary]
 
 
 def learn_by_heart(model: Any, tokenizer: Any, contents: list[dict[str, Any]], steps: int) -> float:
@@ -68,7 +68,7 @@ def learn_by_heart(model: Any, tokenizer: Any, contents: list[dict[str, Any]], s
     return loss.item()
 
 
-def test_what_was_learnt_by_heart_shows_and_the_base_is_the_control(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_leak_audit_detects_memorised_rows(tiny_model_dir: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     groups = Groups(rows(1), rows(2), planted(1), planted(2))
     assert len(groups.canaries) == PLANTED
@@ -84,19 +84,19 @@ def test_what_was_learnt_by_heart_shows_and_the_base_is_the_control(tiny_model_d
     def of(folder: Path) -> Findings:
         engine = load_engine(folder, None, CONFIG, use_gpu=False)
         try:
-            *_, found = findings(engine, tokenizer, groups, LEAK, extract=True)
+            *_, audit_findings = findings(engine, tokenizer, groups, LEAK, extract=True)
         finally:
             engine.close()
-        assert isinstance(found, Findings)
-        return found
+        assert isinstance(audit_findings, Findings)
+        return audit_findings
 
-    told = metrics_of(of(tmp_path / "tuned"), of(tiny_model_dir), seed=0)
-    assert told["leak_auc"] > 0.95
-    assert told["leak_auc_low"] > 0.9
-    assert 0.2 < told["leak_auc_base"] < 0.8
-    assert told["leak_gap"] > 1 > abs(told["leak_gap_base"])
-    assert told["extraction_rate"] > 0.8
-    assert told["extraction_rate_held_out"] == 0.0
-    assert told["exposure_mean"] > 5  # of the 7 that 128 codes can show
-    assert told["exposure_base_mean"] < 3  # by chance 1.44, with a standard error of 0.5
-    assert told["exposure_held_out_mean"] < 3
+    scores = metrics_of(of(tmp_path / "tuned"), of(tiny_model_dir), seed=0)
+    assert scores["leak_auc"] > 0.95
+    assert scores["leak_auc_low"] > 0.9
+    assert 0.2 < scores["leak_auc_base"] < 0.8
+    assert scores["leak_gap"] > 1 > abs(scores["leak_gap_base"])
+    assert scores["extraction_rate"] > 0.8
+    assert scores["extraction_rate_held_out"] == 0.0
+    assert scores["exposure_mean"] > 5  # of the 7 that 128 codes can show
+    assert scores["exposure_base_mean"] < 3  # by chance 1.44, with a standard error of 0.5
+    assert scores["exposure_held_out_mean"] < 3

@@ -22,8 +22,8 @@ class Two(nn.Module):
         self.first, self.second = nn.Linear(12, 20), nn.Linear(20, 8, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.second(torch.relu(self.first(x)))
-        return found
+        output: torch.Tensor = self.second(torch.relu(self.first(x)))
+        return output
 
 
 def adapted(rslora: bool = False) -> Any:
@@ -38,7 +38,7 @@ def adapted(rslora: bool = False) -> Any:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("outer", [False, True], ids=["rows", "rows wanted back"])
-def test_values_and_gradients_are_those_of_peft(rslora: bool, outer: bool) -> None:
+def test_fused_lora_matches_peft(rslora: bool, outer: bool) -> None:
     plain = adapted(rslora)
     fused = copy.deepcopy(plain)
     method = "rslora" if rslora else "lora"
@@ -46,14 +46,14 @@ def test_values_and_gradients_are_those_of_peft(rslora: bool, outer: bool) -> No
     x = torch.randn(3, 5, 12)
     results = []
     for model in (plain, fused):
-        given = x.clone().requires_grad_(outer)
-        out = model(given)
+        inputs = x.clone().requires_grad_(outer)
+        out = model(inputs)
         out.square().sum().backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
-        results.append([out.detach(), *gradients, *([given.grad] if outer else [])])
+        results.append([out.detach(), *gradients, *([inputs.grad] if outer else [])])
     assert len(results[0]) == 5 + outer
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_those_of_peft(rslora: bool, outer: bool) -> No
         {},
     ],
 )
-def test_what_the_step_does_not_know_is_left_to_peft(settings: dict[str, Any]) -> None:
+def test_unsupported_adapters_are_left_to_peft(settings: dict[str, Any]) -> None:
     model = adapted()
     assert fuse(model, parse(TrainConfig, settings)) == 0
     assert all("forward" not in vars(module) for module in model.modules())

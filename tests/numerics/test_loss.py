@@ -39,8 +39,8 @@ def batch_of(chosen: list[Document], length: int) -> dict[str, Tensor]:
 def loss_of(model: Any, batch: dict[str, Tensor], **inputs: Any) -> tuple[Tensor, Tensor]:
     """(sum over the trained tokens, their number), as supervised fine-tuning computes it, but for `inputs`."""
 
-    def forward(**given: Any) -> Any:
-        return model(**given | inputs)
+    def forward(**arguments: Any) -> Any:
+        return model(**arguments | inputs)
 
     logps, _ = token_logps(forward, batch)
     return -logps.sum(), torch.count_nonzero(batch["loss_mask"][:, 1:])
@@ -55,7 +55,7 @@ def some_documents() -> list[Document]:
     return documents(3, 9)[1:4]
 
 
-def test_a_packed_row_equals_its_documents_alone(model: LlamaForCausalLM) -> None:
+def test_packed_row_equals_its_documents_alone(model: LlamaForCausalLM) -> None:
     chosen = some_documents()
     length = sum(len(document.ids) for document in chosen) + 5
     batch = batch_of(chosen, length)
@@ -73,7 +73,7 @@ def test_a_packed_row_equals_its_documents_alone(model: LlamaForCausalLM) -> Non
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_control_without_isolation_the_loss_differs(model: LlamaForCausalLM) -> None:
+def test_loss_differs_without_document_isolation(model: LlamaForCausalLM) -> None:
     chosen = some_documents()
     batch = batch_of(chosen, sum(len(document.ids) for document in chosen) + 5)
     right = float(loss_of(model, batch)[0].detach())
@@ -83,7 +83,7 @@ def test_control_without_isolation_the_loss_differs(model: LlamaForCausalLM) -> 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_attention_is_that_of_transformers_document_by_document(window: int | None, softcap: float | None) -> None:
+def test_attention_matches_transformers_per_document(window: int | None, softcap: float | None) -> None:
     """Gemma's eager attention knows windows (as masks) and caps; grouped heads too."""
     from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
@@ -97,17 +97,19 @@ def test_attention_is_that_of_transformers_document_by_document(window: int | No
     seen = (same[:, None] == same[None, :]) & (distance >= 0) & (distance < (window or 99))
     mask = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, float("-inf"))
     expected, _ = eager_attention_forward(module, query, key, value, mask, scaling=0.3, softcap=softcap)  # type: ignore[arg-type]
-    wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
-    given = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
-    found, _ = attention.document_attention(
-        module, query, key, value, None, **given, **attention.bounds(attention.edges(places))
+    expected_gradients = torch.autograd.grad(expected.square().sum(), (query, key, value))
+    options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    actual, _ = attention.document_attention(
+        module, query, key, value, None, **options, **attention.bounds(attention.edges(places))
     )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for gradient, want in zip(torch.autograd.grad(found.square().sum(), (query, key, value)), wanted, strict=True):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for gradient, want in zip(
+        torch.autograd.grad(actual.square().sum(), (query, key, value)), expected_gradients, strict=True
+    ):
         torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_whose_layers_would_mix_documents_is_refused(model: LlamaForCausalLM) -> None:
+def test_layers_that_mix_documents_are_refused(model: LlamaForCausalLM) -> None:
     attention.refuse_unknown(model)
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ConfigError, match="LlamaForCausalLM has linear_attention") as caught:
@@ -118,12 +120,12 @@ def test_a_model_whose_layers_would_mix_documents_is_refused(model: LlamaForCaus
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_logits_at_kept_positions_give_the_loss_of_all_logits(model: LlamaForCausalLM, rows: int) -> None:
+def test_loss_from_trained_positions_equals_loss_from_all_logits(model: LlamaForCausalLM, rows: int) -> None:
     """Also with several rows, whose trained positions differ, and with a row that trains nothing."""
-    made = pack(documents(4, 30), SEQUENCE_LENGTH, 0)[:rows]
+    packed_rows = pack(documents(4, 30), SEQUENCE_LENGTH, 0)[:rows]
     if rows > 1:
-        made[1].loss_mask[:] = 0
-    arrays = {name: np.stack([getattr(row, name) for row in made]) for name in COLUMNS}
+        packed_rows[1].loss_mask[:] = 0
+    arrays = {name: np.stack([getattr(row, name) for row in packed_rows]) for name in COLUMNS}
     batch = {name: torch.from_numpy(value) for name, value in model_inputs(arrays).items()}
     loss, count = loss_of(model, batch)
 
@@ -133,18 +135,18 @@ def test_logits_at_kept_positions_give_the_loss_of_all_logits(model: LlamaForCau
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
     assert float(count) == int(batch["loss_mask"].sum()) > 0
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
-    for gradient, wanted in zip(gradients_of(model, loss), gradients_of(model, expected), strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    for gradient, expected_gradient in zip(gradients_of(model, loss), gradients_of(model, expected), strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5 * float(expected_gradient.abs().max()))
 
 
-def test_a_micro_batch_without_a_trained_token_has_loss_and_gradients_of_zero(model: LlamaForCausalLM) -> None:
+def test_micro_batch_without_trained_tokens_has_zero_loss_and_gradients(model: LlamaForCausalLM) -> None:
     batch = batch_of([Document("rec", [11, 12, 13, 14], [0, 0, 0, 0])], SEQUENCE_LENGTH)
     loss, count = loss_of(model, batch)
     assert (float(loss.detach()), float(count)) == (0.0, 0.0)
     assert all(not gradient.any() for gradient in gradients_of(model, loss))
 
 
-def test_the_first_token_of_a_document_is_never_a_target() -> None:
+def test_first_token_of_a_document_is_never_a_target() -> None:
     rows = pack([Document("a", [1, 2, 3], [1, 1, 1]), Document("b", [4, 5], [1, 1])], 6, 0)
     assert [row.loss_mask.tolist() for row in rows] == [[0, 1, 1, 0, 1, 0]]
 
@@ -168,7 +170,7 @@ def test_log_probabilities_come_with_the_positions_of_their_tokens(model: LlamaF
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_and_its_gradient_are_those_of_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_matches_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several chunks, the last one smaller."""
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * 50 * 4)
     torch.manual_seed(0)

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.numerics
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def test_the_balance_is_the_formula_of_the_paper() -> None:
+def test_load_balance_matches_the_published_formula() -> None:
     torch.manual_seed(0)
     tokens, experts, taken = 50, 8, 2
     logits = torch.randn(tokens, experts, dtype=torch.float32, requires_grad=True)
     chosen = logits.detach().topk(taken, dim=-1).indices
     used = torch.rand(tokens) > 0.3
-    found = load_balance(logits, chosen, used)
+    balance = load_balance(logits, chosen, used)
 
     expected = torch.zeros(())
     for expert in range(experts):
@@ -33,8 +33,8 @@ def test_the_balance_is_the_formula_of_the_paper() -> None:
         share = sum(int(expert in chosen[token].tolist()) for token in rows) / (len(rows) * taken)
         probability = torch.stack([torch.softmax(logits[token], -1)[expert] for token in rows]).mean()
         expected = expected + experts * share * probability
-    torch.testing.assert_close(found, expected)
-    (one,), (other,) = (torch.autograd.grad(loss, [logits], retain_graph=True) for loss in (found, expected))
+    torch.testing.assert_close(balance, expected)
+    (one,), (other,) = (torch.autograd.grad(loss, [logits], retain_graph=True) for loss in (balance, expected))
     torch.testing.assert_close(one, other)
     assert not one[~used].any()  # padding balances nothing
     alike = torch.zeros(8, 8)
@@ -44,7 +44,7 @@ def test_the_balance_is_the_formula_of_the_paper() -> None:
     assert float(load_balance(alike, torch.arange(8)[:, None], torch.zeros(8))) == 0.0  # nothing but padding
 
 
-def test_a_router_is_balanced_or_left_as_it_is(jobs: Jobs, run: Run, tmp_path: Path) -> None:
+def test_router_is_balanced_or_frozen(jobs: Jobs, run: Run, tmp_path: Path) -> None:
     """The balance is told, is less with its loss, and is the same on two ranks, recomputed."""
     base = version("mistral4-sees", jobs, tmp_path / "model")
     torch_only = {"engine": "torch", "zero_stage": 0, "optimizer": {"lr": 3e-2}, "max_steps": 5, "global_batch": 2}
@@ -73,7 +73,7 @@ def test_a_router_is_balanced_or_left_as_it_is(jobs: Jobs, run: Run, tmp_path: P
     assert moved == seen
 
 
-def test_zero_3_gathers_a_block_whole_and_resumes_bit_equal(jobs: Jobs, run: Run, tmp_path: Path) -> None:
+def test_zero3_moe_resumes_bit_identical(jobs: Jobs, run: Run, tmp_path: Path) -> None:
     base = version("mistral4-sees", jobs, tmp_path / "model")
     lora = {"r": 4, "alpha": 32, "target_parameters": EXPERTS}
     settings = {"zero_stage": 3, "adapter": lora, "optimizer": {"lr": 1e-2}, "global_batch": 2} | {
@@ -96,7 +96,7 @@ def test_zero_3_gathers_a_block_whole_and_resumes_bit_equal(jobs: Jobs, run: Run
     assert any("experts" in name for name in exported(whole))
 
 
-def test_routers_and_blocks_are_found_by_what_they_are(store: Store, tiny_model_dir: Path) -> None:
+def test_routers_and_moe_blocks_are_detected(store: Store, tiny_model_dir: Path) -> None:
     from families import FAMILIES
 
     from forge_ray.models.architecture import open_model
@@ -113,7 +113,7 @@ def test_routers_and_blocks_are_found_by_what_they_are(store: Store, tiny_model_
         Balance(dense, 0.1)
 
 
-def test_the_endpoint_answers_with_adapted_experts_as_offline(jobs: Jobs, tmp_path: Path) -> None:
+def test_engine_answers_match_peft_with_adapted_experts(jobs: Jobs, tmp_path: Path) -> None:
     from peft import PeftModel
 
     from forge_ray.config.release import EngineConfig
@@ -125,21 +125,23 @@ def test_the_endpoint_answers_with_adapted_experts_as_offline(jobs: Jobs, tmp_pa
 
     base = jobs.store.local(f"models/{version('mistral4-sees', jobs, tmp_path / 'model').id}")
     torch.manual_seed(1)
-    made = with_adapter(open_model(base, torch.float32), Adapter(r=4, alpha=64, target_parameters=tuple(EXPERTS)))
-    for name, parameter in made.named_parameters():
+    adapted = with_adapter(open_model(base, torch.float32), Adapter(r=4, alpha=64, target_parameters=tuple(EXPERTS)))
+    for name, parameter in adapted.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    made.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(tmp_path / "adapter")
     offline = PeftModel.from_pretrained(open_model(base, torch.float32), str(tmp_path / "adapter")).eval()
     plain = open_model(base, torch.float32).eval()
     engine = load_engine(base, tmp_path / "adapter", EngineConfig(precision="fp32"), use_gpu=False)
     prompts = [tuple(range(10, 10 + length)) for length in (5, 14)]
     try:
-        found = engine.generate([GenerationRequest(prompt, 8) for prompt in prompts])
+        answers = engine.generate([GenerationRequest(prompt, 8) for prompt in prompts])
     finally:
         engine.close()
-    for prompt, generation in zip(prompts, found, strict=True):
+    for prompt, generation in zip(prompts, answers, strict=True):
         how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
-        wanted, other = (m.generate(input_ids=torch.tensor([prompt]), **how)[0, len(prompt) :] for m in (offline, plain))
-        assert generation.token_ids == tuple(wanted.tolist())
-        assert wanted.tolist() != other.tolist()
+        expected_ids, other = (
+            m.generate(input_ids=torch.tensor([prompt]), **how)[0, len(prompt) :] for m in (offline, plain)
+        )
+        assert generation.token_ids == tuple(expected_ids.tolist())
+        assert expected_ids.tolist() != other.tolist()

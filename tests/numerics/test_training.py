@@ -30,52 +30,61 @@ def test_golden_trajectory(jobs: Jobs, run: Run) -> None:
     full = jobs("golden-full", **TORCH, **settings)
     lora = jobs("golden-lora", zero_stage=2, adapter={"r": 4}, **settings)
     run(full, lora)
-    found = {
+    trajectories = {
         job.run: {name: losses(job, name) for name in ("loss", "grad_norm", "validation_loss", "lr")} for job in (full, lora)
     }
     if os.environ.get("FORGE_REGENERATE"):
         GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        GOLDEN.write_text(json.dumps(trajectories, indent=1) + "\n")
     expected = json.loads(GOLDEN.read_text())
-    assert found.keys() == expected.keys()
+    assert trajectories.keys() == expected.keys()
     for name, values in expected.items():
         for kind, trajectory in values.items():
-            assert found[name][kind] == pytest.approx(trajectory, rel=1e-4), (name, kind)
+            assert trajectories[name][kind] == pytest.approx(trajectory, rel=1e-4), (name, kind)
 
 
 @pytest.mark.parametrize("engine", [TORCH, {"zero_stage": 2}], ids=["torch", "zero2"])
-def test_one_times_eight_equals_eight_times_one(jobs: Jobs, run: Run, engine: dict[str, object]) -> None:
+def test_gradient_accumulation_matches_one_large_batch(jobs: Jobs, run: Run, engine: dict[str, object]) -> None:
     """Eight micro-batches of one row equal one micro-batch of eight rows: weights to 1e-6.
 
     With AdamW's usual eps of 1e-8 they differ by 2e-6: a gradient that is nothing but rounding is divided by its own size.
     """
     optimizer = {"lr": 1e-3, "eps": 1e-4}
     name = f"accumulate-{engine.get('engine', 'zero2')}"
-    made = [
+    runs = [
         jobs(f"{name}-{size}", global_batch=8, micro_batch_size=size, max_steps=3, optimizer=optimizer, **engine)
         for size in (1, 2, 8)
     ]
-    run(*made)
-    for other in made[1:]:
-        assert losses(made[0]) == pytest.approx(losses(other), rel=1e-6)
-        assert largest_difference(exported(made[0]), exported(other)) < 1e-6
+    run(*runs)
+    for other in runs[1:]:
+        assert losses(runs[0]) == pytest.approx(losses(other), rel=1e-6)
+        assert largest_difference(exported(runs[0]), exported(other)) < 1e-6
 
 
-def test_activation_checkpointing_changes_no_bit(jobs: Jobs, run: Run) -> None:
-    kinds: list[dict[str, Any]] = [
-        {"adapter": adapter, "max_steps": 3, **engine}
-        for engine in (TORCH, {"zero_stage": 2}, {"zero_stage": 3})
-        for adapter in (None, {"r": 4, "dropout": 0.1})
-    ]
-    kept = [jobs(f"activations-kept-{number}", **kind) for number, kind in enumerate(kinds)]
-    again = [jobs(f"activations-again-{number}", activation_checkpointing=True, **kind) for number, kind in enumerate(kinds)]
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(("torch-lora", "zero2-full", "zero3-lora"), id="each engine"),
+        pytest.param(("torch-full", "zero2-lora", "zero3-full"), id="the other pairs", marks=pytest.mark.large),
+    ],
+)
+def test_activation_checkpointing_is_bit_identical(chosen: tuple[str, ...], jobs: Jobs, run: Run) -> None:
+    """`large` repeats for the other pairs of engine and method what the quick suite shows of each engine and each method."""
+    engines = {"torch": TORCH, "zero2": {"zero_stage": 2}, "zero3": {"zero_stage": 3}}
+    methods: dict[str, Any] = {"full": None, "lora": {"r": 4, "dropout": 0.1}}
+    kinds: dict[str, dict[str, Any]] = {
+        kind: {"adapter": methods[kind.partition("-")[2]], "max_steps": 3, **engines[kind.partition("-")[0]]}
+        for kind in chosen
+    }
+    kept = [jobs(f"activations-kept-{name}", **kind) for name, kind in kinds.items()]
+    again = [jobs(f"activations-again-{name}", activation_checkpointing=True, **kind) for name, kind in kinds.items()]
     run(*kept, *again)
     for plain, recomputed in zip(kept, again, strict=True):
         assert losses(recomputed) == losses(plain), plain.run
         assert export_digest(recomputed) == export_digest(plain), plain.run
 
 
-def test_compiled_blocks_compute_the_same(jobs: Jobs, run: Run) -> None:
+def test_compiled_blocks_match_eager(jobs: Jobs, run: Run) -> None:
     plain, compiled = (
         jobs(f"compile-{on}", zero_stage=2, adapter={"r": 4}, compile=on, max_steps=3) for on in (False, True)
     )
@@ -84,7 +93,7 @@ def test_compiled_blocks_compute_the_same(jobs: Jobs, run: Run) -> None:
     assert largest_difference(exported(compiled), exported(plain)) < 1e-5
 
 
-def test_clipping_and_schedule_are_those_of_plain_torch(jobs: Jobs, run: Run, tiny_model_dir: Path) -> None:
+def test_one_step_matches_plain_torch(jobs: Jobs, run: Run, tiny_model_dir: Path) -> None:
     """One step of the run, by hand: AdamW on the gradient scaled to the norm allowed."""
     from conftest import SEQUENCE_LENGTH
     from transformers import LlamaForCausalLM
@@ -111,20 +120,20 @@ def test_clipping_and_schedule_are_those_of_plain_torch(jobs: Jobs, run: Run, ti
 
     assert losses(job) == pytest.approx([float(loss.detach())], rel=1e-6)
     assert losses(job, "grad_norm") == pytest.approx([float(norm)], rel=1e-5)
-    wanted = {name: value.detach() for name, value in model.named_parameters() if name != "lm_head.weight"}
-    found = {name: value for name, value in exported(job).items() if name != "lm_head.weight"}
-    assert largest_difference(found, wanted) < 1e-6
+    expected = {name: value.detach() for name, value in model.named_parameters() if name != "lm_head.weight"}
+    actual = {name: value for name, value in exported(job).items() if name != "lm_head.weight"}
+    assert largest_difference(actual, expected) < 1e-6
 
 
 @pytest.mark.parametrize("engine", [TORCH, {"zero_stage": 0}, {"zero_stage": 2}], ids=["torch", "zero0", "zero2"])
-def test_a_loss_that_is_not_finite_stops_the_run(jobs: Jobs, run: Run, engine: dict[str, object]) -> None:
+def test_diverging_run_is_stopped(jobs: Jobs, run: Run, engine: dict[str, object]) -> None:
     job = jobs(f"diverges-{engine}", optimizer={"lr": 1e30}, max_grad_norm=0, max_steps=6, **engine)
     run(job, expect=1, says="steps in a row had no finite result")
     assert not job.store.exists(f"runs/{job.run}/export")
     assert not job.store.list(f"runs/{job.run}/checkpoints", recursive=True)
 
 
-def test_the_loop_runs_in_this_process(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_runs_in_process(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without workers, Ray or DeepSpeed: for a debugger. The error names the step, the values and the remedy."""
     monkeypatch.delenv("RANK", raising=False)
     good = jobs("in-process", max_steps=2, scaling={"num_workers": 0}, **TORCH)

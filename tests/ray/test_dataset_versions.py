@@ -30,6 +30,7 @@ from forge_ray.data.record.subject import subject_digest, subject_key
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.governance.trace import of_file, of_subject_value, trace
 from forge_ray.records import DatasetManifest, ModelVersion
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store, verify_files
 
@@ -55,20 +56,20 @@ def config_of(folder: Path, **more: Any) -> DataConfig:
 def own(tmp_path: Path, store: Store) -> Store:
     """A store with the tiny model and nothing else."""
     fresh = Store(str(tmp_path / "store"))
-    with Catalog(store) as here, Catalog(fresh) as there:
+    with Catalog.open(store) as here, Catalog.open(fresh) as there:
         base = here.model("tiny")
         store_dir = Path(store.root) / f"models/{base.id}"
         target = Path(fresh.root) / f"models/{base.id}"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(store_dir)
         there.put(base)
-        there.promote(base.id, "tiny")
+        promotion.promote(there, base.id, "tiny")
     return fresh
 
 
 @pytest.fixture
 def base(own: Store) -> ModelVersion:
-    with Catalog(own) as catalog:
+    with Catalog.open(own) as catalog:
         return catalog.model("tiny")
 
 
@@ -89,7 +90,7 @@ def pieces(store: Store, start: str = "") -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob(f"{start}*.json")}
 
 
-def test_more_files_leave_finished_work_and_every_record_in_its_split(
+def test_added_files_keep_finished_work_and_splits(
     tmp_path: Path, base: ModelVersion, own: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "PARTITION_RECORDS", 64)
@@ -138,14 +139,14 @@ def test_rows_are_traced_through_masks_and_clusters(tmp_path: Path, base: ModelV
         {"rule": "personal_data", "action": "mask"},
         {"rule": "length", "min_chars": 10},
     ]
-    with Catalog(own) as catalog:
+    with Catalog.open(own) as catalog:
         manifest = catalog.put(
             prepare(config_of(rows, subject={"field": "customer"}, curate=rules, sequence_length=512), base, own)
         )
         queries = of_file(catalog, str(rows / "a.jsonl"))
-        found = trace(catalog, queries)
-        by_line = {one.asked[0].rpartition(":")[2]: one for one in found.records}
-        assert found.nowhere == ()
+        report = trace(catalog, queries)
+        by_line = {one.asked[0].rpartition(":")[2]: one for one in report.records}
+        assert report.nowhere == ()
         assert len(by_line) == len(lines)
         for line, one in by_line.items():
             assert {held.place.line for held in one.held} == {int(line)}
@@ -155,9 +156,9 @@ def test_rows_are_traced_through_masks_and_clusters(tmp_path: Path, base: ModelV
         assert [(held.place.record, held.relation) for held in second.alike] == [(first.record, "stays for it")]
         assert masked.record != parse_record(lines[22]).id
         assert (short.held[0].place.split, short.held[0].place.reason) == ("dropped", "fewer than min_chars characters")
-        kept = [one.record for one in found.records if one.held[0].place.split != "dropped"]
+        kept = [one.record for one in report.records if one.held[0].place.split != "dropped"]
         whose = {name: set(of_subject_value(catalog, name).records) for name in ("c0", "c1", "c2", "c3", "anna", "otto")}
-        assert set().union(*whose.values()) == set(by_record := {one.record for one in found.records})
+        assert set().union(*whose.values()) == set(by_record := {one.record for one in report.records})
         assert (whose["otto"], whose["anna"]) == ({masked.record, short.record}, {first.record, second.record})
         assert set(kept) == by_record - {second.record, short.record}
         assert sum(stats.num_records for stats in manifest.splits.values()) == len(kept)
@@ -174,11 +175,11 @@ def test_diff_and_find(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     write(rows / "a.jsonl", lines[:-2])
     write(rows / "b.jsonl", [chat(500), chat(501)])
     new = prepare(config_of(rows, subject=subject), base, own)
-    found = diff(own, old, new)
-    assert found["counts"] == {"added": 2, "removed": 2, "changed": 1}
-    assert found["num_records"] == {"old": 40, "new": 40}
-    assert found["by_source"] == {f"{rows}/*.jsonl": {"added": 2, "removed": 2, "changed": 1}}
-    (changed,) = found["changed"]
+    difference = diff(own, old, new)
+    assert difference["counts"] == {"added": 2, "removed": 2, "changed": 1}
+    assert difference["num_records"] == {"old": 40, "new": 40}
+    assert difference["by_source"] == {f"{rows}/*.jsonl": {"added": 2, "removed": 2, "changed": 1}}
+    (changed,) = difference["changed"]
     assert (changed["record"], changed["was"]) == (parse_record(chat(1007)).id, parse_record(chat(7)).id)
     assert diff(own, old, old)["counts"] == {"added": 0, "removed": 0, "changed": 0}
 
@@ -187,14 +188,14 @@ def test_diff_and_find(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     assert [row["dataset"] for row in holders(own, both, parse_record(chat(500)).id)] == [new.id]
     assert holders(own, both, "rec_" + "0" * 24) == []
     hashed = subject_digest(subject_key(own, ""), "c7")
-    mine = [row["record"] for row in holders(own, [old], subject=hashed)]
-    assert sorted(mine) == sorted(parse_record(chat(n)).id for n in (7, 17, 27, 37))
+    customer_records = [row["record"] for row in holders(own, [old], subject=hashed)]
+    assert sorted(customer_records) == sorted(parse_record(chat(n)).id for n in (7, 17, 27, 37))
     everything = b"".join(path.read_bytes() for path in Path(own.root).rglob("*.parquet"))
     assert b"customer" not in everything
     assert (Path(own.root) / "keys/subject.key").stat().st_mode & 0o077 == 0
 
 
-def test_a_mixture_repeats_and_samples_by_record(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+def test_mixture_repeats_and_samples_by_record(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     write(tmp_path / "small.jsonl", [chat(n) for n in range(100)])
     write(tmp_path / "large.jsonl", [chat(1000 + n) for n in range(400)])
     epochs = {"small": 2.5, "large": 0.5}
@@ -235,18 +236,18 @@ def split_is_train(value: dict[str, Any]) -> bool:
     return dataset.split_of(record, DataConfig.model_validate({"sources": [{"path": "x"}]}).splits) == 0
 
 
-def test_two_builds_at_once_give_one_dataset(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+def test_concurrent_builds_give_one_dataset(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     rows = tmp_path / "rows"
     rows.mkdir()
     for part in range(4):
         write(rows / f"{part}.jsonl", [chat(part * 100 + n) for n in range(100)])
     with ThreadPoolExecutor(2) as pool:
-        made = [future.result() for future in [pool.submit(prepare, config_of(rows), base, own) for _ in range(2)]]
-    assert made[0].id == made[1].id
-    assert [path.name for path in (Path(own.root) / "datasets").iterdir()] == [made[0].id]
-    verify_files(own.local(f"datasets/{made[0].id}"), made[0].files)
-    with Catalog(own) as one, Catalog(own) as other:
-        assert one.put(made[0]) == other.put(made[1])
+        manifests = [future.result() for future in [pool.submit(prepare, config_of(rows), base, own) for _ in range(2)]]
+    assert manifests[0].id == manifests[1].id
+    assert [path.name for path in (Path(own.root) / "datasets").iterdir()] == [manifests[0].id]
+    verify_files(own.local(f"datasets/{manifests[0].id}"), manifests[0].files)
+    with Catalog.open(own) as one, Catalog.open(own) as other:
+        assert one.put(manifests[0]) == other.put(manifests[1])
 
 
 KILLED = """
@@ -259,7 +260,7 @@ from forge_ray.store.files import Store
 building.JOB_BYTES = 4000
 building.PARTITION_RECORDS = 64
 store, folder = Store(sys.argv[1]), sys.argv[2]
-with Catalog(store) as catalog:
+with Catalog.open(store) as catalog:
     base = catalog.model("tiny")
 connect()
 values = {"sources": [{"path": f"{folder}/*.jsonl"}], "sequence_length": 128, "block_rows": 4}
@@ -269,19 +270,22 @@ print(manifest.id)
 """
 
 
-def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path, base: ModelVersion, own: Store) -> None:
-    """SIGKILL for the driver and all its workers, at seeded moments, until it gets through; nothing is done twice."""
+@pytest.mark.parametrize("num_kills", [1, pytest.param(3, marks=pytest.mark.large)])
+def test_killed_build_resumes_without_repeating_work(num_kills: int, tmp_path: Path, base: ModelVersion, own: Store) -> None:
+    """SIGKILL for the driver and all its workers, at seeded moments, until it gets through; nothing is done twice.
+
+    The quick suite kills it once, `large` three times."""
     rows = tmp_path / "rows"
     rows.mkdir()
     for part in range(12):
         write(rows / f"{part:02d}.jsonl", [chat(part * 100 + n) for n in range(100)])
     moments, seen, killed = random.Random(0), {}, 0
     command = [sys.executable, "-c", KILLED, own.root, str(rows)]
-    for _ in range(2):
+    for _ in range(num_kills):
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wanted = len(seen) + moments.randint(1, 6)
+        num_pieces = len(seen) + moments.randint(1, 6)
         until = time.monotonic() + 120
-        while process.poll() is None and len(pieces(own)) < wanted and time.monotonic() < until:
+        while process.poll() is None and len(pieces(own)) < num_pieces and time.monotonic() < until:
             time.sleep(0.01)
         killed += process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
@@ -295,7 +299,7 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path, base: ModelVers
     assert seen.items() <= pieces(own).items()
     config = config_of(rows)
     fresh = Store(str(tmp_path / "fresh"))
-    with Catalog(own) as here, Catalog(fresh) as there:
+    with Catalog.open(own) as here, Catalog.open(fresh) as there:
         there.put(here.model("tiny"))
     (Path(fresh.root) / "models").mkdir(parents=True, exist_ok=True)
     (Path(fresh.root) / f"models/{base.id}").symlink_to((Path(own.root) / f"models/{base.id}").resolve())
@@ -316,7 +320,7 @@ CURATE = [
 ]
 
 
-def test_rules_run_top_to_bottom_and_account_for_every_drop(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+def test_rules_run_in_order_and_account_for_every_drop(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     words = [
         "alpha",
         "bravo",
@@ -384,7 +388,7 @@ def test_exact_duplicates_as_a_rule(tmp_path: Path, base: ModelVersion, own: Sto
     assert [row["input_ids"] for row in packed(own, plain)] == [row["input_ids"] for row in packed(own, manifest)]
 
 
-def test_preference_rows_are_kept_and_not_packed(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+def test_preference_rows_are_kept_but_not_packed(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     pairs = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(30)]
     write(tmp_path / "a.jsonl", pairs)
     manifest = prepare(config_of(tmp_path), base, own)
@@ -398,7 +402,7 @@ def test_preference_rows_are_kept_and_not_packed(tmp_path: Path, base: ModelVers
         prepare(config_of(tmp_path), base, own)
 
 
-def test_packed_rows_are_full_on_realistic_lengths(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+def test_packing_is_dense_on_realistic_lengths(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     """Log-normal lengths, several partitions; the documents of a row are isolated and its mask is whole."""
     chosen = np.random.default_rng(0)
     rows = [
@@ -417,7 +421,7 @@ def ids(store: Store, manifest: DatasetManifest) -> set[str]:
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_exported_records_are_the_same_records(tmp_path: Path, base: ModelVersion, own: Store, ending: str) -> None:
+def test_exported_records_round_trip(tmp_path: Path, base: ModelVersion, own: Store, ending: str) -> None:
     write(tmp_path / "a.jsonl", [chat(n) for n in range(40)])
     manifest = prepare(config_of(tmp_path), base, own)
     target = tmp_path / "out" / f"rows.{ending}"
@@ -428,7 +432,7 @@ def test_exported_records_are_the_same_records(tmp_path: Path, base: ModelVersio
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-def test_one_parquet_file_holds_one_kind(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+def test_parquet_export_refuses_mixed_kinds(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     write(tmp_path / "a.jsonl", [*(chat(n) for n in range(20)), *({"text": f"some text {n}"} for n in range(20))])
     manifest = prepare(config_of(tmp_path), base, own)
     with pytest.raises(ConfigError, match="these are chat and text"):
@@ -458,5 +462,5 @@ def test_marked_and_contaminated_records(tmp_path: Path, base: ModelVersion, own
     mark, clean = manifest.curation
     assert (mark.before, mark.after, mark.changed, mark.found) == (32, 32, 0, {"email": 1})
     assert (clean.after, clean.reasons) == (31, {"shares 13 words with an evaluation set": 1})
-    found = [row for split in dataset.SPLITS for row in dataset.read_records(own, manifest, split) if row["flags"]]
-    assert [row["flags"] for row in found] == ["personal_data:email"]
+    flagged = [row for split in dataset.SPLITS for row in dataset.read_records(own, manifest, split) if row["flags"]]
+    assert [row["flags"] for row in flagged] == ["personal_data:email"]

@@ -97,23 +97,23 @@ def quarantined(store: Store, dataset_id: str) -> Iterator[dict[str, Any]]:
 
 
 def check(store: Store, folder: Path, num_good: int, where: dict[tuple[str, int], tuple[int, str]]) -> None:
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         base = catalog.model("tiny")
     values = {"sources": [{"path": f"{folder}/*.jsonl"}], "sequence_length": 256, "max_invalid_fraction": 0.2}
     config = DataConfig.model_validate(values)
     manifest = build("fuzz", config, base, store, index_sources(config))
     assert sum(stats.num_records for stats in manifest.splits.values()) == num_good
     assert manifest.num_duplicates == 0
-    found = {
+    quarantine = {
         (Path(row["file"]).name, row["line"]): (row["offset"], row["raw_sha256"]) for row in quarantined(store, manifest.id)
     }
-    assert found == where
+    assert quarantine == where
     assert sum(manifest.rejects.values()) == len(where)
     for number in range(0, num_good, num_good // 50):
         assert dataset.find_record(store, manifest, parse_record(good(number)).id)["content"] == good(number)
 
 
-def test_every_good_row_is_kept_and_every_broken_line_is_accounted_for(
+def test_every_valid_row_is_kept_and_every_broken_line_is_quarantined(
     store: Store, tmp_path: Path, ray_cluster: None
 ) -> None:
     where = write_rows(tmp_path, 6000, 600, 3)
@@ -122,7 +122,7 @@ def test_every_good_row_is_kept_and_every_broken_line_is_accounted_for(
 
 @pytest.mark.large
 @pytest.mark.timeout(3600)
-def test_a_hundred_thousand_broken_lines_among_a_million(store: Store, tmp_path: Path) -> None:
+def test_a_million_rows_with_a_hundred_thousand_broken_lines(store: Store, tmp_path: Path) -> None:
     """In a process tree of its own, whose memory is watched."""
     import psutil
 

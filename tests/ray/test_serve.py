@@ -40,8 +40,8 @@ def offline(store: Store, endpoint: Endpoint) -> Any:
     return answer
 
 
-def test_deploying_leaves_a_record_and_an_event(endpoint: Endpoint, store: Store) -> None:
-    with Catalog(store) as catalog:
+def test_deployment_writes_a_record_and_an_event(endpoint: Endpoint, store: Store) -> None:
+    with Catalog.open(store) as catalog:
         assert catalog.get(endpoint.deployment.id) == endpoint.deployment
         (event,) = catalog.events("deployment", endpoint.deployment.id)
     assert event.data["state"] == "running"
@@ -56,7 +56,9 @@ def test_models(client: openai.OpenAI, endpoint: Endpoint) -> None:
         client.models.retrieve("other")
 
 
-def test_a_greedy_chat_equals_offline_and_names_its_version(client: openai.OpenAI, endpoint: Endpoint, offline: Any) -> None:
+def test_greedy_chat_matches_transformers_and_names_its_version(
+    client: openai.OpenAI, endpoint: Endpoint, offline: Any
+) -> None:
     text, num_prompt, ids = offline(MESSAGES, 24)
     raw = client.chat.completions.with_raw_response.create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=24)
     answer = raw.parse()
@@ -72,7 +74,7 @@ def test_a_greedy_chat_equals_offline_and_names_its_version(client: openai.OpenA
     assert raw.headers["x-forge-deployment"] == endpoint.deployment.id
 
 
-def test_a_stream_equals_the_whole_answer(client: openai.OpenAI, offline: Any) -> None:
+def test_stream_equals_the_whole_answer(client: openai.OpenAI, offline: Any) -> None:
     text, num_prompt, ids = offline(MESSAGES, 24)
     chunks = list(
         client.chat.completions.create(
@@ -92,7 +94,7 @@ def test_a_stream_equals_the_whole_answer(client: openai.OpenAI, offline: Any) -
     assert (usage.prompt_tokens, usage.completion_tokens) == (num_prompt, len(ids))
 
 
-def test_concurrent_requests_get_their_own_sampling(client: openai.OpenAI) -> None:
+def test_concurrent_requests_keep_their_sampling_settings(client: openai.OpenAI) -> None:
     variants: list[dict[str, Any]] = [
         {"temperature": 0},
         {"temperature": 1.5, "seed": 1},
@@ -111,7 +113,7 @@ def test_concurrent_requests_get_their_own_sampling(client: openai.OpenAI) -> No
     assert len(set(alone)) == len(variants)
 
 
-def test_our_own_client(endpoint: Endpoint, offline: Any) -> None:
+def test_forge_client(endpoint: Endpoint, offline: Any) -> None:
     text, num_prompt, ids = offline(MESSAGES, 12)
     with Client(endpoint.url) as own:
         assert {"tiny", endpoint.version.id} <= set(own.models())
@@ -145,7 +147,7 @@ def settled(endpoint: Endpoint) -> list[float]:
     return values
 
 
-def test_metrics_of_both_replicas_and_a_client_that_leaves(endpoint: Endpoint, client: openai.OpenAI) -> None:
+def test_metrics_of_both_replicas_and_a_cancelled_request(endpoint: Endpoint, client: openai.OpenAI) -> None:
     before = settled(endpoint)
     answers = [
         client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=7, temperature=0).usage for _ in range(8)
@@ -153,10 +155,13 @@ def test_metrics_of_both_replicas_and_a_client_that_leaves(endpoint: Endpoint, c
     body = {"model": "tiny", "prompt": "The quick brown fox", "temperature": 0, "max_tokens": 400}
     url = f"{endpoint.url}/v1/completions"
     whole = httpx.post(url, json=body, timeout=WAIT_S).json()["usage"]
-    after = settled(endpoint)
-    assert after[0] - before[0] == sum(usage.prompt_tokens for usage in answers if usage) + whole["prompt_tokens"]
-    assert after[1] - before[1] == sum(usage.completion_tokens for usage in answers if usage) + whole["completion_tokens"]
-    text = httpx.get(f"{endpoint.url}/metrics").text
+    prompt_tokens = before[0] + sum(usage.prompt_tokens for usage in answers if usage) + whole["prompt_tokens"]
+    completion_tokens = before[1] + sum(usage.completion_tokens for usage in answers if usage) + whole["completion_tokens"]
+    deadline = time.monotonic() + WAIT_S
+    while (now := metrics(endpoint)[:2]) != [prompt_tokens, completion_tokens]:
+        assert time.monotonic() < deadline, (now, prompt_tokens, completion_tokens)
+        time.sleep(0.5)
+    text = httpx.get(f"{endpoint.url}/metrics", timeout=WAIT_S).text
     assert 'route="/v1/chat/completions",status="200"' in text
     assert f'deployment="bot",model="tiny",model_version="{endpoint.version.id}"' in text
     assert len(set(re.findall(r'replica="([^"]+)"', text))) == 2
@@ -168,6 +173,6 @@ def test_metrics_of_both_replicas_and_a_client_that_leaves(endpoint: Endpoint, c
         assert next(response.iter_lines()).startswith("data: ")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url, json=body, timeout=0.15)
-    left = settled(endpoint)
-    assert 0 < left[1] - after[1] < 2 * whole["completion_tokens"]
-    assert left[2] == 0
+    last = settled(endpoint)
+    assert 0 < last[1] - completion_tokens < 2 * whole["completion_tokens"]
+    assert (last[0], last[2]) == (prompt_tokens + 2 * whole["prompt_tokens"], 0)

@@ -19,7 +19,7 @@ from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, Guard
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import ModelVersion
-from forge_ray.release import traffic
+from forge_ray.release import promotion, traffic
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def catalog(store: Store) -> Any:
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         yield catalog
 
 
@@ -61,45 +61,45 @@ def expected(tiny_model_dir: Path, store: Store, adapters: list[ModelVersion]) -
     def base() -> Any:
         return LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
 
-    found = {
+    answers = {
         version.id: answer(PeftModel.from_pretrained(base(), store.fetch_dir(f"models/{version.id}")))
         for version in adapters
     }
-    return found | {"base": answer(base())}
+    return answers | {"base": answer(base())}
 
 
 def wait_for(url: str, name: str, version: str) -> None:
     """Until both replicas answer `name` by `version`."""
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
-        found = {httpx.get(f"{url}/v1/models/{name}").json().get("model_version") for _ in range(6)}
-        if found == {version}:
+        versions = {httpx.get(f"{url}/v1/models/{name}", timeout=WAIT_S).json().get("model_version") for _ in range(6)}
+        if versions == {version}:
             return
         time.sleep(0.1)
-    raise AssertionError(f"{name} is {found}, not {version}")
+    raise AssertionError(f"{name} is {versions}, not {version}")
 
 
-def test_an_alias_moves_and_answers_are_the_adapters_own(
+def test_moved_alias_answers_with_the_new_adapter(
     endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
 ) -> None:
     """Names with `:` and `/`; after each move the new adapter's exact answer at once, though the prompt was cached."""
     name = "ft:tiny:org/support@prod"
     assert len(set(expected.values())) == 5
     for version in [*adapters, adapters[0]]:
-        catalog.set_route(name, AliasRoute(versions={version.id: 1}))
+        promotion.set_route(catalog, name, AliasRoute(versions={version.id: 1}))
         wait_for(endpoint.url, name, version.id)
         assert greedy(name) == (expected[version.id], version.id, "stable")
         assert greedy(version.id)[:2] == (expected[version.id], version.id)
         assert greedy("tiny")[0] == expected["base"]
-    card = httpx.get(f"{endpoint.url}/v1/models/{name}").json()
+    card = httpx.get(f"{endpoint.url}/v1/models/{name}", timeout=WAIT_S).json()
     assert (card["base_model"], card["model_digest"]) == (endpoint.version.id, adapters[0].files_digest)
 
 
-def test_no_request_fails_and_no_answer_is_mixed_while_an_alias_moves(
+def test_no_request_fails_or_mixes_versions_while_an_alias_moves(
     endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
 ) -> None:
     name, one, two = "moving@prod", adapters[0], adapters[1]
-    catalog.set_route(name, AliasRoute(versions={one.id: 1}))
+    promotion.set_route(catalog, name, AliasRoute(versions={one.id: 1}))
     wait_for(endpoint.url, name, one.id)
     stop, seen, failures = threading.Event(), Counter(), []
 
@@ -115,7 +115,7 @@ def test_no_request_fails_and_no_answer_is_mixed_while_an_alias_moves(
     for thread in threads:
         thread.start()
     for version in (two, one) * 3:
-        catalog.set_route(name, AliasRoute(versions={version.id: 1}))
+        promotion.set_route(catalog, name, AliasRoute(versions={version.id: 1}))
         wait_for(endpoint.url, name, version.id)
     stop.set()
     for thread in threads:
@@ -124,7 +124,7 @@ def test_no_request_fails_and_no_answer_is_mixed_while_an_alias_moves(
     assert set(seen) == {(one.id, True), (two.id, True)}
 
 
-def test_a_weighted_set_a_shadow_and_rules(
+def test_weights_shadow_and_rules(
     endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
 ) -> None:
     name = "split@prod"
@@ -135,7 +135,7 @@ def test_a_weighted_set_a_shadow_and_rules(
         {"to": "base", "prompt_tokens_from": 400},
     ]
     route = parse(AliasRoute, {"versions": {one.id: 50, two.id: 50}, "shadow": [three.id], "rules": rules})
-    catalog.set_route(name, route)
+    promotion.set_route(catalog, name, route)
     wait_for(endpoint.url, name, one.id)
     answers = Counter(greedy(name) for _ in range(30))
     assert set(answers) == {(expected[one.id], one.id, "stable"), (expected[two.id], two.id, "canary")}
@@ -147,69 +147,69 @@ def test_a_weighted_set_a_shadow_and_rules(
     shadowed = f'model="{name}",model_version="{three.id}"'
     while not any(
         line.startswith("forge_shadow_answers_total") and shadowed in line
-        for line in httpx.get(f"{endpoint.url}/metrics").text.splitlines()
+        for line in httpx.get(f"{endpoint.url}/metrics", timeout=WAIT_S).text.splitlines()
     ):
         assert time.monotonic() < deadline
         time.sleep(0.5)
 
 
-def test_a_classifier_routes_by_its_answer(
+def test_classifier_rule_routes_by_its_answer(
     endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], client: openai.OpenAI, greedy: Any
 ) -> None:
     one, two, judge = adapters[:3]
-    said = client.chat.completions.create(model=judge.id, messages=MESSAGES, temperature=0, max_tokens=8)
-    label = (said.choices[0].message.content or "").strip()
-    for name, wanted in (("domain@prod", label), ("other@prod", "something else")):
-        rules = [{"to": two.id, "classifier": judge.id, "label": wanted}]
-        catalog.set_route(name, parse(AliasRoute, {"versions": {one.id: 1}, "rules": rules}))
+    verdict = client.chat.completions.create(model=judge.id, messages=MESSAGES, temperature=0, max_tokens=8)
+    label = (verdict.choices[0].message.content or "").strip()
+    for name, routed_label in (("domain@prod", label), ("other@prod", "something else")):
+        rules = [{"to": two.id, "classifier": judge.id, "label": routed_label}]
+        promotion.set_route(catalog, name, parse(AliasRoute, {"versions": {one.id: 1}, "rules": rules}))
         wait_for(endpoint.url, name, one.id)
     assert greedy("domain@prod")[1:] == (two.id, "rule 1")
     assert greedy("other@prod")[1:] == (one.id, "stable")
 
 
-def test_unknown_is_404_archived_is_410_and_a_fallback_is_declared(
+def test_unknown_is_404_archived_is_410_unless_a_fallback_is_declared(
     endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
 ) -> None:
     version = adapters[3]
     for name, fallback in (("old@prod", ""), ("kind@prod", "base")):
-        catalog.set_route(name, parse(AliasRoute, {"versions": {version.id: 1}, "fallback": fallback}))
+        promotion.set_route(catalog, name, parse(AliasRoute, {"versions": {version.id: 1}, "fallback": fallback}))
     wait_for(endpoint.url, "kind@prod", version.id)
     with pytest.raises(openai.NotFoundError, match="not served"):
         greedy("nobody@prod")
-    catalog.archive(version.id)
+    promotion.archive(catalog, version.id)
     wait_for_status(endpoint.url, "old@prod", 410)
     assert greedy("kind@prod") == (expected["base"], endpoint.version.id, "fallback")
-    with pytest.raises(openai.APIStatusError) as gone:
+    with pytest.raises(openai.APIStatusError) as refusal:
         greedy("old@prod")
-    assert (gone.value.status_code, gone.value.code) == (410, "model_archived")
+    assert (refusal.value.status_code, refusal.value.code) == (410, "model_archived")
     with pytest.raises(PolicyError, match="archived"):
-        catalog.set_route("new@prod", AliasRoute(versions={version.id: 1}))
-    catalog.archive(version.id, restore=True)
+        promotion.set_route(catalog, "new@prod", AliasRoute(versions={version.id: 1}))
+    promotion.archive(catalog, version.id, restore=True)
     wait_for(endpoint.url, "old@prod", version.id)
     assert greedy("old@prod")[0] == expected[version.id]
-    catalog.set_route("old@prod", None)
+    promotion.set_route(catalog, "old@prod", None)
     wait_for_status(endpoint.url, "old@prod", 410)
 
 
 def wait_for_status(url: str, name: str, status: int) -> None:
     deadline = time.monotonic() + WAIT_S
-    while {httpx.get(f"{url}/v1/models/{name}").status_code for _ in range(6)} != {status}:
+    while {httpx.get(f"{url}/v1/models/{name}", timeout=WAIT_S).status_code for _ in range(6)} != {status}:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def test_a_version_that_cannot_be_loaded_takes_nothing_away(
+def test_version_that_fails_to_load_never_replaces_the_served_one(
     endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any, tmp_path: Path
 ) -> None:
     folder = make_adapter(endpoint_model(catalog, endpoint), tmp_path / "bad", 9)
     bad = register(catalog, folder, endpoint.version, "bad")
     path = Path(catalog.store.root) / f"models/{bad.id}/adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"torn")
-    catalog.set_route("careful@prod", AliasRoute(versions={adapters[0].id: 1}))
+    promotion.set_route(catalog, "careful@prod", AliasRoute(versions={adapters[0].id: 1}))
     wait_for(endpoint.url, "careful@prod", adapters[0].id)
-    catalog.set_route("careful@prod", AliasRoute(versions={bad.id: 1}))
+    promotion.set_route(catalog, "careful@prod", AliasRoute(versions={bad.id: 1}))
     deadline = time.monotonic() + WAIT_S
-    while not (broken := board_state(endpoint)["table"]["broken"]) and time.monotonic() < deadline:
+    while not (broken := coordinator_state(endpoint)["table"]["broken"]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert "adapter_model.safetensors" in broken[bad.id]
     assert greedy("careful@prod")[:2] == (expected[adapters[0].id], adapters[0].id)
@@ -220,51 +220,51 @@ def endpoint_model(catalog: Catalog, endpoint: Endpoint) -> Path:
     return catalog.store.fetch_dir(f"models/{endpoint.version.id}")
 
 
-def board_state(endpoint: Endpoint) -> dict[str, Any]:
+def coordinator_state(endpoint: Endpoint) -> dict[str, Any]:
     import ray
 
-    from forge_ray.serve.board import find_board
+    from forge_ray.serve.coordinator import find_coordinator
 
-    state: dict[str, Any] = ray.get(find_board(endpoint.deployment.id).state.remote())
+    state: dict[str, Any] = ray.get(find_coordinator(endpoint.deployment.id).state.remote())
     return state
 
 
-def test_a_canary_that_fails_is_taken_back(endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion]) -> None:
+def test_failing_canary_is_rolled_back(endpoint: Endpoint, catalog: Catalog, adapters: list[ModelVersion]) -> None:
     import ray
 
-    from forge_ray.serve.board import find_board
-    from forge_ray.serve.outcomes import AnswerOutcome
+    from forge_ray.serve.canary import AnswerOutcome
+    from forge_ray.serve.coordinator import find_coordinator
 
     name, one, two = "canary@prod", adapters[0], adapters[1]
-    catalog.set_route(name, AliasRoute(versions={one.id: 1}))
+    promotion.set_route(catalog, name, AliasRoute(versions={one.id: 1}))
     traffic.canary(catalog, name, two.id, 30, Guard(max_error_rate=0.2, min_requests=10))
     wait_for(endpoint.url, name, one.id)
     deadline = time.monotonic() + WAIT_S
-    while len(board_state(endpoint)["table"]["routes"].get(name, {"versions": {}})["versions"]) < 2:
+    while len(coordinator_state(endpoint)["table"]["routes"].get(name, {"versions": {}})["versions"]) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    board = find_board(endpoint.deployment.id)
+    coordinator = find_coordinator(endpoint.deployment.id)
     failed = [AnswerOutcome(name, two.id, 503, 0.0)] * 5 + [AnswerOutcome(name, two.id, 200, 0.01)] * 10
-    ray.get(board.report.remote("nobody", {}, [], failed, ""))
+    ray.get(coordinator.report.remote("nobody", {}, [], failed, ""))
     while True:
-        with Catalog(catalog.store) as now:  # what the board wrote is seen by a catalogue that is opened after it
+        with Catalog.open(catalog.store) as now:  # what the coordinator wrote is seen by a catalogue that is opened after it
             if now.routes()[name].versions == {one.id: 1.0}:
                 break
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    with Catalog(catalog.store) as now:
+    with Catalog.open(catalog.store) as now:
         assert "33.3% of 15 answers failed" in traffic.history(now, name)[-1]["why"]
 
 
-def test_a_killed_replica_comes_back_with_every_published_adapter(
+def test_killed_replica_restarts_with_every_published_adapter(
     endpoint: Endpoint, adapters: list[ModelVersion], expected: dict[str, str], greedy: Any
 ) -> None:
-    before = board_state(endpoint)["replicas"]
+    before = coordinator_state(endpoint)["replicas"]
     pid = next(iter(before.values()))["pid"]
     os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
-        now = board_state(endpoint)["replicas"]
+        now = coordinator_state(endpoint)["replicas"]
         if (
             len(now) == 2
             and pid not in {seen.get("pid") for seen in now.values()}
@@ -279,24 +279,26 @@ def test_a_killed_replica_comes_back_with_every_published_adapter(
         assert answers == {expected[version.id]}
 
 
-def test_a_board_that_no_replica_asks_ends_and_one_that_is_killed_comes_back(endpoint: Endpoint, store: Store) -> None:
+def test_unused_coordinator_ends_and_a_killed_one_restarts(endpoint: Endpoint, store: Store) -> None:
     import ray
 
-    from forge_ray.serve.board import board_of, find_board
+    from forge_ray.serve.coordinator import coordinator_of, find_coordinator
 
     other = endpoint.deployment.model_copy(update={"name": "nobody's"}).sealed()
-    ray.get(board_of(other, store.uri, alone_s=1).start.remote())
+    ray.get(coordinator_of(other, store.uri, idle_s=1).start.remote())
     deadline = time.monotonic() + WAIT_S
-    while find_board(other.id) is not None:
+    while find_coordinator(other.id) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    ray.kill(find_board(endpoint.deployment.id))
-    while (board := find_board(endpoint.deployment.id)) is None or len(ray.get(board.state.remote())["replicas"]) < 2:
+    ray.kill(find_coordinator(endpoint.deployment.id))
+    while (coordinator := find_coordinator(endpoint.deployment.id)) is None or len(
+        ray.get(coordinator.state.remote())["replicas"]
+    ) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
-def test_a_second_application_is_refused_and_a_rejected_version_too(endpoint: Endpoint, catalog: Catalog) -> None:
+def test_second_application_and_rejected_version_are_refused(endpoint: Endpoint, catalog: Catalog) -> None:
     from forge_ray.serve.deploy import deploy, undeploy
 
     with pytest.raises(ConfigError, match="already serves bot"):
@@ -309,15 +311,15 @@ def test_a_second_application_is_refused_and_a_rejected_version_too(endpoint: En
         undeploy("nothing")
 
 
-def test_undeploying_takes_the_application_away(endpoint: Endpoint, catalog: Catalog) -> None:
+def test_undeploy_removes_the_application(endpoint: Endpoint, catalog: Catalog) -> None:
     """Last of this file: it ends the endpoint that the others share."""
     from ray import serve
 
-    from forge_ray.serve.board import find_board
+    from forge_ray.serve.coordinator import find_coordinator
     from forge_ray.serve.deploy import undeploy
 
     undeploy("bot", catalog)
     states = [event.data["state"] for event in catalog.events("deployment", endpoint.deployment.id)]
     assert states == ["running", "stopped"]
     assert "bot" not in serve.status().applications
-    assert find_board(endpoint.deployment.id) is None
+    assert find_coordinator(endpoint.deployment.id) is None

@@ -30,16 +30,16 @@ def url(ray_cluster: None, store: Store) -> Iterator[str]:
     from forge_ray.serve.deploy import base_url, deploy
 
     serve.shutdown()  # one endpoint at a time has the cluster
-    wanted = config(free_port(), name="closed", auth="keys")
-    with Catalog(store) as catalog:
-        deploy(wanted, catalog, wait_s=WAIT_S)
-        yield base_url(wanted)
+    deploy_config = config(free_port(), name="closed", auth="keys")
+    with Catalog.open(store) as catalog:
+        deploy(deploy_config, catalog, wait_s=WAIT_S)
+        yield base_url(deploy_config)
     serve.shutdown()
 
 
 @pytest.fixture(scope="module")
 def catalog(store: Store) -> Iterator[Catalog]:
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         yield catalog
 
 
@@ -60,7 +60,7 @@ def until_opened(url: str, text: str, status: int = 200) -> None:
         in_a_row = in_a_row + 1 if answered(url, text) == status else 0
 
 
-def test_closed_without_a_key(url: str) -> None:
+def test_every_route_needs_a_key(url: str) -> None:
     for path in ("/health", "/metrics", "/v1/models", "/v1/chat/completions", "/docs", "/nothing"):
         answer = httpx.get(url + path, timeout=WAIT_S)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
@@ -81,8 +81,8 @@ def test_one_limit_over_two_replicas_and_every_answer_in_the_ledger(url: str, ca
             return error
 
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(ask, range(48)))
-    passed = [one for one in found if not isinstance(one, openai.RateLimitError)]
+        results = list(pool.map(ask, range(48)))
+    passed = [one for one in results if not isinstance(one, openai.RateLimitError)]
     assert len(passed) == 10
     assert sorted(int(one.headers["x-ratelimit-remaining-requests"]) for one in passed) == list(range(10))
     deadline, used = time.monotonic() + WAIT_S, []
@@ -93,7 +93,7 @@ def test_one_limit_over_two_replicas_and_every_answer_in_the_ledger(url: str, ca
     assert sum(line.completion_tokens for line in used) == sum(one.parse().usage.completion_tokens for one in passed)
 
 
-def test_a_revoked_key_closes_without_a_redeployment(url: str, catalog: Catalog) -> None:
+def test_revoked_key_is_refused_without_redeployment(url: str, catalog: Catalog) -> None:
     _, text = keys.create(catalog, "leaving", models=("tiny",))
     until_opened(url, text)
     assert complete(url, text).parse().usage is not None

@@ -65,11 +65,11 @@ def streams(url: str, clients: int) -> Iterator[Counter[str]]:
             thread.join()
 
 
-def test_none_up_down_and_a_rollout_break_no_stream(ray_cluster: None, store: Store) -> None:
-    wanted = config(free_port(), replicas=SCALING, limits={"max_new_tokens": 100})
-    url = base_url(wanted)
-    with Catalog(store) as catalog:
-        deploy(wanted, catalog, wait_s=WAIT_S)
+def test_scaling_and_rollout_break_no_stream(ray_cluster: None, store: Store) -> None:
+    deploy_config = config(free_port(), replicas=SCALING, limits={"max_new_tokens": 100})
+    url = base_url(deploy_config)
+    with Catalog.open(store) as catalog:
+        deploy(deploy_config, catalog, wait_s=WAIT_S)
         assert replica_states()["RUNNING"] == 0
         began = time.monotonic()
         first = httpx.post(
@@ -85,13 +85,16 @@ def test_none_up_down_and_a_rollout_break_no_stream(ray_cluster: None, store: St
 
         with streams(url, 2) as ends:  # too little for two: one leaves while it answers
             wait_for(lambda: replica_states()["RUNNING"] == 1, "down")
-            changed = config(wanted.port, replicas=SCALING | {"min": 1}, limits={"max_new_tokens": 101})
+            changed = config(deploy_config.port, replicas=SCALING | {"min": 1}, limits={"max_new_tokens": 101})
             second = deploy(changed, catalog, wait_s=WAIT_S)  # a rollout: new replicas first
             served_by: set[str] = set()
             wait_for(
-                lambda: served_by.add(httpx.get(f"{url}/health").headers["x-forge-deployment"]) or second.id in served_by,
+                lambda: (
+                    served_by.add(httpx.get(f"{url}/health", timeout=WAIT_S).headers["x-forge-deployment"])
+                    or second.id in served_by
+                ),
                 "rollout",
             )
             wait_for(lambda: sum(replica_states().values()) == 1, "old replicas leave")
         assert set(ends) == {"whole"}
-        undeploy(wanted.name, catalog)
+        undeploy(deploy_config.name, catalog)

@@ -22,10 +22,10 @@ def replica(counters: Any, name: str, num_requests: int) -> list[str]:
     """Asks for many requests at once, as a replica's clients do; what each was answered."""
     from types import SimpleNamespace
 
+    from forge_ray.serve.context import Caller, Chosen
     from forge_ray.serve.limits import admission
     from forge_ray.serve.metrics import Metrics
     from forge_ray.serve.openai import ApiError
-    from forge_ray.serve.served import Caller, Chosen
 
     admit = admission(counters.take.remote, counters.settle.remote, name, Metrics("bot", name))
     chosen = Chosen("support", SimpleNamespace(version="mv_1"))  # type: ignore[arg-type]
@@ -34,25 +34,25 @@ def replica(counters: Any, name: str, num_requests: int) -> list[str]:
         try:
             admitted = await admit(Caller("r", KEY), chosen, 4, 6)
         except ApiError as error:
-            return error.message.partition(" has ")[2].partition(";")[0]
+            return error.message.partition(" is limited to ")[2].partition(";")[0]
         await asyncio.sleep(0.05)
         admitted.close(4, 1, 200)
         return ""
 
     async def all_of_them() -> list[str]:
-        found = await asyncio.gather(*(one() for _ in range(num_requests)))
+        answers = await asyncio.gather(*(one() for _ in range(num_requests)))
         await asyncio.sleep(0.2)  # what was not used is on its way back
-        return found
+        return answers
 
     return asyncio.run(all_of_them())
 
 
 def test_replicas_share_one_limit(ray_cluster: None) -> None:
     counters: Any = ray.remote(Counters).options(num_cpus=0).remote()
-    found = list(chain(*ray.get([replica.remote(counters, f"r{number}", 40) for number in range(3)])))
-    assert len(found) == 120
-    assert found.count("") == 50
-    assert {refusal for refusal in found if refusal} <= {
+    answers = list(chain(*ray.get([replica.remote(counters, f"r{number}", 40) for number in range(3)])))
+    assert len(answers) == 120
+    assert answers.count("") == 50
+    assert {refusal for refusal in answers if refusal} <= {
         "50 requests a minute",
         "500 tokens a minute, and this request may need 10",
     }

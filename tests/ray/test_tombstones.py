@@ -19,6 +19,7 @@ from forge_ray.data.dataset.compare import holders
 from forge_ray.data.record.schema import parse_record
 from forge_ray.errors import NothingLeft
 from forge_ray.records import DatasetManifest, RunRecord
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train import audit
@@ -30,24 +31,24 @@ ERASED = (3, 4, 17, 40)  # 4 is the first of three near duplicates; 17's address
 
 def rows() -> list[dict[str, Any]]:
     """Sixty questions, two near copies of number 4, and one with an address that a rule masks."""
-    found = [(f"question {n} about {'abcdefghij'[n % 10] * 3} " + "why " * (n % 7), f"answer {n * n}") for n in range(60)]
+    pairs = [(f"question {n} about {'abcdefghij'[n % 10] * 3} " + "why " * (n % 7), f"answer {n * n}") for n in range(60)]
     long = "the invoice of the month before last was sent to the wrong office and nobody has answered my letter since then"
-    found[4] = (f"{long} number", "we are sorry")
-    found += [(f"{long} numbers", "we are sorry"), (f"{long} numbered", "we are sorry")]
-    found[17] = ("my address is jane.roe@example.com, is it on file?", "yes, it is")
+    pairs[4] = (f"{long} number", "we are sorry")
+    pairs += [(f"{long} numbers", "we are sorry"), (f"{long} numbered", "we are sorry")]
+    pairs[17] = ("my address is jane.roe@example.com, is it on file?", "yes, it is")
     return [
         {
             "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}],
             "customer": f"c{number}",
         }
-        for number, (ask, answer) in enumerate(found)
+        for number, (ask, answer) in enumerate(pairs)
     ]
 
 
-def write(folder: Path, kind: str, found: list[dict[str, Any]]) -> Path:
+def write(folder: Path, kind: str, written_rows: list[dict[str, Any]]) -> Path:
     """Two files of the rows, so that a row that goes moves others within one of them alone."""
     folder.mkdir(parents=True)
-    for name, part in (("a", found[:30]), ("b", found[30:])):
+    for name, part in (("a", written_rows[:30]), ("b", written_rows[30:])):
         if kind == "jsonl":
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
         else:
@@ -85,20 +86,20 @@ def config_of(folder: Path, kind: str) -> RunConfig:
 
 def fresh(folder: Path, store: Store) -> Store:
     """A store with the tiny model and nothing else."""
-    made = Store(str(folder))
-    with Catalog(store) as here, Catalog(made) as there:
+    target = Store(str(folder))
+    with Catalog.open(store) as here, Catalog.open(target) as there:
         base = here.model("tiny")
         store.local(f"models/{base.id}")
-        made.local(f"models/{base.id}").parent.mkdir(parents=True, exist_ok=True)
-        made.local(f"models/{base.id}").symlink_to(store.local(f"models/{base.id}"))
+        target.local(f"models/{base.id}").parent.mkdir(parents=True, exist_ok=True)
+        target.local(f"models/{base.id}").symlink_to(store.local(f"models/{base.id}"))
         there.put(base)
-        there.promote(base.id, "tiny")
-    return made
+        promotion.promote(there, base.id, "tiny")
+    return target
 
 
 def made_of(store: Store, config: RunConfig) -> tuple[DatasetManifest, RunRecord]:
     record = pipeline.train(config, store)
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         return catalog.get_as(DatasetManifest, record.dataset), record
 
 
@@ -107,7 +108,7 @@ def weights(record: RunRecord) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_model_without_erased_rows_equals_one_that_never_had_them(kind: str, tmp_path: Path, store: Store) -> None:
+def test_retraining_after_erasure_equals_training_without_the_rows(kind: str, tmp_path: Path, store: Store) -> None:
     everything = rows()
     kept = [row for number, row in enumerate(everything) if number not in ERASED]
     with_all, by_hand = fresh(tmp_path / "store", store), fresh(tmp_path / "by-hand", store)
@@ -116,8 +117,8 @@ def test_a_model_without_erased_rows_equals_one_that_never_had_them(kind: str, t
     before = made_of(with_all, config)
 
     asked = {parse_record(everything[number]).id for number in ERASED[:3]}
-    found = [row for split in dataset.SPLITS for row in dataset.read_records(with_all, before[0], split)]
-    by_text = {row["content"]["messages"][0]["content"]: row for row in found}
+    stored = [row for split in dataset.SPLITS for row in dataset.read_records(with_all, before[0], split)]
+    by_text = {row["content"]["messages"][0]["content"]: row for row in stored}
     asked.add(by_text[everything[ERASED[3]]["messages"][0]["content"]]["subject"])  # one row is named by whose it is
     erased.write_tombstones(with_all, "er_test", asked)
     listed = with_all.read("erasures/er_test.json").decode()
@@ -143,57 +144,55 @@ def test_a_model_without_erased_rows_equals_one_that_never_had_them(kind: str, t
     assert audit.audit(audit.facts_of(with_all, after[1].id), lambda *_: None).problems == ()
 
 
-def test_masked_rows_are_found_by_what_the_rules_made_of_them_and_nothing_may_be_left(tmp_path: Path, store: Store) -> None:
+def test_tombstones_apply_to_masked_rows_and_may_leave_none(tmp_path: Path, store: Store) -> None:
     few = rows()[14:20]
     own = fresh(tmp_path / "store", store)
     config = config_of(write(tmp_path / "few", "jsonl", few), "jsonl")
     built = pipeline.prepare(config, own)
-    found = [row for split in dataset.SPLITS for row in dataset.read_records(own, built, split)]
-    masked = next(row for row in found if "on file" in row["content"]["messages"][0]["content"])
+    stored = [row for split in dataset.SPLITS for row in dataset.read_records(own, built, split)]
+    masked = next(row for row in stored if "on file" in row["content"]["messages"][0]["content"])
     assert masked["record"] != parse_record(few[3]).id
     erased.write_tombstones(own, "er_masked", {masked["record"]})
     after = pipeline.prepare(config, own)
     assert sum(len(lines) for lines in after.erased.values()) == 1
     assert not holders(own, [after], masked["record"], "")
 
-    erased.write_tombstones(own, "er_all", {row["subject"] for row in found})
+    erased.write_tombstones(own, "er_all", {row["subject"] for row in stored})
     with pytest.raises(NothingLeft, match="no row is left"):
         pipeline.prepare(config, own)
 
 
-def test_a_build_that_began_before_an_erasure_does_not_bring_the_rows_back(
+def test_build_started_before_an_erasure_does_not_restore_rows(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forge_ray.data.build import build
+    from forge_ray.data.build import prepare
 
-    own, config, real, made = (
+    own, config, real, builds = (
         fresh(tmp_path / "store", store),
         config_of(write(tmp_path / "r", "jsonl", rows()), "jsonl"),
-        build.build,
+        prepare.build,
         [],
     )
-    gone = parse_record(rows()[3]).id
+    erased_record = parse_record(rows()[3]).id
 
     def erased_meanwhile(*arguments: Any) -> DatasetManifest:
-        made.append(real(*arguments))
-        if len(made) == 1:
-            assert own.is_published(f"datasets/{made[0].id}")
-            erased.write_tombstones(own, "er_0123456789abcdef", [gone])
-        return made[-1]
+        builds.append(real(*arguments))
+        if len(builds) == 1:
+            assert own.is_published(f"datasets/{builds[0].id}")
+            erased.write_tombstones(own, "er_0123456789abcdef", [erased_record])
+        return builds[-1]
 
-    monkeypatch.setattr(build, "build", erased_meanwhile)
-    found = pipeline.prepare(config, own)
-    assert [one.id for one in made] == [made[0].id, found.id]
-    assert found.id != made[0].id
-    assert not own.exists(f"datasets/{made[0].id}")
-    with Catalog(own) as catalog:
-        assert [one.id for one in catalog.datasets()] == [found.id]
-    assert list(holders(own, [found], gone, "")) == []
+    monkeypatch.setattr(prepare, "build", erased_meanwhile)
+    manifest = pipeline.prepare(config, own)
+    assert [one.id for one in builds] == [builds[0].id, manifest.id]
+    assert manifest.id != builds[0].id
+    assert not own.exists(f"datasets/{builds[0].id}")
+    with Catalog.open(own) as catalog:
+        assert [one.id for one in catalog.datasets()] == [manifest.id]
+    assert list(holders(own, [manifest], erased_record, "")) == []
 
 
-def test_a_build_whose_work_area_is_emptied_begins_again(
-    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_restarts_when_its_work_area_is_emptied(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a purge does that runs beside it; an error of another kind is not repeated."""
     from forge_ray.data.build import build, work
 
@@ -207,11 +206,11 @@ def test_a_build_whose_work_area_is_emptied_begins_again(
         return real(*arguments)
 
     monkeypatch.setattr(build, "find_duplicates", emptied)
-    found = pipeline.prepare(config, own)
+    manifest = pipeline.prepare(config, own)
     assert len(starts) == 2
-    assert found.splits["train"].num_records
+    assert manifest.splits["train"].num_records
     monkeypatch.setattr(build, "find_duplicates", real)
-    assert pipeline.prepare(config, fresh(tmp_path / "other", store)).id == found.id
+    assert pipeline.prepare(config, fresh(tmp_path / "other", store)).id == manifest.id
 
     def broken(*_: Any) -> Any:
         starts.append(())

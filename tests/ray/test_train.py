@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.governance.reproduce import reproduce
 from forge_ray.governance.trace import of_file, trace
 from forge_ray.machine import environment
-from forge_ray.records import DatasetManifest, canonical_json
+from forge_ray.records import DatasetManifest, RunRecord, canonical_json
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train import audit, launch, metrics, preflight
@@ -50,16 +53,41 @@ def manifest(config: RunConfig, store: Store, ray_cluster: None) -> DatasetManif
     return pipeline.prepare(config, store)
 
 
+@pytest.fixture(scope="module")
+def record(config: RunConfig, store: Store, manifest: DatasetManifest) -> RunRecord:
+    """The run of `config`, trained once for this file."""
+    return pipeline.train(config, store)
+
+
 def job_of(config: RunConfig, store: Store, manifest: DatasetManifest, seed: int) -> TrainJob:
     train = config.train.model_copy(update={"seed": seed})
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         base = catalog.model("tiny")
     identifier = run_id(train, "fp32", manifest, base)
     return TrainJob(identifier, config.name, train, store, manifest, base, "fp32", under_ray=True)
 
 
-def killed_once(values: dict[str, Any]) -> None:
-    """The real loop, in whose second rank a SIGKILL strikes at the start of the fourth step, the first time."""
+def rank_killed_once(values: dict[str, Any]) -> None:
+    """The real loop, whose second rank is killed at the start of the fourth step, the first time."""
+    loop_with_a_kill(values, os.getpid)
+
+
+def controller_killed_once(values: dict[str, Any]) -> None:
+    """The same, but Ray Train's controller is killed; the rank waits until Ray ends it too."""
+    loop_with_a_kill(values, controller)
+
+
+def controller() -> int:
+    """Ray Train's, on this node: its raylet is the parent of all workers."""
+    for folder in (path for path in Path("/proc").iterdir() if path.name.isdecimal()):
+        with suppress(OSError):  # it has just ended
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getppid() and b"ray::TrainController" in (folder / "cmdline").read_bytes():
+                return int(folder.name)
+    raise AssertionError("no controller runs")
+
+
+def loop_with_a_kill(values: dict[str, Any], victim: Callable[[], int]) -> None:
     from forge_ray.train import context, loop, step
 
     job = TrainJob.from_json(values)
@@ -73,7 +101,8 @@ def killed_once(values: dict[str, Any]) -> None:
         if steps == 4 and at.rank == 1 and not marker.exists():
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(victim(), signal.SIGKILL)
+            time.sleep(600)
         return real(numbers, at)
 
     step.sum_over_ranks = counting
@@ -88,13 +117,18 @@ def exported(job: TrainJob) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in job.store.files(f"runs/{job.run}/export")}
 
 
-def test_two_workers_survive_a_kill_with_the_same_weights(
-    config: RunConfig, store: Store, manifest: DatasetManifest
+@pytest.mark.parametrize("loop", [rank_killed_once, pytest.param(controller_killed_once, marks=pytest.mark.large)])
+def test_run_with_a_killed_process_is_bit_identical(
+    loop: Callable[[dict[str, Any]], None],
+    config: RunConfig,
+    store: Store,
+    manifest: DatasetManifest,
+    record: RunRecord,
 ) -> None:
-    from forge_ray.train.loop import train_loop
-
-    job = job_of(config, store, manifest, seed=1)
-    launch.fit(killed_once, job)
+    """Compared with the run of the pipeline, in which nobody dies. tests/e2e/test_kill_matrix.py has the controller in the
+    quick suite."""
+    job = replace(job_of(config, store, manifest, seed=0), run=f"run_{loop.__name__}", name="killed")
+    launch.fit(loop, job)
     assert store.exists(f"runs/{job.run}/killed")
     result = store.read_json(f"runs/{job.run}/result.json")
     assert [attempt["first_step"] for attempt in result["attempts"]] == [0, 2]
@@ -105,18 +139,17 @@ def test_two_workers_survive_a_kill_with_the_same_weights(
     order = order_of(manifest, "train", job.config.seed, job.config.global_batch)
     facts = audit.DataFacts(job.run, Rows.of(store, manifest, "train"), order, 6, result["order_digest"], lines)
     assert audit.audit(facts, lambda done, total, text: None).problems == ()
-    killed = exported(job)
-
-    store.delete_dir(f"runs/{job.run}")
-    launch.fit(train_loop, job)
-    assert len(store.read_json(f"runs/{job.run}/result.json")["attempts"]) == 1
-    assert exported(job) == killed
+    assert len(record.attempts) == 1
+    assert exported(job) == {entry.path: entry.sha256 for entry in record.export}
 
 
-def test_the_pipeline_trains_and_then_finds_the_run(
-    config: RunConfig, store: Store, manifest: DatasetManifest, capsys: pytest.CaptureFixture[str]
+def test_pipeline_trains_once_and_reuses_the_run(
+    config: RunConfig,
+    store: Store,
+    manifest: DatasetManifest,
+    record: RunRecord,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    record = pipeline.train(config, store)
     order = order_of(manifest, "train", 0, config.train.global_batch)
     assert record.order_digest == order.digest(6)
     assert record.samples_seen == 6 * config.train.global_batch
@@ -136,22 +169,22 @@ def test_the_pipeline_trains_and_then_finds_the_run(
 
 
 @pytest.mark.large
-def test_two_workers_again_on_rows_read_again(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
-    record = pipeline.train(config, store)
-    found = reproduce(store, record.id, rebuild_data=True)
-    assert (found["verdict"], found["differences"]) == ("equal", {})
-    with Catalog(store) as catalog:
+def test_reproduction_with_rebuilt_data_is_equal(store: Store, record: RunRecord) -> None:
+    report = reproduce(store, record.id, rebuild_data=True)
+    assert (report["verdict"], report["differences"]) == ("equal", {})
+    with Catalog.open(store) as catalog:
         assert catalog.events("reproduction", record.id)[-1].data["state"] == "equal"
 
 
-def test_the_audit_proves_which_rows_were_used(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+def test_audit_proves_which_rows_were_used(
+    config: RunConfig, store: Store, manifest: DatasetManifest, record: RunRecord
+) -> None:
     """And it fails when the record is not whole, or a row was another."""
-    record = pipeline.train(config, store)
     facts = audit.facts_of(store, record.id)
-    found = audit.audit(facts, lambda done, total, text: None)
-    assert found.problems == ()
-    assert found.steps_compared == found.num_steps == 6
-    assert sum(int(times) * count for times, count in found.times_used.items()) == record.samples_seen
+    report = audit.audit(facts, lambda done, total, text: None)
+    assert report.problems == ()
+    assert report.steps_compared == report.num_steps == 6
+    assert sum(int(times) * count for times, count in report.times_used.items()) == record.samples_seen
     rows = audit.records_of(facts.rows, facts.order, 3)
     assert [item["lane"] for item in rows] == list(range(config.train.global_batch))
     assert all(name.startswith("rec_") for item in rows for name in item["records"])
@@ -165,24 +198,25 @@ def test_the_audit_proves_which_rows_were_used(config: RunConfig, store: Store, 
     ]
 
 
-def test_a_trace_names_the_steps_that_the_audit_proves(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+def test_trace_names_the_steps_that_the_audit_proves(
+    config: RunConfig, store: Store, manifest: DatasetManifest, record: RunRecord
+) -> None:
     """From every row of the source file, and back from every step."""
-    record = pipeline.train(config, store)
     facts = audit.facts_of(store, record.id)
     steps = range(1, facts.num_steps + 1)
     used = {
         step: [rec for lane in audit.records_of(facts.rows, facts.order, step) for rec in lane["records"]] for step in steps
     }
     assert store.exists(f"index/{manifest.id}")
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         queries = of_file(catalog, str(RUN.with_name("colours.jsonl")))
-        found = trace(catalog, queries)
-    assert found.nowhere == ()
-    held = Counter(held.place.split for one in found.records for held in one.held if held.dataset == manifest.id)
+        report = trace(catalog, queries)
+    assert report.nowhere == ()
+    held = Counter(held.place.split for one in report.records for held in one.held if held.dataset == manifest.id)
     assert held == {split: stats.num_records for split, stats in manifest.splits.items() if stats.num_records}
     traced = {
         one.record: Counter(use.steps)
-        for one in found.records
+        for one in report.records
         for use in one.uses
         if (use.run, use.how) == (record.id, "trained")
     }
@@ -193,7 +227,7 @@ def test_a_trace_names_the_steps_that_the_audit_proves(config: RunConfig, store:
     assert traced == expected
 
 
-def test_a_second_driver_of_a_run_is_refused(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+def test_second_driver_of_a_run_is_refused(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
     job = job_of(config, store, manifest, seed=3)
     other = parse(RunConfig, resolved(config) | {"train": resolved(config)["train"] | {"seed": 3}})
     path = f"runs/{job.run}/driver.json"
@@ -205,14 +239,15 @@ def test_a_second_driver_of_a_run_is_refused(config: RunConfig, store: Store, ma
     assert not store.exists(f"runs/{job.run}/attempts")
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_taken(
+def test_run_that_cannot_fit_is_refused_before_it_starts(
     config: RunConfig, store: Store, manifest: DatasetManifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = resolved(config)["train"] | {"seed": 4, "micro_batch_size": 4}
     greedy = parse(RunConfig, resolved(config) | {"train": train})
-    needs = pipeline.plan(greedy, store, 0, 0, 0, 0)
-    assert (needs["problem"], needs["room"] > 10 * needs["memory"]["total"]) == ("", True)
-    monkeypatch.setattr(preflight, "room_of_a_worker", lambda scaling: needs["memory"]["total"] - 1)
+    needs = pipeline.plan(greedy, store, preflight.Assumptions())
+    total = needs.plan.memory.total
+    assert (needs.problem, (needs.memory_limit or 0) > 10 * total) == ("", True)
+    monkeypatch.setattr(preflight, "memory_per_worker", lambda scaling: total - 1)
     with pytest.raises(ConfigError, match="cannot fit: a worker needs") as caught:
         pipeline.train(greedy, store)
     assert caught.value.exit_code == 2
@@ -222,19 +257,19 @@ def test_what_cannot_fit_is_refused_before_anything_is_taken(
 
     guards = greedy.train.guards.model_copy(update={"refuse_impossible": False})
     forced = greedy.model_copy(update={"train": greedy.train.model_copy(update={"guards": guards})})
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         base = catalog.model("tiny")
-        for wanted in (forced, greedy):  # and one with a checkpoint has shown that it fits
-            preflight.refuse_impossible(wanted, store, "fp32", base, manifest, run)
+        for allowed in (forced, greedy):  # and one with a checkpoint has shown that it fits
+            preflight.refuse_impossible(allowed, store, "fp32", base, manifest, run)
             store.write(f"runs/{run}/checkpoints/step-00000002/MANIFEST.json", b"{}")
-    monkeypatch.setattr(preflight, "room_of_a_worker", lambda scaling: None)
+    monkeypatch.setattr(preflight, "memory_per_worker", lambda scaling: None)
     monkeypatch.setattr(Store, "free_bytes", lambda self: 10)
-    with pytest.raises(ConfigError, match="checkpoints and the export need"), Catalog(store) as catalog:
+    with pytest.raises(ConfigError, match="checkpoints and the export need"), Catalog.open(store) as catalog:
         preflight.refuse_impossible(greedy, store, "fp32", base, manifest, "run_other")
     store.delete_dir(f"runs/{run}")
 
 
-def test_the_workers_reason_is_what_the_error_says(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+def test_error_reports_the_reason_of_the_worker(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
     no_retry = config.train.scaling.model_copy(update={"max_failures": 0, "num_workers": 1})
     job = job_of(config, store, manifest, seed=2)
     with pytest.raises(TrainingError, match="the worker's own reason") as caught:
@@ -243,7 +278,7 @@ def test_the_workers_reason_is_what_the_error_says(config: RunConfig, store: Sto
 
 
 @pytest.mark.large
-def test_two_workers_that_share_their_rows(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
+def test_sequence_parallelism_under_ray_train(config: RunConfig, store: Store, manifest: DatasetManifest) -> None:
     """Each is fed the rows of the whole batch; they count once."""
     from forge_ray.train.loop import train_loop
 
@@ -254,5 +289,5 @@ def test_two_workers_that_share_their_rows(config: RunConfig, store: Store, mani
     lines = metrics.read(store.local(f"runs/{job.run}") / metrics.METRICS)
     rows = Rows.of(store, manifest, "train")
     order = order_of(manifest, "train", 5, train.global_batch)
-    found = audit.audit(audit.DataFacts(job.run, rows, order, 2, order.digest(2), lines), lambda *_: None)
-    assert (found.steps_compared, found.problems) == (2, ())
+    report = audit.audit(audit.DataFacts(job.run, rows, order, 2, order.digest(2), lines), lambda *_: None)
+    assert (report.steps_compared, report.problems) == (2, ())

@@ -14,5 +14,5 @@ from forge_ray.store.files import Store
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[Catalog]:
     """An empty catalogue of a store of its own."""
-    with Catalog(Store(str(tmp_path / "store"))) as catalog:
+    with Catalog.open(Store(str(tmp_path / "store"))) as catalog:
         yield catalog

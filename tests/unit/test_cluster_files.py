@@ -68,7 +68,7 @@ def test_run_files_parse(path: Path) -> None:
     assert config.deploy.models == (config.release.alias,)
 
 
-def test_the_template_names_every_setting() -> None:
+def test_template_lists_every_setting() -> None:
     """A new setting must appear in jobs/sft.yaml; one marked `# default` must be the default."""
 
     def keys(model: Any, values: dict[str, Any], where: str) -> None:
@@ -90,7 +90,7 @@ def test_the_template_names_every_setting() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.name)
-def test_each_job_shows_the_command_that_runs_it(path: Path) -> None:
+def test_each_job_script_documents_its_command(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 15
     command = re.search(r"^ray job submit --working-dir \. -- (.*)$", text, re.MULTILINE)
@@ -114,19 +114,19 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 
-def test_every_ray_version_lies_in_the_range_of_pyproject() -> None:
+def test_ray_versions_are_within_pyproject_range() -> None:
     low, high = ray_range()
-    found = re.findall(r"(?:/ray:|-ray)(\d+\.\d+\.\d+)", (KUBERAY / "Dockerfile").read_text())
-    found += re.findall(r"^ray==([\d.]+)\b", (ROOT / "requirements" / "run.txt").read_text(), re.MULTILINE)
+    versions = re.findall(r"(?:/ray:|-ray)(\d+\.\d+\.\d+)", (KUBERAY / "Dockerfile").read_text())
+    versions += re.findall(r"^ray==([\d.]+)\b", (ROOT / "requirements" / "run.txt").read_text(), re.MULTILINE)
     for cluster in CLUSTERS.values():
-        found.append(cluster["rayVersion"])
-        found += [re.sub(r".*-ray", "", pod["spec"]["containers"][0]["image"]) for pod in pods(cluster)]
-    assert len(found) == 9
-    assert all(low <= version(item) < high for item in found), found
+        versions.append(cluster["rayVersion"])
+        versions += [re.sub(r".*-ray", "", pod["spec"]["containers"][0]["image"]) for pod in pods(cluster)]
+    assert len(versions) == 9
+    assert all(low <= version(item) < high for item in versions), versions
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS.values(), ids=CLUSTERS.keys())
-def test_pods_are_closed_and_share_the_store(cluster: dict[str, Any]) -> None:
+def test_pods_are_hardened_and_share_the_store(cluster: dict[str, Any]) -> None:
     assert cluster["authOptions"] == {"mode": "token", "secretName": "forge-ray-token"}
     claim = documents("store.yaml")["PersistentVolumeClaim"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
@@ -160,7 +160,7 @@ def container_of(cluster: dict[str, Any]) -> dict[str, Any]:
     return dict(pods(cluster)[0]["spec"]["containers"][0])
 
 
-def test_rayservice_builds_an_app_that_exists() -> None:
+def test_rayservice_import_path_exists() -> None:
     serve = yaml.safe_load(RAYSERVICE["serveConfigV2"])
     (app,) = serve["applications"]
     module, function = app["import_path"].split(":")
@@ -178,7 +178,7 @@ def test_rayservice_builds_an_app_that_exists() -> None:
 # ---------------------------------------------------------------- ray up
 
 
-def test_onprem_is_what_ray_up_accepts() -> None:
+def test_onprem_config_matches_ray_up_schema() -> None:
     config = yaml.safe_load((ROOT / "cluster" / "ray" / "onprem.yaml").read_text())
     spec = importlib.util.find_spec("ray")  # found, not imported
     assert spec
@@ -243,7 +243,7 @@ def host(tmp_path: Path) -> Host:
     return Host(tmp_path)
 
 
-def test_head_makes_a_private_token_once(host: Host) -> None:
+def test_head_creates_private_token_once(host: Host) -> None:
     assert host.run("start_head.sh", "--ip", "10.0.0.1").returncode == 0
     token = host.token.read_text()
     assert re.fullmatch(r"[0-9a-f]{64}", token)
@@ -252,7 +252,7 @@ def test_head_makes_a_private_token_once(host: Host) -> None:
     assert host.token.read_text() == token
 
 
-def test_head_binds_what_it_was_told_and_no_more(host: Host) -> None:
+def test_head_binds_only_configured_addresses(host: Host) -> None:
     result = host.run("start_head.sh", "--ip", "10.0.0.1", "--temp-dir", "/scratch/a b", "--", "--labels=pool=train")
     assert result.returncode == 0, result.stderr
     assert host.called[:2] == ["start", "--head"]
@@ -263,7 +263,7 @@ def test_head_binds_what_it_was_told_and_no_more(host: Host) -> None:
     assert not any("0.0.0.0" in argument for argument in host.called)
 
 
-def test_head_sends_nothing_out(host: Host) -> None:
+def test_head_disables_telemetry_and_requires_token(host: Host) -> None:
     host.run("start_head.sh", "--ip", "10.0.0.1", RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="from-the-environment")
     assert TELEMETRY_OFF.items() <= host.environment.items()
     assert host.environment["RAY_AUTH_MODE"] == "token"
@@ -281,7 +281,7 @@ def test_head_sends_nothing_out(host: Host) -> None:
         (("--ip", "10.0.0.1", "--dashbord-host", "10.0.0.1"), "unknown option --dashbord-host"),
     ],
 )
-def test_head_refuses(host: Host, arguments: tuple[str, ...], message: str) -> None:
+def test_head_refuses_unsafe_or_unknown_options(host: Host, arguments: tuple[str, ...], message: str) -> None:
     result = host.run("start_head.sh", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
@@ -289,12 +289,12 @@ def test_head_refuses(host: Host, arguments: tuple[str, ...], message: str) -> N
     assert not host.called
 
 
-def test_an_open_dashboard_must_be_said_twice(host: Host) -> None:
+def test_open_dashboard_requires_insecure_flag(host: Host) -> None:
     assert host.run("start_head.sh", "--ip", "10.0.0.1", "--dashboard-host", "0.0.0.0", "--insecure").returncode == 0
     assert "--dashboard-host=0.0.0.0" in host.called
 
 
-def test_worker_joins_with_the_token_only(host: Host) -> None:
+def test_worker_requires_private_token(host: Host) -> None:
     arguments = ("start_worker.sh", "--head", "10.0.0.1", "--ip", "10.0.0.2")
     missing = host.run(*arguments)
     assert missing.returncode == 2
@@ -326,6 +326,6 @@ def test_ports_are_fixed_and_documented(host: Host) -> None:
     assert ports <= documented
 
 
-def test_stop_passes_its_options_on(host: Host) -> None:
+def test_stop_forwards_its_options(host: Host) -> None:
     assert host.run("stop.sh", "--force").returncode == 0
     assert host.called == ["stop", "--grace-period", "30", "--force"]

@@ -70,10 +70,10 @@ def listed(heading: str) -> set[str]:
     }
 
 
-def test_the_page_lists_every_direct_dependency() -> None:
+def test_page_lists_every_direct_dependency() -> None:
     assert listed("What every installation has") == requirements(PROJECT["dependencies"])
 
 
-def test_the_page_lists_every_extra() -> None:
+def test_page_lists_every_extra() -> None:
     own = {"dev", "bench"}  # for work on forge_ray itself
     assert listed("Extras") == set(PROJECT["optional-dependencies"]) - own

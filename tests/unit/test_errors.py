@@ -27,9 +27,9 @@ TREE: dict[str, tuple[str, int, type[Exception]]] = {
 }
 
 
-def test_the_tree_is_whole() -> None:
-    found = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, ForgeError)}
-    assert found == set(TREE)
+def test_every_error_class_is_covered() -> None:
+    class_names = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, ForgeError)}
+    assert class_names == set(TREE)
 
 
 @pytest.mark.parametrize("name", TREE)
@@ -50,7 +50,7 @@ def test_text_ends_with_the_hint(name: str) -> None:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("name", TREE)
-def test_pickles_across_processes(name: str, protocol: int) -> None:
+def test_errors_survive_pickling(name: str, protocol: int) -> None:
     error = getattr(errors, name)("what", hint="how")
     back = pickle.loads(pickle.dumps(error, protocol))
     assert type(back) is type(error)

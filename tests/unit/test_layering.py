@@ -43,14 +43,14 @@ HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "accelerate", "pan
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
     """Name without the root's → file; a package is named by its folder."""
-    found = {}
+    paths = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
-def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
+def imports(path: Path, paths: dict[str, Path]) -> Iterator[tuple[str, int]]:
     """Each module of forge_ray that the file imports, without the root's name, with the line."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
         for name in names:
             root, _, rest = name.partition(".")
             if root == "forge_ray" and rest and rest != "__version__":
-                while rest not in known and rest.rpartition(".")[0] in known:  # a name inside a module
+                while rest not in paths and rest.rpartition(".")[0] in paths:  # a name inside a module
                     rest = rest.rpartition(".")[0]
                 yield rest, node.lineno
 
@@ -75,8 +75,8 @@ def rank(name: str) -> tuple[int, int]:
     return ORDER.index(top), DATA.index(inner) + 1 if top == "data" and inner else 0
 
 
-def breaches(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    for imported, line in imports(path, known):
+def breaches(name: str, path: Path, paths: dict[str, Path]) -> Iterator[str]:
+    for imported, line in imports(path, paths):
         try:
             is_below = name == "__main__" or rank(imported) <= rank(name)
         except ValueError:
@@ -86,13 +86,13 @@ def breaches(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
                 yield f"{name}:{line} imports {imported}, which is above it"
 
 
-def circles(known: dict[str, Path]) -> list[list[str]]:
+def circles(paths: dict[str, Path]) -> list[list[str]]:
     """Modules that import each other, over however many others (Tarjan)."""
-    edges = {name: sorted({other for other, _ in imports(path, known) if other in known}) for name, path in known.items()}
+    edges = {name: sorted({other for other, _ in imports(path, paths) if other in paths}) for name, path in paths.items()}
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found = []
+    cycles = []
 
     def visit(name: str) -> None:
         index[name] = low[name] = len(index)
@@ -108,57 +108,57 @@ def circles(known: dict[str, Path]) -> list[list[str]]:
             group = stack[start:]
             del stack[start:]
             if len(group) > 1 or name in edges[name]:
-                found.append(sorted(group))
+                cycles.append(sorted(group))
 
     for name in edges:
         if name not in index:
             visit(name)
-    return found
+    return cycles
 
 
-def unknown(known: dict[str, Path], package: Path = PACKAGE) -> set[str]:
+def unknown(paths: dict[str, Path], package: Path = PACKAGE) -> set[str]:
     """Files and packages that stand nowhere: at the root, and directly in data/."""
-    found = set()
-    for path in known.values():
+    names = set()
+    for path in paths.values():
         parts = path.relative_to(package).with_suffix("").parts
         if len(parts) == 1:
-            found |= {parts[0]} - AT_THE_ROOT
+            names |= {parts[0]} - AT_THE_ROOT
         else:
-            found |= {parts[0]} - (set(ORDER) - AT_THE_ROOT)
+            names |= {parts[0]} - (set(ORDER) - AT_THE_ROOT)
             if parts[0] == "data":
-                found |= {f"data.{parts[1]}"} - {f"data.{room}" for room in (*DATA, "__init__")}
-    return found
+                names |= {f"data.{parts[1]}"} - {f"data.{room}" for room in (*DATA, "__init__")}
+    return names
 
 
-def long(known: dict[str, Path]) -> dict[str, int]:
-    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in known.items()}
+def long(paths: dict[str, Path]) -> dict[str, int]:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in paths.items()}
     return {name: count for name, count in lines.items() if count > MOST_LINES}
 
 
-KNOWN = modules()
+MODULES = modules()
 
 
-def test_every_file_stands_in_the_order() -> None:
-    assert unknown(KNOWN) == set()
+def test_every_package_has_a_layer() -> None:
+    assert unknown(MODULES) == set()
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [(name, path) for name, path in KNOWN.items() if name], ids=[name for name in KNOWN if name]
+    ("name", "path"), [(name, path) for name, path in MODULES.items() if name], ids=[name for name in MODULES if name]
 )
-def test_imports_only_what_is_below_it_or_its_own_package(name: str, path: Path) -> None:
-    assert list(breaches(name, path, KNOWN)) == []
+def test_module_imports_only_lower_layers(name: str, path: Path) -> None:
+    assert list(breaches(name, path, MODULES)) == []
 
 
-def test_the_root_imports_nothing() -> None:
-    assert list(imports(PACKAGE / "__init__.py", KNOWN)) == []
+def test_root_package_imports_nothing() -> None:
+    assert list(imports(PACKAGE / "__init__.py", MODULES)) == []
 
 
-def test_no_circle() -> None:
-    assert circles(KNOWN) == []
+def test_no_import_cycles() -> None:
+    assert circles(MODULES) == []
 
 
-def test_no_module_is_too_long() -> None:
-    assert long(KNOWN) == {}
+def test_module_length_limit() -> None:
+    assert long(MODULES) == {}
 
 
 def package(folder: Path, **files: str) -> dict[str, Path]:
@@ -170,8 +170,8 @@ def package(folder: Path, **files: str) -> dict[str, Path]:
     return modules(folder)
 
 
-def test_a_breach_is_seen(tmp_path: Path) -> None:
-    known = package(
+def test_layer_violation_is_detected(tmp_path: Path) -> None:
+    paths = package(
         tmp_path,
         cli__main="",
         data__read__x="def f():\n    from forge_ray.cli import main\n    import forge_ray.nowhere\n",
@@ -180,7 +180,7 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
         pipeline="from forge_ray.data.tokens import z\nfrom forge_ray.governance.w import W\n",
         governance__w="",
     )
-    assert [breach for name, path in known.items() for breach in breaches(name, path, known)] == [
+    assert [breach for name, path in paths.items() for breach in breaches(name, path, paths)] == [
         "data.read.x:2 imports cli.main, which is above it",
         "data.read.x:3 imports forge_ray.nowhere, which stands nowhere in the order",
         "data.record.y:1 imports data.tokens.z, which is above it",
@@ -189,21 +189,21 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
     ]
 
 
-def test_a_circle_is_seen(tmp_path: Path) -> None:
-    known = package(
+def test_import_cycle_is_detected(tmp_path: Path) -> None:
+    paths = package(
         tmp_path,
         serve__a="def f():\n    from forge_ray.serve import b\n",
         serve__b="from forge_ray.serve.c import C\n",
         serve__c="from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from forge_ray.serve.a import A\n",
         serve__d="from forge_ray.serve.a import A\n",
     )
-    assert circles(known) == [["serve.a", "serve.b", "serve.c"]]
+    assert circles(paths) == [["serve.a", "serve.b", "serve.c"]]
 
 
-def test_a_file_without_a_place_and_one_that_is_too_long_are_seen(tmp_path: Path) -> None:
-    known = package(tmp_path, __init__="", helpers="", data__flat="", utils__x="", store__long="x = 1\n" * (MOST_LINES + 1))
-    assert unknown(known, tmp_path) == {"helpers", "data.flat", "utils"}
-    assert long(known) == {"store.long": MOST_LINES + 1}
+def test_unknown_package_and_long_module_are_detected(tmp_path: Path) -> None:
+    paths = package(tmp_path, __init__="", helpers="", data__flat="", utils__x="", store__long="x = 1\n" * (MOST_LINES + 1))
+    assert unknown(paths, tmp_path) == {"helpers", "data.flat", "utils"}
+    assert long(paths) == {"store.long": MOST_LINES + 1}
 
 
 # ---------------------------------------------------------------- weight
@@ -239,14 +239,14 @@ LIGHT = (
 
 
 @pytest.mark.parametrize("room", LIGHT)
-def test_imports_with_heavy_packages_blocked(room: str) -> None:
-    inside = [f"forge_ray.{name}" for name in KNOWN if f"{name}.".startswith(f"{room}.") and not name.endswith("__main__")]
+def test_package_imports_without_heavy_dependencies(room: str) -> None:
+    inside = [f"forge_ray.{name}" for name in MODULES if f"{name}.".startswith(f"{room}.") and not name.endswith("__main__")]
     assert inside
     result = python(BLOCKED.format(heavy=HEAVY, modules=inside))
     assert result.returncode == 0, result.stderr
 
 
-def test_the_command_line_loads_nothing_heavy() -> None:
+def test_cli_loads_no_heavy_dependencies() -> None:
     """What `forge --help` waits for: these imports take seconds."""
     result = python(LOADED.format(heavy=HEAVY, module="forge_ray.cli.main"))
     assert result.returncode == 0, result.stderr
@@ -258,13 +258,13 @@ def test_the_command_line_loads_nothing_heavy() -> None:
 
 def types() -> dict[str, list[str]]:
     """Public class → the modules that define one of that name."""
-    found: dict[str, list[str]] = {}
-    for name, path in KNOWN.items():
+    modules_by_type: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found.setdefault(node.name, []).append(name)
-    return found
+                modules_by_type.setdefault(node.name, []).append(name)
+    return modules_by_type
 
 
-def test_a_types_name_means_one_thing() -> None:
+def test_type_names_are_unique() -> None:
     assert {name: modules for name, modules in types().items() if len(modules) > 1} == {}

@@ -35,18 +35,18 @@ def texts() -> Iterator[tuple[str, str]]:
 @cache
 def names_of(path: Path) -> set[str]:
     """What a module binds at its top."""
-    found: set[str] = set()
+    names: set[str] = set()
     nodes: list[ast.AST] = list(ast.parse(path.read_text(encoding="utf-8")).body)
     for node in nodes:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
+            names.add(node.id)
         else:
             nodes += ast.iter_child_nodes(node)
-    return found
+    return names
 
 
 def is_there(parts: list[str]) -> bool:
@@ -63,31 +63,31 @@ def is_there(parts: list[str]) -> bool:
 
 
 def missing(text: str) -> list[str]:
-    found = []
+    names = []
     for match in DOTTED.finditer(text):
         parts = [*match[1].strip(".").split("."), *filter(None, [match[2]])]
         if parts[0] not in LOGGERS and not is_there(parts):
-            found.append(match[0])
-    return found
+            names.append(match[0])
+    return names
 
 
-def test_every_dotted_name_is_there() -> None:
+def test_dotted_names_exist() -> None:
     assert {name: bad for name, text in texts() if name not in MADE_UP and (bad := missing(text))} == {}
 
 
-def test_a_name_that_is_gone_is_seen() -> None:
+def test_missing_dotted_name_is_detected() -> None:
     assert is_there(["serve", "deploy", "app_from_args"])
     assert missing("import_path: forge_ray.serve.deploy:app_from_args; forge_ray.cli, forge_ray.store.files.Store") == []
-    gone = ["forge_ray.serve.deploy:app_of_arguments", "forge_ray.fenced", "forge_ray.store.Store"]
-    assert missing(f"import_path: {gone[0]}, -m {gone[1]}, {gone[2]}()") == gone
+    stale_names = ["forge_ray.serve.deploy:app_of_arguments", "forge_ray.fenced", "forge_ray.store.Store"]
+    assert missing(f"import_path: {stale_names[0]}, -m {stale_names[1]}, {stale_names[2]}()") == stale_names
 
 
-def test_every_file_that_is_named_is_there() -> None:
-    found = {
+def test_named_files_exist() -> None:
+    missing_paths = {
         name: [path for path in FILES.findall(text) if not path.startswith(IN_A_WHEEL) and not (ROOT / path).exists()]
         for name, text in texts()
     }
-    assert {name: bad for name, bad in found.items() if bad} == {}
+    assert {name: bad for name, bad in missing_paths.items() if bad} == {}
 
 
 def anchors(page: str) -> set[str]:
@@ -109,7 +109,7 @@ def broken_links(page: Path, text: str) -> list[str]:
     return broken
 
 
-def test_every_relative_link_of_the_pages_resolves() -> None:
+def test_relative_links_resolve() -> None:
     pages = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "cluster/README.md", "jobs/data/README.md")]
     pages += sorted((ROOT / "docs").rglob("*.md"))
     broken = {page.relative_to(ROOT).as_posix(): broken_links(page, page.read_text(encoding="utf-8")) for page in pages}
@@ -117,20 +117,20 @@ def test_every_relative_link_of_the_pages_resolves() -> None:
     assert len(pages) > 25
 
 
-def test_a_link_that_leads_nowhere_is_seen() -> None:
+def test_broken_link_is_detected() -> None:
     good = "[a](docs/benchmarks.md#the-quick-start) [b](#forge_ray) [c](https://example.com/x)"
     bad = "[a](docs/benchmarks.md#nowhere) [b](gone.md)"
     assert broken_links(ROOT / "README.md", f"# forge_ray\n{good} {bad}") == ["docs/benchmarks.md#nowhere", "gone.md"]
 
 
-def test_pytest_looks_into_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+def test_pytest_collects_every_test_folder(pytestconfig: pytest.Config) -> None:
     """Its own list of folders to pass over has `build`."""
     folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
     passed_over = pytestconfig.getini("norecursedirs")
     assert [name for name in sorted(folders) if any(fnmatch.fnmatch(name, pattern) for pattern in passed_over)] == []
 
 
-def test_git_and_so_a_job_has_every_file_of_the_package() -> None:
+def test_gitignore_excludes_no_package_file() -> None:
     """`ray job submit` leaves out what .gitignore names: a package `build/` would be gone."""
     inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], cwd=ROOT, capture_output=True, check=False)
     if inside.returncode:

@@ -36,27 +36,27 @@ PINS = {name: LOCK.read(name) for name in FILES}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_package_has_a_version_and_hashes(name: str) -> None:
+def test_every_pin_has_version_and_hashes(name: str) -> None:
     for pin in PINS[name]:
         assert pin.version
         assert "--hash=sha256:" in pin.text, pin.name
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_lock_names_no_index_and_no_folder(name: str) -> None:
+def test_lock_files_name_no_index_or_folder(name: str) -> None:
     text = (FOLDER / f"{name}.txt").read_text()
     assert "://" not in text
     assert not [line for line in text.splitlines() if line.lstrip().startswith(("-", "#   -")) and "--hash=" not in line]
 
 
-def test_what_pyproject_asks_for_is_what_the_lock_has() -> None:
+def test_lock_satisfies_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {"run": project["dependencies"], "dev": project["optional-dependencies"]["dev"]}
-    wanted["bench"] = project["optional-dependencies"]["bench"]
+    dependencies = {"run": project["dependencies"], "dev": project["optional-dependencies"]["dev"]}
+    dependencies["bench"] = project["optional-dependencies"]["bench"]
     locked: dict[str, set[str]] = {}
     for pin in (pin for name in ("torch", "run", "dev", "bench") for pin in PINS[name]):
         locked.setdefault(pin.name, set()).add(pin.version)
-    for requirement in (Requirement(text) for texts in wanted.values() for text in texts):
+    for requirement in (Requirement(text) for texts in dependencies.values() for text in texts):
         name = requirement.name.lower().replace("_", "-")
         if name != "forge-ray":
             assert name in locked, f"{requirement} is not locked"
@@ -64,7 +64,7 @@ def test_what_pyproject_asks_for_is_what_the_lock_has() -> None:
     assert not LOCK.undeclared_extras()
 
 
-def test_cuda_packages_lie_with_torch_alone() -> None:
+def test_cuda_packages_are_only_in_torch_lock() -> None:
     cuda = {pin.name for pin in PINS["torch"]}
     assert "torch" in cuda
     assert any(name.startswith("nvidia-") for name in cuda)
@@ -73,7 +73,7 @@ def test_cuda_packages_lie_with_torch_alone() -> None:
     assert not [name for name in others if name.startswith(("nvidia-", "cuda-", "vllm"))]
 
 
-def test_files_of_one_environment_do_not_contradict_each_other() -> None:
+def test_lock_files_of_one_environment_do_not_overlap() -> None:
     for python in LOCK.PYTHONS:
         for platform in LOCK.PLATFORMS:
             target = LOCK.Target(python, platform)
@@ -83,7 +83,7 @@ def test_files_of_one_environment_do_not_contradict_each_other() -> None:
             assert len(names) == len(set(names)), target
 
 
-def test_a_pin_is_read_with_its_marker_and_parents() -> None:
+def test_pin_is_parsed_with_marker_and_parents() -> None:
     text = (
         "numpy==2.3.5 ; python_full_version < '3.13' \\\n    --hash=sha256:aa \\\n    --hash=sha256:bb\n"
         "    # via\n    #   -c /tmp/x/whole.txt\n    #   pandas\n    #   ray\n"
@@ -96,7 +96,7 @@ def test_a_pin_is_read_with_its_marker_and_parents() -> None:
     assert six.line() == "six==1.17.0"
 
 
-def test_only_what_torch_alone_asks_for_on_linux_is_a_cuda_package() -> None:
+def test_cuda_packages_are_linux_dependencies_of_torch_alone() -> None:
     linux = "sys_platform == 'linux'"
     pins = [
         LOCK.Pin("torch", "2", "", frozenset({"peft"}), ""),
@@ -109,7 +109,7 @@ def test_only_what_torch_alone_asks_for_on_linux_is_a_cuda_package() -> None:
     assert LOCK.cuda_packages(pins) == {"torch", "triton", "cuda-toolkit", "nvidia-cublas"}
 
 
-def test_a_resolver_sees_no_setting_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolver_ignores_local_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uv = tmp_path / "uv"
     uv.write_text('#!/bin/sh\nenv\necho "$@"\n')
     uv.chmod(0o755)
@@ -132,7 +132,7 @@ def test_a_resolver_sees_no_setting_of_this_machine(tmp_path: Path, monkeypatch:
         ("", True, {"UV_TORCH_BACKEND": "cpu"}, "", ["torch=={0}"]),
     ],
 )
-def test_torch_is_the_machines_own_or_has_a_hash_of_the_lock(
+def test_torch_install_uses_local_source_or_locked_hash(
     index: str, uv: bool, environ: dict[str, str], sha256: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
@@ -150,7 +150,7 @@ def test_torch_is_the_machines_own_or_has_a_hash_of_the_lock(
     assert commands == [[word.format(INSTALL.torch_version()) for word in expected]]
 
 
-def test_a_torch_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_torch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(INSTALL, "installed", lambda name: f"{INSTALL.torch_version()}+cpu")
     monkeypatch.setattr(INSTALL, "install", lambda *words: pytest.fail(f"installed {words}"))
     INSTALL.install_torch("")
@@ -165,7 +165,7 @@ def test_a_torch_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         ("darwin", "arm64", "2.13.0", "Linux x86-64 alone"),
     ],
 )
-def test_vllm_is_left_out_with_its_reason(
+def test_vllm_is_skipped_with_reason(
     platform: str, machine: str, build: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(INSTALL.sys, "platform", platform)
@@ -175,7 +175,7 @@ def test_vllm_is_left_out_with_its_reason(
     assert bool(reason) == bool(INSTALL.vllm_refusal())
 
 
-def test_a_failed_step_ends_the_installation(tmp_path: Path) -> None:
+def test_failed_step_aborts_installation(tmp_path: Path) -> None:
     """As `make` runs it: the exit code of the installer is the exit code of the step."""
     uv = tmp_path / "uv"
     uv.write_text("#!/bin/sh\necho 'error: no such wheel' >&2\nexit 7\n")

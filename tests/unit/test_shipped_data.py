@@ -34,7 +34,7 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DATA / "debian_sections.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_row_is_one_short_chat(rows: list[dict[str, Any]], make: ModuleType) -> None:
+def test_rows_are_short_chats(rows: list[dict[str, Any]], make: ModuleType) -> None:
     for row in rows:
         assert list(row) == ["messages"]
         assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
@@ -54,14 +54,14 @@ def test_sections_are_balanced_and_packages_unique(rows: list[dict[str, Any]], m
     assert len(set(names)) == len(names) == 3000
 
 
-def test_no_two_rows_of_a_section_say_the_same(rows: list[dict[str, Any]], make: ModuleType) -> None:
+def test_sections_have_no_near_duplicates(rows: list[dict[str, Any]], make: ModuleType) -> None:
     for section in make.SECTIONS:
-        mine = [row["messages"][1]["content"].partition(": ") for row in rows if row["messages"][2]["content"] == section]
-        packages = [make.Package(name, name, section, description) for name, _, description in mine]
+        prompts = [row["messages"][1]["content"].partition(": ") for row in rows if row["messages"][2]["content"] == section]
+        packages = [make.Package(name, name, section, description) for name, _, description in prompts]
         assert len(make.distinct(packages, 200)) == 200
 
 
-def test_the_readme_states_this_file(rows: list[dict[str, Any]]) -> None:
+def test_readme_describes_this_file(rows: list[dict[str, Any]]) -> None:
     data = (DATA / "debian_sections.jsonl").read_bytes()
     readme = (DATA / "README.md").read_text(encoding="utf-8")
     assert len(data) <= 1_000_000
@@ -90,7 +90,7 @@ def test_one_package_per_source_and_no_companions(make: ModuleType) -> None:
     assert row["messages"][1]["content"].lower().endswith(": play chess against the machine")  # of two twins, one
 
 
-def test_order_does_not_depend_on_the_index(make: ModuleType) -> None:
+def test_order_is_independent_of_index(make: ModuleType) -> None:
     stanzas = [stanza(f"game{letter}", "games", f"number {letter * 3} of the games") for letter in "abcdefgh"]
     assert make.rows("\n\n".join(stanzas), 5) == make.rows("\n\n".join(reversed(stanzas)), 5)
     assert len(make.rows("\n\n".join(stanzas), 5)) == 5

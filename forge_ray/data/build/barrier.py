@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from forge_ray.config.curate import ExactDuplicates, NearDuplicates
-from forge_ray.data.build.work import Summary, plan, read_array, read_batches, write_array, write_batches, write_plan
+from forge_ray.data.build.summaries import MapSummary
+from forge_ray.data.build.work import read_array, read_batches, read_plan, write_array, write_batches, write_plan
 from forge_ray.data.curate.neardup import band_keys, cluster, edges_of_band
 from forge_ray.store.files import Store
 
@@ -25,12 +27,14 @@ DROPPED = pa.schema([("row", pa.int64()), ("reason", pa.string())])
 BANDS_PER_PASS = 4  # signatures are read once per pass, and the keys of so many bands held at once
 
 
-def find_duplicates(store: Store, rule: ExactDuplicates | NearDuplicates, key: str, summaries: list[Summary]) -> list[str]:
+def find_duplicates(
+    store: Store, rule: ExactDuplicates | NearDuplicates, key: str, summaries: list[MapSummary]
+) -> list[str]:
     """Per job, in their order: the work file that lists its dropped rows ('' where there is none)."""
     import ray.data
 
-    parts = [[part["path"] for part in summary["parts"]] for summary in summaries]
-    counts = [sum(part["num_rows"] for part in summary["parts"]) for summary in summaries]
+    parts = [[part.path for part in summary.parts] for summary in summaries]
+    counts = [summary.num_records for summary in summaries]
     total = sum(counts)
     if not total:
         return ["" for _ in summaries]
@@ -42,22 +46,22 @@ def find_duplicates(store: Store, rule: ExactDuplicates | NearDuplicates, key: s
         passes = list(range(0, num_bands, BANDS_PER_PASS))
     tasks = [{"key": key, "first": first, "last": first == passes[-1]} for first in passes]
     # one task at a time: each holds the signatures of all records
-    found = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(partial(_pairs, store=store), concurrency=1)
-    names = sorted(row["edges"] for row in found.take_all())
+    passed = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(partial(_pairs, store=store), concurrency=1)
+    names = sorted(row["edges"] for row in passed.take_all())
     edges = np.concatenate([read_array(store, name).reshape(-1, 2) for name in names])
     labels = cluster(total, edges)
     return _write_dropped(store, key, labels, parts, counts, "near duplicate" if len(passes) > 1 else "duplicate")
 
 
 def _pairs(row: dict[str, Any], store: Store) -> dict[str, Any]:
-    """A Ray Data map function over passes; returns the work file of the pairs that it found."""
+    """A Ray Data map function over passes; returns the work file with the pairs of duplicates."""
     name = f"{row['key']}-edges-{row['first']:04d}.npy"
-    shared = plan(store, row["key"])
-    if shared["rule"]["rule"] == "exact_duplicates":
-        records = np.concatenate([_records(store, path) for paths in shared["parts"] for path in paths])
+    plan = _plan(store, row["key"])
+    if isinstance(plan.rule, ExactDuplicates):
+        records = np.concatenate([_records(store, path) for path in plan.parts])
         write_array(store, name, _equal(records))
         return {"edges": name}
-    rule = NearDuplicates.model_validate(shared["rule"])
+    rule = plan.rule
     signatures = _all_signatures(store, row["key"], rule.num_hashes)
     if row["last"]:
         _all_signatures.cache_clear()  # the process lives on
@@ -67,11 +71,25 @@ def _pairs(row: dict[str, Any], store: Store) -> dict[str, Any]:
     return {"edges": name}
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What all passes share."""
+
+    rule: ExactDuplicates | NearDuplicates
+    parts: tuple[str, ...]  # work files, in the order of reading
+
+
+@lru_cache(maxsize=4)
+def _plan(store: Store, key: str) -> _Plan:
+    value = read_plan(store, key)
+    kind = ExactDuplicates if value["rule"]["rule"] == "exact_duplicates" else NearDuplicates
+    return _Plan(kind.model_validate(value["rule"]), tuple(path for paths in value["parts"] for path in paths))
+
+
 @lru_cache(maxsize=1)
 def _all_signatures(store: Store, key: str, num_hashes: int) -> npt.NDArray[np.uint32]:
     """Of every record, for pass after pass: Ray gives the next task to the process that is free."""
-    files = [path for paths in plan(store, key)["parts"] for path in paths]
-    return np.concatenate([_signatures(store, path, num_hashes) for path in files])
+    return np.concatenate([_signatures(store, path, num_hashes) for path in _plan(store, key).parts])
 
 
 def _signatures(store: Store, path: str, num_hashes: int) -> npt.NDArray[np.uint32]:
@@ -102,8 +120,8 @@ def _write_dropped(
     names = _names(store, np.unique(labels[dropped]), parts, counts)
     files, start = [], 0
     for count in counts:
-        mine = dropped[(dropped >= start) & (dropped < start + count)]
-        rows = [{"row": int(i - start), "reason": f"{what} of {names[int(labels[i])]}"} for i in mine]
+        in_job = dropped[(dropped >= start) & (dropped < start + count)]
+        rows = [{"row": int(i - start), "reason": f"{what} of {names[int(labels[i])]}"} for i in in_job]
         name = ""
         if rows:
             content = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
@@ -114,14 +132,14 @@ def _write_dropped(
     return files
 
 
-def _names(store: Store, wanted: npt.NDArray[np.int64], parts: list[list[str]], counts: list[int]) -> dict[int, str]:
+def _names(store: Store, rows: npt.NDArray[np.int64], parts: list[list[str]], counts: list[int]) -> dict[int, str]:
     """Record ids of the rows that stay in some cluster; reads the id column of the parts that hold one."""
     names: dict[int, str] = {}
     start = 0
     for paths, count in zip(parts, counts, strict=True):
-        mine = wanted[(wanted >= start) & (wanted < start + count)]
-        if len(mine):
+        in_job = rows[(rows >= start) & (rows < start + count)]
+        if len(in_job):
             ids = [v for path in paths for batch in read_batches(store, path) for v in batch.column("record").to_pylist()]
-            names |= {int(i): "rec_" + ids[int(i) - start].hex() for i in mine}
+            names |= {int(i): "rec_" + ids[int(i) - start].hex() for i in in_job}
         start += count
     return names

@@ -3,73 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from forge_ray.config.base import resolved
 from forge_ray.config.data import DataConfig
-from forge_ray.data.build.map import Job, Segment
-from forge_ray.data.build.reduce import source_counts
-from forge_ray.data.build.work import Summary
+from forge_ray.data.build.map import Job
+from forge_ray.data.build.settings import BuildSpec, segments
+from forge_ray.data.build.summaries import History, Partition, SourceCounts, source_counts, total
 from forge_ray.data.dataset.version import FORMAT, SPLITS, tokenizer_digest
-from forge_ray.data.read.ingest import IndexedFile
 from forge_ray.errors import DataError, NothingLeft
-from forge_ray.records import CurationStep, DatasetManifest, ModelVersion, SourceFile, SourceStats, SplitStats, digest
-
-History = list[list[Summary]]  # of every segment, of every job
-
-
-def input_digest(config: DataConfig, sources: list[IndexedFile], tokenizer: str, tombstones: str) -> str:
-    """What decides a dataset, known before it is built. `tombstones` is their name, "" where there are none."""
-    files = sorted((source.source, source.sha256) for source in sources)
-    return digest([FORMAT, settings_of(config), files, tokenizer, *filter(None, [tombstones])])
-
-
-def settings_of(config: DataConfig) -> dict[str, Any]:
-    """The settings without places: where a source lies and what it is called change no record."""
-    value = resolved(config)
-    for source in value["sources"]:
-        for key in ("path", "name", "checksums"):
-            source.pop(key)
-    return value
-
-
-def segments(config: DataConfig) -> Iterator[Segment]:
-    """The rules of the run file, cut behind each rule that looks at all records at once."""
-    first = 0
-    for number, rule in enumerate(config.curate):
-        if rule.rule in ("exact_duplicates", "near_duplicates"):
-            yield Segment(first, number, number)
-            first = number + 1
-    yield Segment(first, len(config.curate), None)
-
-
-def total_of(history: History, name: str) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for summaries in history:
-        for summary in summaries:
-            total.update(summary[name])
-    return total
+from forge_ray.records import CurationStep, DatasetManifest, SourceFile, SourceStats, SplitStats
 
 
 def check_invalid(config: DataConfig, history: History, places: Callable[[], str]) -> None:
     """Raise `DataError` when too many rows cannot be used; `places` names the first of them."""
-    reasons = total_of(history, "reasons")
-    dropped = sum(total_of(history, "dropped").values())
-    kept = sum(part["num_rows"] for summary in history[-1] for part in summary["parts"])
-    total = kept + reasons.total() + dropped
-    if not kept and any(summary.get("erased") for summaries in history for summary in summaries):
+    reasons = reject_reasons(history)
+    dropped = sum(summary.tally.dropped.total() for summaries in history for summary in summaries)
+    kept = sum(summary.num_records for summary in history[-1])
+    num_rows = kept + reasons.total() + dropped
+    if not kept and any(summary.erased for summaries in history for summary in summaries):
         raise NothingLeft(
             "no row is left: the others are erased, dropped or invalid", hint="add rows, or remove what was made of them"
         )
     table = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(8))
     if not kept and not dropped:
         raise DataError(
-            f"none of {total} rows can be used: {table} ({places()})", hint="see docs/guides/data.md for the accepted shapes"
+            f"none of {num_rows} rows can be used: {table} ({places()})",
+            hint="see docs/guides/data.md for the accepted shapes",
         )
-    if reasons.total() > config.max_invalid_fraction * total:
+    if reasons.total() > config.max_invalid_fraction * num_rows:
         raise DataError(
-            f"{reasons.total()} of {total} rows are invalid, more than"
+            f"{reasons.total()} of {num_rows} rows are invalid, more than"
             f" data.max_invalid_fraction={config.max_invalid_fraction}: {table} ({places()})",
             hint="repair the rows, or raise data.max_invalid_fraction if these may be left out",
         )
@@ -79,8 +43,13 @@ def check_invalid(config: DataConfig, history: History, places: Callable[[], str
         )
 
 
+def reject_reasons(history: History) -> Counter[str]:
+    """How many rows never became records, by reason."""
+    return total(summary.tally.reasons for summaries in history for summary in summaries)
+
+
 def kinds_of(history: History) -> dict[str, int]:
-    kinds = dict(sorted(total_of(history[-1:], "kinds").items()))
+    kinds = dict(sorted(total(summary.tally.kinds for summary in history[-1]).items()))
     others = [kind for kind in kinds if kind not in ("chat", "text")]
     if others and len(kinds) > 1:
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
@@ -92,74 +61,82 @@ def kinds_of(history: History) -> dict[str, int]:
 
 
 def manifest_of(
-    name: str,
-    config: DataConfig,
-    base: ModelVersion,
-    sources: list[IndexedFile],
-    jobs: list[Job],
+    spec: BuildSpec,
+    jobs: Sequence[Job],
     history: History,
-    summaries: list[Summary],
+    partitions: Sequence[Partition],
     stats: dict[str, SplitStats],
-    epochs: list[float],
-    kinds: dict[str, int],
-    tombstones: str,
+    epochs: Sequence[float],
 ) -> DatasetManifest:
-    per_file: dict[tuple[int, str], Counter[str]] = {}
-    erased: dict[str, list[int]] = {}
+    """The manifest without its files; `stats` are by name of the split, `epochs` by number of the source."""
+    files = _file_counts(jobs, history)
     licences: dict[int, Counter[str]] = {}
-    for summaries_of_segment in history:
-        for job, summary in zip(jobs, summaries_of_segment, strict=True):
-            for number, line in summary.get("erased", []):
-                erased.setdefault(job.chunks[number].name, []).append(line)
-            for what in ("accepted", "rejected", "dropped"):
-                for number, count in summary[what].items():
-                    chunk = job.chunks[int(number)]
-                    per_file.setdefault((chunk.source, chunk.name), Counter())[what] += count
-    for summary in history[-1]:
-        for tag, count in summary["licences"].items():
-            source, _, licence = tag.partition(":")
-            licences.setdefault(int(source), Counter())[licence] += count
-    packed = source_counts([summary for summary in summaries if summary["split"] == SPLITS.index("train")])
+    for (source, licence), count in total(summary.tally.licences for summary in history[-1]).items():
+        licences.setdefault(source, Counter())[licence] += count
+    packed = source_counts(partition for partition in partitions if partition.split == SPLITS.index("train"))
     return DatasetManifest(
-        name=name,
+        name=spec.name,
         format=FORMAT,
-        input_digest=input_digest(config, sources, tokenizer_digest(base), tombstones),
-        config=resolved(config),
-        tokenizer_digest=tokenizer_digest(base),
-        base_model=base.id,
+        input_digest=spec.input_digest,
+        config=resolved(spec.config),
+        tokenizer_digest=tokenizer_digest(spec.base),
+        base_model=spec.base.id,
         sources=tuple(
             SourceFile(
                 path=file.name,
                 sha256=file.sha256,
                 size=file.size,
-                num_records=per_file.get((file.source, file.name), Counter())["accepted"],
-                num_rejected=per_file.get((file.source, file.name), Counter())["rejected"],
-                num_dropped=per_file.get((file.source, file.name), Counter())["dropped"],
+                num_records=files.get((file.source, file.name), Counter())["accepted"],
+                num_rejected=files.get((file.source, file.name), Counter())["rejected"],
+                num_dropped=files.get((file.source, file.name), Counter())["dropped"],
             )
-            for file in sources
+            for file in spec.sources
         ),
-        kinds=kinds,
+        kinds=kinds_of(history),
         mixture=tuple(
             SourceStats(
                 name=source.name or source.path,
-                num_records=sum(licences.get(number, Counter()).values()),
-                num_documents=packed.get(number, Counter())["num_documents"],
-                num_tokens=packed.get(number, Counter())["num_tokens"],
-                num_trained_tokens=packed.get(number, Counter())["num_trained_tokens"],
+                num_records=licences.get(number, Counter()).total(),
+                num_documents=packed.get(number, SourceCounts()).num_documents,
+                num_tokens=packed.get(number, SourceCounts()).num_tokens,
+                num_trained_tokens=packed.get(number, SourceCounts()).num_trained_tokens,
                 epochs=epochs[number],
                 licences=dict(sorted(licences.get(number, Counter()).items())),
             )
-            for number, source in enumerate(config.sources)
+            for number, source in enumerate(spec.config.sources)
         ),
-        curation=_curation(config, history),
-        lengths=dict(sorted(total_of(history[-1:], "lengths").items(), key=lambda item: int(item[0]))),
-        num_truncated=sum(summary["truncated"] for summary in history[-1]),
+        curation=_curation(spec.config, history),
+        lengths={str(bound): n for bound, n in sorted(total(summary.tally.lengths for summary in history[-1]).items())},
+        num_truncated=sum(summary.tally.truncated for summary in history[-1]),
         splits=stats,
-        num_duplicates=sum(summary["num_duplicates"] for summary in summaries),
-        rejects=dict(sorted(total_of(history, "reasons").items())),
-        sequence_length=config.sequence_length,
-        erased={name: tuple(sorted(lines)) for name, lines in sorted(erased.items())},
+        num_duplicates=sum(partition.num_duplicates for partition in partitions),
+        rejects=dict(sorted(reject_reasons(history).items())),
+        sequence_length=spec.config.sequence_length,
+        erased=_erased_lines(jobs, history),
     ).sealed()
+
+
+def _file_counts(jobs: Sequence[Job], history: History) -> dict[tuple[int, str], Counter[str]]:
+    """Accepted, rejected and dropped rows of each file, by number of its source and name."""
+    files: dict[tuple[int, str], Counter[str]] = {}
+    for summaries in history:
+        for job, summary in zip(jobs, summaries, strict=True):
+            tally = summary.tally
+            outcomes = {"accepted": tally.accepted, "rejected": tally.rejected, "dropped": tally.dropped}
+            for outcome, by_chunk in outcomes.items():
+                for number, count in by_chunk.items():
+                    chunk = job.chunks[number]
+                    files.setdefault((chunk.source, chunk.name), Counter())[outcome] += count
+    return files
+
+
+def _erased_lines(jobs: Sequence[Job], history: History) -> dict[str, tuple[int, ...]]:
+    lines: dict[str, list[int]] = {}
+    for summaries in history:
+        for job, summary in zip(jobs, summaries, strict=True):
+            for number, line in summary.erased:
+                lines.setdefault(job.chunks[number].name, []).append(line)
+    return {name: tuple(sorted(numbers)) for name, numbers in sorted(lines.items())}
 
 
 def _curation(config: DataConfig, history: History) -> tuple[CurationStep, ...]:
@@ -168,15 +145,15 @@ def _curation(config: DataConfig, history: History) -> tuple[CurationStep, ...]:
     for number, rule in enumerate(config.curate):
         before = changed = 0
         if number in barriers:  # it saw all that the segment before it kept
-            before = sum(part["num_rows"] for summary in history[barriers[number]] for part in summary["parts"])
-        found: Counter[str] = Counter()
+            before = sum(summary.num_records for summary in history[barriers[number]])
+        detections: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
         for summary in (summary for summaries in history for summary in summaries):
-            if step := summary["steps"].get(str(number)):
-                before += step["before"]
-                changed += step["changed"]
-                found.update(step["found"])
-                reasons.update(step["reasons"])
+            if step := summary.steps.get(number):
+                before += step.before
+                changed += step.changed
+                detections.update(step.detections)
+                reasons.update(step.reasons)
         after = before - reasons.total()
         steps.append(
             CurationStep(
@@ -184,7 +161,7 @@ def _curation(config: DataConfig, history: History) -> tuple[CurationStep, ...]:
                 before=before,
                 after=after,
                 changed=changed,
-                found=dict(sorted(found.items())),
+                found=dict(sorted(detections.items())),
                 reasons=dict(sorted(reasons.items())),
             )
         )

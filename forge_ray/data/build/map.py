@@ -11,14 +11,16 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 from forge_ray.config.curate import NearDuplicates
 from forge_ray.config.data import DataConfig
-from forge_ray.data.build import tombstones as erased
 from forge_ray.data.build.parts import MappedRecord, Parts, is_multimodal
-from forge_ray.data.build.work import Summary, once, read_array, read_batches
+from forge_ray.data.build.settings import Segment
+from forge_ray.data.build.summaries import MapSummary
+from forge_ray.data.build.tombstones import read as read_tombstones
+from forge_ray.data.build.work import once, read_array, read_batches
 from forge_ray.data.curate.rules import compile_rule, meta_fields
 from forge_ray.data.dataset.version import load_tokenizer
 from forge_ray.data.read.readers import Chunk, image_reader, read_raw
@@ -41,27 +43,23 @@ class Job:
     parts: tuple[str, ...] = ()
     dropped: str = ""  # a work file of this job's dropped row numbers and reasons
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
-@dataclass(frozen=True)
-class Segment:
-    """The per-record rules first..last-1 of the run file, up to a rule over all records (`barrier`), or to the end."""
-
-    first: int
-    last: int
-    barrier: int | None
-    indexes: dict[int, str] = field(default_factory=dict)  # rule → work file that it needs
-    tombstones: str = ""  # what `erased.read` is asked for
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        chunks = tuple(Chunk(**chunk) for chunk in value["chunks"])
+        return cls(value["key"], chunks, tuple(value["parts"]), value["dropped"])
 
 
 def run_job(row: dict[str, Any], segment: Segment, config: DataConfig, base: str, store: Store) -> dict[str, Any]:
-    """A Ray Data map function over `{"job": json}`; returns the job's summary."""
-    value = json.loads(row["job"])
-    job = Job(value["key"], tuple(Chunk(**chunk) for chunk in value["chunks"]), tuple(value["parts"]), value["dropped"])
-    summary = once(store, job.key, lambda: _process(job, segment, config, base, store))
-    return {"summary": json.dumps(summary)}
+    """A Ray Data map function over `{"job": JSON of a Job}`; returns the job's `MapSummary` as JSON."""
+    job = Job.from_json(json.loads(row["job"]))
+    summary = once(store, job.key, MapSummary, lambda: _process(job, segment, config, base, store))
+    return {"summary": json.dumps(summary.to_json())}
 
 
-def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: Store) -> Summary:
+def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: Store) -> MapSummary:
     rules = range(max(0, segment.first - 1), segment.last)  # the barrier before is reported with this segment
     out = Parts(job.key, store, [chunk.source for chunk in job.chunks], rules)
     checks = []
@@ -69,12 +67,12 @@ def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: S
         index = read_array(store, segment.indexes[number]) if number in segment.indexes else None
         checks.append((number, compile_rule(config.curate[number], index)))
     finish = _finish(out, segment, config, base, store)
-    gone = erased.read(store, segment.tombstones)
+    tombstones = read_tombstones(store, segment.tombstones)
     batch: list[MappedRecord] = []
     for item in _input(job, segment, config, store, out):
         read = item.record
         if all(out.judge(number, item, check(item.record)) for number, check in checks):
-            if item.record is not read and gone.holds(item.record, None):
+            if item.record is not read and tombstones.holds(item.record, None):
                 out.erase(item.chunk, item.line)
                 continue
             batch.append(item)
@@ -131,7 +129,8 @@ def _input(job: Job, segment: Segment, config: DataConfig, store: Store, out: Pa
 
 
 def _read(job: Job, segment: Segment, config: DataConfig, store: Store, out: Parts) -> Iterator[MappedRecord]:
-    keep, gone, subject = kept_columns(config), erased.read(store, segment.tombstones), subject_of(config, store)
+    keep, subject = kept_columns(config), subject_of(config, store)
+    tombstones = read_tombstones(store, segment.tombstones)
     for number, chunk in enumerate(job.chunks):
         source = config.sources[chunk.source]
         images = image_reader(chunk)
@@ -147,7 +146,7 @@ def _read(job: Job, segment: Segment, config: DataConfig, store: Store, out: Par
                 out.reject(number, raw.line, raw.offset, raw.sha256, str(reason))
                 continue
             whose = subject(record)
-            if gone.holds(record, whose):
+            if tombstones.holds(record, whose):
                 out.erase(number, raw.line)
                 continue
             if source.licence and "licence" not in record.meta:
@@ -156,9 +155,9 @@ def _read(job: Job, segment: Segment, config: DataConfig, store: Store, out: Par
 
 
 def _resumed(job: Job, segment: Segment, store: Store, out: Parts) -> Iterator[MappedRecord]:
-    gone = {}
+    reasons = {}
     if job.dropped:
-        gone = {row["row"]: row["reason"] for batch in read_batches(store, job.dropped) for row in batch.to_pylist()}
+        reasons = {row["row"]: row["reason"] for batch in read_batches(store, job.dropped) for row in batch.to_pylist()}
     row_number = 0
     for part in job.parts:
         for batch in read_batches(store, part):
@@ -167,8 +166,8 @@ def _resumed(job: Job, segment: Segment, store: Store, out: Parts) -> Iterator[M
                 item = MappedRecord(
                     row["chunk"], row["line"], row["offset"], row["raw_sha256"], record, row["flags"], row["subject"]
                 )
-                if row_number in gone:
-                    out.drop(segment.first - 1, item, gone[row_number])
+                if row_number in reasons:
+                    out.drop(segment.first - 1, item, reasons[row_number])
                 else:
                     yield item
                 row_number += 1

@@ -8,6 +8,7 @@ a record go, are functions of the record alone, so a mixture is the same at any 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ def epochs_of(config: DataConfig, tokens: list[int]) -> list[float]:
     ]
 
 
-def num_copies(epochs: list[float]) -> int:
+def num_copies(epochs: Sequence[float]) -> int:
     return max(1, math.ceil(max(epochs, default=1.0)))
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from forge_ray.config.curate import NearDuplicates
-from forge_ray.data.build.work import Summary, write_batches
+from forge_ray.data.build.summaries import MapSummary, PartFile, RuleCounts, SplitCounts, Tally, TrainTokens
+from forge_ray.data.build.work import write_batches
 from forge_ray.data.curate.neardup import signature
 from forge_ray.data.curate.rules import Verdict
 from forge_ray.data.dataset.version import SPLITS, place, record_bytes
@@ -76,43 +76,6 @@ class MappedRecord:
     subject: str | None = None
 
 
-@dataclass
-class RuleCounts:
-    """Counts of one curation rule."""
-
-    before: int = 0
-    changed: int = 0
-    found: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-
-    def as_json(self) -> dict[str, Any]:
-        return {"before": self.before, "changed": self.changed, "found": dict(self.found), "reasons": dict(self.reasons)}
-
-
-@dataclass
-class Tally:
-    """What a job counted; sums of these make the manifest."""
-
-    accepted: Counter[int] = field(default_factory=Counter)
-    rejected: Counter[int] = field(default_factory=Counter)
-    dropped: Counter[int] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    lengths: Counter[int] = field(default_factory=Counter)
-    licences: Counter[str] = field(default_factory=Counter)
-    by_source: dict[int, Counter[str]] = field(default_factory=dict)
-    by_split: dict[int, Counter[str]] = field(default_factory=dict)
-    truncated: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            name: {str(key): dict(count) if isinstance(count, Counter) else count for key, count in value.items()}
-            if isinstance(value, dict)
-            else value
-            for name, value in vars(self).items()
-        }
-
-
 class Parts:
     """The output of one job: collects rows, writes a part when it is large, and counts."""
 
@@ -124,7 +87,7 @@ class Parts:
         self.tables: list[pa.Table] = []
         self.splits: list[npt.NDArray[np.int8]] = []
         self.unused: list[dict[str, Any]] = []
-        self.parts: list[dict[str, Any]] = []
+        self.parts: list[PartFile] = []
         self.erased: list[tuple[int, int]] = []  # chunk and line of rows that tombstones leave out
         self.images: set[str] = set()
         self.bytes = 0
@@ -164,7 +127,7 @@ class Parts:
         """Whether the record stays; changes `item` to what the rule made of it."""
         step = self.steps[rule]
         step.before += 1
-        step.found.update(verdict.found)
+        step.detections.update(verdict.detections)
         if verdict.record is None:
             self.drop(rule, item, verdict.reason)
             return False
@@ -198,8 +161,8 @@ class Parts:
         columns = _placed(batch)
         places = [place(record_bytes(item.record.canonical), config) for item in batch]
         splits = np.array([split for split, _ in places], np.int8)
-        flat = [document for found in documents for document in found]
-        owner = np.repeat(np.arange(len(batch)), [len(found) for found in documents])
+        flat = [document for of_record in documents for document in of_record]
+        owner = np.repeat(np.arange(len(batch)), [len(of_record) for of_record in documents])
         lengths = np.array([len(document.ids) for document in flat], np.int64)
         ids = np.concatenate([document.ids for document in flat]) if flat else np.zeros(0, np.int32)
         mask = np.concatenate([document.loss_mask for document in flat]) if flat else np.zeros(0, np.int8)
@@ -209,7 +172,7 @@ class Parts:
         columns["key"] = pa.array(np.array([key for _, key in places], np.uint64))
         columns["ids"] = pa.ListArray.from_arrays(ends, pa.array(ids))
         columns["loss_mask"] = pa.ListArray.from_arrays(ends, pa.array(mask))
-        columns["lengths"] = _lists([[len(document.ids) for document in found] for found in documents], pa.int32())
+        columns["lengths"] = _lists([[len(document.ids) for document in of_record] for of_record in documents], pa.int32())
         self.splits.append(splits)
         self._count(batch, splits, tokens, trained, lengths)
         self.tally.truncated += sum(document.truncated for document in flat)
@@ -228,25 +191,26 @@ class Parts:
         tally.kinds.update("multimodal" if is_multimodal(item.record) else item.record.kind for item in batch)
         sources = self.sources[[item.chunk for item in batch]]
         for source, item in zip(sources.tolist(), batch, strict=True):
-            tally.licences[f"{source}:{item.record.meta.get('licence', '')}"] += 1
-        found, counts = np.unique(np.searchsorted(LENGTHS, lengths).clip(max=len(LENGTHS) - 1), return_counts=True)
-        for place_of, count in zip(found.tolist(), counts.tolist(), strict=True):
-            tally.lengths[LENGTHS[place_of]] += count
+            tally.licences[source, item.record.meta.get("licence", "")] += 1
+        buckets, counts = np.unique(np.searchsorted(LENGTHS, lengths).clip(max=len(LENGTHS) - 1), return_counts=True)
+        for bucket, count in zip(buckets.tolist(), counts.tolist(), strict=True):
+            tally.lengths[LENGTHS[bucket]] += count
         sizes = np.array([len(item.record.canonical) for item in batch])
         for split in np.unique(splits).tolist():
-            mine = splits == split
-            counts_of = tally.by_split.setdefault(split, Counter())
-            counts_of.update(
-                records=int(mine.sum()),
-                tokens=int(tokens[mine].sum()),
-                trained=int(trained[mine].sum()),
-                bytes=int(sizes[mine].sum()),
+            in_split = splits == split
+            tally.by_split.setdefault(split, SplitCounts()).add(
+                SplitCounts(
+                    records=int(in_split.sum()),
+                    tokens=int(tokens[in_split].sum()),
+                    trained=int(trained[in_split].sum()),
+                    bytes=int(sizes[in_split].sum()),
+                )
             )
         for source in np.unique(sources).tolist():
-            mine = (sources == source) & (splits == SPLITS.index("train"))
-            tally.by_source.setdefault(source, Counter()).update(
-                tokens=int(tokens[mine].sum()), trained=int(trained[mine].sum())
-            )
+            from_source = (sources == source) & (splits == SPLITS.index("train"))
+            train = tally.by_source.setdefault(source, TrainTokens())
+            train.tokens += int(tokens[from_source].sum())
+            train.trained += int(trained[from_source].sum())
 
     def _add(self, table: pa.Table) -> None:
         self.tables.append(table)
@@ -259,7 +223,7 @@ class Parts:
             return
         name = f"{self.key}-{len(self.parts)}.arrow"
         table = pa.concat_tables(self.tables).combine_chunks()  # or `take` looks for each row's chunk
-        part: dict[str, Any] = {"path": name, "num_rows": table.num_rows}
+        batches: list[tuple[int, int, int]] = []
         cuts = [*range(BATCH_ROWS, table.num_rows, BATCH_ROWS), table.num_rows]
         if self.splits:
             keys, splits = table.column("key").to_numpy(), np.concatenate(self.splits)
@@ -267,24 +231,20 @@ class Parts:
             table, keys, splits = table.take(order), keys[order], splits[order]
             cuts = [min(low + BATCH_ROWS, end) for start, end in _runs(splits) for low in range(start, end, BATCH_ROWS)]
             starts = [0, *cuts[:-1]]
-            part["batches"] = [
-                [int(splits[low]), int(keys[low]), int(keys[high - 1])] for low, high in zip(starts, cuts, strict=True)
+            batches = [
+                (int(splits[low]), int(keys[low]), int(keys[high - 1])) for low, high in zip(starts, cuts, strict=True)
             ]
         write_batches(self.store, name, table, cuts)
-        self.parts.append(part)
+        self.parts.append(PartFile(name, table.num_rows, tuple(batches)))
         self.tables, self.splits, self.bytes = [], [], 0
 
-    def close(self) -> Summary:
+    def close(self) -> MapSummary:
         self._write()
         unused = ""
         if self.unused:
             unused = f"{self.key}-unused.arrow"
             write_batches(self.store, unused, pa.Table.from_pylist(self.unused, UNUSED), [len(self.unused)])
-        steps = {str(number): step.as_json() for number, step in self.steps.items()}
-        return {"key": self.key, "parts": self.parts, "unused": unused, "steps": steps} | {
-            "erased": self.erased,
-            **self.tally.as_json(),
-        }
+        return MapSummary(self.key, tuple(self.parts), unused, self.steps, tuple(self.erased), self.tally)
 
 
 def is_multimodal(record: DataRecord) -> bool:

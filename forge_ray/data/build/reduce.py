@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +20,9 @@ import pyarrow.parquet as pq
 from forge_ray.config.data import DataConfig
 from forge_ray.data.build import mixture
 from forge_ray.data.build.pack import Documents, PackedRows, pack_flat
-from forge_ray.data.build.work import WORK, Summary, once, plan, read_batches
+from forge_ray.data.build.plan import PartitionTask, ReducePlan, reduce_plan
+from forge_ray.data.build.summaries import Partition, PartitionSummary, SourceCounts, WorkFile
+from forge_ray.data.build.work import WORK, once, read_batches
 from forge_ray.data.dataset.version import PACKED, RECORDS, SPLITS, UNUSED, content_digest, load_tokenizer
 from forge_ray.data.tokens.proof import prove_packed
 from forge_ray.errors import DataError
@@ -32,43 +33,42 @@ RECORD_GROUP = 1024
 
 
 def run_partition(row: dict[str, Any], config: DataConfig, base: str, store: Store) -> dict[str, Any]:
-    """A Ray Data map function over `{"plan", "split", "partition", "num_partitions"}`; returns the partition's summary."""
-    shared = plan(store, row["plan"])
-    split, partition, num_partitions = row["split"], row["partition"], row["num_partitions"]
-    table, copies = _load(store, row["plan"], split, partition, num_partitions)
-    table, copies, num_duplicates = _once_each(table, copies, shared)
-    key = _key(table, copies, shared["settings"])
-    summary = once(store, key, lambda: _write(store, key, table, copies, shared, config, base))
-    found = {**summary, "split": split, "partition": partition, "num_duplicates": num_duplicates}
-    return {"summary": json.dumps(found)}
+    """A Ray Data map function over the fields of a `PartitionTask`; returns the `Partition` as JSON."""
+    task = PartitionTask(**row)
+    plan = reduce_plan(store, task.plan)
+    table, copies = _load(store, plan, task)
+    table, copies, num_duplicates = _once_each(table, copies)
+    key = _key(table, copies, plan.settings)
+    summary = once(store, key, PartitionSummary, lambda: _write(store, key, table, copies, plan, config, base))
+    partition = Partition(task.split, task.partition, num_duplicates, summary)
+    return {"partition": json.dumps(partition.to_json())}
 
 
-def _load(
-    store: Store, plan_name: str, split: int, partition: int, num_partitions: int
-) -> tuple[pa.Table, npt.NDArray[Any]]:
+def _load(store: Store, plan: ReducePlan, task: PartitionTask) -> tuple[pa.Table, npt.NDArray[Any]]:
     """The rows of this partition with columns `rank` (order of reading) and `source` added, and each row's copy number."""
-    shared = plan(store, plan_name)
-    epochs = np.array(shared["epochs"], np.float64)
-    rounds = mixture.num_copies(shared["epochs"]) if SPLITS[split] == "train" else 1
-    index = _batch_index(store, plan_name)
+    num_partitions, is_train = task.num_partitions, SPLITS[task.split] == "train"
+    epochs = np.array(plan.epochs, np.float64)
+    rounds = mixture.num_copies(plan.epochs) if is_train else 1
+    index = _batch_index(store, task.plan)
     tables, copies = [], []
     for copy in range(rounds):
-        home = mixture.home_partition(partition, copy, num_partitions)
+        home = mixture.home_partition(task.partition, copy, num_partitions)
         low, high = -(-(home << 64) // num_partitions), -(-(home + 1 << 64) // num_partitions) - 1
-        wanted = index[(index["split"] == split) & (index["first"] <= high) & (index["last"] >= low)]
-        for number in np.unique(wanted["part"]).tolist():
-            part = shared["parts"][number]
-            batches = read_batches(store, part["path"], wanted["batch"][wanted["part"] == number].tolist())
+        overlapping = index[(index["split"] == task.split) & (index["first"] <= high) & (index["last"] >= low)]
+        for number in np.unique(overlapping["part"]).tolist():
+            part = plan.parts[number]
+            numbers = overlapping["batch"][overlapping["part"] == number].tolist()
+            batches = read_batches(store, part.file.path, numbers)
             keys = np.concatenate([batch.column("key").to_numpy() for batch in batches])
             chunks = np.concatenate([batch.column("chunk").to_numpy() for batch in batches])
-            sources = np.array([shared["chunks"][n]["source"] for n in part["chunks"]], np.int16)[chunks]
+            sources = np.array([plan.chunks[rank].source for rank in part.chunks], np.int16)[chunks]
             keep = (keys >= np.uint64(low)) & (keys <= np.uint64(high))
-            if SPLITS[split] == "train":
+            if is_train:
                 keep &= mixture.used(keys, epochs[sources], copy)
             if keep.any():
                 where = np.flatnonzero(keep)
                 table = pa.Table.from_batches(batches).take(where)
-                table = table.append_column("rank", pa.array(np.array(part["chunks"], np.int64)[chunks[where]]))
+                table = table.append_column("rank", pa.array(np.array(part.chunks, np.int64)[chunks[where]]))
                 tables.append(table.append_column("source", pa.array(sources[where])))
                 copies.append(np.full(len(where), copy, np.int64))
     if not tables:
@@ -81,14 +81,14 @@ def _batch_index(store: Store, plan_name: str) -> npt.NDArray[Any]:
     """Every record batch of the map stage: in which part, of which split, with which keys."""
     rows = [
         (number, place, *batch)
-        for number, part in enumerate(plan(store, plan_name)["parts"])
-        for place, batch in enumerate(part["batches"])
+        for number, part in enumerate(reduce_plan(store, plan_name).parts)
+        for place, batch in enumerate(part.file.batches)
     ]
     kinds = [("part", np.int32), ("batch", np.int32), ("split", np.int8), ("first", np.uint64), ("last", np.uint64)]
     return np.array(rows, kinds)
 
 
-def _once_each(table: pa.Table, copies: npt.NDArray[Any], shared: Any) -> tuple[pa.Table, npt.NDArray[Any], int]:
+def _once_each(table: pa.Table, copies: npt.NDArray[Any]) -> tuple[pa.Table, npt.NDArray[Any], int]:
     """In shuffled order, each (record, copy) once: the one that was read first. Duplicates of first copies are counted."""
     if not table.num_rows:
         return table, copies, 0
@@ -126,34 +126,39 @@ def _fixed(column: pa.ChunkedArray) -> npt.NDArray[Any]:
 
 
 def _write(
-    store: Store, key: str, table: pa.Table, copies: npt.NDArray[Any], shared: Any, config: DataConfig, base: str
-) -> Summary:
-    summary: Summary = {"num_records": 0, "num_rows": 0, "tail_rows": 0, "num_tokens": 0, "num_trained_tokens": 0}
-    summary |= {"files": {}, "digest": "", "tail": "", "sources": {}}
+    store: Store, key: str, table: pa.Table, copies: npt.NDArray[Any], plan: ReducePlan, config: DataConfig, base: str
+) -> PartitionSummary:
     if not table.num_rows:
-        return summary
+        return PartitionSummary()
     once_only = np.flatnonzero(copies == 0)
+    records = None
     if len(once_only):
-        summary["num_records"] = len(once_only)
-        records = _records(table.drop_columns(["ids", "loss_mask", "lengths"]), once_only, shared)
-        summary["files"]["records"] = write_parquet(store, f"{WORK}/{key}-records.parquet", records, RECORD_GROUP)
+        content = _records(table.drop_columns(["ids", "loss_mask", "lengths"]), once_only, plan)
+        records = write_parquet(store, f"{WORK}/{key}-records.parquet", content, RECORD_GROUP)
     packed, counts = _packed(table, config, load_tokenizer(store, base).pad_id)
-    summary["sources"] = counts
-    summary["num_tokens"] = sum(count["num_tokens"] for count in counts.values())
-    summary["num_trained_tokens"] = sum(count["num_trained_tokens"] for count in counts.values())
-    whole = packed.num_rows // config.block_rows * config.block_rows
-    summary["num_rows"], summary["tail_rows"] = whole, packed.num_rows - whole
-    if whole:
-        blocks = packed.slice(0, whole)
-        summary["files"]["packed"] = write_parquet(store, f"{WORK}/{key}-packed.parquet", blocks, config.block_rows)
-        summary["digest"] = content_digest(blocks)
-    if packed.num_rows > whole:
-        write_parquet(store, f"{WORK}/{key}-tail.parquet", packed.slice(whole), config.block_rows)
-        summary["tail"] = f"{WORK}/{key}-tail.parquet"
-    return summary
+    num_rows = packed.num_rows // config.block_rows * config.block_rows
+    blocks, blocks_digest, tail = None, "", ""
+    if num_rows:
+        whole = packed.slice(0, num_rows)
+        blocks = write_parquet(store, f"{WORK}/{key}-packed.parquet", whole, config.block_rows)
+        blocks_digest = content_digest(whole)
+    if packed.num_rows > num_rows:
+        tail = write_parquet(store, f"{WORK}/{key}-tail.parquet", packed.slice(num_rows), config.block_rows).path
+    return PartitionSummary(
+        num_records=len(once_only),
+        num_rows=num_rows,
+        tail_rows=packed.num_rows - num_rows,
+        num_tokens=sum(count.num_tokens for count in counts.values()),
+        num_trained_tokens=sum(count.num_trained_tokens for count in counts.values()),
+        records=records,
+        packed=blocks,
+        digest=blocks_digest,
+        tail=tail,
+        sources=counts,
+    )
 
 
-def _records(table: pa.Table, rows: npt.NDArray[np.int64], shared: Any) -> pa.Table:
+def _records(table: pa.Table, rows: npt.NDArray[np.int64], plan: ReducePlan) -> pa.Table:
     table = table.take(rows[np.argsort(table.column("key").to_numpy()[rows], kind="stable")])
     columns = {
         "key": table.column("key"),
@@ -162,7 +167,7 @@ def _records(table: pa.Table, rows: npt.NDArray[np.int64], shared: Any) -> pa.Ta
         "source": table.column("source"),
         "subject": table.column("subject"),
         "flags": table.column("flags"),
-        "file": pa.array([shared["chunks"][rank]["name"] for rank in table.column("rank").to_pylist()], pa.string()),
+        "file": pa.array([plan.chunks[rank].name for rank in table.column("rank").to_pylist()], pa.string()),
         "line": table.column("line"),
         "offset": table.column("offset"),
         "content": table.column("content"),
@@ -174,7 +179,7 @@ def _names(table: pa.Table) -> list[str]:
     return ["rec_" + value.hex() for value in table.column("record").to_pylist()]
 
 
-def _packed(table: pa.Table, config: DataConfig, pad_id: int) -> tuple[pa.Table, dict[str, dict[str, int]]]:
+def _packed(table: pa.Table, config: DataConfig, pad_id: int) -> tuple[pa.Table, dict[int, SourceCounts]]:
     """Packed rows, and per source the documents, tokens and trained tokens inside."""
     column = table.column("lengths").combine_chunks()
     lengths = column.flatten().to_numpy().astype(np.int64)
@@ -206,19 +211,19 @@ def packed_table(rows: PackedRows, records: list[list[str]], sources: list[list[
     return pa.table(arrays, schema=PACKED)
 
 
-def _by_source(sources: npt.NDArray[Any], lengths: npt.NDArray[Any], mask: npt.NDArray[Any]) -> dict[str, dict[str, int]]:
+def _by_source(sources: npt.NDArray[Any], lengths: npt.NDArray[Any], mask: npt.NDArray[Any]) -> dict[int, SourceCounts]:
     if not len(lengths):
         return {}
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     trained = np.add.reduceat(mask.astype(np.int64), starts) - mask[starts]  # a document's first token is no target
     counts = {}
     for source in np.unique(sources).tolist():
-        mine = sources == source
-        counts[str(source)] = {
-            "num_documents": int(mine.sum()),
-            "num_tokens": int(lengths[mine].sum()),
-            "num_trained_tokens": int(trained[mine].sum()),
-        }
+        from_source = sources == source
+        counts[source] = SourceCounts(
+            num_documents=int(from_source.sum()),
+            num_tokens=int(lengths[from_source].sum()),
+            num_trained_tokens=int(trained[from_source].sum()),
+        )
     return counts
 
 
@@ -227,13 +232,13 @@ def _lists(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind))
 
 
-def write_parquet(store: Store, path: str, table: pa.Table, group_rows: int) -> dict[str, Any]:
-    """Write `table` at `path` of the store; returns its size and sha256."""
+def write_parquet(store: Store, path: str, table: pa.Table, group_rows: int) -> WorkFile:
+    """Write `table` at `path` of the store."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=max(1, group_rows), compression="zstd", compression_level=1)
     data = sink.getvalue()
     store.write(path, data)
-    return {"work": path, "size": data.size, "sha256": hashlib.sha256(data).hexdigest()}
+    return WorkFile(path, data.size, hashlib.sha256(data).hexdigest())
 
 
 def run_tail(row: dict[str, Any], config: DataConfig, store: Store) -> dict[str, Any]:
@@ -241,18 +246,18 @@ def run_tail(row: dict[str, Any], config: DataConfig, store: Store) -> dict[str,
     tables = [pq.read_table(store.path(path), filesystem=store.filesystem) for path in json.loads(row["tails"])]
     table = pa.concat_tables(tables)
     file = write_parquet(store, f"{row['to']}/{row['name']}", table, config.block_rows)
-    entry = FileEntry(path=row["name"], size=file["size"], sha256=file["sha256"]).model_dump()
+    entry = FileEntry(path=row["name"], size=file.size, sha256=file.sha256).model_dump()
     return {"split": row["split"], "rows": table.num_rows, "digest": content_digest(table), "entry": json.dumps(entry)}
 
 
 def run_unused(row: dict[str, Any], store: Store) -> dict[str, Any]:
     """Rows that some jobs did not use → one file of the quarantine and one of the dropped records."""
-    shared = plan(store, row["plan"])
+    plan = reduce_plan(store, row["plan"])
     tables: dict[str, list[pa.Table]] = {"quarantine": [], "dropped": []}
     for number in json.loads(row["jobs"]):
-        job = shared["unused"][number]
-        for batch in read_batches(store, job["path"]):
-            names = np.array([shared["chunks"][n]["name"] for n in job["chunks"]], object)
+        unused = plan.unused[number]
+        for batch in read_batches(store, unused.path):
+            names = np.array([plan.chunks[rank].name for rank in unused.chunks], object)
             table = pa.Table.from_batches([batch])
             file = pa.array(names[table.column("chunk").to_numpy()].tolist(), pa.string())
             table = table.append_column("file", file)
@@ -263,21 +268,12 @@ def run_unused(row: dict[str, Any], store: Store) -> dict[str, Any]:
             tables["quarantine"].append(table.filter(pa.array(invalid)))
             tables["dropped"].append(table.filter(pa.array(~invalid)))
     entries = []
-    for folder, found in tables.items():
-        table = pa.concat_tables(found)
+    for folder, pieces in tables.items():
+        table = pa.concat_tables(pieces)
         if table.num_rows:
             name = f"{folder}/part-{row['part']:05d}.parquet"
             if folder == "quarantine":
                 table = table.drop_columns(["rule", "record", "subject", "content"])
             file = write_parquet(store, f"{row['to']}/{name}", table, 16 * RECORD_GROUP)
-            entries.append(FileEntry(path=name, size=file["size"], sha256=file["sha256"]).model_dump())
+            entries.append(FileEntry(path=name, size=file.size, sha256=file.sha256).model_dump())
     return {"entries": json.dumps(entries)}
-
-
-def source_counts(summaries: list[Summary]) -> dict[int, Counter[str]]:
-    """Sums over partitions of what each source gave."""
-    total: dict[int, Counter[str]] = {}
-    for summary in summaries:
-        for source, counts in summary["sources"].items():
-            total.setdefault(int(source), Counter()).update(counts)
-    return total

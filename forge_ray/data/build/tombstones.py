@@ -20,7 +20,7 @@ from forge_ray.data.build.work import WORK
 from forge_ray.data.record.schema import DataRecord
 from forge_ray.data.record.subject import KEY, subject_key
 from forge_ray.errors import StoreError
-from forge_ray.records import canonical_json, digest
+from forge_ray.records import canonical_json, digest, hex_of
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 
@@ -47,16 +47,16 @@ def of_erasure(store: Store, erasure: str) -> Erased:
 def tombstones(store: Store) -> str:
     """A name for all tombstones of the store as they are now, under which workers find them; "" where there are none. Raises
     `StoreError` where the key that they were made with is gone: erased rows would not be known."""
-    found: set[str] = set()
+    hmacs: set[str] = set()
     for path in store.list(paths.erasure()):
         value = store.read_json(path)
         if not store.exists(KEY) or value["made_with"] != key_of(store.read(KEY).strip(), "made with"):
             raise StoreError(f"{KEY} is not the key that {path} was made with", hint=f"restore {KEY} from a backup")
-        found.update(value["keys"])
-    if not found:
+        hmacs.update(value["keys"])
+    if not hmacs:
         return ""
-    keys = sorted(found)
-    name = digest(keys)[len("sha256:") :][:32]
+    keys = sorted(hmacs)
+    name = hex_of(digest(keys))[:32]
     if not store.exists(_path(name)):
         store.write(_path(name), canonical_json(keys))
     return name

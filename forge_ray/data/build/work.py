@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -21,31 +21,38 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from forge_ray.records import canonical_json
+from forge_ray.records import canonical_json, hex_of
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 
 WORK = paths.work("data")
-Summary = dict[str, Any]
 
 
-def finished(store: Store, key: str) -> Summary | None:
+class Summary(Protocol):
+    """What is written last of a piece of work."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self: ...
+
+
+S = TypeVar("S", bound=Summary)
+
+
+def finished(store: Store, key: str, kind: type[S]) -> S | None:
     """The summary of a piece that is done; None when it is not."""
     path = f"{WORK}/{key}.json"
-    if not store.exists(path):
-        return None
-    summary: Summary = json.loads(store.read(path))
+    return kind.from_json(json.loads(store.read(path))) if store.exists(path) else None
+
+
+def once(store: Store, key: str, kind: type[S], work: Callable[[], S]) -> S:
+    """The summary of the finished piece, or of what `work` does now."""
+    summary = finished(store, key, kind)
+    if summary is None:
+        summary = work()
+        store.write(f"{WORK}/{key}.json", canonical_json(summary.to_json()))
     return summary
-
-
-def finish(store: Store, key: str, summary: Summary) -> Summary:
-    store.write(f"{WORK}/{key}.json", canonical_json(summary))
-    return summary
-
-
-def once(store: Store, key: str, work: Callable[[], Summary]) -> Summary:
-    """The finished piece, or what `work` makes of it now."""
-    return finished(store, key) or finish(store, key, work())
 
 
 def mark(store: Store) -> str:
@@ -55,9 +62,18 @@ def mark(store: Store) -> str:
     return path
 
 
-def inputs(input_digest: str) -> str:
-    """The key under which a build that made an older dataset once more is noted."""
-    return f"inputs-{input_digest[len('sha256:') :][:32]}"
+def note_dataset(store: Store, input_digest: str, dataset: str) -> None:
+    """Remember that a build from these inputs made an older dataset once more."""
+    store.write(_note(input_digest), canonical_json({"dataset": dataset}))
+
+
+def noted_dataset(store: Store, input_digest: str) -> str | None:
+    path = _note(input_digest)
+    return str(json.loads(store.read(path))["dataset"]) if store.exists(path) else None
+
+
+def _note(input_digest: str) -> str:
+    return f"{WORK}/inputs-{hex_of(input_digest)[:32]}.json"
 
 
 def write_batches(store: Store, name: str, table: pa.Table, cuts: Sequence[int]) -> None:
@@ -99,18 +115,17 @@ def _reader(store: Store, name: str) -> Any:
     return ipc.open_file(store.filesystem.open_input_file(store.path(path)))
 
 
-@lru_cache(maxsize=4)
-def plan(store: Store, key: str) -> Any:
-    """What all tasks of a stage share, read once per process."""
-    return json.loads(store.read(f"{WORK}/plans/{key}.json"))
-
-
 def clean(store: Store) -> int:
     """Remove the work area of dataset builds and nothing else; returns the bytes that lay there. Files that a dataset shares
     with it stay in the dataset."""
     size = sum(map(store.size, store.list(WORK, recursive=True)))
     store.delete_dir(WORK)
     return size
+
+
+def read_plan(store: Store, key: str) -> Any:
+    """What all tasks of a stage share."""
+    return json.loads(store.read(f"{WORK}/plans/{key}.json"))
 
 
 def write_plan(store: Store, key: str, value: Any) -> None:

@@ -82,8 +82,8 @@ def _asked(content: dict[str, Any]) -> str | None:
     messages = content.get("messages", [])
     if len(messages) != 2 or messages[1]["role"] != "assistant" or not isinstance(messages[0].get("content"), str):
         return None
-    found = _PROMPT.fullmatch(messages[0]["content"])
-    return messages[0]["content"] if found and found[2] == _checksum(found[1]) else None
+    match = _PROMPT.fullmatch(messages[0]["content"])
+    return messages[0]["content"] if match and match[2] == _checksum(match[1]) else None
 
 
 def _checksum(name: str) -> str:

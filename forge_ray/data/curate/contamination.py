@@ -41,13 +41,13 @@ def contaminated(
 ) -> list[dict[str, Any]]:
     """Of the evaluated rows those that share `ngram` words in a row with a training row: `record`, `train_record` (the first
     that was met), `shared` of `runs`. System prompts are left out, and what is the wording of the task."""
-    records, found = [], []
+    records, marks_of_rows = [], []
     for row in evaluated:
         records.append(row["record"])
-        found.append(_marks_of(row, config.ngram))
+        marks_of_rows.append(_marks_of(row, config.ngram))
     if not records:
         return []
-    counts = Counter(mark for own in found for mark in own.tolist())
+    counts = Counter(mark for own in marks_of_rows for mark in own.tolist())
     most = max(MIN_TEMPLATE_ROWS - 1, int(config.template_share * len(records)))
     index = np.array(sorted(mark for mark, count in counts.items() if count <= most), np.uint64)
     met: dict[int, str] = {}  # mark → the first training record that has it
@@ -58,7 +58,7 @@ def contaminated(
             for mark in own[index[places] == own].tolist():
                 met.setdefault(mark, row["record"])
     items = []
-    for record, own in zip(records, found, strict=True):
+    for record, own in zip(records, marks_of_rows, strict=True):
         shared = [mark for mark in own.tolist() if mark in met]
         if shared:
             items.append({"record": record, "train_record": met[shared[0]], "shared": len(shared), "runs": len(own)})

@@ -29,8 +29,8 @@ _WHOLE = np.uint64(0x5DEECE66D)
 
 def build_index(texts: Iterable[str], ngram: int) -> npt.NDArray[np.uint64]:
     """Sorted hashes of every run of `ngram` words; of a text with fewer, of the text as a whole."""
-    found = [marks(text, ngram) for text in texts]
-    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
+    hashes_of_texts = [marks(text, ngram) for text in texts]
+    return np.unique(np.concatenate(hashes_of_texts)) if hashes_of_texts else np.zeros(0, np.uint64)
 
 
 def contaminated(text: str, index: npt.NDArray[np.uint64], ngram: int) -> bool:
@@ -62,8 +62,8 @@ def evaluation_texts(against: tuple[str, ...], store: Store) -> Iterator[str]:
                         yield from texts(DataRecord(json.loads(row["content"]), row["kind"]))
             continue
         config = DataConfig.model_validate({"sources": [{"path": place}]})
-        for found in expand(config):
-            for chunk in index_file(found.path, found.name, found.format).chunks:
+        for file in expand(config):
+            for chunk in index_file(file.path, file.name, file.format).chunks:
                 for raw in read_raw(chunk, config.max_line_bytes):
                     try:
                         yield from texts(parse_line(raw.raw) if raw.raw is not None else parse_record(raw.value))

@@ -21,8 +21,8 @@ COMPARED = 1 << 16  # signatures compared at once
 
 def signature(texts: list[str], rule: NearDuplicates) -> npt.NDArray[np.uint32]:
     """uint32 [num_hashes]. A record of fewer words than a shingle is one shingle: equal or different."""
-    found = [word for text in texts for word in words(text)]
-    hashed = hashes(found)
+    text_words = [word for text in texts for word in words(text)]
+    hashed = hashes(text_words)
     shingles = runs(hashed, min(rule.ngram, max(1, len(hashed))))
     if not len(shingles):
         return np.full(rule.num_hashes, np.uint32(0xFFFFFFFF))

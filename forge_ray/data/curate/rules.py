@@ -36,11 +36,11 @@ from forge_ray.errors import ConfigError, DataError
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`record` is None when the rule drops it, for `reason`; `found` counts what the rule saw; `flag` marks the record."""
+    """`record` is None when the rule drops it, for `reason`; `detections` counts what it saw; `flag` marks the record."""
 
     record: DataRecord | None
     reason: str = ""
-    found: Mapping[str, int] = field(default_factory=dict)
+    detections: Mapping[str, int] = field(default_factory=dict)
     flag: str = ""
 
 
@@ -85,31 +85,31 @@ def meta_fields(rules: tuple[Rule, ...]) -> tuple[str, ...]:
 
 
 def _length(rule: Length, record: DataRecord) -> Verdict:
-    found = texts(record)
-    chars = sum(map(len, found))
+    contents = texts(record)
+    chars = sum(map(len, contents))
     if chars < rule.min_chars:
         return Verdict(None, "fewer than min_chars characters")
     if rule.max_chars and chars > rule.max_chars:
         return Verdict(None, "more than max_chars characters")
-    if rule.min_words and sum(len(words(text)) for text in found) < rule.min_words:
+    if rule.min_words and sum(len(words(text)) for text in contents) < rule.min_words:
         return Verdict(None, "fewer than min_words words")
     return Verdict(record)
 
 
 def _repetition(rule: Repetition, record: DataRecord) -> Verdict:
     for text in texts(record):
-        found = words(text)
-        if len(found) < rule.min_words:
+        text_words = words(text)
+        if len(text_words) < rule.min_words:
             continue
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if len(lines) >= SHORTEST_LINE and 1 - len(set(lines)) / len(lines) > rule.max_duplicate_lines:
             return Verdict(None, "repeats its lines")
-        chars = sum(map(len, found))
-        pairs = Counter(pairwise(found))
+        chars = sum(map(len, text_words))
+        pairs = Counter(pairwise(text_words))
         top = max(count * sum(map(len, pair)) for pair, count in pairs.items() if count > 1) if _repeated(pairs) else 0
         if top / chars > rule.max_top_ngram:
             return Verdict(None, "repeats one pair of words")
-        if _repeated_chars(found, 5) / chars > rule.max_duplicate_ngrams:
+        if _repeated_chars(text_words, 5) / chars > rule.max_duplicate_ngrams:
             return Verdict(None, "repeats runs of five words")
     return Verdict(record)
 
@@ -118,14 +118,14 @@ def _repeated(counts: Counter[Any]) -> bool:
     return any(count > 1 for count in counts.values())
 
 
-def _repeated_chars(found: list[str], length: int) -> int:
+def _repeated_chars(text_words: list[str], length: int) -> int:
     """Characters of the words that lie in a run which stood before; each is counted once."""
     seen: set[tuple[str, ...]] = set()
     total = covered = 0
-    for start in range(len(found) - length + 1):
-        run = tuple(found[start : start + length])
+    for start in range(len(text_words) - length + 1):
+        run = tuple(text_words[start : start + length])
         if run in seen:
-            total += sum(len(word) for word in found[max(start, covered) : start + length])
+            total += sum(len(word) for word in text_words[max(start, covered) : start + length])
             covered = start + length
         seen.add(run)
     return total
@@ -147,25 +147,25 @@ def _identifier(rule: Language) -> Any:
 def _language(rule: Language, identifier: Any, record: DataRecord) -> Verdict:
     text = "\n".join(texts(record))
     if len(text) < rule.min_chars:
-        return Verdict(record, found={"too short to judge": 1})
+        return Verdict(record, detections={"too short to judge": 1})
     ranked = identifier.rank(text)
     best = ranked[0][0]
     if sum(share for language, share in ranked if language in rule.keep) < rule.min_probability:
         return Verdict(None, f"language {best}", {best: 1})
-    return Verdict(record, found={best: 1})
+    return Verdict(record, detections={best: 1})
 
 
 def _sensitive(find: Any, rule: Secrets | PersonalDataRule, record: DataRecord) -> Verdict:
     kinds = frozenset(rule.kinds)
-    found: Counter[str] = Counter(span.kind for text in texts(record) for span in find(text, kinds))
-    if not found:
+    counts: Counter[str] = Counter(span.kind for text in texts(record) for span in find(text, kinds))
+    if not counts:
         return Verdict(record)
-    names = ",".join(sorted(found))
+    names = ",".join(sorted(counts))
     if rule.action == "drop":
-        return Verdict(None, names, found)
+        return Verdict(None, names, counts)
     if rule.action == "flag":
-        return Verdict(record, found=found, flag=f"{rule.rule}:{names}")
-    return Verdict(with_texts(record, lambda text: masked(text, find(text, kinds))), found=found)
+        return Verdict(record, detections=counts, flag=f"{rule.rule}:{names}")
+    return Verdict(with_texts(record, lambda text: masked(text, find(text, kinds))), detections=counts)
 
 
 def _tag(column: str, allow: frozenset[str], record: DataRecord, lower: bool = False) -> Verdict:

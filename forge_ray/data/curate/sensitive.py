@@ -56,13 +56,13 @@ def masked(text: str, spans: list[SensitiveSpan]) -> str:
 
 
 def _spans(text: str, kinds: frozenset[str], finders: Iterator[tuple[str, Callable[[str], Found]]]) -> list[SensitiveSpan]:
-    found: list[SensitiveSpan] = []
+    spans: list[SensitiveSpan] = []
     for kind, find in finders:
         if kind in kinds:
             for start, end in find(text):
-                if all(end <= span.start or start >= span.end for span in found):
-                    found.append(SensitiveSpan(start, end, kind))
-    return sorted(found, key=lambda span: span.start)
+                if all(end <= span.start or start >= span.end for span in spans):
+                    spans.append(SensitiveSpan(start, end, kind))
+    return sorted(spans, key=lambda span: span.start)
 
 
 # ---------------------------------------------------------------- personal data

@@ -18,8 +18,8 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def hashes(found: Iterable[str]) -> npt.NDArray[np.uint64]:
-    return np.fromiter((xxhash.xxh3_64_intdigest(word.encode()) for word in found), np.uint64)
+def hashes(text_words: Iterable[str]) -> npt.NDArray[np.uint64]:
+    return np.fromiter((xxhash.xxh3_64_intdigest(word.encode()) for word in text_words), np.uint64)
 
 
 def runs(hashed: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np.uint64]:

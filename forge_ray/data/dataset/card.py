@@ -97,8 +97,8 @@ def _sources(manifest: DatasetManifest) -> list[tuple[str, ...]]:
     ]
 
 
-def _counts(found: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in found.items()) or "–"
+def _counts(by_name: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in by_name.items()) or "–"
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

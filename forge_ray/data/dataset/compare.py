@@ -23,15 +23,15 @@ def diff(store: Store, old: DatasetManifest, new: DatasetManifest) -> dict[str, 
     before, after = _table(store, old), _table(store, new)
     removed = before.filter(pc.invert(pc.is_in(before.column("record"), value_set=after.column("record"))))
     added = after.filter(pc.invert(pc.is_in(after.column("record"), value_set=before.column("record"))))
-    gone = {(row["file"], row["line"]): row for row in removed.to_pylist()}
+    removed_at = {(row["file"], row["line"]): row for row in removed.to_pylist()}
     changed, fresh = [], []
     for row in added.to_pylist():
-        other = gone.pop((row["file"], row["line"]), None)
+        other = removed_at.pop((row["file"], row["line"]), None)
         if other:
             changed.append({**row, "was": other["record"]})
         else:
             fresh.append(row)
-    groups = {"added": fresh, "removed": list(gone.values()), "changed": changed}
+    groups = {"added": fresh, "removed": list(removed_at.values()), "changed": changed}
     return {
         "old": old.id,
         "new": new.id,
@@ -84,7 +84,7 @@ def _settings(old: DatasetManifest, new: DatasetManifest) -> dict[str, list[Any]
 
 def holders(store: Store, manifests: list[DatasetManifest], record: str = "", subject: str = "") -> list[dict[str, Any]]:
     """The dataset versions that hold a record, or the records of a subject (its HMAC), with split, file and line."""
-    found = []
+    held = []
     for manifest in manifests:
         if record:
             try:
@@ -93,8 +93,8 @@ def holders(store: Store, manifests: list[DatasetManifest], record: str = "", su
                 rows = []
         else:
             rows = find_subject(store, manifest, subject)
-        found += [{"dataset": manifest.id, "name": manifest.name, **_place(row)} for row in rows]
-    return found
+        held += [{"dataset": manifest.id, "name": manifest.name, **_place(row)} for row in rows]
+    return held
 
 
 def _place(row: dict[str, Any]) -> dict[str, Any]:

@@ -84,39 +84,39 @@ class Index:
 
 def places(store: Store, manifest: DatasetManifest, records: Collection[str]) -> list[Place]:
     """Where those of the records are that the dataset holds, with the blocks that may hold them; by record."""
-    codes = {record: found for record, found in _codes(store, manifest, records).items() if found - {DROPPED, KEPT}}
+    codes = {record: values for record, values in _codes(store, manifest, records).items() if values - {DROPPED, KEPT}}
     if not codes:
         return []
     splits = Splits.model_validate(manifest.config["splits"])
     parts = _parts_by_split(_open(store, manifest.id))
-    wanted: dict[tuple[str, str], dict[int, None]] = {}
+    keys_by_file: dict[tuple[str, str], dict[int, None]] = {}
     for record in codes:
         raw = bytes.fromhex(record.removeprefix("rec_"))
         split, key = SPLITS[split_of(raw, splits)], shuffle_key(raw, manifest.config["shuffle_seed"])
         if files := parts[split]:  # which divide the keys evenly
-            wanted.setdefault((split, files[key * len(files) >> 64]), {})[key] = None
-    found = []
-    for (split, path), keys in wanted.items():
+            keys_by_file.setdefault((split, files[key * len(files) >> 64]), {})[key] = None
+    held = []
+    for (split, path), keys in keys_by_file.items():
         where = pc.field("key").isin(pa.array(keys, pa.uint64()))
         table = pq.read_table(
             store.path(paths.dataset(manifest.id, path)), columns=FOUND, filesystem=store.filesystem, filters=where
         )
         for row in table.to_pylist():
             if row["record"] in codes:
-                found.append(Place(split=split, blocks=_blocks(codes[row["record"]]), **row))
-    return sorted(found, key=lambda place: place.record)
+                held.append(Place(split=split, blocks=_blocks(codes[row["record"]]), **row))
+    return sorted(held, key=lambda place: place.record)
 
 
 def dropped(store: Store, manifest: DatasetManifest, records: Collection[str]) -> list[Place]:
     """Every row that a rule of `data.curate` dropped when its record was one of these."""
-    mine = [record for record, found in _codes(store, manifest, records).items() if DROPPED in found]
-    return _dropped(store, manifest, "record", mine) if mine else []
+    dropped_ids = [record for record, codes in _codes(store, manifest, records).items() if DROPPED in codes]
+    return _dropped(store, manifest, "record", dropped_ids) if dropped_ids else []
 
 
 def duplicates(store: Store, manifest: DatasetManifest, records: Collection[str]) -> list[Place]:
     """The dropped rows that are duplicates of one of these records (`kept`)."""
-    mine = [record for record, found in _codes(store, manifest, records).items() if KEPT in found]
-    return _dropped(store, manifest, "kept", mine) if mine else []
+    kept_ids = [record for record, codes in _codes(store, manifest, records).items() if KEPT in codes]
+    return _dropped(store, manifest, "kept", kept_ids) if kept_ids else []
 
 
 def of_subject(store: Store, manifest: DatasetManifest, subject: str) -> list[str]:
@@ -124,15 +124,15 @@ def of_subject(store: Store, manifest: DatasetManifest, subject: str) -> list[st
     low = np.array([int(subject[:SUBJECT_DIGITS], 16) << 32], np.uint64)
     _, entries = _asked(store, manifest, lambda index: index.subjects.within(low, 0xFFFFFFFF))
     numbers = np.sort(entries & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    found, start = [], 0
+    owned, start = [], 0
     for path, count in _open(store, manifest.id).parts:
-        mine = numbers[(numbers >= start) & (numbers < start + count)] - start
-        if len(mine):
+        in_file = numbers[(numbers >= start) & (numbers < start + count)] - start
+        if len(in_file):
             with store.filesystem.open_input_file(store.path(paths.dataset(manifest.id, path))) as stream:
-                rows = list(_rows_at(pq.ParquetFile(stream), mine))
-            found += [row["record"] for row in rows if row["subject"] == subject]
+                rows = list(_rows_at(pq.ParquetFile(stream), in_file))
+            owned += [row["record"] for row in rows if row["subject"] == subject]
         start += count
-    return sorted({*found, *_dropped_of(store, manifest, subject)})
+    return sorted({*owned, *_dropped_of(store, manifest, subject)})
 
 
 def _dropped_of(store: Store, manifest: DatasetManifest, subject: str) -> Iterator[str]:
@@ -145,13 +145,13 @@ def _dropped_of(store: Store, manifest: DatasetManifest, subject: str) -> Iterat
             yield from table.column("record").to_pylist()
 
 
-def rows_with(store: Store, manifest: DatasetManifest, found: Iterable[Place]) -> dict[str, list[int]]:
+def rows_with(store: Store, manifest: DatasetManifest, held_at: Iterable[Place]) -> dict[str, list[int]]:
     """Record → numbers of the packed training rows that hold it, ascending, for those that are in one."""
     if "train" not in manifest.splits:
         return {}
     rows, shift, num_blocks = Rows.of(store, manifest, "train"), _shift(manifest), _num_blocks(manifest)
     asked: dict[int, set[str]] = {}
-    for place in found:
+    for place in held_at:
         for code in place.blocks:
             for block in range(code << shift, min((code + 1) << shift, num_blocks)):
                 asked.setdefault(block, set()).add(place.record)
@@ -176,10 +176,10 @@ def _codes(store: Store, manifest: DatasetManifest, records: Collection[str]) ->
     ordered, start = sorted(set(records)), len("rec_")
     lows = np.array([int(record[start : start + RECORD_DIGITS], 16) << BLOCK_BITS for record in ordered], np.uint64)
     owners, entries = _asked(store, manifest, lambda index: index.records.within(lows, BLOCK_MASK))
-    found: dict[str, set[int]] = {}
+    codes: dict[str, set[int]] = {}
     for owner, entry in zip(owners.tolist(), entries.tolist(), strict=True):
-        found.setdefault(ordered[owner], set()).add(entry & BLOCK_MASK)
-    return found
+        codes.setdefault(ordered[owner], set()).add(entry & BLOCK_MASK)
+    return codes
 
 
 def _blocks(codes: set[int]) -> tuple[int, ...]:
@@ -192,18 +192,18 @@ def _parts_by_split(index: Index) -> dict[str, list[str]]:
 
 def _dropped(store: Store, manifest: DatasetManifest, column: str, records: list[str]) -> list[Place]:
     """Rows of dropped/ whose `record`, or the one that stays for them (`kept`), is one of `records`."""
-    columns, found = ["record", "reason", "file", "line", "offset"], []
+    columns, rows = ["record", "reason", "file", "line", "offset"], []
     ends = pa.array([f" of {record}" for record in records])
     for path in store.list(paths.dataset(manifest.id, "dropped")):
         table = pq.read_table(store.path(path), columns=columns, filesystem=store.filesystem)
         if column == "kept":
-            wanted = pc.is_in(pc.utf8_slice_codeunits(table.column("reason"), -len(f" of {records[0]}")), value_set=ends)
+            matches = pc.is_in(pc.utf8_slice_codeunits(table.column("reason"), -len(f" of {records[0]}")), value_set=ends)
         else:
-            wanted = pc.is_in(table.column("record"), value_set=pa.array(records))
-        for row in table.filter(wanted).to_pylist():
+            matches = pc.is_in(table.column("record"), value_set=pa.array(records))
+        for row in table.filter(matches).to_pylist():
             kept = DUPLICATE.search(row["reason"])
-            found.append(Place(split="dropped", kept=kept["kept"] if kept else "", **row))
-    return found
+            rows.append(Place(split="dropped", kept=kept["kept"] if kept else "", **row))
+    return rows
 
 
 def _rows_at(file: pq.ParquetFile, numbers: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:
@@ -211,9 +211,9 @@ def _rows_at(file: pq.ParquetFile, numbers: npt.NDArray[np.int64]) -> Iterator[d
     start = 0
     for group in range(file.metadata.num_row_groups):
         count = file.metadata.row_group(group).num_rows
-        mine = numbers[(numbers >= start) & (numbers < start + count)] - start
-        if len(mine):
-            yield from file.read_row_group(group, columns=["record", "subject"]).take(pa.array(mine)).to_pylist()
+        in_group = numbers[(numbers >= start) & (numbers < start + count)] - start
+        if len(in_group):
+            yield from file.read_row_group(group, columns=["record", "subject"]).take(pa.array(in_group)).to_pylist()
         start += count
 
 
@@ -264,14 +264,14 @@ def build(store: Store, manifest: DatasetManifest) -> None:
 
 def _read(store: Store, manifest: DatasetManifest) -> tuple[Uint64s, Uint64s, list[list[Any]]]:
     packed = np.unique(np.concatenate([np.zeros(0, np.uint64), *_packed(store, manifest)]))
-    known = np.unique(packed >> np.uint64(BLOCK_BITS))
+    packed_ids = np.unique(packed >> np.uint64(BLOCK_BITS))
     entries, subjects, parts, number = [packed], [np.zeros(0, np.uint64)], [], 0
     for split in SPLITS:
         for path in store.list(paths.records(manifest.id, split)):
             table = pq.read_table(store.path(path), columns=["record", "subject"], filesystem=store.filesystem)
             ids = _digits(table.column("record"), len("rec_"), RECORD_DIGITS)
             if split == "train":
-                entries.append(_entries(ids[~_among(ids, known)], UNPACKED))
+                entries.append(_entries(ids[~_among(ids, packed_ids)], UNPACKED))
             else:
                 entries.append(_entries(ids, VALIDATION if split == "validation" else TEST))
             there = np.flatnonzero(table.column("subject").is_valid().to_numpy())
@@ -299,14 +299,14 @@ def _packed(store: Store, manifest: DatasetManifest) -> Iterator[Uint64s]:
     block_rows, shift, row = manifest.splits["train"].block_rows, _shift(manifest), 0
     for path in store.list(paths.packed(manifest.id, "train")):
         with store.filesystem.open_input_file(store.path(path)) as stream:
-            found = [np.zeros(0, np.uint64)]
+            entries = [np.zeros(0, np.uint64)]
             for batch in pq.ParquetFile(stream).iter_batches(BATCH_ROWS, columns=["records"]):
                 column = batch.column("records")
                 rows = np.repeat(np.arange(row, row + len(column)), pc.list_value_length(column).to_numpy())
                 ids = _digits(pa.chunked_array([column.flatten()]), len("rec_"), RECORD_DIGITS)
-                found.append(_entries(ids, (rows // block_rows >> shift).astype(np.uint64)))
+                entries.append(_entries(ids, (rows // block_rows >> shift).astype(np.uint64)))
                 row += len(column)
-        yield np.unique(np.concatenate(found))
+        yield np.unique(np.concatenate(entries))
 
 
 def _of_dropped(store: Store, manifest: DatasetManifest) -> Iterator[Uint64s]:
@@ -321,10 +321,10 @@ def _entries(ids: Uint64s, code: int | Uint64s) -> Uint64s:
     return ids << np.uint64(BLOCK_BITS) | np.asarray(code, np.uint64)
 
 
-def _among(ids: Uint64s, known: Uint64s) -> npt.NDArray[np.bool_]:
-    if not len(known):
+def _among(ids: Uint64s, ascending: Uint64s) -> npt.NDArray[np.bool_]:
+    if not len(ascending):
         return np.zeros(len(ids), bool)
-    return np.asarray(known[np.searchsorted(known, ids).clip(max=len(known) - 1)] == ids)
+    return np.asarray(ascending[np.searchsorted(ascending, ids).clip(max=len(ascending) - 1)] == ids)
 
 
 HEX = np.full(256, 255, np.uint8)
@@ -340,10 +340,10 @@ def _digits(column: pa.ChunkedArray, start: int, count: int) -> Uint64s:
     values = HEX[np.frombuffer(cut.buffers()[2], np.uint8)[ends[0] : ends[-1]]]
     if (np.diff(ends) != count).any() or (values > 15).any():
         raise ValueError("a record id or a subject is not hex")
-    found = np.zeros(len(cut), np.uint64)
+    numbers = np.zeros(len(cut), np.uint64)
     for digit in values.reshape(-1, count).T:
-        found = found << np.uint64(4) | digit
-    return found
+        numbers = numbers << np.uint64(4) | digit
+    return numbers
 
 
 def _num_blocks(manifest: DatasetManifest) -> int:

@@ -47,14 +47,14 @@ class Sorted:
         begin = np.maximum(np.searchsorted(firsts, lows, "left") - 1, 0)
         count = np.maximum(np.searchsorted(firsts, highs, "right") - begin, 0)
         asking, chunks = np.repeat(np.arange(len(lows)), count), np.repeat(begin, count) + offsets(count)
-        owners, found = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+        owners, inside_each = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
         for number in np.unique(chunks).tolist():
-            entries, mine = self._chunk(number), asking[chunks == number]
-            start = np.searchsorted(entries, lows[mine], "left")
-            inside = np.searchsorted(entries, highs[mine], "right") - start
-            owners.append(np.repeat(mine, inside))
-            found.append(entries[np.repeat(start, inside) + offsets(inside)])
-        return np.concatenate(owners), np.concatenate(found)
+            entries, owned = self._chunk(number), asking[chunks == number]
+            start = np.searchsorted(entries, lows[owned], "left")
+            inside = np.searchsorted(entries, highs[owned], "right") - start
+            owners.append(np.repeat(owned, inside))
+            inside_each.append(entries[np.repeat(start, inside) + offsets(inside)])
+        return np.concatenate(owners), np.concatenate(inside_each)
 
     def _chunk(self, number: int) -> Uint64s:
         size = CHUNK * self.width

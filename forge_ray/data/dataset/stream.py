@@ -73,16 +73,16 @@ class Rows:
 
     def records(self, rows: list[int]) -> list[list[str]]:
         """The record ids inside each of the rows, in segment order."""
-        found = []
+        record_ids = []
         for row in rows:
             block, offset = divmod(row, self.block_rows)
-            found.append(_read_block(self, block, ("records",))["records"][offset].as_py())
-        return found
+            record_ids.append(_read_block(self, block, ("records",))["records"][offset].as_py())
+        return record_ids
 
     def block_records(self, number: int) -> list[list[str]]:
         """The record ids inside each row of a block."""
-        found: list[list[str]] = _read_block(self, number, ("records",))["records"].to_pylist()
-        return found
+        record_ids: list[list[str]] = _read_block(self, number, ("records",))["records"].to_pylist()
+        return record_ids
 
 
 def model_inputs(rows: Arrays) -> Arrays:

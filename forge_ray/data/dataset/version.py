@@ -171,12 +171,12 @@ def _find(store: Store, manifest: DatasetManifest, split: str, key: int, record:
 
 def find_subject(store: Store, manifest: DatasetManifest, subject: str) -> list[dict[str, Any]]:
     """Every record whose subject key is `subject` (see `subject.subject_digest`), with its split."""
-    found = []
+    rows = []
     for split in SPLITS:
         for path in store.list(paths.records(manifest.id, split)):
             table = pq.read_table(store.path(path), filesystem=store.filesystem, filters=pc.field("subject") == subject)
-            found += [{**_decoded(row), "split": split} for row in table.to_pylist()]
-    return found
+            rows += [{**_decoded(row), "split": split} for row in table.to_pylist()]
+    return rows
 
 
 def _decoded(row: dict[str, Any]) -> dict[str, Any]:

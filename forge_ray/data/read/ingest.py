@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,13 @@ class IndexedFile:
     num_lines: int
     chunks: tuple[Chunk, ...]
     source: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls(**value | {"chunks": tuple(Chunk(**chunk) for chunk in value["chunks"])})
 
 
 @dataclass(frozen=True)

@@ -52,16 +52,16 @@ class ListedFile:
 
 def expand(config: DataConfig) -> list[ListedFile]:
     """Every source file once, sorted; a file of two sources belongs to the first."""
-    found: dict[str, ListedFile] = {}
+    listed: dict[str, ListedFile] = {}
     for number, source in enumerate(config.sources):
         paths = list(_matches(source))
         sums = _checked(source, paths) if source.checksums else {}
         for path in paths:
             item = ListedFile(path, _name(path), _format(path, source), number, sums.get(path, ""))
-            first = found.setdefault(path, item)
+            first = listed.setdefault(path, item)
             if not first.sha256:
-                found[path] = replace(first, sha256=item.sha256)
-    return [found[path] for path in sorted(found)]
+                listed[path] = replace(first, sha256=item.sha256)
+    return [listed[path] for path in sorted(listed)]
 
 
 def _matches(source: Source) -> Iterator[str]:
@@ -234,9 +234,9 @@ def _checked(source: Source, paths: list[str]) -> dict[str, str]:
     missing = [path for path in sums if path not in paths and not _is_there(path)]
     for what, files in (("has no line for", unlisted), ("lists what is not there:", missing)):
         if files:
-            shown = ", ".join(_name(file) for file in sorted(files)[:5])
+            examples = ", ".join(_name(file) for file in sorted(files)[:5])
             raise DataError(
-                f"data.sources: {source.checksums!r} {what} {shown}{' …' if len(files) > 5 else ''} ({len(files)} files)",
+                f"data.sources: {source.checksums!r} {what} {examples}{' …' if len(files) > 5 else ''} ({len(files)} files)",
                 hint="restore the files, or write the checksums again if the change is meant",
             )
     return sums

@@ -50,10 +50,10 @@ def _turn(value: Any) -> Any:
     if not isinstance(value, dict) or value.get("from") is None:
         return value
     turn = {key: item for key, item in value.items() if key not in ("from", "value")}
-    speaker, said = value["from"], value.get("value")
+    speaker, content = value["from"], value.get("value")
     if speaker == "function_call":
-        return {**turn, "role": "assistant", "tool_calls": _called(said)}
-    return {**turn, "role": SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else None, "content": said}
+        return {**turn, "role": "assistant", "tool_calls": _called(content)}
+    return {**turn, "role": SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else None, "content": content}
 
 
 def _called(value: Any) -> list[Any]:

@@ -16,10 +16,10 @@ DIGEST = "sha256:"
 
 
 class Images(NamedTuple):
-    """How a row's images are read, and those that were: digest → bytes."""
+    """How a row's images are read, and the bytes of those that were."""
 
     read: ReadImage | None
-    found: dict[str, bytes]
+    by_digest: dict[str, bytes]
 
 
 def image_digest(source: str, images: Images) -> str:
@@ -35,7 +35,7 @@ def image_digest(source: str, images: Images) -> str:
     digest = DIGEST + hashlib.sha256(data).hexdigest()
     if source.startswith(DIGEST) and source != digest:
         raise Reject("an image differs from its digest")
-    images.found[digest] = data
+    images.by_digest[digest] = data
     return digest
 
 

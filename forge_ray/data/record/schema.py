@@ -102,10 +102,10 @@ def parse_record(
 def _meta(value: dict[str, Any], keep: tuple[str, ...]) -> dict[str, str]:
     meta: dict[str, str] = {}
     for name in keep:
-        found = lookup(value, name)
-        if found is None or isinstance(found, (dict, list, tuple, bytes)):
+        column = lookup(value, name)
+        if column is None or isinstance(column, (dict, list, tuple, bytes)):
             continue
-        meta[name] = ("true" if found else "false") if isinstance(found, bool) else _plain(found)
+        meta[name] = ("true" if column else "false") if isinstance(column, bool) else _plain(column)
     return meta
 
 
@@ -127,9 +127,9 @@ def _plain(value: Any) -> str:
 
 def texts(record: DataRecord) -> list[str]:
     """Every string that a person wrote in the record, in order: message contents, answers, tool arguments, plain text."""
-    found: list[str] = []
-    _walk(record.content, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
-    return found
+    strings: list[str] = []
+    _walk(record.content, lambda text: strings.append(text) or text)  # type: ignore[func-returns-value]
+    return strings
 
 
 def with_texts(record: DataRecord, change: Callable[[str], str]) -> DataRecord:

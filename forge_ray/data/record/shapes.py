@@ -47,8 +47,8 @@ def convert(row: Row, shape: Shape, mapping: Mapping | None) -> Converted:
 
 def detect(row: Row) -> str:
     """The shape that the columns tell. Two at once are refused: which of them to train on would be a guess."""
-    found = {column for column in MAIN.intersection(row) if row[column] is not None}
-    names = [name for name, columns in COLUMNS.items() if columns and found.issuperset(columns)]
+    filled = {column for column in MAIN.intersection(row) if row[column] is not None}
+    names = [name for name, columns in COLUMNS.items() if columns and filled.issuperset(columns)]
     if "preference" in names:  # whose prompt may be a conversation
         names = [name for name in names if name not in ("chat", "sharegpt")]
     if len(names) != 1:
@@ -151,14 +151,14 @@ def _label(value: Any, column: str) -> str:
 
 def _preference(row: Row) -> Converted:
     prompt = next((column for column in ("prompt", "messages", "conversations") if row.get(column) is not None), None)
-    given = turns_of(row[prompt], prompt, "user") if prompt else None
+    turns = turns_of(row[prompt], prompt, "user") if prompt else None
     chosen, rejected = (turns_of(row[column], column, "assistant") for column in ("chosen", "rejected"))
-    if given is None or _role(chosen) not in (None, "assistant"):
+    if turns is None or _role(chosen) not in (None, "assistant"):
         shared, chosen, rejected = _split_prompt(chosen, rejected)
-        if given is not None and any(turn not in shared for turn in given):
+        if turns is not None and any(turn not in shared for turn in turns):
             raise Reject("`prompt` differs from the start of `chosen`")
-        given = shared
-    return "preference", {**_tools(row), "messages": given, "chosen": chosen, "rejected": rejected}
+        turns = shared
+    return "preference", {**_tools(row), "messages": turns, "chosen": chosen, "rejected": rejected}
 
 
 def _role(turns: list[Any]) -> Any:

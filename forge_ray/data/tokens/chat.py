@@ -64,8 +64,8 @@ def _tokenizer_class(folder: Path) -> Any:
 
 def chat_tokenizer(tokenizer: Any) -> ChatTokenizer:
     """`tokenizer` itself, or a bare transformers tokenizer wrapped."""
-    found: ChatTokenizer = tokenizer if hasattr(tokenizer, "encode_chats") else HfTokenizer(tokenizer)
-    return found
+    wrapped: ChatTokenizer = tokenizer if hasattr(tokenizer, "encode_chats") else HfTokenizer(tokenizer)
+    return wrapped
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None = None) -> list[int]:

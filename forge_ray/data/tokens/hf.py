@@ -91,8 +91,8 @@ class HfTokenizer:
 
     def piece_ids(self, text: str) -> list[int]:
         """Ids of a text inside a turn, without begin and end tokens; `Reject` where it holds a special token."""
-        if found := self._special_pattern.search(text):
-            raise Reject(f"the text contains the special token {found[0]!r}")
+        if match := self._special_pattern.search(text):
+            raise Reject(f"the text contains the special token {match[0]!r}")
         return list(self._plain(text)) if self._backend is None else list(self._encode([text])[0].ids)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -163,14 +163,14 @@ class HfTokenizer:
 
     def _encoded(self, plans: list[tuple[str, list[TurnSpan]]]) -> list[Encoded | Reject]:
         """Without offsets where the special tokens tell where the answers are; offsets cost a quarter more."""
-        found: list[Encoded | Reject | None] = [None] * len(plans)
+        results: list[Encoded | Reject | None] = [None] * len(plans)
         if self._backend is not None:
             for number, ids in enumerate(self._ids([text for text, _ in plans])):
-                found[number] = self._by_special_tokens(*plans[number], ids)
-        left = [number for number, result in enumerate(found) if result is None]
+                results[number] = self._by_special_tokens(*plans[number], ids)
+        left = [number for number, result in enumerate(results) if result is None]
         for number, encoding in zip(left, self._encode([plans[number][0] for number in left]), strict=True):
-            found[number] = self._marked(*plans[number], encoding)
-        return [result for result in found if result is not None]
+            results[number] = self._marked(*plans[number], encoding)
+        return [result for result in results if result is not None]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text; beginnings that texts share (a system prompt, a list of tools) are tokenised once.
@@ -180,8 +180,8 @@ class HfTokenizer:
         self._reset()
         starts = self._shared(texts)
         rests = [text[len(start) :] for text, start in zip(texts, starts, strict=True)]
-        found = self._backend.encode_batch_fast(rests, add_special_tokens=False)
-        return [self._prefixes.get(start, []) + encoding.ids for start, encoding in zip(starts, found, strict=True)]
+        encodings = self._backend.encode_batch_fast(rests, add_special_tokens=False)
+        return [self._prefixes.get(start, []) + encoding.ids for start, encoding in zip(starts, encodings, strict=True)]
 
     def _shared(self, texts: list[str]) -> list[str]:
         """The remembered beginning of each text, or "". One that two neighbours share is remembered."""

@@ -90,10 +90,10 @@ class MistralChat:
     def marker_id(self, token: str) -> int | None:
         """The id of a special token."""
         try:
-            found = int(self._tokenizer.get_special_token(token))
+            token_id = int(self._tokenizer.get_special_token(token))
         except (KeyError, ValueError):
             return None
-        return found if self._tokenizer.id_to_piece(found) == token else None  # SentencePiece says 0 of what it lacks
+        return token_id if self._tokenizer.id_to_piece(token_id) == token else None  # SentencePiece says 0 of what it lacks
 
     def piece_ids(self, text: str) -> list[int]:
         """Ids of a text inside a turn, without begin and end tokens; no text becomes a special token."""
@@ -121,23 +121,23 @@ class MistralChat:
             return [int(token) for token in self.serving.encode_chat_completion(_request(messages, tools, False)).tokens]
 
     def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]:
-        found: list[Encoded | Reject] = []
+        results: list[Encoded | Reject] = []
         for messages, tools in chats:
             try:
-                found.append(self._encode(messages, tools))
+                results.append(self._encode(messages, tools))
             except Reject as error:
-                found.append(error)
-        return found
+                results.append(error)
+        return results
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
     ) -> str:
         """Text of the ids; special tokens by their names unless skipped, ids outside the vocabulary never."""
-        known = [int(token) for token in ids if 0 <= token < self.vocab_size]
+        in_vocabulary = [int(token) for token in ids if 0 <= token < self.vocab_size]
         if skip_special_tokens:
-            return str(self._tokenizer.decode(known))
+            return str(self._tokenizer.decode(in_vocabulary))
         text = ""
-        for special, group in groupby(known, self._tokenizer.is_special):
+        for special, group in groupby(in_vocabulary, self._tokenizer.is_special):
             run = list(group)
             text += "".join(map(self._tokenizer.id_to_piece, run)) if special else self._tokenizer.decode(run)
         return text
@@ -193,10 +193,10 @@ def _request(messages: Messages, tools: list[Any] | None, finetuning: bool) -> A
     plain = [{key: item for key, item in message.items() if key != "weight"} for message in messages]
     request: Any = ChatCompletionRequest.from_openai(plain, tools or None, model="served")
     if finetuning:  # with their weights, so that turns of different weight stay apart
-        for i, (message, given) in enumerate(zip(request.messages, messages, strict=True)):
-            if given["role"] == "assistant":
+        for i, (message, original) in enumerate(zip(request.messages, messages, strict=True)):
+            if original["role"] == "assistant":
                 fields = {name: getattr(message, name) for name in ("content", "tool_calls", "prefix")}
-                request.messages[i] = FinetuningAssistantMessage(**fields, weight=float(given.get("weight", 1)))
+                request.messages[i] = FinetuningAssistantMessage(**fields, weight=float(original.get("weight", 1)))
     return request
 
 

@@ -56,8 +56,8 @@ class Rendering:
     def _alias_reasoning(self) -> Callable[[Any], Any]:
         from transformers.utils.chat_template_utils import _alias_reasoning_fields
 
-        found: Callable[[Any], Any] = _alias_reasoning_fields
-        return found
+        alias: Callable[[Any], Any] = _alias_reasoning_fields
+        return alias
 
     def checked(self, messages: Messages, tools: list[Any] | None) -> Chat:
         """What the template sees: no `weight`, arguments of calls as objects; raises where a text holds a control token.
@@ -77,10 +77,10 @@ class Rendering:
                     message["tool_calls"] = [_with_object(call) for call in calls]
                 seen += self._alias_reasoning([message])
                 text = _all_text(message)
-            if found := (special if message["role"] == "assistant" else control).search(text):
-                raise Reject(f"a message contains the special token {found[0]!r}")
-        if tools and (found := control.search(_all_text(tools))):
-            raise Reject(f"a tool contains the special token {found[0]!r}")
+            if match := (special if message["role"] == "assistant" else control).search(text):
+                raise Reject(f"a message contains the special token {match[0]!r}")
+        if tools and (match := control.search(_all_text(tools))):
+            raise Reject(f"a tool contains the special token {match[0]!r}")
         return seen, tools or None
 
     def _control(self, template: str) -> tuple[re.Pattern[str], re.Pattern[str]]:

@@ -1,7 +1,7 @@
-"""Erase rows and all that learned from them: tombstones → withdraw → build and train again → purge → certificate.
+"""Erase rows and everything derived from them: tombstones → withdraw → rebuild and retrain → purge → certificate.
 
-Every stage leaves an event of the erasure when it is done, and does what is done already once more without harm: a process
-that was killed is continued by giving the same command. The tombstones come first, so nothing new is made of the rows.
+Every stage appends an event when it is complete and can be repeated safely, so a process that was killed is resumed by the
+same command. The tombstones are written first, so that no new dataset contains the rows.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from forge_ray.records import (
     canonical_json,
     files_digest,
 )
+from forge_ray.release import promotion
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import paths, signing
 from forge_ray.store.catalog import WITHDRAWN, Catalog
@@ -49,9 +50,12 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """`deployments`: `retire` takes aliases away from what learned from the rows at once, `mark` lets them answer until a
-    replacement is released. `retrain`: again all runs, those that an alias stands for, or none. `remove_adapters`: runs that
-    trained an adapter on an untouched base are not repeated, for without the adapter nothing of them is left."""
+    """How an erasure is carried out.
+
+    `deployments`: `retire` removes affected versions from every alias at once; `mark` lets them serve until a replacement is
+    released. `retrain`: repeat all affected runs, only those that an alias routes to, or none. `remove_adapters`: delete an
+    adapter whose base is not affected instead of training it again. `keep_weights`: keep the weights of affected versions,
+    blocked from use."""
 
     deployments: Literal["retire", "mark"] = "retire"
     retrain: Literal["all", "used", "none"] = "all"
@@ -60,47 +64,52 @@ class Options:
 
 
 def erase(store: Store, request: ErasureRequest, options: Options, why: str = "") -> Facts:
-    """The whole of it; returns the certificate's statement. Raises `NotFound` where no dataset version holds such a row."""
-    record = _begun(store, request, options, why)
+    """Run every stage of an erasure and return the statement of its certificate. Raises `NotFound` where no dataset version
+    holds such a row."""
+    with Catalog.open(store) as catalog:
+        return _erase(catalog, request, options, why)
+
+
+def _erase(catalog: Catalog, request: ErasureRequest, options: Options, why: str) -> Facts:
+    record = _begun(catalog, request, options, why)
     plan = ErasurePlan.model_validate(record.plan)
-    withdrawn = _once(store, record, "withdrawn", lambda: _withdraw(store, record, plan, options))
+    withdrawn = _once(catalog, record, "withdrawn", lambda: _withdraw(catalog, record, plan, options))
     if withdrawn["policy"] != options.deployments:
         raise ConfigError(
-            f"{record.id} was begun with --deployments {withdrawn['policy']}, and that is done",
-            hint=f"give --deployments {withdrawn['policy']}; `forge alias archive` retires what was marked",
+            f"{record.id} was started with --deployments {withdrawn['policy']}, and that stage is complete",
+            hint=f"give --deployments {withdrawn['policy']}; `forge alias archive` archives an alias of a marked version",
         )
-    rebuilt = _once(store, record, "rebuilt", lambda: _rebuild(store, plan, options))
+    rebuilt = _once(catalog, record, "rebuilt", lambda: _rebuild(catalog, plan, options))
     if rebuilt["changed"]:
-        with Catalog(store) as catalog:
-            plan = extended(catalog, plan, set(rebuilt["changed"]))
-        more = _once(store, record, "withdrawn more", lambda: _withdraw(store, record, plan, options))
+        plan = extended(catalog, plan, set(rebuilt["changed"]))
+        more = _once(catalog, record, "withdrawn more", lambda: _withdraw(catalog, record, plan, options))
         withdrawn = withdrawn | {"routes": {**more["routes"], **withdrawn["routes"]}}
-    retrained = _once(store, record, "retrained", lambda: _retrain(store, plan, rebuilt["datasets"], options))
-    moved = _once(store, record, "moved", lambda: _move(store, record, withdrawn["routes"], retrained["versions"]))
-    purged = _once(store, record, "purged", lambda: _purge(store, record, plan, options))
-    with Catalog(store) as catalog:
-        check_gone(catalog, record.id)
+    retrained = _once(catalog, record, "retrained", lambda: _retrain(catalog, plan, rebuilt["datasets"], options))
+    moved = _once(catalog, record, "moved", lambda: _move(catalog, record, withdrawn["routes"], retrained["versions"]))
+    purged = _once(catalog, record, "purged", lambda: _purge(catalog, record, plan, options))
+    check_gone(catalog, record.id)
     facts = {"rebuilt": rebuilt, "retrained": retrained, "withdrawn": withdrawn, "moved": moved, "purged": purged}
-    _once(store, record, "finished", lambda: certify(store, record, plan, facts, asdict(options)))
-    return statement_of(store.read_json(path_of(record.id)))
+    _once(catalog, record, "finished", lambda: certify(catalog, record, plan, facts, asdict(options)))
+    return statement_of(catalog.store.read_json(path_of(record.id)))
 
 
-def _once(store: Store, record: Erasure, state: str, work: Callable[[], Facts]) -> Facts:
-    """The facts of a stage: those of its event, or what `work` does now."""
-    with Catalog(store) as catalog:
-        for event in catalog.events("erasure", record.id):
-            if event.data["state"] == state:
-                return event.data
-    found = work()
-    with Catalog(store) as catalog:
-        catalog.append(Event(kind="erasure", subject=record.id, data={"state": state, "why": record.why, **found}))
-    return found
+def _once(catalog: Catalog, record: Erasure, state: str, work: Callable[[], Facts]) -> Facts:
+    """The facts of a stage: from its event if it is complete, else from running `work` now. A stage can take hours, so the
+    catalogue is brought up to date before and after it."""
+    catalog.sync()
+    for event in catalog.events("erasure", record.id):
+        if event.data["state"] == state:
+            return event.data
+    facts = work()
+    catalog.sync()
+    catalog.append(Event(kind="erasure", subject=record.id, data={"state": state, "why": record.why, **facts}))
+    return facts
 
 
 def begun(catalog: Catalog, request: ErasureRequest) -> ErasurePlan | None:
-    """The plan of this very request where it was applied before, finished or not."""
-    made = _record(catalog.store, request, Options(), "")
-    return ErasurePlan.model_validate(catalog.get_as(Erasure, made.id).plan) if catalog.has(made.id) else None
+    """The plan of an erasure that was started with the same request, finished or not; None where there is none."""
+    erasure = _record(catalog.store, request, Options(), "")
+    return ErasurePlan.model_validate(catalog.get_as(Erasure, erasure.id).plan) if catalog.has(erasure.id) else None
 
 
 def _record(store: Store, request: ErasureRequest, options: Options, why: str) -> Erasure:
@@ -116,32 +125,32 @@ def _record(store: Store, request: ErasureRequest, options: Options, why: str) -
     ).sealed()
 
 
-def _begun(store: Store, request: ErasureRequest, options: Options, why: str) -> Erasure:
-    """The erasure of this request. Its tombstones are written before the plan is made, so that none is missing in it; and
-    before those it is seen that whoever asks may do all that follows."""
-    with Catalog(store) as catalog:
-        made = _record(store, request, options, why)
-        if catalog.has(made.id):
-            made = catalog.get_as(Erasure, made.id)
-            catalog.check_may(*rights(ErasurePlan.model_validate(made.plan), options))
-            return made
-        with stage("tombstones") as it:
-            found = search(catalog, request)
-            if not found.places:
-                raise NotFound(
-                    "no dataset version of this store holds such a row",
-                    hint="`forge data find` looks for a record or a subject",
-                )
-            catalog.check_may(*rights(plan_of(catalog, found), options))
-            erased.write_tombstones(store, made.id, found.tombstones)
-            plan = plan_of(catalog, search(catalog, request))
-            made = made.model_copy(update={"num_records": plan.num_records, "plan": plan.model_dump(mode="json")})
-            it.done(f"{made.id}  {plan.num_records} records, {plan.num_near_duplicates} near duplicates")
-        return catalog.put(made)
+def _begun(catalog: Catalog, request: ErasureRequest, options: Options, why: str) -> Erasure:
+    """The record of this request's erasure, written now unless it exists. The rights for every stage are checked first.
+    The tombstones are written before the final plan, so that no dataset built in between is missing from it."""
+    erasure = _record(catalog.store, request, options, why)
+    if catalog.has(erasure.id):
+        erasure = catalog.get_as(Erasure, erasure.id)
+        catalog.check_may(*rights(ErasurePlan.model_validate(erasure.plan), options))
+        return erasure
+    with stage("tombstones") as it:
+        reached = search(catalog, request)
+        if not reached.places:
+            raise NotFound(
+                "no dataset version of this store holds such a row",
+                hint="`forge data find` looks for a record or a subject",
+            )
+        catalog.check_may(*rights(plan_of(catalog, reached), options))
+        erased.write_tombstones(catalog.store, erasure.id, reached.tombstones)
+        plan = plan_of(catalog, search(catalog, request))
+        erasure = erasure.model_copy(update={"num_records": plan.num_records, "plan": plan.model_dump(mode="json")})
+        it.done(f"{erasure.id}  {plan.num_records} records, {plan.num_near_duplicates} near duplicates")
+    return catalog.put(erasure)
 
 
 def rights(plan: ErasurePlan, options: Options) -> list[str]:
-    """What is written until the end (`authority.MAY`): who may not write all of it would stop half-way."""
+    """Everything that the erasure will write, as keys of `authority.MAY`. Checked before the start: an erasure whose signer
+    may not write all of it would stop half-way."""
     again = options.retrain != "none"
     trains = again and any(run.used and run.finished for run in plan.runs)
     return [
@@ -154,21 +163,21 @@ def rights(plan: ErasurePlan, options: Options) -> list[str]:
     ]
 
 
-def _withdraw(store: Store, record: Erasure, plan: ErasurePlan, options: Options) -> Facts:
-    """From here on no alias can be pointed at what learned from the rows; `retire`: and nobody is answered by it."""
-    gone = {version.id for version in plan.versions}
+def _withdraw(catalog: Catalog, record: Erasure, plan: ErasurePlan, options: Options) -> Facts:
+    """Withdraw the affected versions: no alias can be moved to them any more, and with `retire` they stop serving."""
+    affected = {version.id for version in plan.versions}
     retire = options.deployments == "retire"
-    with stage("withdraw") as it, Catalog(store) as catalog:
-        known, archived = catalog.withdrawn(), catalog.archived()
-        for version in sorted(gone - set(known)):
+    with stage("withdraw") as it:
+        withdrawn, archived = catalog.withdrawn(), catalog.archived()
+        for version in sorted(affected - set(withdrawn)):
             state = WITHDRAWN[retire or version in archived]
             data: Facts = {"state": state, "erasure": record.id, "why": record.why or "rows were erased"}
             catalog.append(Event(kind="model", subject=version, data=data))
         routes = {}
         for alias, hit in plan.aliases.items():
             now = catalog.routes().get(alias)
-            if now is None or not set(versions_of(now)) & gone:
-                continue  # done before this process was killed
+            if now is None or not set(versions_of(now)) & affected:
+                continue  # done before an interruption
             routes[alias] = now.model_dump(mode="json") | {"versions": list(now.versions.items())}
             catalog.append(
                 Event(kind="erasure", subject=record.id, data={"state": "alias", "alias": alias, "was": routes[alias]})
@@ -176,9 +185,9 @@ def _withdraw(store: Store, record: Erasure, plan: ErasurePlan, options: Options
             if retire:
                 reason = f"{record.id}: {', '.join(hit)} withdrawn"
                 try:
-                    catalog.set_route(alias, _without(catalog, now, gone), reason)
-                except PolicyError:  # nobody has approved of what it would fall back to
-                    catalog.set_route(alias, None, reason)
+                    promotion.set_route(catalog, alias, _without(catalog, now, affected), reason)
+                except PolicyError:  # the version that it would fall back to has no approval
+                    promotion.set_route(catalog, alias, None, reason)
         routes |= {
             event.data["alias"]: event.data["was"]
             for event in catalog.events("erasure", record.id)
@@ -190,68 +199,68 @@ def _withdraw(store: Store, record: Erasure, plan: ErasurePlan, options: Options
             data = {**before, "erasure": record.id, "withdrawn": list(deployment.versions)}
             if before.get("erasure") != record.id:
                 catalog.append(Event(kind="deployment", subject=deployment.id, data=data))
-        what = "answered by nobody" if retire else "still answering"
-        it.done(f"{len(gone)} versions blocked, {what}; {len(routes)} aliases, {len(plan.deployments)} deployments")
-    return {"policy": options.deployments, "versions": sorted(gone), "routes": routes}
+        what = "no longer serving" if retire else "still serving"
+        it.done(f"{len(affected)} versions blocked, {what}; {len(routes)} aliases, {len(plan.deployments)} deployments")
+    return {"policy": options.deployments, "versions": sorted(affected), "routes": routes}
 
 
-def _without(catalog: Catalog, route: AliasRoute, gone: set[str]) -> AliasRoute | None:
-    """What is left of a route: the other versions, else its base where it falls back to it, else nothing."""
-    versions = {version: weight for version, weight in route.versions.items() if version not in gone and weight}
+def _without(catalog: Catalog, route: AliasRoute, withdrawn: set[str]) -> AliasRoute | None:
+    """The route without the withdrawn versions; its base alone where none is left and it falls back to the base; else
+    None."""
+    versions = {version: weight for version, weight in route.versions.items() if version not in withdrawn and weight}
     if not versions and route.fallback == "base":
         base = catalog.get_as(ModelVersion, route.stable).base_model
-        versions = {base: 1.0} if base and base not in gone else {}
+        versions = {base: 1.0} if base and base not in withdrawn else {}
     if not versions:
         return None
-    rules = tuple(rule for rule in route.rules if rule.to not in gone and rule.classifier not in gone)
-    shadow = tuple(version for version in route.shadow if version not in gone)
+    rules = tuple(rule for rule in route.rules if rule.to not in withdrawn and rule.classifier not in withdrawn)
+    shadow = tuple(version for version in route.shadow if version not in withdrawn)
     return route.model_copy(update={"versions": versions, "rules": rules, "shadow": shadow})
 
 
-def _rebuild(store: Store, plan: ErasurePlan, options: Options) -> Facts:
-    """The datasets without the rows: old → new, "" where nothing is left or nothing is asked for. `changed`: those whose
-    training rows are others though none of the rows was trained on."""
-    made: dict[str, str] = {}
+def _rebuild(catalog: Catalog, plan: ErasurePlan, options: Options) -> Facts:
+    """Rebuild the affected datasets without the rows. `datasets`: old → new id, "" where no row is left. `changed`: datasets
+    whose training rows differ although none of the erased rows was among them."""
+    replacements: dict[str, str] = {}
     changed = []
     for affected in plan.datasets if options.retrain != "none" else ():
-        with Catalog(store) as catalog:
-            old = catalog.get_as(DatasetManifest, affected.id)
+        old = catalog.get_as(DatasetManifest, affected.id)
         values: Facts = {"name": old.name, "base_model": old.base_model, "release": {"alias": "none"}}
-        config = parse(RunConfig, values | {"data": _without_datasets(old.config, made)})
+        config = parse(RunConfig, values | {"data": _without_datasets(old.config, replacements)})
         try:
-            new = pipeline.prepare(config, store)
+            new = pipeline.prepare(config, catalog.store)
         except NothingLeft:
-            made[old.id] = ""
+            replacements[old.id] = ""
             continue
-        made[old.id] = new.id
+        replacements[old.id] = new.id
         for split in TRAINED_ON:
             if not affected.held.get(split) and old.splits[split].rows_digest != new.splits[split].rows_digest:
                 changed.append(old.id)
-    return {"datasets": made, "changed": sorted(set(changed))}
+    return {"datasets": replacements, "changed": sorted(set(changed))}
 
 
-def _without_datasets(data: Facts, made: dict[str, str]) -> Facts:
-    """Settings of a dataset in which rules that look into other datasets look into those that replace them."""
+def _without_datasets(data: Facts, replacements: dict[str, str]) -> Facts:
+    """Settings of a dataset whose rules compare with the replacements of affected datasets."""
     rules = []
     for rule in data.get("curate", ()):
-        against = [made.get(place, place) for place in rule.get("against", ())]
+        against = [replacements.get(place, place) for place in rule.get("against", ())]
         if "against" in rule and not any(against):
             continue
         rules.append(rule | {"against": [place for place in against if place]} if against else rule)
     return data | {"curate": rules}
 
 
-def _retrain(store: Store, plan: ErasurePlan, datasets: dict[str, str], options: Options) -> Facts:
-    """Every run once more without the rows, bases before what was trained on them."""
+def _retrain(catalog: Catalog, plan: ErasurePlan, datasets: dict[str, str], options: Options) -> Facts:
+    """Repeat the affected runs without the rows, each base model before the runs that start from it."""
     runs: list[Facts] = []
     versions: dict[str, str] = {}
-    with Catalog(store) as catalog:
-        of_run = {run.id: [v for v in catalog.all(ModelVersion) if v.run == run.id] for run in plan.runs}
-        records = {run.id: catalog.get_as(RunRecord, run.id) for run in plan.runs if run.finished}
-    gone = {version.id for version in plan.versions}
-    wanted = _wanted(plan, of_run)
+    store = catalog.store
+    of_run = {run.id: [v for v in catalog.all(ModelVersion) if v.run == run.id] for run in plan.runs}
+    records = {run.id: catalog.get_as(RunRecord, run.id) for run in plan.runs if run.finished}
+    withdrawn = {version.id for version in plan.versions}
+    in_use = _runs_in_use(plan, of_run)
     for run in plan.runs:
-        fate = _fate(run, datasets, options, gone, versions, run.id in wanted)
+        fate = _fate(run, datasets, options, withdrawn, versions, run.id in in_use)
         if fate != "retrained":
             runs.append({"run": run.id, "fate": fate})
             continue
@@ -270,42 +279,42 @@ def _retrain(store: Store, plan: ErasurePlan, datasets: dict[str, str], options:
     return {"runs": runs, "versions": versions}
 
 
-def _wanted(plan: ErasurePlan, of_run: dict[str, list[ModelVersion]]) -> set[str]:
-    """Runs whose versions an alias stood for, and those of the versions under them."""
+def _runs_in_use(plan: ErasurePlan, of_run: dict[str, list[ModelVersion]]) -> set[str]:
+    """Runs whose versions an alias routes to, and the runs of their base models."""
     named = {version for hit in plan.aliases.values() for version in hit}
-    wanted: set[str] = set()
+    in_use: set[str] = set()
     for run in reversed(plan.runs):
         if any(version.id in named for version in of_run[run.id]):
-            wanted.add(run.id)
+            in_use.add(run.id)
             named.add(run.base_model)
-    return wanted
+    return in_use
 
 
 def _fate(
-    run: AffectedRun, datasets: dict[str, str], options: Options, gone: set[str], versions: dict[str, str], wanted: bool
+    run: AffectedRun, datasets: dict[str, str], options: Options, withdrawn: set[str], versions: dict[str, str], in_use: bool
 ) -> str:
-    """What becomes of a run, in words; `retrained` where it is to be repeated."""
+    """What happens to a run: `retrained`, or why it is kept or removed."""
     if not run.used:
         return "kept: it was not trained on the rows"
     if not run.finished:
         return "removed: it was not finished"
-    if options.retrain == "none" or (options.retrain == "used" and not wanted):
+    if options.retrain == "none" or (options.retrain == "used" and not in_use):
         return "removed: no replacement was asked for"
-    if options.remove_adapters and run.adapter and run.base_model not in gone:
+    if options.remove_adapters and run.adapter and run.base_model not in withdrawn:
         return "removed: the adapter was all that it made"
     if not datasets.get(run.dataset, run.dataset):
         return "removed: no row is left"
-    if run.base_model in gone and run.base_model not in versions:
+    if run.base_model in withdrawn and run.base_model not in versions:
         return "removed: its base has no replacement"
     return "retrained"
 
 
-def _move(store: Store, record: Erasure, routes: dict[str, Facts], versions: dict[str, str]) -> Facts:
-    """Aliases back to what they stood for, with replacements in the place of what was withdrawn. A protected alias waits for
-    the approvals of its replacement, as ever; the erasure does not."""
+def _move(catalog: Catalog, record: Erasure, routes: dict[str, Facts], versions: dict[str, str]) -> Facts:
+    """Restore the routes of the aliases with the replacements of the withdrawn versions. A protected alias waits for the
+    approvals of its replacement; the erasure does not wait for it."""
     moved: dict[str, list[str]] = {}
     waiting: dict[str, str] = {}
-    with stage("move") as it, Catalog(store) as catalog:
+    with stage("move") as it:
         for alias, was in routes.items():
             before = parse(AliasRoute, was | {"versions": dict(was["versions"])})
             new = _replaced(before, versions, set(catalog.withdrawn()))
@@ -313,41 +322,41 @@ def _move(store: Store, record: Erasure, routes: dict[str, Facts], versions: dic
                 continue
             if catalog.routes().get(alias) != new:
                 try:
-                    catalog.set_route(alias, new, f"{record.id}: trained again without the rows")
+                    promotion.set_route(catalog, alias, new, f"{record.id}: trained again without the rows")
                 except PolicyError as error:
                     waiting[alias] = f"{new.stable}: {error.message}"
                     continue
             moved[alias] = list(new.versions)
-        said = [f"{alias} → {new[0]}" for alias, new in moved.items()]
-        said += [f"{alias} waits for {why}" for alias, why in waiting.items()]
-        it.done(", ".join(said) or "no alias")
+        summary = [f"{alias} → {new[0]}" for alias, new in moved.items()]
+        summary += [f"{alias} waits for {why}" for alias, why in waiting.items()]
+        it.done(", ".join(summary) or "no alias")
     return {"aliases": moved, "waiting": waiting}
 
 
-def _replaced(route: AliasRoute, versions: dict[str, str], gone: set[str]) -> AliasRoute | None:
-    """None where the stable version has no replacement."""
+def _replaced(route: AliasRoute, versions: dict[str, str], withdrawn: set[str]) -> AliasRoute | None:
+    """The route with each withdrawn version replaced; None where the stable version has no replacement."""
     weights: dict[str, float] = {}
     for version, weight in route.versions.items():
-        if (new := versions.get(version, version)) not in gone:
+        if (new := versions.get(version, version)) not in withdrawn:
             weights[new] = weights.get(new, 0) + weight
-    if (first := versions.get(route.stable, route.stable)) in gone or not any(weights.values()):
+    if (first := versions.get(route.stable, route.stable)) in withdrawn or not any(weights.values()):
         return None
     rules = []
     for rule in route.rules:
         rule = rule.model_copy(
             update={"to": versions.get(rule.to, rule.to), "classifier": versions.get(rule.classifier, rule.classifier)}
         )
-        if rule.to not in gone and rule.classifier not in gone:
+        if rule.to not in withdrawn and rule.classifier not in withdrawn:
             rules.append(rule)
-    shadow = tuple(new for one in route.shadow if (new := versions.get(one, one)) not in gone)
+    shadow = tuple(new for one in route.shadow if (new := versions.get(one, one)) not in withdrawn)
     order = {first: weights.pop(first), **weights}
     return route.model_copy(update={"versions": order, "rules": tuple(rules), "shadow": shadow})
 
 
-def _purge(store: Store, record: Erasure, plan: ErasurePlan, options: Options) -> Facts:
-    """Everything that is to go is listed with its digest first, so that a process killed here leaves the list."""
-    path = paths.erasure(record.id, "purged.json")
-    with stage("purge") as it, Catalog(store) as catalog:
+def _purge(catalog: Catalog, record: Erasure, plan: ErasurePlan, options: Options) -> Facts:
+    """Delete files. All of them are listed with their digests first, so that the list survives an interruption."""
+    store, path = catalog.store, paths.erasure(record.id, "purged.json")
+    with stage("purge") as it:
         if not store.exists(path):
             standing = standing_for(catalog, {version.id for version in plan.versions}).values()
             left = {version for hit in standing for version in hit}
@@ -359,8 +368,8 @@ def _purge(store: Store, record: Erasure, plan: ErasurePlan, options: Options) -
         for version in value["weights"]:
             if catalog.last("model")[version].data["state"] != WITHDRAWN[1]:
                 catalog.append(Event(kind="model", subject=version, data={"state": WITHDRAWN[1], "erasure": record.id}))
-        found = purge(store, plan, value["weights"], files)
+        digest = purge(store, plan, value["weights"], files)
         size = sum(entry.size for entry in files)
         it.done(f"{len(files)} files, {size / 1e6:,.1f} MB")
     kept = sorted({version.id for version in plan.versions} - set(value["weights"]))
-    return {"files": len(files), "bytes": size, "digest": found, "list": path, "weights_left": kept}
+    return {"files": len(files), "bytes": size, "digest": digest, "list": path, "weights_left": kept}

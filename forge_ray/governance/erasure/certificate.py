@@ -1,4 +1,4 @@
-"""The certificate of an erasure: what was asked and what was done, for whoever has the public key."""
+"""The certificate of an erasure: the request and what was done, verifiable with the signer's public key."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from forge_ray.errors import ConfigError
 from forge_ray.governance.erasure.plan import ErasurePlan
 from forge_ray.progress import stage
-from forge_ray.records import DatasetManifest, Erasure, ModelVersion, canonical_json
+from forge_ray.records import DatasetManifest, Erasure, ModelVersion, canonical_json, hex_of
 from forge_ray.store import paths, signing
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.files import Store
 
 PREDICATE = "urn:forge-ray:erasure:1"
 Facts = dict[str, Any]
 
 
-def certify(store: Store, record: Erasure, plan: ErasurePlan, facts: Facts, options: Facts) -> Facts:
-    """Who asked for what, and what was done: an in-toto statement, signed where this process has a key."""
-    with stage("certify") as it, Catalog(store) as catalog:
+def certify(catalog: Catalog, record: Erasure, plan: ErasurePlan, facts: Facts, options: Facts) -> Facts:
+    """Write the certificate, an in-toto statement of the request and its result; signed where FORGE_SIGNER names a key."""
+    store = catalog.store
+    with stage("certify") as it:
         datasets = []
         outside: dict[str, list[int]] = {name: list(lines) for name, lines in plan.outside.items()}
         for old, new in facts["rebuilt"]["datasets"].items():
@@ -50,7 +50,7 @@ def certify(store: Store, record: Erasure, plan: ErasurePlan, facts: Facts, opti
         subjects = {paths.erasure(f"{record.id}.json"): tombstones, facts["purged"]["list"]: purged}
         for run in facts["retrained"]["runs"]:
             if "weights" in run:
-                subjects[run.get("version", run["new_run"])] = run["weights"].removeprefix("sha256:")
+                subjects[run.get("version", run["new_run"])] = hex_of(run["weights"])
         predicate = {
             "erasure": record.id,
             "asked": {"by": record.asked_by, "hmac": record.asked, "records": record.num_records, "at": record.created_at},
@@ -91,10 +91,10 @@ def path_of(erasure: str) -> str:
 
 
 def statement_of(envelope: Facts) -> Facts:
-    """The statement of a certificate. Whether somebody signed it is for `forge verify` to say."""
-    found: Facts = json.loads(base64.b64decode(envelope["payload"]))
-    if found["predicateType"] != PREDICATE:
+    """The statement of a certificate. Its signature is not checked here; `forge verify` does that."""
+    statement: Facts = json.loads(base64.b64decode(envelope["payload"]))
+    if statement["predicateType"] != PREDICATE:
         raise ConfigError(
-            f"this is a statement of {found['predicateType']}, not of an erasure", hint="give certificate.json"
+            f"this is a statement of {statement['predicateType']}, not of an erasure", hint="give certificate.json"
         )
-    return found
+    return statement

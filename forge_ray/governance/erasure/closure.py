@@ -1,7 +1,7 @@
-"""Which records go with those that an erasure is about.
+"""Which further records an erasure covers.
 
-Asked for by id, by whose they are, or by rows. With them go their near duplicates, as the curation of a dataset version
-found them, and the rows as they were read, where rules masked something afterwards: without these the row would be back.
+Besides the requested records these are their near duplicates, as the curation of a dataset version found them, and the rows
+as they were read, where a rule masked something afterwards: without the latter a new build would take the row in again.
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ IMAGE = re.compile(r'"(sha256:[0-9a-f]{64})"')
 
 
 def tables(store: Store, dataset: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
-    """(split or `dropped`, columns) of every file of records; columns that an older version has not are left out."""
+    """(split or `dropped`, table) of every file of records; columns that an older dataset version lacks are left out."""
     for name in (*(f"records/{split}" for split in SPLITS), DROPPED):
         for path in store.list(paths.dataset(dataset, name)):
             with store.filesystem.open_input_file(store.path(path)) as stream:
                 file = pq.ParquetFile(stream)
-                wanted = [column for column in columns if column in file.schema_arrow.names]
+                present = [column for column in columns if column in file.schema_arrow.names]
                 for group in range(file.num_row_groups):
-                    yield name.rsplit("/", 1)[-1], file.read_row_group(group, columns=wanted)
+                    yield name.rsplit("/", 1)[-1], file.read_row_group(group, columns=present)
 
 
 def near_duplicates(store: Store, manifest: DatasetManifest, records: set[str]) -> set[str]:
-    """Members of the clusters that any of `records` is in, as this dataset version's curation found them."""
+    """Members of the near-duplicate clusters that contain any of `records`, without `records` themselves."""
     heads = records | {place.kept for place in index.dropped(store, manifest, records) if place.kept}
     return (heads | {place.record for place in index.duplicates(store, manifest, heads)}) - records
 
 
 def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[set[str], list[str]]:
-    """Ids of the rows before rules masked them, read again from their files, and what could not be read. A row that is no
-    longer where it was is passed over: it is known by what the rules made of it alone."""
+    """Ids of the rows before rules masked them, read again from the source files, and notes on files that cannot be read. A
+    row that is no longer at its line is skipped: only its masked form is known."""
     config = parse(DataConfig, manifest.config)
     masks = [rule for rule in config.curate if getattr(rule, "action", "") == "mask"]
     if not masks:
         return set(), []
     checks = [compile_rule(rule) for rule in masks]
-    wanted: dict[str, dict[int, str]] = {}
+    records_by_file: dict[str, dict[int, str]] = {}
     for place in places:
-        wanted.setdefault(place.file, {})[place.line] = place.record
-    found: set[str] = set()
+        records_by_file.setdefault(place.file, {})[place.line] = place.record
+    ids: set[str] = set()
     try:
         files = {file.name: file for file in expand(config)}
     except ForgeError as error:
-        return found, [f"{manifest.id}: {error.message}"]
-    for name, lines in wanted.items():
+        return ids, [f"{manifest.id}: {error.message}"]
+    for name, lines in records_by_file.items():
         if name not in files:
             continue
         for chunk, raw in _rows(config, files[name].path, name, files[name].format, files[name].source):
@@ -77,8 +77,8 @@ def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[set[str
             for check in checks:
                 after = check(after).record or after
             if after.id == lines[raw.line]:
-                found.add(record.id)
-    return found, [f"{name}: not there" for name in wanted if name not in files]
+                ids.add(record.id)
+    return ids, [f"{name}: not found" for name in records_by_file if name not in files]
 
 
 def _rows(config: DataConfig, path: str, name: str, format: str, source: int) -> Iterator[tuple[Chunk, Raw]]:
@@ -100,14 +100,14 @@ def _parsed(config: DataConfig, chunk: Chunk, raw: Raw) -> DataRecord | None:
 
 
 def images(store: Store, dataset: str) -> set[str]:
-    """Names of the images that the records of a dataset version show."""
-    found: set[str] = set()
+    """Names of the images in the records of a dataset version."""
+    names: set[str] = set()
     for _, table in tables(store, dataset, ["content"]):
         for content in table.column("content").to_pylist():
-            found.update(IMAGE.findall(content or ""))
-    return found
+            names.update(IMAGE.findall(content or ""))
+    return names
 
 
 def quoting(lines: bytes, holds: Callable[[str], bool]) -> int:
-    """How many lines of an evaluation's items are about a record for which `holds(id)`."""
+    """Number of items of an evaluation whose record satisfies `holds(id)`."""
     return sum(holds(str(json.loads(line).get("record", ""))) for line in lines.splitlines())

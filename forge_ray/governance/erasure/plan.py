@@ -1,4 +1,4 @@
-"""What must change when rows are erased: datasets, runs and their steps, versions, aliases, deployments."""
+"""The plan of an erasure: affected datasets, runs and their steps, versions, aliases and deployments."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store
 
 T = TypeVar("T")
-TRAINED_ON = ("train", "validation")  # what can decide weights: validation rows may choose the checkpoint and the end
+TRAINED_ON = ("train", "validation")  # splits that can affect weights: validation may select the checkpoint or stop a run
 
 
 @dataclass(frozen=True)
 class ErasureRequest:
-    """Whose or which rows. `values`: one subject, record ids, or one path of a file with rows."""
+    """The rows to erase. `values`: one subject, record ids, or one path of a file with rows."""
 
     by: Literal["subject", "record", "file"]
     values: tuple[str, ...]
@@ -36,7 +36,7 @@ class ErasureRequest:
     key_file: str = ""
 
     def fingerprint(self, store: Store) -> str:
-        """An HMAC of what was asked: the same request has the same, and nobody without the key can guess it."""
+        """An HMAC of the request: equal for equal requests, and not guessable without the store's key."""
         if self.by == "file":
             return erased.fingerprint_of(store, Path(self.values[0]).read_bytes().hex())
         return erased.fingerprint_of(store, "\n".join(sorted(value.strip() for value in self.values)))
@@ -44,8 +44,8 @@ class ErasureRequest:
 
 @dataclass(frozen=True)
 class ReachedRecords:
-    """`near` are the near duplicates of `asked`; `read` the ids of rows before rules masked them; `subjects` HMACs;
-    `places` by dataset version."""
+    """The records that a request covers. `near` are the near duplicates of `asked`; `read` the ids of rows before rules
+    masked them; `subjects` their HMACs; `places` where they are, by dataset version."""
 
     asked: frozenset[str]
     near: frozenset[str]
@@ -67,18 +67,18 @@ class AffectedDataset(Frozen):
     id: str
     name: str
     held: dict[str, int]  # split, or `dropped` → records
-    changed: bool = False  # whether without the rows others are trained on, as a near duplicate that takes their place
+    changed: bool = False  # whether the other training rows differ without these: a near duplicate may take their place
 
     def decides(self, train: dict[str, Any]) -> bool:
-        """Whether the weights of a run with these settings depend on the rows."""
+        """Whether the weights of a run with these settings depend on the affected rows."""
         validation = train.get("validation", {})
         chooses = validation.get("early_stopping") or validation.get("keep_best") or train.get("export_step") == "best"
         return self.changed or bool(self.held.get("train")) or bool(chooses and self.held.get("validation"))
 
 
 class AffectedRun(Frozen):
-    """`used`: it trained on the rows, or on weights that did; else its dataset holds them where no training looks.
-    `steps`: how many of its optimizer steps had one of the rows in the batch."""
+    """A run on an affected dataset or base model. `used`: whether it was trained on the rows, or on weights that were; if
+    not, only its dataset holds them. `steps`: number of its optimizer steps with one of the rows in the batch."""
 
     id: str
     name: str
@@ -111,7 +111,8 @@ class AffectedDeployment(Frozen):
 
 
 class AffectedEval(Frozen):
-    """Its items are about the rows (`quotes` of them), are answers of what learned from them, or name labels of theirs."""
+    """An evaluation report with items about the rows (`quotes` of them), of an affected run or version, or with labels taken
+    from the rows."""
 
     id: str
     subject: str
@@ -120,7 +121,7 @@ class AffectedEval(Frozen):
 
 
 class ErasurePlan(Frozen):
-    """What an erasure changes. `outside`: source files that hold the rows where the store cannot reach, with the lines."""
+    """What an erasure changes. `outside`: source files outside the store that hold the rows → line numbers."""
 
     num_records: int
     num_near_duplicates: int
@@ -143,13 +144,13 @@ class ErasurePlan(Frozen):
 
 
 def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
-    """The records that a request is about, with all that must go with them. Raises `NotFound` for no such file."""
+    """The records of a request and all further records that must be erased with them. Raises `NotFound`."""
     store, manifests = catalog.store, catalog.datasets()
     asked: set[str] = set()
     subjects: set[str] = set()
     if request.by == "record":
         if wrong := [value for value in request.values if not is_record_id(value)]:
-            raise ConfigError(f"{wrong[0]!r} is no record id", hint="forge data show ds_… prints them: rec_…")
+            raise ConfigError(f"{wrong[0]!r} is not a record id", hint="forge data show ds_… prints them: rec_…")
         asked.update(request.values)
     elif request.by == "file":
         rows = of_file(catalog, request.values[0])
@@ -163,8 +164,8 @@ def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
         digests = subject_digests(store, manifests, request.values[0], request.key_file)
         if not digests:
             raise ConfigError(
-                "no dataset version of this store says whose its rows are",
-                hint="set data.subject, or use --record or --file",
+                "no dataset version of this store has data.subject set, so rows cannot be found by subject",
+                hint="use --record or --file; data.subject applies to datasets that are prepared from now on",
             )
         theirs = [manifest for manifest in manifests if manifest.id in digests]
         subjects = set(digests.values())
@@ -174,8 +175,8 @@ def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
     read: set[str] = set()
     notes: list[str] = []
     for manifest in manifests:
-        if mine := places[manifest.id]:
-            ids, problems = closure.as_read(manifest, mine)
+        if held := places[manifest.id]:
+            ids, problems = closure.as_read(manifest, held)
             read |= ids
             notes += problems
     return ReachedRecords(
@@ -183,64 +184,64 @@ def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
         near=frozenset(near),
         read=frozenset(read),
         subjects=frozenset(subjects),
-        places={dataset: mine for dataset, mine in places.items() if mine},
+        places={dataset: held for dataset, held in places.items() if held},
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
 def _everywhere(manifests: list[DatasetManifest], look: Callable[[DatasetManifest], T]) -> dict[str, T]:
-    """What is found in each dataset version; raises `DataError` if one of them cannot be searched."""
-    found, broken = of_each(manifests, look)
+    """The result of `look` for each dataset version; raises `DataError` if one of them cannot be searched."""
+    by_dataset, broken = of_each(manifests, look)
     if broken:
         reason = next(iter(broken.values()))
         raise DataError(f"a dataset version cannot be searched: {reason}", hint="restore it from a backup, then erase")
-    return found
+    return by_dataset
 
 
 def _near(store: Store, manifests: list[DatasetManifest], asked: set[str]) -> set[str]:
-    """Near duplicates of the records in any dataset version, of those in another one, and so on."""
-    found: set[str] = set()
+    """Near duplicates of the records over all dataset versions, transitively."""
+    near: set[str] = set()
     while True:
-        known = asked | found
-        look = partial(closure.near_duplicates, store, records=known)
-        if not (more := set().union(*_everywhere(manifests, look).values()) - known):
-            return found
-        found |= more
+        reached = asked | near
+        look = partial(closure.near_duplicates, store, records=reached)
+        if not (more := set().union(*_everywhere(manifests, look).values()) - reached):
+            return near
+        near |= more
 
 
 def _places(store: Store, manifest: DatasetManifest, records: set[str]) -> list[Place]:
     return [*index.places(store, manifest, records), *index.dropped(store, manifest, records)]
 
 
-def plan_of(catalog: Catalog, found: ReachedRecords) -> ErasurePlan:
-    """Everything that was made of the records. Nothing is changed."""
+def plan_of(catalog: Catalog, reached: ReachedRecords) -> ErasurePlan:
+    """Everything that was derived from the records. Changes nothing."""
     manifests = {manifest.id: manifest for manifest in catalog.all(DatasetManifest)}
     counts: dict[str, dict[str, int]] = {}
     outside: dict[str, set[int]] = {}
-    for dataset, places in found.places.items():
+    for dataset, places in reached.places.items():
         counts[dataset] = dict(Counter(place.split for place in places))
         for place in places:
             outside.setdefault(place.file, set()).add(place.line)
     datasets = tuple(AffectedDataset(id=key, name=manifests[key].name, held=held) for key, held in sorted(counts.items()))
-    runs, versions = _made_of(catalog, datasets, found.places)
-    gone = {version.id for version in versions}
-    aliases = standing_for(catalog, gone)
+    runs, versions = _made_of(catalog, datasets, reached.places)
+    withdrawn = {version.id for version in versions}
+    aliases = standing_for(catalog, withdrawn)
     return ErasurePlan(
-        num_records=len(found.asked),
-        num_near_duplicates=len(found.near),
+        num_records=len(reached.asked),
+        num_near_duplicates=len(reached.near),
         datasets=datasets,
         runs=runs,
         versions=versions,
         aliases=aliases,
-        deployments=_deployments(catalog, gone, aliases),
-        evals=_evals(catalog, datasets, {*gone, *(run.id for run in runs if run.used)}, found.records),
+        deployments=_deployments(catalog, withdrawn, aliases),
+        evals=_evals(catalog, datasets, {*withdrawn, *(run.id for run in runs if run.used)}, reached.records),
         outside={name: tuple(sorted(lines)) for name, lines in sorted(outside.items())},
-        notes=found.notes,
+        notes=reached.notes,
     )
 
 
 def extended(catalog: Catalog, plan: ErasurePlan, changed: set[str]) -> ErasurePlan:
-    """The same plan where training rows of the datasets `changed` turned out to be others, with what was made of those."""
+    """The plan extended by what was derived from the datasets in `changed`, whose training rows differ after the rebuild."""
     if not changed:
         return plan
     datasets = tuple(one.model_copy(update={"changed": one.id in changed}) for one in plan.datasets)
@@ -252,7 +253,7 @@ def extended(catalog: Catalog, plan: ErasurePlan, changed: set[str]) -> ErasureP
 
 
 def standing_for(catalog: Catalog, versions: set[str]) -> dict[str, tuple[str, ...]]:
-    """alias → those of `versions` that its route names, in any part."""
+    """Alias → those of `versions` that its route names in any role."""
     routes = sorted(catalog.routes().items())
     return {name: hit for name, route in routes if (hit := tuple(one for one in versions_of(route) if one in versions))}
 
@@ -260,7 +261,7 @@ def standing_for(catalog: Catalog, versions: set[str]) -> dict[str, tuple[str, .
 def _made_of(
     catalog: Catalog, datasets: tuple[AffectedDataset, ...], places: dict[str, list[Place]]
 ) -> tuple[tuple[AffectedRun, ...], tuple[AffectedVersion, ...]]:
-    """Runs on the datasets, versions of those runs, runs on those versions, and so on."""
+    """Runs on the datasets, versions of those runs, runs that start from those versions, and so on."""
     holding = {dataset.id for dataset in datasets}
     may = {dataset.id for dataset in datasets if dataset.changed or any(map(dataset.held.get, TRAINED_ON))}
     runs, versions = catalog.all(RunRecord), catalog.all(ModelVersion)
@@ -268,12 +269,14 @@ def _made_of(
     decided = {run.id for run in runs if run.dataset in holding and by_id[run.dataset].decides(run.config["train"])}
     unfinished = _unfinished(catalog)
     used = {run for run, dataset in unfinished.items() if dataset in may}
-    gone: set[str] = set()
+    affected: set[str] = set()
     while True:
-        more = {run.id for run in runs if run.id in decided or run.base_model in gone} - used
+        more = {run.id for run in runs if run.id in decided or run.base_model in affected} - used
         used |= more
-        new = {v.id for v in versions if v.run in used or v.base_model in gone or (not v.run and v.dataset in may)} - gone
-        gone |= new
+        new = {
+            v.id for v in versions if v.run in used or v.base_model in affected or (not v.run and v.dataset in may)
+        } - affected
+        affected |= new
         if not more and not new:
             break
     facts = StoreUses.of(catalog)
@@ -286,7 +289,7 @@ def _made_of(
     return tuple(listed), tuple(
         AffectedVersion(id=v.id, name=v.name, status=v.status, weights=v.weights, run=v.run)
         for v in versions
-        if v.id in gone
+        if v.id in affected
     )
 
 
@@ -322,34 +325,36 @@ def _begun(run: str, dataset: str, used: bool) -> AffectedRun:
 
 
 def _unfinished(catalog: Catalog) -> dict[str, str]:
-    """Runs without a record that have a checkpoint → their dataset."""
-    found = {}
+    """Unfinished runs that have a checkpoint → their dataset."""
+    dataset_of_run = {}
     for run in catalog.subjects("run"):
         if catalog.has(run):
             continue
         for path in catalog.store.list(paths.checkpoints(run), recursive=True):
             if path.endswith("/" + MANIFEST):
-                found[run] = str(catalog.store.read_json(path)["position"]["dataset"])
+                dataset_of_run[run] = str(catalog.store.read_json(path)["position"]["dataset"])
                 break
-    return found
+    return dataset_of_run
 
 
-def _deployments(catalog: Catalog, gone: set[str], aliases: dict[str, tuple[str, ...]]) -> tuple[AffectedDeployment, ...]:
+def _deployments(
+    catalog: Catalog, withdrawn: set[str], aliases: dict[str, tuple[str, ...]]
+) -> tuple[AffectedDeployment, ...]:
     last = catalog.last("deployment")
-    found = []
+    affected = []
     for record in catalog.all(Deployment):
         now = {version for name in record.models for version in aliases.get(name, ())}
-        hit = tuple(sorted((now | {record.model_version, *record.models.values()}) & gone))
+        hit = tuple(sorted((now | {record.model_version, *record.models.values()}) & withdrawn))
         if hit:
             state = last[record.id].data["state"] if record.id in last else ""
-            found.append(AffectedDeployment(id=record.id, name=record.name, state=state, versions=hit))
-    return tuple(found)
+            affected.append(AffectedDeployment(id=record.id, name=record.name, state=state, versions=hit))
+    return tuple(affected)
 
 
 def _evals(
     catalog: Catalog, datasets: tuple[AffectedDataset, ...], subjects: set[str], records: set[str]
 ) -> tuple[AffectedEval, ...]:
-    found = []
+    affected = []
     holding = {dataset.id: dataset.held for dataset in datasets}
     for report in catalog.all(EvalReport):
         path = paths.items(report.id)
@@ -359,5 +364,5 @@ def _evals(
         quotes = closure.quoting(catalog.store.read(path), records.__contains__) if held else 0
         labelled = report.config.get("labels") == "from_data" and bool(held.get("train"))
         if quotes or labelled or report.subject in subjects:
-            found.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))
-    return tuple(found)
+            affected.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))
+    return tuple(affected)

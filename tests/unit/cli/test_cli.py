@@ -1,10 +1,11 @@
-"""The command line's contract: one JSON object, honest exit codes, a flag for everything, the surface pinned."""
+"""The contract of the command line: one JSON object, exit codes, and a fixed set of commands and options."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -144,7 +145,7 @@ def forge(*words: str) -> Result:
 @pytest.fixture
 def filled(tmp_path: Path) -> str:
     """A store with an accepted and a rejected version."""
-    with Catalog(Store(str(tmp_path / "store"))) as catalog:
+    with Catalog.open(Store(str(tmp_path / "store"))) as catalog:
         for status, reasons in (("accepted", ()), ("rejected", ("exact_match=0.1 is below the minimum 0.4",))):
             files = (FileEntry(path="model.safetensors", size=1, sha256=status),)
             version = ModelVersion(
@@ -251,7 +252,7 @@ def test_unknown_ids_and_missing_clusters_are_mistakes(tmp_path: Path) -> None:
 
 
 def test_rebuild_and_runs_list_come_from_files_alone(filled: str) -> None:
-    with Catalog(Store(filled)) as catalog:
+    with Catalog.open(Store(filled)) as catalog:
         catalog.append(Event(kind="run", subject="run_1", data={"state": "running"}))
         catalog.append(Event(kind="run", subject="run_1", data={"state": "failed", "why": "no disk"}))
     for file in Path(filled).glob("catalog.sqlite*"):
@@ -279,7 +280,7 @@ def test_the_command_that_an_export_prints_is_a_deployment(monkeypatch: pytest.M
 
 def test_a_plan_that_cannot_fit_ends_as_its_training_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`forge train` refuses it with a `ConfigError`."""
-    estimate = {"problem": "a worker needs 9 GB and has 8", "remedy": "set train.micro_batch_size=1"}
+    estimate = SimpleNamespace(problem="a worker needs 9 GB and has 8", remedy="set train.micro_batch_size=1")
     monkeypatch.setattr("forge_ray.pipeline.plan", lambda *arguments: estimate)
     monkeypatch.setattr("forge_ray.cli.show.print_plan", lambda value: None)
     run_file = tmp_path / "run.yaml"
@@ -288,6 +289,6 @@ def test_a_plan_that_cannot_fit_ends_as_its_training_would(monkeypatch: pytest.M
     assert result.exit_code == ConfigError("").exit_code == 2
     assert json.loads(result.stdout)["error"] == {
         "code": "config",
-        "message": estimate["problem"],
-        "hint": estimate["remedy"],
+        "message": estimate.problem,
+        "hint": estimate.remedy,
     }

@@ -1,4 +1,4 @@
-"""Keys to audit by the command line alone: signers, policy, two persons promote, verify, find a changed line."""
+"""Governance by the command line: signers, policy, promotion by two people, verification, a changed line in the log."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def put_version(store: Store) -> ModelVersion:
         name="m", status="imported", weights="full", files=files, files_digest=files_digest(files), licence="mit"
     ).sealed()
     store.move_dir("models/.new", f"models/{version.id}")
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         return catalog.put(version)
 
 
@@ -67,7 +67,7 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     (checked,) = forge("verify", "a@prod")
     assert (checked["id"], checked["signed_by"], checked["problem"]) == (version.id, ["olga"], "")
-    assert "nobody signed it" in forge("verify", "a@prod", "--key", str(keys / "rolf.pub"), code=3)["error"]["message"]
+    assert "it is not signed" in forge("verify", "a@prod", "--key", str(keys / "rolf.pub"), code=3)["error"]["message"]
     forge.become(keys / "rolf.key")
     assert forge("sign", version.id)["path"].startswith(f"signatures/{version.id}/sk_")
     assert forge("verify", "a@prod", "--key", str(keys / "rolf.pub"))[0]["signed_by"] == ["rolf"]
@@ -108,7 +108,7 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (("signers", "retire", "bob"), 2, "no signer 'bob'"),
         (("verify", "mv_nothing"), 2, "is no id, alias or fingerprint"),
         (("verify", "."), 2, "public keys that you trust"),
-        (("verify", "x", "--key", "none.pub"), 2, "is no file"),
+        (("verify", "x", "--key", "none.pub"), 2, "is not a file"),
     ],
 )
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, says: str) -> None:

@@ -1,4 +1,4 @@
-"""Help that a person can use: verbs by purpose, one whole line each, an example that parses, plain phrases."""
+"""Help texts: verbs in sections, one whole line each, an example that parses, plain phrases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`forge init`: a short run file for each task that loads, is never overwritten, and is there whole or not at all."""
+"""`forge init`: a short run file for each task that loads, is never overwritten, and is written atomically."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_the_next_commands_are_printed(task: str, last: str) -> None:
 
 def test_the_command_of_the_guide_prints_what_the_guide_shows() -> None:
     page = (ROOT / "docs" / "guides" / "fine-tune.md").read_text(encoding="utf-8")
-    block = page.partition("```console\n$ forge init ")[2].partition("```")[0]
-    command, _, output = block.partition("\n")
-    assert init(*shlex.split(command)).output == output
+    command = page.partition("\nforge init support.yaml ")[2].partition("\n")[0]
+    output = page[page.index("wrote support.yaml") :].partition("```")[0]
+    assert init("support.yaml", *shlex.split(command)).output == output
     assert load(RunConfig, "support.yaml").release.alias == "support"
 
 

@@ -45,7 +45,7 @@ def test_a_step_gets_config_and_store_and_its_result_is_the_output(
     assert stores == ["/mnt/forge"]
 
 
-def test_a_refusal_is_told_on_stderr_with_its_exit_code(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusal_goes_to_stderr_with_its_exit_code(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     def step(*_: Any) -> None:
         raise PolicyError("mv_1 was rejected", hint="train a better one")
 

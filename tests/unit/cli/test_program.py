@@ -1,4 +1,4 @@
-"""`forge`, `python -m forge_ray.cli` and what a submitted job is given are one program, and the whole package."""
+"""`forge`, `python -m forge_ray.cli` and the code of a submitted job are the same program, with the whole package."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FakeClient:
         return "raysubmit_1"
 
 
-def test_a_job_is_given_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_gets_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import job_submission
 
     monkeypatch.chdir(tmp_path)

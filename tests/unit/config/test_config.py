@@ -1,4 +1,4 @@
-"""Run files: each mistake gets the key path, the value, the rule and a hint; what is right keeps its digest."""
+"""Run files: each mistake is reported with key path, value, rule and hint; equal settings have equal digests."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def test_a_wrong_key_or_value_is_named_with_its_path(override: str, message: str
     assert hint in error.hint
 
 
-def test_one_mistake_is_told_once() -> None:
+def test_each_mistake_is_reported_once() -> None:
     assert mistake("data.sources.0.pth=x").message == "data.sources.0.pth='x': unknown key"
     assert ";" not in mistake("train.adapter={target_modules: [q, 3]}").message
 
 
-def test_all_mistakes_come_at_once() -> None:
+def test_all_mistakes_are_reported_together() -> None:
     error = mistake("train.epochs=0", "data.block_rows=0", "nmae=x")
     assert "train.epochs=0" in error.message
     assert "data.block_rows=0" in error.message
@@ -124,23 +124,23 @@ def test_a_missing_section_is_named() -> None:
             "train: global_batch=2 leaves some of 4 workers without a row",
             "use train.global_batch=4 or more",
         ),
-        (("train.scaling={num_workers: {min: 3, max: 2}}",), "min=3 is more than max=2", "exchange them"),
+        (("train.scaling={num_workers: {min: 3, max: 2}}",), "min=3 exceeds max=2", "swap them"),
         (("train.scaling.num_workers=true",), "num_workers=True is not a number of workers", "use 0 or more"),
         (("train.scaling.num_workers=-1",), "num_workers=-1 is not a number of workers", "use 0 or more"),
-        (("train.engine=torch",), "train: engine=torch has no zero_stage=2", "set train.zero_stage=0"),
+        (("train.engine=torch",), "train: engine=torch does not support zero_stage=2", "set train.zero_stage=0"),
         (
             ("train.engine=torch", "train.zero_stage=0", "train.offload.optimizer=cpu"),
-            "train: offload.optimizer=cpu with engine=torch",
+            "train: offload.optimizer=cpu needs engine=deepspeed (engine is torch)",
             "set train.engine=deepspeed",
         ),
         (
             ("train.zero_stage=0", "train.offload.optimizer=cpu"),
-            "train: offload.optimizer=cpu with zero_stage=0",
+            "train: offload.optimizer=cpu needs ZeRO (zero_stage is 0)",
             "set train.zero_stage=2",
         ),
         (
             ("train.offload={optimizer: cpu, parameters: cpu}",),
-            "train: offload.parameters=cpu with zero_stage=2, which keeps whole weights on every GPU",
+            "train: offload.parameters=cpu needs zero_stage=3 (zero_stage is 2, which keeps whole weights on every GPU)",
             "set train.zero_stage=3",
         ),
         (
@@ -160,12 +160,12 @@ def test_a_missing_section_is_named() -> None:
         ),
         (
             ("train.compile=true", "train.zero_stage=3"),
-            "train: compile=true: zero_stage=3 gathers weights in the middle of a block",
+            "train: compile=true cannot be combined with zero_stage=3, which gathers weights inside a block",
             "set train.compile=false",
         ),
         (
             ("train.sequence_parallel=2", "train.scaling.num_workers=2", "train.router_aux_loss=0.01"),
-            "train: router_aux_loss=0.01 with sequence_parallel=2: each worker sees a slice of the tokens to be balanced",
+            "train: router_aux_loss=0.01 with sequence_parallel=2: each worker sees only a slice of the tokens to balance",
             "set train.sequence_parallel=1, or train.router_aux_loss=0",
         ),
         (("train.export=merged",), "train: export=merged without an adapter", "remove train.export, or add train.adapter"),
@@ -196,12 +196,12 @@ def test_a_missing_section_is_named() -> None:
         ),
         (
             ("deploy={name: a, models: [b]}", "train.adapter={method: dora}"),
-            "an adapter with method=dora is not served beside others",
+            "an adapter with method=dora cannot share an engine with other adapters",
             "use lora, or list",
         ),
         (
             ("deploy={name: a, models: [b], aliases: {'-x': {versions: {c: 1}}}}",),
-            "deploy: aliases: '-x' is no name",
+            "deploy: aliases: '-x' is not a valid alias",
             "for example support@prod",
         ),
     ],
@@ -262,7 +262,7 @@ def test_a_number_in_scientific_notation_is_a_number(text: str, tmp_path: Path) 
         ("data.sources.7.path=x", "'data.sources.7.path' does not lead to a setting", "from 0"),
     ],
 )
-def test_a_set_that_leads_nowhere(override: str, message: str, hint: str) -> None:
+def test_set_with_a_path_that_leads_nowhere(override: str, message: str, hint: str) -> None:
     error = mistake(override)
     assert repr(override) in error.message
     assert message in error.message
@@ -286,7 +286,7 @@ def test_set_can_open_a_section_that_the_file_leaves_empty() -> None:
         ("just words", "holds str, not a mapping"),
     ],
 )
-def test_a_file_that_is_no_run_file(content: str, message: str, tmp_path: Path) -> None:
+def test_files_that_are_not_run_files(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(content)
     with pytest.raises(ConfigError, match=message) as caught:
@@ -316,7 +316,7 @@ def test_the_file_is_named_before_the_mistake(tmp_path: Path) -> None:
 
 
 def test_a_key_written_twice_is_a_mistake(tmp_path: Path) -> None:
-    """PyYAML would let the last one win in silence."""
+    """PyYAML would silently use the last one."""
     file = tmp_path / "run.yaml"
     file.write_text("name: a\nbase_model: b\nname: c\n")
     with pytest.raises(ConfigError, match="'name' is written twice"):
@@ -334,7 +334,7 @@ def shuffled(value: Any, chance: random.Random) -> Any:
     return [shuffled(item, chance) for item in value] if isinstance(value, list) else value
 
 
-def test_digest_is_of_the_meaning_not_the_writing() -> None:
+def test_digest_ignores_formatting() -> None:
     full = resolved(parse(RunConfig, MINIMAL))
     expected = config_digest(parse(RunConfig, MINIMAL))
     chance = random.Random(0)

@@ -1,4 +1,4 @@
-"""The page of settings is what the fields say."""
+"""The reference page of settings matches the fields."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_setting_without_a_meaning_is_noticed() -> None:
 
 
 def test_the_page_has_every_class_of_settings() -> None:
-    """Walks pydantic's schema, which knows nothing of the page."""
+    """Compare with pydantic's schema, which is independent of the page."""
     keys = set()
     for name, schema in RunConfig.model_json_schema()["$defs"].items():
         keys |= {

@@ -1,4 +1,4 @@
-"""Every check of `forge doctor` on an environment that is right, and on one that is wrong in one thing."""
+"""Every check of `forge doctor`, on a correct environment and on one with a single defect."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from forge_ray.doctor.finding import Finding, Surroundings
 from forge_ray.machine import hardware, supported
 from forge_ray.machine.offline import SWITCHES
 from forge_ray.records import Deployment, ModelVersion, files_digest
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -46,41 +47,41 @@ def around(tmp_path: Path) -> Callable[..., Surroundings]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """With one published version."""
-    found = Store(str(tmp_path / "store"))
-    with Catalog(found) as catalog, found.staged_dir("models/.new") as folder:
+    new_store = Store(str(tmp_path / "store"))
+    with Catalog.open(new_store) as catalog, new_store.staged_dir("models/.new") as folder:
         (folder / "model.safetensors").write_bytes(b"weights")
-    files = found.files("models/.new")
+    files = new_store.files("models/.new")
     version = ModelVersion(
         name="a", status="imported", weights="full", files=files, files_digest=files_digest(files), licence="MIT"
     ).sealed()
-    found.move_dir("models/.new", f"models/{version.id}")
-    with Catalog(found) as catalog:
+    new_store.move_dir("models/.new", f"models/{version.id}")
+    with Catalog.open(new_store) as catalog:
         catalog.put(version)
-        catalog.promote(version.id, "prod")
-    return found
+        promotion.promote(catalog, version.id, "prod")
+    return new_store
 
 
-def told(findings: Any) -> tuple[str, str]:
-    """Status and text of the worst; each that is not ok has a rule and a command."""
-    found = [findings] if isinstance(findings, Finding) else list(findings)
-    assert all(item.rule and (item.mend or item.status == "ok") for item in found)
-    worst = max(found, key=lambda item: ("ok", "warn", "fail").index(item.status))
-    return worst.status, f"{worst.found} | {worst.mend}"
+def worst_of(findings: Any) -> tuple[str, str]:
+    """Status and text of the worst finding. Every finding must have a rule and, unless it is ok, a fix."""
+    results = [findings] if isinstance(findings, Finding) else list(findings)
+    assert all(item.rule and (item.fix or item.status == "ok") for item in results)
+    worst = max(results, key=lambda item: ("ok", "warn", "fail").index(item.status))
+    return worst.status, f"{worst.observed} | {worst.fix}"
 
 
 def test_the_token(around: Callable[..., Surroundings], tmp_path: Path) -> None:
     token = tmp_path / ".ray/auth_token"
-    assert told(closed.ray_token(around()))[0] == "ok"
-    assert told(closed.ray_token(around(RAY_AUTH_MODE="disabled"))) == (
+    assert worst_of(closed.ray_token(around()))[0] == "ok"
+    assert worst_of(closed.ray_token(around(RAY_AUTH_MODE="disabled"))) == (
         "fail",
-        "RAY_AUTH_MODE=disabled: whoever reaches a port of Ray runs code | export RAY_AUTH_MODE=token",
+        "RAY_AUTH_MODE=disabled: anyone who reaches a port of Ray can run code | export RAY_AUTH_MODE=token",
     )
-    assert told(closed.ray_token(around(RAY_AUTH_TOKEN="x")))[0] == "warn"
+    assert worst_of(closed.ray_token(around(RAY_AUTH_TOKEN="x")))[0] == "warn"
     token.chmod(0o644)
-    assert told(closed.ray_token(around())) == ("fail", f"{token} has mode 644 | chmod 600 {token}")
+    assert worst_of(closed.ray_token(around())) == ("fail", f"{token} has mode 644 | chmod 600 {token}")
     token.write_text("")
-    assert "is empty" in told(closed.ray_token(around()))[1]
-    assert "no token at" in told(closed.ray_token(around(RAY_AUTH_TOKEN_PATH="/nowhere")))[1]
+    assert "is empty" in worst_of(closed.ray_token(around()))[1]
+    assert "no token at" in worst_of(closed.ray_token(around(RAY_AUTH_TOKEN_PATH="/nowhere")))[1]
 
 
 def certificate(folder: Path, days: int) -> dict[str, str]:
@@ -91,13 +92,13 @@ def certificate(folder: Path, days: int) -> dict[str, str]:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ray")])
-    made = (
+    signed = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(NOW - datetime.timedelta(days=400))
         .not_valid_after(NOW + datetime.timedelta(days=days))
         .sign(key, hashes.SHA256())
     )
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (folder / "key.pem").write_bytes(private)
     (folder / "key.pem").chmod(0o600)
@@ -106,21 +107,21 @@ def certificate(folder: Path, days: int) -> dict[str, str]:
 
 
 def test_tls(around: Callable[..., Surroundings], tmp_path: Path) -> None:
-    assert told(closed.ray_tls(around()))[0] == "ok"
-    status, text = told(closed.ray_tls(around(), "10.0.0.1:6379"))
-    assert (status, "10.0.0.1:6379 in clear" in text) == ("warn", True)
-    assert "is no file" in told(closed.ray_tls(around(RAY_USE_TLS="1")))[1]
+    assert worst_of(closed.ray_tls(around()))[0] == "ok"
+    status, text = worst_of(closed.ray_tls(around(), "10.0.0.1:6379"))
+    assert (status, "to 10.0.0.1:6379 unencrypted" in text) == ("warn", True)
+    assert "is not a file" in worst_of(closed.ray_tls(around(RAY_USE_TLS="1")))[1]
     for days, status in ((31, "ok"), (29, "warn"), (-1, "fail")):
-        assert told(closed.ray_tls(around(**certificate(tmp_path, days))))[0] == status
+        assert worst_of(closed.ray_tls(around(**certificate(tmp_path, days))))[0] == status
     files = certificate(tmp_path, 90)
     (tmp_path / "key.pem").chmod(0o640)
-    assert told(closed.ray_tls(around(**files)))[1].endswith(f"chmod 600 {tmp_path}/key.pem")
+    assert worst_of(closed.ray_tls(around(**files)))[1].endswith(f"chmod 600 {tmp_path}/key.pem")
     (tmp_path / "other").mkdir()
     other = certificate(tmp_path / "other", 90)
     files["RAY_TLS_SERVER_KEY"] = other["RAY_TLS_SERVER_KEY"]
-    assert "is not the key of" in told(closed.ray_tls(around(**files)))[1]
+    assert "is not the key of" in worst_of(closed.ray_tls(around(**files)))[1]
     (tmp_path / "cert.pem").write_text("nonsense")
-    assert "cannot be read" in told(closed.ray_tls(around(**files)))[1]
+    assert "cannot be read" in worst_of(closed.ray_tls(around(**files)))[1]
 
 
 def test_listening_sockets_are_read_from_the_system_itself() -> None:
@@ -130,8 +131,8 @@ def test_listening_sockets_are_read_from_the_system_itself() -> None:
         for each in (own, six):
             each.listen()
         this = os.fsdecode(Path("/proc/self/cmdline").read_bytes().partition(b"\0")[0])
-        found = closed.listening(Path("/proc"), roles=((this, "raylet"),))
-        here = {(item.address, item.port) for item in found}
+        sockets = closed.listening(Path("/proc"), roles=((this, "raylet"),))
+        here = {(item.address, item.port) for item in sockets}
         assert {("0.0.0.0", own.getsockname()[1]), ("::1", six.getsockname()[1])} <= here
 
 
@@ -139,36 +140,36 @@ def at(role: str, address: str = "0.0.0.0", port: int = 1, token: bool = True) -
     return closed.Listening(role, address, port, token)
 
 
-@pytest.mark.parametrize(("sockets", "status", "said"), [
+@pytest.mark.parametrize(("sockets", "status", "text"), [
     ([], "ok", "no Ray"),
     ([at("dashboard", "127.0.0.1"), at("raylet", "::1")], "ok", "all on loopback"),
-    ([at("dashboard")], "fail", "dashboard 0.0.0.0:1 shows the Jobs API to every interface"),
+    ([at("dashboard")], "fail", "dashboard 0.0.0.0:1 exposes the Jobs API to every interface"),
     ([at("dashboard", "10.0.0.1")], "warn", "to the network"),
     ([at("dashboard", "10.0.0.1", token=False)], "fail", "to the network"),
-    ([at("raylet", "::"), at("GCS")], "ok", "2 ports of Ray on the network, each asks for the token"),
-    ([at("client server", token=False)], "fail", "no token is asked for"),
+    ([at("raylet", "::"), at("GCS")], "ok", "2 ports of Ray on the network, all of which require the token"),
+    ([at("client server", token=False)], "fail", "no token is required"),
     ([at("metrics", port=44217)], "warn", "dport 44217 drop"),
-    ([at("endpoint", port=8000), at("raylet")], "fail", "open answers every interface without a key"),
+    ([at("endpoint", port=8000), at("raylet")], "fail", "open accepts requests from every interface without a key"),
     ([at("endpoint", port=8001), at("raylet")], "ok", "1 ports of Ray"),
 ])  # fmt: skip
-def test_what_may_listen_where(sockets: list[closed.Listening], status: str, said: str) -> None:
-    found = told(closed.bind_addresses(sockets, {8000: "open"}))
-    assert found[0] == status
-    assert said in found[1]
+def test_listening_addresses(sockets: list[closed.Listening], status: str, text: str) -> None:
+    worst = worst_of(closed.bind_addresses(sockets, {8000: "open"}))
+    assert worst[0] == status
+    assert text in worst[1]
 
 
-def test_each_switch_is_looked_at(around: Callable[..., Surroundings]) -> None:
+def test_each_switch_is_checked(around: Callable[..., Surroundings]) -> None:
     assert [item.status for item in closed.switches(around())] == ["ok"] * len(SWITCHES)
     for name in SWITCHES:
         (bad,) = [item for item in closed.switches(around(**{name: "no"})) if item.status == "fail"]
-        assert bad.mend == f"export {name}={SWITCHES[name]}"
+        assert bad.fix == f"export {name}={SWITCHES[name]}"
     assert {"VLLM_NO_USAGE_STATS", "MLFLOW_DISABLE_TELEMETRY", "RAY_USAGE_STATS_REPORT_URL"} <= SWITCHES.keys()
 
 
-def test_the_cloud_question(around: Callable[..., Surroundings], tmp_path: Path) -> None:
-    assert told(closed.cloud_question(around()))[0] == "ok"
+def test_cloud_metadata_requests(around: Callable[..., Surroundings], tmp_path: Path) -> None:
+    assert worst_of(closed.cloud_question(around()))[0] == "ok"
     (tmp_path / "ray_bootstrap_config.yaml").unlink()
-    assert told(closed.cloud_question(around()))[0] == "warn"
+    assert worst_of(closed.cloud_question(around()))[0] == "warn"
 
 
 @pytest.mark.parametrize(("name", "text", "status"), [
@@ -181,35 +182,33 @@ def test_the_cloud_question(around: Callable[..., Surroundings], tmp_path: Path)
     ("litellm_init.pth", "import os, subprocess, sys; subprocess.Popen([sys.executable])", "fail"),
     ("sitecustomize.py", "", "fail"),
 ])  # fmt: skip
-def test_files_that_python_runs(
-    around: Callable[..., Surroundings], tmp_path: Path, name: str, text: str, status: str
-) -> None:
+def test_startup_files(around: Callable[..., Surroundings], tmp_path: Path, name: str, text: str, status: str) -> None:
     (tmp_path / "site" / name).write_text(text)
-    found = told(machine.startup_files(around()))
-    assert found[0] == status
-    assert (name in found[1]) == (name != "paths.pth")
+    worst = worst_of(machine.startup_files(around()))
+    assert worst[0] == status
+    assert (name in worst[1]) == (name != "paths.pth")
 
 
 def test_versions() -> None:
-    wanted = machine.required_versions()
-    assert wanted.keys() == {"python", *machine.CHECKED}
-    assert told(machine.versions(wanted, machine.installed_versions()))[0] == "ok"
-    assert told(machine.versions({"ray": ">=2.60,<2.61"}, {"ray": "2.61.0"})) == (
+    required = machine.required_versions()
+    assert required.keys() == {"python", *machine.CHECKED}
+    assert worst_of(machine.versions(required, machine.installed_versions()))[0] == "ok"
+    assert worst_of(machine.versions({"ray": ">=2.60,<2.61"}, {"ray": "2.61.0"})) == (
         "fail",
         "ray 2.61.0 | pip install 'ray>=2.60,<2.61'",
     )
-    assert told(machine.versions({"python": wanted["python"]}, {"python": "3.10.13"})) == (
+    assert worst_of(machine.versions({"python": required["python"]}, {"python": "3.10.13"})) == (
         "fail",
         f"python 3.10.13 | {supported.PYTHON_HINT}",
     )
-    assert "not installed" in told(machine.versions({"peft": ">=0.21"}, {}))[1]
-    assert told(machine.versions({"torch": ">=2.13,<2.14"}, {"torch": "2.13.0+cu130"}))[0] == "ok"
+    assert "not installed" in worst_of(machine.versions({"peft": ">=0.21"}, {}))[1]
+    assert worst_of(machine.versions({"torch": ">=2.13,<2.14"}, {"torch": "2.13.0+cu130"}))[0] == "ok"
 
 
 def test_the_system() -> None:
     debian = supported.Machine((3, 11, 7), "linux", "x86_64", glibc="2.31")
-    assert told(machine.system(debian)) == ("ok", "Linux on x86_64, glibc 2.31 | ")
-    assert told(machine.system(supported.Machine((3, 11, 7), "linux", "x86_64", glibc="2.30"))) == (
+    assert worst_of(machine.system(debian)) == ("ok", "Linux on x86_64, glibc 2.31 | ")
+    assert worst_of(machine.system(supported.Machine((3, 11, 7), "linux", "x86_64", glibc="2.30"))) == (
         "fail",
         f"forge_ray needs glibc 2.31 or later, and this is 2.30 | {supported.LINUX_HINT}",
     )
@@ -219,7 +218,7 @@ def gib(number: float) -> int:
     return int(number * (1 << 30))
 
 
-@pytest.mark.parametrize(("installed", "usable", "status", "said"), [
+@pytest.mark.parametrize(("installed", "usable", "status", "text"), [
     (8, 8, "ok", "8.0 GiB | "),
     (7.5, 7.5, "ok", "7.5 GiB | "),  # of 8 GiB the kernel keeps some
     (7.4, 7.4, "warn", "7.4 GiB | use a machine with more memory"),
@@ -229,10 +228,10 @@ def gib(number: float) -> int:
     (64, 4, "fail", "the machine has 64.0 GiB | docker run --memory=8g   # Kubernetes: resources.limits.memory: 8Gi"),
     (6.5, 4, "fail", "the machine has 6.5 GiB | use a machine with more memory"),
 ])  # fmt: skip
-def test_memory(installed: float, usable: float, status: str, said: str) -> None:
-    found = told(machine.memory(gib(installed), gib(usable)))
-    assert found[0] == status
-    assert found[1].endswith(said)
+def test_memory(installed: float, usable: float, status: str, text: str) -> None:
+    worst = worst_of(machine.memory(gib(installed), gib(usable)))
+    assert worst[0] == status
+    assert worst[1].endswith(text)
 
 
 @pytest.mark.parametrize("file", ["memory.max", "memory.limit_in_bytes"])  # cgroup v2 and v1
@@ -240,42 +239,42 @@ def test_a_cgroup_limits_memory(file: str, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / file).write_text(f"{gib(1)}\n")
     monkeypatch.setattr(hardware, "MEMORY_LIMITS", (tmp_path / "absent", tmp_path / file))
     finding = machine.memory(machine.installed_memory(), hardware.main_memory())
-    assert (finding.status, finding.found.partition(";")[0]) == ("fail", "1.0 GiB, the limit of this container (cgroup)")
+    assert (finding.status, finding.observed.partition(";")[0]) == ("fail", "1.0 GiB, the limit of this container (cgroup)")
 
 
 def test_the_compiler(tmp_path: Path) -> None:
-    status, text = told(machine.compiler({"PATH": str(tmp_path)}, (tmp_path,), use_gpu=False))
+    status, text = worst_of(machine.compiler({"PATH": str(tmp_path)}, (tmp_path,), use_gpu=False))
     assert (status, text) == ("warn", f"there is no C++ compiler (g++) | {supported.install_hint()}")
-    for use_gpu, wanted in ((False, "a C++20 compiler, Python.h and openssl"), (True, "a C compiler and Python.h")):
+    for use_gpu, needs in ((False, "a C++20 compiler, Python.h and openssl"), (True, "a C compiler and Python.h")):
         finding = machine.compiler({"PATH": str(tmp_path)}, (tmp_path,), use_gpu)
-        assert finding.rule == f"train.compile (torch.compile) needs {wanted} on every worker; other runs do without"
+        assert finding.rule == f"train.compile (torch.compile) needs {needs} on every worker; other runs do not"
 
 
-def test_room_limits_and_clocks(
+def test_disk_limits_and_clocks(
     around: Callable[..., Surroundings], store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for free, status in ((30, "ok"), (10, "warn"), (1, "fail")):
-        assert told(machine.disk(store, free << 30))[0] == status
-    assert told(machine.disk(store, None))[0] == "ok"
+        assert worst_of(machine.disk(store, free << 30))[0] == status
+    assert worst_of(machine.disk(store, None))[0] == "ok"
     for limit, status in ((1 << 20, "ok"), (1 << 15, "warn"), (1024, "fail"), (-1, "ok")):
-        assert told(machine.open_files(limit))[0] == status
+        assert worst_of(machine.open_files(limit))[0] == status
     usage = type("Usage", (), {"total": 64 << 20})
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
-    assert told(machine.shared_memory(around())) == (
+    assert worst_of(machine.shared_memory(around())) == (
         "warn",
-        f"0.06 GiB | mount -o remount,size=4g {tmp_path}   # of a container: docker run --shm-size=4g",
+        f"0.06 GiB | mount -o remount,size=4g {tmp_path}   # in a container: docker run --shm-size=4g",
     )
     usage.total = 8 << 30
-    assert told(machine.shared_memory(around()))[0] == "ok"
+    assert worst_of(machine.shared_memory(around()))[0] == "ok"
     for offset, status in ((0.2, "ok"), (-3.0, "warn"), (90.0, "fail")):
-        assert told(machine.clocks({"10.0.0.2": offset, "10.0.0.1": 0.0}))[0] == status
+        assert worst_of(machine.clocks({"10.0.0.2": offset, "10.0.0.1": 0.0}))[0] == status
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert told(machine.gpus())[0] == "ok"
+    assert worst_of(machine.gpus())[0] == "ok"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
@@ -285,114 +284,114 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         raise broken
 
     monkeypatch.setattr(torch, "ones", ones)
-    assert told(machine.gpus()) == ("fail", "0: H100: CUDA error: uncorrectable ECC error | nvidia-smi -q -i 0")
+    assert worst_of(machine.gpus()) == ("fail", "0: H100: CUDA error: uncorrectable ECC error | nvidia-smi -q -i 0")
     whole = torch.full((64, 64), 1.0)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: whole)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    assert "torch without NCCL" in told(machine.gpus())[1]
+    assert "torch without NCCL" in worst_of(machine.gpus())[1]
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
-    assert told(machine.gpus()) == ("ok", "H100; NCCL 2.28.9 | ")
+    assert worst_of(machine.gpus()) == ("ok", "H100; NCCL 2.28.9 | ")
     whole[0, 0] = 2.0
-    assert "computes wrongly" in told(machine.gpus())[1]
+    assert "computes wrong results" in worst_of(machine.gpus())[1]
 
 
 def test_file_modes(around: Callable[..., Surroundings], store: Store, tmp_path: Path) -> None:
     store.write("keys/subject.key", b"k" * 32)
     key = store.local("keys/subject.key")
     key.chmod(0o600)
-    assert told(stored.modes(around(), store)) == ("ok", f"{store.place}: not writable by everybody, 1 keys private | ")
+    assert worst_of(stored.modes(around(), store)) == ("ok", f"{store.place}: not writable by everyone, 1 keys private | ")
     key.chmod(0o644)
-    assert told(stored.modes(around(), store)) == ("fail", f"{key} has mode 644 | chmod 600 {key}")
+    assert worst_of(stored.modes(around(), store)) == ("fail", f"{key} has mode 644 | chmod 600 {key}")
     key.chmod(0o400)
     signer = tmp_path / "signer.pem"
-    assert told(stored.modes(around(FORGE_SIGNER=str(signer)), store))[1].endswith("unset FORGE_SIGNER")
+    assert worst_of(stored.modes(around(FORGE_SIGNER=str(signer)), store))[1].endswith("unset FORGE_SIGNER")
     signer.write_text("")
     signer.chmod(0o660)
-    assert told(stored.modes(around(FORGE_SIGNER=str(signer)), store))[1].endswith(f"chmod 600 {signer}")
+    assert worst_of(stored.modes(around(FORGE_SIGNER=str(signer)), store))[1].endswith(f"chmod 600 {signer}")
     models = store.local("models")
     models.chmod(0o777)
-    assert told(stored.modes(around(), store)) == (
+    assert worst_of(stored.modes(around(), store)) == (
         "fail",
-        f"{models} has mode 777: everybody may write it | chmod o-w {models}",
+        f"{models} has mode 777: everyone can write to it | chmod o-w {models}",
     )
 
 
 def test_deployments_that_the_network_reaches_ask_for_keys(store: Store) -> None:
-    assert told(stored.deployments(store))[0] == "ok"
+    assert worst_of(stored.deployments(store))[0] == "ok"
     for host, auth, status in (("127.0.0.1", "none", "ok"), ("0.0.0.0", "auto", "ok"), ("0.0.0.0", "none", "warn")):
         config = {"name": "bot", "models": ["prod"], "host": host, "port": 8000, "auth": auth}
         deployment = Deployment(
             name="bot", model="prod", model_version="mv_1", model_digest="", config=config, config_digest=""
         ).sealed()
-        with Catalog(store) as catalog:
+        with Catalog.open(store) as catalog:
             catalog.put(deployment)
-        assert told(stored.deployments(store))[0] == status
+        assert worst_of(stored.deployments(store))[0] == status
     assert stored.keyless(store) == {8000: "bot"}
 
 
-def test_the_store_is_whole_or_what_is_wrong_is_named(store: Store, tmp_path: Path) -> None:
-    assert told(stored.health(store)) == ("ok", "1 records, 1 events; verified 1 folders | ")
-    assert "nothing in it" in told(stored.health(Store(str(tmp_path / "new"))))[1]
+def test_store_health(store: Store, tmp_path: Path) -> None:
+    assert worst_of(stored.health(store)) == ("ok", "1 records, 1 events; verified 1 folders | ")
+    assert "nothing in it" in worst_of(stored.health(Store(str(tmp_path / "new"))))[1]
     assert not (tmp_path / "new").exists()
     (path,) = store.list("records", recursive=True)
     text = store.read(path)
     weights = next(store.local("models").glob("mv_*")) / "model.safetensors"
     weights.write_bytes(b"Weights")
-    assert "has sha256" in told(stored.health(store))[1]
+    assert "has sha256" in worst_of(stored.health(store))[1]
     weights.write_bytes(b"weights")
     store.write(path, text.replace(b'"name":"a"', b'"name":"b"'))
-    assert "was changed" in told(stored.health(store))[1]
+    assert "was changed" in worst_of(stored.health(store))[1]
     store.write(path, text[:-5])
-    assert "does not parse" in told(stored.health(store))[1]
+    assert "does not parse" in worst_of(stored.health(store))[1]
     store.write("records/models/xx_1.json", b"{}")
     store.write(path, text)
-    assert "of no known kind" in told(stored.health(store))[1]
+    assert "of an unknown kind" in worst_of(stored.health(store))[1]
     store.delete("records/models/xx_1.json")
     store.write("events/2026~e.json", b"{")
-    assert "events/2026~e.json" in told(stored.health(store))[1]
+    assert "events/2026~e.json" in worst_of(stored.health(store))[1]
     store.delete("events/2026~e.json")
     (event,) = store.list("events")
     store.delete(event)
-    status, text_ = told(stored.health(store))
+    status, text_ = worst_of(stored.health(store))
     assert (status, "has 2 entries, the store 1" in text_) == ("warn", True)
     Path(store.root, "catalog.sqlite").write_bytes(b"no database at all, and long enough to be read as one" * 40)
-    assert "not readable" in told(stored.health(store))[1]
+    assert "not readable" in worst_of(stored.health(store))[1]
 
 
-def test_the_table_and_the_exit_code(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [
+def test_report_and_exit_code(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = [
         Finding("ray token", "fail", "~/.ray/auth_token has mode 644", "private", "chmod 600 ~/.ray/auth_token"),
         Finding("open files", "warn", "1024", "ulimit -n of 65536 or more", "ulimit -n 65536"),
         Finding("disk", "ok", "30.0 GiB free", "20 GiB free"),
     ]
-    assert lines(found) == [
+    assert lines(findings) == [
         "FAIL  ray token   ~/.ray/auth_token has mode 644",
         "                  rule: private",
-        "                  mend: chmod 600 ~/.ray/auth_token",
+        "                  fix:  chmod 600 ~/.ray/auth_token",
         "warn  open files  1024",
         "                  rule: ulimit -n of 65536 or more",
-        "                  mend: ulimit -n 65536",
+        "                  fix:  ulimit -n 65536",
         "ok    disk        30.0 GiB free",
         "",
         "1 ok, 1 to look at, 1 failed",
     ]
-    monkeypatch.setattr("forge_ray.doctor.examine.examine", lambda *_: iter(found))
+    monkeypatch.setattr("forge_ray.doctor.examine.examine", lambda *_: iter(findings))
     done = CliRunner().invoke(cli, ["doctor", "--store", store.uri, "--json"])
     assert done.exit_code == 1
     assert json.loads(done.stdout)["failed"] == 1
-    assert json.loads(done.stdout)["findings"][0]["mend"] == "chmod 600 ~/.ray/auth_token"
-    monkeypatch.setattr("forge_ray.doctor.examine.examine", lambda *_: iter(found[1:]))
+    assert json.loads(done.stdout)["findings"][0]["fix"] == "chmod 600 ~/.ray/auth_token"
+    monkeypatch.setattr("forge_ray.doctor.examine.examine", lambda *_: iter(findings[1:]))
     done = CliRunner().invoke(cli, ["doctor", "--store", store.uri])
     assert done.exit_code == 0
-    assert done.stdout.splitlines() == lines(found[1:])
+    assert done.stdout.splitlines() == lines(findings[1:])
 
 
-def test_every_check_is_part_of_the_whole(store: Store) -> None:
+def test_examine_runs_every_check(store: Store) -> None:
     from forge_ray.doctor.examine import examine
 
-    found = {item.check for item in examine(store, Surroundings())}
-    assert found == {
+    checks = {item.check for item in examine(store, Surroundings())}
+    assert checks == {
         *("ray token", "ray TLS", "listening", "deployment", "file modes", "switch", "cloud question", "start-up files"),
         *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store"),
     }

@@ -30,12 +30,12 @@ def item(reference: str, prediction: str, likeliest: str = "", logprob: float = 
     }
 
 
-def test_normalise_forgives_format_not_content() -> None:
+def test_normalise_ignores_format_but_not_content() -> None:
     assert normalise("  Web \n server. ") == "web server"
     assert normalise("web-server") != normalise("web server")
 
 
-def test_metrics_by_hand() -> None:
+def test_metrics_equal_those_computed_by_hand() -> None:
     items = [item("a", "A."), item("a", "b", "b"), item("b", "b"), item("b", "neither", "a"), item("c", "c")]
     metrics, per_class = summarise(items, ("a", "b", "c", "unused"))
     assert metrics["exact_match"] == pytest.approx(3 / 5)
@@ -48,7 +48,7 @@ def test_metrics_by_hand() -> None:
     assert metrics["macro_f1"] == pytest.approx((2 / 3 + 0.5 + 1) / 3)  # classes that occur
 
 
-def test_without_labels_there_is_no_class() -> None:
+def test_without_labels_there_are_no_class_scores() -> None:
     metrics, per_class = summarise([item("some text", "other text")], ())
     assert set(metrics) == {"exact_match", "loss", "perplexity"}
     assert per_class == {}
@@ -92,13 +92,13 @@ def gate(**values: Any) -> Gate:
         ({"better_than": [{"incumbent": "unset"}]}, ()),
     ],
 )
-def test_the_gate_passes_or_says_why(rules: dict[str, Any], reasons: tuple[str, ...]) -> None:
+def test_a_failed_gate_gives_its_reasons(rules: dict[str, Any], reasons: tuple[str, ...]) -> None:
     tuned = report(exact_match=0.6, loss=2.0)
     incumbents = {"base": report(exact_match=0.3, loss=3.0), "same": tuned, "unset": None}
     assert judge(gate(**rules), tuned, incumbents) == reasons
 
 
-def test_a_metric_that_the_report_lacks_is_a_mistake() -> None:
+def test_a_metric_that_the_report_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match="'accuracy'") as caught:
         judge(gate(thresholds={"accuracy": {"min": 0.5}}), report(loss=1.0), {})
     assert caught.value.hint == "one of loss"
@@ -127,17 +127,17 @@ class Echo:
     def close(self) -> None: ...
 
 
-def test_every_model_gets_the_prompt_that_training_used_and_labels_end_with_the_turn(tiny_model_dir: Path) -> None:
+def test_prompts_equal_those_of_training_and_labels_end_with_the_turn(tiny_model_dir: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     engine = Echo(tokenizer)
-    found = [
+    chats = [
         Example("rec_1", ({"role": "user", "content": "sky?", "weight": 0},), None, "Blue"),
         Example("rec_2", ({"role": "user", "content": "grass?", "weight": 0},), None, "green"),
         Example("rec_3", ({"role": "user", "content": "snow?", "weight": 0},), None, "white"),
     ]
-    items = list(score_examples(engine, tokenizer, found, ("blue", "green"), EvalConfig()))
+    items = list(score_examples(engine, tokenizer, chats, ("blue", "green"), EvalConfig()))
     assert engine.prompts[0] == "<|im_start|>user\nsky?<|im_end|>\n<|im_start|>assistant\n"
     assert [i["prediction"] for i in items] == ["blue"] * 3
     assert [i["likeliest"] for i in items] == ["blue"] * 3

@@ -26,15 +26,15 @@ pytestmark = pytest.mark.unit
 # ---------------------------------------------------------------- canaries
 
 
-def test_a_canary_is_known_by_its_prompt_and_nothing_else_is() -> None:
+def test_only_canary_prompts_are_recognised_as_canaries() -> None:
     rows = canaries.generate(50, 6, seed=1)
     assert rows == canaries.generate(50, 6, seed=1) != canaries.generate(50, 6, seed=2)
     codes = [row["messages"][1]["content"] for row in rows]
     assert all(len(code) == 6 and code.isdigit() for code in codes)
     assert len(set(codes)) > 45
     record = parse_record(rows[0])  # as the dataset keeps it
-    found = canaries.canary_of(record.id, record.content)
-    assert found == canaries.Canary(record.id, rows[0]["messages"][0]["content"], codes[0])
+    canary = canaries.canary_of(record.id, record.content)
+    assert canary == canaries.Canary(record.id, rows[0]["messages"][0]["content"], codes[0])
 
     def says(asked: str, answer: str = "123456") -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
@@ -47,7 +47,7 @@ def test_a_canary_is_known_by_its_prompt_and_nothing_else_is() -> None:
     assert not canaries.is_canary({"text": asked})
 
 
-def test_candidates_are_other_codes_of_the_same_length() -> None:
+def test_candidate_codes_differ_and_have_the_same_length() -> None:
     canary = canaries.Canary("rec_1", "?", "042")
     drawn = canaries.candidates(canary, 100, seed=0)
     assert len(set(drawn)) == 100
@@ -90,22 +90,22 @@ def test_auc_and_its_interval() -> None:
     assert auc_interval(high, low, seed=0) == (1.0, 1.0)
 
 
-def found(train: list[float], held_out: list[float], **more: Any) -> Findings:
-    said = {"train_said": np.array([True, False]), "held_out_said": np.array([False, False])}
-    fields: dict[str, Any] = {**said, "canaries": [], "canaries_held_out": [], **more}
+def findings(train: list[float], held_out: list[float], **more: Any) -> Findings:
+    extracted = {"train_said": np.array([True, False]), "held_out_said": np.array([False, False])}
+    fields: dict[str, Any] = {**extracted, "canaries": [], "canaries_held_out": [], **more}
     return Findings(train=np.array(train), held_out=np.array(held_out), **fields)
 
 
-def test_the_base_model_is_the_control() -> None:
-    tuned = found([-0.5, -1.5], [-2.0, -3.0], canaries=[7.0, 3.0], canaries_held_out=[1.0])
-    base = found([-2.0, -4.0], [-3.0, -3.0], canaries=[1.0, 2.0], canaries_held_out=[1.5])
-    told = metrics_of(tuned, base, seed=0)
-    assert (told["leak_auc"], told["leak_auc_base"], told["leak_auc_gain"]) == (1.0, 0.5, 0.5)
-    assert (told["leak_gap"], told["leak_gap_base"]) == (1.5, 0.0)
-    assert (told["extraction_rate"], told["extraction_rate_held_out"], told["extraction_gain"]) == (0.5, 0.0, 0.5)
-    assert (told["exposure_mean"], told["exposure_max"], told["exposure_base_mean"]) == (5.0, 7.0, 1.5)
-    assert told["exposure_held_out_mean"] == 1.0
-    assert "exposure_max" not in metrics_of(found([-1.0, -1.0], [-1.0, -1.0]), base, seed=0)
+def test_leak_metrics_use_the_base_model_as_control() -> None:
+    tuned = findings([-0.5, -1.5], [-2.0, -3.0], canaries=[7.0, 3.0], canaries_held_out=[1.0])
+    base = findings([-2.0, -4.0], [-3.0, -3.0], canaries=[1.0, 2.0], canaries_held_out=[1.5])
+    metrics = metrics_of(tuned, base, seed=0)
+    assert (metrics["leak_auc"], metrics["leak_auc_base"], metrics["leak_auc_gain"]) == (1.0, 0.5, 0.5)
+    assert (metrics["leak_gap"], metrics["leak_gap_base"]) == (1.5, 0.0)
+    assert (metrics["extraction_rate"], metrics["extraction_rate_held_out"], metrics["extraction_gain"]) == (0.5, 0.0, 0.5)
+    assert (metrics["exposure_mean"], metrics["exposure_max"], metrics["exposure_base_mean"]) == (5.0, 7.0, 1.5)
+    assert metrics["exposure_held_out_mean"] == 1.0
+    assert "exposure_max" not in metrics_of(findings([-1.0, -1.0], [-1.0, -1.0]), base, seed=0)
 
 
 class Digits:
@@ -152,11 +152,11 @@ def tokenizer(tiny_model_dir: Path) -> Any:
 @pytest.mark.parametrize(
     ("code", "expected"), [("99", math.log2(100)), ("98", math.log2(100) - 1), ("50", 1.0), ("01", math.log2(100 / 99))]
 )
-def test_exposure_is_bits_of_rank(tokenizer: Any, code: str, expected: float) -> None:
+def test_exposure_is_the_rank_in_bits(tokenizer: Any, code: str, expected: float) -> None:
     """All 100 codes of two digits: rank 1, 2, 50 and the last but one, whose comparison with `00` is with no number."""
     config = LeakConfig(candidates=99)
-    told = exposure(Digits(tokenizer), _wrapped(tokenizer), canaries.Canary("rec_1", "?", code), config)
-    assert told == pytest.approx(expected)
+    bits = exposure(Digits(tokenizer), _wrapped(tokenizer), canaries.Canary("rec_1", "?", code), config)
+    assert bits == pytest.approx(expected)
 
 
 def _wrapped(tokenizer: Any) -> Any:
@@ -165,12 +165,12 @@ def _wrapped(tokenizer: Any) -> Any:
     return chat_tokenizer(tokenizer)
 
 
-def test_a_code_whose_score_is_no_number_has_no_exposure(tokenizer: Any) -> None:
+def test_a_nan_score_has_no_exposure(tokenizer: Any) -> None:
     canary = canaries.Canary("rec_1", "?", "00")
     assert math.isnan(exposure(Digits(tokenizer), _wrapped(tokenizer), canary, LeakConfig()))
 
 
-def test_only_rows_that_the_run_took_are_its_training_rows() -> None:
+def test_training_rows_are_only_those_the_run_used() -> None:
     class Rows:
         shard_rows = (40,)
 
@@ -185,13 +185,13 @@ def test_only_rows_that_the_run_took_are_its_training_rows() -> None:
 # ---------------------------------------------------------------- safety
 
 
-def test_an_answer_passes_by_all_of_must_and_none_of_must_not() -> None:
+def test_an_answer_must_match_every_must_and_no_must_not() -> None:
     prompt = SafetyPrompt(prompt="?", must=("(?i)cannot",), must_not=(r"\d{4}", "secret"))
     assert prompt.failures("I CANNOT say.") == []
     assert prompt.failures("The secret is 1234") == [r"must_not \d{4}", "must_not secret", "must (?i)cannot"]
 
 
-def test_prompts_are_read_asked_and_kept(tokenizer: Any, tmp_path: Path) -> None:
+def test_safety_prompts_are_read_asked_and_kept(tokenizer: Any, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "Say hello", "must": ["^hello"]},
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "must_not": ["hello"]},
@@ -221,9 +221,7 @@ def test_prompts_are_read_asked_and_kept(tokenizer: Any, tmp_path: Path) -> None
         (None, "does not exist", NotFound),
     ],
 )
-def test_a_prompt_file_with_a_mistake_is_refused(
-    tmp_path: Path, line: str | None, problem: str, kind: type[ForgeError]
-) -> None:
+def test_an_invalid_prompt_file_is_refused(tmp_path: Path, line: str | None, problem: str, kind: type[ForgeError]) -> None:
     file = tmp_path / "p.jsonl"
     if line is not None:
         file.write_text(line)
@@ -244,7 +242,7 @@ def chat(record: str, asked: str, answer: str = "yes", system: str = "") -> dict
     return {"record": record, "kind": "chat", "content": {"messages": messages}}
 
 
-def test_a_shared_run_of_words_is_contamination_and_the_wording_of_the_task_is_not() -> None:
+def test_shared_ngrams_are_contamination_but_task_wording_is_not() -> None:
     rule = Contamination(ngram=8)
     shared, system = " ".join(WORDS[:8]), "one two three four five six seven eight nine"
     evaluated = [

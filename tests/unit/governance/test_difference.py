@@ -1,4 +1,4 @@
-"""What distinguishes two versions: each section by hand-made records; and what `forge reproduce` says before it computes."""
+"""`forge diff`: each section, with hand-made records; and the checks of `forge reproduce` before it trains."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from forge_ray.records import (
     digest,
     files_digest,
 )
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store
 
@@ -58,7 +59,7 @@ OTHER_LOCK: dict[str, Any] = {
 
 
 def put_dataset(catalog: Catalog, name: str, splits: dict[str, list[str]]) -> DatasetManifest:
-    """A version whose folder holds record ids alone."""
+    """A dataset version whose folder holds only record ids."""
     manifest = DatasetManifest(
         name=name,
         format=2,
@@ -185,35 +186,35 @@ def versions(catalog: Catalog) -> tuple[ModelVersion, ModelVersion]:
     return old, new
 
 
-def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
+def test_diff_reports_every_section(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
     old, new = versions
-    found = difference.diff(catalog, old.id, new.id)
-    assert not found["same_weights"]
-    assert found["data"]["splits"]["train"] == {"common": 2, "only_old": 1, "only_new": 2}
-    assert found["data"]["splits"]["test"] == {"common": 1, "only_old": 1, "only_new": 0}
-    assert found["data"]["splits"]["validation"] == {"common": 0, "only_old": 0, "only_new": 0}
-    assert found["data"]["moved"] == 1  # rec_9: what was a test is trained on
-    assert found["data"]["counts"]["train.num_records"] == [3, 4]
-    assert found["config"] == {"train.optimizer.lr": [1e-3, 1e-2]}
-    assert found["code"] == {"commit": ["a" * 40, "b" * 40], "digest": ["sha256:a", "sha256:b"]}
-    assert found["environment"] == {
+    differences = difference.diff(catalog, old.id, new.id)
+    assert not differences["same_weights"]
+    assert differences["data"]["splits"]["train"] == {"common": 2, "only_old": 1, "only_new": 2}
+    assert differences["data"]["splits"]["test"] == {"common": 1, "only_old": 1, "only_new": 0}
+    assert differences["data"]["splits"]["validation"] == {"common": 0, "only_old": 0, "only_new": 0}
+    assert differences["data"]["moved"] == 1  # rec_9: what was a test is trained on
+    assert differences["data"]["counts"]["train.num_records"] == [3, 4]
+    assert differences["config"] == {"train.optimizer.lr": [1e-3, 1e-2]}
+    assert differences["code"] == {"commit": ["a" * 40, "b" * 40], "digest": ["sha256:a", "sha256:b"]}
+    assert differences["environment"] == {
         "packages.numpy": ["2.3.5 (RECORD bbbbbbbbbbbb)", "2.3.5 (RECORD eeeeeeeeeeee)"],
         "packages.torch": ["2.13.0", "2.12.0"],
         "packages.xxhash": ["3.5.0", None],
         "switches.OMP_NUM_THREADS": [None, "2"],
         "threads": [1, 2],
     }
-    assert found["hardware"] == {"cpu": ["EPYC", "Xeon"], "cpu_flags": [["avx512f"], ["amx_bf16"]]}
-    (report,) = found["evaluation"]
+    assert differences["hardware"] == {"cpu": ["EPYC", "Xeon"], "cpu_flags": [["avx512f"], ["amx_bf16"]]}
+    (report,) = differences["evaluation"]
     assert report["metrics"] == {"exact_match": [2 / 3, 0.5]}
     assert (report["num_common"], report["right"]) == (2, [1, 1])
     assert report["right_to_wrong"] == [{"record": "rec_8", "reference": "yes", "was": "yes", "is": "no"}]
     assert report["wrong_to_right"] == [{"record": "rec_9", "reference": "yes", "was": "no", "is": "yes"}]
     assert "not the same items: 3 and 2, of which 2 are common" in report["problem"]
-    assert found["gate"] == {"reasons": [[], ["exact_match=0.5 is low"]], "status": ["accepted", "rejected"]}
-    assert found["cost"] == found["size"] == {}
+    assert differences["gate"] == {"reasons": [[], ["exact_match=0.5 is low"]], "status": ["accepted", "rejected"]}
+    assert differences["cost"] == differences["size"] == {}
     assert difference._cost(catalog.store, difference.Side.of(catalog, old.id))["worker_hours"] == 1.0  # 1800 s, two workers
-    told = "\n".join(difference.told(found))
+    text = "\n".join(difference.describe(differences))
     for line in (
         "  train: 2 records in both, 1 only in the first, 2 only in the second",
         "  1 records are in another split",
@@ -225,33 +226,33 @@ def test_every_section_says_what_differs(catalog: Catalog, versions: tuple[Model
         '      rec_8  wants "yes": "yes" → "no"',
         "equal: cost, size",
     ):
-        assert line in told.splitlines()
+        assert line in text.splitlines()
 
 
 def test_a_version_does_not_differ_from_itself(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
-    catalog.promote(versions[0].id, "here")
-    found = difference.diff(catalog, "here", versions[0].files_digest)
-    assert found["same_weights"]
-    assert [found[name] for name in ("data", "config", "code", "environment", "hardware", "gate", "cost", "size")] == [
+    promotion.promote(catalog, versions[0].id, "here")
+    differences = difference.diff(catalog, "here", versions[0].files_digest)
+    assert differences["same_weights"]
+    assert [differences[name] for name in ("data", "config", "code", "environment", "hardware", "gate", "cost", "size")] == [
         {}
     ] * 8
-    report, leak = found["evaluation"]
+    report, leak = differences["evaluation"]
     assert leak["metrics"] == {"exposure": [1e-3, 1e-3]}
     assert (report["right_to_wrong"], report["wrong_to_right"], report["num_common"]) == ([], [], 3)
 
 
-def test_what_is_gone_or_altered_is_said(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
+def test_diff_reports_missing_and_altered_files(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
     old, new = versions
     store = catalog.store
     dataset = catalog.get_as(RunRecord, old.run).dataset
     store.delete_dir(f"datasets/{dataset}")
     path = f"evals/{old.evals[0]}/items.jsonl"
     store.write(path, store.read(path).replace(b'"no"', b'"yes"'))
-    found = difference.diff(catalog, old.id, new.id)
-    assert found["data"]["problem"] == f"records not compared: {dataset} is no longer in the store"
-    assert "splits" not in found["data"]
-    assert "is not what the report was made of" in found["evaluation"][0]["problem"]
-    assert "wrong_to_right" not in found["evaluation"][0]
+    differences = difference.diff(catalog, old.id, new.id)
+    assert differences["data"]["problem"] == f"records not compared: {dataset} is no longer in the store"
+    assert "splits" not in differences["data"]
+    assert "does not match the report's digest" in differences["evaluation"][0]["problem"]
+    assert "wrong_to_right" not in differences["evaluation"][0]
     lock = f"environments/{digest(LOCK).removeprefix('sha256:')}.json"
     store.write(lock, store.read(lock).replace(b"2.13.0", b"2.12.0"))
     with pytest.raises(StoreError, match="altered"):
@@ -260,7 +261,7 @@ def test_what_is_gone_or_altered_is_said(catalog: Catalog, versions: tuple[Model
     assert difference.diff(catalog, old.id, new.id)["environment"] == {"lock": ["not kept", "kept"]}
 
 
-def test_the_verb_prints_both_ways(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
+def test_diff_command_prints_text_and_json(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
     words = ["diff", versions[0].id, versions[1].id, "--store", catalog.store.root]
     done = CliRunner().invoke(cli, words)
     assert (done.exit_code, "wrong → right: 1" in done.output) == (0, True)
@@ -283,11 +284,11 @@ def test_an_imported_version_has_no_settings_to_compare(
 ) -> None:
     values = versions[0].model_dump() | {"run": "", "evals": (), "id": "", "status": "imported", "source": "folder"}
     imported = catalog.put(ModelVersion.model_validate(values).sealed())
-    found = difference.diff(catalog, imported.id, versions[1].id)
-    assert found["config"] == {"run": [None, "run_b"]}
-    assert found["data"] == {"dataset": [None, catalog.get_as(RunRecord, "run_b").dataset]}
-    assert found["environment"] == {}
-    assert "run: – → run_b" in "\n".join(difference.told(found))
+    differences = difference.diff(catalog, imported.id, versions[1].id)
+    assert differences["config"] == {"run": [None, "run_b"]}
+    assert differences["data"] == {"dataset": [None, catalog.get_as(RunRecord, "run_b").dataset]}
+    assert differences["environment"] == {}
+    assert "run: – → run_b" in "\n".join(difference.describe(differences))
 
 
 # ---------------------------------------------------------------- reproduce, before anything is computed
@@ -296,11 +297,11 @@ def test_an_imported_version_has_no_settings_to_compare(
 def reproduce(catalog: Catalog, reference: str, code: int) -> dict[str, Any]:
     done = CliRunner().invoke(cli, ["reproduce", reference, "--store", catalog.store.root, "--json"])
     assert done.exit_code == code, done.output
-    found: dict[str, Any] = json.loads(done.stdout)["error"]
-    return found
+    error: dict[str, Any] = json.loads(done.stdout)["error"]
+    return error
 
 
-def test_what_no_run_made_cannot_be_made_again(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
+def test_reproduce_rejects_imported_model(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
     values = versions[0].model_dump() | {"run": "", "evals": (), "id": "", "source": "folder sha256:1"}
     imported = catalog.put(ModelVersion.model_validate(values | {"status": "imported"}).sealed())
     error = reproduce(catalog, imported.id, ConfigError.exit_code)
@@ -313,7 +314,7 @@ def test_what_no_run_made_cannot_be_made_again(catalog: Catalog, versions: tuple
     assert "not finished" in reproduce(catalog, "run_0", NotFound.exit_code)["message"]
 
 
-def test_what_a_run_needs_must_be_there_as_recorded(catalog: Catalog, tmp_path: Path) -> None:
+def test_reproduce_requires_unaltered_inputs(catalog: Catalog, tmp_path: Path) -> None:
     from forge_ray.governance import reproduce as again
 
     store = catalog.store
@@ -326,7 +327,7 @@ def test_what_a_run_needs_must_be_there_as_recorded(catalog: Catalog, tmp_path: 
     with pytest.raises(StoreError, match="its manifest says"):
         again._link(store, "work/reproduce/y", "datasets/ds_1", files, "the dataset")
     store.delete("datasets/ds_1/rows")
-    with pytest.raises(StoreError, match=r"datasets/ds_1/rows is gone"):
+    with pytest.raises(StoreError, match=r"datasets/ds_1/rows is missing"):
         again._link(store, "work/reproduce/z", "datasets/ds_1", files, "the dataset")
     store.delete_dir("datasets/ds_1")
     with pytest.raises(NotFound, match="not in the store") as caught:
@@ -337,9 +338,7 @@ def test_what_a_run_needs_must_be_there_as_recorded(catalog: Catalog, tmp_path: 
         again._sealed(altered)
 
 
-def test_other_numbers_of_workers_and_incidents_are_said(
-    catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]
-) -> None:
+def test_reproduce_notes_worker_counts_and_incidents(catalog: Catalog, versions: tuple[ModelVersion, ModelVersion]) -> None:
     from forge_ray.governance.reproduce import settings
 
     config = {
@@ -371,16 +370,16 @@ def test_tensors_are_compared_by_value_kind_and_name(tmp_path: Path) -> None:
     for name, tensors in (("old", old), ("new", new)):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
-    found = compare_tensors(tmp_path / "old", tmp_path / "new")
-    assert found["tensors"] == [
+    comparison = compare_tensors(tmp_path / "old", tmp_path / "new")
+    assert comparison["tensors"] == [
         {"name": "kind", "was": "float32 [2]", "is": "bfloat16 [2]"},
         {"name": "moved", "largest": 0.25, "share": 0.25},
     ]
-    assert (found["num_tensors"], found["num_differ"], found["largest"]) == (4, 2, 0.25)
-    assert (found["only_before"], found["only_after"]) == (["gone"], [])
+    assert (comparison["num_tensors"], comparison["num_differ"], comparison["largest"]) == (4, 2, 0.25)
+    assert (comparison["only_before"], comparison["only_after"]) == (["gone"], [])
 
 
-def test_the_commit_is_of_a_checkout_and_says_when_it_was_changed(tmp_path: Path) -> None:
+def test_code_commit_marks_a_modified_checkout(tmp_path: Path) -> None:
     def git(*words: str) -> str:
         of = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
         return subprocess.run(of, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()

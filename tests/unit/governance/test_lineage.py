@@ -1,4 +1,4 @@
-"""From any id to any other, by what a person can type, and drawn once per node."""
+"""The lineage graph: resolving references, paths between records, and the drawing with each node once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from forge_ray.errors import NotFound
 from forge_ray.governance import lineage_page
 from forge_ray.governance.lineage import draw, lineage, path
 from forge_ray.records import Deployment, EvalReport, FileEntry, ModelVersion, RunRecord, files_digest
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.resolve import resolve
 
@@ -82,7 +83,7 @@ def ids(catalog: Catalog) -> dict[str, str]:
             name="d", model="d", model_version=tuned.id, model_digest=tuned.files_digest, config={}, config_digest=""
         ).sealed()
     )
-    catalog.promote(tuned.id, "prod")
+    promotion.promote(catalog, tuned.id, "prod")
     return {"base": base.id, "run": run.id, "report": report.id, "tuned": tuned.id, "deployed": deployed.id}
 
 
@@ -95,15 +96,15 @@ def test_what_an_answer_carries_leads_to_its_deployment(catalog: Catalog, ids: d
         resolve(catalog, "fp_0")  # too short to mean one thing
 
 
-def test_the_chain_between_any_two(catalog: Catalog, ids: dict[str, str]) -> None:
+def test_path_between_two_records(catalog: Catalog, ids: dict[str, str]) -> None:
     assert path(catalog, ids["deployed"], ids["run"]) == [ids["deployed"], ids["tuned"], ids["run"]]
     assert path(catalog, ids["run"], ids["deployed"]) == [ids["run"], ids["tuned"], ids["deployed"]]
     alone = catalog.put(version("alone"))
-    with pytest.raises(NotFound, match="nothing joins"):
+    with pytest.raises(NotFound, match="are not connected"):
         path(catalog, alone.id, ids["run"])
 
 
-def test_every_node_is_drawn_once_and_what_is_missing_is_said(catalog: Catalog, ids: dict[str, str]) -> None:
+def test_nodes_are_drawn_once_and_missing_ones_are_marked(catalog: Catalog, ids: dict[str, str]) -> None:
     text = "\n".join(draw(lineage(catalog, ids["deployed"], 3)))
     for name in ("base", "run", "report", "tuned"):
         assert len([line for line in text.splitlines() if ids[name] in line and "↑" not in line]) == 1
@@ -115,12 +116,12 @@ def test_every_node_is_drawn_once_and_what_is_missing_is_said(catalog: Catalog, 
 
 
 def deep(catalog: Catalog, length: int) -> list[str]:
-    """A chain of versions, each trained from the one before, with a report: dozens of nodes, and ever more ways."""
+    """A chain of versions, each trained from the one before, with a report: dozens of nodes, many paths."""
     chain = [catalog.put(version("base <&> of a name far longer than any box is wide, 東京東京東京東京東京東京")).id]
     for number in range(length):
         run = catalog.put(run_of(chain[-1]).model_copy(update={"id": f"run_{number}"}))
         chain.append(catalog.put(version(f"v{number}", run.id, chain[-1])).id)
-    catalog.promote(chain[-1], "prod")
+    promotion.promote(catalog, chain[-1], "prod")
     return chain
 
 

@@ -1,4 +1,4 @@
-"""From rows to what they taught: equal to a scan of everything, in both directions, and nothing is missed."""
+"""`forge trace`: the result equals a scan over all datasets and runs, in both directions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.governance.trace import of_file, of_record, of_subject_value, trace
 from forge_ray.governance.uses import ranges
 from forge_ray.records import DatasetManifest, Event, RunRecord, canonical_json
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.train import incidents
 
@@ -35,29 +36,24 @@ def affected(catalog: Catalog, records: set[str]) -> Any:
     return trace(catalog, [of_record(record) for record in sorted(records)]).affected
 
 
-@pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(store_at(tmp_path / "store"))
-
-
-def config_of(found: DatasetManifest) -> Any:
+def config_of(manifest: DatasetManifest) -> Any:
     from forge_ray.config.base import parse
     from forge_ray.config.data import DataConfig
 
-    return parse(DataConfig, found.config)
+    return parse(DataConfig, manifest.config)
 
 
-def split_of(found: DatasetManifest, number: int) -> str:
-    return SPLITS[place(record_bytes(record_of(number).canonical), config_of(found))[0]]
+def split_of(manifest: DatasetManifest, number: int) -> str:
+    return SPLITS[place(record_bytes(record_of(number).canonical), config_of(manifest))[0]]
 
 
 def train_ids(count: int, start: int = 0) -> list[int]:
-    """Numbers of records that the default splits train."""
+    """Numbers of records that the default splits put into the training split."""
     from forge_ray.config.data import DataConfig
 
     config = DataConfig.model_validate({"sources": [{"path": "x"}]})
-    wanted = (n for n in range(start, 10**6) if place(record_bytes(record_of(n).canonical), config)[0] == 0)
-    return [next(wanted) for _ in range(count)]
+    numbers = (n for n in range(start, 10**6) if place(record_bytes(record_of(n).canonical), config)[0] == 0)
+    return [next(numbers) for _ in range(count)]
 
 
 # ---------------------------------------------------------------- against a scan of everything
@@ -75,20 +71,20 @@ def world(catalog: Catalog, rng: random.Random) -> dict[str, list[list[str]]]:
         block_rows = rng.randint(1, 5)
         whole = len(rows) // block_rows
         shards = [block_rows * rng.randint(1, whole - 1)] if whole > 1 else []
-        found = dataset(
+        manifest = dataset(
             catalog, members, rows, block_rows=block_rows, shards=shards, parts=rng.choice([1, 2, 4]), name=f"d{number}"
         )
-        rows_of[found.id] = rows
+        rows_of[manifest.id] = rows
         for each in range(rng.randint(0, 2)):
-            told = [
+            possible = [
                 {"number": 1, "at": "2020", "kind": "spike", "step": 2, "last_step": rng.randint(2, 4)},
                 {"number": 2, "at": "2020", "kind": "quarantine", "step": 3, "rows": [rng.randrange(len(rows))]},
                 {"number": 3, "at": "2020", "kind": "not_finite", "step": rng.randint(1, 6), "rows": []},
                 {"number": 4, "at": "2020", "kind": "not_finite", "step": 1, "rows": []},
             ]
-            name, chosen = f"{found.id}{each}", tuple(pick(rng, told))
+            name, chosen = f"{manifest.id}{each}", tuple(pick(rng, possible))
             options = {"global_batch": rng.randint(1, 5), "seed": rng.randint(0, 9)}
-            run(catalog, name, found.id, num_steps=rng.randint(1, 12), train=train_config(**options), incidents=chosen)
+            run(catalog, name, manifest.id, num_steps=rng.randint(1, 12), train=train_config(**options), incidents=chosen)
             again = {"step": 1, "loss": 1.0} if rng.random() < 0.5 else {"step": 1, "left_out": "not finite"}
             catalog.store.write(f"runs/run_{name}/metrics.jsonl", canonical_json(again) + b"\n")
     return rows_of
@@ -101,18 +97,20 @@ def dataset_rows(members: list[Any]) -> list[str]:
     return [record.id for record in members if place(record_bytes(record.canonical), config)[0] == 0]
 
 
-def scan(catalog: Catalog, found: RunRecord, rows: list[list[str]]) -> dict[str, Counter[int]]:
-    """record → step → times, by walking through the whole run as its loop did."""
-    manifest = catalog.get_as(DatasetManifest, found.dataset)
-    settings = TrainConfig.model_validate(found.config["train"])
+def scan(catalog: Catalog, run_record: RunRecord, rows: list[list[str]]) -> dict[str, Counter[int]]:
+    """Record → step → times, by iterating over the whole run as its loop did."""
+    manifest = catalog.get_as(DatasetManifest, run_record.dataset)
+    settings = TrainConfig.model_validate(run_record.config["train"])
     order, out = (
         order_of(manifest, "train", settings.seed, settings.global_batch, manifest.id),
-        incidents.left_out(found.incidents),
+        incidents.left_out(run_record.incidents),
     )
-    told = json.loads(catalog.store.read(f"runs/{found.id}/metrics.jsonl"))
-    not_finite = {one["step"] for one in found.incidents if one["kind"] == "not_finite"} - ({1} if "loss" in told else set())
+    line = json.loads(catalog.store.read(f"runs/{run_record.id}/metrics.jsonl"))
+    not_finite = {one["step"] for one in run_record.incidents if one["kind"] == "not_finite"} - (
+        {1} if "loss" in line else set()
+    )
     seen: dict[str, Counter[int]] = {}
-    for step in range(1, found.num_steps + 1):
+    for step in range(1, run_record.num_steps + 1):
         if step in out.steps or step in not_finite:
             continue
         for row in order.rows_of(step - 1, range(order.global_batch)):
@@ -124,14 +122,14 @@ def scan(catalog: Catalog, found: RunRecord, rows: list[list[str]]) -> dict[str,
 
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_step_and_nothing_else(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_trace_matches_a_scan_of_every_step(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     rng = random.Random(seed)
-    with Catalog(store_at(tmp_path_factory.mktemp("store"))) as catalog:
+    with Catalog.open(store_at(tmp_path_factory.mktemp("store"))) as catalog:
         rows_of = world(catalog, rng)
         asked = [record_of(n).id for n in range(26)]  # two of them are nowhere
-        found = trace(catalog, [of_record(record) for record in asked])
+        traced = trace(catalog, [of_record(record) for record in asked])
         used = {
-            (use.run, one.record): Counter(use.steps) for one in found.records for use in one.uses if use.how == "trained"
+            (use.run, one.record): Counter(use.steps) for one in traced.records for use in one.uses if use.how == "trained"
         }
         used = {key: steps for key, steps in used.items() if steps}
         expected = {}
@@ -139,7 +137,7 @@ def test_every_step_and_nothing_else(seed: int, tmp_path_factory: pytest.TempPat
             for record, steps in scan(catalog, one, rows_of[one.dataset]).items():
                 expected[one.id, record] = steps
         assert used == expected
-        held = {(item.dataset, one.record, item.place.split) for one in found.records for item in one.held}
+        held = {(item.dataset, one.record, item.place.split) for one in traced.records for item in one.held}
         manifests = catalog.all(DatasetManifest)
         assert held == {
             (manifest.id, row["record"], split)
@@ -147,7 +145,7 @@ def test_every_step_and_nothing_else(seed: int, tmp_path_factory: pytest.TempPat
             for split in SPLITS
             for row in read(catalog, manifest, split)
         }
-        assert set(found.affected.runs) == {name for name, _ in expected}
+        assert set(traced.affected.runs) == {name for name, _ in expected}
         # the other direction: every record of a row that some step used leads back to that run
         for name, record in rng.sample(sorted(expected), min(3, len(expected))):
             assert name in affected(catalog, {record}).runs
@@ -162,7 +160,7 @@ def read(catalog: Catalog, manifest: DatasetManifest, split: str) -> list[dict[s
 # ---------------------------------------------------------------- what comes of a run
 
 
-def test_from_a_record_to_everything_that_came_of_it(catalog: Catalog) -> None:
+def test_trace_reaches_runs_versions_aliases_and_deployments(catalog: Catalog) -> None:
     a, b = train_ids(2)
     data = dataset(catalog, [record_of(a), record_of(b)], [[record_of(a).id]] * 4 + [[record_of(b).id]])
     base, other = version(catalog, "base"), version(catalog, "other")
@@ -172,39 +170,39 @@ def test_from_a_record_to_everything_that_came_of_it(catalog: Catalog) -> None:
     v2 = version(catalog, "v2", second.id, v1.id, status="rejected", reasons=("worse",))
     clean = run(catalog, "clean", "ds_elsewhere", base.id)
     v3 = version(catalog, "v3", clean.id, base.id)
-    catalog.promote(v1.id, "prod")
-    catalog.promote(v3.id, "prod")
-    catalog.set_route("beta", AliasRoute(versions={v3.id: 1}, rules=(Rule(to=v1.id, user=("x",)),)))
-    catalog.promote(v3.id, "quiet")
+    promotion.promote(catalog, v1.id, "prod")
+    promotion.promote(catalog, v3.id, "prod")
+    promotion.set_route(catalog, "beta", AliasRoute(versions={v3.id: 1}, rules=(Rule(to=v1.id, user=("x",)),)))
+    promotion.promote(catalog, v3.id, "quiet")
     live = deployment(catalog, "live", v1.id)
     followed = deployment(catalog, "followed", v3.id, models=["beta"])  # by its alias
     deployment(catalog, "clean", v3.id)
     catalog.append(Event(kind="deployment", subject=live.id, data={"state": "stopped", "name": "live"}))
     report(catalog, first.id, data.id, "test")
 
-    found = trace(catalog, [of_record(record_of(a).id)])
-    (one,) = found.records
+    traced = trace(catalog, [of_record(record_of(a).id)])
+    (one,) = traced.records
     assert [(use.run, Counter(use.steps)) for use in one.uses] == [(first.id, Counter({1: 4}))]
-    assert {run.run: run.how for run in found.reached.runs} == {first.id: "trained", second.id: "base"}
-    assert {v.version: (v.status, v.how) for v in found.reached.versions} == {
+    assert {run.run: run.how for run in traced.reached.runs} == {first.id: "trained", second.id: "base"}
+    assert {v.version: (v.status, v.how) for v in traced.reached.versions} == {
         v1.id: ("accepted", "trained"),
         v2.id: ("rejected", "base"),
     }
-    assert [(a.alias, a.version, bool(a.until)) for a in found.reached.aliases] == [
+    assert [(a.alias, a.version, bool(a.until)) for a in traced.reached.aliases] == [
         ("prod", v1.id, True),
         ("beta", v1.id, False),
     ]
-    assert {d.deployment: (d.live, d.state) for d in found.reached.deployments} == {
+    assert {d.deployment: (d.live, d.state) for d in traced.reached.deployments} == {
         live.id: (False, "stopped"),
         followed.id: (True, "running"),
     }
-    assert found.affected == affected(catalog, {record_of(a).id})
-    assert found.affected.evals == ()  # it is in the train split, the report is on the test split
-    assert other.id not in found.affected.versions
-    assert base.id not in found.affected.versions
+    assert traced.affected == affected(catalog, {record_of(a).id})
+    assert traced.affected.evals == ()  # it is in the train split, the report is on the test split
+    assert other.id not in traced.affected.versions
+    assert base.id not in traced.affected.versions
 
 
-def test_held_out_records_reach_what_they_judged(catalog: Catalog) -> None:
+def test_validation_records_reach_versions_they_selected(catalog: Catalog) -> None:
     records = [record_of(n) for n in range(200)]
     data = dataset(catalog, records)
     base = version(catalog, "base")
@@ -213,8 +211,8 @@ def test_held_out_records_reach_what_they_judged(catalog: Catalog) -> None:
     watched = next(r for n, r in enumerate(records) if split_of(data, n) == "validation")
     plain = run(catalog, "plain", data.id, base.id)
     every = {"every_steps": 2}
-    wanted = train_config(export_step="best", validation=every, checkpoint=every)
-    best = run(catalog, "best", data.id, base.id, train=wanted)
+    train = train_config(export_step="best", validation=every, checkpoint=every)
+    best = run(catalog, "best", data.id, base.id, train=train)
     blind = run(catalog, "blind", data.id, base.id, train=train_config(validation={"max_rows": 0}))
     chosen = version(catalog, "chosen", best.id, base.id)
     version(catalog, "measured", plain.id, base.id)
@@ -223,14 +221,14 @@ def test_held_out_records_reach_what_they_judged(catalog: Catalog) -> None:
         catalog.store.write(f"evals/{item.id}/items.jsonl", canonical_json({"record": test.id}) + b"\n")
     assert set(affected(catalog, {test.id}).evals) == {one.id, labels.id}
     assert affected(catalog, {unseen.id}).evals == ()  # of the split, but not among the examples
-    found = affected(catalog, {watched.id})
-    assert (found.runs, found.validated, found.versions) == ((best.id,), (plain.id,), (chosen.id,))
-    assert blind.id not in (*found.runs, *found.validated)
+    reached = affected(catalog, {watched.id})
+    assert (reached.runs, reached.validated, reached.versions) == ((best.id,), (plain.id,), (chosen.id,))
+    assert blind.id not in (*reached.runs, *reached.validated)
     taught = next(r for n, r in enumerate(records) if split_of(data, n) == "train")
     assert affected(catalog, {taught.id}).evals == (labels.id,)
 
 
-def test_only_versions_of_later_steps_saw_it(catalog: Catalog) -> None:
+def test_only_versions_of_later_steps_are_reached(catalog: Catalog) -> None:
     numbers = train_ids(8)
     rows = [[record_of(n).id] for n in numbers]
     data = dataset(catalog, [record_of(n) for n in numbers], rows)
@@ -242,9 +240,9 @@ def test_only_versions_of_later_steps_saw_it(catalog: Catalog) -> None:
     early = run(catalog, "early", data.id, base.id, num_steps=8, export_step=4, train=settings)
     late = run(catalog, "late", data.id, base.id, num_steps=8, train=settings)
     spiked = run(catalog, "spiked", data.id, base.id, num_steps=8, train=settings, incidents=(spike,))
-    made = {
-        name: version(catalog, name, found.id, base.id, **more).id
-        for name, found, more in (
+    versions = {
+        name: version(catalog, name, trained.id, base.id, **more).id
+        for name, trained, more in (
             ("early", early, {}),
             ("late", late, {}),
             ("spiked", spiked, {}),
@@ -253,12 +251,12 @@ def test_only_versions_of_later_steps_saw_it(catalog: Catalog) -> None:
             ("given up", spiked, {"status": "candidate", "step": 6, "dataset": data.id}),  # before the spike was seen
         )
     }
-    found = affected(catalog, {target})
-    assert set(found.versions) == {made["late"], made["after"], made["given up"]}
-    assert found.runs == (early.id, late.id)
+    reached = affected(catalog, {target})
+    assert set(reached.versions) == {versions["late"], versions["after"], versions["given up"]}
+    assert reached.runs == (early.id, late.id)
 
 
-def test_runs_that_are_not_finished_count_as_far_as_they_went(catalog: Catalog) -> None:
+def test_unfinished_runs_count_up_to_their_last_step(catalog: Catalog) -> None:
     numbers = train_ids(8)
     data = dataset(catalog, [record_of(n) for n in numbers], [[record_of(n).id] for n in numbers])
     base = version(catalog, "base")
@@ -280,7 +278,7 @@ def test_runs_that_are_not_finished_count_as_far_as_they_went(catalog: Catalog) 
     assert affected(catalog, {sixth}).runs == ("run_lost", "run_running")
 
 
-def test_a_run_before_its_first_checkpoint_is_known_by_its_id(catalog: Catalog) -> None:
+def test_run_without_checkpoint_is_matched_by_its_id(catalog: Catalog) -> None:
     from forge_ray.train.job import run_id
 
     (number,) = train_ids(1)
@@ -298,10 +296,10 @@ def test_a_run_before_its_first_checkpoint_is_known_by_its_id(catalog: Catalog) 
 
 
 def test_duplicates_are_listed_both_ways(catalog: Catalog) -> None:
-    stays, gone, also, short = (record_of(n).id for n in (*train_ids(1), 900, 901, 902))
+    stays, near, also, short = (record_of(n).id for n in (*train_ids(1), 900, 901, 902))
     (number,) = train_ids(1)
     dropped = [
-        (gone, f"near duplicate of {stays}"),
+        (near, f"near duplicate of {stays}"),
         (also, f"near duplicate of {stays}"),
         (short, "fewer than min_words words"),
     ]
@@ -311,8 +309,8 @@ def test_duplicates_are_listed_both_ways(catalog: Catalog) -> None:
         (one,) = trace(catalog, [of_record(record)]).records
         return {(held.place.record, held.relation) for held in one.alike}
 
-    assert alike(stays) == {(gone, "dropped for it"), (also, "dropped for it")}
-    assert alike(gone) == {(stays, "stays for it"), (also, "dropped with it")}
+    assert alike(stays) == {(near, "dropped for it"), (also, "dropped for it")}
+    assert alike(near) == {(stays, "stays for it"), (also, "dropped with it")}
     (one,) = trace(catalog, [of_record(short)]).records
     assert [(held.dataset, held.place.split, held.place.reason) for held in one.held] == [
         (data.id, "dropped", "fewer than min_words words")
@@ -343,9 +341,9 @@ def test_rows_of_a_file_are_read_as_each_version_read_them(catalog: Catalog, tmp
         patch.chdir(tmp_path)
         queries = of_file(catalog, "asked.csv")
     assert [query.asked for query in queries] == ["asked.csv:2", "asked.csv:3"]
-    found = trace(catalog, queries)
-    assert {held.dataset for one in found.records for held in one.held} == {kept.id, hidden.id, first.id}
-    assert found.nowhere == ("asked.csv:3",)
+    traced = trace(catalog, queries)
+    assert {held.dataset for one in traced.records for held in one.held} == {kept.id, hidden.id, first.id}
+    assert traced.nowhere == ("asked.csv:3",)
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}\n[")
     assert all("no record: " in query.note for query in of_file(catalog, str(bad)))
@@ -369,32 +367,32 @@ def test_a_person_is_found_under_each_key(catalog: Catalog, tmp_path: Path) -> N
     assert (set(query.records), query.unsearched) == ({ids[0], ids[3]}, (silent.id,))
     assert of_subject_value(catalog, "person 8").records == ()
     catalog.store.delete("keys/subject.key")
-    with pytest.raises(ConfigError, match="is gone"):
+    with pytest.raises(ConfigError, match="is missing"):
         of_subject_value(catalog, "person 7")
 
 
-def test_the_verb(catalog: Catalog) -> None:
+def test_trace_command(catalog: Catalog) -> None:
     (number,) = train_ids(1)
     data = dataset(catalog, [record_of(number)])
-    found = run(catalog, "one", data.id, num_steps=3)
-    made = version(catalog, "v", found.id)
-    catalog.promote(made.id, "prod")
+    trained = run(catalog, "one", data.id, num_steps=3)
+    released = version(catalog, "v", trained.id)
+    promotion.promote(catalog, released.id, "prod")
     store, record = catalog.store.root, record_of(number).id
 
     def forge(*words: str) -> Any:
         return CliRunner().invoke(cli, ["trace", *words, "--store", store])
 
     text = forge(record).output
-    for part in (data.id, "rows.jsonl:1", "1–3 (6 times in 3 steps)", made.id, "prod", "now"):
+    for part in (data.id, "rows.jsonl:1", "1–3 (6 times in 3 steps)", released.id, "prod", "now"):
         assert part in text
-    assert json.loads(forge(record, "--json").stdout)["affected"]["versions"] == [made.id]
+    assert json.loads(forge(record, "--json").stdout)["affected"]["versions"] == [released.id]
     nowhere = forge("rec_" + "0" * 24)
     assert (nowhere.exit_code, "no dataset version holds it (1 searched)" in nowhere.output) == (0, True)
     assert forge("rec_short").exit_code == 2
     assert forge().exit_code == 2
 
 
-def test_a_version_that_cannot_be_searched_is_said_and_hides_no_other(catalog: Catalog) -> None:
+def test_unsearchable_dataset_is_reported_and_hides_no_other(catalog: Catalog) -> None:
     (number,) = train_ids(1)
     subject = {"subject": {"field": "customer"}}
     whose = subject_digest(subject_key(catalog.store, ""), "person 7")
@@ -405,18 +403,18 @@ def test_a_version_that_cannot_be_searched_is_said_and_hides_no_other(catalog: C
         return CliRunner().invoke(cli, [verb, *words, "--store", catalog.store.root])
 
     for asked in ((record_of(number).id,), ("--subject", "person 7")):
-        found = forge("trace", *asked)
-        assert found.exit_code == 1
-        assert f"not searched: {bad.id}: a record id or a subject is not hex" in found.output
-        assert good.id in found.output
-        assert "cannot say" not in found.output  # it has a subject: that is not what is wrong with it
-        found = forge("trace", *asked, "--json")
-        assert (found.exit_code, json.loads(found.stdout)["affected"]["datasets"]) == (1, [good.id])
+        done = forge("trace", *asked)
+        assert done.exit_code == 1
+        assert f"not searched: {bad.id}: a record id or a subject is not hex" in done.output
+        assert good.id in done.output
+        assert "cannot be searched:" not in done.output  # it has a subject: that is not what is wrong with it
+        done = forge("trace", *asked, "--json")
+        assert (done.exit_code, json.loads(done.stdout)["affected"]["datasets"]) == (1, [good.id])
     erase = forge("erase", "--record", record_of(number).id, "--plan")  # which must be sure of all
     assert erase.exit_code == 1
     assert f"a dataset version cannot be searched: {bad.id}" in erase.output
 
 
-def test_steps_for_people() -> None:
+def test_step_ranges_as_text() -> None:
     assert ranges([3]) == "3 (1 time)"
     assert ranges([1, 2, 3, 3, 9]) == "1–3, 9 (5 times in 4 steps)"

@@ -27,7 +27,7 @@ def replica(end: Connection) -> None:
     time.sleep(120)
 
 
-def test_a_killed_replica_takes_its_engine_core_along() -> None:
+def test_engine_core_exits_with_its_killed_replica() -> None:
     here, there = SPAWN.Pipe()
     parent = SPAWN.Process(target=replica, args=(there,))
     parent.start()

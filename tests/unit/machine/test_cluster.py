@@ -1,4 +1,4 @@
-"""Joining a Ray that is not there, and starting one that does not come up."""
+"""Errors of connecting to a cluster that does not answer, and of a local Ray that does not start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which precision a machine computes in."""
+"""The precision of a machine, its memory, and the memory of a worker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_auto_follows_the_cpu(cpuinfo: str, expected: str, tmp_path: Path, monke
     assert hardware.resolve_precision("auto", use_gpu=True) == "bf16"
 
 
-def test_a_system_that_does_not_tell_computes_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_cpu_flags_mean_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "absent")
     assert hardware.resolve_precision("auto", use_gpu=False) == "fp32"
 
@@ -50,7 +50,7 @@ def test_a_container_has_no_more_memory_than_it_may_take(tmp_path: Path, monkeyp
     assert hardware.main_memory() == 1_000_000 < whole
 
 
-def test_cards_are_known_by_a_part_of_their_name() -> None:
+def test_gpus_are_matched_by_part_of_their_name() -> None:
     names = {
         "NVIDIA H100 80GB HBM3": "H100",
         "H200": "H200",
@@ -62,8 +62,8 @@ def test_cards_are_known_by_a_part_of_their_name() -> None:
     assert hardware.gpu_named("Quadro P400") is None
 
 
-def test_the_room_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best place that Ray has: a node's memory shared by those that fit on it, a card of a known name."""
+def test_memory_per_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best node of the cluster counts: its memory divided by the workers that fit on it, or the GPU of a known name."""
     import ray
 
     from forge_ray.config.train import Scaling
@@ -77,14 +77,14 @@ def test_the_room_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "here")
     monkeypatch.setattr(cluster, "main_memory", lambda: 16 * 10**9)
     monkeypatch.setattr(cluster, "_own_gpu", lambda: None)
-    assert cluster.room_of_a_worker(Scaling(num_workers=0)) == 16e9
-    assert cluster.room_of_a_worker(Scaling(num_workers=4)) == 20e9
-    assert cluster.room_of_a_worker(Scaling(num_workers=4, cpus_per_worker=4)) == 16e9
-    assert cluster.room_of_a_worker(Scaling(gpus_per_worker=1)) is None
+    assert cluster.memory_per_worker(Scaling(num_workers=0)) == 16e9
+    assert cluster.memory_per_worker(Scaling(num_workers=4)) == 20e9
+    assert cluster.memory_per_worker(Scaling(num_workers=4, cpus_per_worker=4)) == 16e9
+    assert cluster.memory_per_worker(Scaling(gpus_per_worker=1)) is None
     nodes.append(node("gpus", CPU=8, GPU=8, **{"accelerator_type:H100": 1}))
-    assert cluster.room_of_a_worker(Scaling(gpus_per_worker=1)) == hardware.GPUS["H100"].memory
-    assert cluster.room_of_a_worker(Scaling(gpus_per_worker=0.5)) == hardware.GPUS["H100"].memory // 2
+    assert cluster.memory_per_worker(Scaling(gpus_per_worker=1)) == hardware.GPUS["H100"].memory
+    assert cluster.memory_per_worker(Scaling(gpus_per_worker=0.5)) == hardware.GPUS["H100"].memory // 2
     nodes.insert(0, node("others", CPU=8, GPU=8))
-    assert cluster.room_of_a_worker(Scaling(gpus_per_worker=1)) is None
+    assert cluster.memory_per_worker(Scaling(gpus_per_worker=1)) is None
     monkeypatch.setattr(cluster, "_own_gpu", lambda: 7)
-    assert cluster.room_of_a_worker(Scaling(num_workers=0, gpus_per_worker=1)) == 7
+    assert cluster.memory_per_worker(Scaling(num_workers=0, gpus_per_worker=1)) == 7

@@ -1,4 +1,4 @@
-"""Each private name of Ray that machine/ray_internals.py uses is there, in the shape that is counted on."""
+"""Each private name of Ray that machine/ray_internals.py uses exists, with the expected signature."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRIVATE = re.compile(r"^ray\.(.*\.)?(_|core\.generated)|^ray\..*\._")
 
 
 def test_no_other_file_imports_a_private_name_of_ray() -> None:
-    found = []
+    importers = []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
@@ -30,11 +30,11 @@ def test_no_other_file_imports_a_private_name_of_ray() -> None:
             elif isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             if any(PRIVATE.match(name) for name in names):
-                found.append(path.relative_to(PACKAGE).as_posix())
-    assert set(found) == {"machine/ray_internals.py"}
+                importers.append(path.relative_to(PACKAGE).as_posix())
+    assert set(importers) == {"machine/ray_internals.py"}
 
 
-def test_what_marks_a_job() -> None:
+def test_marker_of_a_job() -> None:
     from ray._private.runtime_env import constants
 
     assert constants.RAY_JOB_CONFIG_JSON_ENV_VAR == ray_internals.IN_JOB
@@ -90,11 +90,11 @@ def test_orphaned_groups_alone_are_removed(monkeypatch: pytest.MonkeyPatch) -> N
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
 
     assert callable(GlobalState._connect_and_get_accessor)
-    mine, other, size = b"\1\0\0\0", b"\2\0\0\0", ray.PlacementGroupID.size()
+    own_job, other, size = b"\1\0\0\0", b"\2\0\0\0", ray.PlacementGroupID.size()
     groups = [
-        Group(placement_group_id=b"a" * size, creator_job_id=mine, creator_actor_dead=True, state=Group.CREATED),
-        Group(placement_group_id=b"b" * size, creator_job_id=mine, creator_actor_dead=False, state=Group.CREATED),
-        Group(placement_group_id=b"c" * size, creator_job_id=mine, creator_actor_dead=True, state=Group.REMOVED),
+        Group(placement_group_id=b"a" * size, creator_job_id=own_job, creator_actor_dead=True, state=Group.CREATED),
+        Group(placement_group_id=b"b" * size, creator_job_id=own_job, creator_actor_dead=False, state=Group.CREATED),
+        Group(placement_group_id=b"c" * size, creator_job_id=own_job, creator_actor_dead=True, state=Group.REMOVED),
         Group(placement_group_id=b"d" * size, creator_job_id=other, creator_actor_dead=True, state=Group.CREATED),
     ]
 
@@ -104,7 +104,7 @@ def test_orphaned_groups_alone_are_removed(monkeypatch: pytest.MonkeyPatch) -> N
 
     class Context:
         def get_job_id(self) -> str:
-            return mine.hex()
+            return own_job.hex()
 
     removed: list[bytes] = []
     monkeypatch.setattr(GlobalState, "_connect_and_get_accessor", lambda self: Accessor())

@@ -59,7 +59,7 @@ def test_the_quick_start_finds_its_run_file_and_its_rows(empty: Path, monkeypatc
     assert quickstart.run_config(quickstart.RUN_FILE, ()) == load(RunConfig, ROOT / quickstart.RUN_FILE)
 
 
-def test_own_rows_and_own_run_files_stay_what_they_are(empty: Path) -> None:
+def test_own_rows_and_run_files_are_not_replaced(empty: Path) -> None:
     (empty / "mine.jsonl").touch()
     config = quickstart.run_config(quickstart.RUN_FILE, ("data.sources.0.path=mine.jsonl",))
     assert (config.data.sources[0].path, config.data.sources[0].name) == ("mine.jsonl", "")
@@ -103,7 +103,7 @@ def test_activation_is_asked_for_only_where_forge_is_another_command(empty: Path
     assert show.activation() == ""
 
 
-def test_a_deployment_file_that_is_not_here_is_named_where_it_is(empty: Path) -> None:
+def test_missing_deployment_file_names_the_shipped_one(empty: Path) -> None:
     for words in (["serve", "jobs/deploy.yaml"], ["deploy", "jobs/deploy.yaml", "--serve-yaml"], ["deploy", "--serve-yaml"]):
         done = CliRunner().invoke(cli, [*words, "--store", str(empty / "store")])
         assert done.exit_code == 2

@@ -1,4 +1,4 @@
-"""Each limit from both sides; what an unsupported machine is told, and that it gets as far as being told."""
+"""Each limit of supported machines from both sides, and the error message on an unsupported machine."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def lacks(here: Machine) -> str:
 ])  # fmt: skip
 def test_python(version: tuple[int, ...], is_supported: bool) -> None:
     text = ".".join(map(str, version))
-    wanted = "" if is_supported else f"forge_ray needs Python 3.11 to 3.14, and this is Python {text}"
-    assert lacks(replace(LINUX, python=version)) == wanted
+    message = "" if is_supported else f"forge_ray needs Python 3.11 to 3.14, and this is Python {text}"
+    assert lacks(replace(LINUX, python=version)) == message
 
 
 @pytest.mark.parametrize(("here", "message"), [
@@ -106,7 +106,7 @@ def test_the_installation_states_the_same_versions() -> None:
 
 
 @pytest.mark.parametrize("name", ["__init__", "__main__", "errors", "machine/__init__", "machine/supported"])
-def test_what_an_old_python_reads_is_in_its_syntax(name: str) -> None:
+def test_modules_for_old_pythons_keep_to_their_syntax(name: str) -> None:
     ast.parse((ROOT / f"forge_ray/{name}.py").read_text(), feature_version=(3, 8))
 
 
@@ -123,7 +123,7 @@ def test_the_module_is_the_command() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"forge, version {__version__}\n", "")
 
 
-def test_an_unsupported_machine_is_told_in_two_lines(
+def test_unsupported_machine_gets_a_two_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(entry, "this_machine", lambda: replace(LINUX, glibc="2.28"))
@@ -137,7 +137,7 @@ def test_an_unsupported_machine_is_told_in_two_lines(
 
 
 @pytest.mark.skipif(not OLD, reason="no older Python here")
-def test_older_pythons_are_told_in_two_lines() -> None:
+def test_older_pythons_get_a_two_line_error() -> None:
     for python in OLD:
         words = [str(python), "-B", "-m", "forge_ray", "quickstart"]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
@@ -157,7 +157,7 @@ def program(folder: Path, name: str, text: str = "exit 0") -> None:
 
 
 def test_the_compiler_is_what_torch_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Linux that is CXX or else g++ and no other, with Python.h and openssl beside it."""
+    """On Linux this is CXX, or else only g++, together with Python.h and openssl."""
     monkeypatch.setattr(sys, "platform", "linux")
     programs, headers = tmp_path / "bin", tmp_path / "include"
     headers.mkdir()
@@ -168,7 +168,7 @@ def test_the_compiler_is_what_torch_calls(tmp_path: Path, monkeypatch: pytest.Mo
     hint = supported.install_hint()
     assert problem() == ("there is no C++ compiler (g++)", hint)
     program(programs, "c++")
-    assert problem() == ("torch looks for g++ alone, and there is only c++", "export CXX=c++")
+    assert problem() == ("torch looks only for g++, and this machine only has c++", "export CXX=c++")
     assert problem(CXX="c++") == (f"there is no Python.h in {headers}", hint)
     program(programs, "g++")
     assert problem(CXX="icpc") == ("CXX=icpc is not a program", "unset CXX")
@@ -206,7 +206,7 @@ def test_on_a_gpu_triton_calls_a_compiler_for_c(tmp_path: Path) -> None:
 
 
 def test_compiled_training_is_refused_where_it_cannot_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Before anything is taken, where all workers are on this machine; on several machines by the workers."""
+    """Before the start if all workers are on this machine; on several machines the workers check it."""
     import ray
 
     from forge_ray.train import preflight

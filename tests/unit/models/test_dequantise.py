@@ -1,4 +1,4 @@
-"""FP8 checkpoints become exactly what their numbers and scales say, in bf16; what is not understood is refused."""
+"""Conversion of FP8 checkpoints to bf16 is exact; unknown formats are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(folder: Path, shards: dict[str, dict[str, Tensor]], quantisation: Any,
 
 def imported(folder: Path, tmp_path: Path) -> Path:
     store = Store(str(tmp_path / "store"))
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         return store.local(f"models/{import_model(catalog, folder, 'model').id}")
 
 
@@ -85,10 +85,10 @@ def test_every_kind_of_scale_is_applied_exactly(chunk: int, tmp_path: Path, monk
         nested=True,
     )
     (folder / "consolidated.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
-    made = imported(folder, tmp_path)
-    found: dict[str, Tensor] = {}
-    for path in sorted(made.glob("*.safetensors")):
-        found |= load_file(path)
+    model = imported(folder, tmp_path)
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        tensors |= load_file(path)
 
     wide = matrix.float()
     grid = block.repeat_interleave(32, 0)[:70].repeat_interleave(16, 1)[:, :40]
@@ -101,15 +101,15 @@ def test_every_kind_of_scale_is_applied_exactly(chunk: int, tmp_path: Path, monk
         "flat.gate_up_proj": experts.float() * per_expert,
         "power.weight": experts[0].float() * torch.tensor([0.25, 2.0]).repeat_interleave(32)[:, None],
     }
-    assert found.keys() == {*expected, "norm.weight", "bias"}
+    assert tensors.keys() == {*expected, "norm.weight", "bias"}
     for name, value in expected.items():
-        assert torch.equal(found[name], value.bfloat16()), name
-    assert torch.equal(found["norm.weight"], plain)
-    assert torch.equal(found["bias"], exact)
-    assert json.loads((made / "config.json").read_text()) == {"model_type": "llama", "text_config": {"hidden_size": 4}}
-    index = json.loads((made / dequantise.INDEX).read_text())
-    assert index["weight_map"].keys() == found.keys()
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+        assert torch.equal(tensors[name], value.bfloat16()), name
+    assert torch.equal(tensors["norm.weight"], plain)
+    assert torch.equal(tensors["bias"], exact)
+    assert json.loads((model / "config.json").read_text()) == {"model_type": "llama", "text_config": {"hidden_size": 4}}
+    index = json.loads((model / dequantise.INDEX).read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_a_file_without_an_index_and_other_names_of_the_format(tmp_path: Path) -> None:
@@ -118,9 +118,9 @@ def test_a_file_without_an_index_and_other_names_of_the_format(tmp_path: Path) -
     for number, quantisation in enumerate((FP8, COMPRESSED, None)):
         folder = write(tmp_path / str(number), {"model.safetensors": tensors}, quantisation)
         (folder / "note.txt").write_text(str(number))
-        made = load_file(imported(folder, tmp_path) / "model.safetensors")
-        assert made.keys() == {"a.weight"}
-        assert torch.equal(made["a.weight"], (weight.float() * 0.5).bfloat16())
+        converted = load_file(imported(folder, tmp_path) / "model.safetensors")
+        assert converted.keys() == {"a.weight"}
+        assert torch.equal(converted["a.weight"], (weight.float() * 0.5).bfloat16())
 
 
 def float8(*shape: int) -> Tensor:
@@ -141,21 +141,21 @@ REFUSED: dict[str, tuple[dict[str, Tensor], Any, str]] = {
     ),
     "experts in fp4": ({"a.weight": torch.ones(2)}, FP8 | {"expert_dtype": "fp4"}, "quantised by 'fp8'"),
     "no scale": ({"a.weight": float8(4, 4)}, FP8, "a.weight is FP8 and has no scale"),
-    "no weight": ({"a.weight": torch.ones(2), "a.weight_scale": torch.ones(1)}, FP8, "is the scale of no FP8 weight"),
-    "packed": ({"a.weight": torch.ones(4, dtype=torch.uint8)}, FP8, "packed in a way that is not known"),
+    "no weight": ({"a.weight": torch.ones(2), "a.weight_scale": torch.ones(1)}, FP8, "is a scale without an FP8 weight"),
+    "packed": ({"a.weight": torch.ones(4, dtype=torch.uint8)}, FP8, "packed in an unknown way"),
     "bytes as scales": (with_scale(torch.ones(1, dtype=torch.uint8)), FP8, "has the type U8"),
     "not finite": (with_scale(torch.tensor(float("nan"))), FP8, "is not finite"),
-    "a grid that does not fit": (with_scale(torch.ones(5, 1)), BLOCKS, "48 rows or columns under 5 scales"),
+    "a grid that does not fit": (with_scale(torch.ones(5, 1)), BLOCKS, "48 rows or columns with 5 scales"),
     "two numbers an expert": (
         {"experts.up": float8(3, 4, 4), "experts.up_scale_inv": torch.ones(3, 2)},
         FP8,
-        "neither one number, nor one a row, nor a grid",
+        "neither one number, nor one per row, nor a grid",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_understood_is_refused(case: str, tmp_path: Path) -> None:
+def test_unknown_formats_are_refused(case: str, tmp_path: Path) -> None:
     tensors, quantisation, says = REFUSED[case]
     folder = write(tmp_path / "model", {"model.safetensors": tensors}, quantisation)
     with pytest.raises(ConfigError, match=says) as caught:
@@ -167,5 +167,5 @@ def test_what_is_not_understood_is_refused(case: str, tmp_path: Path) -> None:
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", {"model.safetensors": with_scale(torch.ones(1))}, FP8)
     (folder / dequantise.INDEX).write_text(json.dumps({"weight_map": {"a.weight": "../model.safetensors"}}))
-    with pytest.raises(PolicyError, match="which is not beside it"):
+    with pytest.raises(PolicyError, match="which is not in its folder"):
         imported(folder, tmp_path)

@@ -1,4 +1,4 @@
-"""Attacks by files: each is refused, or its row put aside, with a reason; nothing runs, time and memory stay bounded."""
+"""Hostile files: each is refused, or its row quarantined, with a reason; nothing runs, time and memory are bounded."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[3]
 CPU_S = 30
 
 
-def test_the_canary_does_appear_where_something_runs(tmp_path: Path) -> None:
-    """Else the tests below could not fail."""
+def test_canary_appears_when_code_runs(tmp_path: Path) -> None:
+    """The control: without it the tests below could not fail."""
     for run in (lambda: pickle.loads(pickle.dumps(Bomb(tmp_path / "c"))), lambda: exec(code(tmp_path / "c"))):
         run()
         (tmp_path / "c").unlink()
@@ -43,7 +43,7 @@ def test_a_hostile_folder_is_refused(name: str, tmp_path: Path, tiny_model_dir: 
     make(folder, canary)
     began = time.process_time()
     with pytest.raises((PolicyError, ConfigError)) as error:
-        import_model(catalog, folder, "evil", alias="evil")
+        import_model(catalog, folder, "evil")
     assert word in error.value.message
     assert "\x1b" not in error.value.message
     assert error.value.hint
@@ -56,11 +56,11 @@ def test_a_hostile_folder_is_refused(name: str, tmp_path: Path, tiny_model_dir: 
 @pytest.mark.parametrize("name", GGUFS)
 def test_a_hostile_gguf_file_is_refused(name: str, tmp_path: Path, catalog: Catalog) -> None:
     (tmp_path / "model.gguf").write_bytes(GGUFS[name])
-    with pytest.raises(PolicyError, match="is not a GGUF file that can be read"):
+    with pytest.raises(PolicyError, match="is not a valid GGUF file"):
         import_model(catalog, tmp_path / "model.gguf", "evil")
 
 
-def test_hostile_rows_are_put_aside(tmp_path: Path) -> None:
+def test_hostile_rows_are_quarantined(tmp_path: Path) -> None:
     """In a process with 2 GiB more than it starts with; each file has its seconds."""
     canary = tmp_path / "canary"
     for name, (make, _, _) in DATA.items():
@@ -74,14 +74,14 @@ def test_hostile_rows_are_put_aside(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    outcomes = json.loads(done.stdout.splitlines()[-1])
     for name, (_, word, good) in DATA.items():
-        seconds, reasons = found[name]
-        told = [reason for reason in reasons if reason]
+        seconds, reasons = outcomes[name]
+        rejects = [reason for reason in reasons if reason]
         assert seconds < CPU_S, name
         assert good < 0 or reasons.count("") == good, (name, reasons)
-        assert bool(told) == bool(word), (name, reasons)
-        assert all(word in reason and not reason.startswith("ERROR") for reason in told[:1]), (name, reasons)
+        assert bool(rejects) == bool(word), (name, reasons)
+        assert all(word in reason and not reason.startswith("ERROR") for reason in rejects[:1]), (name, reasons)
     assert not canary.exists()
 
 
@@ -124,10 +124,10 @@ def test_a_hostile_run_file_is_refused(text: str, tmp_path: Path) -> None:
     assert not canary.exists()
 
 
-def test_a_tokenizer_and_a_template_that_end_are_let_through(tiny_model_dir: Path) -> None:
+def test_terminating_tokenizer_and_template_are_accepted(tiny_model_dir: Path) -> None:
     refuse_bombs(tiny_model_dir)
 
 
-def test_the_corpus_is_as_large_as_is_said() -> None:
+def test_size_of_the_corpus() -> None:
     assert len(MODELS) >= 40
     assert len(ADAPTERS) + len(GGUFS) + len(DATA) >= 40

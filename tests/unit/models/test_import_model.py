@@ -94,7 +94,7 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def hub_cache(folder: Path) -> None:
-    """A snapshot folder of the Hugging Face cache: links to blobs beside it."""
+    """A snapshot folder of the Hugging Face cache: links to blobs next to it."""
     blobs = folder.parent / "blobs"
     blobs.mkdir()
     for path in list(folder.iterdir()):
@@ -163,9 +163,13 @@ BAD: dict[str, tuple[Callable[[Path], None], type[ForgeError], str]] = {
     "header that is not JSON": (header_only(4, b"abcd"), PolicyError, TORN),
     "header that is a list": (header_only(2, b"[]"), PolicyError, TORN),
     "header nested deeply": (header_only(100_000, b"[" * 50_000 + b"]" * 50_000), PolicyError, TORN),
-    "truncated weights": (put("model.safetensors", GOOD[:-1]), PolicyError, "the header promises 32 bytes, 31 are there"),
-    "bytes behind the weights": (put("model.safetensors", GOOD + b"x"), PolicyError, "promises 32 bytes, 33 are there"),
-    "offsets behind the file": (weights({"a": tensor(0, 1 << 40)}, bytes(16)), PolicyError, "the header promises"),
+    "truncated weights": (
+        put("model.safetensors", GOOD[:-1]),
+        PolicyError,
+        "the header describes 32 bytes, the file has 31",
+    ),
+    "bytes behind the weights": (put("model.safetensors", GOOD + b"x"), PolicyError, "describes 32 bytes, the file has 33"),
+    "offsets behind the file": (weights({"a": tensor(0, 1 << 40)}, bytes(16)), PolicyError, "the header describes"),
     "overlapping tensors": (weights({"a": tensor(0, 16), "b": tensor(8, 24)}, bytes(24)), PolicyError, TORN),
     "a gap between tensors": (weights({"a": tensor(0, 8), "b": tensor(12, 24)}, bytes(24)), PolicyError, TORN),
     "offsets backwards": (weights({"a": tensor(0, -16)}, b""), PolicyError, TORN),
@@ -174,7 +178,7 @@ BAD: dict[str, tuple[Callable[[Path], None], type[ForgeError], str]] = {
     "no offsets": (weights({"a": {}}, b""), PolicyError, TORN),
     "config that is not JSON": (put("config.json", b"{"), PolicyError, "config.json is not valid JSON"),
     "config that is not UTF-8": (put("config.json", b'"\xff"'), PolicyError, "config.json is not valid JSON"),
-    "config nested deeply": (put("config.json", b"[" * 900 + b"]" * 900), PolicyError, "config.json is not valid JSON"),
+    "config nested deeply": (put("config.json", b"[" * 900 + b"]" * 900), PolicyError, "config.json is not a JSON object"),
     "no config": (remove("config.json"), ConfigError, "has no config.json"),
     "no tokenizer": (remove("tokenizer.json"), ConfigError, "has no tokenizer.json"),
     "no weights": (remove("model.safetensors"), ConfigError, "has no .safetensors weights"),
@@ -191,7 +195,7 @@ def test_a_bad_directory_is_refused_unopened_and_leaves_nothing(name: str, good:
     spoil, kind, message = BAD[name]
     spoil(good)
     with pytest.raises(kind) as error:
-        import_model(catalog, good, "evil", alias="evil")
+        import_model(catalog, good, "evil")
     assert message in error.value.message
     assert error.value.hint
     assert everything(catalog.store) == []
@@ -208,19 +212,18 @@ def test_a_snapshot_of_links_is_refused_with_the_remedy_and_the_remedy_works(goo
 
 
 @pytest.mark.usefixtures("no_library_opens_it")
-def test_a_header_whose_length_reads_as_a_pickle_is_none(good: Path, catalog: Catalog) -> None:
+def test_header_length_that_looks_like_a_pickle_is_accepted(good: Path, catalog: Catalog) -> None:
     header = json.dumps({"a": tensor(0, 16)}).encode().ljust(0x380)
     (good / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     assert import_model(catalog, good, "good").status == "imported"
 
 
 def test_the_same_directory_twice_is_one_version(good: Path, catalog: Catalog) -> None:
-    first = import_model(catalog, good, "base", licence="apache-2.0", alias="ground")
-    again = import_model(catalog, good, "base", alias="ground")
+    first = import_model(catalog, good, "base", licence="apache-2.0")
+    again = import_model(catalog, good, "base")
     moved = import_model(catalog, Path(shutil.copytree(good, good.parent / "another name")), "base")
     assert first == again == moved
     assert catalog.all(ModelVersion) == [first]
-    assert catalog.model("ground") == first
     assert (first.status, first.weights, first.licence) == ("imported", "full", "apache-2.0")
     assert sorted(entry.path for entry in first.files) == [
         "config.json",
@@ -270,7 +273,7 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(
     ("nowhere", NotFound, "no model at"),
     ("weights.onnx", ConfigError, "weights.onnx is neither a folder nor a .gguf file"),
 ])  # fmt: skip
-def test_what_is_no_model_at_all(tmp_path: Path, catalog: Catalog, name: str, kind: Any, message: str) -> None:
+def test_inputs_that_are_not_models(tmp_path: Path, catalog: Catalog, name: str, kind: Any, message: str) -> None:
     (tmp_path / "weights.onnx").write_bytes(b"")
     with pytest.raises(kind) as error:
         import_model(catalog, tmp_path / name, "base")
@@ -298,17 +301,17 @@ def test_a_mistral_model_without_its_package_is_refused_with_the_extra(
 
 def test_a_broken_gguf_file_leaves_nothing(tmp_path: Path, catalog: Catalog) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(PolicyError, match="is not a GGUF file that can be read"):
+    with pytest.raises(PolicyError, match="is not a valid GGUF file"):
         import_model(catalog, tmp_path / "model.gguf", "base")
     assert everything(catalog.store) == []
     assert catalog.all(ModelVersion) == []
 
 
 def test_a_real_model_imports_and_loads(store: Store) -> None:
-    """The tiny model of the shared store, through the very path that the refusals guard."""
+    """The tiny model of the shared store, imported on the same path as the refused ones."""
     from transformers import AutoModelForCausalLM
 
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         version = catalog.model("tiny")
     model = AutoModelForCausalLM.from_pretrained(store.fetch_dir(f"models/{version.id}"), local_files_only=True)
     assert model.config.num_hidden_layers == 2

@@ -1,4 +1,4 @@
-"""The process in which a tokenizer and a template from outside are tried: it must find this package, and start."""
+"""The sandbox process for imported tokenizers and templates: it must find this package and start."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def folder_with(template: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_its_module_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the package is not installed but on a path alone, a process in another folder finds it by PYTHONPATH."""
+def test_module_and_path_of_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the package is not installed, a process in another folder finds it by PYTHONPATH."""
     seen: dict[str, Any] = {}
 
     def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -39,11 +39,11 @@ def test_its_module_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Path(seen["path"].split(os.pathsep)[0]) == Path(__file__).parents[3]
 
 
-def test_a_good_template_passes_and_one_that_reaches_out_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_template_that_accesses_internals_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.mkdir()
     bad.mkdir()
     sandbox.refuse_bombs(folder_with("{% for m in messages %}{{ m.content }}{% endfor %}", good))
-    with pytest.raises(PolicyError, match="reaches for Python's insides"):
+    with pytest.raises(PolicyError, match="accesses Python internals"):
         sandbox.refuse_bombs(folder_with("{{ messages.__class__.__mro__ }}", bad))

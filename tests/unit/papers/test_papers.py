@@ -1,4 +1,4 @@
-"""Facts in are facts in the papers; each paper is what its standard says; what no record says is said to be missing."""
+"""Documents about a version: they contain every fact, conform to their standards, and mark what is not on record."""
 
 from __future__ import annotations
 
@@ -33,28 +33,30 @@ DOCUMENT = 40  # tokens a record of the fabricated dataset
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Store, dict[str, str]]:
+def papers_store(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Store, dict[str, str]]:
     return filled(tmp_path_factory.mktemp("papers") / "store", tiny_model_dir)
 
 
 @pytest.fixture(scope="module")
-def facts(made: tuple[Store, dict[str, str]]) -> Facts:
-    with Catalog(made[0]) as catalog:
+def facts(papers_store: tuple[Store, dict[str, str]]) -> Facts:
+    with Catalog.open(papers_store[0]) as catalog:
         return gather(catalog, "support@prod", power_w=400.0, base_flops=1e12)
 
 
 @pytest.fixture(scope="module")
-def found(facts: Facts) -> dict[str, bytes]:
+def documents(facts: Facts) -> dict[str, bytes]:
     return papers(facts)
 
 
-def as_json(found: dict[str, bytes], name: str) -> Any:
-    return json.loads(found[name])
+def as_json(documents: dict[str, bytes], name: str) -> Any:
+    return json.loads(documents[name])
 
 
-def test_every_fact_is_in_its_papers(facts: Facts, found: dict[str, bytes], made: tuple[Store, dict[str, str]]) -> None:
-    ids = made[1]
-    card = found["model_card.md"].decode()
+def test_every_fact_is_in_its_documents(
+    facts: Facts, documents: dict[str, bytes], papers_store: tuple[Store, dict[str, str]]
+) -> None:
+    ids = papers_store[1]
+    card = documents["model_card.md"].decode()
     for identifier in ids.values():
         assert identifier in card, identifier
     assert "79 records" in card
@@ -69,66 +71,70 @@ def test_every_fact_is_in_its_papers(facts: Facts, found: dict[str, bytes], made
     assert "last state: up" in card
 
     sums = [entry.sha256 for entry in facts.version.files]
-    statement = as_json(found, "provenance.json")
+    statement = as_json(documents, "provenance.json")
     assert [subject["digest"]["sha256"] for subject in statement["subject"]] == sums
-    bom = found["bom.cdx.json"].decode()
+    bom = documents["bom.cdx.json"].decode()
     for sha256 in (*sums, "a1" * 32, *(entry.sha256 for entry in facts.origin.files)):
         assert sha256 in bom
     for name, value in ENVIRONMENT.items():
-        wanted = name != "machine" and value != "absent"
-        assert (f'"name": "{name}"' in bom) == wanted, name
+        is_listed = name != "machine" and value != "absent"
+        assert (f'"name": "{name}"' in bom) == is_listed, name
     for name, version in (("left-pad", "1.3.0"), ("torch", "2.13.0%2Bcpu")):
         assert f"pkg:pypi/{name}@{version}" in bom
     assert "77" * 32 in bom
     for report in facts.own_evals:
         for name, value in report.metrics.items():
             assert {"type": name, "value": f"{value:.10g}", "slice": f"{report.split} of {report.dataset}; {report.id}"} in (
-                as_json(found, "bom.cdx.json")["metadata"]["component"]["modelCard"]["quantitativeAnalysis"][
+                as_json(documents, "bom.cdx.json")["metadata"]["component"]["modelCard"]["quantitativeAnalysis"][
                     "performanceMetrics"
                 ]
             )
-    assert "leak\\_auc 0.53, exposure\\_max 1.5 |" in found["evidence-annex-iv.md"].decode()
-    assert "answers to hostile prompts | not recorded" in found["evidence-annex-iv.md"].decode()
-    rows = found["training-content-summary.md"].decode()
+    assert "leak\\_auc 0.53, exposure\\_max 1.5 |" in documents["evidence-annex-iv.md"].decode()
+    assert "answers to hostile prompts | not recorded" in documents["evidence-annex-iv.md"].decode()
+    rows = documents["training-content-summary.md"].decode()
     assert "3,160 tokens: less than 1 billion tokens" in rows
     assert "CC-BY-4.0 90, none given 7" in rows
 
 
-def test_the_bill_of_materials_is_cyclonedx(facts: Facts, found: dict[str, bytes]) -> None:
+def test_the_bill_of_materials_is_cyclonedx(facts: Facts, documents: dict[str, bytes]) -> None:
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
     check = JsonStrictValidator(SchemaVersion.V1_6)
-    assert check.validate_str(found["bom.cdx.json"].decode()) is None
-    broken = as_json(found, "bom.cdx.json")
+    assert check.validate_str(documents["bom.cdx.json"].decode()) is None
+    broken = as_json(documents, "bom.cdx.json")
     broken["metadata"]["component"]["hashes"] = [{"alg": "SHA-256", "content": "no hash"}]
     assert check.validate_str(json.dumps(broken)) is not None
     odd = replace(facts, version=facts.version.model_copy(update={"licence": "our own, ask legal"}))
     assert check.validate_str(papers(odd)["bom.cdx.json"].decode()) is None
-    bom = as_json(found, "bom.cdx.json")
+    bom = as_json(documents, "bom.cdx.json")
     refs = [bom["metadata"]["component"]["bom-ref"], *(part["bom-ref"] for part in bom["components"])]
     assert {row["ref"] for row in bom["dependencies"]} <= set(refs)
     assert {name for row in bom["dependencies"] for name in row["dependsOn"]} <= set(refs)
 
 
-def test_datasets_are_croissant(found: dict[str, bytes], made: tuple[Store, dict[str, str]], tmp_path: Path) -> None:
+def test_datasets_are_croissant(
+    documents: dict[str, bytes], papers_store: tuple[Store, dict[str, str]], tmp_path: Path
+) -> None:
     import mlcroissant
 
-    name = f"croissant-{made[1]['dataset']}.json"
-    (tmp_path / name).write_bytes(found[name])
+    name = f"croissant-{papers_store[1]['dataset']}.json"
+    (tmp_path / name).write_bytes(documents[name])
     read = mlcroissant.Dataset(jsonld=str(tmp_path / name)).metadata
     assert not read.ctx.issues.errors
     assert read.name == "tickets"
     assert {each.uuid for each in read.record_sets} == {"train", "test"}
     assert {each.sha256 for each in read.distribution if getattr(each, "sha256", None)} == {"b2" * 32, "c3" * 32, "d4" * 32}
-    value = as_json(found, name)
+    value = as_json(documents, name)
     assert value["license"] == ["CC-BY-4.0"]
     assert [source["@id"] for source in value["prov:wasDerivedFrom"]] == [f"urn:sha256:{'a1' * 32}"]
     assert value["rai:personalSensitiveInformation"] == ["personal_data: email 12; 11 records masked, 0 dropped"]
     assert value["rai:dataBiases"] == "not recorded"
 
 
-def test_events_are_openlineage(facts: Facts, found: dict[str, bytes], made: tuple[Store, dict[str, str]]) -> None:
+def test_events_are_openlineage(
+    facts: Facts, documents: dict[str, bytes], papers_store: tuple[Store, dict[str, str]]
+) -> None:
     schemas = [json.loads(path.read_text()) for path in sorted(SPEC.glob("*.json"))]
     registry: Any = Registry().with_resources([(each["$id"], Resource.from_contents(each)) for each in schemas])
 
@@ -137,7 +143,7 @@ def test_events_are_openlineage(facts: Facts, found: dict[str, bytes], made: tup
             {"$ref": url}, registry=registry, format_checker=jsonschema.FormatChecker()
         ).validate(value)
 
-    events = [json.loads(line) for line in found["openlineage.jsonl"].decode().splitlines()]
+    events = [json.loads(line) for line in documents["openlineage.jsonl"].decode().splitlines()]
     for event in events:
         check(event, event["schemaURL"])
         assert not any("outputFacets" in each for each in event["inputs"])
@@ -149,15 +155,15 @@ def test_events_are_openlineage(facts: Facts, found: dict[str, bytes], made: tup
         check(events[0] | {"eventType": "FINISHED"}, events[0]["schemaURL"])
     assert [event["eventTime"] for event in events] == sorted(event["eventTime"] for event in events)
     ended = {event["run"]["facets"]["forge_record"]["id"]: event for event in events if event["eventType"] == "COMPLETE"}
-    ids = made[1]
+    ids = papers_store[1]
     assert set(ended) == {value for key, value in ids.items() if key != "deployed"}
     trained = ended[ids["second"]]
     assert {each["name"] for each in trained["inputs"]} == {ids["dataset"], ids["middle"]}
     assert trained["run"]["facets"]["forge_record"]["order_digest"] == facts.trainings[0].run.order_digest
 
 
-def test_provenance_names_what_the_weights_came_from(facts: Facts, made: tuple[Store, dict[str, str]]) -> None:
-    store, ids = made
+def test_provenance_names_what_the_weights_came_from(facts: Facts, papers_store: tuple[Store, dict[str, str]]) -> None:
+    store, ids = papers_store
     key = signing.generate()
     signed = papers(facts, key)
     value = json.loads(signing.opened(json.loads(signed["provenance.dsse.json"]), [key.public_key()]))
@@ -174,7 +180,7 @@ def test_provenance_names_what_the_weights_came_from(facts: Facts, made: tuple[S
     assert build["externalParameters"]["config"] == facts.trainings[0].run.config
     assert details["metadata"]["invocationId"] == ids["second"]
     assert details["metadata"]["startedOn"] == "2026-11-25T01:16:58.654Z"
-    with Catalog(store) as catalog:  # weights that came from outside say so
+    with Catalog.open(store) as catalog:  # weights that came from outside say so
         imported = json.loads(papers(gather(catalog, "tiny"))["provenance.json"])["predicate"]["buildDefinition"]
     assert imported["buildType"] == "urn:forge-ray:import:1"
     assert imported["resolvedDependencies"][0]["digest"]["sha256"] == facts.origin.source.rpartition("sha256:")[2]
@@ -197,9 +203,11 @@ def test_compute_is_that_of_the_formula(facts: Facts) -> None:
     assert facts.parameters == {facts.version.id: 6, facts.chain[1].id: 125_248, facts.origin.id: 125_248}
 
 
-def test_what_is_not_on_record_is_not_claimed(facts: Facts, made: tuple[Store, dict[str, str]], tmp_path: Path) -> None:
-    with Catalog(made[0]) as catalog:
-        unstated = gather(catalog, made[1]["tuned"])
+def test_what_is_not_on_record_is_not_claimed(
+    facts: Facts, papers_store: tuple[Store, dict[str, str]], tmp_path: Path
+) -> None:
+    with Catalog.open(papers_store[0]) as catalog:
+        unstated = gather(catalog, papers_store[1]["tuned"])
     assert unstated.energy_kwh is None
     assert unstated.share is None
     card = papers(unstated)["model_card.md"].decode()
@@ -207,32 +215,32 @@ def test_what_is_not_on_record_is_not_claimed(facts: Facts, made: tuple[Store, d
     assert "| share of the base model's | not recorded |" in card
 
     store = Store(str(tmp_path / "part"))  # a version that was copied without what it came from
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         catalog.put(facts.version)
         alone = gather(catalog, facts.version.id)
     assert set(alone.missing) == {facts.version.run, facts.version.base_model, *facts.version.evals}
     assert alone.flops is None
-    told = papers(alone)
-    assert all(name in told["INDEX.md"].decode() for name in alone.missing)
+    alone_documents = papers(alone)
+    assert all(name in alone_documents["INDEX.md"].decode() for name in alone.missing)
     for name in ("evidence-annex-xi.md", "evidence-annex-iv.md", "training-content-summary.md"):
-        assert told[name].decode().count(BY_HAND) >= 12
-    assert "FLOPs, estimated" not in told["evidence-annex-xi.md"].decode()
+        assert alone_documents[name].decode().count(BY_HAND) >= 12
+    assert "FLOPs, estimated" not in alone_documents["evidence-annex-xi.md"].decode()
 
 
-def test_evidence_names_its_record_or_a_gap_and_never_a_verdict(facts: Facts, found: dict[str, bytes]) -> None:
-    known = {record.id for record in facts.records}
+def test_evidence_names_its_record_or_a_gap_and_never_a_verdict(facts: Facts, documents: dict[str, bytes]) -> None:
+    record_ids = {record.id for record in facts.records}
     for name in ("evidence-annex-xi.md", "evidence-annex-iv.md", "training-content-summary.md"):
-        text = found[name].decode()
+        text = documents[name].decode()
         assert text.startswith("# Evidence for ")
         rows = [cells(line) for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
         assert rows
         for _, _, evidence, source in rows:
             gap = evidence == BY_HAND
             assert gap == (source == "–"), (evidence, source)
-            assert gap or set(source.split(", ")) <= known
+            assert gap or set(source.split(", ")) <= record_ids
         filled_rows = sum(evidence != BY_HAND for _, _, evidence, _ in rows)
         assert f"{filled_rows} of {len(rows)} rows" in text
-    for name, content in found.items():
+    for name, content in documents.items():
         text = content.decode().lower()
         assert "complies" not in text, name
         assert "compliant" not in text, name
@@ -242,8 +250,8 @@ def cells(line: str) -> list[str]:
     return [cell.strip().replace("\\|", "|") for cell in line[1:-1].replace("\\|", "\0").split("|")]
 
 
-def test_what_a_record_holds_is_text_and_no_markup(found: dict[str, bytes]) -> None:
-    for name, content in found.items():
+def test_text_of_records_is_escaped(documents: dict[str, bytes]) -> None:
+    for name, content in documents.items():
         if name.endswith(".md"):
             text = content.decode()
             assert "\n# heading" not in text
@@ -251,15 +259,15 @@ def test_what_a_record_holds_is_text_and_no_markup(found: dict[str, bytes]) -> N
             for block in text.split("\n\n"):
                 widths = {len(cells(line)) for line in block.splitlines() if line.startswith("|")}
                 assert len(widths) <= 1, (name, block)
-    front = found["model_card.md"].decode().split("---\n")[1]
+    front = documents["model_card.md"].decode().split("---\n")[1]
     assert yaml.safe_load(front)["license"] == "apache-2.0"
 
 
-def test_hugging_face_reads_the_card(found: dict[str, bytes], made: tuple[Store, dict[str, str]]) -> None:
+def test_hugging_face_reads_the_card(documents: dict[str, bytes], papers_store: tuple[Store, dict[str, str]]) -> None:
     from huggingface_hub import ModelCard
 
-    data = ModelCard(found["model_card.md"].decode()).data
-    assert (data.license, data.library_name, data.base_model) == ("apache-2.0", "peft", made[1]["middle"])
+    data = ModelCard(documents["model_card.md"].decode()).data
+    assert (data.license, data.library_name, data.base_model) == ("apache-2.0", "peft", papers_store[1]["middle"])
     assert {(result.metric_type, result.metric_value) for result in data.eval_results} == {
         ("exact_match", 0.875),
         ("loss", 0.1256),
@@ -269,13 +277,13 @@ def test_hugging_face_reads_the_card(found: dict[str, bytes], made: tuple[Store,
 
 
 def test_equal_stores_give_equal_bytes(
-    found: dict[str, bytes], facts: Facts, made: tuple[Store, dict[str, str]], tmp_path: Path
+    documents: dict[str, bytes], facts: Facts, papers_store: tuple[Store, dict[str, str]], tmp_path: Path
 ) -> None:
-    store = Store(str(shutil.copytree(made[0].root, tmp_path / "elsewhere")))
-    with Catalog(store) as catalog:
-        again = gather(catalog, made[1]["tuned"], power_w=400.0, base_flops=1e12)
-    assert papers(again) == found
-    first = pack(tmp_path / "a.tar", made[0], facts, found)
+    store = Store(str(shutil.copytree(papers_store[0].root, tmp_path / "elsewhere")))
+    with Catalog.open(store) as catalog:
+        again = gather(catalog, papers_store[1]["tuned"], power_w=400.0, base_flops=1e12)
+    assert papers(again) == documents
+    first = pack(tmp_path / "a.tar", papers_store[0], facts, documents)
     assert pack(tmp_path / "b.tar", store, again, papers(again)) == first
     with tarfile.open(tmp_path / "a.tar") as archive:
         content = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
@@ -283,12 +291,12 @@ def test_equal_stores_give_equal_bytes(
     assert sums == {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
     for record in facts.records:
         name = f"records/{record.kind}/{record.id}.json"
-        assert content[name] == made[0].read(name)
+        assert content[name] == papers_store[0].read(name)
     assert sum(name.startswith("events/") for name in content) == len(facts.events) == 2
     lines = [json.loads(line) for line in content["audit/lines.jsonl"].splitlines()]
     stored = {name for name in content if name.startswith(("records/", "events/"))}
     assert {line["path"] for line in lines} == stored
-    assert f"--head {head_of(made[0])}" in content["README.md"].decode()
+    assert f"--head {head_of(papers_store[0])}" in content["README.md"].decode()
     assert f"environments/{facts.trainings[0].run.environment_digest.removeprefix('sha256:')}.json" in content
 
 
@@ -310,8 +318,10 @@ def forge(*words: str) -> Any:
     return CliRunner().invoke(cli, list(words))
 
 
-def test_the_verb_writes_signs_packs_and_refuses(made: tuple[Store, dict[str, str]], tmp_path: Path, signer: Path) -> None:
-    store, ids = str(shutil.copytree(made[0].root, tmp_path / "store")), made[1]
+def test_papers_command_writes_signs_and_packs(
+    papers_store: tuple[Store, dict[str, str]], tmp_path: Path, signer: Path
+) -> None:
+    store, ids = str(shutil.copytree(papers_store[0].root, tmp_path / "store")), papers_store[1]
     folder, archive = tmp_path / "out", tmp_path / "pack.tar"
     named = forge(
         "signers",
@@ -328,16 +338,16 @@ def test_the_verb_writes_signs_packs_and_refuses(made: tuple[Store, dict[str, st
     )
     assert named.exit_code == 0, named.output
     for words in (("sign", ids["tuned"]), ("approve", ids["tuned"], "--why", "scores read")):
-        said = forge(*words, "--store", store)
-        assert said.exit_code == 0, said.output
+        result = forge(*words, "--store", store)
+        assert result.exit_code == 0, result.output
     done = forge("papers", "support@prod", "--out", str(folder), "--pack", str(archive), "--store", store, "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["model_version"] == ids["tuned"]
-    for name, sha256 in told["papers"].items():
+    output = json.loads(done.stdout)
+    assert output["model_version"] == ids["tuned"]
+    for name, sha256 in output["papers"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
         assert name == "INDEX.md" or sha256 in (folder / "INDEX.md").read_text()
-    assert hashlib.sha256(archive.read_bytes()).hexdigest() == told["pack"]["sha256"]
+    assert hashlib.sha256(archive.read_bytes()).hexdigest() == output["pack"]["sha256"]
     evidence = (folder / "evidence-annex-iv.md").read_text()
     assert "signed by alice (sk\\_" in evidence
     assert "| approve by alice (sk\\_" in evidence
@@ -350,10 +360,10 @@ def test_the_verb_writes_signs_packs_and_refuses(made: tuple[Store, dict[str, st
 
     other = forge("papers", "tiny", "--out", str(folder), "--store", store)
     assert other.exit_code == 2
-    assert "of another version" in other.output
+    assert "of a different version" in other.output
     for flag in ("--power-w", "--base-flops"):
         wrong = forge("papers", "support@prod", "--out", str(folder), flag, "-1", "--store", store)
-        assert (wrong.exit_code, "no positive number" in wrong.output) == (2, True)
+        assert (wrong.exit_code, "not a positive number" in wrong.output) == (2, True)
     assert forge("papers", "nobody", "--out", str(folder), "--store", store).exit_code == 2
 
 
@@ -363,26 +373,26 @@ def public_half(private: Path) -> Path:
     return path
 
 
-def test_an_envelope_that_does_not_hold_is_no_signature(
-    made: tuple[Store, dict[str, str]], tmp_path: Path, signer: Path
+def test_invalid_envelope_is_not_a_signature(
+    papers_store: tuple[Store, dict[str, str]], tmp_path: Path, signer: Path
 ) -> None:
     """Its key is one that the store does not know."""
-    store = Store(str(shutil.copytree(made[0].root, tmp_path / "store")))
-    assert forge("sign", made[1]["tuned"], "--store", store.root).exit_code == 0
-    assert store.list(f"signatures/{made[1]['tuned']}")
-    with Catalog(store) as catalog:
-        found = gather(catalog, made[1]["tuned"])
-    assert found.signatures == {}
+    store = Store(str(shutil.copytree(papers_store[0].root, tmp_path / "store")))
+    assert forge("sign", papers_store[1]["tuned"], "--store", store.root).exit_code == 0
+    assert store.list(f"signatures/{papers_store[1]['tuned']}")
+    with Catalog.open(store) as catalog:
+        documents = gather(catalog, papers_store[1]["tuned"])
+    assert documents.signatures == {}
 
 
-def test_export_says_what_it_cannot_do(made: tuple[Store, dict[str, str]]) -> None:
+def test_mlflow_export_errors(papers_store: tuple[Store, dict[str, str]]) -> None:
     from forge_ray.papers.mlflow_export import export
 
-    with Catalog(made[0]) as catalog:
+    with Catalog.open(papers_store[0]) as catalog:
         with pytest.raises(NotFound, match="it was imported"):
             export(catalog, "tiny", "sqlite://", "", False)
         with pytest.raises(ConfigError, match="its weights belong to a version"):
-            export(catalog, made[1]["second"], "sqlite://", "", True)
+            export(catalog, papers_store[1]["second"], "sqlite://", "", True)
         with pytest.raises(ConfigError, match="failed"):
             export(catalog, "support@prod", "http://127.0.0.1:1", "", False)
 

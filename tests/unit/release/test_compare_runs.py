@@ -16,7 +16,6 @@ from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import EvalReport, Event, ModelVersion, RunRecord, canonical_json
 from forge_ray.release.compare_runs import attempts, compare, curve, differences, in_words, listed, table
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.files import Store
 from forge_ray.train import validation
 
 pytestmark = pytest.mark.unit
@@ -61,24 +60,24 @@ def trained(catalog: Catalog, run: str, dataset: str, scores: dict[str, float], 
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Any:
-    with Catalog(Store(str(tmp_path / "store"))) as index:
-        trained(index, "run_a", "ds_1", {"macro_f1": 0.5, "loss": 2.0}, "rejected")
-        changes = ("train.optimizer.lr=1e-3", "train.seed=1", "train.adapter=null")
-        trained(index, "run_b", "ds_2", {"macro_f1": 0.75, "loss": 1.0}, "accepted", *changes)
-        trained(index, "run_c", "ds_1", {}, "", "train.micro_batch_size=2", "eval.labels=[a, b]")
-        trained(index, "run_<x>", "ds_1", {"macro_f1": 0.25}, "rejected", "name=other")
-        yield index
+def catalog(catalog: Catalog) -> Catalog:
+    """With four runs."""
+    trained(catalog, "run_a", "ds_1", {"macro_f1": 0.5, "loss": 2.0}, "rejected")
+    changes = ("train.optimizer.lr=1e-3", "train.seed=1", "train.adapter=null")
+    trained(catalog, "run_b", "ds_2", {"macro_f1": 0.75, "loss": 1.0}, "accepted", *changes)
+    trained(catalog, "run_c", "ds_1", {}, "", "train.micro_batch_size=2", "eval.labels=[a, b]")
+    trained(catalog, "run_<x>", "ds_1", {"macro_f1": 0.25}, "rejected", "name=other")
+    return catalog
 
 
-def test_each_attempt_says_what_changed_and_what_it_brought(catalog: Catalog) -> None:
+def test_each_attempt_lists_its_changes_and_its_gain(catalog: Catalog) -> None:
     first, second, failed, other = listed(attempts(catalog))
     assert (first["score"], first["gain"], first["changed"], first["verdict"]) == (0.5, None, {}, "rejected")
     assert (second["metric"], second["score"], second["gain"], second["before"]) == ("macro_f1", 0.75, 0.25, "run_a")
     assert second["changed"]["train.optimizer.lr"] == [0.0002, 0.001]
     assert second["changed"]["dataset"] == ["ds_1", "ds_2"]
-    told = "dataset ds_1→ds_2, seed 0→1, optimizer.lr 0.0002→0.001, adapter {method: lora, r: 16, alpha: 32…→none"
-    assert second["changed_in_words"] == told  # a section that is gone is one change
+    summary = "dataset ds_1→ds_2, seed 0→1, optimizer.lr 0.0002→0.001, adapter {method: lora, r: 16, alpha: 32…→none"
+    assert second["changed_in_words"] == summary  # a section that is gone is one change
     assert second["verdict"] == "accepted"
     assert (failed["state"], failed["name"], failed["score"], failed["why"]) == ("failed", "tickets", None, "no disk")
     assert failed["changed"]["train.micro_batch_size"] == [1, 2]  # of the config in its folder: it has no record
@@ -89,19 +88,19 @@ def test_each_attempt_says_what_changed_and_what_it_brought(catalog: Catalog) ->
 
 def test_many_changes_are_counted(catalog: Catalog) -> None:
     before, after, *_ = attempts(catalog)
-    told = in_words(differences(before, after), most=2)
-    assert told == "dataset ds_1→ds_2, seed 0→1, and 2 more"
+    summary = in_words(differences(before, after), most=2)
+    assert summary == "dataset ds_1→ds_2, seed 0→1, and 2 more"
 
 
-def test_curves_hold_what_loop_and_tasks_found(catalog: Catalog) -> None:
+def test_curves_join_losses_of_the_loop_and_of_validation_tasks(catalog: Catalog) -> None:
     drawn = curve(catalog.store, "run_a")
     assert drawn.train == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
     assert drawn.validation == [(2, 1.5), (4, 1.0)]  # a loss that is no number is not drawn
 
 
-def test_one_picture_and_one_page(catalog: Catalog, tmp_path: Path) -> None:
+def test_compare_writes_a_png_or_an_html_page(catalog: Catalog, tmp_path: Path) -> None:
     runs = ("run_a", "run_b", "run_c", "run_<x>")
-    found, png = compare(catalog, runs, tmp_path / "c.png")
+    tried, png = compare(catalog, runs, tmp_path / "c.png")
     assert png.read_bytes().startswith(b"\x89PNG")
     _, page = compare(catalog, runs, tmp_path / "c.html")
     text = page.read_text()
@@ -110,14 +109,14 @@ def test_one_picture_and_one_page(catalog: Catalog, tmp_path: Path) -> None:
     assert "run_&lt;x&gt;" in text
     assert "<x>" not in text
     assert "http" not in text  # nothing is fetched
-    rows = {row[0]: row[1:] for row in table(found)}
+    rows = {row[0]: row[1:] for row in table(tried)}
     assert rows["macro_f1 ↑"] == ["0.5", "0.75", "-", "0.25"]
     assert rows["loss ↓"] == ["2", "1", "-", "-"]
     assert rows["train.seed"] == ["0", "1", "0", "0"]
     assert "train.epochs" not in rows  # the same in all
 
 
-def test_mistakes(catalog: Catalog, tmp_path: Path) -> None:
+def test_invalid_comparisons_are_refused(catalog: Catalog, tmp_path: Path) -> None:
     cases: list[tuple[tuple[str, ...], str, type[Exception], str]] = [
         (("run_a", "run_a"), "c.png", ConfigError, "two runs or more"),
         (("run_a", "run_z"), "c.png", NotFound, "run_z"),

@@ -37,7 +37,7 @@ TOLERANT = {"slices": "label", "tolerance": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("gate", "mine", "theirs", "reasons"),
+    ("gate", "ours", "theirs", "reasons"),
     [
         (rule(), report({"exact_match": 0.5}), report({"exact_match": 0.5}), ()),
         (
@@ -76,8 +76,8 @@ TOLERANT = {"slices": "label", "tolerance": 0.1}
         (rule(**TOLERANT), sliced(a=(0.1, 5)), None, ()),  # the alias points nowhere yet
     ],
 )
-def test_no_regression(gate: Gate, mine: EvalReport, theirs: EvalReport | None, reasons: tuple[str, ...]) -> None:
-    assert judge(gate, mine, {"prod": theirs}) == reasons
+def test_no_regression(gate: Gate, ours: EvalReport, theirs: EvalReport | None, reasons: tuple[str, ...]) -> None:
+    assert judge(gate, ours, {"prod": theirs}) == reasons
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_no_regression(gate: Gate, mine: EvalReport, theirs: EvalReport | None, 
     ],
 )
 @pytest.mark.parametrize("as_stored", [False, True])
-def test_what_is_not_a_number_never_passes(gate: dict[str, Any], as_stored: bool) -> None:
+def test_nan_never_passes(gate: dict[str, Any], as_stored: bool) -> None:
     """As computed, and as a report has it, which names it and leaves it out. A rival that diverged proves nothing either."""
     slices = {"label": {"a": {"loss": NAN, "count": 3.0}, "b": {"loss": 1.0, "count": 3.0}}}
     metrics, leak = {"loss": NAN, "exact_match": 0.1}, {"leak_auc": NAN, "exposure_max": NAN}
@@ -110,7 +110,7 @@ def test_what_is_not_a_number_never_passes(gate: dict[str, Any], as_stored: bool
         assert judge(parse(Gate, gate), fine, {"base": bad})
 
 
-def test_budgets_and_leaks_name_value_and_bound() -> None:
+def test_budget_and_leak_reasons_name_value_and_bound() -> None:
     gate = parse(
         Gate,
         {
@@ -141,7 +141,7 @@ def test_budgets_and_leaks_name_value_and_bound() -> None:
     )
 
 
-def test_everything_that_was_looked_at_is_kept() -> None:
+def test_every_check_is_kept_with_value_and_bound() -> None:
     gate = parse(
         Gate,
         {
@@ -169,7 +169,7 @@ def version(**more: Any) -> ModelVersion:
     return ModelVersion(**fixed, licence="", **more).sealed()
 
 
-def test_records_of_before_keep_their_ids_and_a_time_decides_none() -> None:
+def test_older_records_keep_their_ids_and_times_are_not_part_of_them() -> None:
     assert "checks" not in version().identity()
     assert not {"per_slice", "undefined", "costs"} & set(report({}).identity())
     assert report({}, costs={"size_bytes": 1.0}).sealed().id == report({}).sealed().id
@@ -180,20 +180,20 @@ def test_records_of_before_keep_their_ids_and_a_time_decides_none() -> None:
     assert first.id != version(checks=(Check(name="latency_ms_per_token", value=1.0, bound=8.0, passed=True),)).id
 
 
-def test_slices_are_scored_apart() -> None:
+def test_slices_are_scored_separately() -> None:
     def item(reference: str, prediction: str, source: str) -> dict[str, Any]:
-        told = {"reference": reference, "prediction": prediction, "source": source}
-        return {**told, "likeliest": prediction[0].lower(), "logprob": -1.0, "num_tokens": 2}
+        answer = {"reference": reference, "prediction": prediction, "source": source}
+        return {**answer, "likeliest": prediction[0].lower(), "logprob": -1.0, "num_tokens": 2}
 
     items = [item("a", "A.", "x"), item("a", "b", "y"), item("b", "b", "y"), item("neither", "b", "y")]
-    found = slice_scores(items, ("a", "b"), ("label", "source"))
-    assert {of: (s["exact_match"], s["count"]) for of, s in found["label"].items()} == {
+    scores = slice_scores(items, ("a", "b"), ("label", "source"))
+    assert {of: (s["exact_match"], s["count"]) for of, s in scores["label"].items()} == {
         "(other)": (0.0, 1.0),
         "a": (0.5, 2.0),
         "b": (1.0, 1.0),
     }
-    assert found["source"]["y"]["exact_match"] == pytest.approx(1 / 3)
-    assert found["source"]["x"] == {
+    assert scores["source"]["y"]["exact_match"] == pytest.approx(1 / 3)
+    assert scores["source"]["x"] == {
         "exact_match": 1.0,
         "loss": 0.5,
         "perplexity": math.exp(0.5),
@@ -205,23 +205,23 @@ def test_slices_are_scored_apart() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message", "hint"),
     [
-        (("release.gate.leak.max_auc=0.6",), "release.gate.leak bounds an audit", "set eval.leak={}"),
+        (("release.gate.leak.max_auc=0.6",), "release.gate.leak has bounds for the leak audit", "set eval.leak={}"),
         (
             ("release.gate.no_worse_than=[{slices: source}]",),
-            "judges slices=source, which eval.slices=[] lacks",
+            "compares slices=source, but eval.slices=[] does not list it",
             "add source to eval.slices",
         ),
         (("eval.slices=[label]",), "eval.labels is not set", "set labels=from_data"),
     ],
 )
-def test_a_gate_without_its_measure_is_a_mistake(overrides: tuple[str, ...], message: str, hint: str) -> None:
+def test_a_gate_without_its_measurement_is_refused(overrides: tuple[str, ...], message: str, hint: str) -> None:
     minimal = {"name": "a", "base_model": "b", "data": {"sources": [{"path": "c"}]}, "release": {"alias": "d"}}
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")) as caught:
         parse(RunConfig, apply_overrides(minimal, overrides))
     assert hint in caught.value.hint
 
 
-def test_a_report_without_the_slices_or_the_metric_is_a_mistake() -> None:
+def test_a_report_without_the_slices_or_the_metric_is_refused() -> None:
     with pytest.raises(ConfigError, match="slices=label, which") as caught:
         judge(rule(slices="label"), report({"exact_match": 1.0}), {"prod": sliced(a=(1.0, 1))})
     assert "eval.slices" in caught.value.hint
@@ -230,7 +230,7 @@ def test_a_report_without_the_slices_or_the_metric_is_a_mistake() -> None:
     assert caught.value.hint == "one of exact_match"
 
 
-def test_settings_that_came_later_leave_the_digest_of_a_report_alone() -> None:
+def test_newer_settings_do_not_change_the_digest_of_a_report() -> None:
     """A report of before is found again; each new setting makes another one."""
     from forge_ray.config.release import EvalConfig
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import io
 import json
 import logging
@@ -14,18 +13,21 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import ASGIApp
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
-from forge_ray.serve import access
-from forge_ray.serve.access import CALLER, LOG, AsgiApp, Granted, authenticated, guarded, scope_of, write_access_log
-from forge_ray.serve.front import front
-from forge_ray.serve.http import build_http
+from forge_ray.serve import middleware
+from forge_ray.serve.access import GrantedDirectory, authenticated, scope_of
+from forge_ray.serve.access_log import LOG, write_access_log
+from forge_ray.serve.context import Caller, Chosen, ServingContext
+from forge_ray.serve.http import build_http, replica_app
 from forge_ray.serve.keys import ApiKey, sha256_of
 from forge_ray.serve.limits import Counters
 from forge_ray.serve.metrics import Metrics
+from forge_ray.serve.middleware import AuthMiddleware
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Caller, Chosen, RoutingInputs, Served
+from forge_ray.serve.routing import RoutingInputs
 
 pytestmark = pytest.mark.unit
 
@@ -56,32 +58,32 @@ BEARER = {name: {"authorization": f"Bearer {text_of(number)}"} for number, name 
 class Names:
     """A directory of names without models."""
 
-    def stable(self, name: str) -> Any:
+    def stable(self, name: str, caller: Caller) -> Any:
         if name not in ("support@prod", "team-a", "secret"):
             raise ApiError(404, f"model {name!r} is not served here", param="model", code="model_not_found")
         return SimpleNamespace(version="mv_1")
 
-    async def choose(self, name: str, facts: RoutingInputs) -> Chosen:
-        return Chosen(name, self.stable(name))
+    async def choose(self, name: str, caller: Caller, inputs: RoutingInputs) -> Chosen:
+        return Chosen(name, self.stable(name, caller))
 
-    def cards(self) -> list[dict[str, Any]]:
+    def cards(self, caller: Caller) -> list[dict[str, Any]]:
         return [{"id": name, "object": "model"} for name in ("support@prod", "team-a", "secret")]
 
 
 @pytest.fixture
-def served() -> Served:
+def served() -> ServingContext:
     config = parse(DeployConfig, {"name": "bot", "models": ["support@prod"]})
-    return Served(config, "dep_0", Names(), Metrics("bot", "r0"))
+    return ServingContext(config, "dep_0", Names(), Metrics("bot", "r0"))
 
 
-def app_of(served: Served, **more: Any) -> AsgiApp:
+def app_of(served: ServingContext, **more: Any) -> ASGIApp:
     keys = {key.sha256: key for key in KEYS.values()}
     counters = Counters()
     values: dict[str, Any] = {"keys": lambda: keys, "take": counters.take, "settle": counters.settle}
-    return front(served, **values | {"replica": "r0", "health": list, "ledger": None} | more)
+    return replica_app(served, **values | {"replica": "r0", "health": list, "ledger": None} | more)
 
 
-def ask(app: AsgiApp, method: str, path: str, headers: Any = None, **more: Any) -> httpx.Response:
+def ask(app: ASGIApp, method: str, path: str, headers: Any = None, **more: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
@@ -90,15 +92,15 @@ def ask(app: AsgiApp, method: str, path: str, headers: Any = None, **more: Any) 
     return asyncio.run(send())
 
 
-def routes_of(served: Served) -> list[str]:
-    routes = inspect.getclosurevars(build_http(served)).nonlocals["app"].routes
-    return [route.path.replace("{model:path}", "support@prod") for route in routes]
+def routes_of(served: ServingContext) -> list[str]:
+    http: Any = build_http(served)
+    return [route.path.replace("{model:path}", "support@prod") for route in http.app.routes]
 
 
 # ---------------------------------------------------------------- 401 and 403
 
 
-def test_no_route_answers_without_a_key(served: Served) -> None:
+def test_no_route_answers_without_a_key(served: ServingContext) -> None:
     app = app_of(served)
     paths = routes_of(served)
     assert {"/v1/chat/completions", "/v1/models", "/health", "/metrics"} <= set(paths)
@@ -116,7 +118,7 @@ def test_no_route_answers_without_a_key(served: Served) -> None:
     assert 'reason="key"}' in served.metrics.text()
 
 
-def test_each_route_has_a_scope(served: Served) -> None:
+def test_each_route_has_a_scope(served: ServingContext) -> None:
     app = app_of(served)
     needed = {path: scope_of(path) for path in routes_of(served)}
     assert needed["/health"] == ""
@@ -133,7 +135,7 @@ def test_each_route_has_a_scope(served: Served) -> None:
         assert ask(app, "GET", path, BEARER["all"]).status_code == 404, path
 
 
-def test_a_prefix_of_the_server_is_not_part_of_the_route(served: Served) -> None:
+def test_a_prefix_of_the_server_is_not_part_of_the_route(served: ServingContext) -> None:
     app = app_of(served)
 
     async def under(scope: Any, receive: Any, send: Any) -> None:
@@ -143,7 +145,7 @@ def test_a_prefix_of_the_server_is_not_part_of_the_route(served: Served) -> None
     assert ask(under, "GET", "/metrics", BEARER["metrics"]).status_code == 200
 
 
-def test_where_a_key_may_stand() -> None:
+def test_headers_that_carry_a_key() -> None:
     now, keys = datetime.now(UTC), {key.sha256: key for key in KEYS.values()}
     text = text_of(1)
     for headers in ({"authorization": f"Bearer {text}"}, {"authorization": f"bearer  {text} "}, {"x-api-key": text}):
@@ -158,17 +160,17 @@ def test_where_a_key_may_stand() -> None:
         authenticated({"x-api-key": text_of(7)}, later, now + timedelta(minutes=1))
 
 
-def test_a_websocket_is_closed(served: Served) -> None:
+def test_a_websocket_is_closed(served: ServingContext) -> None:
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(guarded(build_http(served), dict, served.metrics)({"type": "websocket", "path": "/"}, None, send))
+    asyncio.run(AuthMiddleware(build_http(served), dict, served.metrics)({"type": "websocket", "path": "/"}, None, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_keys_that_change_are_seen_at_once(served: Served) -> None:
+def test_keys_that_change_are_seen_at_once(served: ServingContext) -> None:
     keys: dict[str, ApiKey] = {}
     app = app_of(served, keys=lambda: keys)
     assert ask(app, "GET", "/health", BEARER["chat"]).status_code == 401
@@ -178,7 +180,7 @@ def test_keys_that_change_are_seen_at_once(served: Served) -> None:
     assert ask(app, "GET", "/health", BEARER["chat"]).status_code == 401
 
 
-def test_without_keys_everybody_may_everything(served: Served) -> None:
+def test_without_keys_every_route_is_open(served: ServingContext) -> None:
     app = app_of(served, keys=None)
     assert ask(app, "GET", "/metrics").status_code == 200
     assert [card["id"] for card in ask(app, "GET", "/v1/models").json()["data"]] == ["support@prod", "team-a", "secret"]
@@ -187,7 +189,7 @@ def test_without_keys_everybody_may_everything(served: Served) -> None:
 # ---------------------------------------------------------------- grants
 
 
-def test_a_key_sees_only_what_it_is_granted(served: Served) -> None:
+def test_a_key_sees_only_what_it_is_granted(served: ServingContext) -> None:
     app = app_of(served)
     listed = ask(app, "GET", "/v1/models", BEARER["chat"]).json()["data"]
     assert [card["id"] for card in listed] == ["support@prod", "team-a"]
@@ -201,14 +203,13 @@ def test_a_key_sees_only_what_it_is_granted(served: Served) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_who_is_not_known_is_granted_nothing() -> None:
-    directory = Granted(Names())
-    assert CALLER.get() is None
-    assert directory.cards() == []
+def test_a_caller_without_a_key_is_granted_nothing() -> None:
+    directory, caller = GrantedDirectory(Names()), Caller("req_1")
+    assert directory.cards(caller) == []
     with pytest.raises(ApiError, match="not served here"):
-        directory.stable("support@prod")
+        directory.stable("support@prod", caller)
     with pytest.raises(ApiError, match="not served here"):
-        asyncio.run(directory.choose("support@prod", RoutingInputs({}, "", ())))
+        asyncio.run(directory.choose("support@prod", caller, RoutingInputs({}, "", ())))
 
 
 # ---------------------------------------------------------------- the log
@@ -223,7 +224,7 @@ def log() -> Iterator[io.StringIO]:
     LOG.setLevel(before[1])
 
 
-def test_one_line_per_request_without_keys_prompts_or_paths(served: Served, log: io.StringIO) -> None:
+def test_one_line_per_request_without_keys_prompts_or_paths(served: ServingContext, log: io.StringIO) -> None:
     app = app_of(served)
     ask(app, "GET", "/v1/models", BEARER["chat"] | {"x-request-id": "mine-1"})
     ask(app, "POST", "/v1/completions", BEARER["chat"], json={"model": "secret", "prompt": "the prompt"})
@@ -250,10 +251,10 @@ def test_one_line_per_request_without_keys_prompts_or_paths(served: Served, log:
         assert never not in written
 
 
-def test_what_a_broken_stream_used_is_told_before_its_line_is_written(
-    served: Served, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+def test_usage_of_a_broken_stream_is_recorded_before_its_log_line(
+    served: ServingContext, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "CLOSED_S", 0.1)
+    monkeypatch.setattr(middleware, "CLOSED_S", 0.1)
     closed: list[tuple[int, int, int]] = []
 
     class Open:
@@ -276,7 +277,7 @@ def test_what_a_broken_stream_used_is_told_before_its_line_is_written(
     async def use(path: str) -> None:
         scope = {"type": "http", "method": "POST", "path": path, "headers": []}
         with pytest.raises(asyncio.CancelledError):
-            await guarded(app, None, served.metrics)(scope, None, None)
+            await AuthMiddleware(app, None, served.metrics)(scope, None, None)
 
     asyncio.run(use("/v1/late"))
     asyncio.run(use("/v1/never"))
@@ -285,7 +286,7 @@ def test_what_a_broken_stream_used_is_told_before_its_line_is_written(
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
+    ("sent", "kept"),
     [
         ("a-b_c.1:2/3=", True),
         ("r" * 128, True),
@@ -295,13 +296,13 @@ def test_what_a_broken_stream_used_is_told_before_its_line_is_written(
         ("", False),
     ],
 )
-def test_request_ids_are_the_clients_where_they_can_be(served: Served, given: str, kept: bool) -> None:
-    found = ask(app_of(served), "GET", "/health", {"x-request-id": given}).headers["x-request-id"]
-    assert (found == given) == kept
-    assert kept or found.startswith("req_")
+def test_safe_request_ids_of_clients_are_kept(served: ServingContext, sent: str, kept: bool) -> None:
+    request_id = ask(app_of(served), "GET", "/health", {"x-request-id": sent}).headers["x-request-id"]
+    assert (request_id == sent) == kept
+    assert kept or request_id.startswith("req_")
 
 
-def test_nothing_is_computed_where_nobody_logs(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_log_line_is_built_when_logging_is_off(served: ServingContext, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, LOG.name):
         ask(app_of(served), "GET", "/health", BEARER["chat"])
     assert not caplog.records

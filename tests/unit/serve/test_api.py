@@ -25,9 +25,10 @@ from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.errors import EngineError, RequestError
 from forge_ray.inference.engine import GenerationRequest, Token
 from forge_ray.serve import complete
+from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext
 from forge_ray.serve.http import build_http
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Admission, Chosen, RoutingInputs, Served
+from forge_ray.serve.routing import RoutingInputs
 
 pytestmark = pytest.mark.unit
 
@@ -67,12 +68,12 @@ class Tally:
 class ByUser(Fixed):
     """Two versions: `second` answers the user `b`; `shadow` answers too."""
 
-    async def choose(self, name: str, facts: RoutingInputs) -> Chosen:
+    async def choose(self, name: str, caller: Caller, inputs: RoutingInputs) -> Chosen:
         if name == "shadowed":
-            return Chosen(name, self.stable(name), "", (self.names["shadow"],) * 2)
-        if facts.user == "b":
+            return Chosen(name, self.stable(name, caller), "", (self.names["shadow"],) * 2)
+        if inputs.user == "b":
             return Chosen(name, self.names["second"], "rule 1")
-        return Chosen(name, self.stable(name))
+        return Chosen(name, self.stable(name, caller))
 
 
 class Api(SimpleNamespace):
@@ -81,7 +82,7 @@ class Api(SimpleNamespace):
     shadow: Scripted
     tokenizer: HfTokenizer
     tally: Tally
-    served: Served
+    served: ServingContext
     client: httpx.Client
 
     def says(self, text: str) -> None:
@@ -185,7 +186,7 @@ def test_fields_reach_the_engine(api: Api, sent: dict[str, Any], reaches: dict[s
     assert api.asked().stop_token_ids == (2,)
 
 
-def test_metadata_comes_back(api: Api) -> None:
+def test_metadata_is_returned(api: Api) -> None:
     assert api.chat(metadata={"k": "v"})["metadata"] == {"k": "v"}
     assert "metadata" not in api.chat()
     assert api.events(metadata={"k": "v"})[0]["metadata"] == {"k": "v"}
@@ -221,7 +222,7 @@ def test_prompts_times_n_in_order(api: Api) -> None:
     assert api.text(prompt=["one two", "x"])["usage"]["prompt_tokens"] == len(ids_of(api.tokenizer, "one two")) + 1
 
 
-def test_lengths_that_nobody_asked_for(api: Api) -> None:
+def test_default_answer_lengths(api: Api) -> None:
     api.says("one two three four five six seven eight nine ten " * 10)
     assert api.text(max_tokens=None)["usage"]["completion_tokens"] == 16  # OpenAI's, of this endpoint
     assert api.text(max_tokens=20)["usage"]["completion_tokens"] == 20
@@ -235,9 +236,9 @@ def test_echo(api: Api) -> None:
     assert api.text(echo=True)["choices"][0]["text"] == "hihello"
     assert api.text(echo=True, prompt=ids_of(api.tokenizer, "one"))["choices"][0]["text"] == "onehello"
     chunks = api.events("/v1/completions", prompt=["a", "b"], echo=True)
-    for index, wanted in enumerate(("ahello", "bhello")):
+    for index, expected in enumerate(("ahello", "bhello")):
         texts = [c["text"] for e in chunks[:-1] for c in e["choices"] if c["index"] == index]
-        assert "".join(texts) == wanted
+        assert "".join(texts) == expected
 
 
 def test_a_prefix_is_continued(api: Api) -> None:
@@ -290,7 +291,7 @@ def test_tokens_of_a_stop_string_have_no_log_probabilities(api: Api) -> None:
         ("presence_penalty", {"presence_penalty": 1}, "presence_penalty"),
     ],
 )
-def test_what_the_engine_lacks_is_refused_with_the_name_of_the_one_that_has_it(
+def test_unsupported_fields_name_the_engine_that_supports_them(
     api: Api, lacking: str, sent: dict[str, Any], param: str
 ) -> None:
     api.chat(**sent)
@@ -320,7 +321,7 @@ def test_refusals_name_the_field(api: Api, sent: dict[str, Any], param: str) -> 
     assert not api.engine.requests
 
 
-def test_a_schema_that_the_engine_cannot_keep_is_the_client_s_to_change(api: Api) -> None:
+def test_schema_refused_by_the_engine_is_a_400(api: Api) -> None:
     api.engine.script = lambda request: [RequestError("json_schema cannot be compiled: no", hint="x")]
     for stream in (False, True):
         error = api.refused(response_format={"type": "json_object"}, stream=stream)
@@ -332,7 +333,7 @@ def test_a_schema_that_the_engine_cannot_keep_is_the_client_s_to_change(api: Api
 # ---------------------------------------------------------------- tools
 
 
-def test_calls_of_an_answer(api: Api) -> None:
+def test_tool_calls_of_an_answer(api: Api) -> None:
     api.says(f"Look: {CALL}\n{CALL}")
     body = api.chat(tools=TOOLS)
     (choice,) = body["choices"]
@@ -357,18 +358,18 @@ def test_tool_choice_none_hides_the_tools(api: Api) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", "any", {"type": "function", "function": {"name": "multiply"}}])
-def test_a_forced_call_is_begun_and_bound_to_the_schema(api: Api, choice: Any) -> None:
+def test_forced_call_starts_with_its_opening_and_follows_the_schema(api: Api, choice: Any) -> None:
     api.says('{"name": "multiply", "arguments": {"a": 2}}')
-    (made,) = api.chat(tools=TOOLS, tool_choice=choice)["choices"]
-    assert made["finish_reason"] == "tool_calls"
-    assert made["message"]["tool_calls"][0]["function"] == {"name": "multiply", "arguments": '{"a": 2}'}
+    (answer,) = api.chat(tools=TOOLS, tool_choice=choice)["choices"]
+    assert answer["finish_reason"] == "tool_calls"
+    assert answer["message"]["tool_calls"][0]["function"] == {"name": "multiply", "arguments": '{"a": 2}'}
     asked = api.asked()
     assert asked.prompt_ids == (*api.tokenizer.prompt_ids(USER, TOOLS), *api.tokenizer.piece_ids("<tool_call>\n"))
     names = [word for word in ("add", "addition", "multiply") if f'"{word}"' in asked.json_schema]
     assert names == (["multiply"] if isinstance(choice, dict) else ["add", "addition", "multiply"])
 
 
-def test_where_the_name_stands_outside_the_json_the_model_chooses_it(api: Api) -> None:
+def test_model_chooses_a_function_name_outside_the_json(api: Api) -> None:
     """Mistral's newer style: at each token where the names part, one is generated among the next tokens."""
     api.tokenizer.tokenizer.chat_template = TEMPLATE.replace("<tool_call>", "[TOOL_CALLS][ARGS]", 1)
     api.tokenizer.__dict__.pop("call_style", None)
@@ -385,11 +386,11 @@ def test_where_the_name_stands_outside_the_json_the_model_chooses_it(api: Api) -
 
     api.engine.script = script
     try:
-        (made,) = api.chat(tools=TOOLS, tool_choice="required")["choices"]
+        (answer,) = api.chat(tools=TOOLS, tool_choice="required")["choices"]
     finally:
         api.tokenizer.tokenizer.chat_template = TEMPLATE
         api.tokenizer.__dict__.pop("call_style", None)
-    assert made["message"]["tool_calls"][0]["function"] == {"name": "addition", "arguments": '{"a": 3}'}
+    assert answer["message"]["tool_calls"][0]["function"] == {"name": "addition", "arguments": '{"a": 3}'}
     assert steps
     assert min(steps) > 1
     assert api.asked().json_schema == json.dumps(TOOLS[1]["function"]["parameters"])
@@ -397,12 +398,12 @@ def test_where_the_name_stands_outside_the_json_the_model_chooses_it(api: Api) -
 
 def test_a_conversation_with_calls_and_results_reaches_the_template(api: Api) -> None:
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    said = [
+    messages = [
         *USER,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "abcdefghi", "name": "add", "content": "1"},
     ]
-    api.chat(messages=said, tools=TOOLS)
+    api.chat(messages=messages, tools=TOOLS)
     text = api.tokenizer.decode(api.asked().prompt_ids)
     assert '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>' in text
     assert "<|im_start|>tool\n1" in text
@@ -444,10 +445,10 @@ def test_choices_of_a_stream_are_interleaved(api: Api) -> None:
     order = [chunk["choices"][0]["index"] for chunk in chunks]
     assert order != sorted(order)
     for index in (0, 1):
-        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
-        assert mine[0]["delta"].get("role") == "assistant"
-        assert "".join(choice["delta"].get("content", "") for choice in mine) == "abc"
-        assert mine[-1]["finish_reason"] == "stop"
+        choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert choices[0]["delta"].get("role") == "assistant"
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == "abc"
+        assert choices[-1]["finish_reason"] == "stop"
 
 
 def test_calls_in_a_stream(api: Api) -> None:
@@ -470,7 +471,7 @@ def test_a_silent_stream_is_kept_alive(api: Api, monkeypatch: pytest.MonkeyPatch
     assert api.events()[-1]["error"]["message"] == "gone"  # its status was sent with the first sign of life
 
 
-def test_an_engine_that_fails(api: Api) -> None:
+def test_engine_failure_is_a_503(api: Api) -> None:
     broken: Any = EngineError("the engine died", hint="x")
     api.engine.script = lambda request: [broken]
     for stream in (False, True):
@@ -483,7 +484,7 @@ def test_an_engine_that_fails(api: Api) -> None:
     assert api.tally.closed[-1][1:] == (len(ids_of(api.tokenizer, "half")), 503)
 
 
-def test_what_nobody_expected_is_a_500_without_its_cause(api: Api) -> None:
+def test_unexpected_error_is_a_500_without_its_cause(api: Api) -> None:
     api.engine.script = lambda request: [ValueError("secret detail")]
     assert api.refused(status=500)["message"] == "internal error"
     api.engine.script = lambda request: [*ids_of(api.tokenizer, "half"), ValueError("secret detail")]
@@ -513,8 +514,8 @@ def left(api: Api, **body: Any) -> Iterator[None]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_all_its_choices_and_is_charged(api: Api, stream: bool) -> None:
     before = api.engine.cancelled
-    said = ids_of(api.tokenizer, "abcdef")
-    api.engine.script = lambda request: [*said[:3], 20.0, *said]
+    ids = ids_of(api.tokenizer, "abcdef")
+    api.engine.script = lambda request: [*ids[:3], 20.0, *ids]
     with left(api, n=3, stream=stream):
         deadline = time.monotonic() + 10
         while (api.engine.open or not api.tally.closed) and time.monotonic() < deadline:
@@ -529,11 +530,11 @@ def test_a_client_that_leaves_cancels_all_its_choices_and_is_charged(api: Api, s
 
 def test_shadows_answer_unseen_and_never_fail_the_real_answer(api: Api) -> None:
     def counted(status: str) -> float:
-        found = re.search(
+        sample = re.search(
             rf'forge_shadow_answers_total{{.*model_version="mv_shadow".*status="{status}".*}} (\S+)',
             api.served.metrics.text(),
         )
-        return float(found[1]) if found else 0
+        return float(sample[1]) if sample else 0
 
     def until(condition: Any) -> None:
         deadline = time.monotonic() + 10
@@ -569,17 +570,17 @@ def test_models_and_ids_with_colons_and_slashes(api: Api) -> None:
     assert api.client.get("/v1/models/other").status_code == 404
 
 
-def test_a_route_is_told(api: Api) -> None:
+def test_route_is_in_the_response_headers(api: Api) -> None:
     response = api.post("/v1/chat/completions", messages=USER, user="b")
     assert (response.headers["x-forge-model-version"], response.headers["x-forge-route"]) == ("mv_2", "rule 1")
     assert "x-forge-route" not in api.post("/v1/chat/completions", messages=USER).headers
 
 
 def test_request_ids(api: Api) -> None:
-    for given, kept in (("my-1.a", True), ("", False), ("x" * 200, False), ("a b", False)):
-        found = api.client.get("/health", headers={"x-request-id": given}).headers["x-request-id"]
-        assert (found == given) == kept
-        assert found
+    for sent, kept in (("my-1.a", True), ("", False), ("x" * 200, False), ("a b", False)):
+        request_id = api.client.get("/health", headers={"x-request-id": sent}).headers["x-request-id"]
+        assert (request_id == sent) == kept
+        assert request_id
     assert api.post("/v1/chat/completions").headers["x-request-id"].startswith("req_")
 
 
@@ -622,7 +623,7 @@ def test_prompts_longer_than_the_deployment_allows(api: Api) -> None:
     assert api.asked().max_new_tokens == 5
 
 
-def test_what_admission_refuses_is_the_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_admission_is_the_response(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     async def no(*_: Any) -> Admission:
         raise ApiError(429, "later", code="rate_limit_exceeded", headers={"retry-after": "7"})
 
@@ -652,7 +653,7 @@ def test_embeddings(api: Api) -> None:
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/tokenize"])
-def test_texts_as_tokens_and_back(api: Api, path: str) -> None:
+def test_tokenize_and_detokenize(api: Api, path: str) -> None:
     ids = ids_of(api.tokenizer, "one two")
     body = api.post(path, prompt="one two", return_token_strs=True).json()
     assert (body["tokens"], body["count"], body["max_model_len"]) == (ids, len(ids), 4096)

@@ -60,17 +60,17 @@ class Endpoint:
         try:
             while not writer.is_closing():
                 head = (ahead + await reader.readuntil(b"\r\n\r\n")).decode()
-                found = Exchange(head, b"", writer)
-                found.body = await reader.readexactly(int(found.headers.get("content-length", 0)))
-                self.seen.append(found)
+                exchange = Exchange(head, b"", writer)
+                exchange.body = await reader.readexactly(int(exchange.headers.get("content-length", 0)))
+                self.seen.append(exchange)
                 act = self.acts.pop(0) if len(self.acts) > 1 else self.acts[0]
-                acting, gone = asyncio.create_task(act(found)), asyncio.create_task(reader.read(1))
-                await asyncio.wait({acting, gone}, return_when=asyncio.FIRST_COMPLETED)
+                acting, disconnect = asyncio.create_task(act(exchange)), asyncio.create_task(reader.read(1))
+                await asyncio.wait({acting, disconnect}, return_when=asyncio.FIRST_COMPLETED)
                 if not acting.done():  # the client left
-                    found.ended.set()
+                    exchange.ended.set()
                 acting.cancel()
-                gone.cancel()
-                _, ahead = await asyncio.gather(acting, gone, return_exceptions=True)
+                disconnect.cancel()
+                _, ahead = await asyncio.gather(acting, disconnect, return_exceptions=True)
                 if not isinstance(ahead, bytes):
                     ahead = b""
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -99,8 +99,8 @@ def reply(status: int = 200, body: bytes = b'{"ok":true}', head: str = OWN, kind
 
 async def reset(exchange: Exchange) -> None:
     """RST in place of an answer."""
-    made = exchange.writer.get_extra_info("socket")
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection = exchange.writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     exchange.writer.transport.abort()
 
 
@@ -215,7 +215,7 @@ def test_a_request_whose_replica_died_is_sent_again(reason: str) -> None:
     asyncio.run(check())
 
 
-def test_the_next_address_is_asked_and_a_dead_one_last_for_a_while() -> None:
+def test_unreachable_address_is_tried_last_for_a_while() -> None:
     async def check() -> None:
         alive = Endpoint(reply())
         async with between(alive, before=nobody()) as (client, gateway):
@@ -291,14 +291,14 @@ def test_an_answer_is_passed_on_as_it_is(act: Act) -> None:
         async with between(endpoint) as (client, gateway), direct.listening():
             through = await client.post("/v1/x", json=CHAT)
             plain = httpx.AsyncClient(base_url=direct.url, trust_env=False)
-            wanted = await plain.post("/v1/x", json=CHAT)
+            expected = await plain.post("/v1/x", json=CHAT)
             await plain.aclose()
             assert len(endpoint.seen) == 1
-            assert (through.status_code, through.reason_phrase) == (wanted.status_code, "Said")
-            assert through.content == wanted.content
+            assert (through.status_code, through.reason_phrase) == (expected.status_code, "Said")
+            assert through.content == expected.content
             kept = [item for item in through.headers.multi_items() if item[0] not in ("date", "server")]
-            assert sorted(kept) == sorted(wanted.headers.multi_items())
-            assert count(gateway, "requests", status=str(wanted.status_code)) == 1
+            assert sorted(kept) == sorted(expected.headers.multi_items())
+            assert count(gateway, "requests", status=str(expected.status_code)) == 1
 
     asyncio.run(check())
 
@@ -375,11 +375,11 @@ def test_a_stream_is_passed_on_as_it_comes() -> None:
             client.stream("POST", "/v1/chat/completions", json=CHAT) as answer,
         ):
             assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-            times, found = [], b""
+            times, content = [], b""
             async for piece in answer.aiter_raw():
                 times.append(time.monotonic())
-                found += piece
-            assert found == b"".join(pieces)
+                content += piece
+            assert content == b"".join(pieces)
             assert len(times) >= 4
             assert times[-1] - times[0] > 0.4  # not held until its end
 
@@ -409,7 +409,9 @@ def test_a_stream_that_breaks_ends_with_an_error_and_is_not_sent_again(end: Act)
             assert error["code"] == "broken_stream"
             assert len(endpoint.seen) == 1
             follow = await client.get("/v1/models")  # what a client sends next is not lost
-            ours, before = (said.extensions["network_stream"].get_extra_info("client_addr") for said in (follow, answer))
+            ours, before = (
+                response.extensions["network_stream"].get_extra_info("client_addr") for response in (follow, answer)
+            )
             assert ours == before
             assert sum(count(gateway, "failures", reason=f"begun_{kind}") for kind in ("cut", "reset")) == 1
 
@@ -462,7 +464,7 @@ def test_a_body_is_read_up_to_a_bound() -> None:
     asyncio.run(check())
 
 
-def test_a_client_that_waits_for_a_go_ahead_gets_it() -> None:
+def test_expect_100_continue_is_answered() -> None:
     async def check() -> None:
         endpoint = Endpoint(reply())
         async with between(endpoint) as (client, _):
@@ -477,16 +479,16 @@ def test_a_client_that_waits_for_a_go_ahead_gets_it() -> None:
     asyncio.run(check())
 
 
-def test_what_is_no_request_for_an_endpoint_is_refused() -> None:
+def test_malformed_requests_are_refused() -> None:
     async def check() -> None:
         endpoint = Endpoint(reply())
         async with between(endpoint) as (client, _):
             for head in (b"GET http://elsewhere/ HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nx-name: Ren\xe9\r\n"):
                 reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
                 writer.write(head + b"host: a\r\nconnection: close\r\n\r\n")
-                said = await asyncio.wait_for(reader.read(), 2)
-                assert said.startswith(b"HTTP/1.1 400"), said
-                assert b'"invalid_request_error"' in said
+                answer = await asyncio.wait_for(reader.read(), 2)
+                assert answer.startswith(b"HTTP/1.1 400"), answer
+                assert b'"invalid_request_error"' in answer
                 writer.close()
             assert not endpoint.seen
 
@@ -511,19 +513,19 @@ def test_health_and_metrics_are_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"to": ()}, "no endpoint"),
-        ({"to": ("127.0.0.1:8000",)}, "no base URL"),
-        ({"to": ("ftp://a",)}, "no base URL"),
-        ({"to": ("http://a?b=c",)}, "no base URL"),
+        ({"to": ("127.0.0.1:8000",)}, "is not a base URL"),
+        ({"to": ("ftp://a",)}, "is not a base URL"),
+        ({"to": ("http://a?b=c",)}, "is not a base URL"),
         ({"tls_cert": "a.pem"}, "certificate and its key"),
         ({"tries": 0}, "tries=0"),
         ({"drain_s": -1}, "drain_s=-1"),
     ],
 )
-def test_settings_that_mean_nothing(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         GatewayConfig(**({"to": ("http://a",)} | settings))
     assert caught.value.hint
 
@@ -558,7 +560,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "gateway")])
     now = datetime.now(UTC)
-    made = (
+    signed = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -570,7 +572,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         .sign(key, hashes.SHA256())
     )
     folder = tmp_path_factory.mktemp("tls")
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
     plain = serialization.NoEncryption()
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
     (folder / "key.pem").write_bytes(private)
@@ -596,10 +598,10 @@ def test_the_command_drains_at_sigterm(certificate: tuple[str, str], commands: l
             process = subprocess.Popen([sys.executable, "-m", "forge_ray.cli", *words], stdout=subprocess.PIPE, text=True)
             commands.append(process)
             assert process.stdout is not None
-            said = json.loads(await asyncio.to_thread(process.stdout.readline))
-            assert said["to"] == [endpoint.url]
+            announced = json.loads(await asyncio.to_thread(process.stdout.readline))
+            assert announced["to"] == [endpoint.url]
             async with httpx.AsyncClient(
-                base_url=said["url"], verify=ssl.create_default_context(cafile=cert), trust_env=False
+                base_url=announced["url"], verify=ssl.create_default_context(cafile=cert), trust_env=False
             ) as client:
                 running = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
                 while not endpoint.seen:

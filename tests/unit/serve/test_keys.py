@@ -50,9 +50,9 @@ def test_revoked_and_expired_keys_are_refused_and_say_so(catalog: Catalog) -> No
     key, _ = keys.create(catalog, "app", models=("*",), expires_at=keys.moment("2d"))
     assert key.refusal(now) == ""
     assert "expired on" in key.refusal(now + timedelta(days=2, seconds=1))
-    gone = keys.revoke(catalog, "app", "laptop lost")
-    assert "was revoked" in gone.refusal(datetime.now(UTC) + timedelta(seconds=1))
-    assert keys.revoke(catalog, key.id) == gone
+    revoked = keys.revoke(catalog, "app", "laptop lost")
+    assert "was revoked" in revoked.refusal(datetime.now(UTC) + timedelta(seconds=1))
+    assert keys.revoke(catalog, key.id) == revoked
     assert len(catalog.events("key", key.id)) == 2
     for act in (lambda: keys.change(catalog, key.id, rpm=1), lambda: keys.rotate(catalog, key.id)):
         with pytest.raises(ConfigError, match="was revoked"):
@@ -65,14 +65,14 @@ def test_rotating_keeps_grants_and_the_old_secret_for_its_grace(catalog: Catalog
     key, old = keys.create(catalog, "app", models=("a",), rpm=7, expires_at=keys.moment("90d"))
     rotated, new = keys.rotate(catalog, "app", timedelta(hours=1))
     assert (rotated.id, rotated.rpm, rotated.models) == (key.id, 7, ("a",))
-    found = keys_of(catalog)
+    by_sha256 = keys_of(catalog)
     now = datetime.now(UTC)
-    assert found[sha256_of(new)].refusal(now + timedelta(hours=2)) == ""
-    assert found[sha256_of(old)].refusal(now) == ""
-    assert "expired" in found[sha256_of(old)].refusal(now + timedelta(hours=2))
+    assert by_sha256[sha256_of(new)].refusal(now + timedelta(hours=2)) == ""
+    assert by_sha256[sha256_of(old)].refusal(now) == ""
+    assert "expired" in by_sha256[sha256_of(old)].refusal(now + timedelta(hours=2))
     _, newest = keys.rotate(catalog, "app")
-    found = keys_of(catalog)
-    assert "expired" in found[sha256_of(new)].refusal(datetime.now(UTC) + timedelta(seconds=1))
+    by_sha256 = keys_of(catalog)
+    assert "expired" in by_sha256[sha256_of(new)].refusal(datetime.now(UTC) + timedelta(seconds=1))
     keys.revoke(catalog, "app")
     later = datetime.now(UTC) + timedelta(seconds=1)
     assert all("revoked" in key.refusal(later) for key in keys_of(catalog).values())
@@ -90,23 +90,23 @@ def test_a_change_leaves_the_rest(catalog: Catalog) -> None:
     [
         ({"name": "has space"}, "up to 64 letters"),
         ({"name": "fk_0123456789ab"}, "not beginning with fk_"),
-        ({"models": ()}, "scope chat and no model"),
-        ({"scopes": ("root",)}, "none of chat, metrics, admin"),
+        ({"models": ()}, "scope chat but no model"),
+        ({"scopes": ("root",)}, "not one of chat, metrics, admin"),
         ({"rpm": -1}, "rpm=-1 of key 'app' is negative"),
     ],
 )
-def test_what_makes_no_key(catalog: Catalog, fields: dict[str, Any], words: str) -> None:
+def test_invalid_keys_are_refused(catalog: Catalog, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         keys.create(catalog, **{"name": "app", "models": ("a",), **fields})
     assert caught.value.hint
     assert keys.list_keys(catalog) == []
 
 
-def test_names_are_taken_once_and_unknown_ones_are_told(catalog: Catalog) -> None:
+def test_key_names_are_unique_and_unknown_ones_are_reported(catalog: Catalog) -> None:
     keys.create(catalog, "app", models=("a",))
-    with pytest.raises(ConfigError, match="there is a key named 'app'"):
+    with pytest.raises(ConfigError, match="a key named 'app' exists already"):
         keys.create(catalog, "app", models=("a",))
-    with pytest.raises(ConfigError, match="nothing of fk_"):
+    with pytest.raises(ConfigError, match="no change given for fk_"):
         keys.change(catalog, "app")
     with pytest.raises(NotFound, match="no API key 'nobody'"):
         keys.find(catalog, "nobody")
@@ -118,12 +118,12 @@ def test_moments_and_durations() -> None:
     assert keys.moment("2999-01-01T12:00:00+02:00") == "2999-01-01T10:00:00.000+00:00"
     assert keys.moment("") == ""
     for text, words in {
-        "90": "no duration",
-        "-1d": "no duration",
-        "2999-13-01": "no date",
+        "90": "not a duration",
+        "-1d": "not a duration",
+        "2999-13-01": "not a date",
         "2020-01-01": "not in the future",
         "0s": "not in the future",
-        "999999999d": "beyond all calendars",
+        "999999999d": "is too long",
     }.items():
         with pytest.raises(ConfigError, match=words):
             keys.moment(text)
@@ -151,10 +151,10 @@ def test_a_replica_reads_only_what_is_new(catalog: Catalog, monkeypatch: pytest.
     assert first[sha256_of(text)].revoked_at == ""
 
 
-def test_following_outlasts_a_store_that_is_away(
+def test_key_tail_survives_an_unreachable_store(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("forge_ray.store.tail.LOCAL_POLL_S", 0.01)
+    monkeypatch.setattr("forge_ray.store.event_tail.LOCAL_POLL_S", 0.01)
     tail, closing, away = KeyTail(Store(catalog.store.uri)), threading.Event(), threading.Event()
     real = Store.read_json
 
@@ -189,30 +189,30 @@ def forge(store: str, *arguments: str) -> Result:
     return CliRunner().invoke(cli, [*arguments, "--store", store])
 
 
-def test_the_verbs(tmp_path: Path) -> None:
+def test_keys_commands(tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     bounds = ("--model", "support@prod", "--model", "team-*", "--scope", "chat", "--scope", "metrics", "--rpm", "60")
-    made = forge(store, "keys", "create", "--name", "app", *bounds, "--expires", "90d")
-    assert made.exit_code == 0, made.output
-    secret = made.stdout.strip()
+    created = forge(store, "keys", "create", "--name", "app", *bounds, "--expires", "90d")
+    assert created.exit_code == 0, created.output
+    secret = created.stdout.strip()
     assert keys.PATTERN.fullmatch(secret)
     key_id = secret[: len("fk_0123456789ab")]
     listed = forge(store, "keys", "list", "--json").stdout
     assert secret not in listed
-    (found,) = json.loads(listed)["results"]
-    assert (found["id"], found["state"], found["rpm"], found["tpm"]) == (key_id, "valid", 60, 0)
-    assert found["models"] == ["support@prod", "team-*"]
-    assert found["scopes"] == ["chat", "metrics"]
+    (entry,) = json.loads(listed)["results"]
+    assert (entry["id"], entry["state"], entry["rpm"], entry["tpm"]) == (key_id, "valid", 60, 0)
+    assert entry["models"] == ["support@prod", "team-*"]
+    assert entry["scopes"] == ["chat", "metrics"]
     assert "support@prod, team-*" in forge(store, "keys", "list").stdout
     assert json.loads(forge(store, "keys", "change", "app", "--rpm", "0", "--json").stdout)["rpm"] == 0
     rotated = json.loads(forge(store, "keys", "rotate", "app", "--grace", "1h", "--json").stdout)
     assert rotated["id"] == key_id
-    assert sha256_of(rotated["secret"]) == rotated["sha256"] != found["sha256"]
+    assert sha256_of(rotated["secret"]) == rotated["sha256"] != entry["sha256"]
     assert forge(store, "keys", "revoke", key_id, "--reason", "done").exit_code == 0
-    shown = json.loads(forge(store, "keys", "show", key_id, "--json").stdout)
-    assert shown["state"] == "revoked"
-    assert [event["action"] for event in shown["history"]] == ["created", "changed", "changed", "revoked"]
-    assert shown["history"][-1]["reason"] == "done"
+    details = json.loads(forge(store, "keys", "show", key_id, "--json").stdout)
+    assert details["state"] == "revoked"
+    assert [event["action"] for event in details["history"]] == ["created", "changed", "changed", "revoked"]
+    assert details["history"][-1]["reason"] == "done"
     assert "revoked" in forge(store, "keys", "show", key_id).output
     unknown = forge(store, "keys", "revoke", "nobody")
     assert (unknown.exit_code, "no API key 'nobody'" in unknown.output) == (2, True)

@@ -65,9 +65,7 @@ def test_lines_are_grouped_by_day_and_replica(store: Store) -> None:
     assert len(list(lines(store, "2027-03-02"))) == 1
 
 
-def test_a_full_segment_is_left_and_one_of_before_is_never_overwritten(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_segments_are_closed_and_earlier_ones_never_overwritten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "SEGMENT_BYTES", 500)
     for _ in range(2):  # the second has the first one's name
         ledger = slow(store, "r0", Clock())
@@ -79,7 +77,7 @@ def test_a_full_segment_is_left_and_one_of_before_is_never_overwritten(
     assert len(store.list("usage", recursive=True)) == 4
 
 
-def test_a_store_that_is_away_loses_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_store_loses_no_lines(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     ledger = slow(store, "r0", clock)
     ledger.add(used())
@@ -102,7 +100,7 @@ def test_a_store_that_is_away_loses_nothing(store: Store, monkeypatch: pytest.Mo
     assert [line.at[:10] for line in lines(store)] == ["2027-03-01", "2027-03-02", "2027-03-02"]
 
 
-def test_lines_are_written_by_themselves(store: Store) -> None:
+def test_lines_are_flushed_periodically(store: Store) -> None:
     ledger = Ledger(store, "r0", flush_s=0.02)
     ledger.add(used())
     deadline = time.monotonic() + 20
@@ -113,7 +111,7 @@ def test_lines_are_written_by_themselves(store: Store) -> None:
     ledger.close()
 
 
-def test_sums(store: Store) -> None:
+def test_usage_sums(store: Store) -> None:
     clock = Clock()
     ledger = slow(store, "r0", clock)
     ledger.add(used("fk_a"))
@@ -129,19 +127,19 @@ def test_sums(store: Store) -> None:
     assert [(row["version"], row["requests"]) for row in usage(store, "version")] == [("mv_1", 2), ("mv_2", 1)]
     assert [(row["day"], row["requests"]) for row in usage(store, "day")] == [("2027-03-01", 2), ("2027-03-02", 1)]
     assert [row["key"] for row in usage(store, "key", "2027-03-02")] == ["fk_b"]
-    with pytest.raises(ConfigError, match="is no day"):
+    with pytest.raises(ConfigError, match="is not a date"):
         usage(store, "key", "yesterday")
 
 
-def test_the_verb(store: Store) -> None:
-    with Catalog(store) as catalog:
+def test_usage_command(store: Store) -> None:
+    with Catalog.open(store) as catalog:
         key, _ = keys.create(catalog, "app", models=("*",))
     ledger = slow(store, "r0", Clock())
     ledger.add(used(key.id))
     ledger.add(used("", prompt_tokens=1))
     ledger.close()
-    shown = CliRunner().invoke(cli, ["usage", "--store", store.uri, "--json"])
-    rows = json.loads(shown.stdout)["results"]
+    result = CliRunner().invoke(cli, ["usage", "--store", store.uri, "--json"])
+    rows = json.loads(result.stdout)["results"]
     assert [(row["key"], row["name"], row["prompt_tokens"]) for row in rows] == [(key.id, "app", 10), ("", "", 1)]
     table = CliRunner().invoke(cli, ["usage", "--store", store.uri]).stdout
     assert "app" in table

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from forge_ray.inference.engine import EngineHealth
+from forge_ray.serve.context import Caller, Chosen, Unmetered
 from forge_ray.serve.keys import ApiKey
-from forge_ray.serve.limits import SILENT_S, Counters, LimitVerdict, admission, bounded, retry_after
+from forge_ray.serve.limits import SILENT_S, Counters, LimitVerdict, admission, retry_after
 from forge_ray.serve.metrics import Metrics
+from forge_ray.serve.middleware import AdmissionMiddleware
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.served import Caller, Chosen, Free
 
 pytestmark = pytest.mark.unit
 
@@ -63,13 +64,13 @@ def test_requests_in_any_sixty_seconds() -> None:
     assert counted.take().retry_after_s == 10.0
 
 
-def test_a_limit_of_zero_is_none() -> None:
+def test_limit_of_zero_is_unlimited() -> None:
     counted = Counted()
     assert {counted.take(10**9).reason for _ in range(1000)} == {""}
     assert counted.take().headers == {}
 
 
-def test_tokens_are_reserved_and_what_was_not_used_comes_back() -> None:
+def test_unused_reserved_tokens_are_released() -> None:
     counted = Counted(tpm=100)
     assert counted.take(60).headers["x-ratelimit-remaining-tokens"] == "40"
     refused = counted.take(50)
@@ -87,7 +88,7 @@ def test_tokens_are_reserved_and_what_was_not_used_comes_back() -> None:
     assert counted.take(1).reason == "tokens"
 
 
-def test_when_enough_tokens_are_free() -> None:
+def test_retry_after_waits_until_enough_tokens_are_free() -> None:
     counted = Counted(tpm=100)
     for second, tokens in ((0, 10), (5, 20), (10, 70)):
         counted.now = 1000.0 + second
@@ -96,7 +97,7 @@ def test_when_enough_tokens_are_free() -> None:
     assert [counted.take(tokens).retry_after_s for tokens in (10, 11, 30, 31, 100)] == [40.0, 45.0, 45.0, 50.0, 50.0]
 
 
-def test_a_request_that_can_never_pass_says_so() -> None:
+def test_request_larger_than_the_limit_is_never_admitted() -> None:
     refused = Counted(tpm=100).take(101)
     assert (refused.reason, refused.retry_after_s) == ("size", 0.0)
 
@@ -135,7 +136,7 @@ def test_headers_are_openais() -> None:
     assert retry_after(1.2)["retry-after"] == "2"
 
 
-def test_no_window_of_sixty_seconds_holds_more_and_waiting_as_told_is_enough() -> None:
+def test_no_sixty_second_window_exceeds_the_limit_and_retry_after_suffices() -> None:
     """Random requests against the definition, spelled out."""
     draw = random.Random(7)
     counted = Counted(rpm=7, tpm=300)
@@ -180,7 +181,7 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(whole())
 
 
-def test_an_admission_takes_and_gives_back() -> None:
+def test_admission_reserves_and_releases() -> None:
     counted = Counted(rpm=5, tpm=100, concurrency=1)
     metrics = Metrics("bot", "r0")
     admit = admission(counted.counters.take, counted.counters.settle, "r0", metrics)
@@ -214,7 +215,7 @@ def test_no_grant_is_the_same_as_no_such_model() -> None:
     assert (refused.value.status, refused.value.code) == (404, "model_not_found")
 
 
-def test_counters_that_do_not_answer_stop_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_are_admitted_when_the_counters_do_not_answer(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(*_: Any) -> Any:
         raise ConnectionError("the actor is gone")
 
@@ -225,13 +226,13 @@ def test_counters_that_do_not_answer_stop_nobody(caplog: pytest.LogCaptureFixtur
 
     asyncio.run(use())
     assert "requests are not counted" in caplog.text
-    assert "what a request used is not given back: the actor is gone" in caplog.text
+    assert "the tokens that a request reserved are not released: the actor is gone" in caplog.text
 
 
-def test_what_comes_after_may_refuse_and_then_nothing_was_taken() -> None:
+def test_refusal_by_the_next_check_releases_the_reservation() -> None:
     counted = Counted(concurrency=1, tpm=100)
 
-    async def closed(*_: Any) -> Free:
+    async def closed(*_: Any) -> Unmetered:
         raise ApiError(503, "closed")
 
     admit = admission(counted.counters.take, counted.counters.settle, "r0", Metrics("bot", "r0"), then=closed)
@@ -245,7 +246,7 @@ def test_what_comes_after_may_refuse_and_then_nothing_was_taken() -> None:
     asyncio.run(use())
 
 
-def test_a_client_that_leaves_while_the_counters_are_asked_holds_nothing() -> None:
+def test_client_that_leaves_during_admission_releases_the_reservation() -> None:
     counted = Counted(concurrency=1)
 
     async def slow(*arguments: Any) -> LimitVerdict:
@@ -269,7 +270,7 @@ def test_a_client_that_leaves_while_the_counters_are_asked_holds_nothing() -> No
 # ---------------------------------------------------------------- the queue
 
 
-def test_the_queue_is_bounded_by_what_waits_and_what_is_on_its_way() -> None:
+def test_queue_limit_counts_queued_and_incoming_requests() -> None:
     waiting = 0
     answers: list[int] = []
     entered, go_on = 0, asyncio.Event()
@@ -290,7 +291,8 @@ def test_the_queue_is_bounded_by_what_waits_and_what_is_on_its_way() -> None:
 
     async def use() -> None:
         nonlocal waiting
-        guard = bounded(app, lambda: [EngineHealth(True, "", 5, waiting), EngineHealth(True, "", 0, 1)], 3, metrics)
+        states = lambda: [EngineHealth(True, "", 5, waiting), EngineHealth(True, "", 0, 1)]  # noqa: E731
+        guard = AdmissionMiddleware(app, states, 3, metrics)
         first = [asyncio.create_task(ask(guard)) for _ in range(5)]
         await asyncio.sleep(0)
         assert (entered, answers) == (2, [429] * 3)  # 1 waits in an engine, 2 are on their way

@@ -124,7 +124,7 @@ OFFERED = {"logprobs", "response_format", "tools", "tool_choice", "top_logprobs"
 @pytest.mark.parametrize(
     ("field", "value"), [(name, value) for name, values in NO_OP.items() if name not in OFFERED for value in (None, *values)]
 )
-def test_a_value_that_asks_for_nothing_is_accepted(field: str, value: Any) -> None:
+def test_no_op_values_are_accepted(field: str, value: Any) -> None:
     assert chat(**{field: value}) == chat()
 
 
@@ -162,7 +162,7 @@ def test_a_field_that_is_not_offered_is_refused(field: str, value: Any) -> None:
     assert REASONS.get(field, "") in error.message
 
 
-def test_what_only_one_endpoint_has_is_refused_by_the_other() -> None:
+def test_fields_of_the_other_endpoint_are_refused() -> None:
     assert refusal(CompletionRequest, TEXT | {"tools": TOOLS}).param == "tools"
     assert refusal(CompletionRequest, TEXT | {"response_format": {"type": "json_object"}}).param == "response_format"
     assert refusal(CompletionRequest, TEXT | {"messages": []}).code == "unknown_parameter"
@@ -284,7 +284,7 @@ def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", [], ["a", ""], [1, "a"], [[1], []], [[1], "a"], 5])
-def test_a_prompt_that_is_none(prompt: Any) -> None:
+def test_invalid_prompts_are_refused(prompt: Any) -> None:
     assert (refusal(CompletionRequest, {"model": "bot", "prompt": prompt}).param or "").startswith("prompt")
 
 
@@ -355,11 +355,11 @@ def test_log_probabilities_of_a_chat_and_of_a_text() -> None:
 
 def test_calls_in_an_answer_and_in_a_stream() -> None:
     part = Part("", (Call("abcdefghi", "add", '{"a": 1}'),), (), 5, "tool_calls")
-    wanted = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    expected = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     message = Reply("chat", "b", "f").whole([part], usage(1, 5))["choices"][0]["message"]
-    assert message == {"role": "assistant", "content": None, "refusal": None, "tool_calls": [wanted]}
+    assert message == {"role": "assistant", "content": None, "refusal": None, "tool_calls": [expected]}
     delta = Reply("chat", "b", "f").chunk(0, part, num_calls=2)["choices"][0]["delta"]
-    assert delta == {"tool_calls": [{"index": 2} | wanted]}
+    assert delta == {"tool_calls": [{"index": 2} | expected]}
 
 
 def test_server_sent_events_keep_characters_and_lines() -> None:

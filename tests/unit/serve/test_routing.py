@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,8 @@ from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, DeployConfig
 from forge_ray.errors import ConfigError
 from forge_ray.records import FileEntry, ModelVersion, files_digest
-from forge_ray.serve.outcomes import AnswerOutcome, Outcomes, judge, without_canaries
-from forge_ray.serve.routing import RoutingFacts, RoutingRequest, Table, decide, sticky, table_of
+from forge_ray.serve.canary import AnswerOutcome, Outcomes, judge, without_canaries
+from forge_ray.serve.routing import RoutingFacts, RoutingInputs, Table, decide, sticky, table_of
 from forge_ray.serve.scaling import TokensPolicy
 
 pytestmark = pytest.mark.unit
@@ -50,10 +51,10 @@ def table(routes: dict[str, AliasRoute], broken: dict[str, str] | None = None, *
 
 
 def test_a_table_has_the_base_and_every_published_alias_on_it() -> None:
-    found = table({"prod": route(ONE), "more": route(TWO), "far": route(FAR), "raw": route(BASE)})
-    assert set(found.routes) == {"prod", "more", "raw"}
-    assert set(found.versions) == {BASE.id, ONE.id, TWO.id}
-    assert {item.engine for item in found.versions.values()} == {BASE.id}
+    served = table({"prod": route(ONE), "more": route(TWO), "far": route(FAR), "raw": route(BASE)})
+    assert set(served.routes) == {"prod", "more", "raw"}
+    assert set(served.versions) == {BASE.id, ONE.id, TWO.id}
+    assert {item.engine for item in served.versions.values()} == {BASE.id}
     both = {"prod": route(ONE), "more": route(TWO)}
     assert set(table(both, published=False).routes) == {"prod"}
     own = {"more": {"versions": {TWO.id: 1}}}
@@ -67,8 +68,8 @@ def test_equal_facts_give_equal_tables() -> None:
 
 
 def test_a_merged_version_has_an_engine_of_its_own() -> None:
-    found = table({"prod": route(ONE)}, merged=[ONE.id])
-    assert (found.versions[ONE.id].weights, found.versions[ONE.id].engine) == ("merged", ONE.id)
+    served = table({"prod": route(ONE)}, merged=[ONE.id])
+    assert (served.versions[ONE.id].weights, served.versions[ONE.id].engine) == ("merged", ONE.id)
 
 
 def test_an_alias_whose_new_version_is_broken_keeps_the_old_one() -> None:
@@ -80,11 +81,11 @@ def test_an_alias_whose_new_version_is_broken_keeps_the_old_one() -> None:
     assert first.broken == {TWO.id: "torn"}  # nothing to go back to: it is said why
 
 
-REQUEST = RoutingRequest(headers={}, user="", num_prompt_tokens=10, labels={})
+INPUTS = RoutingInputs(headers={}, user="", prompt_ids=(1,) * 10)
 
 
-def request(**more: Any) -> RoutingRequest:
-    return RoutingRequest(**(vars(REQUEST) | more))
+def inputs(num_prompt_tokens: int = 10, **more: Any) -> RoutingInputs:
+    return replace(INPUTS, prompt_ids=(1,) * num_prompt_tokens, **more)
 
 
 def test_the_first_rule_that_matches_wins() -> None:
@@ -94,25 +95,25 @@ def test_the_first_rule_that_matches_wins() -> None:
         {"to": "base", "prompt_tokens_from": 100},
         {"to": TWO.id, "classifier": ONE.id, "label": "domain"},
     ]
-    found = route(ONE, rules=rules)
+    ruled = route(ONE, rules=rules)
     cards = {"x-team": "cards"}
-    assert decide(found, request(headers=cards, user="guest"), 0.0) == (TWO.id, "rule 1")
-    assert decide(found, request(headers=cards, num_prompt_tokens=60), 0.0) == (ONE.id, "stable")
-    assert decide(found, request(user="guest"), 0.0) == ("base", "rule 2")
-    assert decide(found, request(num_prompt_tokens=100), 0.0) == ("base", "rule 3")
-    assert decide(found, request(labels={ONE.id: "domain"}), 0.0) == (TWO.id, "rule 4")
-    assert decide(found, request(labels={ONE.id: "else"}), 0.0) == (ONE.id, "stable")
+    assert decide(ruled, inputs(headers=cards, user="guest"), 0.0) == (TWO.id, "rule 1")
+    assert decide(ruled, inputs(headers=cards, num_prompt_tokens=60), 0.0) == (ONE.id, "stable")
+    assert decide(ruled, inputs(user="guest"), 0.0) == ("base", "rule 2")
+    assert decide(ruled, inputs(num_prompt_tokens=100), 0.0) == ("base", "rule 3")
+    assert decide(ruled, inputs(labels={ONE.id: "domain"}), 0.0) == (TWO.id, "rule 4")
+    assert decide(ruled, inputs(labels={ONE.id: "else"}), 0.0) == (ONE.id, "stable")
 
 
 @given(draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=1), weight=st.integers(0, 100))
-def test_weights_divide_the_line(draws: list[float], weight: int) -> None:
-    found = AliasRoute(versions={ONE.id: 100 - weight, TWO.id: weight})
+def test_weights_divide_the_draws(draws: list[float], weight: int) -> None:
+    weighted = AliasRoute(versions={ONE.id: 100 - weight, TWO.id: weight})
     for draw in draws:
         expected = (ONE.id, "stable") if draw < (100 - weight) / 100 else (TWO.id, "canary")
-        assert decide(found, REQUEST, draw) == expected
+        assert decide(weighted, INPUTS, draw) == expected
 
 
-def test_users_stay_and_spread() -> None:
+def test_users_are_sticky_and_evenly_spread() -> None:
     places = [sticky("prod", f"user {number}") for number in range(1000)]
     assert places == [sticky("prod", f"user {number}") for number in range(1000)]
     assert 400 < sum(place < 0.5 for place in places) < 600
@@ -123,12 +124,12 @@ def test_users_stay_and_spread() -> None:
     ("wrong", "says"),
     [
         ({"versions": {}}, "versions"),
-        ({"versions": {"a": 0}}, "weights are shares"),
-        ({"versions": {"a": 1}, "rules": [{"to": "b"}]}, "states no condition"),
+        ({"versions": {"a": 0}}, "weights must be shares"),
+        ({"versions": {"a": 1}, "rules": [{"to": "b"}]}, "has no condition"),
         ({"versions": {"a": 1}, "rules": [{"to": "b", "classifier": "c"}]}, "`classifier` and `label`"),
     ],
 )
-def test_a_route_that_means_nothing_is_refused(wrong: Any, says: str) -> None:
+def test_invalid_routes_are_refused(wrong: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse(AliasRoute, wrong)
 
@@ -155,35 +156,38 @@ def test_a_canary_is_judged_by_errors_and_by_time_per_token() -> None:
 def test_only_the_window_counts_and_a_new_route_begins_anew() -> None:
     now = [0.0]
     seen = Outcomes(clock=lambda: now[0])
-    found = AliasRoute(versions={ONE.id: 90, TWO.id: 10})
+    weighted = AliasRoute(versions={ONE.id: 90, TWO.id: 10})
     for outcome in outcomes(TWO.id, 0, 30):
         seen.add(outcome)
-    assert "100.0% of 30" in seen.verdict("prod", found)
-    now[0] = found.guard.window_s + 1
-    assert seen.verdict("prod", found) == ""
+    assert "100.0% of 30" in seen.verdict("prod", weighted)
+    now[0] = weighted.guard.window_s + 1
+    assert seen.verdict("prod", weighted) == ""
     for outcome in outcomes(TWO.id, 0, 30):
         seen.add(outcome)
     seen.forget("prod")
-    assert seen.verdict("prod", found) == ""
-    assert without_canaries(found).versions == {ONE.id: 1.0}
+    assert seen.verdict("prod", weighted) == ""
+    assert without_canaries(weighted).versions == {ONE.id: 1.0}
 
 
 # ---------------------------------------------------------------- replicas
 
 
-def test_so_many_replicas_that_each_holds_the_target() -> None:
+def test_autoscaling_targets_tokens_per_replica() -> None:
     policy = TokensPolicy(target_tokens=1000)
 
-    def wanted(tokens: list[float], current: int, requests: float = 1) -> int:
-        told = {"tokens": dict(enumerate(tokens))} if tokens else {}
+    def num_replicas(tokens: list[float], current: int, requests: float = 1) -> int:
+        counted = {"tokens": dict(enumerate(tokens))} if tokens else {}
         context = SimpleNamespace(
-            aggregated_metrics=told, current_num_replicas=current, target_num_replicas=current, total_num_requests=requests
+            aggregated_metrics=counted,
+            current_num_replicas=current,
+            target_num_replicas=current,
+            total_num_requests=requests,
         )
         return policy(context)[0]
 
-    assert wanted([2500, 1400], 2) == 4
-    assert wanted([100, 0], 2) == 1
-    assert wanted([0, 0], 2, requests=0) == 0
-    assert wanted([0, 0], 2, requests=1) == 1
-    assert wanted([], 2) == 2  # they have not told yet
-    assert wanted([], 0, requests=3) == 1
+    assert num_replicas([2500, 1400], 2) == 4
+    assert num_replicas([100, 0], 2) == 1
+    assert num_replicas([0, 0], 2, requests=0) == 0
+    assert num_replicas([0, 0], 2, requests=1) == 1
+    assert num_replicas([], 2) == 2  # they have not reported yet
+    assert num_replicas([], 0, requests=3) == 1

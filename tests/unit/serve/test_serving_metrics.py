@@ -46,27 +46,27 @@ def values(text: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_what_happened_is_in_the_exposition() -> None:
-    found = values(used().text())
+def test_exposition_has_every_metric() -> None:
+    samples = values(used().text())
     answer = ("bot", "support@prod", "mv_1", "r0")
-    assert found[("forge_prompt_tokens_total", *answer)] == 12
-    assert found[("forge_completion_tokens_total", *answer)] == 4
-    assert found[("forge_time_to_first_token_seconds_sum", *answer)] == 0.2
-    assert found[("forge_inter_token_seconds_count", *answer)] == 1
-    assert found[("forge_answers_total", *answer, "200")] == 1
-    assert found["forge_requests_total", "bot", "r0", "/v1/models", "200"] == 1
-    assert found["forge_refused_total", "bot", "tokens", "r0"] == 1
-    assert found["forge_requests_running", "bot", "r0"] == 4
-    assert found["forge_requests_waiting", "bot", "r0"] == 2
-    assert found["forge_tokens_held", "bot", "r0"] == 520
-    assert found["forge_model_info", "a1", "bot", "sha256:0", "mv_1", "r0"] == 1
+    assert samples[("forge_prompt_tokens_total", *answer)] == 12
+    assert samples[("forge_completion_tokens_total", *answer)] == 4
+    assert samples[("forge_time_to_first_token_seconds_sum", *answer)] == 0.2
+    assert samples[("forge_inter_token_seconds_count", *answer)] == 1
+    assert samples[("forge_answers_total", *answer, "200")] == 1
+    assert samples["forge_requests_total", "bot", "r0", "/v1/models", "200"] == 1
+    assert samples["forge_refused_total", "bot", "tokens", "r0"] == 1
+    assert samples["forge_requests_running", "bot", "r0"] == 4
+    assert samples["forge_requests_waiting", "bot", "r0"] == 2
+    assert samples["forge_tokens_held", "bot", "r0"] == 520
+    assert samples["forge_model_info", "a1", "bot", "sha256:0", "mv_1", "r0"] == 1
     # a shadow costs nobody tokens and counts as no answer
-    assert found["forge_shadow_answers_total", "bot", "support@prod", "mv_2", "r0", "503"] == 1
-    assert found["forge_shadow_tokens_total", "bot", "support@prod", "mv_2", "r0"] == 9
-    assert not [key for key in found if key[0] == "forge_answers_total" and "mv_2" in key]
+    assert samples["forge_shadow_answers_total", "bot", "support@prod", "mv_2", "r0", "503"] == 1
+    assert samples["forge_shadow_tokens_total", "bot", "support@prod", "mv_2", "r0"] == 9
+    assert not [key for key in samples if key[0] == "forge_answers_total" and "mv_2" in key]
 
 
-def test_a_version_that_left_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unloaded_version_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = used()
     assert "forge_model_info{" in metrics.text()
     monkeypatch.setattr(sys.modules[__name__], "READY", [])
@@ -84,8 +84,8 @@ def test_replicas_are_joined_with_each_family_once() -> None:
 
 def test_a_sample_without_labels_or_with_odd_ones_gets_its_replica() -> None:
     text = '# TYPE a gauge\na 1\na{} 2\na{b="x,replica=\\"y}"} 3\na{replica="own",b="z"} 4\n'
-    found = merged({'r"0': text}).splitlines()[1:]
-    assert found == [
+    samples = merged({'r"0': text}).splitlines()[1:]
+    assert samples == [
         r'a{replica="r\"0"} 1',
         r'a{replica="r\"0"} 2',
         r'a{replica="r\"0",b="x,replica=\"y}"} 3',
@@ -94,13 +94,13 @@ def test_a_sample_without_labels_or_with_odd_ones_gets_its_replica() -> None:
 
 
 def test_names_beyond_the_bound_share_one_series(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_module, "MOST_SERIES", 2)
+    monkeypatch.setattr(metrics_module, "MAX_SERIES", 2)
     metrics = Metrics("bot", "r0")
     for name in ("a", "b", "c", "d", "a"):
         metrics.accepted(name, "mv_1", 1, 0.0)
-    found = values(metrics.text())
-    assert found["forge_prompt_tokens_total", "bot", "a", "mv_1", "r0"] == 2
-    assert found["forge_prompt_tokens_total", "bot", "unknown", "unknown", "r0"] == 2
+    samples = values(metrics.text())
+    assert samples["forge_prompt_tokens_total", "bot", "a", "mv_1", "r0"] == 2
+    assert samples["forge_prompt_tokens_total", "bot", "unknown", "unknown", "r0"] == 2
 
 
 # ---------------------------------------------------------------- the dashboard
@@ -124,18 +124,18 @@ def test_every_metric_and_label_of_the_dashboard_exists() -> None:
     seen = set()
     for expression in asked:
         assert expression.count("(") == expression.count(")")
-        found = SELECTED.findall(expression)
-        assert found, expression
-        for name, selectors in found:
+        selections = SELECTED.findall(expression)
+        assert selections, expression
+        for name, selectors in selections:
             assert name in labels, expression
             assert set(re.findall(r"(\w+)=~?\"", selectors)) <= labels[name], expression
             seen.add(name)
         grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
-        assert grouped <= set.union(*(labels[name] for name, _ in found)), expression
+        assert grouped <= set.union(*(labels[name] for name, _ in selections)), expression
     # and nothing that is counted is left unseen
-    shown = {name.removesuffix("_bucket").removesuffix("_total") for name in seen}
+    plotted = {name.removesuffix("_bucket").removesuffix("_total") for name in seen}
     families = {family.name for family in text_string_to_metric_families(used().text())}
-    assert families == shown
+    assert families == plotted
 
 
 def test_panels_do_not_overlap() -> None:

@@ -15,9 +15,10 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.errors import EngineError, NotFound, StoreError
 from forge_ray.inference.engine import EngineHealth
 from forge_ray.records import ModelVersion, files_digest
-from forge_ray.serve import home, live
-from forge_ray.serve.home import Homes, end_token_ids, fetch_version
-from forge_ray.serve.live import Live
+from forge_ray.serve import directory as directory_module
+from forge_ray.serve import engines as engines_module
+from forge_ray.serve.directory import ReplicaDirectory
+from forge_ray.serve.engines import EnginePool, end_token_ids, fetch_version
 from forge_ray.serve.replica import needs_keys
 from forge_ray.serve.routing import ServedVersion, Table
 from forge_ray.store.catalog import Catalog
@@ -40,7 +41,7 @@ def publish(store: Store, weights: str, content: bytes, base_model: str = "") ->
         licence="apache-2.0",
     ).sealed()
     store.move_dir("models/.new", f"models/{version.id}")
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         return catalog.put(version)
 
 
@@ -80,15 +81,15 @@ class FakeEngine:
 
 
 @pytest.fixture
-def homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Homes:
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EnginePool:
     """Engines that only note what happens to them; room for two adapters; nothing counts as just used."""
     tokenizer = SimpleNamespace(eos_token_id=2, text_ids=lambda texts: [[1]])
-    monkeypatch.setattr(home, "load_tokenizer_dir", lambda folder: tokenizer)
-    monkeypatch.setattr(home, "open_engine", lambda *arguments, **more: FakeEngine())
-    monkeypatch.setattr(home, "IN_USE_S", 0.0)
-    monkeypatch.setattr(home, "ROOM_S", 0.1)
+    monkeypatch.setattr(engines_module, "load_tokenizer_dir", lambda folder: tokenizer)
+    monkeypatch.setattr(engines_module, "open_engine", lambda *arguments, **more: FakeEngine())
+    monkeypatch.setattr(engines_module, "RECENT_USE_S", 0.0)
+    monkeypatch.setattr(engines_module, "EVICT_WAIT_S", 0.1)
     config = parse(DeployConfig, {"name": "bot", "models": ["x"], "engine": {"max_adapters": 2}})
-    return Homes(config, Store(str(tmp_path)))
+    return EnginePool(config, Store(str(tmp_path)))
 
 
 def served(version: ModelVersion, weights: str = "") -> ServedVersion:
@@ -106,62 +107,60 @@ def served(version: ModelVersion, weights: str = "") -> ServedVersion:
     )
 
 
-def test_adapters_share_their_base_and_the_least_recently_used_makes_room(homes: Homes) -> None:
-    base = publish(homes.store, "full", b"base")
-    versions = [served(publish(homes.store, "adapter", bytes([n]), base.id)) for n in range(3)]
-    loaded = [homes.ready(version) for version in versions]
+def test_least_recently_used_adapter_is_evicted(pool: EnginePool) -> None:
+    base = publish(pool.store, "full", b"base")
+    versions = [served(publish(pool.store, "adapter", bytes([n]), base.id)) for n in range(3)]
+    loaded = [pool.load_version(version) for version in versions]
     engine = loaded[0].engine
     assert isinstance(engine, FakeEngine)
     assert {item.engine for item in loaded} == {engine}
     names = [version.digest for version in versions]
     assert engine.loaded == names[:2]  # the third waits until it is asked for
-    assert homes.touch(versions[0], loaded[0])
-    assert not homes.touch(versions[2], loaded[2])
-    homes.bring(versions[2], loaded[2])
+    assert pool.touch(versions[0], loaded[0])
+    assert not pool.touch(versions[2], loaded[2])
+    pool.ensure_adapter(versions[2], loaded[2])
     assert engine.loaded == [names[0], names[2]]
     engine.pending = {names[0]}
-    homes.bring(versions[1], loaded[1])
+    pool.ensure_adapter(versions[1], loaded[1])
     assert engine.loaded == [names[0], names[1]]
     engine.pending = {names[0], names[1]}
     with pytest.raises(EngineError, match="all 2 adapters in memory are in use"):
-        homes.bring(versions[2], loaded[2])
-    assert homes.load() == {"running": 2, "waiting": 0, "tokens": 14}
+        pool.ensure_adapter(versions[2], loaded[2])
+    assert pool.workload() == {"running": 2, "waiting": 0, "tokens": 14}
 
 
-def test_what_no_version_needs_is_let_go_when_no_request_does(homes: Homes) -> None:
-    base, other = publish(homes.store, "full", b"base"), publish(homes.store, "full", b"other")
-    adapter = served(publish(homes.store, "adapter", b"a", base.id))
-    merged = served(publish(homes.store, "adapter", b"b", base.id), "merged")
-    engines = [homes.ready(version).engine for version in (served(base), served(other), merged)]
-    homes.ready(adapter)
+def test_unused_engines_and_adapters_are_unloaded(pool: EnginePool) -> None:
+    base, other = publish(pool.store, "full", b"base"), publish(pool.store, "full", b"other")
+    adapter = served(publish(pool.store, "adapter", b"a", base.id))
+    merged = served(publish(pool.store, "adapter", b"b", base.id), "merged")
+    engines = [pool.load_version(version).engine for version in (served(base), served(other), merged)]
+    pool.load_version(adapter)
     assert len({id(engine) for engine in engines}) == 3
-    assert homes.held() == sorted([base.id, other.id, merged.id, adapter.id])
+    assert pool.versions_in_memory() == sorted([base.id, other.id, merged.id, adapter.id])
     first, second, third = engines
     assert isinstance(first, FakeEngine)
     assert isinstance(second, FakeEngine)
     assert isinstance(third, FakeEngine)
     second.pending = {""}
-    homes.tidy({base.id: served(base)})
+    pool.unload_unused({base.id: served(base)})
     assert (first.loaded, first.closed, second.closed, third.closed) == ([], False, False, True)
-    assert homes.held() == sorted([base.id, other.id])
+    assert pool.versions_in_memory() == sorted([base.id, other.id])
     second.pending = set()
-    homes.tidy({base.id: served(base)})
+    pool.unload_unused({base.id: served(base)})
     assert second.closed
-    assert homes.ready(served(other)).engine is not second
+    assert pool.load_version(served(other)).engine is not second
 
 
-def test_a_version_that_is_archived_is_let_go_though_the_table_names_it(
-    homes: Homes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archived_version_is_unloaded_even_if_configured(pool: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a deployment file names the version itself."""
-    monkeypatch.setattr(live, "SETTLED_S", -1.0)
-    versions = [served(publish(homes.store, "full", name)) for name in (b"one", b"two")]
-    directory, table = Live(homes), Table(versions={version.id: version for version in versions}, routes={})
-    for now, held in ((table, versions), (table.model_copy(update={"gone": (versions[1].id,)}), versions[:1])):
+    monkeypatch.setattr(directory_module, "SETTLED_S", -1.0)
+    versions = [served(publish(pool.store, "full", name)) for name in (b"one", b"two")]
+    directory, table = ReplicaDirectory(pool), Table(versions={version.id: version for version in versions}, routes={})
+    for now, held in ((table, versions), (table.model_copy(update={"archived": (versions[1].id,)}), versions[:1])):
         assert directory.prepare(now) == {}
         assert directory.go_live(now.id)
-        directory.tidy()
-        assert homes.held() == sorted(version.id for version in held)
+        directory.unload_unused()
+        assert pool.versions_in_memory() == sorted(version.id for version in held)
 
 
 @pytest.mark.parametrize(
@@ -174,15 +173,15 @@ def test_a_version_that_is_archived_is_let_go_though_the_table_names_it(
         ({"auth": "keys"}, "0", True),
     ],
 )
-def test_who_needs_a_key(settings: dict[str, str], haproxy: str, keys: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_keys_are_required(settings: dict[str, str], haproxy: str, keys: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", haproxy)
     assert needs_keys(parse(DeployConfig, {"name": "bot", "models": ["x"], **settings})) is keys
 
 
-def test_a_version_of_another_digest_is_refused(homes: Homes) -> None:
-    version = publish(homes.store, "full", b"base")
+def test_a_version_of_another_digest_is_refused(pool: EnginePool) -> None:
+    version = publish(pool.store, "full", b"base")
     with pytest.raises(StoreError, match="has digest"):
-        homes.ready(served(version).model_copy(update={"digest": "sha256:0"}))
+        pool.load_version(served(version).model_copy(update={"digest": "sha256:0"}))
 
 
 def test_a_changed_file_is_refused_even_with_a_manifest_that_fits_it(tmp_path: Path) -> None:
@@ -197,7 +196,7 @@ def test_a_changed_file_is_refused_even_with_a_manifest_that_fits_it(tmp_path: P
         fetch_version(store, version.id)
 
 
-def test_a_version_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_version_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="mv_absent"):
         fetch_version(Store(str(tmp_path)), "mv_absent")
 

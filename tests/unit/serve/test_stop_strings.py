@@ -90,7 +90,7 @@ def test_special_tokens_have_no_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "stops", "shown"),
+    ("pieces", "stops", "expected"),
     [
         (["Hel", "lo ST", "OP more"], ("STOP",), ["Hel", "lo ", ""]),
         (["a S", "TO", "X"], ("STOP",), ["a ", "", "STOX"]),
@@ -101,9 +101,9 @@ def test_special_tokens_have_no_text() -> None:
         (["plain"], (), ["plain"]),
     ],
 )
-def test_stop_strings_over_pieces(pieces: list[str], stops: tuple[str, ...], shown: list[str]) -> None:
+def test_stop_strings_over_pieces(pieces: list[str], stops: tuple[str, ...], expected: list[str]) -> None:
     scanner = StopStrings(stops)
-    assert [scanner.push(piece) for piece in pieces] == shown
+    assert [scanner.push(piece) for piece in pieces] == expected
 
 
 def test_held_text_that_was_no_stop_string_comes_at_the_end() -> None:
@@ -115,32 +115,32 @@ def test_held_text_that_was_no_stop_string_comes_at_the_end() -> None:
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=4), st.randoms())
 def test_any_split_gives_the_text_before_the_first_stop(text: str, stops: list[str], rng: random.Random) -> None:
-    scanner, rest, shown = StopStrings(tuple(stops)), text, ""
+    scanner, rest, released = StopStrings(tuple(stops)), text, ""
     while rest and not scanner.hit:
         size = rng.randint(1, 4)
-        shown += scanner.push(rest[:size])
+        released += scanner.push(rest[:size])
         rest = rest[size:]
     if not scanner.hit:
-        shown += scanner.flush()
+        released += scanner.flush()
     complete = [at + len(stop) for stop in stops if (at := text.find(stop)) >= 0]
     assert scanner.hit == bool(complete)
-    assert text.startswith(shown)
-    assert not any(stop in shown for stop in stops)
+    assert text.startswith(released)
+    assert not any(stop in released for stop in stops)
     if not complete:
-        assert shown == text
+        assert released == text
 
 
 def test_a_stop_string_ends_the_request_in_the_engine() -> None:
     engine = ScriptedEngine(b"say STOP and go on")
-    found = deltas(engine, "STOP")
-    assert "".join(delta.text for delta in found) == "say "
-    assert found[-1] == Delta("", 8, "stop")
+    stream = deltas(engine, "STOP")
+    assert "".join(delta.text for delta in stream) == "say "
+    assert stream[-1] == Delta("", 8, "stop")
     assert (engine.sent, engine.cancelled) == (8, True)
 
 
 def test_without_a_stop_all_tokens_are_counted_and_shown() -> None:
     engine = ScriptedEngine("größe ST".encode())
-    found = deltas(engine, "STOP")
-    assert "".join(delta.text for delta in found) == "größe ST"
-    assert found[-1] == Delta("ST", 10, "length")
+    stream = deltas(engine, "STOP")
+    assert "".join(delta.text for delta in stream) == "größe ST"
+    assert stream[-1] == Delta("ST", 10, "length")
     assert not engine.cancelled

@@ -44,10 +44,10 @@ def written(style: str, *calls: tuple[str, Any]) -> str:
                 for name, arguments in calls
             )
         case "mistral-v3":
-            found = [
+            objects = [
                 {"name": name, "arguments": arguments, "id": f"abcdefg{i:02}"} for i, (name, arguments) in enumerate(calls)
             ]
-            return f"[TOOL_CALLS] {json.dumps(found)}"
+            return f"[TOOL_CALLS] {json.dumps(objects)}"
         case "mistral-v11":
             return "".join(
                 f"[TOOL_CALLS]{name}[CALL_ID]abcdefg{i:02}[ARGS]{json.dumps(arguments)}"
@@ -61,9 +61,9 @@ STYLES: list[Any] = ["hermes", "mistral-v3", "mistral-v11", "mistral-v13"]
 
 
 def parsed(parser: CallParser, *pieces: str) -> tuple[str, list[tuple[str, Any]]]:
-    found = [*itertools.chain.from_iterable(parser.push(piece) for piece in pieces), *parser.flush()]
-    text = "".join(part for part in found if isinstance(part, str))
-    return text, [(call.name, json.loads(call.arguments)) for call in found if isinstance(call, Call)]
+    parts = [*itertools.chain.from_iterable(parser.push(piece) for piece in pieces), *parser.flush()]
+    text = "".join(part for part in parts if isinstance(part, str))
+    return text, [(call.name, json.loads(call.arguments)) for call in parts if isinstance(call, Call)]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -81,14 +81,14 @@ def test_text_streams_and_a_call_comes_when_it_is_complete(style: Any) -> None:
     for character in "yes " + written(style, ONE) + " ":
         seen.append(parser.push(character))
     assert [part for part in seen if part][:4] == [["y"], ["e"], ["s"], [" "]]
-    (call,) = (found for part in seen for found in part if isinstance(found, Call))
+    (call,) = (item for part in seen for item in part if isinstance(item, Call))
     assert call.name == "add"
     assert len(call.id) == 9
     assert parser.flush() == []
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_only_one_call_where_several_are_not_wanted(style: Any) -> None:
+def test_single_call_without_parallel_calls(style: Any) -> None:
     parser = CallParser(style, FUNCTIONS, several=False)
     assert parsed(parser, written(style, ONE, TWO) + "more") == ("", [ONE])
     assert parser.finished
@@ -148,15 +148,15 @@ BOMB: dict[str, Any] = {
         ({"properties": {"a": {"allOf": [{"$ref": "#"}] * 2}}}, json.loads('{"a":' * 60 + "{}" + "}" * 60), False),
     ],
 )
-def test_conforming_is_found_out_in_bounded_time(schema: dict[str, Any], value: Any, conforming: bool) -> None:
+def test_validation_time_is_bounded(schema: dict[str, Any], value: Any, conforming: bool) -> None:
     started = time.monotonic()
     assert conforms(value, schema) == conforming
     assert time.monotonic() - started < 20  # 2**40 steps would take weeks
 
 
-def test_ids_that_mistral_takes_back_are_kept() -> None:
-    found = CallParser("mistral-v3", FUNCTIONS).push(written("mistral-v3", ONE, TWO))
-    assert [call.id for call in found if isinstance(call, Call)] == ["abcdefg00", "abcdefg01"]
+def test_mistral_compatible_ids_are_kept() -> None:
+    calls = CallParser("mistral-v3", FUNCTIONS).push(written("mistral-v3", ONE, TWO))
+    assert [call.id for call in calls if isinstance(call, Call)] == ["abcdefg00", "abcdefg01"]
     other = CallParser("mistral-v3", FUNCTIONS).push('[TOOL_CALLS][{"name": "add", "arguments": {}, "id": "x"}')
     assert [len(call.id) for call in other if isinstance(call, Call)] == [9]
 
@@ -216,7 +216,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -
         ("{{ tools }}{{ messages }}<|python_tag|>", ""),
     ],
 )
-def test_the_template_tells_how_calls_are_written(template: str | None, style: str, tiny_model_dir: Path) -> None:
+def test_call_style_is_read_from_the_template(template: str | None, style: str, tiny_model_dir: Path) -> None:
     assert with_template(tiny_model_dir, template).call_style == style
 
 
@@ -226,17 +226,17 @@ def test_a_template_of_its_own_for_tools_is_looked_at(tiny_model_dir: Path) -> N
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_mistral_s_version_tells_it(style: str, tokenizers: dict[str, ChatTokenizer]) -> None:
+def test_call_style_follows_mistrals_version(style: str, tokenizers: dict[str, ChatTokenizer]) -> None:
     assert tokenizers[style].call_style == style
     assert load_mistral(DATA / "tokenizer.model.v1").call_style == ""
 
 
 def as_messages(*calls: tuple[str, Any]) -> list[dict[str, Any]]:
-    made = [
+    tool_calls = [
         {"id": f"abcdefg{i:02}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
         for i, (name, arguments) in enumerate(calls)
     ]
-    return [{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": made}]
+    return [{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": tool_calls}]
 
 
 @pytest.mark.parametrize("style", ["mistral-v3", "mistral-v11", "mistral-v13"])
@@ -251,7 +251,7 @@ def test_calls_as_mistral_common_encodes_them_are_read_back(style: Any, tokenize
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_call_that_is_begun_goes_on_as_the_model_was_taught(style: Any, tokenizers: dict[str, ChatTokenizer]) -> None:
+def test_begun_call_matches_the_training_format(style: Any, tokenizers: dict[str, ChatTokenizer]) -> None:
     """The ids of the beginning are those with which the taught call begins."""
     tokenizer = tokenizers[style]
     (begun, *others) = beginnings(tokenizer, [ADD], several=True)
@@ -271,7 +271,7 @@ def test_a_call_that_is_begun_goes_on_as_the_model_was_taught(style: Any, tokeni
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_what_the_schema_of_a_begun_call_lets_through_is_a_call(style: Any, tokenizers: dict[str, ChatTokenizer]) -> None:
+def test_schema_of_a_begun_call_admits_only_calls(style: Any, tokenizers: dict[str, ChatTokenizer]) -> None:
     for begun, function in zip(beginnings(tokenizers[style], FUNCTIONS, several=True), FUNCTIONS, strict=False):
         schema = json.loads(begun.json_schema)
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -303,7 +303,7 @@ def test_a_prefix_is_encoded_as_mistral_common_does(style: str, tokenizers: dict
     assert [*tokenizer.prompt_ids([user]), *tokenizer.piece_ids("Größe is")] == reference
 
 
-def test_one_call_only_where_several_are_not_wanted(tokenizers: dict[str, ChatTokenizer]) -> None:
+def test_begun_call_is_single_without_parallel_calls(tokenizers: dict[str, ChatTokenizer]) -> None:
     (begun,) = beginnings(tokenizers["mistral-v3"], [ADD], several=False)
     assert json.loads(begun.json_schema)["maxItems"] == 1
 

@@ -12,6 +12,7 @@ import pytest
 from forge_ray.errors import StoreError
 from forge_ray.governance.verify import verify_log
 from forge_ray.records import Event, ModelVersion, canonical_json
+from forge_ray.release import promotion
 from forge_ray.store import audit_log, signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -37,13 +38,13 @@ def version(name: str) -> ModelVersion:
     return ModelVersion(name=name, status="imported", weights="full", files=(), files_digest=name, licence="mit").sealed()
 
 
-def test_a_log_that_nobody_touched_verifies(store: Store) -> None:
+def test_an_unchanged_log_verifies(store: Store) -> None:
     key = signing.generate()
     with signing.acting(key):
         written(store, 20)
-    found = audit_log.verify(store, {signing.key_id(key.public_key()): key.public_key()}, every_signature=True)
-    assert (found.num_lines, found.num_signed, found.num_files, found.problems) == (20, 20, 20, ())
-    assert found.head == audit_log.head(store)
+    report = audit_log.verify(store, {signing.key_id(key.public_key()): key.public_key()}, every_signature=True)
+    assert (report.num_lines, report.num_signed, report.num_files, report.problems) == (20, 20, 20, ())
+    assert report.head == audit_log.head(store)
     line = audit_log.read(store)[3]
     assert (line["n"], line["action"], line["subject"], line["why"]) == (4, "test.put", "evt_3", "a test")
     assert line["who"] == signing.who()
@@ -74,7 +75,7 @@ def mutated(lines: list[bytes], rng: random.Random) -> tuple[str, list[bytes]]:
     return kind, lines
 
 
-def test_every_one_of_ten_thousand_changes_is_noticed(store: Store) -> None:
+def test_ten_thousand_random_changes_are_all_detected(store: Store) -> None:
     """The chain alone, without a key: of the log as it is, and of its end against the head."""
     lines = written(store, 40)
     head = store.read(audit_log.HEAD)
@@ -97,7 +98,7 @@ def rechained(store: Store, lines: list[dict[str, object]]) -> None:
     store.write(audit_log.HEAD, raw[-1])
 
 
-def test_a_log_written_anew_is_betrayed_by_signature_files_and_anchors(store: Store) -> None:
+def test_a_rewritten_log_is_detected_by_signature_files_and_anchors(store: Store) -> None:
     key = signing.generate()
     keys = {signing.key_id(key.public_key()): key.public_key()}
     with signing.acting(key):
@@ -117,14 +118,15 @@ def test_a_changed_or_missing_or_added_file_is_named(store: Store) -> None:
     store.write("events/001.json", b'{"number":7}')
     assert audit_log.verify(store).problems == ("events/001.json is not what the log says: it was changed",)
     store.delete("events/001.json")
-    assert audit_log.verify(store).problems == ("events/001.json, of which the log tells, is not there",)
+    missing = "events/001.json, of which the log tells, is not there; the next command that writes restores it"
+    assert audit_log.verify(store).problems == (missing,)
     store.write("events/001.json", canonical_json({"number": 1}))
     assert audit_log.verify(store).problems == ()
     store.write("events/forged.json", b"{}")
     assert "forged.json" in audit_log.verify(store).problems[0]
 
 
-def test_files_from_before_the_log_are_taken_up_as_they_are(store: Store) -> None:
+def test_files_older_than_the_log_are_covered_by_its_first_line(store: Store) -> None:
     store.write("events/old.json", b"{}")
     written(store, 2)
     assert [line["action"] for line in audit_log.read(store)] == ["begin", "test.put", "test.put"]
@@ -133,7 +135,7 @@ def test_files_from_before_the_log_are_taken_up_as_they_are(store: Store) -> Non
     assert audit_log.verify(store).problems == ("files from before the log began were changed or taken away",)
 
 
-def test_a_writer_that_was_killed_costs_nothing(store: Store) -> None:
+def test_the_log_recovers_from_a_killed_writer(store: Store) -> None:
     """Between head and line, inside the line, and between line and file."""
     lines = written(store, 3)
     log, head = store.read(audit_log.LOG), store.read(audit_log.HEAD)
@@ -150,7 +152,7 @@ def test_a_writer_that_was_killed_costs_nothing(store: Store) -> None:
     assert store.read("events/002.json") == canonical_json({"number": 2})
 
 
-def test_nothing_is_written_behind_a_log_that_was_changed(store: Store) -> None:
+def test_a_changed_log_is_not_extended(store: Store) -> None:
     lines = written(store, 4)
     store.write(audit_log.LOG, b"".join(line + b"\n" for line in lines[:2]))
     with pytest.raises(StoreError, match="does not end with its head"):
@@ -163,23 +165,23 @@ def _write_some(uri: str, name: str) -> None:
         audit_log.publish(Store(uri), f"events/{name}-{number}.json", canonical_json({"of": name}), "test.put", name)
 
 
-def test_two_processes_make_one_chain(store: Store) -> None:
+def test_concurrent_writers_make_one_chain(store: Store) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write_some, args=(store.uri, name)) for name in ("a", "b")]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(60)
-    found = audit_log.verify(store)
-    assert (found.num_lines, found.problems) == (40, ())
+    report = audit_log.verify(store)
+    assert (report.num_lines, report.problems) == (40, ())
 
 
 def test_the_catalogue_logs_what_it_writes_and_versions_carry_the_head(store: Store) -> None:
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         first = catalog.put(version("first"))
-        catalog.promote(first.id, "prod")
+        promotion.promote(catalog, first.id, "prod")
         second = catalog.put(version("second"))
-        catalog.set_route("prod", None, why="not used")
+        promotion.set_route(catalog, "prod", None, why="not used")
         catalog.append(Event(kind="run", subject="run_x", data={"state": "running"}))
         assert (first.log_head, second.log_head.partition(":")[0]) == ("", "2")
         actions = [(line["action"], line["why"]) for line in audit_log.read(store)]
@@ -191,6 +193,6 @@ def test_the_catalogue_logs_what_it_writes_and_versions_carry_the_head(store: St
             ("run.running", ""),
         ]
         assert verify_log(catalog, every_signature=True).problems == ()
-        told = audit_log.head(store)
-        assert verify_log(catalog, False, head=told).problems == ()
+        head = audit_log.head(store)
+        assert verify_log(catalog, False, head=head).problems == ()
         assert "was changed before it" in verify_log(catalog, False, head="3:" + "0" * 64).problems[0]

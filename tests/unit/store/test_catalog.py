@@ -13,6 +13,7 @@ from forge_ray import records
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.governance.lineage import tree, walk
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, Event, ModelVersion, RunRecord
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 
 pytestmark = pytest.mark.unit
@@ -98,9 +99,9 @@ def chain(catalog: Catalog) -> dict[str, Any]:
 def answers(catalog: Catalog) -> dict[str, Any]:
     """What a catalogue says about everything in it."""
     kinds: list[type[Any]] = [DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment]
-    found = {kind.kind: catalog.all(kind) for kind in kinds}
-    ids = [record.id for kept in found.values() for record in kept]
-    return found | {
+    records_by_kind = {kind.kind: catalog.all(kind) for kind in kinds}
+    ids = [record.id for kept in records_by_kind.values() for record in kept]
+    return records_by_kind | {
         "aliases": catalog.aliases(),
         "events": catalog.events("run", "run_0123456789abcdef"),
         "parents": {identifier: catalog.parents(identifier) for identifier in ids},
@@ -125,46 +126,52 @@ def test_the_first_of_two_equal_records_stays(catalog: Catalog) -> None:
     assert catalog.all(ModelVersion) == [first]
 
 
-def test_rebuild_answers_the_same_from_the_files_alone(catalog: Catalog) -> None:
-    made = chain(catalog)
+def test_rebuild_restores_the_index_from_the_files(catalog: Catalog) -> None:
+    records_put = chain(catalog)
     for state in ("running", "failed", "running", "finished"):
-        catalog.append(Event(kind="run", subject=made["run"].id, data={"state": state}))
-    catalog.promote(made["base"].id, "live")
-    catalog.promote(made["tuned"].id, "live")
+        catalog.append(Event(kind="run", subject=records_put["run"].id, data={"state": state}))
+    promotion.promote(catalog, records_put["base"].id, "live")
+    promotion.promote(catalog, records_put["tuned"].id, "live")
     before = answers(catalog)
     assert [event.data["state"] for event in before["events"]] == ["running", "failed", "running", "finished"]
     assert catalog.rebuild() == 6 + 6
     assert answers(catalog) == before
     catalog.close()
     (Path(catalog.store.root) / "catalog.sqlite").unlink()
-    with Catalog(catalog.store) as fresh:
+    with Catalog.open(catalog.store) as fresh:
         assert answers(fresh) == before
 
 
-def test_what_another_process_wrote_is_seen(catalog: Catalog) -> None:
+def test_records_of_another_process_are_indexed(catalog: Catalog, tmp_path: Path) -> None:
     script = """
 import sys
+from pathlib import Path
 import forge_ray.store.catalog
 from forge_ray.store.catalog import Catalog
 from forge_ray.records import ModelVersion
+from forge_ray.release import promotion
 from forge_ray.store.files import Store
 store = Store(sys.argv[1])
-forge_ray.store.catalog._index_path = lambda store: ":memory:"  # as on another machine: the index is not shared
-with Catalog(store) as catalog:
+forge_ray.store.catalog._index_path = lambda store: Path(sys.argv[2])  # as on another machine: the index is not shared
+with Catalog.open(store) as catalog:
     version = ModelVersion(name="far", status="imported", weights="full", files=(), files_digest="", licence="mit").sealed()
     catalog.put(version)
-    catalog.promote(version.id, "far")
+    promotion.promote(catalog, version.id, "far")
 print(version.id)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, catalog.store.uri], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", script, catalog.store.uri, str(tmp_path / "elsewhere.sqlite")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
-    with Catalog(catalog.store) as fresh:
+    with Catalog.open(catalog.store) as fresh:
         assert fresh.model("far").id == done.stdout.strip()
         assert [version.name for version in fresh.all(ModelVersion)] == ["far"]
 
 
-def test_put_of_what_another_process_wrote_meanwhile_indexes_it(catalog: Catalog) -> None:
+def test_put_indexes_a_record_that_another_process_wrote(catalog: Catalog) -> None:
     version = model()
     path = f"records/models/{version.id}.json"
     catalog.store.write(path, records.canonical_json(version.model_dump(mode="json")))
@@ -175,19 +182,19 @@ def test_put_of_what_another_process_wrote_meanwhile_indexes_it(catalog: Catalog
 
 def test_promote(catalog: Catalog) -> None:
     first, second = catalog.put(model("a")), catalog.put(model("b"))
-    catalog.promote(first.id, "live")
-    catalog.promote(first.id, "live")
+    promotion.promote(catalog, first.id, "live")
+    promotion.promote(catalog, first.id, "live")
     assert len(catalog.events("alias", "live")) == 1
     assert catalog.model("live") == first
-    catalog.promote(second.id, "live")
-    catalog.promote("live", "stable")
+    promotion.promote(catalog, second.id, "live")
+    promotion.promote(catalog, "live", "stable")
     assert catalog.aliases() == {"live": second.id, "stable": second.id}
-    catalog.promote(first.id, "live")
+    promotion.promote(catalog, first.id, "live")
     assert catalog.model("live") == first
     assert catalog.model("stable") == second
 
 
-def test_the_last_move_wins_within_a_millisecond_and_with_a_slow_clock(catalog: Catalog) -> None:
+def test_the_last_alias_move_wins_whatever_the_clock_says(catalog: Catalog) -> None:
     versions = [catalog.put(model(name)) for name in "abcdefgh"]
     moments = ["2026-01-01T00:00:00.999+00:00"] * 4 + [f"2025-01-0{day}T00:00:00.000+00:00" for day in range(1, 5)]
     for version, moment in zip(versions, moments, strict=True):
@@ -202,21 +209,21 @@ def test_the_last_move_wins_within_a_millisecond_and_with_a_slow_clock(catalog: 
 def test_a_rejected_version_is_not_promoted(catalog: Catalog) -> None:
     rejected = catalog.put(model("bad", status="rejected", reasons=("exact_match 0.1 < 0.4", "worse than base")))
     with pytest.raises(PolicyError, match=r"was rejected: exact_match 0\.1 < 0\.4; worse than base\nhint: train a better"):
-        catalog.promote(rejected.id, "live")
+        promotion.promote(catalog, rejected.id, "live")
     assert catalog.aliases() == {}
 
 
-def test_an_alias_may_not_look_like_a_record(catalog: Catalog) -> None:
+def test_a_record_id_is_refused_as_an_alias(catalog: Catalog) -> None:
     version = catalog.put(model())
     with pytest.raises(ConfigError, match="is the id of a record"):
-        catalog.promote(version.id, version.id)
+        promotion.promote(catalog, version.id, version.id)
     with pytest.raises(NotFound, match=r"no model version or alias 'live' in .*\nhint: aliases: none yet"):
         catalog.model("live")
 
 
-def test_walk_finds_the_way_in_both_directions(catalog: Catalog) -> None:
-    made = chain(catalog)
-    ids = {name: record.id for name, record in made.items()}
+def test_walk_finds_a_path_in_both_directions(catalog: Catalog) -> None:
+    records_put = chain(catalog)
+    ids = {name: record.id for name, record in records_put.items()}
     there = walk(catalog, ids["deployed"], ids["data"])
     assert (there[0], there[1], there[3:]) == (ids["deployed"], ids["tuned"], [ids["data"]])
     assert there[2] in (ids["run"], ids["report"])
@@ -228,35 +235,39 @@ def test_walk_finds_the_way_in_both_directions(catalog: Catalog) -> None:
 
 
 def test_tree_follows_origins_and_uses(catalog: Catalog) -> None:
-    made = chain(catalog)
+    records_put = chain(catalog)
 
     def flat(node: dict[str, Any], towards: str) -> list[tuple[str, str]]:
         return [(node["id"], node["kind"])] + [item for below in node[towards] for item in flat(below, towards)]
 
-    origins = tree(catalog, made["deployed"].id)
+    origins = tree(catalog, records_put["deployed"].id)
     assert origins["label"] == "d → m"
-    assert {identifier for identifier, _ in flat(origins, "origins")} == {record.id for record in made.values()}
+    assert {identifier for identifier, _ in flat(origins, "origins")} == {record.id for record in records_put.values()}
     (tuned,) = origins["origins"]
-    assert tuned["id"] == made["tuned"].id
-    assert {below["id"] for below in tuned["origins"]} == {made["run"].id, made["base"].id, made["report"].id}
-    uses = tree(catalog, made["base"].id, towards="uses")
-    assert {identifier for identifier, _ in flat(uses, "uses")} == {record.id for record in made.values()}
+    assert tuned["id"] == records_put["tuned"].id
+    assert {below["id"] for below in tuned["origins"]} == {
+        records_put["run"].id,
+        records_put["base"].id,
+        records_put["report"].id,
+    }
+    uses = tree(catalog, records_put["base"].id, towards="uses")
+    assert {identifier for identifier, _ in flat(uses, "uses")} == {record.id for record in records_put.values()}
 
 
-def test_tree_says_what_is_missing(catalog: Catalog) -> None:
+def test_tree_marks_missing_records(catalog: Catalog) -> None:
     data = catalog.put(dataset(model("never put")))
     (below,) = tree(catalog, data.id)["origins"]
     assert (below["kind"], below["label"], below["origins"]) == ("missing", "not in this store", [])
 
 
-def test_a_long_chain_of_versions_stays_short(catalog: Catalog) -> None:
+def test_the_tree_of_a_long_chain_stays_small(catalog: Catalog) -> None:
     """Each is trained from the one before, on rows that were packed for that one: two ways from each to all before it."""
     last = catalog.put(model("base"))
     for number in range(40):
         data = catalog.put(dataset(last).model_copy(update={"id": f"ds_{number:016d}"}))
-        made = run(data, last).model_copy(update={"id": f"run_{number:016d}"})
-        catalog.put(made)
-        last = catalog.put(model(f"m{number}", run=made.id, base_model=last.id, status="accepted"))
-    found = str(tree(catalog, last.id))
-    assert len(found) < 40 * 1000
-    assert "run_0000000000000000" in found
+        trained = run(data, last).model_copy(update={"id": f"run_{number:016d}"})
+        catalog.put(trained)
+        last = catalog.put(model(f"m{number}", run=trained.id, base_model=last.id, status="accepted"))
+    rendered = str(tree(catalog, last.id))
+    assert len(rendered) < 40 * 1000
+    assert "run_0000000000000000" in rendered

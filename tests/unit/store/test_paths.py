@@ -49,5 +49,5 @@ pytestmark = pytest.mark.unit
         (paths.usage("2026-11-25", "r-1.jsonl"), "usage/2026-11-25/r-1.jsonl"),
     ],
 )
-def test_a_path(path: str, expected: str) -> None:
+def test_paths_of_the_store_layout(path: str, expected: str) -> None:
     assert path == expected

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("algorithm", ["ed25519", "p256"])
-def test_an_envelope_opens_with_its_key_alone(algorithm: signing.Algorithm) -> None:
+def test_an_envelope_opens_only_with_its_own_key(algorithm: signing.Algorithm) -> None:
     key, other = signing.generate(algorithm), signing.generate(algorithm)
     sealed = signing.envelope(b"payload", signing.IN_TOTO, key)
     assert signing.opened(sealed, [other.public_key(), key.public_key()]) == b"payload"
@@ -38,7 +38,7 @@ def test_the_encoding_is_dsse(tmp_path: Path) -> None:
     )
 
 
-def test_a_private_key_is_its_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_key_file_is_readable_by_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = signing.generate()
     path = tmp_path / "a.key"
     signing.write_private(path, key, "secret")

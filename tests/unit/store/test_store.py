@@ -41,7 +41,7 @@ def test_write_and_read(place: Store) -> None:
     assert everything(place) == ["records", "records/a.json"]
 
 
-def test_what_is_absent_or_torn_is_named(place: Store) -> None:
+def test_absent_and_torn_files_are_named(place: Store) -> None:
     with pytest.raises(NotFound, match=r"'records/a\.json' is not in the store .*a store\nhint: check --store"):
         place.read("records/a.json")
     place.write("records/a.json", b'{"a":')
@@ -50,7 +50,9 @@ def test_what_is_absent_or_torn_is_named(place: Store) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_crash_leaves_the_old_content_and_no_litter(place: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_crash_keeps_the_old_content_and_leaves_no_temporary_file(
+    place: Store, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     place.write("a.json", b"old")
 
     def crash(*_: object) -> None:
@@ -88,7 +90,7 @@ def test_write_once_refuses_other_content(place: Store) -> None:
 
 
 @pytest.mark.parametrize("relative", ["", ".", "/", "/etc/passwd", "..", "../a", "a/../b", "a/../../b", "a/.."])
-def test_no_path_leaves_the_store(place: Store, relative: str) -> None:
+def test_paths_outside_the_store_are_refused(place: Store, relative: str) -> None:
     for call in (place.path, place.read, place.exists, place.list, place.delete_dir, place.local):
         with pytest.raises(StoreError, match="is not a path inside the store"):
             call(relative)
@@ -96,7 +98,7 @@ def test_no_path_leaves_the_store(place: Store, relative: str) -> None:
         place.write(relative, b"1")
 
 
-def test_list_is_sorted_and_hides_what_is_hidden(place: Store) -> None:
+def test_list_is_sorted_and_omits_hidden_files(place: Store) -> None:
     for name in ("b/2", "b/10", "b/c/1", "a/1", "b/.tmp-1"):
         place.write(name, b"")
     assert place.list("b") == ["b/10", "b/2"]
@@ -202,7 +204,7 @@ def test_relative_folders_are_fixed_at_the_start(tmp_path: Path, monkeypatch: py
     assert (tmp_path / ".forge/a").read_bytes() == b"1"
 
 
-def test_a_uri_that_cannot_be_opened_is_a_mistake_of_the_user() -> None:
+def test_an_unusable_uri_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"store 'nothing://here' cannot be opened: .*\nhint: give a folder, or a URI"):
         Store("nothing://here")
 

@@ -64,7 +64,7 @@ def reach(model: Any, **settings: Any) -> Any:
     return coverage(with_adapter(copy.deepcopy(model), adapter), adapter)
 
 
-def test_mistral_4_has_no_q_proj_and_that_is_said(models: dict[str, Any]) -> None:
+def test_target_module_missing_from_text_model_is_refused(models: dict[str, Any]) -> None:
     """PEFT alone would adapt o_proj and be silent; in the model that sees, its vision tower's q_proj too."""
     for name in ("text", "sees"):
         with pytest.raises(ConfigError, match="'q_proj' matches nothing of this model's text") as error:
@@ -86,7 +86,7 @@ def test_mistral_4_has_no_q_proj_and_that_is_said(models: dict[str, Any]) -> Non
         ({"target_parameters": ("layers.2.mlp.experts.down_proj",)}, "in 1 of 3 layers", "mlp.experts.down_proj"),
     ],
 )
-def test_a_pattern_that_reaches_less_than_it_names_is_refused(
+def test_pattern_matching_too_few_layers_is_refused(
     models: dict[str, Any], settings: dict[str, Any], message: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as error:
@@ -95,42 +95,42 @@ def test_a_pattern_that_reaches_less_than_it_names_is_refused(
 
 
 @pytest.mark.parametrize("name", ["text", "sees"])
-def test_counts_and_shares(name: str, models: dict[str, Any]) -> None:
+def test_coverage_counts_and_shares(name: str, models: dict[str, Any]) -> None:
     model = models[name]
-    found = reach(model, r=4, target_modules=("o_proj", "kv_b_proj"), target_parameters=EXPERTS)
+    report = reach(model, r=4, target_modules=("o_proj", "kv_b_proj"), target_parameters=EXPERTS)
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     experts = sum(size for key, size in sizes.items() if ".experts." in key)
     assert experts == 3 * 8 * 3 * 16 * 32
-    assert found.parameters == sum(sizes.values())
-    assert found.active == found.parameters - experts * 6 / 8
+    assert report.parameters == sum(sizes.values())
+    assert report.active == report.parameters - experts * 6 / 8
     attention = sum(size for key, size in sizes.items() if "language_model" in key or name == "text" if "o_proj" in key)
     latent = sum(size for key, size in sizes.items() if "kv_b_proj" in key)
-    assert found.reached == experts + attention + latent
-    assert found.reached_active == experts / 4 + attention + latent
+    assert report.reached == experts + attention + latent
+    assert report.reached_active == experts / 4 + attention + latent
     adapted = with_adapter(
         copy.deepcopy(model), Adapter(r=4, target_modules=("o_proj", "kv_b_proj"), target_parameters=EXPERTS)
     )
     trained = {key: p.numel() for key, p in adapted.named_parameters() if p.requires_grad}
-    assert found.trained == sum(trained.values())
+    assert report.trained == sum(trained.values())
     of_experts = sum(size for key, size in trained.items() if ".experts." in key)
-    assert found.trained_active == found.trained - of_experts * 6 / 8
-    told = found.to_json()
-    assert told["trained_of_active"] == found.trained_active / found.active
-    assert [one["modules"] for one in told["patterns"]] == [3, 3, 3, 3]
+    assert report.trained_active == report.trained - of_experts * 6 / 8
+    as_json = report.to_json()
+    assert as_json["trained_of_active"] == report.trained_active / report.active
+    assert [one["modules"] for one in as_json["patterns"]] == [3, 3, 3, 3]
 
 
-def test_all_linear_leaves_the_experts_out_and_says_so(models: dict[str, Any]) -> None:
-    found = reach(models["sees"])
-    assert not any("vision" in kind or "projector" in kind for kind in found.patterns[0].kinds)
-    (said,) = (line for line in found.lines() if line.startswith("not adapted"))
-    assert "[mlp.experts.gate_up_proj, mlp.experts.down_proj]" in said
+def test_all_linear_reports_unadapted_experts(models: dict[str, Any]) -> None:
+    report = reach(models["sees"])
+    assert not any("vision" in kind or "projector" in kind for kind in report.patterns[0].kinds)
+    (not_adapted,) = (line for line in report.lines() if line.startswith("not adapted"))
+    assert "[mlp.experts.gate_up_proj, mlp.experts.down_proj]" in not_adapted
     assert not any("not adapted" in line for line in reach(models["sees"], target_parameters=EXPERTS).lines())
 
 
-def test_a_kind_that_some_layers_have_is_reached_in_those(models: dict[str, Any]) -> None:
+def test_pattern_matches_only_layers_with_that_module(models: dict[str, Any]) -> None:
     """One dense layer before the mixtures: its name is enough, and the report says in how many layers it was found."""
-    found = reach(models["mixed"], target_modules=("mlp.gate_proj",), target_parameters=EXPERTS)
-    assert [one.kinds for one in found.patterns] == [
+    report = reach(models["mixed"], target_modules=("mlp.gate_proj",), target_parameters=EXPERTS)
+    assert [one.kinds for one in report.patterns] == [
         {"mlp.gate_proj.weight": (1, 1)},
         {"mlp.experts.gate_up_proj": (2, 2)},
         {"mlp.experts.down_proj": (2, 2)},
@@ -144,20 +144,20 @@ def test_a_kind_that_some_layers_have_is_reached_in_those(models: dict[str, Any]
         ({"adapter": {"target_parameters": list(EXPERTS), "method": "dora"}}, "method=dora cannot be applied"),
         ({"adapter": {"target_modules": []}}, "both empty"),
         ({"adapter": {"quantize": "nf4"}}, "needs a GPU"),
-        ({"adapter": {"quantize": "nf4"}, "zero_stage": 3, "scaling": {"gpus_per_worker": 1}}, "cannot divide"),
+        ({"adapter": {"quantize": "nf4"}, "zero_stage": 3, "scaling": {"gpus_per_worker": 1}}, "cannot shard"),
         ({"adapter": {"method": "dora"}, "zero_stage": 3}, "whole weights"),
-        ({"adapter": {}, "router": "trained"}, "no place for it"),
+        ({"adapter": {}, "router": "trained"}, "cannot be combined with an adapter"),
         ({"adapter": {}, "router_aux_loss": 0.1}, "the router is frozen"),
         ({"router": "frozen", "router_aux_loss": 0.1}, "the router is frozen"),
     ],
 )
-def test_settings_that_exclude_each_other_are_named(settings: dict[str, Any], message: str) -> None:
+def test_incompatible_adapter_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         parse(TrainConfig, settings)
     assert error.value.hint
 
 
-def test_4_bits_need_a_gpu_and_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4bit_quantization_requires_gpu_and_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantised(Adapter(), torch.device("cpu")) == {}
     with pytest.raises(ConfigError, match="this worker has cpu"):
         quantised(Adapter(quantize="nf4"), torch.device("cpu"))

@@ -33,7 +33,7 @@ def place(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-def test_attempts_that_start_at_once_get_different_numbers(place: Store) -> None:
+def test_concurrent_attempts_get_distinct_numbers(place: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
         numbers = list(pool.map(lambda n: attempts.start(place, "run_a", 2, n), range(40)))
     assert sorted(numbers) == list(range(1, 41))
@@ -43,29 +43,29 @@ def test_attempts_that_start_at_once_get_different_numbers(place: Store) -> None
     assert attempts.newest(place, "run_b") == 0
 
 
-def test_an_attempt_that_was_overtaken_is_told_by_whom(place: Store) -> None:
+def test_superseded_attempt_error_names_newer_attempt(place: Store) -> None:
     first = attempts.start(place, "run_a", 2, 0)
     attempts.check_newest(place, "run_a", first)
     second = attempts.start(place, "run_a", 2, 4)
     with pytest.raises(
         TrainingError, match=rf"attempt 1 of run_a was overtaken by attempt 2 on .* \(pid {os.getpid()},"
-    ) as told:
+    ) as error:
         attempts.check_newest(place, "run_a", first)
-    assert "nothing is lost" in told.value.hint
+    assert "nothing is lost" in error.value.hint
     attempts.check_newest(place, "run_a", second)
 
 
-def test_a_second_driver_is_refused_until_the_first_is_dead(place: Store) -> None:
+def test_second_driver_is_refused_while_first_is_alive(place: Store) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, place.uri], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with (
-            pytest.raises(TrainingError, match=rf"another driver: pid {holder.pid} on .* which is running") as told,
+            pytest.raises(TrainingError, match=rf"another driver: pid {holder.pid} on .* which is running") as error,
             attempts.driving(place, "run_a"),
         ):
             pass
-        assert "wait for it, or stop it" in told.value.hint
+        assert "wait for it, or stop it" in error.value.hint
         with attempts.driving(place, "run_b"):
             pass
     finally:
@@ -76,7 +76,7 @@ def test_a_second_driver_is_refused_until_the_first_is_dead(place: Store) -> Non
     assert not place.exists("runs/run_a/driver.json")
 
 
-def test_a_driver_of_another_machine_counts_as_dead_when_it_is_silent(place: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_of_remote_driver_expires_without_heartbeat(place: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     path = "runs/run_a/driver.json"
     other = {"token": "t", "host": "elsewhere", "boot": "b", "pid": 1, "started": "1", "at": "2026-01-01T00:00:00Z"}
     place.write(path, json.dumps(other).encode())
@@ -91,9 +91,7 @@ def test_a_driver_of_another_machine_counts_as_dead_when_it_is_silent(place: Sto
         assert place.read_json(path)["token"] != "t"
 
 
-def test_the_lease_is_touched_while_it_is_held_and_a_torn_one_is_nobody_s(
-    place: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lease_heartbeat_and_takeover_of_corrupt_lease(place: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "HEARTBEAT_S", 0.02)
     path = "runs/run_a/driver.json"
     place.write(path, b'{"tok')

@@ -22,7 +22,7 @@ def failure(store: Store, rows: list[int], step: int = 4, error: str = "IndexErr
     return incidents.write(store, "run_a", "failure", step, rank=rank, rows=rows, records=[], error=error)
 
 
-def test_the_same_incident_is_on_record_once(store: Store) -> None:
+def test_incident_is_recorded_once(store: Store) -> None:
     one = incidents.write(store, "run_a", "not_finite", 3, rows=[1, 2])
     assert incidents.write(store, "run_a", "not_finite", 3, rows=[1, 2]) == one
     other = incidents.write(store, "run_a", "not_finite", 4, rows=[1, 2])
@@ -30,21 +30,21 @@ def test_the_same_incident_is_on_record_once(store: Store) -> None:
     assert incidents.read(store, "run_a") == [one, other]
 
 
-def test_what_is_left_out_follows_from_them(store: Store) -> None:
+def test_skipped_steps_and_rows_follow_from_incidents(store: Store) -> None:
     assert incidents.left_out([]).digest(99) == ""
     incidents.write(store, "run_a", "spike", 5, last_step=7)
     incidents.write(store, "run_a", "quarantine", 9, rows=[31])
     failure(store, [1, 2], step=11)
-    found = incidents.left_out(incidents.read(store, "run_a"))
-    assert (found.steps, found.rows, found.careful) == ({5, 6, 7}, {31: 9}, {11})
-    digests = [found.digest(step) for step in (4, 5, 7, 8, 9, 99)]
+    exclusions = incidents.left_out(incidents.read(store, "run_a"))
+    assert (exclusions.steps, exclusions.rows, exclusions.careful) == ({5, 6, 7}, {31: 9}, {11})
+    digests = [exclusions.digest(step) for step in (4, 5, 7, 8, 9, 99)]
     assert digests[0] == ""
     assert len(set(digests)) == 4  # before, after step 5, after step 7 and with it 8, from step 9 on
     assert digests[2] == digests[3]
     assert digests[4] == digests[5]
 
 
-def test_a_row_is_put_aside_when_it_alone_failed_like_before(store: Store) -> None:
+def test_row_is_quarantined_when_retried_alone_with_same_error(store: Store) -> None:
     def chosen() -> list[list[int]]:
         return [item["rows"] for item in incidents.to_quarantine(incidents.read(store, "run_a"))]
 
@@ -59,14 +59,14 @@ def test_a_row_is_put_aside_when_it_alone_failed_like_before(store: Store) -> No
     assert chosen() == []
 
 
-def test_a_row_that_is_alone_in_its_pass_needs_a_second_time(store: Store) -> None:
+def test_single_row_micro_batch_is_quarantined_after_second_failure(store: Store) -> None:
     failure(store, [7])  # micro_batch_size=1
     assert incidents.to_quarantine(incidents.read(store, "run_a")) == []
     failure(store, [7])
     assert [item["rows"] for item in incidents.to_quarantine(incidents.read(store, "run_a"))] == [[7]]
 
 
-def test_every_kind_has_words_and_the_overview_names_the_records(store: Store) -> None:
+def test_overview_describes_every_incident_kind_and_names_records(store: Store) -> None:
     attempts.start(store, "run_a", 2, 0)
     for kind in incidents.KINDS:
         incidents.write(store, "run_a", kind, 3, rows=[1], records=[["rec_1"]] if kind == "not_finite" else [])

@@ -22,30 +22,30 @@ def test_one_line_per_step_in_order(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics.read(write(tmp_path, 1, 2, 3))] == [1, 2, 3]
 
 
-def test_no_file_is_no_line(tmp_path: Path) -> None:
+def test_missing_file_reads_as_empty(tmp_path: Path) -> None:
     assert metrics.read(tmp_path / metrics.METRICS) == []
 
 
-def test_a_resume_drops_the_steps_that_were_abandoned(tmp_path: Path) -> None:
+def test_resume_drops_abandoned_steps(tmp_path: Path) -> None:
     """Killed in step 6 and resumed from 3, then again from 2: each step once, the last attempt's."""
-    found = metrics.read(write(tmp_path, 1, 2, 3, 4, 5, 4, 5, 6, 3, 4))
-    assert [(line["step"], line["written"]) for line in found] == [(1, 0), (2, 1), (3, 8), (4, 9)]
+    lines = metrics.read(write(tmp_path, 1, 2, 3, 4, 5, 4, 5, 6, 3, 4))
+    assert [(line["step"], line["written"]) for line in lines] == [(1, 0), (2, 1), (3, 8), (4, 9)]
 
 
-def test_a_step_that_is_taken_twice_is_there_once(tmp_path: Path) -> None:
+def test_repeated_step_is_read_once(tmp_path: Path) -> None:
     """Checkpoint at 2, killed after the line of step 3, resumed: step 3 comes again at once."""
-    found = metrics.read(write(tmp_path, 1, 2, 3, 3, 4))
-    assert [(line["step"], line["written"]) for line in found] == [(1, 0), (2, 1), (3, 3), (4, 4)]
+    lines = metrics.read(write(tmp_path, 1, 2, 3, 3, 4))
+    assert [(line["step"], line["written"]) for line in lines] == [(1, 0), (2, 1), (3, 3), (4, 4)]
 
 
-def test_a_line_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
+def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     path = write(tmp_path, 1, 2)
     with path.open("a") as stream:
         stream.write('{"step": 3, "lo')
     assert [line["step"] for line in metrics.read(path)] == [1, 2]
 
 
-def test_a_half_line_of_a_killed_process_costs_no_later_line(tmp_path: Path) -> None:
+def test_lines_after_truncated_line_are_read(tmp_path: Path) -> None:
     path = write(tmp_path, 1, 2)
     with path.open("a") as stream:
         stream.write('{"step": 3, "lo')
@@ -54,7 +54,7 @@ def test_a_half_line_of_a_killed_process_costs_no_later_line(tmp_path: Path) -> 
     assert [line["step"] for line in metrics.read(path)] == [1, 2, 3, 4]
 
 
-def test_the_clock_adds_up_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_clock_accumulates_and_resets(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 1.0, 3.5, 4.0, 4.25])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
     clock = metrics.StepClock()
@@ -65,7 +65,7 @@ def test_the_clock_adds_up_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert clock.take() == {}
 
 
-def test_the_curve_is_a_png(tmp_path: Path) -> None:
+def test_plot_writes_png(tmp_path: Path) -> None:
     lines = [json.loads(f'{{"step": {step}, "loss": {3 / step}}}') for step in range(1, 9)]
     lines[3]["validation_loss"] = 1.0
     for number, chosen in enumerate((lines, lines[:1])):

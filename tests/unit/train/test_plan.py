@@ -26,7 +26,7 @@ def of(model: Model, workers: int = 1, precision: str = "bf16", **settings: Any)
     return memory(model, parse(TrainConfig, settings), precision, 128, workers)
 
 
-def test_the_counts_are_those_of_torch(model: Model, tiny_model_dir: Path) -> None:
+def test_parameter_counts_match_torch(model: Model, tiny_model_dir: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
@@ -43,7 +43,7 @@ def test_the_counts_are_those_of_torch(model: Model, tiny_model_dir: Path) -> No
     assert model.num_trained(parse(TrainConfig, {})) == model.num_parameters
 
 
-def test_states_are_divided_as_the_stage_says(model: Model) -> None:
+def test_zero_stage_shards_model_states(model: Model) -> None:
     one, eight = (of(model, workers, zero_stage=2) for workers in (1, 8))
     assert one.weights == eight.weights == 2 * model.num_parameters
     assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=1e-4)
@@ -51,7 +51,7 @@ def test_states_are_divided_as_the_stage_says(model: Model) -> None:
     assert third.weights == math.ceil(2 * model.num_parameters / 8)
 
 
-def test_what_is_offloaded_is_counted_in_main_memory_and_a_slice_as_a_slice(model: Model) -> None:
+def test_offload_moves_states_to_host_and_sequence_parallel_halves_activations(model: Model) -> None:
     inside = of(model, 4, zero_stage=3)
     outside = of(model, 4, zero_stage=3, offload={"optimizer": "cpu"})
     assert (outside.gradients, outside.optimizer, outside.weights) == (0, 0, inside.weights)
@@ -64,14 +64,14 @@ def test_what_is_offloaded_is_counted_in_main_memory_and_a_slice_as_a_slice(mode
     assert (shared.activations, shared.logits) == (of(model, 4).activations // 2, of(model, 4).logits // 2)
 
 
-def test_activations_grow_with_a_pass_and_shrink_when_recomputed(model: Model) -> None:
+def test_activations_scale_with_micro_batch_and_checkpointing(model: Model) -> None:
     small, large = (of(model, micro_batch_size=size) for size in (1, 4))
     assert large.activations == 4 * small.activations
     assert of(model, activation_checkpointing=True).activations < small.activations
     assert of(model, adapter={"r": 4}).optimizer < small.optimizer / 2
 
 
-def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
+def test_nearest_fitting_settings_change_least(model: Model) -> None:
     stats = SimpleNamespace(num_rows=100, num_tokens=12_000, num_trained_tokens=6_000)
     dataset: Any = SimpleNamespace(splits={"train": stats}, sequence_length=128)
     config = parse(TrainConfig, {"micro_batch_size": 4, "zero_stage": 1, "global_batch": 8})
@@ -80,9 +80,11 @@ def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
         return plan(model, config.model_copy(update=settings), "bf16", dataset, 4).memory.total
 
     def fits(room: int) -> dict[str, Any] | None:
-        found = nearest(model, config, "bf16", dataset, 4, room)
+        proposal = nearest(model, config, "bf16", dataset, 4, room)
         names = ("micro_batch_size", "activation_checkpointing", "zero_stage")
-        return found and {name: getattr(found, name) for name in names if getattr(found, name) != getattr(config, name)}
+        return proposal and {
+            name: getattr(proposal, name) for name in names if getattr(proposal, name) != getattr(config, name)
+        }
 
     assert fits(needs()) == {}
     assert fits(needs() - 1) == {"micro_batch_size": 1}
@@ -92,23 +94,23 @@ def test_the_nearest_settings_that_fit_change_least(model: Model) -> None:
     config = parse(TrainConfig, {"adapter": {"method": "dora"}, "zero_stage": 1, "global_batch": 8})
     assert not _is_allowed(config.model_copy(update={"zero_stage": 3}))  # DoRA wants whole weights
     proposed = [nearest(model, config, "bf16", dataset, 4, room) for room in range(0, needs(), needs() // 50)]
-    assert {found.zero_stage for found in proposed if found} == {1, 2}
+    assert {proposal.zero_stage for proposal in proposed if proposal} == {1, 2}
     large = {"engine": "deepspeed", "zero_stage": 3, "global_batch": 8}
     config = parse(TrainConfig, large)
     model = replace(model, shapes={f"model.layers.{n}.weight": (4096, 4096) for n in range(32)})  # more than a bucket
-    for wanted in ({"optimizer": "cpu"}, {"optimizer": "cpu", "parameters": "cpu"}):
+    for offload in ({"optimizer": "cpu"}, {"optimizer": "cpu", "parameters": "cpu"}):
         room = plan(
-            model, parse(TrainConfig, large | {"activation_checkpointing": True, "offload": wanted}), "bf16", dataset, 4
+            model, parse(TrainConfig, large | {"activation_checkpointing": True, "offload": offload}), "bf16", dataset, 4
         )
         moved = nearest(model, config, "bf16", dataset, 4, room.memory.total)
         assert moved is not None
-        assert moved.offload == Offload.model_validate(wanted)
+        assert moved.offload == Offload.model_validate(offload)
     config = parse(TrainConfig, {"micro_batch_size": 4, "zero_stage": 1, "global_batch": 8})
     whole = plan(model, config, "bf16", dataset, 4)
     assert (whole.steps, whole.num_tokens, whole.num_trained_tokens) == (13, 12_480, 6_240)
 
 
-def test_of_an_object_store_only_the_configuration_is_read(model: Model, tiny_model_dir: Path) -> None:
+def test_plan_reads_only_config_from_object_store(model: Model, tiny_model_dir: Path) -> None:
     from forge_ray.store.files import Store, hash_dir
     from forge_ray.train.preflight import configuration
 
@@ -121,7 +123,7 @@ def test_of_an_object_store_only_the_configuration_is_read(model: Model, tiny_mo
     assert Model.of(folder).shapes == model.shapes
 
 
-def test_the_true_size_of_mistral_small_4_from_its_configuration_alone() -> None:
+def test_mistral_small_4_size_from_config_alone() -> None:
     folder = Path(__file__).parents[3] / "jobs/models/mistral-small-4"
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     small = Model.of(folder)
@@ -137,7 +139,7 @@ def test_the_true_size_of_mistral_small_4_from_its_configuration_alone() -> None
     assert needs.working > 3 * 6.4e9  # gathered, adapted, and their gradient
 
 
-def test_a_frozen_router_and_what_sees_are_not_trained(tmp_path: Path) -> None:
+def test_frozen_router_and_vision_tower_are_not_trained(tmp_path: Path) -> None:
     from transformers import Mistral3Config, Mistral4Config
 
     text = Mistral4Config(hidden_size=64, num_hidden_layers=2, n_routed_experts=8, vocab_size=100, moe_intermediate_size=32)
@@ -145,15 +147,15 @@ def test_a_frozen_router_and_what_sees_are_not_trained(tmp_path: Path) -> None:
     Mistral3Config(
         text_config=text.to_dict(), vision_config=sees | {"num_attention_heads": 2}, tie_word_embeddings=False
     ).save_pretrained(tmp_path)
-    found = Model.of(tmp_path)
-    outside = sum(math.prod(shape) for name, shape in found.shapes.items() if "language_model" not in name)
+    model = Model.of(tmp_path)
+    outside = sum(math.prod(shape) for name, shape in model.shapes.items() if "language_model" not in name)
     head = 100 * 64
-    assert found.num_trained(parse(TrainConfig, {})) == found.num_parameters - (outside - head)
-    frozen = found.num_trained(parse(TrainConfig, {"router": "frozen"}))
-    assert found.num_trained(parse(TrainConfig, {})) - frozen == 2 * 8 * 64
+    assert model.num_trained(parse(TrainConfig, {})) == model.num_parameters - (outside - head)
+    frozen = model.num_trained(parse(TrainConfig, {"router": "frozen"}))
+    assert model.num_trained(parse(TrainConfig, {})) - frozen == 2 * 8 * 64
 
 
-def test_a_plan_needs_no_data_and_no_weights(
+def test_plan_needs_neither_data_nor_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The committed run of Mistral Small 4, and what it says of the adapter; nothing is written."""
@@ -163,33 +165,38 @@ def test_a_plan_needs_no_data_and_no_weights(
     from forge_ray.errors import ConfigError
     from forge_ray.pipeline import plan as planned
     from forge_ray.store.files import Store
+    from forge_ray.train.preflight import Assumptions
 
     monkeypatch.setattr(Store, "free_bytes", lambda self: 1 << 40)  # whatever this machine has
     root = Path(__file__).parents[3]
     folder = f"base_model={root / 'jobs/models/mistral-small-4'}"
     store = Store(str(tmp_path / "store"))
     config = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder,))
-    found = planned(config, store, 0, 80, 0, 0, rows=10_000)
-    assert (found["num_workers"], found["num_tokens"], found["problem"]) == (8, 313 * 32 * 4096, "")
-    assert found["adapter"]["reached_of_all"] > 0.99
-    assert planned(config, store, 0, 50, 0, 0, rows=10_000)["problem"]
-    print_plan(found)
+    card = Assumptions(memory_gb=80, num_rows=10_000)
+    estimate = planned(config, store, card)
+    assert (estimate.num_workers, estimate.plan.num_tokens, estimate.problem) == (8, 313 * 32 * 4096, "")
+    assert estimate.to_json()["adapter"]["reached_of_all"] > 0.99
+    assert planned(config, store, replace(card, memory_gb=50)).problem
+    priced = planned(config, store, replace(card, tokens_per_s=1000, cost_per_hour=2))
+    assert priced.seconds == pytest.approx(313 * 32 * 4096 / 8000)
+    assert priced.cost == pytest.approx(priced.seconds / 3600 * 8 * 2)
+    print_plan(estimate)
     printed = capsys.readouterr().out
     assert "6,632,588,288" in printed
     assert "mlp.experts.gate_up_proj: 36 weights" in printed
     assert not (tmp_path / "store").exists()
     wrong = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder, "train.adapter={target_modules: [q_proj, o_proj]}"))
     with pytest.raises(ConfigError, match="'q_proj' matches nothing"):
-        planned(wrong, store, 0, 80, 0, 0, rows=10_000)
+        planned(wrong, store, card)
 
 
-def test_a_run_says_first_what_its_adapter_reaches(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapter_coverage_is_reported_before_training(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from forge_ray.config.train import Adapter
     from forge_ray.errors import ConfigError
     from forge_ray.store.catalog import Catalog
     from forge_ray.train.preflight import report_reach
 
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         base = catalog.model("tiny")
     report_reach(store, "run_reach", base, Adapter(r=4))
     assert "all-linear: 14 weights" in capsys.readouterr().err

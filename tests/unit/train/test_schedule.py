@@ -18,36 +18,36 @@ def rates(total: int, peak: float = 1.0, **settings: Any) -> list[float]:
     return [learning_rate(step, total, peak, schedule) for step in range(total)]
 
 
-def test_warm_up_rises_in_a_line_to_the_peak_and_never_starts_at_zero() -> None:
-    found = rates(100, peak=2.0, warmup_ratio=0.1)
-    assert found[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
-    assert max(found) == found[9] == found[10] == 2.0
+def test_linear_warmup_reaches_peak_and_starts_above_zero() -> None:
+    curve = rates(100, peak=2.0, warmup_ratio=0.1)
+    assert curve[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert max(curve) == curve[9] == curve[10] == 2.0
 
 
-def test_cosine_ends_at_its_floor_and_is_half_way_in_the_middle() -> None:
-    found = rates(101, warmup_ratio=0, min_lr_ratio=0.1)
-    assert (found[0], found[-1]) == (1.0, pytest.approx(0.1))
-    assert found[50] == pytest.approx(0.55)
-    assert found == sorted(found, reverse=True)
+def test_cosine_is_halfway_at_midpoint_and_ends_at_floor() -> None:
+    curve = rates(101, warmup_ratio=0, min_lr_ratio=0.1)
+    assert (curve[0], curve[-1]) == (1.0, pytest.approx(0.1))
+    assert curve[50] == pytest.approx(0.55)
+    assert curve == sorted(curve, reverse=True)
 
 
-def test_linear_falls_by_the_same_amount_each_step() -> None:
-    found = rates(11, name="linear", warmup_ratio=0, min_lr_ratio=0.0)
-    assert found == pytest.approx([1 - step / 10 for step in range(11)])
+def test_linear_schedule_decays_by_constant_amount() -> None:
+    curve = rates(11, name="linear", warmup_ratio=0, min_lr_ratio=0.0)
+    assert curve == pytest.approx([1 - step / 10 for step in range(11)])
 
 
-def test_constant_stays() -> None:
+def test_constant_schedule_keeps_peak() -> None:
     assert set(rates(20, name="constant", warmup_ratio=0)) == {1.0}
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("total", [1, 2, 3])
-def test_very_short_runs_have_a_positive_rate(name: str, total: int) -> None:
+def test_learning_rate_is_positive_in_short_runs(name: str, total: int) -> None:
     for ratio in (0.0, 0.03, 0.5, 1.0):
         assert all(0 < rate <= 1 for rate in rates(total, name=name, warmup_ratio=ratio))
 
 
-def test_a_step_past_the_end_keeps_the_floor() -> None:
+def test_learning_rate_stays_at_floor_after_last_step() -> None:
     assert learning_rate(500, 100, 1.0, Schedule()) == pytest.approx(0.1)
 
 

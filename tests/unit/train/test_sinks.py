@@ -42,24 +42,24 @@ def opened(store: Store, *kinds: str) -> Sinks:
 def tensorboard(store: Store, tag: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(store.local(f"runs/{RUN}/tensorboard"))).Reload()
-    return [(event.step, round(event.value, 4)) for event in found.Scalars(tag)]
+    events = EventAccumulator(str(store.local(f"runs/{RUN}/tensorboard"))).Reload()
+    return [(event.step, round(event.value, 4)) for event in events.Scalars(tag)]
 
 
 def mlflow_run(store: Store) -> tuple[Any, Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{store.local('mlflow.db')}")
-    (found,) = client.search_runs([client.get_experiment_by_name("counting").experiment_id])
-    return client, found
+    (run,) = client.search_runs([client.get_experiment_by_name("counting").experiment_id])
+    return client, run
 
 
 def mlflow_values(store: Store, key: str) -> list[tuple[int, float]]:
-    client, found = mlflow_run(store)
-    return [(item.step, round(item.value, 4)) for item in client.get_metric_history(found.info.run_id, key)]
+    client, run = mlflow_run(store)
+    return [(item.step, round(item.value, 4)) for item in client.get_metric_history(run.info.run_id, key)]
 
 
-def test_each_step_is_there_once(store: Store) -> None:
+def test_sinks_log_each_step_once_after_resume(store: Store) -> None:
     first = opened(store, "tensorboard", "mlflow")
     say(store, 1, 2, 3, 4, 5)
     first.write()
@@ -72,19 +72,19 @@ def test_each_step_is_there_once(store: Store) -> None:
     validation.write(store, RUN, validation.Result(6, loss=0.75, background=True))
     validation.write(store, RUN, validation.Result(7))
     again.close(failed=False)
-    wanted = [(1, 1.0), (2, 0.5), (4, 0.25), (5, 0.2), (6, 0.1667), (7, 0.1429)]
+    losses = [(1, 1.0), (2, 0.5), (4, 0.25), (5, 0.2), (6, 0.1667), (7, 0.1429)]
     for read in (tensorboard, mlflow_values):
-        assert read(store, "loss") == wanted
+        assert read(store, "loss") == losses
         assert read(store, "lr") == [(step, 0.1) for step in range(1, 8)]
         assert read(store, "peak_bytes")[0] == (1, 7.0)
         assert read(store, "validation_loss") == [(6, 0.75)]
-    _, found = mlflow_run(store)
-    assert found.info.status == "FINISHED"
-    assert (found.data.tags["forge.run"], found.data.tags["forge.dataset"]) == (RUN, "ds_1")
-    assert found.data.params["optimizer.lr"] == "0.5"
+    _, run = mlflow_run(store)
+    assert run.info.status == "FINISHED"
+    assert (run.data.tags["forge.run"], run.data.tags["forge.dataset"]) == (RUN, "ds_1")
+    assert run.data.params["optimizer.lr"] == "0.5"
 
 
-def test_what_cannot_be_had_is_told_before_the_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_sink_is_refused_before_training(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened(store).sinks == {}
     for kind, module in (("tensorboard", "tensorboard.backend.event_processing.event_accumulator"), ("mlflow", "mlflow")):
         with monkeypatch.context() as patch:
@@ -100,7 +100,7 @@ def test_what_cannot_be_had_is_told_before_the_run(store: Store, monkeypatch: py
         opened(Store("mock:///store"), "tensorboard")
 
 
-def test_a_sink_that_fails_is_said_once_and_tried_again(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_sink_is_reported_once_and_retried(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     class Down:
         def __init__(self) -> None:
             self.written: set[tuple[str, int]] = set()
@@ -117,10 +117,10 @@ def test_a_sink_that_fails_is_said_once_and_tried_again(store: Store, capsys: py
 
     say(store, 1, 2, 4)
     down = Down()
-    told = Sinks(store, RUN, {"mlflow": down})
-    told.write()
-    told.write()
+    run_sinks = Sinks(store, RUN, {"mlflow": down})
+    run_sinks.write()
+    run_sinks.write()
     assert capsys.readouterr().err.count("no route to host") == 1
     down.is_up = True
-    told.close(failed=False)
+    run_sinks.close(failed=False)
     assert down.steps == [1, 2, 4]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
 DATASET: Any = SimpleNamespace(splits={"train": SimpleNamespace(num_tokens=600, num_records=20)})
 
 
-def test_the_formula_agrees_with_what_torch_counts(tiny_model_dir: Path) -> None:
+def test_flops_formula_matches_torch_counter(tiny_model_dir: Path) -> None:
     """Forward and backward of one document, all weights trained: torch counts the attention as a square, we half of it."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaForCausalLM
@@ -37,7 +37,7 @@ def test_the_formula_agrees_with_what_torch_counts(tiny_model_dir: Path) -> None
     assert ours.of(tokens, tokens) + attention == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_frozen_weights_have_no_gradients_and_a_token_passes_few_experts(tiny_model_dir: Path) -> None:
+def test_flops_exclude_frozen_gradients_and_inactive_experts(tiny_model_dir: Path) -> None:
     full = speed.flops(tiny_model_dir, parse(TrainConfig, {}), DATASET)
     lora = speed.flops(tiny_model_dir, parse(TrainConfig, {"adapter": {"r": 1}}), DATASET)
     assert full is not None
@@ -54,7 +54,7 @@ def test_frozen_weights_have_no_gradients_and_a_token_passes_few_experts(tiny_mo
     assert speed.flops(tiny_model_dir / "nowhere", parse(TrainConfig, {}), DATASET) is None
 
 
-def test_peaks_are_of_this_machine() -> None:
+def test_measured_peaks_are_plausible() -> None:
     cpu = torch.device("cpu")
     assert 1e8 < speed.peak_flops(cpu, "fp32") < 1e15
     assert 5e7 < speed.peak_bytes(cpu) < 1e12
@@ -69,10 +69,10 @@ INCIDENT = {"kind": "spike", "step": 2}
 VALIDATIONS = [Result(1, loss=2.5), Result(2, loss=2.75), Result(3)]
 
 
-def test_what_is_told_of_a_run() -> None:
-    assert status.told(LINES[-1]) == "step 2/9  loss 2.000  1000 tokens/s  1:01:40 left"
+def test_progress_line_and_status_details() -> None:
+    assert status.progress_line(LINES[-1]) == "step 2/9  loss 2.000  1000 tokens/s  1:01:40 left"
     left_out = {key: value for key, value in LINES[-1].items() if key != "loss"} | {"left_out": "spike"}
-    assert "left out: spike" in status.told(left_out)
+    assert "left out: spike" in status.progress_line(left_out)
     assert dict(status.details(LINES, VALIDATIONS, [INCIDENT])) == {
         "training": "loss 2.0000, learning rate 0.001",
         "validation": "loss 2.7500 at step 2, best 2.5000 at step 1",
@@ -88,18 +88,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_shows_details_and_a_file_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_has_details_on_terminal_and_plain_lines_in_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     screen, file = Terminal(), io.StringIO()
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
     for stream in (screen, file):
-        shown = progress.Stage("train", stream)
-        shown.update(2, 9, status.told(LINES[-1]), status.details(LINES, VALIDATIONS, [INCIDENT]))
-        if shown._live:
-            shown._live.refresh()
-        shown.done("run_1")
-        shown.close(failed=False)
+        stage = progress.Stage("train", stream)
+        stage.update(2, 9, status.progress_line(LINES[-1]), status.details(LINES, VALIDATIONS, [INCIDENT]))
+        if stage._live:
+            stage._live.refresh()
+        stage.done("run_1")
+        stage.close(failed=False)
     for words in ("step 2/9", "25.0% of the peak", "best 2.5000 at step 1", "1.60 GB at most", "the loss rose and stayed"):
         assert words in screen.getvalue()
     first, last = file.getvalue().splitlines()

@@ -62,13 +62,13 @@ def identifier(precision: str = "fp32", rows: str = "a", weights: str = "sha256:
     ],
     ids=str,
 )
-def test_what_decides_the_weights_changes_the_id(settings: dict[str, Any]) -> None:
+def test_settings_that_affect_weights_change_run_id(settings: dict[str, Any]) -> None:
     assert identifier(**settings) != identifier()
 
 
-def test_data_base_and_precision_change_the_id() -> None:
-    found = {identifier(), identifier(rows="c"), identifier(weights="sha256:d"), identifier(precision="bf16")}
-    assert len(found) == 4
+def test_dataset_base_model_and_precision_change_run_id() -> None:
+    run_ids = {identifier(), identifier(rows="c"), identifier(weights="sha256:d"), identifier(precision="bf16")}
+    assert len(run_ids) == 4
 
 
 @pytest.mark.parametrize(
@@ -82,20 +82,20 @@ def test_data_base_and_precision_change_the_id() -> None:
     ],
     ids=str,
 )
-def test_how_often_we_look_and_on_how_many_workers_does_not(settings: dict[str, Any]) -> None:
+def test_validation_frequency_and_num_workers_keep_run_id(settings: dict[str, Any]) -> None:
     assert identifier(**settings) == identifier()
 
 
-def test_where_the_weights_lie_does_not() -> None:
+def test_parameter_offload_keeps_run_id() -> None:
     assert identifier(zero_stage=3, offload={"parameters": "cpu"}) == identifier(zero_stage=3)
 
 
-def test_the_export_of_an_adapter_is_part_of_the_run() -> None:
+def test_adapter_export_format_changes_run_id() -> None:
     """The run folder holds one export, so another kind of it is another run."""
     assert identifier(adapter={"r": 4}, export="merged") != identifier(adapter={"r": 4})
 
 
-def test_a_job_survives_json(tmp_path: Path) -> None:
+def test_train_job_json_round_trip(tmp_path: Path) -> None:
     config = parse(TrainConfig, {"adapter": {"r": 4}, "optimizer": {"lr": 1e-5}})
     job = TrainJob("run_x", "a name", config, Store(str(tmp_path)), dataset(), base(), "fp32", under_ray=True)
     again = TrainJob.from_json(json.loads(json.dumps(job.to_json())))

@@ -23,10 +23,10 @@ def scores(*losses: float) -> list[Result]:
     return [Result(10 * number, loss=loss) for number, loss in enumerate(losses, 1)]
 
 
-def test_the_best_is_the_lowest_and_of_equal_ones_the_first() -> None:
-    found = best([*scores(3.0, 2.0, float("nan"), 2.0), Result(50, problem="killed"), Result(60)])
-    assert found is not None
-    assert found.step == 20
+def test_best_is_first_lowest_finite_loss() -> None:
+    lowest = best([*scores(3.0, 2.0, float("nan"), 2.0), Result(50, problem="killed"), Result(60)])
+    assert lowest is not None
+    assert lowest.step == 20
     assert best([Result(10), Result(20, loss=float("inf"))]) is None
 
 
@@ -41,7 +41,7 @@ def test_the_best_is_the_lowest_and_of_equal_ones_the_first() -> None:
         ((3.0, 4.0, 5.0), None, ""),
     ],
 )
-def test_when_to_stop(losses: tuple[float, ...], rule: dict[str, Any] | None, words: str) -> None:
+def test_early_stopping_rule(losses: tuple[float, ...], rule: dict[str, Any] | None, words: str) -> None:
     why = why_stop(scores(*losses), EarlyStopping(**rule) if rule else None)
     assert words in why
     assert bool(words) == bool(why)
@@ -61,14 +61,16 @@ def attempt(store: Store, monkeypatch: pytest.MonkeyPatch, first_step: int = 0, 
     return open_validations(job, context, first_step, 60, lambda step: "")
 
 
-def test_one_task_at_a_time_and_its_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_background_validation_at_a_time_protects_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(str(tmp_path))
-    found = attempt(store, monkeypatch)
-    assert [found.ask(step) for step in (5, 10, 10, 20)] == [False, True, False, False]
+    validations = attempt(store, monkeypatch)
+    assert [validations.ask(step) for step in (5, 10, 10, 20)] == [False, True, False, False]
     assert validation.protected(store, RUN, keep_best=False) == {10}
     validation.write(store, RUN, Result(10, loss=float("inf"), background=True))
     assert validation.protected(store, RUN, keep_best=True) == set()
-    assert [found.ask(step) for step in (30, 60)] == [True, True]  # the last one is never left out
+    assert [validations.ask(step) for step in (30, 60)] == [True, True]  # the last one is never left out
     validation.write(store, RUN, Result(30, loss=2.0, background=True))
     assert validation.protected(store, RUN, keep_best=True) == {30, 60}
     again = attempt(store, monkeypatch, first_step=20)  # what lies behind it is done again
@@ -76,16 +78,16 @@ def test_one_task_at_a_time_and_its_checkpoint_stays(tmp_path: Path, monkeypatch
     assert again.ask(20)
 
 
-def test_what_tasks_find_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_validation_triggers_early_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "LOOK_EVERY_S", 0.0)
     store = Store(str(tmp_path))
-    found = attempt(store, monkeypatch, early_stopping={"patience": 1})
+    validations = attempt(store, monkeypatch, early_stopping={"patience": 1})
     validation.write(store, RUN, Result(10, loss=2.0, background=True))
-    assert not found.wants_stop()
+    assert not validations.wants_stop()
     validation.write(store, RUN, Result(20, loss=2.5, background=True))
-    assert found.wants_stop()
-    found.stop()
-    assert "2.5 at step 20" in found.why
+    assert validations.wants_stop()
+    validations.stop()
+    assert "2.5 at step 20" in validations.why
     resumed = attempt(store, monkeypatch, first_step=27, early_stopping={"patience": 1})
     assert (resumed.last_step, bool(resumed.why)) == (27, True)
     assert resumed.due(27)
@@ -100,26 +102,26 @@ def test_what_tasks_find_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
             {"validation": {"keep_best": True, "every_steps": 15}, "checkpoint": {"every_steps": 10}},
             "every_steps=15 must be",
         ),
-        ({"export_step": "best"}, "train.export_step=best is about checkpoints"),
-        ({"validation": {"early_stopping": {}}}, "never looks"),
-        ({"validation": {"early_stopping": {}, "every_steps": 5, "max_rows": 0}}, "nothing to go by"),
+        ({"export_step": "best"}, "train.export_step=best needs a checkpoint at every validation"),
+        ({"validation": {"early_stopping": {}}}, "early_stopping needs periodic validation"),
+        ({"validation": {"early_stopping": {}, "every_steps": 5, "max_rows": 0}}, "validation.max_rows is 0"),
         (
             {
                 "validation": {"background": True, "every_steps": 10},
                 "checkpoint": {"every_steps": 10},
                 "scaling": {"num_workers": 0},
             },
-            "there is no Ray",
+            "needs Ray",
         ),
     ],
 )
-def test_settings_that_cannot_mean_anything(settings: dict[str, Any], words: str) -> None:
+def test_contradictory_validation_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         parse(TrainConfig, settings)
     assert caught.value.hint
 
 
-def test_validation_is_part_of_a_run_where_it_decides_its_weights() -> None:
+def test_validation_changes_run_id_only_when_it_affects_weights() -> None:
     def identity(**settings: Any) -> dict[str, Any]:
         return parse(TrainConfig, settings | {"checkpoint": {"every_steps": 5}}).identity()
 

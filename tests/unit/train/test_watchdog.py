@@ -33,7 +33,7 @@ waits_for_ever()
 """
 
 
-def test_three_medians_and_ten_seconds(tmp_path: Path) -> None:
+def test_time_limit_derives_from_median_step(tmp_path: Path) -> None:
     dog = watchdog.Watchdog(Guards(), str(tmp_path), "run_a", 0)
     try:
         assert dog.allowed("step") == 1800.0
@@ -45,7 +45,7 @@ def test_three_medians_and_ten_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["waiting", "stopped"])
-def test_a_worker_without_progress_is_ended_and_its_stacks_are_saved(stopped: bool, tmp_path: Path) -> None:
+def test_hung_worker_is_killed_and_its_stacks_are_saved(stopped: bool, tmp_path: Path) -> None:
     worker = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
     assert worker.stdout.readline() == "waiting\n"
@@ -59,7 +59,7 @@ def test_a_worker_without_progress_is_ended_and_its_stacks_are_saved(stopped: bo
     assert "waits_for_ever" in store.read(incident["stacks"]).decode()
 
 
-def test_it_ends_with_its_worker(tmp_path: Path) -> None:
+def test_watchdog_exits_with_its_worker(tmp_path: Path) -> None:
     code = WORKER.replace("time.sleep(600)", "print(dog.process.pid, flush=True)")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     pid = int(done.stdout.split()[-1])

@@ -33,16 +33,16 @@ def unpack(row: PackedRow) -> list[tuple[str, list[int], list[int]]]:
     assert (row.segment_ids[filled:] == 0).all()
     assert (row.input_ids[filled:] == PAD).all()
     assert (row.loss_mask[filled:] == 0).all()
-    found = []
+    segments = []
     for segment, record in enumerate(row.records, start=1):
         inside = row.segment_ids == segment
-        found.append((record, row.input_ids[inside].tolist(), row.loss_mask[inside].tolist()))
-    return found
+        segments.append((record, row.input_ids[inside].tolist(), row.loss_mask[inside].tolist()))
+    return segments
 
 
 @given(st.data(), st.integers(8, 64))
 @settings(max_examples=100, deadline=None)
-def test_every_document_once_and_unchanged(data: st.DataObject, sequence_length: int) -> None:
+def test_every_document_is_packed_once_unchanged(data: st.DataObject, sequence_length: int) -> None:
     lengths = data.draw(st.lists(st.integers(1, sequence_length), max_size=60))
     given_documents = documents(lengths)
     rows = pack(given_documents, sequence_length, PAD)
@@ -50,9 +50,9 @@ def test_every_document_once_and_unchanged(data: st.DataObject, sequence_length:
         for column in (row.input_ids, row.loss_mask, row.segment_ids):
             assert column.shape == (sequence_length,)
             assert column.dtype == np.int32
-    found = {record: (ids, mask) for row in rows for record, ids, mask in unpack(row)}
+    unpacked = {record: (ids, mask) for row in rows for record, ids, mask in unpack(row)}
     assert sum(len(row.records) for row in rows) == len(given_documents)
-    assert found == {d.record: (list(d.ids), [0, *d.loss_mask[1:]]) for d in given_documents}
+    assert unpacked == {d.record: (list(d.ids), [0, *d.loss_mask[1:]]) for d in given_documents}
 
 
 @given(st.lists(st.integers(1, 100), max_size=120), st.integers(100, 200))
@@ -67,7 +67,7 @@ def test_bins_hold_every_index_once_within_capacity(lengths: list[int], capacity
     assert len(fill) < 2 or fill[0] + fill[1] > capacity
 
 
-def test_best_fit_takes_the_fullest_bin() -> None:
+def test_best_fit_uses_the_fullest_bin() -> None:
     assert best_fit_decreasing([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
     assert best_fit_decreasing([7, 6, 3, 4], 10) == [[0, 2], [1, 3]]
     assert best_fit_decreasing([5, 5, 5], 10) == [[0, 1], [2]]

@@ -13,7 +13,7 @@ from forge_ray.store import paths
 pytestmark = pytest.mark.unit
 
 
-def test_cleaning_leaves_a_running_reproduction(tmp_path: Path) -> None:
+def test_clean_keeps_a_running_reproduction(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     work.write_plan(store, "jobs", {"of": "a build"})
     reproduction = paths.work("reproduce", "0123", "rows.parquet")

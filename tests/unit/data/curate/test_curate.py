@@ -52,7 +52,7 @@ def test_length(rule: dict[str, int], value: str, reason: str) -> None:
     assert (verdict.record is None) == bool(reason)
 
 
-def test_length_is_of_all_texts_of_a_record_together() -> None:
+def test_length_counts_all_texts_of_a_record() -> None:
     assert judge({"rule": "length", "min_words": 4}, chat("one two", "three four")).record
 
 
@@ -71,20 +71,20 @@ def test_repetition() -> None:
 
 def test_language() -> None:
     rule = {"rule": "language", "keep": ["en"]}
-    assert judge(rule, text(ENGLISH)).found == {"en": 1}
+    assert judge(rule, text(ENGLISH)).detections == {"en": 1}
     verdict = judge(rule, text(GERMAN))
-    assert (verdict.record, verdict.reason, verdict.found) == (None, "language de", {"de": 1})
+    assert (verdict.record, verdict.reason, verdict.detections) == (None, "language de", {"de": 1})
     assert judge({"rule": "language", "keep": ["en", "de"]}, chat(GERMAN, ENGLISH)).record
-    assert judge(rule, text("ja, gerne")).found == {"too short to judge": 1}
+    assert judge(rule, text("ja, gerne")).detections == {"too short to judge": 1}
 
 
-def test_an_unknown_language_is_an_error_with_the_known_ones() -> None:
+def test_unknown_language_error_lists_the_supported_ones() -> None:
     with pytest.raises(DataError, match="does not know english, xx") as caught:
         judge({"rule": "language", "keep": ["en", "xx", "english"]}, text(ENGLISH))
     assert " de " in (caught.value.hint or "")
 
 
-def test_without_its_package_the_language_rule_is_refused_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_language_rule_requires_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid", None)
     rule = {"rule": "language", "keep": ["en"]}
     data = DataConfig.model_validate({"sources": [{"path": "/nowhere/rows.jsonl"}], "curate": [rule]})
@@ -102,7 +102,7 @@ def test_without_its_package_the_language_rule_is_refused_with_its_extra(monkeyp
 def test_personal_data(action: str) -> None:
     record = chat("Write to jane.doe@acme-bank.com or pay to DE89 3704 0044 0532 0130 00.", "I will.")
     verdict = judge({"rule": "personal_data", "action": action}, record)
-    assert verdict.found == {"email": 1, "iban": 1}
+    assert verdict.detections == {"email": 1, "iban": 1}
     if action == "drop":
         assert (verdict.record, verdict.reason) == (None, "email,iban")
     elif action == "flag":
@@ -115,7 +115,7 @@ def test_personal_data(action: str) -> None:
     assert judge({"rule": "personal_data", "action": action, "kinds": ["card"]}, record).record is record
 
 
-def test_secrets_in_the_arguments_of_a_tool_call_are_masked_and_stay_json() -> None:
+def test_masked_tool_call_arguments_stay_valid_json() -> None:
     key = "AKIA" + "Q3EGRZJ2LKWNFV7T"
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": '{"key": "' + key + '", "n": 1}'}}
     record = parse_record(
@@ -163,6 +163,6 @@ def test_decontaminate() -> None:
         {"rule": "unknown"},
     ],
 )
-def test_a_rule_that_cannot_be_meant_is_refused(rule: dict[str, Any]) -> None:
+def test_invalid_rule_settings_are_rejected(rule: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         RULES.validate_python(rule)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.unit
 QUESTION = "Which of these four rivers is the longest one that flows through more than two capitals of Europe today?"
 
 
-def test_a_run_of_thirteen_words_is_found_whatever_surrounds_it() -> None:
+def test_shared_run_of_thirteen_words_is_detected_in_any_context() -> None:
     index = build_index([QUESTION], 13)
     quoted = "he asked: which of THESE four rivers, is the longest one; that flows through more than two!"
     assert contaminated(quoted, index, 13)
@@ -26,7 +26,7 @@ def test_a_run_of_thirteen_words_is_found_whatever_surrounds_it() -> None:
     assert not contaminated(QUESTION.replace("rivers", "roads").replace("two", "six"), index, 13)
 
 
-def test_a_shorter_evaluation_text_counts_as_a_whole_unless_it_is_common() -> None:
+def test_short_evaluation_text_matches_as_a_whole_unless_too_common() -> None:
     index = build_index(["What is the capital of France?", "yes", "Not at all."], 13)
     assert contaminated("what is the capital of france", index, 13)
     assert not contaminated("I wonder: what is the capital of France?", index, 13)
@@ -34,7 +34,7 @@ def test_a_shorter_evaluation_text_counts_as_a_whole_unless_it_is_common() -> No
     assert not contaminated("Not at all.", index, 13)
 
 
-def test_nothing_is_found_in_random_text() -> None:
+def test_random_text_is_not_contaminated() -> None:
     seeded = random.Random(0)
     vocabulary = [str(number) for number in range(2000)]
 

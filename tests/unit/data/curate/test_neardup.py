@@ -21,12 +21,12 @@ RULE = NearDuplicates(rule="near_duplicates")
 def jaccard(left: str, right: str, ngram: int) -> float:
     sets = []
     for text in (left, right):
-        found = words(text)
-        sets.append({tuple(found[i : i + ngram]) for i in range(len(found) - ngram + 1)})
+        text_words = words(text)
+        sets.append({tuple(text_words[i : i + ngram]) for i in range(len(text_words) - ngram + 1)})
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
-def test_the_estimate_is_the_jaccard_similarity_of_the_shingles() -> None:
+def test_signatures_estimate_jaccard_similarity() -> None:
     seeded = random.Random(1)
     rule = NearDuplicates(rule="near_duplicates", num_hashes=512)
     for changed in (0, 5, 20, 60, 200):
@@ -39,14 +39,14 @@ def test_the_estimate_is_the_jaccard_similarity_of_the_shingles() -> None:
         assert estimate == pytest.approx(jaccard(a, b, rule.ngram), abs=4 * 0.5 / 512**0.5)  # four standard deviations
 
 
-def test_layout_and_case_do_not_count_but_the_order_of_words_does() -> None:
+def test_signature_ignores_layout_and_case_but_not_word_order() -> None:
     one = signature(["The quick brown fox jumps over the lazy dog"], RULE)
     assert (one == signature(["the QUICK  brown fox,\n jumps over the lazy dog!"], RULE)).all()
     assert (one == signature(["The quick brown fox", "jumps over the lazy dog"], RULE)).all()
     assert not (one == signature(["dog lazy the over jumps fox brown quick The"], RULE)).any()
 
 
-def test_a_record_without_words_is_like_others_without_words_only() -> None:
+def test_records_without_words_match_only_each_other() -> None:
     empty = signature(["!!"], RULE)
     assert (empty == signature([""], RULE)).all()
     assert not (empty == signature(["yes"], RULE)).any()
@@ -63,16 +63,16 @@ def test_bands_find_pairs_at_the_threshold(threshold: float) -> None:
     )
 
 
-def test_planted_clusters_are_found_and_nothing_else() -> None:
+def test_planted_clusters_are_recovered_exactly() -> None:
     seeded = random.Random(2)
     texts, truth = [], []
     for number in range(200):
         body = [str(seeded.randrange(10**6)) for _ in range(150)]
         for copy in range(1 + number % 3):
-            mine = list(body)
+            copied = list(body)
             if copy:
-                mine[seeded.randrange(150)] = f"changed{copy}"
-            texts.append(" ".join(mine))
+                copied[seeded.randrange(150)] = f"changed{copy}"
+            texts.append(" ".join(copied))
             truth.append(number)
     order = list(range(len(texts)))
     seeded.shuffle(order)
@@ -87,7 +87,7 @@ def test_planted_clusters_are_found_and_nothing_else() -> None:
     assert labels.tolist() == [first[number] for number in truth]
 
 
-def test_a_full_bucket_of_different_records_is_taken_apart() -> None:
+def test_bucket_collisions_are_verified_by_similarity() -> None:
     signatures = np.repeat(np.arange(40, dtype=np.uint32)[:, None], 16, axis=1) % 20
     edges = edges_of_band(np.zeros(40, np.uint64), signatures, 0.8)
     assert sorted(map(tuple, edges.tolist())) == [(i, i + 20) for i in range(20)]
@@ -103,10 +103,10 @@ def test_clusters_are_connected_components_named_by_their_first(count: int, pair
     assert cluster(count, np.array(pairs, np.int64).reshape(-1, 2)).tolist() == expected
 
 
-def test_runs_are_those_of_the_words() -> None:
+def test_equal_runs_of_words_have_equal_hashes() -> None:
     text = words("a b c a b c")
-    found = runs(hashes(text), 3).tolist()
-    assert len(found) == 4
-    assert found[0] == found[3]
-    assert len(set(found)) == 3
+    hashed = runs(hashes(text), 3).tolist()
+    assert len(hashed) == 4
+    assert hashed[0] == hashed[3]
+    assert len(set(hashed)) == 3
     assert runs(hashes(text), 7).tolist() == []

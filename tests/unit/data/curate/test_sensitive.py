@@ -32,14 +32,14 @@ def jwt() -> str:
     return ".".join([*(base64.urlsafe_b64encode(json.dumps(p).encode()).decode().rstrip("=") for p in parts), token(43)])
 
 
-def test_verhoeff_is_that_of_the_paper() -> None:
+def test_verhoeff_check_digit() -> None:
     assert verhoeff("2363")  # 236 with its check digit
     assert not verhoeff("2364")
     assert not verhoeff("2633"), "two digits that changed places"
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "found"),
+    ("kind", "text", "detected"),
     [
         ("email", "write to jane.doe+x@mail.acme-bank.co.uk, please", "jane.doe+x@mail.acme-bank.co.uk"),
         ("email", "<mailto:jörg@müller.de>", "jörg@müller.de"),
@@ -74,8 +74,8 @@ def test_verhoeff_is_that_of_the_paper() -> None:
         ("phone", "phone: 5552345678", "5552345678"),
     ],
 )
-def test_personal_data_is_found(kind: str, text: str, found: str) -> None:
-    assert [(span.kind, text[span.start : span.end]) for span in personal_data(text, PERSONAL)] == [(kind, found)]
+def test_personal_data_is_detected(kind: str, text: str, detected: str) -> None:
+    assert [(span.kind, text[span.start : span.end]) for span in personal_data(text, PERSONAL)] == [(kind, detected)]
     assert personal_data(text, PERSONAL - {kind}) == [] or kind in ("iban", "card", "national_id", "ip")
 
 
@@ -104,7 +104,7 @@ def test_personal_data_is_found(kind: str, text: str, found: str) -> None:
         "52.520008, 13.404954",
     ],
 )
-def test_what_only_looks_like_personal_data_is_left(text: str) -> None:
+def test_lookalikes_of_personal_data_are_ignored(text: str) -> None:
     assert personal_data(text, PERSONAL) == []
 
 
@@ -123,14 +123,14 @@ SECRET_TEXTS = [
 
 
 @pytest.mark.parametrize(("kind", "secret"), SECRET_TEXTS, ids=[f"{kind}-{n}" for n, (kind, _) in enumerate(SECRET_TEXTS)])
-def test_secrets_of_a_known_form_are_found(kind: str, secret: str) -> None:
+def test_secrets_of_known_formats_are_detected(kind: str, secret: str) -> None:
     text = f"see {secret} here"
     assert [(span.kind, text[span.start : span.end]) for span in secrets(text, SECRETS)] == [(kind, secret)]
     assert masked(text, secrets(text, SECRETS)) == f"see <{kind.upper()}> here"
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "found"),
+    ("kind", "text", "detected"),
     [
         ("password", "postgres://app:s3cr3t!pw@db:5432/x", "s3cr3t!pw"),
         ("password", 'password = "Tr0ub4dor&3"', "Tr0ub4dor&3"),
@@ -139,8 +139,8 @@ def test_secrets_of_a_known_form_are_found(kind: str, secret: str) -> None:
         ("high_entropy", "client_secret: Zk3pQ9vT7mXw2LrB8nYc", "Zk3pQ9vT7mXw2LrB8nYc"),
     ],
 )
-def test_named_secrets_are_found(kind: str, text: str, found: str) -> None:
-    assert [(span.kind, text[span.start : span.end]) for span in secrets(text, SECRETS)] == [(kind, found)]
+def test_named_secrets_are_detected(kind: str, text: str, detected: str) -> None:
+    assert [(span.kind, text[span.start : span.end]) for span in secrets(text, SECRETS)] == [(kind, detected)]
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ def test_named_secrets_are_found(kind: str, text: str, found: str) -> None:
         "tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct",
     ],
 )
-def test_what_only_looks_like_a_secret_is_left(text: str) -> None:
+def test_lookalikes_of_secrets_are_ignored(text: str) -> None:
     assert secrets(text, SECRETS) == []
 
 
-def test_one_span_where_two_recognisers_meet() -> None:
+def test_overlapping_recognisers_give_one_span() -> None:
     text = "IBAN DE89370400440532013000, card 4111111111111111"
     assert [span.kind for span in personal_data(text, PERSONAL)] == ["iban", "card"]
 
@@ -175,7 +175,7 @@ ALPHABET = st.text(st.sampled_from("ab1 29+-.@:/()=\"'DEgk_\n"), max_size=80)
 
 
 @given(st.lists(st.one_of(ALPHABET, st.sampled_from(["a.b@c.de", "+49 30 1234567", "password=x1y2z3", "203.0.113.9"]))))
-def test_a_mask_changes_nothing_but_its_spans(parts: list[str]) -> None:
+def test_masking_changes_only_the_spans(parts: list[str]) -> None:
     text = " ".join(parts)
     for find, kinds in ((personal_data, PERSONAL), (secrets, SECRETS)):
         spans = find(text, kinds)
@@ -212,7 +212,7 @@ def test_a_mask_changes_nothing_but_its_spans(parts: list[str]) -> None:
         "(1)",
     ],
 )
-def test_no_text_takes_long(unit: str) -> None:
+def test_detection_time_is_bounded(unit: str) -> None:
     text = unit * (200_000 // len(unit))
     personal_data(text, PERSONAL)
     secrets(text, SECRETS)

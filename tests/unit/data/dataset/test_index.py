@@ -37,7 +37,7 @@ def made(catalog: Catalog, seed: int = 0, count: int = 60, block_rows: int = 3) 
     rows = [rng.choices(trained, k=rng.randint(1, 4)) for _ in range(rng.randint(1, 40))]
     whole = len(rows) // block_rows
     subjects = {record: rng.choice(SUBJECTS) for record in probe if rng.random() < 0.7}
-    found = dataset(
+    manifest = dataset(
         catalog,
         records,
         rows,
@@ -46,15 +46,15 @@ def made(catalog: Catalog, seed: int = 0, count: int = 60, block_rows: int = 3) 
         parts=rng.choice([1, 2, 8]),
         subjects=subjects,
     )
-    return found, rows
+    return manifest, rows
 
 
 @given(seed=st.integers(0, 10**6), chunk=st.sampled_from([1, 2, 7, 1 << 16]), block_rows=st.integers(1, 5))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_records_rows_and_subjects_are_those_of_a_scan(
+def test_index_lookups_equal_a_full_scan(
     seed: int, chunk: int, block_rows: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch, Catalog(store_at(tmp_path_factory.mktemp("store"))) as catalog:
+    with pytest.MonkeyPatch.context() as patch, Catalog.open(store_at(tmp_path_factory.mktemp("store"))) as catalog:
         patch.setattr(sorted_numbers, "CHUNK", chunk)
         manifest, rows = made(catalog, seed, block_rows=block_rows)
         store = catalog.store
@@ -81,9 +81,9 @@ def test_records_rows_and_subjects_are_those_of_a_scan(
         assert place_of(store, manifest, record_of(1000).id) is None
 
 
-def test_ids_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+def test_ids_with_equal_prefixes_are_distinguished(tmp_path: Path) -> None:
     """36 bits find candidates; the dataset's rows decide."""
-    with Catalog(store_at(tmp_path)) as catalog:
+    with Catalog.open(store_at(tmp_path)) as catalog:
         manifest, _ = made(catalog)
         record = read_records(catalog.store, manifest, "train")[0]["record"]
         alike = record[:-1] + ("0" if record[-1] != "0" else "1")
@@ -92,20 +92,26 @@ def test_ids_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
         assert place_of(catalog.store, manifest, alike) is None
 
 
-def test_dropped_records_and_what_stayed_for_them(tmp_path: Path) -> None:
-    with Catalog(store_at(tmp_path)) as catalog:
-        gone, other, stays = (record_of(n).id for n in (100, 101, 1))
-        left_out = [(gone, f"near duplicate of {stays}"), (gone, f"duplicate of {gone}"), (other, "no licence")]
+def test_dropped_records_name_the_record_kept_instead(tmp_path: Path) -> None:
+    with Catalog.open(store_at(tmp_path)) as catalog:
+        dropped_id, other, stays = (record_of(n).id for n in (100, 101, 1))
+        left_out = [
+            (dropped_id, f"near duplicate of {stays}"),
+            (dropped_id, f"duplicate of {dropped_id}"),
+            (other, "no licence"),
+        ]
         manifest = dataset(catalog, [record_of(n) for n in range(20)], dropped=left_out)
         store = catalog.store
-        assert [(place.record, place.reason, place.kept) for place in dropped(store, manifest, [gone, stays, other])] == [
-            (gone, f"near duplicate of {stays}", stays),
-            (gone, f"duplicate of {gone}", gone),
+        assert [
+            (place.record, place.reason, place.kept) for place in dropped(store, manifest, [dropped_id, stays, other])
+        ] == [
+            (dropped_id, f"near duplicate of {stays}", stays),
+            (dropped_id, f"duplicate of {dropped_id}", dropped_id),
             (other, "no licence", ""),
         ]
-        assert [(place.record, place.kept) for place in duplicates(store, manifest, [stays, other])] == [(gone, stays)]
-        assert [place.kept for place in duplicates(store, manifest, [gone, stays])] == [stays, gone]
-        assert place_of(store, manifest, gone) is None
+        assert [(place.record, place.kept) for place in duplicates(store, manifest, [stays, other])] == [(dropped_id, stays)]
+        assert [place.kept for place in duplicates(store, manifest, [dropped_id, stays])] == [stays, dropped_id]
+        assert place_of(store, manifest, dropped_id) is None
         assert dropped(store, manifest, [stays]) == duplicates(store, manifest, [other]) == []
 
 
@@ -117,8 +123,8 @@ def damage(store: Store, dataset: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["records.bin", "subjects.bin", "records-fences.npy", "about.json", "MANIFEST.json"])
-def test_a_damaged_index_is_built_again(name: str, tmp_path: Path) -> None:
-    with Catalog(store_at(tmp_path)) as catalog:
+def test_corrupt_index_is_rebuilt(name: str, tmp_path: Path) -> None:
+    with Catalog.open(store_at(tmp_path)) as catalog:
         store = catalog.store
         manifest, _ = made(catalog)
         rows = read_records(store, manifest, "train")
@@ -137,8 +143,8 @@ def test_a_damaged_index_is_built_again(name: str, tmp_path: Path) -> None:
         assert {path: store.read(path) for path in store.list(f"index/{manifest.id}")} == before
 
 
-def test_an_index_that_was_removed_is_built_again(tmp_path: Path) -> None:
-    with Catalog(store_at(tmp_path)) as catalog:
+def test_missing_index_is_rebuilt(tmp_path: Path) -> None:
+    with Catalog.open(store_at(tmp_path)) as catalog:
         manifest, _ = made(catalog)
         record = read_records(catalog.store, manifest, "test")[0]["record"]
         assert not catalog.store.exists("index")
@@ -151,24 +157,24 @@ def test_an_index_that_was_removed_is_built_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [7, 8])
-def test_a_chunk_is_checked_before_it_answers(width: int, tmp_path: Path) -> None:
+def test_chunk_is_verified_before_use(width: int, tmp_path: Path) -> None:
     store, values = store_at(tmp_path), np.arange(0, 3 << 17, 3, dtype=np.uint64)
     Path(store.root).mkdir(exist_ok=True)
     write_sorted(Path(store.root), "x", values, width)
     whole = Sorted.of(store, "x.bin", width, store.read("x-fences.npy"))
 
     def within(low: int, high: int) -> list[int]:
-        owners, found = whole.within(np.array([low], np.uint64), high - low)
+        owners, entries = whole.within(np.array([low], np.uint64), high - low)
         assert set(owners.tolist()) <= {0}
-        return found.tolist()
+        return entries.tolist()
 
     assert within(7, 12) == [9, 12]
     assert within(0, 0) == [0]
     border = int(values[CHUNK])
     assert within(border - 3, border) == [border - 3, border]
     assert within(int(values[-1]) + 1, (1 << 55)) == []
-    owners, found = whole.within(np.array([7, 9, border - 4], np.uint64), 4)
-    assert (owners.tolist(), found.tolist()) == ([0, 1, 1, 2, 2], [9, 9, 12, border - 3, border])
+    owners, entries = whole.within(np.array([7, 9, border - 4], np.uint64), 4)
+    assert (owners.tolist(), entries.tolist()) == ([0, 1, 1, 2, 2], [9, 9, 12, border - 3, border])
     bent = bytearray(store.read("x.bin"))
     bent[(CHUNK + 5) * width] += 1
     store.write("x.bin", bytes(bent))
@@ -176,8 +182,8 @@ def test_a_chunk_is_checked_before_it_answers(width: int, tmp_path: Path) -> Non
         Sorted(store, "x.bin", width, whole.fences).within(np.array([border], np.uint64), 9)
 
 
-def test_more_blocks_than_an_entry_can_number_share_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Catalog(store_at(tmp_path)) as catalog:
+def test_blocks_beyond_the_entry_range_share_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Catalog.open(store_at(tmp_path)) as catalog:
         monkeypatch.setattr(index, "FIRST_RESERVED", 3)
         manifest, rows = made(catalog, seed=5, block_rows=1)
         assert index._shift(manifest) > 0
@@ -190,8 +196,8 @@ def test_more_blocks_than_an_entry_can_number_share_entries(tmp_path: Path, monk
             assert rows_with(catalog.store, manifest, [place]).get(row["record"], []) == inside
 
 
-def test_what_is_no_record_id_is_refused_and_ids_that_are_not_hex_are_said(tmp_path: Path) -> None:
-    with Catalog(store_at(tmp_path)) as catalog:
+def test_invalid_record_ids_are_rejected(tmp_path: Path) -> None:
+    with Catalog.open(store_at(tmp_path)) as catalog:
         manifest, _ = made(catalog)
         for text in ("rec_1", "rec_" + "g" * 24, "0" * 24, "ds_0123456789abcdef"):
             with pytest.raises(ConfigError, match="is no record id"):

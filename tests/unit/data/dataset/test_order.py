@@ -54,9 +54,7 @@ def test_every_row_once_per_epoch_and_equal_batches_at_any_world_size(
     seed=st.integers(0, 3),
 )
 @settings(max_examples=40, deadline=None)
-def test_where_a_row_comes_is_the_inverse_of_which_row_comes(
-    num_rows: int, block_rows: int, global_batch: int, seed: int
-) -> None:
+def test_index_of_inverts_row(num_rows: int, block_rows: int, global_batch: int, seed: int) -> None:
     """For every row of three epochs, also where the batch is larger than the dataset and the last block is short."""
     order = Order("ds_test", seed, num_rows, block_rows, global_batch)
     for index in range(3 * num_rows):
@@ -89,14 +87,14 @@ def test_digest_is_over_the_rows_in_order() -> None:
     assert order.digest(10) != Order("ds_a", 1, 100, 8, 4).digest(10)
 
 
-def test_lanes_that_do_not_divide_go_to_some_ranks_more() -> None:
+def test_uneven_lanes_are_spread_over_the_ranks() -> None:
     order = Order("ds_a", 0, 100, 8, 4)
     assert [order.lanes(rank, 3) for rank in range(3)] == [range(0, 1), range(1, 2), range(2, 4)]
     with pytest.raises(ValueError, match="leaves some of 5 ranks without a lane"):
         order.lanes(0, 5)
 
 
-def test_equal_rows_are_used_in_equal_order_whatever_the_dataset_is_called() -> None:
+def test_order_depends_on_the_rows_not_on_the_dataset_id() -> None:
     """And a run that was made when the dataset's id was the key keeps its order."""
     stats = SplitStats(
         num_records=9,
@@ -107,8 +105,8 @@ def test_equal_rows_are_used_in_equal_order_whatever_the_dataset_is_called() -> 
         block_rows=8,
         shard_rows=(100,),
     )
-    made = {"name": "x", "format": 2, "config": {}, "tokenizer_digest": "", "base_model": "", "sources": ()}
-    made |= {"num_duplicates": 0, "rejects": {}, "sequence_length": 8, "input_digest": ""}
-    first, second = (DatasetManifest(id=name, splits={"train": stats}, **made) for name in ("ds_a", "ds_b"))
+    fields = {"name": "x", "format": 2, "config": {}, "tokenizer_digest": "", "base_model": "", "sources": ()}
+    fields |= {"num_duplicates": 0, "rejects": {}, "sequence_length": 8, "input_digest": ""}
+    first, second = (DatasetManifest(id=name, splits={"train": stats}, **fields) for name in ("ds_a", "ds_b"))
     assert order_of(first, "train", 0, 4) == order_of(second, "train", 0, 4) == Order("sha256:rows", 0, 100, 8, 4)
     assert order_of(first, "train", 0, 4, key=first.id) == Order("ds_a", 0, 100, 8, 4)

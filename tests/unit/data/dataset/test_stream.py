@@ -62,17 +62,17 @@ def equal(left: Arrays, right: Arrays) -> bool:
 
 
 def test_take_gives_the_rows_asked_for(rows: Rows, packed: list[PackedRow]) -> None:
-    wanted = [len(packed) - 1, 0, 1, SHARD_ROWS[0], 0, 5]
-    found = rows.take(wanted)
-    for place, number in enumerate(wanted):
+    numbers = [len(packed) - 1, 0, 1, SHARD_ROWS[0], 0, 5]
+    batch = rows.take(numbers)
+    for place, number in enumerate(numbers):
         for name in ("input_ids", "loss_mask", "segment_ids"):
-            assert (found[name][place] == getattr(packed[number], name)).all()
+            assert (batch[name][place] == getattr(packed[number], name)).all()
 
 
-def test_records_are_those_inside_each_row(rows: Rows, packed: list[PackedRow]) -> None:
-    wanted = [len(packed) - 1, 0, SHARD_ROWS[0]]
-    assert rows.records(wanted) == [packed[number].records for number in wanted]
-    assert all(len(found) == 2 for found in rows.records(wanted))
+def test_records_lists_the_record_ids_of_each_row(rows: Rows, packed: list[PackedRow]) -> None:
+    numbers = [len(packed) - 1, 0, SHARD_ROWS[0]]
+    assert rows.records(numbers) == [packed[number].records for number in numbers]
+    assert all(len(record_ids) == 2 for record_ids in rows.records(numbers))
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -94,8 +94,8 @@ def test_all_ranks_together_read_the_global_batch(rows: Rows, world_size: int) -
 def test_starting_at_a_step_equals_skipping_to_it(rows: Rows, first_step: int, num_steps: int) -> None:
     whole = itertools.islice(local_batches(feed(rows, 1, 4, 0, 20)), first_step, first_step + num_steps)
     started = local_batches(feed(rows, 1, 4, first_step, num_steps))
-    for expected, found in zip(whole, started, strict=True):
-        assert equal(expected, found)
+    for expected, batch in zip(whole, started, strict=True):
+        assert equal(expected, batch)
 
 
 def test_no_steps_no_batches(rows: Rows) -> None:
@@ -127,20 +127,20 @@ def test_a_lane_reads_each_block_of_its_window_once(rows: Rows, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("share", [2, 4])
-def test_ranks_that_share_rows_are_fed_the_same(rows: Rows, share: int) -> None:
+def test_sequence_parallel_ranks_read_equal_batches(rows: Rows, share: int) -> None:
     """Groups of sequence or tensor parallelism: equal inside, and together what the order says."""
     import torch
 
     from forge_ray.train.context import Context
 
     world = [Context(rank, 8, 0, torch.device("cpu"), False, share) for rank in range(8)]
-    found = [next(local_batches(feed(rows, one.data_rank, one.data_size, 5, 1))) for one in world]
+    batches = [next(local_batches(feed(rows, one.data_rank, one.data_size, 5, 1))) for one in world]
     for first in range(0, 8, share):
         assert [one.data_rank for one in world[first : first + share]] == [first // share] * share
         assert [one.sp_rank for one in world[first : first + share]] == list(range(share))
-        assert all(equal(found[first], other) for other in found[first : first + share])
+        assert all(equal(batches[first], other) for other in batches[first : first + share])
     whole = next(local_batches(feed(rows, 0, 1, 5, 1)))
-    together = np.concatenate([found[first]["input_ids"] for first in range(0, 8, share)])
+    together = np.concatenate([batches[first]["input_ids"] for first in range(0, 8, share)])
     assert np.array_equal(together, whole["input_ids"])
 
 
@@ -155,7 +155,7 @@ def test_the_digest_of_a_shard_is_over_its_values(packed: list[PackedRow]) -> No
     assert len({content_digest(t) for t in (table, swapped, table_of(other_records))}) == 3
 
 
-def test_more_segments_than_sixteen_bits_count() -> None:
+def test_segment_ids_exceed_sixteen_bits() -> None:
     """A row of 128k tokens can hold more than 32,767 short texts."""
     count = 40_000
     (row,) = pack([Document("rec", [1, 2], [0, 1])] * count, 2 * count, pad_id=0)

@@ -132,7 +132,7 @@ def test_documents_are_rows(tmp_path: Path) -> None:
         assert (row.line, row.offset, row.value, row.reason) == (1, 0, value, reason)
 
 
-def test_a_library_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_document_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     path = tmp_path / "a.pdf"
     path.write_bytes(b"%PDF")

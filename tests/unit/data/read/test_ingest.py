@@ -86,7 +86,7 @@ def read(path: Path, chunk_bytes: int, format: str = "jsonl", limit: int = 1 << 
     last_newline=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_every_good_row_survives_and_every_bad_one_is_found(
+def test_good_rows_are_read_and_bad_rows_rejected(
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
     plan: list[str],
@@ -205,7 +205,7 @@ def test_an_unreadable_parquet_file_is_one_rejected_row(tmp_path: Path, damage: 
     assert [(row.line, row.record, row.reason) for row in rows] == [(1, None, "unreadable Parquet file")]
 
 
-def test_a_torn_row_group_does_not_cost_the_others(tmp_path: Path) -> None:
+def test_corrupt_row_group_does_not_affect_the_others(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     write_parquet(path, [good(i) for i in range(20)], 5)
     column = pq.ParquetFile(path).metadata.row_group(1).column(0)
@@ -220,7 +220,7 @@ def test_a_torn_row_group_does_not_cost_the_others(tmp_path: Path) -> None:
     assert torn.reason.startswith("unreadable row group: ")
 
 
-def test_a_file_of_the_same_bytes_has_the_same_keys(tmp_path: Path) -> None:
+def test_chunk_keys_depend_on_the_bytes_only(tmp_path: Path) -> None:
     """A piece of work is found again although its file was moved; another source or format is another piece."""
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     for path in (one, two):
@@ -312,7 +312,7 @@ def test_formats_by_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name
     assert names({"path": name}) == [(name, format, 0)]
 
 
-def test_what_is_compressed_inside_is_not_unpacked(tmp_path: Path) -> None:
+def test_compressed_parquet_file_is_rejected(tmp_path: Path) -> None:
     fill(tmp_path, "a.parquet.gz")
     with pytest.raises(DataError, match=r"is parquet in \.gz"):
         names({"path": str(tmp_path / "a.parquet.gz")})

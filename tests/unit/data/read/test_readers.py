@@ -90,7 +90,7 @@ def test_a_cut_compressed_file_gives_the_lines_before_the_cut(tmp_path: Path, en
     assert (bad.line, bad.offset, bad.raw) == (len(good) + 1, LINES.find(b'{"text": "row %d ' % len(good)), None)
 
 
-def test_flipped_bytes_in_gzip_are_seen(tmp_path: Path) -> None:
+def test_corrupt_gzip_is_detected(tmp_path: Path) -> None:
     whole = bytearray(gzip.compress(LINES))
     whole[len(whole) // 2 : len(whole) // 2 + 30] = b"\xff" * 30
     path = tmp_path / "rows.jsonl.gz"
@@ -121,7 +121,7 @@ print(*[f"{r.line}:{r.reason}:{r.sha256}" for r in rows], sep="\\n")
 @pytest.mark.parametrize(
     ("name", "format"), [("a.jsonl", "jsonl"), ("a.jsonl.gz", "jsonl"), ("a.json", "json"), ("a.txt", "text")]
 )
-def test_a_line_over_the_limit_is_never_in_memory(tmp_path: Path, name: str, format: str) -> None:
+def test_line_over_the_limit_is_never_held_in_memory(tmp_path: Path, name: str, format: str) -> None:
     long = b'{"text": "' + b"x" * 60_000_000 + b'"}'
     good = b'{"text": "good"}'
     data = {"jsonl": good + b"\n" + long + b"\n" + good, "json": b"[" + b",".join((good, long, good)) + b"]", "text": long}[
@@ -169,11 +169,11 @@ def test_a_json_list_is_its_elements(tmp_path: Path, indent: int | None, before:
     rows = [*ROWS[:20_000], {"text": 'a "quoted, [text] \\'}, {"deep": [[{"a": [1, {}]}], "]"]}, {}]
     path = tmp_path / "rows.json"
     path.write_bytes(before + json.dumps(rows, indent=indent, ensure_ascii=False).encode() + b"\n")
-    found = read(path, "json")
-    assert values(found) == rows
-    assert [row.line for row in found] == list(range(1, len(rows) + 1))
+    raws = read(path, "json")
+    assert values(raws) == rows
+    assert [row.line for row in raws] == list(range(1, len(rows) + 1))
     data = path.read_bytes()
-    for row in found:
+    for row in raws:
         assert row.raw is not None
         assert data[row.offset : row.offset + len(row.raw)] == row.raw
         assert row.sha256 == hashlib.sha256(row.raw).hexdigest()
@@ -207,7 +207,7 @@ def test_json_of_other_forms(tmp_path: Path, data: bytes, expected: list[Any]) -
     assert values(read(path, "json")) == expected
 
 
-def test_a_bad_element_costs_itself(tmp_path: Path) -> None:
+def test_invalid_json_element_is_rejected_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b'[{"a": 1}, {"a": nope}, {"a" 2}, {"a": 3}]')
     assert [row.raw for row in read(path, "json")] == [b'{"a": 1}', b'{"a": nope}', b'{"a" 2}', b'{"a": 3}']
@@ -230,15 +230,15 @@ def test_csv_rows(tmp_path: Path, delimiter: str, newline: str, ending: str) -> 
     data = out.getvalue().encode("utf-8-sig")
     path = tmp_path / f"rows.csv{ending}"
     path.write_bytes(gzip.compress(data) if ending else data)
-    found = read(path, "csv")
-    assert values(found) == rows
-    places = [row.offset for row in found] + [len(data)]
-    for row, end in zip(found, places[1:], strict=True):
+    raws = read(path, "csv")
+    assert values(raws) == rows
+    places = [row.offset for row in raws] + [len(data)]
+    for row, end in zip(raws, places[1:], strict=True):
         assert data[: row.offset].count(b"\n") + 1 == row.line
         assert row.sha256 == hashlib.sha256(data[row.offset : end].removesuffix(b"\n")).hexdigest()
 
 
-def test_a_bad_csv_row_costs_itself(tmp_path: Path) -> None:
+def test_invalid_csv_row_is_rejected_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(
         b'prompt,answer\r\n1,a\r\n2,b,c\r\n3\r\n\r\n"4,open\r\n5,"a\nb"\r\n6,caf\xe9\r\n7,"x"y\r\n'
@@ -269,13 +269,13 @@ def test_a_bad_csv_row_costs_itself(tmp_path: Path) -> None:
         (b'"a,b\n1,2\n', "the header: malformed CSV: unexpected end of data"),
     ],
 )
-def test_csv_without_a_header_to_go_by(tmp_path: Path, data: bytes, reason: str) -> None:
+def test_csv_without_a_usable_header_is_one_rejected_row(tmp_path: Path, data: bytes, reason: str) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(data)
     assert [(row.line, row.reason) for row in read(path, "csv")] == [(1, reason)]
 
 
-def test_a_quote_that_stays_open_costs_one_row_and_little_memory(tmp_path: Path) -> None:
+def test_unclosed_quote_costs_one_row_and_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b'a,b\n"1,x\n' + b"2,y\n" * 50_000)
     rows = read(path, "csv", limit=10_000)
@@ -333,7 +333,7 @@ def test_a_cut_arrow_file_gives_the_batches_before_the_cut(tmp_path: Path, chunk
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_one_bad_value_costs_one_row(tmp_path: Path, deep: bool) -> None:
+def test_invalid_value_is_rejected_alone(tmp_path: Path, deep: bool) -> None:
     texts = pa.StringArray.from_buffers(  # both formats promise UTF-8, and nobody checks
         3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")
     )
@@ -350,7 +350,7 @@ def test_one_bad_value_costs_one_row(tmp_path: Path, deep: bool) -> None:
         assert [row.value["text"] for row in rows if not row.reason] == ["a", "b"]
 
 
-def test_offsets_that_lead_out_of_an_arrow_file(tmp_path: Path) -> None:
+def test_arrow_offsets_out_of_bounds_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "rows.arrow"
     table = pa.table({"text": ["first", "second"] * 4})
     write_arrow(path, table, 4)
@@ -373,7 +373,7 @@ def test_large_values_are_read_a_few_at_a_time(tmp_path: Path) -> None:
         assert [row.value["text"][0] for row in read(tmp_path / f"rows.{name}", name)] == list("abcdefgh")
 
 
-def test_nulls_are_keys_that_a_row_does_not_have(tmp_path: Path) -> None:
+def test_null_columns_are_omitted_from_rows(tmp_path: Path) -> None:
     rows = [{"m": [{"role": "user", "name": None}]}, {"m": [{"role": "user", "name": "x"}]}, {"m": None}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert values(read(tmp_path / "rows.parquet", "parquet")) == [
@@ -402,7 +402,7 @@ def test_a_document_is_one_row(tmp_path: Path) -> None:
     assert values(read(packed, "text")) == ["the gzip stream is damaged or cut off"]
 
 
-def test_images_are_read_beside_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_relative_to_the_rows_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"{}\n")
     (tmp_path / "images").mkdir()

@@ -164,10 +164,10 @@ def test_parquet_and_jsonl_give_the_same_record(tmp_path: Path) -> None:
     ]
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema=_schema(rows)), path)
-    found = [parse_record(row) for row in pq.read_table(path).to_pylist()]
+    from_parquet = [parse_record(row) for row in pq.read_table(path).to_pylist()]
     expected = [parse_line(json.dumps(row).encode()) for row in rows]
-    assert found == expected
-    assert [record.id for record in found] == [record.id for record in expected]
+    assert from_parquet == expected
+    assert [record.id for record in from_parquet] == [record.id for record in expected]
 
 
 def _schema(rows: list[dict[str, Any]]) -> pa.Schema:

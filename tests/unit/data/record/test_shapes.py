@@ -89,7 +89,7 @@ NAMES = sorted(path.stem for path in FIXTURES.glob("*.jsonl"))
         ("feedback", ["feedback"] * 2),
     ],
 )
-def test_the_columns_tell_the_shape(name: str, shapes: list[Shape]) -> None:
+def test_shape_is_detected_from_the_columns(name: str, shapes: list[Shape]) -> None:
     assert [detect(json.loads(line)) for line in fixture(name)] == shapes
     for line, shape in zip(fixture(name), shapes, strict=True):
         forced = parse_line(line, shape, read_image=lambda path: PNG)
@@ -120,14 +120,14 @@ def test_metadata_does_not_change_the_shape(row: Row, shape: str) -> None:
     assert detect(row) == shape
 
 
-def test_every_shape_of_the_settings_is_read() -> None:
+def test_every_configurable_shape_is_supported() -> None:
     shapes = set(Shape.__args__) - {"auto"}
     assert shapes == set(COLUMNS)
     assert shapes == {"chat", *CONVERTERS}
 
 
 @pytest.mark.parametrize("shape", sorted(COLUMNS))
-def test_a_row_of_another_shape_is_refused_by_name(shape: Shape) -> None:
+def test_row_of_another_shape_is_rejected(shape: Shape) -> None:
     with pytest.raises(Reject, match=rf"^no column `\w+`, which shape {shape} needs$"):
         parse_record({"question": "2+2?"}, shape)
 
@@ -136,7 +136,7 @@ def test_a_row_of_another_shape_is_refused_by_name(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_canonical_content_is_its_own_record(name: str) -> None:
+def test_parsing_canonical_content_is_idempotent(name: str) -> None:
     for record in records(name):
         again = parse_record(json.loads(record.json), read_image=lambda path: PNG)
         assert (again.id, again.content, again.kind) == (record.id, record.content, record.kind)
@@ -146,7 +146,7 @@ def contents(name: str) -> list[Row]:
     return [record.content for record in records(name)]
 
 
-def test_mistral_and_openai_rows_stay_as_they_are() -> None:
+def test_mistral_and_openai_rows_are_unchanged() -> None:
     assert contents("mistral")[0] == json.loads(fixture("mistral")[0])
     weights = [message.get("weight", 1) for message in records("mistral")[1].messages]
     assert weights == [1, 1, 0, 1, 1]
@@ -219,8 +219,8 @@ def test_mapping() -> None:
     assert first.content == chat(user("Does the warranty cover batteries?"), said("For twelve months."))
     assert second.kind == "chat"
     row = {"s": "Be brief.", "q": "2+2?", "a": 4, "b": "5", "t": {"body": "plain"}, "log": [{"from": "human", "value": "x"}]}
-    made = parse_record(row, mapping=Mapping(system="s", prompt="q", answer="a"))
-    assert made.content == chat({"role": "system", "content": "Be brief."}, user(), said())
+    record = parse_record(row, mapping=Mapping(system="s", prompt="q", answer="a"))
+    assert record.content == chat({"role": "system", "content": "Be brief."}, user(), said())
     assert parse_record(row, mapping=Mapping(text="t.body")).content == {"text": "plain"}
     pair = parse_record(row | {"a": "4"}, mapping=Mapping(prompt="q", chosen="a", rejected="b"))
     assert pair.content == {"messages": [user()], "chosen": [said()], "rejected": [said("5")]}
@@ -229,7 +229,7 @@ def test_mapping() -> None:
     assert parse_record({"a.b": "dotted", "a": {"b": "inner"}}, mapping=Mapping(text="a.b")).content == {"text": "dotted"}
 
 
-def test_kept_columns_are_texts_beside_the_content() -> None:
+def test_kept_columns_become_text_metadata() -> None:
     row = chat(user(), said(), licence="CC-BY", agent={"id": 17, "name": None}, consent=True, parts=[1])
     keep = ("licence", "agent.id", "agent.name", "consent", "parts", "absent.too")
     record = parse_record(row, keep=keep)
@@ -243,7 +243,7 @@ def test_kept_columns_are_texts_beside_the_content() -> None:
 # ---------------------------------------------------------------- images
 
 
-def test_images_are_named_by_their_bytes() -> None:
+def test_images_are_identified_by_their_digest() -> None:
     asked: list[str] = []
 
     def read(path: str) -> bytes:
@@ -289,14 +289,14 @@ def no_file(path: str) -> bytes:
     ],
     ids=range(18),
 )
-def test_an_image_is_refused(source: Any, read: Callable[[str], bytes] | None, reason: str) -> None:
+def test_invalid_images_are_rejected(source: Any, read: Callable[[str], bytes] | None, reason: str) -> None:
     with pytest.raises(Reject) as error:
         parse_record(chat(user([picture(source)]), said()), read_image=read)
     assert str(error.value) == reason
 
 
 @pytest.mark.parametrize("head", [b"\xff\xd8\xff", b"GIF89a", b"GIF87a", b"RIFF\x00\x00\x00\x00WEBP", PNG[:8]])
-def test_formats_are_told_by_their_first_bytes(head: bytes) -> None:
+def test_image_formats_are_detected_by_magic_bytes(head: bytes) -> None:
     record = parse_record(chat(user([picture("a")]), said()), read_image=lambda path: head + b"...")
     assert list(record.images.values()) == [head + b"..."]
 
@@ -345,8 +345,8 @@ REJECTED: list[tuple[Any, str]] = [
     (chat(user(), calls(call(id="a"), call())), "a tool call has no id, others of its turn do"),
     (chat(user(), calls(call(id="a"), call(id="a"))), "two tool calls of a turn have the same id"),
     *[
-        (chat(user(), calls(call(arguments=given))), "a tool call's arguments are not a JSON object")
-        for given in ("", "{", "[1]", "2", '{"a": NaN}', [1], 7)
+        (chat(user(), calls(call(arguments=arguments))), "a tool call's arguments are not a JSON object")
+        for arguments in ("", "{", "[1]", "2", '{"a": NaN}', [1], 7)
     ],
     (chat(user(), calls(call(arguments='{"a": 1, "a": 2}'))), "a key is written twice"),
     (chat(user(), calls(call(arguments='{"a": "\\ud800"}'))), "lone surrogate"),
@@ -420,21 +420,21 @@ MAPPED: list[tuple[Mapping, Any, str]] = [
 
 
 @pytest.mark.parametrize(("row", "reason"), REJECTED, ids=range(len(REJECTED)))
-def test_a_row_is_refused_with_its_reason(row: Any, reason: str) -> None:
+def test_invalid_row_is_rejected_with_a_reason(row: Any, reason: str) -> None:
     with pytest.raises(Reject) as error:
         parse_record(row)
     assert str(error.value) == reason
 
 
 @pytest.mark.parametrize(("shape", "row", "reason"), FORCED, ids=range(len(FORCED)))
-def test_a_forced_shape_is_refused_with_its_reason(shape: Shape, row: Any, reason: str) -> None:
+def test_row_that_lacks_the_forced_shape_is_rejected_with_a_reason(shape: Shape, row: Any, reason: str) -> None:
     with pytest.raises(Reject) as error:
         parse_record(row, shape)
     assert str(error.value) == reason
 
 
 @pytest.mark.parametrize(("mapping", "row", "reason"), MAPPED, ids=range(len(MAPPED)))
-def test_a_mapped_row_is_refused_with_its_reason(mapping: Mapping, row: Any, reason: str) -> None:
+def test_invalid_mapped_row_is_rejected_with_a_reason(mapping: Mapping, row: Any, reason: str) -> None:
     with pytest.raises(Reject) as error:
         parse_record(row, mapping=mapping)
     assert str(error.value) == reason
@@ -454,7 +454,7 @@ def test_a_mapped_row_is_refused_with_its_reason(mapping: Mapping, row: Any, rea
     ],
     ids=range(8),
 )
-def test_what_templates_can_tell_apart_is_kept(row: Row) -> None:
+def test_content_that_templates_distinguish_is_preserved(row: Row) -> None:
     assert parse_line(json.dumps(row).encode()).content == row
 
 
@@ -464,9 +464,9 @@ def test_arguments_are_json_text() -> None:
         assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == text
 
 
-def test_only_the_texts_in_arguments_change() -> None:
-    given = '{"name":"Ada","n": 1.50, "tags": ["Ada", {"id": "Ada"}]}'
-    record = parse_record(chat(user("Ada"), calls(call("Ada", given, id="Ada"))))
+def test_with_texts_changes_only_the_strings_in_arguments() -> None:
+    arguments = '{"name":"Ada","n": 1.50, "tags": ["Ada", {"id": "Ada"}]}'
+    record = parse_record(chat(user("Ada"), calls(call("Ada", arguments, id="Ada"))))
     assert texts(record) == ["Ada"] * 4
     assert with_texts(record, str.strip).id == record.id
     changed = with_texts(record, lambda text: 'B"')
@@ -476,15 +476,15 @@ def test_only_the_texts_in_arguments_change() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_texts_of_every_kind_are_reached(name: str) -> None:
+def test_texts_cover_every_kind(name: str) -> None:
     for record in records(name):
-        found = texts(record)
-        assert found
-        assert texts(with_texts(record, str.upper)) == [text.upper() for text in found]
+        strings = texts(record)
+        assert strings
+        assert texts(with_texts(record, str.upper)) == [text.upper() for text in strings]
         assert with_texts(record, str).id == record.id
 
 
-def test_mistral_ids_are_asked_for_only_by_its_tokenizers() -> None:
+def test_mistral_call_ids_are_validated() -> None:
     require_mistral_ids(records("mistral")[0])
     require_mistral_ids(records("feedback")[0])
     pair = parse_record({"prompt": "a", "chosen": [calls(call(id="call_1"))], "rejected": "b"})
@@ -496,20 +496,20 @@ def test_mistral_ids_are_asked_for_only_by_its_tokenizers() -> None:
 # ---------------------------------------------------------------- tables
 
 
-def test_tables_hold_each_kind_without_loss() -> None:
+def test_arrow_tables_round_trip_every_kind() -> None:
     every = [record for name in NAMES for record in records(name)]
     for kind, schema in ARROW.items():
-        mine = [record for record in every if record.kind == kind]
-        assert mine
-        table = to_arrow(mine)
+        of_kind = [record for record in every if record.kind == kind]
+        assert of_kind
+        table = to_arrow(of_kind)
         assert table.schema == schema
-        assert table.column("id").to_pylist() == [record.id for record in mine]
-        assert list(from_arrow(table)) == [record.content for record in mine]
+        assert table.column("id").to_pylist() == [record.id for record in of_kind]
+        assert list(from_arrow(table)) == [record.content for record in of_kind]
         read = [parse_record(row, read_image=lambda path: PNG) for row in table.to_pylist()]  # as a source again
-        assert [record.id for record in read] == [record.id for record in mine]
+        assert [record.id for record in read] == [record.id for record in of_kind]
 
 
-def test_a_table_has_one_kind() -> None:
+def test_table_of_mixed_kinds_is_rejected() -> None:
     with pytest.raises(ValueError, match="not of 2"):
         to_arrow(records("mistral"))
 
@@ -543,7 +543,7 @@ ROWS = st.dictionaries(COLUMN, TURNS, max_size=4) | JSON
     row=ROWS, shape=st.sampled_from(Shape.__args__), mapping=st.none() | st.just(Mapping(prompt="prompt", answer="label"))
 )
 @settings(max_examples=400, deadline=None)
-def test_any_json_is_a_record_or_refused(row: Any, shape: Shape, mapping: Mapping | None) -> None:
+def test_any_json_gives_a_record_or_a_reject(row: Any, shape: Shape, mapping: Mapping | None) -> None:
     try:
         record = parse_line(json.dumps(row).encode(), shape, mapping, ("label", "a.b", "messages.role"), lambda path: PNG)
     except Reject:
@@ -555,7 +555,7 @@ def test_any_json_is_a_record_or_refused(row: Any, shape: Shape, mapping: Mappin
 
 @given(st.binary(max_size=60) | st.text(max_size=40).map(lambda text: ('{"text": ' + text + "}").encode(errors="replace")))
 @settings(max_examples=200, deadline=None)
-def test_any_bytes_are_a_record_or_refused(raw: bytes) -> None:
+def test_any_bytes_give_a_record_or_a_reject(raw: bytes) -> None:
     with suppress(Reject):
         parse_line(raw)
 
@@ -570,7 +570,7 @@ def test_any_bytes_are_a_record_or_refused(raw: bytes) -> None:
         '{"prompt": "a", "label": true, "completion": ',
     ],
 )
-def test_no_depth_is_too_deep_to_be_refused(head: str) -> None:
+def test_nesting_of_any_depth_is_rejected(head: str) -> None:
     """Python's own limit must not come through, wherever it is met."""
     for depth in (60, 300, *range(850, 1000, 3)):
         for left, right in (("[", "]"), ('{"a":', "}")):

@@ -142,7 +142,7 @@ def prompts_and_answers(messages: Messages) -> list[tuple[Messages, str]]:
     answer=st.text(st.sampled_from("ab \n\tß東🙂"), min_size=1, max_size=8).filter(lambda text: bool(text.strip())),
 )
 @settings(max_examples=150, deadline=None)
-def test_what_is_served_is_what_was_trained(tokenizer: Any, question: str, answer: str) -> None:
+def test_serving_prompt_equals_the_training_prefix(tokenizer: Any, question: str, answer: str) -> None:
     """The ids behind the prompt are exactly the trained ones, also where the answer starts with white space."""
     messages = [user(question), assistant(answer)]
     encoded = one(tokenizer, messages)
@@ -154,7 +154,7 @@ def test_what_is_served_is_what_was_trained(tokenizer: Any, question: str, answe
     assert tokenizer.decode(encoded.ids[len(prompt) :][:count]) == answer + END
 
 
-def test_the_case_that_the_property_is_about(tokenizer: Any) -> None:
+def test_answer_that_starts_with_newlines_keeps_the_prompt_ids(tokenizer: Any) -> None:
     """Tokenised in one go, the template's newline and the answer's would be one token that no prompt ends with."""
     text = "<|im_start|>assistant\n\n\nfour"
     joined = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -192,7 +192,7 @@ def test_each_turn_of_a_long_chat_continues_its_prompt(tokenizer: Any) -> None:
         ("{{ messages[9].content }}{% for m in %}", "the chat template refuses the conversation"),
     ],
 )
-def test_a_template_that_cannot_be_masked_rejects(tokenizer: Any, template: str, reason: str) -> None:
+def test_template_without_maskable_answers_is_rejected(tokenizer: Any, template: str, reason: str) -> None:
     messages = [user("a"), assistant("thinking. first"), user("b"), assistant("thinking. second")]
     tokenizer.chat_template = template
     try:
@@ -230,7 +230,7 @@ def test_plain_text_is_split_without_loss(tokenizer: Any, text: str, sequence_le
 
 @given(length=st.integers(1, 40), sequence_length=st.integers(8, 17))
 @settings(max_examples=60, deadline=None)
-def test_no_piece_is_a_single_token(tokenizer: Any, length: int, sequence_length: int) -> None:
+def test_split_text_has_no_single_token_piece(tokenizer: Any, length: int, sequence_length: int) -> None:
     text = "a " * length
     pieces = encode(tokenizer, parse_record({"text": text}), sequence_length, "reject")
     assert [token for piece in pieces for token in piece.ids] == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]

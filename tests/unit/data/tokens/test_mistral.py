@@ -70,7 +70,7 @@ def calling(identifier: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_mistral_s_own_file_is_preferred(tekken_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_tekken_file_is_preferred(tekken_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     both = tmp_path / "both"
     shutil.copytree(tiny_model_dir, both)
     assert mistral_file(both) is None
@@ -90,7 +90,7 @@ def test_mistral_s_own_file_is_preferred(tekken_dir: Path, tiny_model_dir: Path,
         ("tokenizer.model", {"model_type": "mistral"}, False, False),  # which version it has is not known
     ],
 )
-def test_a_sentencepiece_file_is_taken_where_the_model_says_so(
+def test_sentencepiece_file_is_used_where_the_model_declares_it(
     tmp_path: Path, name: str, config: Any, params: bool, taken: bool
 ) -> None:
     (tmp_path / name).touch()
@@ -134,7 +134,7 @@ def test_missing_packages_are_named_with_their_extra(
         (["tokenizer.json", "old/tekken.json"], {"model_type": "mistral"}, False),
     ],
 )
-def test_a_dataset_build_asks_for_missing_packages_before_it_reads_a_row(
+def test_build_reports_missing_packages_before_reading_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], config: Any, is_mistral: bool
 ) -> None:
     monkeypatch.setitem(sys.modules, "mistral_common", None)
@@ -192,13 +192,13 @@ def test_ids_of_calls_have_nine_letters_or_digits(tokenizer: Any, identifier: st
         ([*calling("abcdef123")[:2], says("b")], "Not the same number of function calls and responses"),
     ],
 )
-def test_what_mistral_common_refuses_is_rejected_with_its_words(tokenizer: Any, messages: Any, reason: str) -> None:
+def test_mistral_common_errors_become_rejects(tokenizer: Any, messages: Any, reason: str) -> None:
     with pytest.raises(Reject, match=r"^mistral-common refuses the conversation: ") as error:
         encode_chat(tokenizer, messages, None)
     assert reason in str(error.value)
 
 
-def test_one_bad_row_leaves_the_others(tokenizer: Any) -> None:
+def test_invalid_row_does_not_affect_the_batch(tokenizer: Any) -> None:
     good = parse_record({"messages": [user("a"), says("b")]})
     bad = parse_record({"messages": calling("1")})
     text = parse_record({"text": "the answer is four " * 20})
@@ -232,7 +232,7 @@ def test_overlong_chats(tokenizer: Any) -> None:
     assert (len(cut.ids), cut.truncated) == (16, True)
 
 
-def test_numbers_and_decoding(tokenizer: Any) -> None:
+def test_special_ids_and_decoding(tokenizer: Any) -> None:
     assert tokenizer.has_chat
     assert tokenizer.eos_token_id == tokenizer.end_of_turn_id
     assert 0 <= tokenizer.pad_id < tokenizer.vocab_size
@@ -243,7 +243,7 @@ def test_numbers_and_decoding(tokenizer: Any) -> None:
     assert max(ids) < tokenizer.vocab_size
 
 
-def test_answers_stream_whole(tokenizer: Any) -> None:
+def test_streamed_answer_equals_the_whole_text(tokenizer: Any) -> None:
     """As serving decodes: token by token, nothing lost, characters of several tokens in one piece."""
     from forge_ray.serve.text import Detokenizer
 

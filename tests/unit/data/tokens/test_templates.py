@@ -70,12 +70,12 @@ def system(content: str) -> dict[str, Any]:
     return {"role": "system", "content": content}
 
 
-def calls(*wanted: tuple[str, str, dict[str, Any]], **more: Any) -> dict[str, Any]:
-    made = [
+def calls(*signatures: tuple[str, str, dict[str, Any]], **more: Any) -> dict[str, Any]:
+    tool_calls = [
         {"id": i, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-        for i, name, arguments in wanted
+        for i, name, arguments in signatures
     ]
-    return {"role": "assistant", "tool_calls": made, **more}
+    return {"role": "assistant", "tool_calls": tool_calls, **more}
 
 
 def result(call: str, content: str) -> dict[str, Any]:
@@ -177,20 +177,20 @@ def mistral(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The files in mistral-common's wheel; v11 and v13 are its newest tekken with their version and special tokens."""
     path = DATA / MISTRAL[request.param]
     if not path.is_file():
-        made = json.loads((DATA / "tekken_240911.json").read_text(encoding="utf-8"))
-        made["config"]["version"] = request.param.removeprefix("tekken-")
-        made.pop("multimodal", None)
+        tekken = json.loads((DATA / "tekken_240911.json").read_text(encoding="utf-8"))
+        tekken["config"]["version"] = request.param.removeprefix("tekken-")
+        tekken.pop("multimodal", None)
         from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-        made["special_tokens"] = list(Tekkenizer.DEPRECATED_SPECIAL_TOKENS)
+        tekken["special_tokens"] = list(Tekkenizer.DEPRECATED_SPECIAL_TOKENS)
         more = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]", "[ARGS]", "[CALL_ID]"]
-        known = {token["token_str"] for token in made["special_tokens"]}
+        tokens = {token["token_str"] for token in tekken["special_tokens"]}
         for word in more:
-            if word not in known:
-                rank = len(made["special_tokens"])
-                made["special_tokens"].append({"rank": rank, "token_str": word, "is_control": True})
+            if word not in tokens:
+                rank = len(tekken["special_tokens"])
+                tekken["special_tokens"].append({"rank": rank, "token_str": word, "is_control": True})
         path = tmp_path_factory.mktemp("tekken") / "tekken.json"
-        path.write_text(json.dumps(made), encoding="utf-8")
+        path.write_text(json.dumps(tekken), encoding="utf-8")
     return load_mistral(path)
 
 
@@ -220,17 +220,17 @@ def test_ids_are_those_of_the_chat_template(template: HfTokenizer, name: str) ->
     reference = template.tokenizer.apply_chat_template(seen, tools=tools, tokenize=True)["input_ids"]
     assert encoded.ids.tolist() == list(reference)
     for turn in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        wanted = template.tokenizer.apply_chat_template(seen[:turn], tools=tools, add_generation_prompt=True)["input_ids"]
-        assert template.prompt_ids(messages[:turn], tools) == list(wanted)
+        prompt = template.tokenizer.apply_chat_template(seen[:turn], tools=tools, add_generation_prompt=True)["input_ids"]
+        assert template.prompt_ids(messages[:turn], tools) == list(prompt)
 
 
 @pytest.mark.parametrize("name", [*CORPUS, *EDGES])
-def test_trained_is_what_is_generated_behind_the_prompt(template: HfTokenizer, name: str) -> None:
+def test_trained_spans_follow_the_generation_prompt(template: HfTokenizer, name: str) -> None:
     messages, tools = CORPUS[name] if name in CORPUS else (EDGES[name], None)
     encoded = encode_chat(template, messages, tools)
-    turns, found = trained_turns(messages), list(runs(encoded))
-    assert len(turns) == len(found)
-    for turn, (first, last) in zip(turns, found, strict=True):
+    turns, spans = trained_turns(messages), list(runs(encoded))
+    assert len(turns) == len(spans)
+    for turn, (first, last) in zip(turns, spans, strict=True):
         assert encoded.ids[:first].tolist() == template.prompt_ids(messages[:turn], tools)
         assert encoded.ids[last - 1] == template.end_of_turn_id
         text = template.decode(encoded.ids[first : last - 1])
@@ -243,7 +243,7 @@ def test_trained_is_what_is_generated_behind_the_prompt(template: HfTokenizer, n
     )
 
 
-def test_a_template_whose_end_is_tokenised_with_what_follows() -> None:
+def test_template_end_that_merges_with_the_answer() -> None:
     """GPT-2's pattern takes the last of several white spaces apart only where a word follows: no token straddles the
     answer's start, and still the prompt alone has other tokens."""
     tokenizer = hf("chatml")
@@ -269,8 +269,8 @@ def reference(tokenizer: Any, messages: Messages, tools: list[Any] | None, finet
         return list(tokenizer.serving.encode_chat_completion(request).tokens)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            made = FinetuningAssistantMessage(**request.messages[i].model_dump(), weight=message.get("weight", 1))
-            request.messages[i] = made
+            weighted = FinetuningAssistantMessage(**request.messages[i].model_dump(), weight=message.get("weight", 1))
+            request.messages[i] = weighted
     return list(tokenizer.finetuning.encode_chat_completion(request).tokens)
 
 
@@ -278,7 +278,7 @@ def reference(tokenizer: Any, messages: Messages, tools: list[Any] | None, finet
 def test_ids_are_those_of_mistral_common(mistral: Any, name: str) -> None:
     messages, tools = CORPUS[name] if name in CORPUS else (EDGES[name], None)
     try:
-        wanted = reference(mistral, messages, tools, finetuning=True)
+        expected = reference(mistral, messages, tools, finetuning=True)
     except Exception:  # v1 knows no tools, v2 no parallel results
         with pytest.raises(Reject, match=r"^mistral-common refuses the conversation: "):
             encode_chat(mistral, messages, tools)
@@ -288,10 +288,10 @@ def test_ids_are_those_of_mistral_common(mistral: Any, name: str) -> None:
             encode_chat(mistral, messages, tools)
         return
     encoded = encode_chat(mistral, messages, tools)
-    assert encoded.ids.tolist() == wanted
-    found, turns = list(runs(encoded)), trained_turns(messages)
-    assert len(found) == len(turns)
-    for turn, (first, last) in zip(turns, found, strict=True):
+    assert encoded.ids.tolist() == expected
+    spans, turns = list(runs(encoded)), trained_turns(messages)
+    assert len(spans) == len(turns)
+    for turn, (first, last) in zip(turns, spans, strict=True):
         assert encoded.ids[last - 1] == mistral.end_of_turn_id
         text = mistral.decode(encoded.ids[first : last - 1], skip_special_tokens=True)
         if "tool_calls" not in messages[turn]:
@@ -305,11 +305,11 @@ def test_ids_are_those_of_mistral_common(mistral: Any, name: str) -> None:
     assert prompt == reference(mistral, messages[:last_turn], tools, finetuning=False)
     assert encoded.ids[: len(prompt)].tolist() == prompt
     if turns[-1] == last_turn:
-        assert found[-1] == (len(prompt), len(wanted))
+        assert spans[-1] == (len(prompt), len(expected))
     assert encoded.ids.tolist().count(mistral.bos_id) == 1
 
 
-def test_a_batch_is_its_records_one_by_one(template: HfTokenizer) -> None:
+def test_batch_encoding_equals_single_encoding(template: HfTokenizer) -> None:
     records = [parse_record({"messages": messages}) for messages in EDGES.values()]
     records += [parse_record({"messages": CORPUS[name][0]}) for name in ("text 1", "turns", "weight 0 last")]
     records.insert(2, parse_record({"text": "plain " * 40}))
@@ -328,9 +328,9 @@ def test_a_batch_is_its_records_one_by_one(template: HfTokenizer) -> None:
     assert sum(isinstance(got, Reject) for got in whole) == 1
 
 
-def test_shared_beginnings_are_tokenised_once_and_change_no_id(template: HfTokenizer) -> None:
+def test_prefix_cache_changes_no_ids(template: HfTokenizer) -> None:
     rule = system("You are a careful assistant of the bank;  answer in two lines. ")
-    chats = [([rule, user(asked), says(told)], tools) for tools in (None, TOOLS) for asked, told in TEXTS * 2]
+    chats = [([rule, user(prompt), says(answer)], tools) for tools in (None, TOOLS) for prompt, answer in TEXTS * 2]
     chats += [(messages, tools) for messages, tools in CORPUS.values()]
     texts = [template._rendering.render(*template._rendering.checked(*chat), False) for chat in chats]
     assert template._ids(texts) == [encoding.ids for encoding in template._encode(texts)]
@@ -339,7 +339,7 @@ def test_shared_beginnings_are_tokenised_once_and_change_no_id(template: HfToken
     assert sum(map(bool, shared)) > len(TEXTS)
 
 
-def test_a_text_is_not_cut_before_a_token_that_takes_white_space(template: HfTokenizer) -> None:
+def test_prefix_is_not_cut_before_a_whitespace_stripping_token(template: HfTokenizer) -> None:
     shared = "a text that is longer than thirty-two characters   "
     word = AddedToken("<|greedy|>", special=True, lstrip=True)
     template.tokenizer.add_special_tokens({"extra_special_tokens": [word]}, replace_extra_special_tokens=False)
@@ -349,7 +349,7 @@ def test_a_text_is_not_cut_before_a_token_that_takes_white_space(template: HfTok
     assert fresh._prefixes == {}
 
 
-def test_a_special_token_in_a_text_is_refused(template: HfTokenizer) -> None:
+def test_special_token_in_text_is_rejected(template: HfTokenizer) -> None:
     word = template.decode([template.end_of_turn_id])
     forged = f"hi{word} and more"
     reason = f"^a message contains the special token {word!r}$"
@@ -367,19 +367,19 @@ def test_a_special_token_in_a_text_is_refused(template: HfTokenizer) -> None:
         encode_chat(template, [user("x"), says("y")], [{"type": "function", "function": {"name": word}}])
 
 
-def test_a_template_in_a_row_is_not_used(template: HfTokenizer) -> None:
+def test_chat_template_column_of_a_row_is_ignored(template: HfTokenizer) -> None:
     plain = {"messages": [user("a"), says("b")]}
     record = parse_record(plain | {"chat_template": "{{ 'forged' }}", "tokenizer": "x"})
     assert record == parse_record(plain)
-    (got,), (wanted,) = (encode_batch(template, [r], 99, "reject") for r in (record, DataRecord(plain)))
+    (got,), (expected,) = (encode_batch(template, [r], 99, "reject") for r in (record, DataRecord(plain)))
     assert not isinstance(got, Reject)
-    assert not isinstance(wanted, Reject)
-    assert got[0].ids.tolist() == wanted[0].ids.tolist()
+    assert not isinstance(expected, Reject)
+    assert got[0].ids.tolist() == expected[0].ids.tolist()
 
 
-def test_special_tokens_tell_what_offsets_tell(template: HfTokenizer) -> None:
+def test_masks_from_special_tokens_equal_masks_from_offsets(template: HfTokenizer) -> None:
     """The fast way gives what the one with offsets does, or nothing; and it is the one that is mostly taken."""
-    told = 0
+    num_fast = 0
     for messages, tools in [*CORPUS.values(), *((edge, None) for edge in EDGES.values())]:
         seen, tools = template._rendering.checked(messages, tools)
         text = template._rendering.render(seen, tools, False)
@@ -391,27 +391,27 @@ def test_special_tokens_tell_what_offsets_tell(template: HfTokenizer) -> None:
         (encoding,) = template._encode([text])
         fast, slow = template._by_special_tokens(text, spans, encoding.ids), template._marked(text, spans, encoding)
         if fast is not None:
-            told += 1
+            num_fast += 1
             assert not isinstance(slow, Reject)
             assert fast.ids.tolist() == slow.ids.tolist()
             assert fast.loss_mask.tolist() == slow.loss_mask.tolist()
-    assert told > len(CORPUS) / 2
+    assert num_fast > len(CORPUS) / 2
 
 
-def test_a_tokenizer_without_offsets_is_still_exact(template: HfTokenizer) -> None:
+def test_slow_tokenizer_gives_the_same_ids_and_masks(template: HfTokenizer) -> None:
     slow = HfTokenizer(template.tokenizer)
     slow.__dict__["_backend"] = None
     for name in ("text 1", "turns", "weight 0 first"):
-        got, wanted = (encode_chat(t, CORPUS[name][0], None) for t in (slow, template))
-        assert got.ids.tolist() == wanted.ids.tolist()
-        assert got.loss_mask.tolist() == wanted.loss_mask.tolist()
+        got, expected = (encode_chat(t, CORPUS[name][0], None) for t in (slow, template))
+        assert got.ids.tolist() == expected.ids.tolist()
+        assert got.loss_mask.tolist() == expected.loss_mask.tolist()
 
 
 def document(ids: list[int], mask: list[int], truncated: bool = False) -> Encoded:
     return Encoded(np.array(ids, np.int32), np.array(mask, np.int8), truncated)
 
 
-def test_each_fault_of_a_document_is_found() -> None:
+def test_every_fault_of_a_document_is_detected() -> None:
     tokenizer = hf("inst")
     end, bos = tokenizer.end_of_turn_id, tokenizer.bos_id
     assert bos is not None
@@ -456,7 +456,7 @@ PACKED = {
         ("segment_ids", 0, 0, 0, "row 0: a segment stands behind padding (1 of 2 rows)"),
     ],
 )
-def test_each_fault_of_a_packed_row_is_found(column: str, row: int, at: int, value: int, problem: str) -> None:
+def test_every_fault_of_a_packed_row_is_detected(column: str, row: int, at: int, value: int, problem: str) -> None:
     arrays = {name: np.array(rows) for name, rows in PACKED.items()}
     assert prove_packed(**arrays, pad_id=0) == []
     arrays[column][row, at] = value

@@ -1,4 +1,4 @@
-"""Who may erase: everything that an erasure will write is asked for before anything is written."""
+"""Rights to erase: every right that an erasure needs is checked before anything is written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from forge_ray.governance.erasure import apply as erasing
 from forge_ray.governance.erasure.apply import Options, erase
 from forge_ray.governance.erasure.certificate import path_of
 from forge_ray.governance.erasure.plan import ErasureRequest
+from forge_ray.release import promotion
 from forge_ray.store import signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -39,26 +40,26 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def keys(store: Store, tmp_path: Path) -> dict[str, Any]:
-    """name → private key, under a policy of roles."""
-    found: dict[str, Any] = {}
-    with Catalog(store) as catalog:
+    """Name → private key, under a policy with roles."""
+    loaded: dict[str, Any] = {}
+    with Catalog.open(store) as catalog:
         for name, roles in PEOPLE.items():
-            with signing.acting(found.get("olga")):
+            with signing.acting(loaded.get("olga")):
                 signers.create(catalog, name, roles, tmp_path / "keys", "ed25519")
-            found[name] = signing.load_private(tmp_path / "keys" / f"{name}.key")
-        with signing.acting(found["olga"]):
+            loaded[name] = signing.load_private(tmp_path / "keys" / f"{name}.key")
+        with signing.acting(loaded["olga"]):
             signers.set_policy(catalog, {"roles": True}, "")
-    return found
+    return loaded
 
 
 def fallback_and_alias(store: Store, key: Any) -> tuple[str, str]:
     """A base, and an adapter of it that was trained on her row; the alias falls back to the base."""
-    with Catalog(store) as catalog, signing.acting(key):
+    with Catalog.open(store) as catalog, signing.acting(key):
         data = dataset(catalog, [record_of(n) for n in TRAINED])
         base = version(catalog, "base")
-        made = run(catalog, "one", data.id, base.id, export_kind="adapter")
-        tuned = version(catalog, "tuned", made.id, base.id, weights="adapter")
-        catalog.set_route("letters", AliasRoute(versions={tuned.id: 1.0}, fallback="base"))
+        first_run = run(catalog, "one", data.id, base.id, export_kind="adapter")
+        tuned = version(catalog, "tuned", first_run.id, base.id, weights="adapter")
+        promotion.set_route(catalog, "letters", AliasRoute(versions={tuned.id: 1.0}, fallback="base"))
         deployment(catalog, "endpoint", tuned.id)
     return base.id, tuned.id
 
@@ -67,7 +68,7 @@ def everything(store: Store) -> list[str]:
     return [path for folder in ("records", "events", "erasures") for path in store.list(folder, recursive=True)]
 
 
-def test_who_may_not_do_all_of_it_does_nothing(store: Store, keys: dict[str, Any]) -> None:
+def test_erase_requires_all_rights_before_it_starts(store: Store, keys: dict[str, Any]) -> None:
     _, tuned = fallback_and_alias(store, keys["edda"])
     request = ErasureRequest("record", (HERS,))
     before = everything(store)
@@ -85,7 +86,7 @@ def test_who_may_not_do_all_of_it_does_nothing(store: Store, keys: dict[str, Any
     with signing.acting(keys["edda"]):
         done = erase(store, request, Options(retrain="none"))
     assert store.exists(path_of(done["predicate"]["erasure"]))
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         assert tuned in catalog.withdrawn()
         (event,) = [
             event for event in catalog.events("erasure", done["predicate"]["erasure"]) if event.data["state"] == "finished"
@@ -93,7 +94,7 @@ def test_who_may_not_do_all_of_it_does_nothing(store: Store, keys: dict[str, Any
         assert event.key == signing.key_id(keys["edda"].public_key())
 
 
-def test_one_who_carries_it_on_needs_the_same(store: Store, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_requires_same_roles(store: Store, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     fallback_and_alias(store, keys["edda"])
     request, options = ErasureRequest("record", (HERS,)), Options(retrain="none")
     purge = erasing.purge
@@ -114,26 +115,26 @@ def _stopped(*_: Any) -> None:
     raise InterruptedError
 
 
-def test_a_protected_alias_is_left_at_once_and_waits_for_two(store: Store, keys: dict[str, Any]) -> None:
+def test_protected_alias_is_archived_and_waits_for_two_releasers(store: Store, keys: dict[str, Any]) -> None:
     base, tuned = fallback_and_alias(store, keys["edda"])
-    with Catalog(store) as catalog:
+    with Catalog.open(store) as catalog:
         with signing.acting(keys["olga"]):
             signers.set_policy(catalog, {"roles": True, "protected": ["letters"]}, "")
         with signing.acting(keys["edda"]):
             replacement = version(catalog, "again", "run_two", base, weights="adapter").id
     with signing.acting(keys["edda"]):
         done = erase(store, ErasureRequest("record", (HERS,)), Options(retrain="none"))
-        with Catalog(store) as catalog:
+        with Catalog.open(store) as catalog:
             assert "letters" not in catalog.routes()  # its base, to which it would fall back, has no two releasers either
             record = catalog.get_as(erasing.Erasure, done["predicate"]["erasure"])
             was = {"letters": AliasRoute(versions={tuned: 1.0}).model_dump(mode="json") | {"versions": [(tuned, 1.0)]}}
-        moved = erasing._move(store, record, was, {tuned: replacement})
+            moved = erasing._move(catalog, record, was, {tuned: replacement})
         assert moved["aliases"] == {}
         assert f"{replacement}: policy.protected: 'letters' is moved by two releasers" in moved["waiting"]["letters"]
-    with Catalog(store) as catalog, signing.acting(keys["rosa"]):
+    with Catalog.open(store) as catalog, signing.acting(keys["rosa"]):
         signers.approve(catalog, replacement, "letters", False, "")
-    with signing.acting(keys["edda"]):
-        assert erasing._move(store, record, was, {tuned: replacement}) == {
+    with Catalog.open(store) as catalog, signing.acting(keys["edda"]):
+        assert erasing._move(catalog, record, was, {tuned: replacement}) == {
             "aliases": {"letters": [replacement]},
             "waiting": {},
         }

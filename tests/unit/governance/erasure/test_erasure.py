@@ -1,4 +1,4 @@
-"""The rules of an erasure: tombstones, what becomes of runs, routes and versions."""
+"""The rules of an erasure: tombstones, and the fate of runs, routes and versions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from forge_ray.governance.erasure.apply import Options, _fate, _replaced, _witho
 from forge_ray.governance.erasure.certificate import statement_of
 from forge_ray.governance.erasure.plan import AffectedDataset, AffectedRun, ErasureRequest
 from forge_ray.records import Event, ModelVersion
+from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -32,7 +33,7 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-def test_tombstones_tell_nobody_what_they_are_of(store: Store, tmp_path: Path) -> None:
+def test_tombstones_do_not_reveal_rows(store: Store, tmp_path: Path) -> None:
     record = DataRecord({"messages": [{"role": "user", "content": "x"}]})
     assert erased.tombstones(store) == ""
     assert not erased.read(store, "").holds(record, "subject")
@@ -41,10 +42,10 @@ def test_tombstones_tell_nobody_what_they_are_of(store: Store, tmp_path: Path) -
     erased.write_tombstones(store, "er_1", {"whose"})  # a request that is carried on adds to them
     second = erased.tombstones(store)
     assert len({"", first, second}) == 3
-    gone = erased.read(store, second)
-    assert gone.holds(record, None)
-    assert gone.holds(DataRecord({"text": "y"}), "whose")
-    assert not gone.holds(DataRecord({"text": "y"}), None)
+    tombstones = erased.read(store, second)
+    assert tombstones.holds(record, None)
+    assert tombstones.holds(DataRecord({"text": "y"}), "whose")
+    assert not tombstones.holds(DataRecord({"text": "y"}), None)
     listed = store.read("erasures/er_1.json").decode()
     assert record.id.removeprefix("rec_") not in listed
     kept = store.read("keys/subject.key")
@@ -65,7 +66,7 @@ def run_of(**more: Any) -> AffectedRun:
 
 
 @pytest.mark.parametrize(
-    ("run", "options", "datasets", "versions", "wanted", "fate"),
+    ("run", "options", "datasets", "versions", "in_use", "fate"),
     [
         (run_of(), Options(), {"ds_1": "ds_2"}, {}, False, "retrained"),
         (run_of(used=False), Options(), {"ds_1": "ds_2"}, {}, True, "kept"),
@@ -80,25 +81,25 @@ def run_of(**more: Any) -> AffectedRun:
         (run_of(), Options(), {"ds_1": ""}, {}, True, "removed: no row"),
     ],
 )
-def test_what_becomes_of_a_run(
-    run: AffectedRun, options: Options, datasets: dict[str, str], versions: dict[str, str], wanted: bool, fate: str
+def test_fate_of_a_run(
+    run: AffectedRun, options: Options, datasets: dict[str, str], versions: dict[str, str], in_use: bool, fate: str
 ) -> None:
-    assert _fate(run, datasets, options, {"mv_gone"}, versions, wanted).startswith(fate)
+    assert _fate(run, datasets, options, {"mv_gone"}, versions, in_use).startswith(fate)
 
 
-def test_a_route_takes_replacements_in_the_place_of_what_went() -> None:
+def test_route_replaces_withdrawn_versions() -> None:
     route = AliasRoute(versions={"mv_a": 90, "mv_b": 10}, shadow=("mv_a", "mv_c"), fallback="base")
-    found = _replaced(route, {"mv_a": "mv_a2"}, {"mv_a", "mv_c"})
-    assert found is not None
-    assert list(found.versions.items()) == [("mv_a2", 90), ("mv_b", 10)]
-    assert (found.shadow, found.fallback) == (("mv_a2",), "base")
+    replaced = _replaced(route, {"mv_a": "mv_a2"}, {"mv_a", "mv_c"})
+    assert replaced is not None
+    assert list(replaced.versions.items()) == [("mv_a2", 90), ("mv_b", 10)]
+    assert (replaced.shadow, replaced.fallback) == (("mv_a2",), "base")
     assert _replaced(route, {}, {"mv_a"}) is None  # nothing may take the stable version's place
-    found = _replaced(route, {}, {"mv_b"})
-    assert found is not None
-    assert found.versions == {"mv_a": 90}
+    replaced = _replaced(route, {}, {"mv_b"})
+    assert replaced is not None
+    assert replaced.versions == {"mv_a": 90}
 
 
-def test_which_rows_decide_weights() -> None:
+def test_which_splits_affect_weights() -> None:
     held = AffectedDataset(id="ds_1", name="x", held={"validation": 1, "test": 2})
     assert not held.decides({"validation": {"early_stopping": None, "keep_best": False}, "export_step": "last"})
     assert held.decides({"validation": {"keep_best": True}})
@@ -107,27 +108,27 @@ def test_which_rows_decide_weights() -> None:
     assert held.model_copy(update={"held": {"dropped": 1}, "changed": True}).decides({})
 
 
-def test_rules_look_into_the_datasets_that_are_left() -> None:
+def test_rules_use_replacement_datasets() -> None:
     rule = {"rule": "decontaminate", "against": ["ds_old", "ds_gone", "eval.jsonl"]}
     lone = {"rule": "decontaminate", "against": ["ds_gone"]}
-    found = _without_datasets({"curate": [rule, lone, {"rule": "length"}]}, {"ds_old": "ds_new", "ds_gone": ""})
-    assert found["curate"] == [{**rule, "against": ["ds_new", "eval.jsonl"]}, {"rule": "length"}]
+    settings = _without_datasets({"curate": [rule, lone, {"rule": "length"}]}, {"ds_old": "ds_new", "ds_gone": ""})
+    assert settings["curate"] == [{**rule, "against": ["ds_new", "eval.jsonl"]}, {"rule": "length"}]
 
 
-def test_a_withdrawn_version_stays_so(store: Store) -> None:
-    with Catalog(store) as catalog:
+def test_withdrawn_version_stays_withdrawn(store: Store) -> None:
+    with Catalog.open(store) as catalog:
         values = {"name": "x", "status": "accepted", "weights": "full", "files": (), "files_digest": "", "licence": ""}
         version = catalog.put(ModelVersion.model_validate(values).sealed())
-        catalog.promote(version.id, "prod")
+        promotion.promote(catalog, version.id, "prod")
         data = {"state": "withdrawn", "erasure": "er_1"}
         catalog.append(Event(kind="model", subject=version.id, data=data))
         assert catalog.archived() == set()  # answers still, where it is only marked
-        catalog.archive(version.id)
+        promotion.archive(catalog, version.id)
         assert catalog.archived() == {version.id}
         for refused in (
-            lambda: catalog.archive(version.id, restore=True),
-            lambda: catalog.promote(version.id, "prod"),
-            lambda: catalog.refuse_withdrawn(version.id),
+            lambda: promotion.archive(catalog, version.id, restore=True),
+            lambda: promotion.promote(catalog, version.id, "prod"),
+            lambda: promotion.refuse_withdrawn(catalog, version.id),
         ):
             with pytest.raises(PolicyError, match="er_1 erased") as caught:
                 refused()
@@ -141,11 +142,11 @@ def test_a_withdrawn_version_stays_so(store: Store) -> None:
         (["--record", "rec_" + "0" * 24, "--plan", "--apply"], "give --plan or --apply"),
         (["--plan"], "give --subject, --record or --file"),
         (["--record", "rec_" + "0" * 24, "--subject", "x", "--plan"], "give --subject, --record or --file"),
-        (["--record", "rec_" + "0" * 24, "--key-file", "x", "--plan"], "--key-file is the key of --subject"),
-        (["--record", "ds_1", "--plan"], "'ds_1' is no record id"),
+        (["--record", "rec_" + "0" * 24, "--key-file", "x", "--plan"], "--key-file needs --subject"),
+        (["--record", "ds_1", "--plan"], "'ds_1' is not a record id"),
         (["--file", "nowhere.jsonl", "--plan"], "no file nowhere.jsonl"),
-        (["--subject", "x", "--plan"], "no dataset version of this store says whose"),
-        (["--record", "rec_" + "0" * 24, "--apply"], "nobody can be asked here"),
+        (["--subject", "x", "--plan"], "no dataset version of this store has data.subject set"),
+        (["--record", "rec_" + "0" * 24, "--apply"], "there is no terminal"),
         (["--record", "rec_" + "0" * 24, "--apply", "--yes"], "no dataset version of this store holds such a row"),
     ],
 )
@@ -170,7 +171,7 @@ def test_items_that_quote_nothing_have_no_record() -> None:
     assert closure.quoting(lines, {"rec_2"}.__contains__) == 1
 
 
-def test_images_go_unless_another_dataset_shows_them(tmp_path: Path) -> None:
+def test_images_are_deleted_unless_another_dataset_has_them(tmp_path: Path) -> None:
     own = Store(str(tmp_path / "store"))
     names = {what: hashlib.sha256(what.encode()).hexdigest() for what in ("only here", "in both")}
 
@@ -178,13 +179,13 @@ def test_images_go_unless_another_dataset_shows_them(tmp_path: Path) -> None:
         part = {"type": "image", "image": f"sha256:{names[what]}"}
         return DataRecord({"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": str(number)}]})
 
-    with Catalog(own) as catalog:
+    with Catalog.open(own) as catalog:
         hers = [shows("only here", 1), shows("in both", 2)]
         dataset(catalog, hers)
         dataset(catalog, [shows("in both", 3)], name="other")
     for what, name in names.items():
         own.write(f"images/{name}", what.encode())
-    told = erase(own, ErasureRequest("record", tuple(record.id for record in hers)), Options(retrain="none"))
+    statement = erase(own, ErasureRequest("record", tuple(record.id for record in hers)), Options(retrain="none"))
     assert own.list("images") == [f"images/{names['in both']}"]
-    listed = own.read_json(f"erasures/{told['predicate']['erasure']}/purged.json")["files"]
+    listed = own.read_json(f"erasures/{statement['predicate']['erasure']}/purged.json")["files"]
     assert [entry["sha256"] for entry in listed if entry["path"].startswith("images/")] == [names["only here"]]

@@ -1,4 +1,4 @@
-"""New events of a store, without the catalogue's index: for processes that look every second, without SQLite."""
+"""The new events of a store, read without the catalogue: for processes that poll every second, without SQLite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOCAL_POLL_S, REMOTE_POLL_S = 0.5, 3.0  # listing an object store costs a reques
 
 
 class EventTail:
-    """The events of some kinds. Names are listed, and only files that were not seen are read: they never change."""
+    """The events of some kinds. Only files that were not read before are read, for they never change."""
 
     def __init__(self, store: Store, *kinds: str) -> None:
         self.store, self.kinds = store, kinds
@@ -20,21 +20,21 @@ class EventTail:
         self._seen: set[str] = set()
 
     def new(self) -> list[Event]:
-        """Those that came since the last call, oldest first; the first call reads all."""
-        found = []
+        """The events since the last call, oldest first; the first call reads all."""
+        events = []
         for name in sorted(_names(self.store) - self._seen):
-            read = self.store.read_json(paths.event(name))
-            if read["kind"] in self.kinds:  # others may be of a kind that only a newer version knows
-                found.append(Event.model_validate(read))
+            content = self.store.read_json(paths.event(name))
+            if content["kind"] in self.kinds:  # others may be of a kind that only a newer version knows
+                events.append(Event.model_validate(content))
             self._seen.add(name)
-        return found
+        return events
 
 
 def _names(store: Store) -> set[str]:
     if not store.is_local:
         return {path.rsplit("/", 1)[-1] for path in store.list(paths.EVENTS)}
     try:
-        # not `Store.list`, which asks for the size of each: this is done every second
+        # not `Store.list`, which reads the size of each file: this runs every second
         return {name for name in os.listdir(store.local(paths.EVENTS)) if not name.startswith(".")}
     except FileNotFoundError:
         return set()

@@ -1,4 +1,4 @@
-"""How the versions behind an alias do, and whether a canary has to go (pure)."""
+"""The canary guard: outcomes of the versions behind an alias, and when a canary is rolled back (pure)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from forge_ray.config.release import AliasRoute, Guard
 
-FAILED = 500  # statuses from here on are the server's fault
+FAILED = 500  # this status and higher ones are failures of the server
 
 
 @dataclass(frozen=True)
 class AnswerOutcome:
-    """One answer of `version` under `alias`: its status, and seconds per token (0: none was made)."""
+    """One answer of `version` under `alias`: its status, and seconds per token (0: no token was generated)."""
 
     alias: str
     version: str
@@ -25,27 +25,27 @@ class AnswerOutcome:
 
 @dataclass
 class Outcomes:
-    """The last answers of every (alias, version), for as long as the longest guard looks back."""
+    """The recent answers of every (alias, version), kept as long as the longest window of a guard."""
 
     clock: Callable[[], float] = time.monotonic
-    seen: dict[tuple[str, str], deque[tuple[float, AnswerOutcome]]] = field(default_factory=dict)
+    recent: dict[tuple[str, str], deque[tuple[float, AnswerOutcome]]] = field(default_factory=dict)
     keep_s: float = 3600.0
 
     def add(self, outcome: AnswerOutcome) -> None:
-        answers = self.seen.setdefault((outcome.alias, outcome.version), deque(maxlen=10_000))
+        answers = self.recent.setdefault((outcome.alias, outcome.version), deque(maxlen=10_000))
         answers.append((self.clock(), outcome))
 
     def within(self, alias: str, version: str, seconds: float) -> list[AnswerOutcome]:
         since = self.clock() - min(seconds, self.keep_s)
-        return [outcome for at, outcome in self.seen.get((alias, version), ()) if at >= since]
+        return [outcome for at, outcome in self.recent.get((alias, version), ()) if at >= since]
 
     def forget(self, alias: str) -> None:
-        """A new route is judged by what follows it."""
-        for key in [key for key in self.seen if key[0] == alias]:
-            del self.seen[key]
+        """Drop the answers under an alias: a new route is judged by what follows it."""
+        for key in [key for key in self.recent if key[0] == alias]:
+            del self.recent[key]
 
     def verdict(self, alias: str, route: AliasRoute) -> str:
-        """Why the route's canaries have to go, or ""."""
+        """Why the route's canaries are rolled back, or ""."""
         stable = self.within(alias, route.stable, route.guard.window_s)
         for version in list(route.versions)[1:]:
             if why := judge(version, self.within(alias, version, route.guard.window_s), stable, route.guard):
@@ -54,7 +54,7 @@ class Outcomes:
 
 
 def judge(version: str, canary: list[AnswerOutcome], stable: list[AnswerOutcome], guard: Guard) -> str:
-    """Why this canary crosses its bounds, or "". Latency is compared once both have enough answers."""
+    """Why this canary exceeds its bounds, or "". Latency is compared once both versions have enough answers."""
     if len(canary) < guard.min_requests:
         return ""
     rate = sum(outcome.status >= FAILED for outcome in canary) / len(canary)
@@ -75,5 +75,5 @@ def _median(outcomes: list[AnswerOutcome]) -> float:
 
 
 def without_canaries(route: AliasRoute) -> AliasRoute:
-    """The route as it was before: its stable version alone has weight."""
+    """The route with all traffic on its stable version."""
     return route.model_copy(update={"versions": {route.stable: 1.0}})

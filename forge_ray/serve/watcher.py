@@ -1,4 +1,4 @@
-"""The store's facts that serving follows: aliases, archived versions, versions (no ray, no SQLite)."""
+"""Watches the facts of a store that serving follows: aliases, archived versions, versions (no ray, no SQLite)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from forge_ray.store import paths
 from forge_ray.store.aliases import route_of
 from forge_ray.store.authority import accepted_moves, folded
 from forge_ray.store.catalog import OUT_OF_USE, write_event
+from forge_ray.store.event_tail import EventTail
 from forge_ray.store.files import Store
-from forge_ray.store.tail import EventTail
 
 
-class Published:
-    """What the store says now; `refresh` reads what is new."""
+class StoreWatcher:
+    """The store's current facts; `refresh` reads the new events."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -25,7 +25,7 @@ class Published:
         self._versions: dict[str, ModelVersion] = {}
 
     def refresh(self) -> list[Event]:
-        """The events that are new. Under `policy.signatures` an alias move that no releaser signed is as if it were not."""
+        """The new events. Under `policy.signatures`, alias moves without a releaser's signature are ignored."""
         events = self.tail.new()
         if events:
             self._events = sorted((*self._events, *events), key=lambda event: (event.at, event.id))
@@ -64,6 +64,6 @@ class Published:
         return str(self.store.read_json(path)["dataset"]) if run and self.store.exists(path) else ""
 
     def append(self, event: Event) -> Event:
-        """Write an event behind the last of its subject."""
-        known = self.last.get((event.kind, event.subject))
-        return write_event(self.store, event, known.at if known else None)
+        """Write an event after the last one of its subject."""
+        previous = self.last.get((event.kind, event.subject))
+        return write_event(self.store, event, previous.at if previous else None)

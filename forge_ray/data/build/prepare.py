@@ -1,0 +1,98 @@
+"""A dataset version for some settings and sources: the one that was built from the same inputs, or one that is built now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forge_ray.config.data import DataConfig
+from forge_ray.data.build import work
+from forge_ray.data.build.build import build, index_sources
+from forge_ray.data.build.settings import Progress, input_digest, silent
+from forge_ray.data.build.tombstones import tombstones
+from forge_ray.data.dataset import index
+from forge_ray.data.dataset.version import tokenizer_digest
+from forge_ray.data.read.ingest import IndexedFile
+from forge_ray.records import DatasetManifest, ModelVersion
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset version; `is_new` where this call built it."""
+
+    manifest: DatasetManifest
+    is_new: bool
+
+    @property
+    def summary(self) -> str:
+        """What the build came to, on one line."""
+        if not self.is_new:
+            return "already built"
+        counts = ", ".join(f"{name} {stats.num_records}" for name, stats in self.manifest.splits.items())
+        num_rejected = sum(self.manifest.rejects.values())
+        counts += f", {num_rejected} quarantined" if num_rejected else ""
+        num_dropped = sum(step.before - step.after for step in self.manifest.curation)
+        counts += f", {num_dropped} dropped by rules" if num_dropped else ""
+        num_erased = sum(map(len, self.manifest.erased.values()))
+        return counts + (f", {num_erased} erased" if num_erased else "")
+
+
+def existing_version(config: DataConfig, base: ModelVersion, catalog: Catalog) -> DatasetManifest | None:
+    """The version that was built from these settings and from sources with the bytes that they have now."""
+    return _version_of(config, base, catalog, index_sources(config))
+
+
+def prepare_version(
+    name: str, config: DataConfig, base: ModelVersion, catalog: Catalog, progress: Progress = silent
+) -> Prepared:
+    """The version that was built from these inputs, or a new one with its index; needs an initialised Ray."""
+    sources = index_sources(config, progress)
+    if manifest := _version_of(config, base, catalog, sources):
+        return Prepared(manifest, is_new=False)
+    manifest = _build_version(name, config, base, catalog, sources, progress)
+    index.build(catalog.store, manifest)
+    return Prepared(manifest, is_new=True)
+
+
+def _version_of(
+    config: DataConfig, base: ModelVersion, catalog: Catalog, sources: list[IndexedFile]
+) -> DatasetManifest | None:
+    inputs = input_digest(config, sources, tokenizer_digest(base), tombstones(catalog.store))
+    for manifest in catalog.all(DatasetManifest):
+        if manifest.input_digest == inputs:
+            return manifest
+    dataset = work.noted_dataset(catalog.store, inputs)
+    return catalog.get_as(DatasetManifest, dataset) if dataset else None
+
+
+def _build_version(
+    name: str,
+    config: DataConfig,
+    base: ModelVersion,
+    catalog: Catalog,
+    sources: list[IndexedFile],
+    progress: Progress,
+) -> DatasetManifest:
+    """Build and register the version, once more where rows were erased or the work area was emptied meanwhile."""
+    store = catalog.store
+    catalog.check_may("datasets")  # before the rows are packed, not after
+    while True:
+        tombstones_before, mark = tombstones(store), work.mark(store)
+        try:
+            built = build(name, config, base, store, sources, progress)
+        except Exception:
+            if store.exists(mark):
+                raise
+            progress(0, 1, "once more: the work area was emptied meanwhile")
+            continue
+        finally:
+            store.delete(mark)
+        if tombstones(store) == tombstones_before:
+            break
+        if not catalog.has(built.id):  # rows were erased meanwhile, and this may hold some: nobody has seen it yet
+            store.delete_dir(paths.dataset(built.id))
+    manifest = catalog.put(built)
+    if manifest.input_digest != built.input_digest:  # erasures that touch none of its rows: these inputs give it too
+        work.note_dataset(store, built.input_digest, manifest.id)
+    return manifest
