@@ -200,7 +200,7 @@ def only_finite(
 
 def latency_ms_per_token(engine: Engine, tokenizer: Any, chats: Sequence[Example]) -> float | None:
     """Median over a few single requests of `TIMED_TOKENS` tokens each, prompt included. No stop token, so that every model
-    says as many; None where no prompt leaves room for them."""
+    says as many; None where no prompt leaves space for them."""
     times = []
     for example in chats:
         prompt = tuple(prompt_ids(tokenizer, list(example.messages), example.tools))

@@ -32,7 +32,7 @@ def export_best(job: TrainJob) -> None:
 
 
 def _export_checkpoint(job: TrainJob, step: int, relative: str) -> str:
-    """In a task where there is a cluster, for this machine may have no room for the model; else here."""
+    """In a task where there is a cluster, since this machine may lack the memory for the model; else here."""
     import ray
 
     from forge_ray.train.weights import export_checkpoint

@@ -71,7 +71,7 @@ def _group(rank: int, world_size: int, sp_size: int) -> dist.ProcessGroup | None
     if world_size % sp_size:
         raise ConfigError(
             f"{world_size} workers do not make groups of train.sequence_parallel={sp_size}",
-            hint=f"use a multiple of {sp_size} workers; an elastic run needs nodes with room for such a multiple each",
+            hint=f"use a multiple of {sp_size} workers; an elastic run needs nodes that hold such a multiple each",
         )
     if sp_size == 1:
         return None

@@ -17,7 +17,7 @@ PAGE = "diagnosis.md"
 REMEDIES = (
     ("out of memory", "Lower train.micro_batch_size, set train.activation_checkpointing=true, or raise train.zero_stage."),
     ("DefaultCPUAllocator", "Lower train.micro_batch_size or run fewer workers per node: main memory is used up."),
-    ("No space left", "Make room where the store lies; the newest checkpoints are whole."),
+    ("No space left", "Free space on the store's disk; the newest checkpoints are whole."),
     ("CUDA error", "Look at the node's GPU (nvidia-smi, kernel log); take the node out if it says Xid or ECC."),
     ("NCCL", "Look at the network between the nodes that the incidents name, and at NCCL_DEBUG=WARN in the logs."),
     ("finite", "Lower train.optimizer.lr, or lengthen train.schedule.warmup_ratio; look at the rows below."),

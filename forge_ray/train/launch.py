@@ -110,7 +110,7 @@ def _validation_config(job: TrainJob, validate: Validate) -> Any:
 
 
 def _apart(checkpoint: Any, step: int, validate: Validate, values: dict[str, Any]) -> dict[str, Any]:
-    """Have `validate` done by a task with the room it wants; whatever goes wrong there is an incident, and no more."""
+    """Have `validate` done by a task with its own CPUs and GPUs; whatever goes wrong there is an incident, and no more."""
     import ray
 
     job = TrainJob.from_json(values)
@@ -125,7 +125,7 @@ def _apart(checkpoint: Any, step: int, validate: Validate, values: dict[str, Any
         reason = f"{type(cause).__name__}: {last_line(cause)}"[:300]
         if isinstance(error, ray.exceptions.GetTimeoutError):
             reason = (
-                f"it had not ended after train.validation.timeout_s={settings.timeout_s:g}, waiting for its room included"
+                f"it had not ended after train.validation.timeout_s={settings.timeout_s:g}, including its wait for resources"
             )
         validation.write(job.store, job.run, validation.Result(step, problem=reason, background=True))
         incidents.write(job.store, job.run, "validation", step, why=reason)

@@ -256,10 +256,10 @@ class Plan:
 
 
 def nearest(
-    model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest | Stated, num_workers: int, room: int
+    model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest | Stated, num_workers: int, limit: int
 ) -> TrainConfig | None:
-    """The settings nearest to these that fit into `room` bytes a worker; None where none do. The first steps cost least: a
-    smaller pass, then recomputed activations, then states divided further (which another run id follows from), then moved
+    """The settings nearest to these that fit into `limit` bytes per worker; None where none do. First what costs least:
+    a smaller pass, then recomputed activations, then states divided further (which another run id follows from), then moved
     to main memory."""
     tried = config
     ladder: list[dict[str, Any]] = [{}, {"micro_batch_size": 1}, {"activation_checkpointing": True}]
@@ -272,7 +272,7 @@ def nearest(
             stage = max(tried.zero_stage, change.get("zero_stage", 0))
             changed = tried.model_copy(update=change | {"zero_stage": stage})
             tried = changed if _is_allowed(changed) else tried
-        if plan(model, tried, precision, dataset, num_workers).memory.total <= room:
+        if plan(model, tried, precision, dataset, num_workers).memory.total <= limit:
             return tried
     return None
 

@@ -76,7 +76,7 @@ class Saver:
         return float(self._done and self._publishing)
 
     def begin(self, position: Position) -> Saved | None:
-        """Copy the state and start to write it. A result only where there is nothing to write: no room, or it stands."""
+        """Copy the state and start to write it. A result only where nothing is to be written: no space, or it is there."""
         self._position = position
         relative = paths.checkpoint(position.run, position.step)
         standing, problem = agree(self._look(relative, position) if self.context.is_first else None, self.context)

@@ -133,8 +133,10 @@ def test_run_with_a_killed_process_is_bit_identical(
     result = store.read_json(f"runs/{job.run}/result.json")
     assert [attempt["first_step"] for attempt in result["attempts"]] == [0, 2]
     assert {attempt["world_size"] for attempt in result["attempts"]} == {2}
-    (incident,) = result["incidents"]  # no row is blamed for it by the rank that lost its peer
-    assert (incident["kind"], incident["step"]) == ("restart", 2)
+    restarted_from = [incident["step"] for incident in result["incidents"] if incident["kind"] == "restart"]
+    assert restarted_from == [2]
+    if loop is rank_killed_once:  # no row is blamed for it by the rank that lost its peer
+        assert len(result["incidents"]) == 1
     lines = metrics.read(store.local(f"runs/{job.run}/{metrics.METRICS}"))
     order = order_of(manifest, "train", job.config.seed, job.config.global_batch)
     facts = audit.DataFacts(job.run, Rows.of(store, manifest, "train"), order, 6, result["order_digest"], lines)

@@ -76,9 +76,9 @@ def markdown(manifest: DatasetManifest) -> str:
 
 
 def _split(name: str, stats: SplitStats, sequence_length: int) -> tuple[str, ...]:
-    room = max(1, stats.num_rows * sequence_length)
+    capacity = max(1, stats.num_rows * sequence_length)
     counts = (stats.num_records, stats.num_rows, stats.num_tokens, stats.num_trained_tokens)
-    return (name, *(f"{count:,}" for count in counts), f"{stats.num_tokens / room:.1%}")
+    return (name, *(f"{count:,}" for count in counts), f"{stats.num_tokens / capacity:.1%}")
 
 
 def _sources(manifest: DatasetManifest) -> list[tuple[str, ...]]:
