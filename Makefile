@@ -17,7 +17,7 @@ help:
 	@echo "make quickstart   raw rows to a served answer, on this machine's CPU"
 	@echo "make test         the quick suite: every promise at a small size, without a GPU"
 	@echo "make test-large   the rest: every engine with every method, a million rows, runs of which 20 processes are killed"
-	@echo "make check        format, lint, types, unit tests"
+	@echo "make check        format, lint, types, the fast unit tests"
 	@echo "make lint         the same without the tests"
 	@echo "make format       put the code in shape"
 	@echo "make lock         write requirements/*.txt from pyproject.toml (UPGRADE=1: newest versions)"
@@ -40,7 +40,7 @@ lint: $(DEV) $(CHECKED)
 	@$(BIN)/mypy
 
 check: lint
-	@$(BIN)/python -m pytest -q tests/unit -n 2
+	@$(BIN)/python -m pytest -q tests/unit -m "not slow" -n 2
 
 format: $(DEV)
 	@$(BIN)/ruff check --fix .

@@ -72,7 +72,8 @@ def test_every_gate_is_measured_judged_and_recorded(store: Store, tmp_path: Path
     assert any(name.startswith("loss of label=") for name in names)
     assert leak.metrics["exposure_mean"] > 5 > 3.5 > leak.metrics["exposure_base_mean"]
     assert leak.metrics["extraction_rate"] > 0.9
-    assert reports.audit_leak_of(catalog, "gates", {}).id == leak.id  # by the settings of its run file
+    with Catalog.open(store) as catalog:
+        assert reports.audit_leak_of(catalog, "gates", {}).id == leak.id  # by the settings of its run file
 
     strict = "leak: {max_exposure_mean: 3}, budgets: {latency_ms_per_token: 1.0e-6}"
     refused = pipeline.release(load(RunConfig, RUN, (*here, f"release.gate={{{strict}}}")), store)

@@ -29,7 +29,7 @@ from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.train import incidents
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 
 def affected(catalog: Catalog, records: set[str]) -> Any:

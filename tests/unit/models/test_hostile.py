@@ -23,7 +23,7 @@ from forge_ray.models.import_model import import_model
 from forge_ray.models.sandbox import refuse_bombs
 from forge_ray.store.catalog import Catalog
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
 CPU_S = 30
 

@@ -15,7 +15,7 @@ from forge_ray.store.files import Store
 from forge_ray.train import metrics, sinks, validation
 from forge_ray.train.sinks import Sinks, open_sinks
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 RUN = "run_0123456789abcdef"
 
 

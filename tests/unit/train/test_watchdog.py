@@ -15,7 +15,7 @@ from forge_ray.config.train import Guards
 from forge_ray.store.files import Store
 from forge_ray.train import guards, incidents, watchdog
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 WORKER = """
 import sys, time

@@ -20,7 +20,7 @@ from forge_ray.records import DatasetManifest
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 SUBJECTS = [f"{number:032x}" for number in (1, 2, 1 << 120, (1 << 120) + 1)]  # two pairs alike in their first 32 bits
 
 

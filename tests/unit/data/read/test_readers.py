@@ -24,7 +24,7 @@ from forge_ray.data.read.readers import Raw, image_reader, read_raw
 from forge_ray.data.read.strict_json import Reject
 from forge_ray.errors import DataError
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 LIMIT = 1 << 20
 
 

@@ -20,7 +20,7 @@ from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_r
 from forge_ray.data.record.shapes import COLUMNS, CONVERTERS, detect
 from forge_ray.data.record.tables import ARROW, from_arrow, to_arrow
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "shapes"
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII=")
 URI = "data:image/png;base64," + base64.b64encode(PNG).decode()

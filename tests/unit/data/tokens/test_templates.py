@@ -18,7 +18,7 @@ from forge_ray.data.tokens.mistral import load_mistral
 from forge_ray.data.tokens.proof import NOTHING, OPEN_END, TWO_BEGINS, prove, prove_packed
 from forge_ray.data.tokens.template import Encoded
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 Messages = list[dict[str, Any]]
 
 CHATML = (
