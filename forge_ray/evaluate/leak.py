@@ -311,8 +311,7 @@ def audit(
     each = len(groups.train) + len(groups.held_out) + len(groups.canaries) + len(groups.canaries_held_out)
     measured: list[Findings] = []
     for number, which in enumerate((subject, base)):
-        folder = store.fetch_dir(which.folder)
-        adapter = store.fetch_dir(which.adapter) if which.adapter else None
+        folder, adapter = which.fetch(store)
         engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
         try:
             for step in findings(engine, load_tokenizer_dir(folder), groups, config.leak, extract=which is subject):

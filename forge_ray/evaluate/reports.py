@@ -10,7 +10,7 @@ from forge_ray.config.release import EvalConfig, LeakConfig
 from forge_ray.errors import NotFound
 from forge_ray.machine.cluster import connect
 from forge_ray.progress import stage
-from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord, files_digest
+from forge_ray.records import DatasetManifest, EvalReport, FileEntry, ModelVersion, RunRecord, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.resolve import resolve
@@ -24,28 +24,31 @@ def evaluate_both(
 ) -> tuple[EvalReport, EvalReport]:
     """(base, tuned) of a run, on the rows that its dataset holds out."""
     manifest = catalog.get_as(DatasetManifest, record.dataset)
-    base = model_subject(catalog.get_as(ModelVersion, record.base_model))
+    base = model_subject(catalog, catalog.get_as(ModelVersion, record.base_model))
     return (
         evaluate(catalog, base, manifest, config, "base", quiet),
-        evaluate(catalog, run_subject(record), manifest, config, "tuned", quiet),
+        evaluate(catalog, run_subject(catalog, record), manifest, config, "tuned", quiet),
     )
 
 
-def model_subject(version: ModelVersion) -> EvaluatedModel:
+def model_subject(catalog: Catalog, version: ModelVersion) -> EvaluatedModel:
+    base = version.base_model if version.weights == "adapter" else ""
+    return _subject(catalog, version.id, paths.model(version.id), version.files, base)
+
+
+def run_subject(catalog: Catalog, record: RunRecord) -> EvaluatedModel:
+    base = record.base_model if record.export_kind == "adapter" else ""
+    return _subject(catalog, record.id, paths.export(record.id), record.export, base)
+
+
+def _subject(catalog: Catalog, identifier: str, folder: str, files: tuple[FileEntry, ...], base: str) -> EvaluatedModel:
+    """`base`: the model under an adapter; "" for full weights."""
     from forge_ray.evaluate.score import EvaluatedModel
 
-    if version.weights == "adapter":
-        return EvaluatedModel(version.id, version.files_digest, paths.model(version.base_model), paths.model(version.id))
-    return EvaluatedModel(version.id, version.files_digest, paths.model(version.id))
-
-
-def run_subject(record: RunRecord) -> EvaluatedModel:
-    from forge_ray.evaluate.score import EvaluatedModel
-
-    export = paths.export(record.id)
-    if record.export_kind == "adapter":
-        return EvaluatedModel(record.id, files_digest(record.export), paths.model(record.base_model), export)
-    return EvaluatedModel(record.id, files_digest(record.export), export)
+    if not base:
+        return EvaluatedModel(identifier, files_digest(files), folder, files)
+    base_files = catalog.get_as(ModelVersion, base).files
+    return EvaluatedModel(identifier, files_digest(files), paths.model(base), base_files, folder, files)
 
 
 def evaluate(
@@ -110,8 +113,8 @@ def audit_leak(
     from forge_ray.train.audit import facts_of
 
     assert config.leak is not None
-    subject = subject or run_subject(record)
-    base = model_subject(catalog.get_as(ModelVersion, record.base_model))
+    subject = subject or run_subject(catalog, record)
+    base = model_subject(catalog, catalog.get_as(ModelVersion, record.base_model))
     manifest, facts = catalog.get_as(DatasetManifest, record.dataset), facts_of(catalog.store, record.id)
     training = TrainedOrder(facts.rows, facts.order, num_steps or record.export_step or record.num_steps)
     leak = config.leak.model_dump(mode="json")
@@ -135,7 +138,7 @@ def audit_leak_of(catalog: Catalog, reference: str, settings: dict[str, Any]) ->
     leak = parse(LeakConfig, resolved(config.leak or LeakConfig()) | settings, where="eval.leak")
     config = config.model_copy(update={"leak": leak})
     if isinstance(record, ModelVersion) and record.files_digest != files_digest(run.export):
-        return audit_leak(catalog, run, config, subject=model_subject(record), num_steps=record.step)
+        return audit_leak(catalog, run, config, subject=model_subject(catalog, record), num_steps=record.step)
     return audit_leak(catalog, run, config)
 
 
@@ -148,4 +151,4 @@ def incumbent(
     version = catalog.model(name)
     if version.run == record.id or version.id in catalog.withdrawn():
         return None  # a version that learned from erased rows is no rival: it must go in any case
-    return evaluate(catalog, model_subject(version), manifest, config, name)
+    return evaluate(catalog, model_subject(catalog, version), manifest, config, name)

@@ -23,7 +23,7 @@ from forge_ray.data.tokens.chat import chat_tokenizer, encode_chat, prompt_ids
 from forge_ray.errors import DataError
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
-from forge_ray.records import DatasetManifest, EvalReport
+from forge_ray.records import DatasetManifest, EvalReport, FileEntry
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 
@@ -46,12 +46,20 @@ class Example:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """What is evaluated: `folder` (and `adapter` on top of it) are published directories of the store."""
+    """What is evaluated: `folder` (and `adapter` on top of it) are published directories of the store, which hold exactly the
+    files that the records name."""
 
     id: str
     digest: str
     folder: str
+    files: tuple[FileEntry, ...]
     adapter: str = ""
+    adapter_files: tuple[FileEntry, ...] = ()
+
+    def fetch(self, store: Store) -> tuple[Path, Path | None]:
+        """Both folders on this machine, verified."""
+        adapter = store.fetch_dir(self.adapter, files=self.adapter_files) if self.adapter else None
+        return store.fetch_dir(self.folder, files=self.files), adapter
 
 
 def examples(store: Store, manifest: DatasetManifest, config: EvalConfig) -> list[Example]:
@@ -246,8 +254,7 @@ def evaluate(
 
     started = time.monotonic()
     torch.set_num_threads(max(1, int(config.cpus)))
-    folder = store.fetch_dir(subject.folder)
-    adapter = store.fetch_dir(subject.adapter) if subject.adapter else None
+    folder, adapter = subject.fetch(store)
     tokenizer = load_tokenizer_dir(folder)
     chats, labels = examples(store, manifest, config), label_set(store, manifest, config)
     shared = find_contamination(store, manifest, chats, config, config.contamination) if config.contamination else []

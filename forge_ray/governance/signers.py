@@ -15,6 +15,7 @@ from forge_ray.store import paths, signing
 from forge_ray.store.aliases import route_of
 from forge_ray.store.authority import ROLES, Authority, Policy, Signer, accepted_moves
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.exact import copy_file
 from forge_ray.store.signatures import record_path, sign_record
 
 
@@ -141,8 +142,6 @@ def sign(catalog: Catalog, reference: str) -> str:
 
 def export_signed(catalog: Catalog, reference: str, out: str) -> str:
     """Export the files of a model version to a new folder, with a `model.sig` that OpenSSF's model-signing verifies."""
-    import shutil
-
     from forge_ray.governance.verify import check_files
 
     key = signing.private_key()
@@ -153,9 +152,9 @@ def export_signed(catalog: Catalog, reference: str, out: str) -> str:
     folder, target = catalog.store.fetch_dir(paths.model(version.id), verify=False), Path(out).expanduser()
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{out} is not empty", hint="give another --out")
+    target.mkdir(parents=True, exist_ok=True)
     for entry in version.files:
-        (target / entry.path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / entry.path, target / entry.path)
+        copy_file(folder, entry.path, target)
     (target / "model.sig").write_bytes(signing.model_bundle(version.id, version.files, key))
     return str(target)
 

@@ -34,15 +34,15 @@ def check_files(store: Store, record: Record) -> str:
     """Compare a record's files with the digests in it, and say what was compared. Raises `StoreError` at the first
     difference."""
     if isinstance(record, ModelVersion):
-        verify_files(store.fetch_dir(paths.model(record.id), verify=False), record.files)
+        verify_files(store.fetch_dir(paths.model(record.id), verify=False, files=record.files), record.files)
         if files_digest(record.files) != record.files_digest:
             raise PolicyError(f"{record.id}: files_digest does not match its files", hint="the record was changed")
         return f"{len(record.files)} files"
     if isinstance(record, RunRecord):
-        verify_files(store.fetch_dir(paths.export(record.id), verify=False), record.export)
+        verify_files(store.fetch_dir(paths.export(record.id), verify=False, files=record.export), record.export)
         return f"{len(record.export)} files"
     if isinstance(record, DatasetManifest):
-        verify_files(store.fetch_dir(paths.dataset(record.id), verify=False), record.files)
+        verify_files(store.fetch_dir(paths.dataset(record.id), verify=False, files=record.files), record.files)
         return f"{len(record.files)} files"
     if isinstance(record, EvalReport):
         read_items(store, record)

@@ -16,6 +16,7 @@ from forge_ray.models.sandbox import refuse_bombs
 from forge_ray.records import ModelVersion, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.exact import path_inside
 from forge_ray.store.files import hash_dir, sha256_file
 
 __all__ = ["import_model", "refuse_unsafe"]
@@ -57,9 +58,9 @@ def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str
             for entry in hash_dir(source):
                 if is_quantised and (entry.path.endswith(".safetensors") or entry.path in ("config.json", INDEX)):
                     continue
-                target = folder / entry.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / entry.path, target)
+                copy = path_inside(folder, entry.path)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / entry.path, copy)
             if is_quantised:
                 dequantise(source, folder)
         else:

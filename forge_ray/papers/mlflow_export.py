@@ -129,7 +129,7 @@ def _register(catalog: Catalog, version: ModelVersion, exported: Exported, clien
 
 
 def _weights(store: Store, version: ModelVersion, run: str, client: Any) -> str:
-    client.log_artifacts(run, str(store.fetch_dir(paths.model(version.id))), f"models/{version.id}")
+    client.log_artifacts(run, str(store.fetch_dir(paths.model(version.id), files=version.files)), f"models/{version.id}")
     return f"runs:/{run}/models/{version.id}"
 
 

@@ -30,18 +30,9 @@ EVICT_WAIT_S = 30.0  # how long a request whose adapter must be loaded waits for
 
 
 def fetch_version(store: Store, version_id: str) -> tuple[ModelVersion, Path]:
-    """A model version's record and its files in a local folder, verified against the record."""
+    """A model version's record and a local folder of exactly its files, verified against the record."""
     version = ModelVersion.model_validate(store.read_json(paths.record("models", version_id)))
-    location = paths.model(version.id)
-    folder = store.fetch_dir(location)
-    stored = {entry.path: entry for entry in store.files(location)}
-    for entry in version.files:
-        if stored.get(entry.path) != entry:
-            raise StoreError(
-                f"{location}/{entry.path} is not the file that {version.id} names (sha256 {entry.sha256})",
-                hint="restore the folder from a backup, or import the model again",
-            )
-    return version, folder
+    return version, store.fetch_dir(paths.model(version.id), files=version.files)
 
 
 def end_token_ids(tokenizer: Any, model_dir: Path) -> tuple[int, ...]:

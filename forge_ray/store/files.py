@@ -23,6 +23,7 @@ import pyarrow.fs as pafs
 
 from forge_ray.errors import ConfigError, NotFound, StoreError
 from forge_ray.records import FileEntry, canonical_json
+from forge_ray.store.exact import copy_file, others, path_inside, refuse_others, require_same
 
 MANIFEST = "MANIFEST.json"
 CHUNK = 1 << 20
@@ -252,38 +253,63 @@ class Store:
         with self.staged_dir(relative) as target:
             folder = self.fetch_dir(source)
             for entry in self.files(source):
-                (target / entry.path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / entry.path, target / entry.path)
+                copy_file(folder, entry.path, target)
 
     def files(self, relative: str) -> tuple[FileEntry, ...]:
         """The manifest of a published directory."""
         listed = self.read_json(f"{relative}/{MANIFEST}")
-        return tuple(FileEntry.model_validate(entry) for entry in listed["files"])
+        try:
+            return tuple(FileEntry.model_validate(entry) for entry in listed["files"])
+        except (LookupError, TypeError, ValueError):
+            raise StoreError(f"{relative}/{MANIFEST} is not a list of files", hint=RESTORE) from None
 
     def is_published(self, relative: str) -> bool:
         return self.exists(f"{relative}/{MANIFEST}")
 
-    def fetch_dir(self, relative: str, verify: bool = True, progress: Callable[[int], None] | None = None) -> Path:
-        """A local folder with the published files, each checked against its sha256.
+    def fetch_dir(
+        self,
+        relative: str,
+        verify: bool = True,
+        progress: Callable[[int], None] | None = None,
+        files: tuple[FileEntry, ...] | None = None,
+        tolerated: frozenset[str] = frozenset(),
+    ) -> Path:
+        """A local folder with exactly the published files, each checked against its sha256. `files` are those of the
+        record that the folder belongs to: a manifest that lists others is refused, since nothing else authenticates it.
 
-        On a local store this is the folder itself; else a copy under the user's cache.
+        On a local store this is the folder itself; else a copy under the user's cache, of the listed files alone.
         """
-        files = self.files(relative)
+        listed = self.files(relative)
+        if files is not None:
+            require_same(f"{relative}/{MANIFEST}", listed, files)
         if self.is_local:
             folder = self.local(relative)
         else:
-            key = hashlib.sha256(f"{self.uri}/{relative}".encode()).hexdigest()[:16]
-            folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "forge_ray" / key
-            for entry in files:
-                target = folder / entry.path
-                if target.is_file() and target.stat().st_size == entry.size:
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(target.name + f".partial-{os.getpid()}")
+            folder = self._download(relative, listed)
+        if verify:
+            verify_files(folder, listed, progress, tolerated)
+        else:
+            refuse_others(folder, names_in(listed) | tolerated)
+        return folder
+
+    def _download(self, relative: str, files: tuple[FileEntry, ...]) -> Path:
+        """The listed files of a remote folder in the user's cache, and nothing else there."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "forge_ray"
+        folder = cache / hashlib.sha256(f"{self.uri}/{relative}".encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in others(folder, names_in(files)):  # of a version that the folder once held
+            path.unlink()
+        for entry in files:
+            target = path_inside(folder, entry.path)
+            if target.is_file() and target.stat().st_size == entry.size:
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = cache / f".partial-{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            try:
                 pafs.copy_files(self.path(f"{relative}/{entry.path}"), str(partial), source_filesystem=self._fs)
                 os.replace(partial, target)
-        if verify:
-            verify_files(folder, files, progress)
+            finally:
+                partial.unlink(missing_ok=True)
         return folder
 
 
@@ -306,10 +332,21 @@ def hash_dir(folder: Path) -> tuple[FileEntry, ...]:
     )
 
 
-def verify_files(folder: Path, files: tuple[FileEntry, ...], progress: Callable[[int], None] | None = None) -> None:
-    """Raise `StoreError` unless each file is there with the size and sha256 that its entry says."""
+def names_in(files: tuple[FileEntry, ...]) -> set[str]:
+    """What a published folder of these files holds."""
+    return {MANIFEST, *(entry.path for entry in files)}
+
+
+def verify_files(
+    folder: Path,
+    files: tuple[FileEntry, ...],
+    progress: Callable[[int], None] | None = None,
+    tolerated: frozenset[str] = frozenset(),
+) -> None:
+    """Raise `StoreError` unless each file is there with the size and sha256 that its entry says, and nothing else is."""
+    refuse_others(folder, names_in(files) | tolerated)
     for entry in files:
-        path = folder / entry.path
+        path = path_inside(folder, entry.path)
         size = path.stat().st_size if path.is_file() else -1
         if size != entry.size:
             raise StoreError(f"{path} has {size} bytes, its manifest says {entry.size}", hint=RESTORE)

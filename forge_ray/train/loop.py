@@ -75,7 +75,7 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
     planned_steps = num_steps(config, rows.num_rows)
     guards = open_guards(job, rows, order, planned_steps, context)
 
-    base = store.fetch_dir(paths.model(job.base.id), verify=not store.is_local)
+    base = store.fetch_dir(paths.model(job.base.id), files=job.base.files, verify=not store.is_local)
     method = method_of(job)
     model = load_for_training(base, config, job.precision, context.device, context.world_size, method.head)
     slices = Slices(model, rows.sequence_length, context, method.columns)

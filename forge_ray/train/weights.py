@@ -31,12 +31,12 @@ def verified(job: TrainJob, step: int) -> tuple[Position, Path]:
     if position is None or position.step != step:
         reason = reason or f"it is of step {position.step}"  # type: ignore[union-attr]
         raise StoreError(f"{relative} is not used: {reason}", hint="take another step")
-    return position, store.fetch_dir(relative, verify=not store.is_local)
+    return position, store.fetch_dir(relative, verify=not store.is_local, tolerated=checkpoint.NEVER_READ)
 
 
 def of_checkpoint(folder: Path, position: Position) -> dict[str, Tensor]:
-    """The trained weights in fp32 by their name in the model, on the CPU. The folder must have been verified: it is
-    unpickled here."""
+    """The trained weights in fp32 by their name in the model, on the CPU. No code of it runs: it is
+    read as data (`data_only`)."""
     if position.engine == "torch":
         state: dict[str, Tensor] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["weights"]
         return state
@@ -47,7 +47,7 @@ def load(job: TrainJob, step: int, device: torch.device) -> nn.Module:
     """The base model with the weights of that checkpoint, in the precision of the run and as one process holds it."""
     position, folder = verified(job, step)
     weights = of_checkpoint(folder, position)
-    base = job.store.fetch_dir(paths.model(job.base.id), verify=not job.store.is_local)
+    base = job.store.fetch_dir(paths.model(job.base.id), files=job.base.files, verify=not job.store.is_local)
     alone = job.config.model_copy(update={"engine": "torch", "zero_stage": 0})
     model = load_for_training(base, alone, job.precision, device, 1, method_of(job).head)
     with torch.no_grad():
@@ -65,5 +65,5 @@ def export_checkpoint(values: dict[str, Any], step: int, relative: str) -> str:
     model = load(job, step, torch.device("cpu"))
     chosen = trained(model) if job.config.adapter else list(model.named_parameters())
     weights = {name: parameter.detach() for name, parameter in chosen}
-    base = job.store.fetch_dir(paths.model(job.base.id), verify=not job.store.is_local)
+    base = job.store.fetch_dir(paths.model(job.base.id), files=job.base.files, verify=not job.store.is_local)
     return finish.export(job, model, weights, base, method_of(job).head, relative)

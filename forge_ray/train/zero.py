@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from forge_ray.config.train import Offload, TrainConfig
-from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.errors import ConfigError, TrainingError, first_line
 from forge_ray.train.engine import Write, trained
 from forge_ray.train.moe import block_classes
 
 TAG = "state"
+FORCE_DATA, FORBID_DATA = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def zero_config(config: TrainConfig, precision: str, world_size: int) -> dict[str, Any]:
@@ -89,6 +92,36 @@ def _writer(write: Write) -> Any:
     return Through()
 
 
+def plain_classes() -> list[Any]:
+    """The classes of DeepSpeed's whose instances its checkpoints hold; making one does nothing but set its fields."""
+    prepare_environment()
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextlib.contextmanager
+def data_only() -> Iterator[None]:
+    """Inside, `torch.load` reads tensors, plain values and `plain_classes`, and calls nothing else that a file names.
+    DeepSpeed asks torch for the opposite (`weights_only=False`); torch's own variable overrules the caller, here and in the
+    processes started inside."""
+    before = {name: os.environ.pop(name, None) for name in (FORCE_DATA, FORBID_DATA)}
+    os.environ[FORCE_DATA] = "1"
+    try:
+        with torch.serialization.safe_globals(plain_classes()):
+            yield
+    except pickle.UnpicklingError as error:
+        raise TrainingError(
+            f"a file of the checkpoint is not data alone: {first_line(error)}",
+            hint="it was changed, or another tool wrote it: remove that checkpoint; the one before is used",
+        ) from None
+    finally:
+        os.environ.pop(FORCE_DATA)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
 class ZeroEngine:
     """Stages 0 to 3 over the process group that is already there."""
 
@@ -142,6 +175,7 @@ class ZeroEngine:
 
     def save(self, folder: Path, write: Write) -> None:
         torch_engine, self.engine.checkpoint_engine = self.engine.checkpoint_engine, _writer(write)
+        self.engine._copy_recovery_script = lambda save_path: None  # scripts next to the files, which no manifest lists
         try:
             self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         finally:
@@ -150,7 +184,7 @@ class ZeroEngine:
     def reshard(self, folder: Path, target: Path) -> None:
         """DeepSpeed's universal checkpoint: one file per weight and optimizer state. Frozen weights are in neither; the base
         is held to its digest before."""
-        command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command = ["-m", "forge_ray.train.reshard", "--inject_missing_state"]
         paths = ["--input_folder", str(folder / TAG), "--output_folder", str(target / TAG)]
         done = subprocess.run([sys.executable, *command, *paths], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -159,7 +193,8 @@ class ZeroEngine:
     def load(self, folder: Path, resharded: bool = False) -> None:
         self.engine._config.load_universal_checkpoint = resharded
         # not strict: frozen weights are not in the checkpoint, the base model is loaded before
-        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        with data_only():
+            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if path is None:
             raise TrainingError(f"DeepSpeed could not load {folder}", hint="remove that checkpoint; the one before is used")
 
@@ -178,14 +213,18 @@ class ZeroEngine:
 
 def consolidated(folder: Path) -> dict[str, Tensor]:
     """The trained weights in fp32 out of what `ZeroEngine.save` wrote, at any stage and by any number of ranks; no process
-    group is needed. It unpickles: the folder must have been verified."""
+    group is needed. The files are read as data alone."""
     prepare_environment()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(contextlib.redirect_stderr(nowhere))
+        stack.enter_context(data_only())
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         if not list((folder / TAG).glob("*_optim_states.pt")):  # stage 0 in fp32: the model's own weights are the masters
             path = folder / TAG / "mp_rank_00_model_states.pt"
-            state = torch.load(path, map_location="cpu", weights_only=False)["module"]
+            state = torch.load(path, map_location="cpu", weights_only=True)["module"]
             return {name: value.float() for name, value in state.items()}
         weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
     return {name: value.float() for name, value in weights.items()}

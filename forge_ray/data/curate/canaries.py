@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from forge_ray.data.dataset.version import listed
 from forge_ray.errors import ConfigError
 from forge_ray.records import DatasetManifest
-from forge_ray.store import paths
 from forge_ray.store.files import Store
 
 MARK = "canary-"
@@ -92,7 +92,7 @@ def _checksum(name: str) -> str:
 
 def find(store: Store, manifest: DatasetManifest, split: str) -> Iterator[Canary]:
     """Every canary among the records of a split."""
-    for path in store.list(paths.records(manifest.id, split)):
+    for path in listed(store, manifest, f"records/{split}"):
         with store.filesystem.open_input_file(store.path(path)) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(4096, columns=["record", "content"]):
                 for row in batch.filter(pc.match_substring(batch.column("content"), MARK)).to_pylist():

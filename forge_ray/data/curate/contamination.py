@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from forge_ray.config.release import Contamination
 from forge_ray.data.curate.decontaminate import marks
+from forge_ray.data.dataset.version import listed
 from forge_ray.data.record.schema import DataRecord, texts
 from forge_ray.records import DatasetManifest
-from forge_ray.store import paths
 from forge_ray.store.files import Store
 
 BATCH_ROWS = 512
@@ -28,7 +28,7 @@ MIN_TEMPLATE_ROWS = 3  # what fewer rows share is never taken for the wording of
 
 def stream_records(store: Store, manifest: DatasetManifest, split: str) -> Iterator[dict[str, Any]]:
     """`record`, `kind`, `source`, `content` (decoded) of every record of a split; memory holds a batch of them."""
-    for path in store.list(paths.records(manifest.id, split)):
+    for path in listed(store, manifest, f"records/{split}"):
         with store.filesystem.open_input_file(store.path(path)) as stream:
             columns = ["record", "kind", "source", "content"]
             for batch in pq.ParquetFile(stream).iter_batches(BATCH_ROWS, columns=columns):

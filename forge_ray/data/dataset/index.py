@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from forge_ray.config.data import Splits
 from forge_ray.data.dataset.sorted_numbers import Sorted, Uint64s, write_sorted
 from forge_ray.data.dataset.stream import Rows
-from forge_ray.data.dataset.version import SPLITS, shuffle_key, split_of
+from forge_ray.data.dataset.version import SPLITS, listed, shuffle_key, split_of
 from forge_ray.data.record.schema import RECORD_HEX
 from forge_ray.errors import ConfigError, DataError, ForgeError, StoreError
 from forge_ray.records import DatasetManifest, canonical_json
@@ -136,7 +136,7 @@ def of_subject(store: Store, manifest: DatasetManifest, subject: str) -> list[st
 
 
 def _dropped_of(store: Store, manifest: DatasetManifest, subject: str) -> Iterator[str]:
-    for path in store.list(paths.dataset(manifest.id, "dropped")):
+    for path in listed(store, manifest, "dropped"):
         with store.filesystem.open_input_file(store.path(path)) as stream:
             knows = "subject" in pq.read_schema(stream).names  # versions from before do not say whose a dropped row was
         if knows:
@@ -194,7 +194,7 @@ def _dropped(store: Store, manifest: DatasetManifest, column: str, records: list
     """Rows of dropped/ whose `record`, or the one that stays for them (`kept`), is one of `records`."""
     columns, rows = ["record", "reason", "file", "line", "offset"], []
     ends = pa.array([f" of {record}" for record in records])
-    for path in store.list(paths.dataset(manifest.id, "dropped")):
+    for path in listed(store, manifest, "dropped"):
         table = pq.read_table(store.path(path), columns=columns, filesystem=store.filesystem)
         if column == "kept":
             matches = pc.is_in(pc.utf8_slice_codeunits(table.column("reason"), -len(f" of {records[0]}")), value_set=ends)
@@ -267,7 +267,7 @@ def _read(store: Store, manifest: DatasetManifest) -> tuple[Uint64s, Uint64s, li
     packed_ids = np.unique(packed >> np.uint64(BLOCK_BITS))
     entries, subjects, parts, number = [packed], [np.zeros(0, np.uint64)], [], 0
     for split in SPLITS:
-        for path in store.list(paths.records(manifest.id, split)):
+        for path in listed(store, manifest, f"records/{split}"):
             table = pq.read_table(store.path(path), columns=["record", "subject"], filesystem=store.filesystem)
             ids = _digits(table.column("record"), len("rec_"), RECORD_DIGITS)
             if split == "train":
@@ -297,7 +297,7 @@ def _packed(store: Store, manifest: DatasetManifest) -> Iterator[Uint64s]:
     if "train" not in manifest.splits:
         return
     block_rows, shift, row = manifest.splits["train"].block_rows, _shift(manifest), 0
-    for path in store.list(paths.packed(manifest.id, "train")):
+    for path in listed(store, manifest, "packed/train"):
         with store.filesystem.open_input_file(store.path(path)) as stream:
             entries = [np.zeros(0, np.uint64)]
             for batch in pq.ParquetFile(stream).iter_batches(BATCH_ROWS, columns=["records"]):
@@ -310,7 +310,7 @@ def _packed(store: Store, manifest: DatasetManifest) -> Iterator[Uint64s]:
 
 
 def _of_dropped(store: Store, manifest: DatasetManifest) -> Iterator[Uint64s]:
-    for path in store.list(paths.dataset(manifest.id, "dropped")):
+    for path in listed(store, manifest, "dropped"):
         table = pq.read_table(store.path(path), columns=["record", "reason"], filesystem=store.filesystem)
         yield _entries(_digits(table.column("record"), len("rec_"), RECORD_DIGITS), DROPPED)
         kept = pc.struct_field(pc.extract_regex(table.column("reason"), DUPLICATE.pattern), "kept")

@@ -26,7 +26,7 @@ from forge_ray.config.data import DataConfig, Splits
 from forge_ray.data.record.schema import RECORD_HEX
 from forge_ray.data.tokens.chat import load_tokenizer_dir
 from forge_ray.data.tokens.template import ChatTokenizer
-from forge_ray.errors import NotFound
+from forge_ray.errors import NotFound, StoreError
 from forge_ray.models.model_files import mistral_tokenizer, require_mistral_common
 from forge_ray.records import DatasetManifest, ModelVersion, digest
 from forge_ray.store import paths
@@ -125,9 +125,22 @@ def content_digest(table: pa.Table) -> str:
     return hasher.hexdigest()
 
 
+def listed(store: Store, manifest: DatasetManifest, name: str) -> list[str]:
+    """The files of one folder of a dataset version, sorted. Raises `StoreError` where they are not those that its record
+    names: a file more would be read as if it belonged to it. A version whose rows were erased has none."""
+    there = store.list(paths.dataset(manifest.id, name))
+    named = {paths.dataset(manifest.id, entry.path) for entry in manifest.files if entry.path.rpartition("/")[0] == name}
+    if manifest.files and there and (different := sorted(named.symmetric_difference(there))):
+        raise StoreError(
+            f"{different[0]} is {'missing' if different[0] in named else 'not one of the files'} of {manifest.id}",
+            hint="restore it from a backup" if different[0] in named else "remove it",
+        )
+    return there
+
+
 def records(store: Store, manifest: DatasetManifest, split: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The records of a split, part after part, each sorted by key."""
-    for path in store.list(paths.records(manifest.id, split)):
+    for path in listed(store, manifest, f"records/{split}"):
         yield pq.read_table(store.path(path), filesystem=store.filesystem, columns=columns)
 
 
@@ -139,7 +152,7 @@ def read_records(store: Store, manifest: DatasetManifest, split: str) -> list[di
 
 def first_records(store: Store, manifest: DatasetManifest, split: str, count: int) -> list[dict[str, Any]]:
     """A few records of a split in the order that is on disk, without reading the rest."""
-    for path in store.list(paths.records(manifest.id, split))[:1]:
+    for path in listed(store, manifest, f"records/{split}")[:1]:
         with store.filesystem.open_input_file(store.path(path)) as stream:
             return [_decoded(row) for row in pq.ParquetFile(stream).read_row_group(0).slice(0, count).to_pylist()]
     return []
@@ -159,7 +172,7 @@ def find_record(store: Store, manifest: DatasetManifest, record: str) -> dict[st
 
 
 def _find(store: Store, manifest: DatasetManifest, split: str, key: int, record: str) -> dict[str, Any] | None:
-    files = store.list(paths.records(manifest.id, split))
+    files = listed(store, manifest, f"records/{split}")
     if not files:
         return None
     path = files[key * len(files) >> 64]  # the parts divide the keys evenly
@@ -173,7 +186,7 @@ def find_subject(store: Store, manifest: DatasetManifest, subject: str) -> list[
     """Every record whose subject key is `subject` (see `subject.subject_digest`), with its split."""
     rows = []
     for split in SPLITS:
-        for path in store.list(paths.records(manifest.id, split)):
+        for path in listed(store, manifest, f"records/{split}"):
             table = pq.read_table(store.path(path), filesystem=store.filesystem, filters=pc.field("subject") == subject)
             rows += [{**_decoded(row), "split": split} for row in table.to_pylist()]
     return rows
