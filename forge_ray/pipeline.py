@@ -133,7 +133,8 @@ def train_on(
             connect()
         if not store.exists(paths.result(identifier)):
             refuse_impossible(config, store, precision, base, manifest, identifier)
-        store.fetch_dir(paths.dataset(manifest.id), files=manifest.files)  # every byte is checked before a GPU hour is spent on it
+        # every byte is checked before a GPU hour is spent on it
+        store.fetch_dir(paths.dataset(manifest.id), files=manifest.files)
         job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
         run_folder.write_config(store, identifier, config)
         report_reach(store, identifier, base, config.train.adapter)

@@ -46,8 +46,8 @@ class Example:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """What is evaluated: `folder` (and `adapter` on top of it) are published directories of the store, which hold exactly the
-    files that the records name."""
+    """What is evaluated: `folder` (and `adapter` on top of it) are published directories of the store, which hold exactly
+    the files that the records name."""
 
     id: str
     digest: str

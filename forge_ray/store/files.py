@@ -282,10 +282,7 @@ class Store:
         listed = self.files(relative)
         if files is not None:
             require_same(f"{relative}/{MANIFEST}", listed, files)
-        if self.is_local:
-            folder = self.local(relative)
-        else:
-            folder = self._download(relative, listed)
+        folder = self.local(relative) if self.is_local else self._download(relative, listed)
         if verify:
             verify_files(folder, listed, progress, tolerated)
         else:

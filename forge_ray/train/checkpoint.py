@@ -1,5 +1,5 @@
-"""Resumable checkpoints: which one is used, and when. Verified before anything is read, and read as data alone: no code that a
-file names is called. `saving` writes them.
+"""Resumable checkpoints: which one is used, and when. Verified before anything is read, and read as data alone: no code that
+a file names is called. `saving` writes them.
 
     runs/<id>/checkpoints/step-00000120/{engine files…, rng-00000.pt, MANIFEST.json}
 

@@ -1,5 +1,5 @@
-"""`python -m forge_ray.train.reshard --input_folder A --output_folder B`: DeepSpeed's converter to universal checkpoints, which
-reads the files as data alone. `ZeroEngine.reshard` starts it."""
+"""`python -m forge_ray.train.reshard --input_folder A --output_folder B`: DeepSpeed's converter to universal checkpoints,
+which reads the files as data alone. `ZeroEngine.reshard` starts it."""
 
 from __future__ import annotations
 

@@ -173,6 +173,32 @@ def test_checkpoint_is_verified_before_unpickling(run: Run, finished: TrainJob, 
     assert canary.exists()  # the control: it does what it says
 
 
+def test_checkpoint_whose_manifest_was_remade_runs_nothing(run: Run, finished: TrainJob, tmp_path: Path) -> None:
+    """A manifest has its own digest, which anybody can compute: what it lists is read as data alone."""
+    job, canary = stopped_at_four(finished, run, "remade"), tmp_path / "canary"
+    folder = folder_of(job, 4)
+    for path in (folder / "state").glob("*.pt"):
+        torch.save(Plant(canary), path)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    del manifest["digest"]
+    manifest["files"] = [entry.model_dump() for entry in hash_dir(folder)]
+    (folder / MANIFEST).write_bytes(canonical_json(manifest | {"digest": digest(manifest)}))
+    run(job, expect=1, says="is not data alone")
+    assert not canary.exists()
+
+
+def test_checkpoint_with_an_unlisted_file_is_skipped(run: Run, finished: TrainJob) -> None:
+    job = stopped_at_four(finished, run, "added")
+    folder = folder_of(job, 4)
+    listed = {entry["path"] for entry in json.loads((folder / MANIFEST).read_bytes())["files"]}
+    assert {entry.path for entry in hash_dir(folder)} == listed  # DeepSpeed's scripts are not written
+    (folder / "zero_to_fp32.py").write_text("of a checkpoint of an earlier version")
+    extra = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shutil.copy(folder / "state" / "mp_rank_00_model_states.pt", folder / "state" / extra)
+    assert f"{extra} is not listed in its manifest" in run(job)
+    assert first_steps(job) == [0, 2]
+
+
 def test_checkpoint_of_another_run_is_skipped(run: Run, jobs: Jobs, finished: TrainJob) -> None:
     job = stopped_at_four(finished, run, "other-config")
     other = replace(job, config=job.config.model_copy(update={"seed": 7}))
