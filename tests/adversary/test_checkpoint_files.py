@@ -85,7 +85,7 @@ def test_planted_checkpoint_of_unpartitioned_weights_runs_nothing(tmp_path: Path
 def test_conversion_to_other_numbers_of_workers_runs_nothing(tmp_path: Path) -> None:
     folder, canary = zero_checkpoint(tmp_path / "step"), tmp_path / "canary"
     torch.save(Plant(canary), folder / TAG / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    with pytest.raises(TrainingError, match=r"Weights only load failed|not data alone|DeepSpeed's converter says"):
+    with pytest.raises(TrainingError, match="is not data alone"):
         ZeroEngine.reshard(object.__new__(ZeroEngine), folder, tmp_path / "target")
     assert not canary.exists()
 
