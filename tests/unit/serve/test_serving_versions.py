@@ -189,8 +189,10 @@ def test_a_changed_file_is_refused_even_with_a_manifest_that_fits_it(tmp_path: P
     version = publish(store, "full", b"base")
     with store.staged_dir(f"models/{version.id}") as folder:
         (folder / "weights.safetensors").write_bytes(b"evil")
-    with pytest.raises(StoreError, match="is not the file that"):
+    with pytest.raises(StoreError, match=r"does not list the files of its record: weights\.safetensors differs"):
         fetch_version(store, version.id)
+    with store.staged_dir(f"models/{version.id}") as folder:
+        (folder / "weights.safetensors").write_bytes(b"base")
     (tmp_path / "models" / version.id / "weights.safetensors").write_bytes(b"torn!")
     with pytest.raises(StoreError, match="its manifest says"):
         fetch_version(store, version.id)
