@@ -33,6 +33,13 @@ def top() -> None:
 @click.option("--tries", default=20, show_default=True, help="Attempts per request, including the first.")
 @click.option("--retry-s", default=30.0, show_default=True, help="Stop retrying this many seconds after the first failure.")
 @click.option("--max-body-bytes", default=16 << 20, show_default=True, help="Answer larger requests with 413.")
+@click.option(
+    "--max-held-bytes", default=512 << 20, show_default=True, help="Bytes of bodies held at once; a quarter for one caller."
+)
+@click.option("--max-connections", default=2048, show_default=True, help="Client connections at once.")
+@click.option(
+    "--max-connections-per-address", default=512, show_default=True, help="Those of one address; raise it behind a proxy."
+)
 @click.option("--drain-s", default=300.0, show_default=True, help="Seconds for running requests to finish after SIGTERM.")
 def gateway(store: Store, as_json: bool, to: tuple[str, ...], **settings: Any) -> Any:
     """Run a reverse proxy that retries requests when replicas fail.

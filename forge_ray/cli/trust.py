@@ -280,6 +280,7 @@ def verify(store: Store, as_json: bool, what: str, keys: tuple[str, ...]) -> Any
     with Catalog.read_only(store) as index:
         authority = verifying.trusting(index.authority(), trusted)
         checked = verifying.verify_record(index, resolve(index, what), authority)
+        checked = verifying.requiring(checked, trusted)
     if not as_json:
         rows = [(one.id, one.what, ", ".join(one.signed_by) or "-", one.problem or "ok") for one in checked]
         print_table("Verified", ("record", "what", "signed by", ""), rows)

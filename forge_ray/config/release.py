@@ -338,6 +338,11 @@ class DeployConfig(Config):
     )
     host: str = Field("127.0.0.1", description="Address to listen on; the default is reachable from this machine only")
     port: int = Field(8000, ge=1, le=65535, description="TCP port to listen on")
+    hosts: tuple[str, ...] = Field(
+        (),
+        description="Without API keys: further names, besides this machine's loopback ones, that requests may have in `Host`"
+        " and `Origin`",
+    )
     auth: Literal["auto", "keys", "none"] = Field(
         "auto", description="API keys: `keys` requires one, `none` does not, `auto` does unless `host` is a loopback address"
     )
@@ -349,7 +354,12 @@ class DeployConfig(Config):
 
     @property
     def needs_keys(self) -> bool:
-        return self.auth == "keys" or (self.auth == "auto" and self.host not in ("127.0.0.1", "localhost", "::1"))
+        return self.auth == "keys" or (self.auth == "auto" and not self.is_loopback)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches `host`."""
+        return self.host in ("127.0.0.1", "localhost", "::1")
 
     @model_validator(mode="after")
     def _names_are_names(self) -> Self:

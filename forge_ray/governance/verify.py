@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,15 @@ def trusting(authority: Authority, keys: list[signing.PublicKey]) -> Authority:
         for key in keys
     }
     return authority.model_copy(update={"signers": signers})
+
+
+def requiring(checked: list[Checked], keys: list[signing.PublicKey]) -> list[Checked]:
+    """The same results, where the first record, which was asked for, has a problem unless one of `keys` signed it."""
+    first = checked[0]
+    if not keys or first.problem or first.signed_by:
+        return checked
+    names = ", ".join(signing.key_id(key) for key in keys)
+    return [replace(first, problem=f"it is not signed by any of the keys that --key names ({names})"), *checked[1:]]
 
 
 def verify_path(path: Path, keys: list[signing.PublicKey]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from forge_ray.errors import EngineError, RequestError, first_line
+from forge_ray.errors import RequestError, first_line
 
 MAX_GRAMMARS = 64  # compiled schemas kept; a product has a handful
 MAX_SCHEMA_CHARS = 1 << 16
@@ -81,9 +81,9 @@ class Matcher:
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Advance by the drawn `token_id`; `EngineError` when the grammar has no such step (too complex, or a bug)."""
+        """Advance by the drawn `token_id`; `RequestError` when the grammar has no such step (too complex)."""
         if token_id not in self._stop_token_ids and not self._matcher.consume_token(token_id):
-            raise EngineError(f"the grammar failed: {self._matcher.get_error()}", hint="simplify the schema")
+            raise RequestError(f"json_schema: the grammar failed: {self._matcher.get_error()}", hint="simplify the schema")
 
 
 def load_grammars(model_dir: Path, vocab_size: int) -> Grammars | str:

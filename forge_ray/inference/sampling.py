@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from forge_ray.errors import EngineError
+from forge_ray.errors import EngineError, RequestError
 from forge_ray.inference.engine import GenerationRequest, Token
 from forge_ray.inference.grammar import Matcher
 
@@ -34,6 +34,7 @@ class Drawing:
     counts: Counter[int] = field(default_factory=Counter)
     tokens: list[Token] = field(default_factory=list)  # with `num_logprobs` only
     error: str = ""
+    is_request_error: bool = False  # what failed is the request's own doing
 
     def __deepcopy__(self, memo: object) -> Drawing:
         """Shared with the copy: a preempted request is copied and continues with the same state."""
@@ -77,7 +78,7 @@ def draw(logits: torch.Tensor, drawings: Sequence[Drawing], positions: Sequence[
             try:
                 tokens[row] = draw_one(logits[row].float(), drawing, position)
             except (RuntimeError, ValueError) as error:  # EngineError is one
-                drawing.error = str(error)
+                drawing.error, drawing.is_request_error = str(error), isinstance(error, RequestError)
     return tokens
 
 
@@ -94,7 +95,7 @@ def draw_one(logits: torch.Tensor, drawing: Drawing, position: int) -> int:
     if drawing.grammar is not None:
         allowed = drawing.grammar.allowed()
         if not bool(allowed.any()):
-            raise EngineError("the grammar allows no token", hint="simplify the schema")
+            raise RequestError("json_schema: no value conforms to the schema, or to a part of it", hint="change the schema")
         scores = scores.masked_fill(~allowed.to(scores.device), float("-inf"))
     if request.logit_bias:
         ids, values = zip(*request.logit_bias, strict=True)

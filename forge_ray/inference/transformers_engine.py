@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from forge_ray.config.release import EngineConfig
-from forge_ray.errors import EngineError
+from forge_ray.errors import EngineError, RequestError
 from forge_ray.inference.adapters import Adapters, Lora, read_adapter
 from forge_ray.inference.batching import Batching, request_name
 from forge_ray.inference.embedding import MAX_INPUTS, mean_states
@@ -323,7 +323,8 @@ class TransformersEngine:
                 continue
             result: GenerationOutput | EngineError = item
             if failed:
-                result = EngineError(pending.drawing.error, hint="send the request again, or another one")
+                kind = RequestError if pending.drawing.is_request_error else EngineError
+                result = kind(pending.drawing.error, hint="send the request again, or another one")
                 self._batching.cancel_request(name)
             if pending.loop is None:
                 pending.queue.put(result)

@@ -6,6 +6,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +16,8 @@ from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.routing import RoutingInputs
 
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s/@:?#\[\]]+)(?::\d{1,5})?")
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
@@ -32,6 +35,54 @@ def authenticated(headers: Mapping[str, str], keys: Mapping[str, ApiKey], now: d
     if problem := key.refusal(now):
         raise _unauthorised(problem, "invalid_token")
     return key
+
+
+def check_single_key(scope: Mapping[str, Any]) -> None:
+    """`ApiError` 401 where a request carries the same credential header twice: two servers on its way may read different
+    ones."""
+    names = [name.lower() for name, _ in scope["headers"]]
+    for name in ("authorization", "x-api-key"):
+        if (count := names.count(name.encode())) > 1:
+            raise _unauthorised(f"the request has {count} {name} headers: send one", "invalid_request")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What requests to an endpoint without keys must name, so that no web page works with it from a user's browser.
+
+    `names`: those allowed besides this machine's loopback names, with any port. `check_host`: whether `Host` is checked
+    too; only where nothing but loopback reaches the endpoint.
+    """
+
+    names: tuple[str, ...] = ()
+    check_host: bool = True
+
+    def allows(self, authority: str) -> bool:
+        """Whether `authority` (`name` or `name:port`) is one of them."""
+        return bool(match := AUTHORITY.fullmatch(authority.strip())) and match[1].lower().rstrip(".") in {
+            *LOOPBACK,
+            *(name.lower() for name in self.names),
+        }
+
+
+def check_site(scope: Mapping[str, Any], site: Site) -> None:
+    """`ApiError` where the request names another host (421), comes from a page of another origin (403), or is a POST that a
+    page may send without asking (415: its content is not `application/json`)."""
+    headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+    remedy = "; add the name to the deployment's `hosts`, or require keys (`auth: keys`)"
+    for name, value in headers:
+        if name == "origin" and not site.allows(value.partition("://")[2]):
+            raise ApiError(403, f"the origin {value[:100]!r} may not use this endpoint{remedy}", code="foreign_origin")
+        if site.check_host and name in ("host", "x-forwarded-host"):
+            foreign = [part for part in value.split(",") if not site.allows(part)]
+            if foreign:
+                raise ApiError(
+                    421, f"{name} {foreign[0].strip()[:100]!r} is not a name of this endpoint{remedy}", code="foreign_host"
+                )
+    kinds = [value.partition(";")[0].strip().lower() for name, value in headers if name == "content-type"]
+    if scope["method"] == "POST" and kinds != ["application/json"]:
+        rule = f"content-type is {', '.join(kinds)[:100] or 'not given'}: send application/json"
+        raise ApiError(415, rule, code="unsupported_media_type")
 
 
 def scope_of(path: str) -> str:

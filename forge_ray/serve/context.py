@@ -6,10 +6,12 @@ served may change between two requests, never within one.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from forge_ray.config.release import DeployConfig
 from forge_ray.serve.keys import ApiKey
@@ -46,6 +48,14 @@ class Caller:
     completion_tokens: int = 0
     first_token_s: float | None = None
     admission: Admission | None = None  # until it is closed
+    address: str = ""
+    lease: str = ""  # names the request in the counters of its key's limits
+    settle: Callable[[int], None] | None = None  # reports the tokens used to these counters; None once that is done
+
+    @property
+    def holder(self) -> str:
+        """Whose share of the endpoint the request takes: the key's, or the address's where no key is required."""
+        return self.key.id if self.key is not None else self.address
 
 
 class Directory(Protocol):
@@ -87,12 +97,31 @@ async def admit_all(caller: Caller, chosen: Chosen, prompt_tokens: int, max_new_
     return Unmetered()
 
 
+Count = Callable[[Caller, int], Awaitable[None]]
+
+
+async def count_nothing(caller: Caller, tokens: int) -> None:
+    return None
+
+
+class Turns:
+    """One piece of work at a time for each caller, so that work of one waits for its own and not for that of others."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def of(self, holder: str) -> asyncio.Lock:
+        """The caller's lock; it lives as long as somebody holds it or waits for it."""
+        return self._locks.setdefault(holder, asyncio.Lock())
+
+
 @dataclass(frozen=True)
 class ServingContext:
     """Everything that answering a request needs.
 
     `admit(caller, chosen, prompt_tokens, max_new_tokens)` grants or raises `ApiError` (403, 404, 429). `exposition` gives
-    the metrics of all replicas where a coordinator collects them.
+    the metrics of all replicas where a coordinator collects them. `count(caller, tokens)` counts the request under the
+    limits of the caller's key, before it is tokenised with 0 tokens, or raises `ApiError` 429.
     """
 
     config: DeployConfig
@@ -101,5 +130,9 @@ class ServingContext:
     metrics: Metrics
     admit: Admit = admit_all
     exposition: Callable[[], Awaitable[str]] | None = None
-    # Templates and tokenisation run here, off the event loop; one thread, for tokenizers are not thread-safe
+    count: Count = count_nothing
+    # Templates and tokenisation run off the event loop; long texts in a thread of their own, so that short ones do not wait
     tokenising: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenising"))
+    long_texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "long-texts"))
+    embedding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "embedding"))
+    turns: Turns = field(default_factory=Turns)

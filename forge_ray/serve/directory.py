@@ -119,15 +119,33 @@ class ReplicaDirectory:
         return labels
 
     def cards(self, caller: Caller) -> list[dict[str, Any]]:
-        table = self.current.table
-        cards = [_card(name, table.versions[route.stable], table, route) for name, route in self._routes(table)]
-        return cards + [
-            _card(version.id, version, table) for version in table.versions.values() if version.id not in table.archived
+        snapshot, sees_routes = self.current, caller.key is not None and "admin" in caller.key.scopes
+        table = snapshot.table
+        cards = [
+            _card(name, table.versions[route.stable], route if sees_routes else None)
+            for name, route in self._routes(table)
+            if _can_answer(snapshot, route)
         ]
+        hidden = {*table.archived, *(() if sees_routes else _helpers(table))}
+        return cards + [_card(version.id, version) for version in table.versions.values() if version.id not in hidden]
 
     @staticmethod
     def _routes(table: Table) -> list[tuple[str, AliasRoute]]:
         return [(name, route) for name, route in table.routes.items() if route.stable in table.versions]
+
+
+def _can_answer(snapshot: Snapshot, route: AliasRoute) -> bool:
+    """Whether anything answers for an alias: its stable version is not archived, or the fallback is there."""
+    has_fallback = route.fallback == "base" and snapshot.table.base_of(route) in snapshot.loaded
+    return route.stable not in snapshot.table.archived or has_fallback
+
+
+def _helpers(table: Table) -> set[str]:
+    """Versions that only work behind aliases, as shadow or classifier: no answer that a client sees is theirs."""
+    routes = table.routes.values()
+    helpers = {name for route in routes for name in (*route.shadow, *(rule.classifier for rule in route.rules))}
+    answering = {name for route in routes for name in (*route.versions, *(rule.to for rule in route.rules))}
+    return helpers - answering - {version.base for version in table.versions.values()}
 
 
 def _by_route(snapshot: Snapshot, name: str, route: AliasRoute, version: str) -> tuple[Loaded, str]:
@@ -160,8 +178,9 @@ async def _answer(engine: Engine, loaded: Loaded, prompt_ids: tuple[int, ...]) -
     return str(loaded.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _card(name: str, version: ServedVersion, table: Table, route: AliasRoute | None = None) -> dict[str, Any]:
-    """OpenAI's model object, with what the answers come from: version, base, dataset, run."""
+def _card(name: str, version: ServedVersion, route: AliasRoute | None = None) -> dict[str, Any]:
+    """OpenAI's model object, with what the answers come from: version, base, dataset, run; and the route, for who may see
+    it."""
     card = {
         "id": name,
         "object": "model",

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,20 @@ from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.serve.context import Caller, ServingContext
 from forge_ray.serve.fields import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from forge_ray.serve.limits import end_counting
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.prologue import admitted, caller_of, routed, tokenise
+from forge_ray.serve.prologue import admitted, begun, caller_of, routed, tokenised
 from forge_ray.serve.prompt import Prompt, chat_ids, ids_of
 from forge_ray.serve.reply import answered_by
+from forge_ray.serve.statuses import CLIENT_CLOSED
+from forge_ray.serve.streams import ClientGone, unless_gone
+
+MAX_BATCH = 16  # inputs of one forward pass, and tokens with their padding
+MAX_BATCH_TOKENS = 4096
+LONGEST_PAUSE_S = 1.0
+
+Ids = tuple[int, ...]
 
 
 async def embed(context: ServingContext, request: Request, body: EmbeddingRequest) -> Response:
@@ -32,12 +41,18 @@ async def embed(context: ServingContext, request: Request, body: EmbeddingReques
     num_tokens = sum(len(prompt.ids) for prompt in prompts)
     started = time.monotonic()
     admission = await admitted(context, caller_of(request), chosen, num_tokens, 0, started)
-    status = 503
+    status, num_embedded = 503, 0
+    vectors: list[list[float]] = []
     try:
-        vectors = await asyncio.to_thread(loaded.engine.embed, [prompt.ids for prompt in prompts], loaded.adapter)
+        for batch in _batches(prompts):
+            num_embedded += sum(map(len, batch))
+            vectors += await unless_gone(request, _embedded(context, caller_of(request), loaded, batch))
         status = 200
+    except (ClientGone, asyncio.CancelledError):
+        status = CLIENT_CLOSED
+        raise
     finally:
-        admission.close(num_tokens, 0, status)
+        admission.close(num_embedded, 0, status)
         context.metrics.finished(chosen.name, loaded.version, time.monotonic() - started, status)
     embeddings = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
@@ -55,10 +70,40 @@ async def embed(context: ServingContext, request: Request, body: EmbeddingReques
     return JSONResponse(content, headers=answered_by(chosen))
 
 
-async def tokenize(context: ServingContext, caller: Caller, body: TokenizeRequest) -> Response:
-    """vLLM's /tokenize, with the stable version's tokenizer and template."""
+async def _embedded(context: ServingContext, caller: Caller, loaded: Loaded, batch: list[Ids]) -> list[list[float]]:
+    """The batch's vectors. Generation stands still meanwhile, so that afterwards it has as long for itself, if it has
+    work."""
+    loop = asyncio.get_running_loop()
+    async with context.turns.of(f"{caller.holder} embeds"):
+        started = time.monotonic()
+        vectors = await loop.run_in_executor(context.embedding, loaded.engine.embed, batch, loaded.adapter)
+        health = loaded.engine.health()
+        if health.num_running or health.num_waiting:
+            await asyncio.sleep(min(LONGEST_PAUSE_S, time.monotonic() - started))
+        return vectors
+
+
+def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Ids]]:
+    """Consecutive inputs that one forward pass embeds; between two, other work has its turn, and a client may have left."""
+    batch: list[Ids] = []
+    for prompt in prompts:
+        longest = max(map(len, [*batch, prompt.ids]))
+        if batch and (len(batch) == MAX_BATCH or longest * (len(batch) + 1) > MAX_BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(prompt.ids)
+    if batch:
+        yield batch
+
+
+async def tokenize(context: ServingContext, request: Request, body: TokenizeRequest) -> Response:
+    """vLLM's /tokenize, with the stable version's tokenizer and template. It counts as its tokens do in a prompt."""
+    caller = caller_of(request)
     loaded = context.directory.stable(body.model, caller)
-    ids = await tokenise(context, loaded, _ids, body)
+    size = await begun(context, caller, loaded, body)
+    ids = await tokenised(context, request, loaded, _ids, body, size)
+    await context.count(caller, len(ids))
+    end_counting(caller, len(ids))
     names = [loaded.tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in ids]
     return JSONResponse(
         {
@@ -70,11 +115,15 @@ async def tokenize(context: ServingContext, caller: Caller, body: TokenizeReques
     )
 
 
-async def detokenize(context: ServingContext, caller: Caller, body: DetokenizeRequest) -> Response:
-    """vLLM's /detokenize: special tokens by their names."""
+async def detokenize(context: ServingContext, request: Request, body: DetokenizeRequest) -> Response:
+    """vLLM's /detokenize: special tokens by their names. It counts as `tokenize` does."""
+    caller = caller_of(request)
     loaded = context.directory.stable(body.model, caller)
+    await begun(context, caller, loaded, body)
     ids = ids_of(loaded.tokenizer, body.tokens, "tokens")
-    text = await tokenise(context, loaded, _text, ids)
+    await context.count(caller, len(ids))
+    text = await tokenised(context, request, loaded, _text, ids, len(ids))
+    end_counting(caller, len(ids))
     return JSONResponse({"prompt": text})
 
 

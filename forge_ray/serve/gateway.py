@@ -4,16 +4,19 @@
 
 Requests are safe to retry: generating has no side effects. The gateway holds a request as a whole, and an answer until it is
 complete unless it streams. A stream that has begun cannot be retried; it ends with an error event.
+
+Its memory is bounded (`connections`): `max_held_bytes` for bodies, and 64 KiB of a head and two reads of at most 256 KiB for
+each of `max_connections`. A body of more than `UNCHECKED` bytes is held only once an endpoint has accepted its key.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import json
 import logging
 import random
-import secrets
 import signal
 import socket
 import ssl
@@ -32,9 +35,13 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from yarl import URL
 
 from forge_ray.errors import ConfigError
+from forge_ray.serve.access import request_id_of
+from forge_ray.serve.connections import BoundedServer, Buffer, CheckedKeys, ConnectionLimits, Held
 from forge_ray.serve.statuses import CLIENT_CLOSED
 
 REPLICA_HEADER = "x-forge-deployment"  # every answer of a replica has it; a 5xx without it comes from a proxy in between
+CREDENTIALS = ("authorization", "x-api-key")
+CLOSING = (400, 401, 408, 413, 429)  # where the rest of the body is not read
 RETRIED = frozenset({500, 502, 503, 504})
 HOP_BY_HOP = frozenset(
     {
@@ -50,6 +57,7 @@ HOP_BY_HOP = frozenset(
     }
 )
 MAX_HELD = 8 << 20  # bytes of an answer that are held until it is complete; a larger one is passed on as it arrives
+UNCHECKED = 64 << 10  # bytes of a body that are read before its key is checked
 LARGE = 1 << 20  # bytes from which aiohttp writes a body in pieces
 CONNECT_S = 5.0
 BODY_S = 60.0  # within which a client must have sent its request
@@ -60,7 +68,11 @@ IDLE_CLIENT_S = 90.0
 DOWN_S = 10.0  # for this long, an address that could not be reached is tried last
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.05, 2.0
 LAST_WRITE_S = 5.0
+LINGER_S = 0.5  # after a refusal, the rest of a body is discarded for so long, then the connection is closed
 log = logging.getLogger(__name__)
+
+
+COUNTS = ("tries", "max_body_bytes", "max_held_bytes", "max_connections", "max_connections_per_address")
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,9 @@ class GatewayConfig:
     tries: int = 20
     retry_s: float = 30.0
     max_body_bytes: int = 16 << 20
+    max_held_bytes: int = 512 << 20
+    max_connections: int = 2048
+    max_connections_per_address: int = 512
     drain_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -86,9 +101,15 @@ class GatewayConfig:
             raise ConfigError("no endpoint given", hint="--to http://127.0.0.1:8000")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("TLS needs both a certificate and its key", hint="--tls-cert FILE --tls-key FILE")
-        for name in ("tries", "retry_s", "max_body_bytes", "drain_s"):
-            if getattr(self, name) < (1 if name in ("tries", "max_body_bytes") else 0):
+        for name in (*COUNTS, "retry_s", "drain_s"):
+            if getattr(self, name) < (1 if name in COUNTS else 0):
                 raise ConfigError(f"{name}={getattr(self, name)} is too small", hint="see `forge gateway --help`")
+        if self.max_held_bytes < 4 * self.max_body_bytes:
+            raise ConfigError(
+                f"max_held_bytes={self.max_held_bytes} is less than four bodies of max_body_bytes={self.max_body_bytes}: one"
+                " caller may hold a quarter",
+                hint="raise --max-held-bytes, or lower --max-body-bytes",
+            )
 
 
 class TryFailed(Exception):
@@ -114,6 +135,8 @@ class Gateway:
         self.config = config
         self.session = session
         self.draining = False
+        self.buffer = Buffer(config.max_held_bytes)
+        self._checked = CheckedKeys()
         self._down_until = [0.0] * len(config.to)
         self._registry = CollectorRegistry()
         registry = self._registry
@@ -133,7 +156,7 @@ class Gateway:
             self.running.set(self.num_running)
             return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
         status = CLIENT_CLOSED
-        request_id = request.headers.get("x-request-id") or "req_" + secrets.token_hex(12)
+        request_id = request_id_of(request.headers.get("x-request-id", ""))
         self.num_running += 1
         try:
             response = await self._answer(request, request_id)
@@ -142,11 +165,13 @@ class Gateway:
             status = error.status
             headers = {"content-type": "application/json", "x-request-id": request_id}
             response = web.Response(status=status, body=error.body(), headers=headers)
+            if status in CLOSING:  # announced in the header; a client must not notice by losing its next request
+                response.force_close()
         finally:
             self.num_running -= 1
             self._requests.labels(str(status)).inc()
-        if (self.draining or status in (408, 413)) and not response.prepared:  # 4xx: the rest of the body is not read
-            response.force_close()  # announced in the header; a client must not notice by losing its next request
+        if self.draining and not response.prepared:
+            response.force_close()
         return response
 
     async def _answer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
@@ -157,15 +182,26 @@ class Gateway:
             "".join((request.raw_path, *request.headers.values())).encode()
         except UnicodeEncodeError:
             raise Refused(400, "the request's head is not UTF-8", "invalid_header") from None
-        body = await _read_body(request, self.config.max_body_bytes)
-        headers = _upstream_headers(request, request_id)
+        if len(request.headers.getall("authorization", ())) > 1:
+            raise Refused(400, "the request has two Authorization headers: send one", "invalid_header")
+        headers, caller = _upstream_headers(request, request_id), _caller_of(request)
+        held = Held(self.buffer, caller)
+        try:
+            body = await self._read_body(request, headers, held)
+            return await self._first_answer(request, request_id, headers, body, held)
+        finally:
+            held.release()
+
+    async def _first_answer(
+        self, request: web.BaseRequest, request_id: str, headers: CIMultiDict[str], body: bytes, held: Held
+    ) -> web.StreamResponse:
         num_tries = [0] * len(self.config.to)
         first_failure = 0.0
         while True:
             number = min(range(len(num_tries)), key=lambda i: (num_tries[i], self._down_until[i] > time.monotonic(), i))
             num_tries[number] += 1
             try:
-                return await self._try(request, number, headers, body)
+                return await self._try(request, number, headers, body, held)
             except TryFailed as failure:
                 now = time.monotonic()
                 first_failure = first_failure or now
@@ -185,7 +221,7 @@ class Gateway:
             await asyncio.sleep(pause)
 
     async def _try(
-        self, request: web.BaseRequest, number: int, headers: CIMultiDict[str], body: bytes
+        self, request: web.BaseRequest, number: int, headers: CIMultiDict[str], body: bytes, held: Held
     ) -> web.StreamResponse:
         url = URL(self.config.to[number].rstrip("/") + request.raw_path, encoded=True)
         data = io.BytesIO(body) if len(body) > LARGE else body or None
@@ -201,13 +237,70 @@ class Gateway:
                 raise TryFailed(f"status_{answer.status}")
             streams = answer.content_type == "text/event-stream"
             with _failing():
-                head, complete = await _read_up_to(answer.content, 1 if streams else MAX_HELD)
+                head, complete = await _read_up_to(answer.content, 1 if streams else MAX_HELD, held)
             if answer.status == 503 and b'"adapter_unavailable"' in head:
                 raise TryFailed("adapter_unavailable")
             if complete:
                 headers = _end_to_end(answer.headers, "" if request.method == "HEAD" else "content-length")
                 return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=head or None)
             return await self._pass_on(request, answer, head, streams)
+
+    async def _read_body(self, request: web.BaseRequest, headers: CIMultiDict[str], held: Held) -> bytes:
+        """The whole body, counted while it is read; a large one only for a key that an endpoint accepts."""
+        max_bytes, is_checked = self.config.max_body_bytes, False
+        too_large = Refused(413, f"the body exceeds the gateway's {max_bytes} bytes", "request_too_large")
+        declared = request.content_length or 0
+        if declared > max_bytes:
+            raise too_large
+        if declared > UNCHECKED:
+            await self._check_key(headers, held.caller)
+            is_checked = True
+        if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_S):
+                while piece := await request.content.readany():
+                    if not held.add(len(piece)):
+                        raise Refused(429, "the gateway holds as many bytes of requests as it may: try again", "overloaded")
+                    body += piece
+                    if len(body) > max_bytes:
+                        raise too_large
+                    if len(body) > UNCHECKED and not is_checked:
+                        await self._check_key(headers, held.caller)
+                        is_checked = True
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {BODY_S:.0f} s", "request_timeout") from None
+        except web.RequestPayloadError:
+            raise Refused(400, "the body does not match its headers", "invalid_body") from None
+        return bytes(body)
+
+    async def _check_key(self, headers: CIMultiDict[str], caller: str) -> None:
+        """401 where an endpoint says that the caller's key is not valid; 502 where none can say so."""
+        if caller in self._checked:
+            return
+        names = CIMultiDict((name, headers[name]) for name in CREDENTIALS if name in headers)
+        first_failure = time.monotonic()
+        for number in range(self.config.tries):
+            address = self.config.to[number % len(self.config.to)]
+            try:
+                with _failing():
+                    async with asyncio.timeout(CONNECT_S):
+                        url = URL(address.rstrip("/") + "/health", encoded=True)
+                        async with self.session.get(url, headers=names, allow_redirects=False) as answer:
+                            status, is_own = answer.status, REPLICA_HEADER in answer.headers
+            except (TryFailed, TimeoutError):
+                status, is_own = 502, False
+            if status == 401:
+                raise Refused(401, "the API key is not valid here", "invalid_api_key")
+            if is_own or status not in RETRIED:
+                self._checked.add(caller)
+                return
+            pause = _pause(number // len(self.config.to))
+            if time.monotonic() + pause - first_failure > self.config.retry_s:
+                break
+            await asyncio.sleep(pause)
+        raise Refused(502, "no replica could check the API key; send the request again later", "no_replica")
 
     async def _pass_on(
         self, request: web.BaseRequest, answer: aiohttp.ClientResponse, head: bytes, streams: bool
@@ -243,34 +336,16 @@ class Gateway:
         return response
 
 
-async def _read_body(request: web.BaseRequest, max_bytes: int) -> bytes:
-    too_large = Refused(413, f"the body exceeds the gateway's {max_bytes} bytes", "request_too_large")
-    if (request.content_length or 0) > max_bytes:
-        raise too_large
-    if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            while piece := await request.content.readany():
-                body += piece
-                if len(body) > max_bytes:
-                    raise too_large
-    except TimeoutError:
-        raise Refused(408, f"the body did not arrive within {BODY_S:.0f} s", "request_timeout") from None
-    except web.RequestPayloadError:
-        raise Refused(400, "the body does not match its headers", "invalid_body") from None
-    return bytes(body)
-
-
-async def _read_up_to(content: StreamReader, size: int) -> tuple[bytes, bool]:
-    """(bytes, whether they are all): at least `size` bytes, fewer if the content ends before."""
+async def _read_up_to(content: StreamReader, size: int, held: Held) -> tuple[bytes, bool]:
+    """(bytes, whether they are all): at least `size` bytes, fewer if the content ends before, or none more may be held."""
     head = bytearray()
     while len(head) < size:
         piece = await content.readany()
         if not piece:
             return bytes(head), True
         head += piece
+        if not held.add(len(piece)):
+            break
     return bytes(head), False
 
 
@@ -315,6 +390,12 @@ def _upstream_headers(request: web.BaseRequest, request_id: str) -> CIMultiDict[
     return headers
 
 
+def _caller_of(request: web.BaseRequest) -> str:
+    """Whose share of the gateway's memory a request takes: the credentials', or the address's where it has none."""
+    values = [request.headers.get(name, "") for name in CREDENTIALS]
+    return hashlib.sha256("\0".join(values).encode()).hexdigest() if any(values) else str(request.remote)
+
+
 def _socket(address: Any) -> socket.socket:
     """The socket of a connection upstream, with keep-alive: a machine that vanished is noticed within half a minute."""
     family, kind, protocol = address[:3]
@@ -354,13 +435,16 @@ async def listening(config: GatewayConfig) -> AsyncIterator[tuple[str, Gateway]]
     ) as session:
         gateway = Gateway(config, session)
         # handler_cancellation: a client that leaves ends its handler, and so the request upstream
-        server = web.Server(
+        server = BoundedServer(
             gateway.handle,
+            ConnectionLimits(config.max_connections, config.max_connections_per_address),
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
             keepalive_timeout=IDLE_CLIENT_S,
+            lingering_time=LINGER_S,
         )
+        sweeping = asyncio.create_task(server.sweep())
         runner = web.ServerRunner(server, shutdown_timeout=LAST_WRITE_S)
         await runner.setup()
         try:
@@ -379,6 +463,7 @@ async def listening(config: GatewayConfig) -> AsyncIterator[tuple[str, Gateway]]
             while gateway.num_running and time.monotonic() < deadline:
                 await asyncio.sleep(0.02)
         finally:
+            sweeping.cancel()
             await runner.cleanup()
 
 

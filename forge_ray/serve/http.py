@@ -17,14 +17,15 @@ from starlette.types import ASGIApp
 
 from forge_ray.errors import EngineError
 from forge_ray.inference.engine import EngineHealth
-from forge_ray.serve.access import GrantedDirectory
+from forge_ray.serve.access import GrantedDirectory, Site
+from forge_ray.serve.bodies import BodyMiddleware
 from forge_ray.serve.complete import complete
 from forge_ray.serve.context import ServingContext
 from forge_ray.serve.embeddings import detokenize, embed, tokenize
 from forge_ray.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.ledger import Ledger
-from forge_ray.serve.limits import LimitVerdict, admission
+from forge_ray.serve.limits import LimitVerdict, admission, counting
 from forge_ray.serve.metrics import CONTENT_TYPE
 from forge_ray.serve.middleware import AdmissionMiddleware, AuthMiddleware, RequestMetricsMiddleware
 from forge_ray.serve.openai import ApiError, R, parse_request
@@ -42,17 +43,22 @@ def replica_app(
     replica: str,
     health: Callable[[], Iterable[EngineHealth]],
     ledger: Ledger | None,
+    is_public: bool = False,
 ) -> ASGIApp:
     """The whole ASGI app of a replica: the endpoints behind admission control, behind authentication.
 
     `keys`: sha256 → key as of now; None where no key is required. `take` and `settle`: see `limits.admission`.
-    `context.admit` is asked last, after the caller's grants and limits.
+    `context.admit` is asked last, after the caller's grants and limits. `is_public`: whether others than this machine reach
+    it, whatever the deployment's `host` says.
     """
     admit = admission(take, settle, replica, context.metrics, ledger, context.admit)
     directory = context.directory if keys is None else GrantedDirectory(context.directory)
-    app = build_http(replace(context, directory=directory, admit=admit))
-    app = AdmissionMiddleware(app, health, context.config.limits.max_queued_requests, context.metrics)
-    return AuthMiddleware(app, keys, context.metrics, {"x-forge-deployment": context.deployment})
+    count = counting(take, settle, replica, context.metrics)
+    app = build_http(replace(context, directory=directory, admit=admit, count=count))
+    limits, site = context.config.limits, Site(context.config.hosts, context.config.is_loopback and not is_public)
+    admitting = AdmissionMiddleware(app, health, limits.max_queued_requests, context.metrics)
+    app = BodyMiddleware(admitting, limits.max_body_bytes, context.metrics, admitting.check)
+    return AuthMiddleware(app, keys, context.metrics, {"x-forge-deployment": context.deployment}, site)
 
 
 def build_http(context: ServingContext) -> ASGIApp:
@@ -79,12 +85,12 @@ def build_http(context: ServingContext) -> ASGIApp:
     @app.post("/tokenize")
     @app.post("/v1/tokenize")
     async def tokens_of(request: Request) -> Response:
-        return await tokenize(context, caller_of(request), await read(TokenizeRequest, request))
+        return await tokenize(context, request, await read(TokenizeRequest, request))
 
     @app.post("/detokenize")
     @app.post("/v1/detokenize")
     async def text_of(request: Request) -> Response:
-        return await detokenize(context, caller_of(request), await read(DetokenizeRequest, request))
+        return await detokenize(context, request, await read(DetokenizeRequest, request))
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from forge_ray.serve.access import check_grant
-from forge_ray.serve.context import Admission, Admit, Caller, Chosen, Unmetered, admit_all
+from forge_ray.serve.context import Admission, Admit, Caller, Chosen, Count, Unmetered, admit_all
 from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.ledger import Ledger, Used
 from forge_ray.serve.metrics import Metrics
@@ -29,7 +29,7 @@ TAKE_S = 2.0  # the request is admitted uncounted if the counters do not answer 
 LOG = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class AdmittedRequest:
     """One admitted request, and the tokens that it counts for; `left` once it is out of the window."""
 
@@ -68,18 +68,34 @@ class Counters:
     async def take(self, key: ApiKey, lease: str, owner: str, tokens: int) -> LimitVerdict:
         """Admit one request of `key` that may need `tokens` (its prompt and the longest answer), or say when to retry.
 
-        `lease` names the request, `owner` the replica that answers it. A refused request does not count.
+        `lease` names the request, `owner` the replica that answers it. A refused request does not count. A lease that runs
+        already is the same request, of which more is known now: its tokens.
         """
         now = self._clock()
         self._heard[owner] = now
         usage = self._usage.setdefault(key.id, Usage())
         self._drop_dead(now)
         _forget(usage, now)
+        if lease in usage.running:
+            return self._grow(key, usage, lease, tokens, now)
         reason, wait_s = self._problem(key, usage, tokens, now)
         if not reason:
             request = usage.running[lease] = AdmittedRequest(now, tokens, owner)
             usage.window.append(request)
             usage.tokens += tokens
+        return LimitVerdict(reason, wait_s, _headers(key, usage, now))
+
+    def _grow(self, key: ApiKey, usage: Usage, lease: str, tokens: int, now: float) -> LimitVerdict:
+        request = usage.running[lease]
+        reason, wait_s = self._token_problem(key, usage, tokens - (0 if request.left else request.tokens), tokens, now)
+        if reason:
+            del usage.running[lease]
+            if not request.left:
+                usage.window.remove(request)
+                usage.tokens -= request.tokens
+        elif not request.left:
+            usage.tokens += tokens - request.tokens
+            request.tokens = tokens
         return LimitVerdict(reason, wait_s, _headers(key, usage, now))
 
     async def settle(self, key_id: str, lease: str, used: int) -> None:
@@ -101,15 +117,22 @@ class Counters:
                 usage.running = {lease: request for lease, request in usage.running.items() if request.owner not in dead}
             self._heard = {owner: heard for owner, heard in self._heard.items() if owner not in dead}
 
-    @staticmethod
-    def _problem(key: ApiKey, usage: Usage, tokens: int, now: float) -> tuple[str, float]:
+    @classmethod
+    def _problem(cls, key: ApiKey, usage: Usage, tokens: int, now: float) -> tuple[str, float]:
         if key.tpm and tokens > key.tpm:
             return "size", 0.0
         if key.concurrency and len(usage.running) >= key.concurrency:
             return "concurrency", BUSY_RETRY_S
         if key.rpm and len(usage.window) >= key.rpm:
             return "requests", usage.window[len(usage.window) - key.rpm].at + WINDOW_S - now
-        if key.tpm and (excess := usage.tokens + tokens - key.tpm) > 0:
+        return cls._token_problem(key, usage, tokens, tokens, now)
+
+    @staticmethod
+    def _token_problem(key: ApiKey, usage: Usage, more: int, tokens: int, now: float) -> tuple[str, float]:
+        """Whether `more` tokens, of a request of `tokens`, exceed the key's limit."""
+        if key.tpm and tokens > key.tpm:
+            return "size", 0.0
+        if key.tpm and (excess := usage.tokens + more - key.tpm) > 0:
             for request in usage.window:
                 excess -= request.tokens
                 if excess <= 0:
@@ -137,6 +160,45 @@ def _headers(key: ApiKey, usage: Usage, now: float) -> dict[str, str]:
     }
 
 
+def counting(
+    take: Callable[..., Awaitable[LimitVerdict]],
+    settle: Callable[..., Awaitable[None]],
+    owner: str,
+    metrics: Metrics,
+) -> Count:
+    """A `ServingContext.count`. The first call for a request counts it, later ones only raise its tokens.
+
+    `take` and `settle` are those of `Counters`, or an actor's (`actor.take.remote`). If they fail, the request is admitted:
+    an endpoint does not stop because its counting did.
+    """
+
+    async def count(caller: Caller, tokens: int) -> None:
+        key = caller.key
+        if key is None or not _is_limited(key):
+            return
+        caller.lease = caller.lease or secrets.token_hex(8)  # not the request id, which the client may choose
+        caller.settle = lambda used: _report(settle(key.id, caller.lease, used))
+        try:
+            verdict = await asyncio.wait_for(take(key, caller.lease, owner, tokens), TAKE_S)
+        except Exception:
+            LOG.exception("requests are not counted: the counters do not answer")
+            return
+        if verdict.reason:
+            caller.settle = None
+            metrics.refused(verdict.reason)
+            raise _too_much(key, verdict, tokens)
+        caller.headers |= verdict.headers
+
+    return count
+
+
+def end_counting(caller: Caller, used: int) -> None:
+    """Report to the counters, once, that the request ended after `used` tokens."""
+    settle, caller.settle = caller.settle, None
+    if settle is not None:
+        settle(used)
+
+
 def admission(
     take: Callable[..., Awaitable[LimitVerdict]],
     settle: Callable[..., Awaitable[None]],
@@ -147,29 +209,19 @@ def admission(
 ) -> Admit:
     """A `ServingContext.admit` that checks grants and limits of the caller's key, then asks `then`; it records the use.
 
-    `take` and `settle` are those of `Counters`, or an actor's (`actor.take.remote`). If they fail, the request is admitted:
-    an endpoint does not stop because its counting did.
+    `take` and `settle`: see `counting`.
     """
+    count = counting(take, settle, owner, metrics)
 
     async def admit(caller: Caller, chosen: Chosen, prompt_tokens: int, max_new_tokens: int) -> Admission:
-        key, tokens = caller.key, prompt_tokens + max_new_tokens
-        metered = Metered(caller, settle, ledger)
+        metered = Metered(caller, ledger)
         try:
-            if key is not None:
+            if caller.key is not None:
                 check_grant(caller, chosen.name)
-            if key is not None and _is_limited(key):
-                try:
-                    verdict = await asyncio.wait_for(take(key, metered.lease, owner, tokens), TAKE_S)
-                except Exception:
-                    LOG.exception("requests are not counted: the counters do not answer")
-                else:
-                    if verdict.reason:
-                        metrics.refused(verdict.reason)
-                        raise _too_much(key, verdict, tokens)
-                    caller.headers |= verdict.headers
+            await count(caller, prompt_tokens + max_new_tokens)
             metered.inner = await then(caller, chosen, prompt_tokens, max_new_tokens)
         except BaseException:  # refused further on, or the client left while the counters were asked
-            metered.settle(0)
+            end_counting(caller, 0)
             raise
         caller.name, caller.version, caller.prompt_tokens = chosen.name, chosen.loaded.version, prompt_tokens
         caller.admission = metered
@@ -181,10 +233,9 @@ def admission(
 class Metered:
     """An admission whose use goes to the access log, the ledger and the counters."""
 
-    def __init__(self, caller: Caller, settle: Callable[..., Awaitable[None]], ledger: Ledger | None) -> None:
-        self.lease = secrets.token_hex(8)  # not the request id, which the client may choose
+    def __init__(self, caller: Caller, ledger: Ledger | None) -> None:
         self.inner: Admission = Unmetered()
-        self._caller, self._settle, self._ledger = caller, settle, ledger
+        self._caller, self._ledger = caller, ledger
         self._started = time.monotonic()
 
     def close(self, prompt_tokens: int, completion_tokens: int, status: int) -> None:
@@ -207,16 +258,14 @@ class Metered:
                     ms=round((time.monotonic() - self._started) * 1000),
                 )
             )
-        self.settle(prompt_tokens + completion_tokens)
+        end_counting(caller, prompt_tokens + completion_tokens)
         self.inner.close(prompt_tokens, completion_tokens, status)
 
-    def settle(self, used: int) -> None:
-        """Report to the counters that the request ended after `used` tokens."""
-        key = self._caller.key
-        if key is not None and _is_limited(key):
-            task = asyncio.ensure_future(self._settle(key.id, self.lease, used))
-            SETTLING.add(task)
-            task.add_done_callback(_settled)
+
+def _report(settling: Awaitable[None]) -> None:
+    task = asyncio.ensure_future(settling)
+    SETTLING.add(task)
+    task.add_done_callback(_settled)
 
 
 def _is_limited(key: ApiKey) -> bool:

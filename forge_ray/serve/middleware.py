@@ -1,8 +1,8 @@
 """The ASGI layers around a replica's endpoints (no ray): authentication, admission control, request metrics.
 
-From outside in: `AuthMiddleware`, `AdmissionMiddleware`, `RequestMetricsMiddleware`. Each wraps `app`, its first argument.
-They are plain ASGI, so a stream passes through untouched. The outermost creates the request's `Caller`, which the inner ones
-and the endpoints read from `scope["state"]["caller"]`.
+From outside in: `AuthMiddleware`, `bodies.BodyMiddleware`, `AdmissionMiddleware`, `RequestMetricsMiddleware`. Each wraps
+`app`, its first argument. They are plain ASGI, so a stream passes through untouched. The outermost creates the request's
+`Caller`, which the inner ones and the endpoints read from `scope["state"]["caller"]`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 
@@ -18,11 +19,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forge_ray.inference.engine import EngineHealth
-from forge_ray.serve.access import authenticated, check_scope, request_id_of
+from forge_ray.serve.access import Site, authenticated, check_scope, check_single_key, check_site, request_id_of
 from forge_ray.serve.access_log import LOG, access_line
+from forge_ray.serve.bodies import closing
 from forge_ray.serve.context import Caller
 from forge_ray.serve.keys import ApiKey
-from forge_ray.serve.limits import BUSY_RETRY_S, retry_after
+from forge_ray.serve.limits import BUSY_RETRY_S, end_counting, retry_after
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.statuses import CLIENT_CLOSED
@@ -35,7 +37,8 @@ class AuthMiddleware:
     """Requires an API key: 401 on every route without a valid one, whether the route exists or not, and 403 without the
     route's scope. Writes the access log.
 
-    `keys` returns sha256 → key as of now; None requires no key. `headers` are added to the refusals.
+    `keys` returns sha256 → key as of now; None requires no key. `headers` are added to the refusals. `site`: what requests
+    without a key must name; None where any name will do.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class AuthMiddleware:
         keys: Callable[[], Mapping[str, ApiKey]] | None,
         metrics: Metrics,
         headers: Mapping[str, str] | None = None,
+        site: Site | None = None,
     ) -> None:
         self.app = app
         self.keys = keys
         self.metrics = metrics
         self.headers = dict(headers or {})
+        self.site = site
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # no route has one, and one that is added some day must not be open
@@ -59,23 +64,35 @@ class AuthMiddleware:
             return
         started = time.monotonic()
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        caller = Caller(request_id_of(headers.get("x-request-id", "")))
+        address = str((scope.get("client") or ("",))[0])
+        caller = Caller(request_id_of(headers.get("x-request-id", "")), address=address)
         scope.setdefault("state", {})["caller"] = caller
         response = _Response(send, caller)
         try:
-            if self.keys is not None:
-                caller.key = authenticated(headers, self.keys(), datetime.now(UTC))
-                check_scope(caller.key, scope)
+            await self._check(scope, headers, caller)
             await self.app(scope, receive, response.send)
         except ApiError as error:
-            self.metrics.refused("scope" if error.status == 403 else "key")
-            self.metrics.request("refused", error.status)
-            await send_error(error, response.send, {"x-request-id": caller.request_id, **self.headers})
+            names = {"x-request-id": caller.request_id, **closing(scope, error.status), **self.headers}
+            await send_error(error, response.send, names)
         finally:
             if caller.admission is not None:
                 await _close_admission(caller)
+            end_counting(caller, 0)
             if LOG.isEnabledFor(logging.INFO):
                 LOG.info(access_line(scope, caller, response.status, response.client_gone, time.monotonic() - started))
+
+    async def _check(self, scope: Scope, headers: Mapping[str, str], caller: Caller) -> None:
+        try:
+            if self.keys is not None:
+                check_single_key(scope)
+                caller.key = authenticated(headers, self.keys(), datetime.now(UTC))
+                check_scope(caller.key, scope)
+            elif self.site is not None:
+                check_site(scope, self.site)
+        except ApiError as error:
+            self.metrics.refused({403: "scope", 401: "key"}.get(error.status, "site"))
+            self.metrics.request("refused", error.status)
+            raise
 
 
 class _Response:
@@ -99,10 +116,11 @@ class _Response:
 
 
 class AdmissionMiddleware:
-    """Allows `max_waiting` requests to wait; one more is answered 429 before its body is read. Inside `AuthMiddleware`.
+    """Allows `max_waiting` requests to wait; one more is answered 429, by `check` before its body is read.
 
     The requests that wait are those that the engines have queued and those on their way to an engine (being tokenised, or
-    asking for admission).
+    asking for admission). Those on their way fill the queue for their own caller first: one who has less than an equal
+    share of them still gets in, up to twice the number in all.
     """
 
     def __init__(
@@ -119,17 +137,11 @@ class AdmissionMiddleware:
             await self.app(scope, receive, send)
             return
         caller: Caller = scope["state"]["caller"]
-        num_queued = sum(engine.num_waiting for engine in self.health())
-        num_waiting = num_queued + sum(not other.version for other in self._callers.values())
-        if num_waiting >= self.max_waiting:
+        try:
+            self.check(caller)
+        except ApiError as error:
             self.metrics.refused("queue")
             self.metrics.request("refused", 429)
-            error = ApiError(
-                429,
-                f"{num_waiting} requests are waiting already; try again",
-                code="overloaded",
-                headers=retry_after(BUSY_RETRY_S),
-            )
             await send_error(error, send, {"x-request-id": caller.request_id})
             return
         self._callers[id(caller)] = caller
@@ -137,6 +149,24 @@ class AdmissionMiddleware:
             await self.app(scope, receive, send)
         finally:
             del self._callers[id(caller)]
+
+    def check(self, caller: Caller) -> None:
+        """`ApiError` 429 where a request of `caller` cannot wait."""
+        num_queued = sum(engine.num_waiting for engine in self.health())
+        on_the_way = Counter(other.holder for other in self._callers.values() if not other.version)
+        num_waiting = num_queued + on_the_way.total()
+        if num_waiting < self.max_waiting:
+            return
+        own, others = on_the_way[caller.holder], on_the_way.keys() - {caller.holder}
+        has_share = bool(others) and own < self.max_waiting // (len(others) + 1)
+        if has_share and num_queued < self.max_waiting and num_waiting < 2 * self.max_waiting:
+            return
+        raise ApiError(
+            429,
+            f"{num_waiting} requests are waiting already; try again",
+            code="overloaded",
+            headers=retry_after(BUSY_RETRY_S),
+        )
 
 
 class RequestMetricsMiddleware:

@@ -1,23 +1,38 @@
-"""The steps that every request to a model passes before it reaches an engine: choose a version, tokenise, admit (no ray)."""
+"""The steps of every request to a model before it reaches an engine: choose a version, count, tokenise, admit (no ray)."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from fastapi import Request
 
 from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext
-from forge_ray.serve.fields import ChatRequest, CompletionRequest, EmbeddingRequest
+from forge_ray.serve.fields import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Message,
+    TokenizeRequest,
+    Tool,
+)
 from forge_ray.serve.loaded import Loaded
+from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import Prompt, prompts_of
 from forge_ray.serve.routing import RoutingInputs
+from forge_ray.serve.streams import unless_gone
 
 A = TypeVar("A")
 T = TypeVar("T")
+TOKEN_CHARACTERS = 128  # the longest token of the vocabularies in use, a run of blanks; no prompt that fits has more of each
+LONG_CHARACTERS = 1 << 15  # tokenised in the other thread; some 30 ms
+
+Texts = ChatRequest | CompletionRequest | EmbeddingRequest | TokenizeRequest | DetokenizeRequest
 
 
 def caller_of(request: Request) -> Caller:
@@ -26,10 +41,66 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-async def tokenise(context: ServingContext, loaded: Loaded, function: Callable[[ChatTokenizer, A], T], argument: A) -> T:
-    """`function(tokenizer, argument)` with the version's tokenizer, in the thread for tokenisation."""
+async def tokenise(
+    context: ServingContext, loaded: Loaded, function: Callable[[ChatTokenizer, A], T], argument: A, holder: str, size: int
+) -> T:
+    """`function(tokenizer, argument)` with the version's tokenizer, in the thread for texts of `size` characters; one at a
+    time for each `holder`."""
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(context.tokenising, function, loaded.tokenizer, argument)
+    executor = context.long_texts if size > LONG_CHARACTERS else context.tokenising
+    async with context.turns.of(holder):
+        return await loop.run_in_executor(executor, function, loaded.tokenizer, argument)
+
+
+async def tokenised(
+    context: ServingContext,
+    request: Request,
+    loaded: Loaded,
+    function: Callable[[ChatTokenizer, A], T],
+    argument: A,
+    size: int,
+) -> T:
+    """As `tokenise`, for a client who may leave before it is done."""
+    return await unless_gone(request, tokenise(context, loaded, function, argument, caller_of(request).holder, size))
+
+
+async def begun(context: ServingContext, caller: Caller, loaded: Loaded, body: Texts) -> int:
+    """Characters of the request's texts. `ApiError` 400 for one that cannot fit, which no tokenizer sees, and 429 where the
+    limits of the caller's key have no room for another request."""
+    sizes = sizes_of(body)
+    most = loaded.engine.max_request_tokens
+    for param, characters, tokens in sizes:
+        if characters > most * TOKEN_CHARACTERS or tokens > most:
+            amount = f"{tokens} tokens" if tokens else f"{characters} characters"
+            bound = f"{most} tokens" if tokens else f"{most * TOKEN_CHARACTERS} characters"
+            raise ApiError(
+                400,
+                f"{param}: {amount} cannot fit into the context of {most} tokens; at most {bound} are read",
+                param=param,
+                code="context_length_exceeded",
+            )
+    await context.count(caller, 0)
+    return sum(characters for _, characters, _ in sizes)
+
+
+def sizes_of(body: Texts) -> list[tuple[str, int, int]]:
+    """(field, characters, token ids) of each text of a request."""
+    if isinstance(body, ChatRequest):
+        return [("messages", _characters(body.messages, body.offered), 0)]
+    if isinstance(body, DetokenizeRequest):
+        return [("tokens", 0, len(body.tokens))]
+    if isinstance(body, TokenizeRequest):
+        if body.messages is not None:
+            return [("messages", _characters(body.messages, body.tools or []), 0)]
+        return [("prompt", len(body.prompt or ""), 0)]
+    texts, param = (body.inputs, "input") if isinstance(body, EmbeddingRequest) else (body.prompts, "prompt")
+    return [(param, len(text), 0) if isinstance(text, str) else (param, 0, len(text)) for text in texts]
+
+
+def _characters(messages: Iterable[Message], tools: Iterable[Tool]) -> int:
+    called = sum(len(str(call.function.arguments)) for message in messages for call in message.tool_calls or [])
+    described = sum(len(json.dumps(tool.for_template())) for tool in tools)
+    return sum(len(message.text) for message in messages) + called + described
 
 
 async def routed(
@@ -41,11 +112,12 @@ async def routed(
     """
     caller = caller_of(request)
     stable = context.directory.stable(body.model, caller)
-    prompts = await tokenise(context, stable, prompts_of, body)
+    size = await begun(context, caller, stable, body)
+    prompts = await tokenised(context, request, stable, prompts_of, body, size)
     inputs = RoutingInputs(request.headers, body.user or "", prompts[0].ids)
     chosen = await context.directory.choose(body.model, caller, inputs)
     if chosen.loaded.tokenizer is not stable.tokenizer:
-        prompts = await tokenise(context, chosen.loaded, prompts_of, body)
+        prompts = await tokenised(context, request, chosen.loaded, prompts_of, body, size)
     return chosen, prompts
 
 

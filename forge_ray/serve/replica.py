@@ -91,7 +91,8 @@ class Replica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         write_access_log()
         keys = None if self.keys is None else lambda: self.keys.keys if self.keys else {}
-        return replica_app(self.context, keys, self._take, self._settle, self.name, self.engines.health, self.ledger)
+        health, is_public = self.engines.health, behind_haproxy()
+        return replica_app(self.context, keys, self._take, self._settle, self.name, health, self.ledger, is_public)
 
     async def _take(self, *arguments: Any) -> LimitVerdict:
         verdict: LimitVerdict = await self._coordinator().take.remote(*arguments)

@@ -17,9 +17,10 @@ from forge_ray.serve.context import Chosen, ServingContext
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.prologue import tokenise
+from forge_ray.serve.prologue import sizes_of, tokenise
 from forge_ray.serve.prompt import choices_of, prompts_of
 
+SHADOWS = "(shadows)"  # whose turn it is when they are tokenised
 MAX_CONCURRENT = 4  # per replica; each takes a place in the engine's batch
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,9 @@ class Shadows:
 
     async def _answer(self, body: ChatRequest | CompletionRequest, name: str, loaded: Loaded) -> None:
         started, status, num_tokens = time.monotonic(), 200, 0
+        size = sum(characters for _, characters, _ in sizes_of(body))
         try:
-            prompts = await tokenise(self._context, loaded, prompts_of, body)
+            prompts = await tokenise(self._context, loaded, prompts_of, body, SHADOWS, size)
             # The first choice represents all: a shadow is there to be measured, not to double the load
             choice = choices_of(self._context.config.limits, loaded, body, prompts)[0]
             async with aclosing(answer_choice(loaded, body, choice)) as parts:

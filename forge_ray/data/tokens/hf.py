@@ -287,7 +287,8 @@ class HfTokenizer:
             self._backend.no_padding()
         if self._backend.truncation is not None:
             self._backend.no_truncation()
-        self._backend.encode_special_tokens = False
+        if self._backend.encode_special_tokens:  # to set it fails while another thread encodes
+            self._backend.encode_special_tokens = False
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
