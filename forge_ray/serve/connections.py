@@ -60,6 +60,7 @@ class BoundedConnection(RequestHandler):
         self._address = ""
         self._head_since: float | None = None
         self._head_bytes = 0
+        self._last_body: Any = None  # of the last request whose head is complete
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         address = str((transport.get_extra_info("peername") or ("",))[0])
@@ -80,10 +81,12 @@ class BoundedConnection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         seen = self._request_count
-        is_head = self._is_between_requests()
+        is_head = self._last_body is None or self._last_body.is_eof()
         super().data_received(data)
         if self._request_count != seen:  # a head is complete
             self._head_since, self._head_bytes = None, 0
+            if self._messages:
+                self._last_body = self._messages[-1][1]
         elif is_head:
             if self._head_since is None:
                 self._head_since = time.monotonic()
@@ -107,10 +110,6 @@ class BoundedConnection(RequestHandler):
             log.warning("a request of %s was refused: %s", self._address, type(error).__name__)
         else:
             super().log_exception(*words, **more)
-
-    def _is_between_requests(self) -> bool:
-        request = self._current_request
-        return not self._messages and (request is None or request.content.is_eof())
 
     def _end(self, status: int, reason: str, code: str) -> None:
         """A short answer if none is under way, and the end of the connection."""

@@ -12,7 +12,6 @@ each of `max_connections`. A body of more than `UNCHECKED` bytes is held only on
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import io
 import json
 import logging
@@ -23,7 +22,6 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -35,27 +33,15 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from yarl import URL
 
 from forge_ray.errors import ConfigError
-from forge_ray.serve.access import request_id_of
 from forge_ray.serve.connections import BoundedServer, Buffer, CheckedKeys, ConnectionLimits, Held
+from forge_ray.serve.gateway_config import GatewayConfig
+from forge_ray.serve.hop_headers import CREDENTIALS, caller_of, end_to_end, upstream_headers
+from forge_ray.serve.request_ids import request_id_of
 from forge_ray.serve.statuses import CLIENT_CLOSED
 
 REPLICA_HEADER = "x-forge-deployment"  # every answer of a replica has it; a 5xx without it comes from a proxy in between
-CREDENTIALS = ("authorization", "x-api-key")
 CLOSING = (400, 401, 408, 413, 429)  # where the rest of the body is not read
 RETRIED = frozenset({500, 502, 503, 504})
-HOP_BY_HOP = frozenset(
-    {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
 MAX_HELD = 8 << 20  # bytes of an answer that are held until it is complete; a larger one is passed on as it arrives
 UNCHECKED = 64 << 10  # bytes of a body that are read before its key is checked
 LARGE = 1 << 20  # bytes from which aiohttp writes a body in pieces
@@ -69,47 +55,8 @@ DOWN_S = 10.0  # for this long, an address that could not be reached is tried la
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.05, 2.0
 LAST_WRITE_S = 5.0
 LINGER_S = 0.5  # after a refusal, the rest of a body is discarded for so long, then the connection is closed
+__all__ = ["Gateway", "GatewayConfig", "listening", "run"]
 log = logging.getLogger(__name__)
-
-
-COUNTS = ("tries", "max_body_bytes", "max_held_bytes", "max_connections", "max_connections_per_address")
-
-
-@dataclass(frozen=True)
-class GatewayConfig:
-    """`to`: base URLs, tried in this order. `retry_s` counts from a request's first failure."""
-
-    to: tuple[str, ...]
-    host: str = "127.0.0.1"
-    port: int = 8080
-    tls_cert: str = ""
-    tls_key: str = ""
-    tries: int = 20
-    retry_s: float = 30.0
-    max_body_bytes: int = 16 << 20
-    max_held_bytes: int = 512 << 20
-    max_connections: int = 2048
-    max_connections_per_address: int = 512
-    drain_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        for address in self.to:
-            url = URL(address)
-            if url.scheme not in ("http", "https") or not url.host or url.query_string or url.fragment:
-                raise ConfigError(f"{address!r} is not a base URL", hint="--to http://127.0.0.1:8000")
-        if not self.to:
-            raise ConfigError("no endpoint given", hint="--to http://127.0.0.1:8000")
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ConfigError("TLS needs both a certificate and its key", hint="--tls-cert FILE --tls-key FILE")
-        for name in (*COUNTS, "retry_s", "drain_s"):
-            if getattr(self, name) < (1 if name in COUNTS else 0):
-                raise ConfigError(f"{name}={getattr(self, name)} is too small", hint="see `forge gateway --help`")
-        if self.max_held_bytes < 4 * self.max_body_bytes:
-            raise ConfigError(
-                f"max_held_bytes={self.max_held_bytes} is less than four bodies of max_body_bytes={self.max_body_bytes}: one"
-                " caller may hold a quarter",
-                hint="raise --max-held-bytes, or lower --max-body-bytes",
-            )
 
 
 class TryFailed(Exception):
@@ -184,7 +131,7 @@ class Gateway:
             raise Refused(400, "the request's head is not UTF-8", "invalid_header") from None
         if len(request.headers.getall("authorization", ())) > 1:
             raise Refused(400, "the request has two Authorization headers: send one", "invalid_header")
-        headers, caller = _upstream_headers(request, request_id), _caller_of(request)
+        headers, caller = upstream_headers(request, request_id), caller_of(request)
         held = Held(self.buffer, caller)
         try:
             body = await self._read_body(request, headers, held)
@@ -241,7 +188,7 @@ class Gateway:
             if answer.status == 503 and b'"adapter_unavailable"' in head:
                 raise TryFailed("adapter_unavailable")
             if complete:
-                headers = _end_to_end(answer.headers, "" if request.method == "HEAD" else "content-length")
+                headers = end_to_end(answer.headers, "" if request.method == "HEAD" else "content-length")
                 return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=head or None)
             return await self._pass_on(request, answer, head, streams)
 
@@ -306,7 +253,7 @@ class Gateway:
         self, request: web.BaseRequest, answer: aiohttp.ClientResponse, head: bytes, streams: bool
     ) -> web.StreamResponse:
         """The rest of an answer as it arrives. A stream is sent in whole lines, so that an error can follow at any time."""
-        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_end_to_end(answer.headers))
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=end_to_end(answer.headers))
         if self.draining:
             response.force_close()
         await response.prepare(request)
@@ -371,29 +318,6 @@ def _pause(rounds: int) -> float:
     if not rounds:
         return 0.0
     return min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(rounds - 1, 16)) * random.uniform(0.5, 1)
-
-
-def _end_to_end(headers: Any, *drop: str) -> CIMultiDict[str]:
-    """Headers that belong to the message and not to the connection, without `drop`."""
-    named = {name.strip().lower() for value in headers.getall("connection", ()) for name in value.split(",")}
-    dropped = HOP_BY_HOP | named | set(drop)
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
-
-
-def _upstream_headers(request: web.BaseRequest, request_id: str) -> CIMultiDict[str]:
-    headers = _end_to_end(request.headers, "content-length", "expect", "host")  # the address has its own name
-    headers["x-request-id"] = request_id
-    before = ", ".join(headers.popall("x-forwarded-for", []))
-    headers["x-forwarded-for"] = ", ".join(part for part in (before, request.remote or "") if part)
-    headers.setdefault("x-forwarded-proto", "https" if request.secure else "http")
-    headers.setdefault("x-forwarded-host", request.headers.get("host", ""))
-    return headers
-
-
-def _caller_of(request: web.BaseRequest) -> str:
-    """Whose share of the gateway's memory a request takes: the credentials', or the address's where it has none."""
-    values = [request.headers.get(name, "") for name in CREDENTIALS]
-    return hashlib.sha256("\0".join(values).encode()).hexdigest() if any(values) else str(request.remote)
 
 
 def _socket(address: Any) -> socket.socket:

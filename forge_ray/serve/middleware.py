@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forge_ray.inference.engine import EngineHealth
-from forge_ray.serve.access import Site, authenticated, check_scope, check_single_key, check_site, request_id_of
+from forge_ray.serve.access import Site, authenticated, check_scope, check_single_key, check_site
 from forge_ray.serve.access_log import LOG, access_line
 from forge_ray.serve.bodies import closing
 from forge_ray.serve.context import Caller
@@ -27,6 +27,7 @@ from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.limits import BUSY_RETRY_S, end_counting, retry_after
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
+from forge_ray.serve.request_ids import request_id_of
 from forge_ray.serve.statuses import CLIENT_CLOSED
 
 CLOSED_S = 2.0

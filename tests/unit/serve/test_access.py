@@ -86,7 +86,7 @@ def app_of(served: ServingContext, **more: Any) -> ASGIApp:
 def ask(app: ASGIApp, method: str, path: str, headers: Any = None, **more: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, headers=headers, **more)
 
     return asyncio.run(send())
