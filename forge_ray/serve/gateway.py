@@ -5,8 +5,8 @@
 Requests are safe to retry: generating has no side effects. The gateway holds a request as a whole, and an answer until it is
 complete unless it streams. A stream that has begun cannot be retried; it ends with an error event.
 
-Its memory is bounded (`connections`): `max_held_bytes` for bodies, and 64 KiB of a head and two reads of at most 256 KiB for
-each of `max_connections`. A body of more than `UNCHECKED` bytes is held only once an endpoint has accepted its key.
+Its memory is bounded: `max_held_bytes` for bodies, and for each of `max_connections` a head of 64 KiB and two reads of at most
+256 KiB. More than `UNCHECKED` bytes of a body are held only once an endpoint has accepted its key.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from forge_ray.serve.request_ids import request_id_of
 from forge_ray.serve.statuses import CLIENT_CLOSED
 
 REPLICA_HEADER = "x-forge-deployment"  # every answer of a replica has it; a 5xx without it comes from a proxy in between
-CLOSING = (400, 401, 408, 413, 429)  # where the rest of the body is not read
+CLOSING = (400, 401, 408, 413, 429)  # the rest of the body is not read
 RETRIED = frozenset({500, 502, 503, 504})
 MAX_HELD = 8 << 20  # bytes of an answer that are held until it is complete; a larger one is passed on as it arrives
 UNCHECKED = 64 << 10  # bytes of a body that are read before its key is checked
@@ -156,7 +156,7 @@ class Gateway:
             pause = _pause(min(num_tries))
             if sum(num_tries) >= self.config.tries or now + pause - first_failure > self.config.retry_s:
                 self._failures.labels(reason).inc()
-                log.error("request %.128s failed after %d tries, last: %s", request_id, sum(num_tries), reason)
+                log.error("request %s failed after %d tries, last: %s", request_id, sum(num_tries), reason)
                 raise Refused(
                     502,
                     f"no replica answered after {sum(num_tries)} tries over {now - first_failure:.1f} s (last: {reason}); "
@@ -164,7 +164,7 @@ class Gateway:
                     "no_replica",
                 )
             self._retries.labels(reason).inc()
-            log.warning("request %.128s is retried: %s of %s", request_id, reason, self.config.to[number])
+            log.warning("request %s is retried: %s of %s", request_id, reason, self.config.to[number])
             await asyncio.sleep(pause)
 
     async def _try(
@@ -196,8 +196,7 @@ class Gateway:
         """The whole body, counted while it is read; a large one only for a key that an endpoint accepts."""
         max_bytes, is_checked = self.config.max_body_bytes, False
         too_large = Refused(413, f"the body exceeds the gateway's {max_bytes} bytes", "request_too_large")
-        declared = request.content_length or 0
-        if declared > max_bytes:
+        if (declared := request.content_length or 0) > max_bytes:
             raise too_large
         if declared > UNCHECKED:
             await self._check_key(headers, held.caller)
@@ -226,8 +225,7 @@ class Gateway:
         """401 where an endpoint says that the caller's key is not valid; 502 where none can say so."""
         if caller in self._checked:
             return
-        names = CIMultiDict((name, headers[name]) for name in CREDENTIALS if name in headers)
-        first_failure = time.monotonic()
+        names, begun = {name: headers[name] for name in CREDENTIALS if name in headers}, time.monotonic()
         for number in range(self.config.tries):
             address = self.config.to[number % len(self.config.to)]
             try:
@@ -244,7 +242,7 @@ class Gateway:
                 self._checked.add(caller)
                 return
             pause = _pause(number // len(self.config.to))
-            if time.monotonic() + pause - first_failure > self.config.retry_s:
+            if time.monotonic() + pause - begun > self.config.retry_s:
                 break
             await asyncio.sleep(pause)
         raise Refused(502, "no replica could check the API key; send the request again later", "no_replica")

@@ -426,7 +426,7 @@ def test_gateway_refuses_heads_without_end_and_too_many_headers() -> None:
 
 
 def test_gateway_closes_heads_that_do_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.2)
+    monkeypatch.setattr(connections, "HEAD_S", 1.0)
     monkeypatch.setattr(connections, "SWEEP_S", 0.1)
 
     async def check() -> None:
