@@ -5,8 +5,7 @@
 Requests are safe to retry: generating has no side effects. The gateway holds a request as a whole, and an answer until it is
 complete unless it streams. A stream that has begun cannot be retried; it ends with an error event.
 
-Its memory is bounded: `max_held_bytes` for bodies, and for each of `max_connections` a head of 64 KiB and two reads of at most
-256 KiB. More than `UNCHECKED` bytes of a body are held only once an endpoint has accepted its key.
+Its memory is bounded: `max_held_bytes` of bodies, and 64 KiB of a head and two reads for each of `max_connections`.
 """
 
 from __future__ import annotations

@@ -106,8 +106,8 @@ class Served:
         context = ServingContext(config, "dep_0", self.names, metrics)
         counters = Counters()
         keys = {one.sha256: one for one in KEYS.values()}
-        known = (lambda: keys) if with_keys else None
-        self.app: ASGIApp = replica_app(context, known, counters.take, counters.settle, "r0", list, None)
+        current = (lambda: keys) if with_keys else None
+        self.app: ASGIApp = replica_app(context, current, counters.take, counters.settle, "r0", list, None)
 
 
 class Exchange:
@@ -431,14 +431,16 @@ def test_gateway_closes_heads_that_do_not_arrive(monkeypatch: pytest.MonkeyPatch
 
     async def check() -> None:
         async with Front() as front:
-            half, _ = await front.sent(b"GET / HTTP/1.1\r\nhost:")
-            silent, _ = await front.sent(b"")
+            half, first = await front.sent(b"GET / HTTP/1.1\r\nhost:")
+            silent, second = await front.sent(b"")
             again, writer = await front.sent(GET)  # a connection that was used, and then begins a second head
             await asyncio.wait_for(again.readuntil(b"{}"), 10)
             writer.write(b"GET / HTT")
             assert b" 408 " in await asyncio.wait_for(half.read(), 10)
             assert await asyncio.wait_for(silent.read(), 10) == b""
             assert b" 408 " in await asyncio.wait_for(again.read(), 10)
+            for one in (first, second, writer):
+                one.close()
 
     asyncio.run(check())
 
