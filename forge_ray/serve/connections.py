@@ -123,7 +123,7 @@ class BoundedConnection(RequestHandler):
             )
             head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            transport.write(head.encode() + body)  # type: ignore[attr-defined]
+            transport.write(head.encode() + body)
         self.force_close()
 
 
