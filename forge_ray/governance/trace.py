@@ -191,7 +191,7 @@ def of_file(catalog: Catalog, path: str) -> list[Query]:
     limit = max((config.max_line_bytes for config, _, _ in readings), default=16 << 20)
     queries = []
     for file in expand(parse(DataConfig, {"sources": [{"path": path}]})):
-        for chunk in index_file(file.path, file.name, file.format, max_line_bytes=limit).chunks:
+        for chunk in index_file(file.path, file.name, file.format, max_line_bytes=limit, folder=file.folder).chunks:
             images = image_reader(chunk)
             for raw in read_raw(chunk, limit):
                 ids: dict[str, None] = {}

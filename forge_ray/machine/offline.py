@@ -12,6 +12,7 @@ import os
 
 SWITCHES = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "AWS_EC2_METADATA_DISABLED": "true",
     "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
     "RAY_DATA_USAGE_DISABLED": "1",
     "HF_HUB_OFFLINE": "1",

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -24,6 +23,7 @@ import pyarrow.fs as pafs
 from forge_ray.errors import ConfigError, NotFound, StoreError
 from forge_ray.records import FileEntry, canonical_json
 from forge_ray.store.exact import copy_file, others, path_inside, refuse_others, require_same
+from forge_ray.store.uris import require_storage, shown, why
 
 MANIFEST = "MANIFEST.json"
 CHUNK = 1 << 20
@@ -35,11 +35,13 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        if "://" in uri:
+            require_storage(uri, "store")
         try:
             self._fs, self.root = pafs.FileSystem.from_uri(self.uri)
         except (ValueError, OSError) as error:
             raise ConfigError(
-                f"store {self.place!r} cannot be opened: {error}", hint="give a folder, or a URI like s3://bucket/folder"
+                f"store {self.place!r} cannot be opened: {why(error, self.uri)}", hint="give a folder, or a URI like s3://bucket/folder"
             ) from None
         self.root = self.root.rstrip("/")
 
@@ -57,8 +59,8 @@ class Store:
 
     @property
     def place(self) -> str:
-        """The URI as it may be shown: without the user name and password that it can carry."""
-        return re.sub(r"//[^/?]*@", "//", self.uri)
+        """The URI as it may be shown: without the secrets that it can carry."""
+        return shown(self.uri)
 
     @property
     def filesystem(self) -> pafs.FileSystem:

@@ -64,7 +64,9 @@ def index_sources(config: DataConfig, progress: Progress = silent) -> list[Index
 
 def _index_row(row: dict[str, Any]) -> dict[str, Any]:
     file = ListedFile(**json.loads(row["file"]))
-    indexed = index_file(file.path, file.name, file.format, file.source, file.sha256, max_line_bytes=row["limit"])
+    indexed = index_file(
+        file.path, file.name, file.format, file.source, file.sha256, max_line_bytes=row["limit"], folder=file.folder
+    )
     return {"indexed": json.dumps(indexed.to_json())}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import logging
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +34,23 @@ def require_library(format: str, path: str) -> None:
             f"data.sources: {path!r} is {format}, which needs the package {name!r}",
             hint="pip install 'forge-ray[docs]' on every node",
         )
+
+
+def import_library(format: str) -> None:
+    """Imports what reads the format, which takes longer than to read a small file."""
+    if name := LIBRARIES.get(format):
+        importlib.import_module(name)
+        if format == "html":
+            importlib.import_module("lxml.html")
+
+
+def unpacked_bytes(data: bytes) -> int:
+    """What a zip file says that its entries hold; 0 for what is not one."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as package:
+            return sum(entry.file_size for entry in package.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
+        return 0
 
 
 def document_text(data: bytes, format: str) -> str:

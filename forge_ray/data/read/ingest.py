@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from forge_ray.data.read.documents import DOCUMENTS, require_library
+from forge_ray.data.read.limited import OverLimit, Refused, read_value
 from forge_ray.data.read.lines import compression_of, is_outage, open_file
-from forge_ray.data.read.readers import Chunk, arrow_messages, arrow_start, read_raw
+from forge_ray.data.read.readers import Chunk, read_raw
 from forge_ray.data.read.sources import expand
 from forge_ray.errors import DataError
 
@@ -66,6 +65,7 @@ def index_file(
     expected: str = "",
     chunk_bytes: int = CHUNK_BYTES,
     max_line_bytes: int = MAX_LINE_BYTES,
+    folder: str = "",
 ) -> IndexedFile:
     """One sequential read: digest (which must be `expected`, if given), lines, and where the chunks begin."""
     require_library(format, name)
@@ -78,7 +78,7 @@ def index_file(
             hint="restore the file, or write the checksums again if the change is meant",
         )
     if format == "parquet":
-        cuts = _parquet_cuts(path)
+        cuts = _parquet_cuts(path, size)
     elif format == "arrow":
         cuts = _arrow_cuts(path, size, chunk_bytes)
     elif not by_line:
@@ -86,7 +86,7 @@ def index_file(
     if size == 0 and format in ("jsonl", "json", "csv", *DOCUMENTS):
         cuts = cuts[:1]
     chunks = tuple(
-        Chunk(path, name, format, a.start, b.start, a.line, source, _key(sha256, format, kind, a.start, b.start))
+        Chunk(path, name, format, a.start, b.start, a.line, source, _key(sha256, format, kind, a.start, b.start), folder)
         for a, b in pairwise(cuts)
     )
     text_bytes = _uncompressed_size(path, kind, size) if kind else size
@@ -127,53 +127,23 @@ def _newlines(data: bytes, start: int, end: int) -> int:
     return int(np.count_nonzero(np.frombuffer(data, np.uint8, end - start, start) == 10)) if start < end else 0
 
 
-def _parquet_cuts(path: str) -> list[_Cut]:
+def _parquet_cuts(path: str, size: int) -> list[_Cut]:
     try:
-        with open_file(path) as stream:
-            metadata = pq.ParquetFile(stream).metadata
-    except (pa.ArrowException, OSError) as error:
-        if is_outage(error):
-            raise
+        rows = read_value({"kind": "parquet_rows", "path": path, "size": size})
+    except (Refused, OverLimit):
         return [_Cut(0, 1), _Cut(0, 2)]  # one chunk without a row group: one row, which says so
     cuts = [_Cut(0, 1)]
-    for group in range(metadata.num_row_groups):
-        cuts.append(_Cut(group + 1, cuts[-1].line + metadata.row_group(group).num_rows))
+    for number, num_rows in enumerate(rows, start=1):
+        cuts.append(_Cut(number, cuts[-1].line + num_rows))
     return cuts
 
 
 def _arrow_cuts(path: str, size: int, chunk_bytes: int) -> list[_Cut]:
-    """Between record batches; not where a dictionary before one chunk would be needed by the next."""
-    with open_file(path) as stream:
-        try:
-            start = arrow_start(stream)
-            schema = pa.ipc.open_stream(stream).schema
-            stream.seek(start)
-        except (pa.ArrowException, OSError, EOFError) as error:
-            if is_outage(error):
-                raise
-            return [_Cut(0, 1), _Cut(0, 2)]
-        cuts, line, end = [_Cut(start, 1)], 1, start
-        whole = "dictionary<" in str(schema)
-        batches = pa.ipc.open_stream(stream) if whole else _record_batches(stream, schema, size)
-        try:
-            for batch in batches:
-                end = stream.tell()
-                line += batch.num_rows
-                if not whole and end - cuts[-1].start >= chunk_bytes:
-                    cuts.append(_Cut(end, line))
-        except (pa.ArrowException, OSError, EOFError) as error:
-            if is_outage(error):
-                raise
-            return [*cuts, _Cut(size, line + 1)]  # the last chunk ends in a row that says so
-    if cuts[-1].start < end:
-        cuts.append(_Cut(end, line))
-    return cuts
-
-
-def _record_batches(stream: Any, schema: pa.Schema, end: int) -> Iterator[pa.RecordBatch]:
-    for message in arrow_messages(stream, end):
-        if message.type == "record batch":
-            yield pa.ipc.read_record_batch(message, schema)
+    try:
+        cuts, _ = read_value({"kind": "arrow_cuts", "path": path, "size": size, "chunk_bytes": chunk_bytes})
+    except (Refused, OverLimit):
+        return [_Cut(0, 1), _Cut(0, 2)]
+    return [_Cut(start, line) for start, line in cuts]
 
 
 def _uncompressed_size(path: str, kind: str, size: int) -> int:

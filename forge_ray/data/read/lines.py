@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +46,17 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
 
 
 def open_file(path: str) -> Any:
+    """A stream of the file; only of a regular one, for a pipe or a device has no end and no size."""
     filesystem, inner = filesystem_of(path)
+    if isinstance(filesystem, pafs.LocalFileSystem) and not stat.S_ISREG(os.stat(inner).st_mode):
+        raise DataError(f"{path!r} is not a regular file", hint="write its content to a file, and name that")
     return filesystem.open_input_file(inner)
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a local path, its links followed, is one of the folder's."""
+    target, root = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([target, root]) == root
 
 
 def without_query(path: str) -> str:

@@ -7,26 +7,25 @@ error is raised only where the file itself cannot be had.
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from forge_ray.data.read.csv_rows import read_csv
 from forge_ray.data.read.documents import DOCUMENTS, MAX_FILE_BYTES, Unreadable, document_text, require_library
 from forge_ray.data.read.json_rows import read_json
-from forge_ray.data.read.lines import TOO_LONG, Damaged, Raw, blocks, filesystem_of, is_outage, lines, open_file
+from forge_ray.data.read.limited import OverLimit, Refused, read_document, read_slices
+from forge_ray.data.read.lines import TOO_LONG, Damaged, Raw, blocks, filesystem_of, is_inside, lines
 from forge_ray.data.read.strict_json import Reject
 
-__all__ = ["Chunk", "Raw", "arrow_messages", "image_reader", "read_raw"]
+__all__ = ["Chunk", "Raw", "image_reader", "read_raw"]
 
-BATCH_BYTES = 8 << 20  # decoded at a time
 IMAGE_BYTES = 64 << 20
-
-Batch: TypeAlias = pa.RecordBatch | int  # rows, or how many of them are lost
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Chunk:
     first_line: int
     source: int
     key: str  # digest of the bytes and of how they are read
+    folder: str = ""  # of the source, on a local file system: images lie in it; "" for the folder of the file
 
 
 def read_raw(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
@@ -59,7 +59,7 @@ def read_raw(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
     elif chunk.format in DOCUMENTS:
         yield _document(chunk, max_line_bytes)
     elif chunk.format in ("parquet", "arrow"):
-        yield from _columnar(chunk)
+        yield from _columnar(chunk, max_line_bytes)
     else:
         raise AssertionError(chunk.format)
 
@@ -83,124 +83,50 @@ def _document(chunk: Chunk, max_line_bytes: int) -> Raw:
     text = ""
     if not reason:
         try:
-            text = document_text(b"".join(parts), chunk.format)
-        except Unreadable as error:
+            data = b"".join(parts)
+            text = document_text(data, "text") if chunk.format == "text" else read_document(data, chunk.format)
+        except OverLimit as error:
+            reason = f"unreadable {chunk.format.upper()}: {error}"
+        except (Unreadable, Refused) as error:
             reason = str(error)
         if len(text) > max_line_bytes:
             reason = TOO_LONG
     return Raw(1, 0, None, None if reason else {"text": text}, hasher.hexdigest(), reason)
 
 
-def _columnar(chunk: Chunk) -> Iterator[Raw]:
+def _columnar(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
     """Rows of Parquet and Arrow files have no byte offset of their own, and no bytes to digest."""
-    line, batches = chunk.first_line, (_parquet_batches if chunk.format == "parquet" else _arrow_batches)(chunk)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pa.ArrowException, OSError, EOFError) as error:
-            if is_outage(error):
-                raise
-            yield Raw(line, -1, None, None, "", _unreadable(chunk, error))
-            return
-        if batch is None:
-            return
-        if isinstance(batch, int):
-            yield Raw(line, -1, None, None, "", _unreadable(chunk, pa.ArrowInvalid()))
-            line += batch
-        else:
-            yield from _rows(batch, line)
-            line += batch.num_rows
+    line, error = chunk.first_line, ""
+    if chunk.start == chunk.end:
+        yield Raw(line, -1, None, None, "", _unreadable(chunk, error))
+        return
+    request = {"kind": chunk.format, "path": chunk.path, "start": chunk.start, "end": chunk.end, "limit": max_line_bytes}
+    try:
+        for part in read_slices(request, max(0, chunk.end - chunk.start)):
+            if isinstance(part, tuple):
+                num_rows, reason = part
+                yield Raw(line, -1, None, None, "", reason or _unreadable(chunk, "ArrowInvalid"))
+            else:
+                num_rows = part.num_rows
+                yield from _rows(part, line)
+            line += num_rows
+    except Refused as reason:
+        why = str(reason)
+        error = _unreadable(chunk, why[1:]) if why.startswith("!") else f"{_part(chunk)} {why}"
+    except OverLimit as reason:
+        error = f"{_part(chunk)} {reason}"
+    if error:
+        yield Raw(line, -1, None, None, "", error)
 
 
-def _unreadable(chunk: Chunk, error: Exception) -> str:
+def _part(chunk: Chunk) -> str:
+    return "row group" if chunk.format == "parquet" else "record batch"
+
+
+def _unreadable(chunk: Chunk, error: str) -> str:
     if chunk.start == chunk.end:
         return f"unreadable {chunk.format.capitalize()} file"
-    part = "row group" if chunk.format == "parquet" else "record batch"
-    return f"unreadable {part}: {type(error).__name__}"
-
-
-def _parquet_batches(chunk: Chunk) -> Iterator[Batch]:
-    with open_file(chunk.path) as stream:
-        file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)  # by pages, not by whole columns
-        group = file.metadata.row_group(chunk.start)
-        per_row = max(1, group.total_byte_size // max(1, group.num_rows))
-        size = min(max(1, BATCH_BYTES // per_row), 4096)
-        yield from file.iter_batches(size, row_groups=[chunk.start], use_threads=False)
-
-
-def _arrow_batches(chunk: Chunk) -> Iterator[Batch]:
-    with _mapped(chunk.path) as stream:
-        if chunk.start == chunk.end:
-            raise pa.ArrowInvalid("no schema")
-        begin = arrow_start(stream)
-        reader = pa.ipc.open_stream(stream)
-        if chunk.start == begin:  # the only chunk, or the first; its dictionaries come before its batches
-            batches = _until(reader, stream, chunk.end)
-        else:
-            stream.seek(chunk.start)
-            batches = (pa.ipc.read_record_batch(m, reader.schema) for m in arrow_messages(stream, chunk.end))
-        for batch in batches:
-            if not all(_is_sound(column) for column in batch.columns):
-                yield batch.num_rows
-                continue
-            size = min(max(1, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)), 4096)
-            for row in range(0, batch.num_rows, size):
-                yield batch.slice(row, size)
-
-
-def _is_sound(column: pa.Array) -> bool:
-    """Arrow takes a file's offsets on trust, and a wrong one would read anywhere. Text that is not UTF-8 is found later."""
-    try:
-        column.view(_as_bytes(column.type)).validate(full=True)
-    except pa.ArrowException:
-        return False
-    return True
-
-
-def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string(kind):
-        return pa.binary()
-    if pa.types.is_large_string(kind):
-        return pa.large_binary()
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_as_bytes(kind.value_type)))
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
-    return kind
-
-
-def _until(reader: Any, stream: Any, end: int) -> Iterator[pa.RecordBatch]:
-    while stream.tell() < end:
-        try:
-            yield reader.read_next_batch()
-        except StopIteration:
-            return
-
-
-def arrow_messages(stream: Any, end: int) -> Iterator[Any]:
-    """The messages of Arrow's stream format from here to the byte `end`."""
-    reader = pa.ipc.MessageReader.open_stream(stream)
-    while stream.tell() < end:
-        try:
-            message = reader.read_next_message()
-        except StopIteration:
-            return
-        yield message
-
-
-def arrow_start(stream: Any) -> int:
-    """Moves to the first message: Arrow's file format is its stream format between a mark and an index."""
-    start = 8 if stream.read(6) == b"ARROW1" else 0
-    stream.seek(start)
-    return start
-
-
-def _mapped(path: str) -> Any:
-    """A record batch is as large as its writer wanted: of a local file only the pages in use are in memory."""
-    filesystem, inner = filesystem_of(path)
-    return pa.memory_map(inner) if isinstance(filesystem, pafs.LocalFileSystem) else filesystem.open_input_file(inner)
+    return f"unreadable {_part(chunk)}: {error}"
 
 
 def _rows(batch: pa.RecordBatch, line: int) -> Iterator[Raw]:
@@ -241,9 +167,26 @@ def image_reader(chunk: Chunk) -> Callable[[str], bytes]:
     folder = inner.rpartition("/")[0]
 
     def read(name: str) -> bytes:
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            return _local_image(folder, name, chunk.folder or folder)
         with filesystem.open_input_file(f"{folder}/{name}") as stream:
             if stream.size() > IMAGE_BYTES:
                 raise Reject(f"an image is larger than {IMAGE_BYTES >> 20} MiB")
             return bytes(stream.read())
 
     return read
+
+
+def _local_image(folder: str, name: str, inside: str) -> bytes:
+    """The bytes of a regular file in the folder of its source; a link may lead to one, and nothing waits for a pipe."""
+    target = os.path.realpath(os.path.join(folder, name))
+    if not is_inside(target, inside):
+        raise Reject("an image is a link out of the folder of its source")
+    handle = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(handle, "rb") as stream:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise Reject("an image is not a regular file")
+        if status.st_size > IMAGE_BYTES:
+            raise Reject(f"an image is larger than {IMAGE_BYTES >> 20} MiB")
+        return stream.read(IMAGE_BYTES)

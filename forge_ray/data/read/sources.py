@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -15,8 +18,9 @@ from urllib.parse import quote, unquote
 import pyarrow.fs as pafs
 
 from forge_ray.config.data import DataConfig, Source
-from forge_ray.data.read.lines import COMPRESSIONS, filesystem_of, open_file, without_query
+from forge_ray.data.read.lines import COMPRESSIONS, filesystem_of, is_inside, open_file, without_query
 from forge_ray.errors import ConfigError, DataError, NotFound
+from forge_ray.store.uris import has_secret, require_storage, shown, why
 
 TEXT = (
     "txt text md markdown rst adoc org tex log xml json5 yaml yml toml ini cfg conf properties"
@@ -36,7 +40,13 @@ ENDINGS = {
     "docx": "docx",
 }
 UNCOMPRESSED = ("parquet", "arrow", "pdf", "docx")  # compressed inside, and read from several places at once
-SECRETS = re.compile(r"[?&][^=&]*(secret|password|token|access_key|account_key|sig)[^=&]*=", re.I)
+KINDS_OF_FILES = {
+    0: "is a link to nothing",
+    stat.S_IFIFO: "is a pipe, not a regular file",
+    stat.S_IFSOCK: "is a socket, not a regular file",
+    stat.S_IFCHR: "is a device, not a regular file",
+    stat.S_IFBLK: "is a device, not a regular file",
+}
 
 
 @dataclass(frozen=True)
@@ -48,40 +58,68 @@ class ListedFile:
     format: str
     source: int
     sha256: str = ""
+    folder: str = ""  # of the source, on a local file system
 
 
 def expand(config: DataConfig) -> list[ListedFile]:
     """Every source file once, sorted; a file of two sources belongs to the first."""
     listed: dict[str, ListedFile] = {}
     for number, source in enumerate(config.sources):
-        paths = list(_matches(source))
+        paths, folder = _matches(source)
         sums = _checked(source, paths) if source.checksums else {}
         for path in paths:
-            item = ListedFile(path, _name(path), _format(path, source), number, sums.get(path, ""))
+            if folder:
+                require_regular(path, folder)
+            item = ListedFile(path, _name(path), _format(path, source), number, sums.get(path, ""), folder)
             first = listed.setdefault(path, item)
             if not first.sha256:
                 listed[path] = replace(first, sha256=item.sha256)
     return [listed[path] for path in sorted(listed)]
 
 
-def _matches(source: Source) -> Iterator[str]:
+def _matches(source: Source) -> tuple[list[str], str]:
+    """The files of a source, and its folder on a local file system, out of which no link may lead."""
     path = source.path
     if "://" in path:
         _refuse_secrets(path)
+        require_storage(path, "data.sources")
     if path.startswith("file://"):
         path = unquote(path.removeprefix("file://"))
     paths = sorted(_remote(path) if "://" in path else _local(path))
     if not paths:
-        raise NotFound(f"data.sources: no file matches {source.path!r}", hint="globs are relative to the current folder")
+        raise NotFound(f"data.sources: no file matches {shown(source.path)!r}", hint="globs are relative to the current folder")
     filesystem, inner = filesystem_of(paths[0])
+    folder = "" if "://" in path else _folder(path)
     if len(paths) == 1 and filesystem.get_file_info(inner).type == pafs.FileType.Directory:  # globs match files only
-        yield from _saved_dataset(paths[0])
-    else:
-        yield from paths
+        return list(_saved_dataset(paths[0])), folder and paths[0]
+    return paths, folder
+
+
+def _folder(path: str) -> str:
+    """The folder of a local source: that of a file, or the one that a glob begins with."""
+    whole = Path(path).expanduser()
+    if not whole.exists():
+        fixed = list(takewhile(lambda part: not glob.has_magic(part), whole.parts))
+        return str(Path(*fixed).absolute())
+    return str(whole.absolute().parent)
+
+
+def require_regular(path: str, folder: str) -> None:
+    """Refuse what is not a regular file of the folder: rows come from elsewhere, and a link among them from anywhere."""
+    target = os.path.realpath(path)
+    if not is_inside(path, folder):
+        raise DataError(
+            f"data.sources: {_name(path)!r} is a link to {target!r}, which is not in the folder of its source ({folder})",
+            hint=f"name {target} itself as a source, or put a copy in place of the link",
+        )
+    kind = stat.S_IFMT(os.stat(path).st_mode) if os.path.exists(path) else 0
+    if kind != stat.S_IFREG:
+        what = KINDS_OF_FILES.get(kind, "is not a regular file")
+        raise DataError(f"data.sources: {_name(path)!r} {what}", hint="name regular files, or match fewer files")
 
 
 def _refuse_secrets(uri: str) -> None:
-    if "@" in uri.split("://")[1].split("/")[0] or SECRETS.search(uri):
+    if has_secret(uri):
         raise ConfigError(
             "data.sources: a URI carries a user name or password, and sources are recorded with the dataset",
             hint="set them in the environment, for S3 as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -93,7 +131,7 @@ def _local(path: str) -> list[str]:
     if whole.exists():  # a name that only looks like a glob
         return [str(whole.absolute())]
     matches = [Path(match).absolute() for match in glob.glob(str(whole), recursive=True)]
-    return [str(match) for match in matches if match.is_file()]
+    return [str(match) for match in matches if not match.is_dir()]
 
 
 def _remote(uri: str) -> list[str]:
@@ -107,9 +145,11 @@ def _remote(uri: str) -> list[str]:
         filesystem, root = filesystem_of(base + options)
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"data.sources: {uri!r} cannot be opened: {error}",
+            f"data.sources: {shown(uri)!r} cannot be opened: {why(error, uri)}",
             hint="write spaces and other special letters of a URI as %20",
         ) from None
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        raise ConfigError(f"data.sources: {shown(uri)!r} is a local file", hint="write its path, or file:///path")
     if fixed == len(parts):
         return [] if filesystem.get_file_info(root).type == pafs.FileType.NotFound else [uri]
     pattern = parts[fixed:]
@@ -152,6 +192,8 @@ def _saved_dataset(folder: str) -> Iterator[str]:
 
 
 def _json(folder: str, name: str) -> dict[str, Any]:
+    if "://" not in folder:
+        require_regular(_inside(folder, name), folder)
     with open_file(_inside(folder, name)) as stream:
         value: dict[str, Any] = json.loads(stream.read())
     return value
@@ -205,8 +247,11 @@ def _checked(source: Source, paths: list[str]) -> dict[str, str]:
     """Digests that the source's checksums file lists; every file of the source must be in it, and every listed one there."""
     if "://" in source.checksums:
         _refuse_secrets(source.checksums)
+        require_storage(source.checksums, "data.sources.checksums")
     where = source.checksums.removeprefix("file://")
     where = where if "://" in where else str(Path(where).expanduser().absolute())
+    if "://" not in where and os.path.lexists(where):
+        require_regular(where, str(Path(where).parent))
     try:
         with open_file(where) as stream:
             text = stream.read().decode()

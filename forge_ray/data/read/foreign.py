@@ -1,0 +1,171 @@
+"""The process in which files of others' formats are read, with limits: `python -m forge_ray.data.read.foreign`.
+
+Requests come on stdin, answers go to stdout, both in frames: a letter, the length, the bytes. The process that asks is
+`forge_ray.data.read.limited`. A request that exceeds its limits ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+HEAD = struct.Struct(">cQ")
+REQUEST, PAYLOAD = b"Q", b"P"
+BATCH, LOST, TEXT, VALUE, REASON, OUTAGE, LIMIT, DONE = (b"B", b"N", b"T", b"J", b"E", b"X", b"L", b"D")
+MEMORY = 80 << 20  # bytes above what the process has when the request comes, and so many more per stored byte
+MEMORY_PER_BYTE = 16
+CPU_S, CPU_S_PER_MIB, HTML_CPU_S_PER_MIB = 1.2, 20.0, 3.0  # of a page nothing is compressed
+DOCX_MEMORY_PER_BYTE, DOCX_MEMORY_PER_UNPACKED_BYTE = 256, 8
+
+Frame = tuple[bytes, bytes]
+
+
+def cpu_limit(stored: int, per_mib: float = CPU_S_PER_MIB) -> float:
+    """Seconds of processor time for so many bytes."""
+    return CPU_S + per_mib * stored / (1 << 20)
+
+
+def read_frame(stream: BinaryIO) -> Frame | None:
+    head = stream.read(HEAD.size)
+    if len(head) < HEAD.size:
+        return None
+    kind, length = HEAD.unpack(head)
+    return kind, stream.read(length)
+
+
+def _used() -> int | None:
+    """Bytes of memory of this process that no file backs; None where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.partition("VmData:")[2].split()[0]) << 10
+
+
+class Limits:
+    """Of one request; `allow` may be called again, when more is known of what is read."""
+
+    def __init__(self) -> None:
+        self.base = _used()
+        self.before = resource.getrlimit(resource.RLIMIT_DATA)
+
+    def allow(self, stored: int, memory: int | None = None, cpu_s_per_mib: float = CPU_S_PER_MIB) -> None:
+        if self.base is not None:
+            most = self.base + MEMORY + (MEMORY_PER_BYTE * stored if memory is None else memory)
+            hard = self.before[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (most if hard < 0 else min(most, hard), hard))
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit(stored, cpu_s_per_mib))  # SIGPROF ends the process
+
+    def lift(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, self.before)
+
+
+def _document(request: dict[str, Any], data: bytes) -> Iterator[Frame]:
+    from forge_ray.data.read.documents import Unreadable, document_text, import_library, unpacked_bytes
+
+    import_library(request["format"])  # before the limits, which are for the file
+    limits = Limits()
+    try:
+        memory = None
+        if request["format"] == "docx":
+            unpacked = DOCX_MEMORY_PER_UNPACKED_BYTE * unpacked_bytes(data)
+            memory = min(unpacked, DOCX_MEMORY_PER_BYTE * len(data))
+        limits.allow(len(data), memory, HTML_CPU_S_PER_MIB if request["format"] == "html" else CPU_S_PER_MIB)
+        text = document_text(data, request["format"])
+        limits.lift()
+        yield TEXT, text.encode("utf-8", "surrogatepass")
+    except Unreadable as error:
+        limits.lift()
+        yield REASON, str(error).encode("utf-8", "replace")
+    finally:
+        limits.lift()
+
+
+def _columnar(request: dict[str, Any]) -> Iterator[Frame]:
+    import pyarrow as pa
+
+    from forge_ray.data.read import columnar
+    from forge_ray.data.read.lines import is_outage
+
+    limits = Limits()
+    path = request["path"]
+    try:
+        limits.allow(request.get("size", 0))
+        match request["kind"]:
+            case "parquet_rows":
+                yield VALUE, json.dumps(columnar.parquet_rows(path)).encode()
+                return
+            case "arrow_cuts":
+                yield VALUE, json.dumps(columnar.arrow_cuts(path, request["size"], request["chunk_bytes"])).encode()
+                return
+            case "parquet":
+                parts = columnar.parquet_slices(path, request["start"], request["limit"], limits.allow)
+            case _:
+                parts = columnar.arrow_slices(path, request["start"], request["end"], request["limit"], limits.allow)
+        for part in parts:
+            if isinstance(part, tuple):
+                yield LOST, json.dumps(part).encode()
+                continue
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, part.schema) as writer:
+                writer.write_batch(part)
+            yield BATCH, sink.getvalue().to_pybytes()
+    except columnar.Bomb as error:
+        yield REASON, str(error).encode()
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError, EOFError) as error:
+        if is_outage(error):
+            yield OUTAGE, json.dumps([getattr(error, "errno", None), str(error)]).encode()
+        else:
+            yield REASON, ("!" + type(error).__name__).encode()
+    finally:
+        limits.lift()
+
+
+def _answers(request: dict[str, Any], data: bytes) -> Iterator[Frame]:
+    try:
+        yield from _document(request, data) if request["kind"] == "document" else _columnar(request)
+    except MemoryError:
+        yield LIMIT, b""
+        return
+    yield DONE, b""
+
+
+def main() -> None:
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is not an answer
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    import pyarrow as pa
+
+    pa.set_memory_pool(pa.system_memory_pool())  # the others reserve more than they use
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    import forge_ray.data.read.columnar
+    import forge_ray.data.read.documents  # noqa: F401
+
+    with contextlib.suppress(BrokenPipeError):
+        while (frame := read_frame(requests)) is not None:
+            payload = read_frame(requests)
+            assert payload is not None
+            for kind, body in _answers(json.loads(frame[1]), payload[1]):
+                answers.write(HEAD.pack(kind, len(body)))
+                answers.write(body)
+            answers.flush()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
