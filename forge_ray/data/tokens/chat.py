@@ -102,7 +102,10 @@ def encode_batch(
     texts = [i for i, record in enumerate(records) if "text" in record.content]
     chats = [i for i, record in enumerate(records) if "messages" in record.content]
     for i, ids in zip(texts, tokenizer.text_ids([records[i].content["text"] for i in texts]), strict=True):
-        results[i] = _text_documents(ids, tokenizer.end_of_turn_id, sequence_length)
+        if token := tokenizer.forged_token(records[i].content["text"], ids):
+            results[i] = Reject(f"the text contains the special token {token!r}")
+        else:
+            results[i] = _text_documents(ids, tokenizer.end_of_turn_id, sequence_length)
     conversations: list[Chat] = [(records[i].messages, records[i].content.get("tools")) for i in chats]
     for i, encoded in zip(chats, tokenizer.encode_chats(conversations), strict=True):
         results[i] = encoded if isinstance(encoded, Reject) else _fitted(encoded, sequence_length, overlong)

@@ -17,23 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.forged import excess, refuse_built
 from forge_ray.data.tokens.render import Rendering, TurnSpan, any_of
-from forge_ray.data.tokens.template import CallStyle, Chat, Encoded, Messages
+from forge_ray.data.tokens.template import BYTE_OF_CHARACTER, CallStyle, Chat, Encoded, Messages
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a single byte
 JOINED = "the tokenizer joins the prompt with the answer"
 MAX_TAILS = 1024
 MIN_PREFIX, MAX_PREFIXES = 32, 16  # characters worth to be remembered, and how many beginnings of texts are
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: how byte-level tokenizers write the 256 bytes as visible characters."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
-
-
-BYTE_OF_CHARACTER = _byte_of_character()
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,14 +128,50 @@ class HfTokenizer:
         self._reset()
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=True)]
 
+    def forged_token(self, text: str, ids: Sequence[int]) -> str:
+        """The special token that a part of the plain text has become in its ids; "" where none has. An end token at the
+        very end is the one that would be put there anyway."""
+        unknown = self.tokenizer.unk_token
+        if unknown and unknown in self._added_ids and unknown in text:  # as a letter that has no token would become it too
+            return str(unknown)
+        ends = self.eos_token_id is not None and text.endswith(self._added_texts.get(self.eos_token_id, "\x00"))
+        token_id = excess(ids, self._is_control, self._written + ends)
+        return "" if token_id is None else self._added_texts[token_id]
+
+    @cached_property
+    def _written(self) -> int:
+        """How many special tokens the tokenizer itself adds to a plain text."""
+        return int(self._is_control[np.array(self.text_ids([""])[0], np.int64)].sum())
+
+    @cached_property
+    def _is_control(self) -> npt.NDArray[np.bool_]:
+        """Special ids but that of unknown letters."""
+        table = self._is_special.copy()
+        if self.tokenizer.unk_token_id is not None:
+            table[int(self.tokenizer.unk_token_id)] = False
+        return table
+
+    def _refuse_forged(self, text: str, ids: Sequence[int]) -> None:
+        """The n special tokens of a rendered text are all that its ids may have: others come from normalised text."""
+        expected = sum(1 for _ in self._special_pattern.finditer(text))
+        if excess(ids, self._is_control, expected) is not None:
+            raise Reject("a message becomes a special token")
+
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
         """Ids up to where the assistant answers: what serving and evaluation feed the engine."""
         messages, tools = self._rendering.checked(messages, tools)
         text = self._rendering.render(messages, tools, True)
+        self._refuse_built(messages, tools, text, True)
         spans = self._rendering.spans(messages, tools, text, (None,) * len(messages))
-        if self._backend is None:
-            return self._plain(text)
-        return self._located(text, spans, self._encode([text])[0])[0]
+        ids = self._plain(text) if self._backend is None else self._located(text, spans, self._encode([text])[0])[0]
+        self._refuse_forged(text, ids)
+        return ids
+
+    def _refuse_built(self, messages: Messages, tools: list[Any] | None, text: str, for_answer: bool) -> None:
+        def render(other_messages: Messages, other_tools: list[Any] | None) -> str:
+            return self._rendering.render(other_messages, other_tools, for_answer)
+
+        refuse_built(self._special_pattern, text, messages, tools, render)
 
     def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]:
         """Each conversation tokenised once, its trained answers marked up to their end of turn."""
@@ -153,6 +180,7 @@ class HfTokenizer:
             try:
                 seen, tools = self._rendering.checked(messages, tools)
                 text = self._rendering.render(seen, tools, False)
+                self._refuse_built(seen, tools, text, False)
                 weights = tuple(message.get("weight", 1) for message in messages)
                 plans.append((text, self._rendering.spans(seen, tools, text, weights)))
             except Reject as error:
@@ -296,6 +324,7 @@ class HfTokenizer:
     def _marked(self, text: str, spans: list[TurnSpan], encoding: Any) -> Encoded | Reject:
         try:
             ids, ranges = self._located(text, spans, encoding) if encoding else self._located_slowly(text, spans)
+            self._refuse_forged(text, ids)
             mask, end_id = np.zeros(len(ids), np.int8), self.end_of_turn_id
             for span, (first, last) in zip(spans, ranges, strict=True):
                 if not span.trained:

@@ -115,6 +115,16 @@ class MistralChat:
         """Plain texts behind one begin token; the end token is the caller's, for a prompt has none."""
         return [list(self._tokenizer.encode(text, bos=True, eos=False)) for text in texts]
 
+    def forged_token(self, text: str, ids: Sequence[int]) -> str:
+        """The special token that a part of the plain text has become in its ids; "" where none has, which is always so."""
+        forged = (token for token in ids[1:] if self._tokenizer.is_special(token) and token != self._unknown_id)
+        return next((str(self._tokenizer.id_to_piece(token)) for token in forged), "")
+
+    @property
+    def _unknown_id(self) -> int:
+        """What SentencePiece writes for letters that it lacks."""
+        return int(getattr(self._tokenizer, "unk_id", -1))
+
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
         """Ids up to where the assistant answers, exactly those of `encode_chat_completion` in serving mode."""
         with _refusals():

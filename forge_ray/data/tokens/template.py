@@ -17,6 +17,16 @@ Chat = tuple[Messages, list[Any] | None]  # messages and tools
 CallStyle = Literal["", "hermes", "mistral-v3", "mistral-v11", "mistral-v13"]
 
 
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: how byte-level tokenizers write the 256 bytes as visible characters."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """Token ids of one document and, of the same length, which of them are trained."""
@@ -48,6 +58,7 @@ class ChatTokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
     def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]: ...
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def forged_token(self, text: str, ids: Sequence[int]) -> str: ...
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]: ...
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
