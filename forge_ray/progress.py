@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+# Control characters but tab and newline, marks of the direction of writing, separators of lines, halves of characters
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 PLAIN_EVERY_S = 15.0  # seconds between progress lines of a stage without a terminal
+
+
+def visible(text: str) -> str:
+    """The text as it may be printed on a terminal: control characters are written as in JSON, where they mean the same."""
+    return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class Stage:
@@ -43,7 +51,7 @@ class Stage:
             TextColumn("[bold]{task.description:<9}"),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task(self.name, total=None, text="")
@@ -62,13 +70,13 @@ class Stage:
         table.add_column(style="dim", min_width=10)
         table.add_column()
         for name, value in self._details:
-            table.add_row(
-                f"  {name}", Text(value, style="red" if name == "incident" else "", overflow="ellipsis", no_wrap=True)
-            )
+            style = "red" if name == "incident" else ""
+            table.add_row(f"  {name}", Text(visible(value), style=style, overflow="ellipsis", no_wrap=True))
         return Group(self._bar, table)
 
     def update(self, done: float, total: float, text: str = "", details: Sequence[tuple[str, str]] = ()) -> None:
         """Report `done` of `total` with a short text; a terminal also shows `details` as (name, value)."""
+        text = visible(text)
         if self._live:
             self._details = tuple(details)
             self._bar.update(self._task, completed=done, total=total, text=text)
@@ -77,7 +85,7 @@ class Stage:
             print(f"  {self.name:<9} {done:g}/{total:g} {text}", file=self._stream, flush=True)
 
     def done(self, result: str) -> None:
-        self.result = result
+        self.result = visible(result)
 
     def close(self, failed: bool) -> None:
         if self._live:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import ConfigError, EngineError
 
@@ -189,7 +190,7 @@ def alias_archive(store: Store, as_json: bool, name: str, why: str) -> Any:
     with Catalog.open(store) as index:
         promotion.set_route(index, name, None, why)
     if not as_json:
-        click.echo(f"{name}: archived")
+        echo(f"{name}: archived")
     return {"alias": name, "archived": True}
 
 
@@ -199,7 +200,7 @@ def _moved(as_json: bool, name: str, route: AliasRoute, url: str) -> Any:
     if url:
         _wait_until_live(url, name, route)
     if not as_json:
-        click.echo(f"{name}: {in_words(route)}")
+        echo(f"{name}: {in_words(route)}")
     return {"alias": name, "route": shown(route)}
 
 

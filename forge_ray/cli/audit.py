@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import TrainingError
 
@@ -46,20 +47,20 @@ def audit_data(store: Store, as_json: bool, run: str, steps_to_list: tuple[int, 
         it.done(f"{run}  {report.steps_compared} of {report.num_steps} steps compared")
     steps = {str(step): auditing.records_of(facts.rows, facts.order, step) for step in steps_to_list}
     if not as_json:
-        click.echo(
+        echo(
             f"{run}: {report.num_steps} steps took {report.samples_seen:,} rows"
             f" of the {report.num_rows:,} in {report.dataset}"
         )
         for times, count in report.times_used.items():
-            click.echo(f"  {count:,} rows {times} times")
+            echo(f"  {count:,} rows {times} times")
         for number, used in steps.items():
-            click.echo(f"step {number}")
+            echo(f"step {number}")
             for item in used:
-                click.echo(f"  lane {item['lane']}: row {item['row']}: {' '.join(item['records'])}")
+                echo(f"  lane {item['lane']}: row {item['row']}: {' '.join(item['records'])}")
         for problem in report.problems[:20]:
-            click.echo(f"  {problem}")
+            echo(f"  {problem}")
         if not report.problems:
-            click.echo("every step used the rows of its order")
+            echo("every step used the rows of its order")
     if report.problems:
         raise TrainingError(
             f"{run} did not train on the recorded rows: {report.problems[0]} ({len(report.problems)} problems)",
@@ -116,5 +117,5 @@ def audit_leak(store: Store, as_json: bool, reference: str, **settings: int | No
             ("", "training rows", "held out", "base model"),
             [(what, trained, held_out, value(base) if base else "") for what, trained, held_out, base in rows],
         )
-        click.echo(f"{report.id}  without memorisation the mean exposure is 1.44 bits and the AUC 0.5")
+        echo(f"{report.id}  without memorisation the mean exposure is 1.44 bits and the AUC 0.5")
     return report

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, run_file, verb
 from forge_ray.errors import ConfigError
 
@@ -39,7 +40,7 @@ def data_prepare(store: Store, as_json: bool, config: RunConfig) -> Any:
             rows.append((name, *(f"{count:,}" for count in counts), f"{stats.num_tokens / capacity:.1%}"))
         print_table(manifest.id, header, rows)
         for reason, count in manifest.rejects.items():
-            click.echo(f"  {count} × {reason}")
+            echo(f"  {count} × {reason}")
     return manifest
 
 
@@ -101,8 +102,8 @@ def data_card(store: Store, as_json: bool, dataset: str) -> Any:
         manifest = index.get_as(DatasetManifest, dataset)
     folder = write_card(store, manifest)
     if not as_json:
-        click.echo(markdown(manifest))
-        click.echo(f"written: {store.place}/{folder}", err=True)
+        echo(markdown(manifest))
+        echo(f"written: {store.place}/{folder}", err=True)
     return {"dataset": dataset, "folder": f"{store.place}/{folder}", "manifest": manifest.model_dump(exclude={"files"})}
 
 
@@ -128,11 +129,11 @@ def data_diff(store: Store, as_json: bool, old: str, new: str) -> Any:
             f"{old} → {new}", ("source", *kinds), [*rows, ("all", *(f"{changes['counts'][kind]:,}" for kind in kinds))]
         )
         for key, (before, after) in changes["settings"].items():
-            click.echo(f"  {key}: {before} → {after}")
+            echo(f"  {key}: {before} → {after}")
         for kind in kinds:
             for row in changes[kind]:
                 was = f"  was {row['was']}" if kind == "changed" else ""
-                click.echo(f"  {kind:<8} {row['record']}  {row['file']}:{row['line']}{was}")
+                echo(f"  {kind:<8} {row['record']}  {row['file']}:{row['line']}{was}")
     return changes
 
 
@@ -187,7 +188,7 @@ def data_export(store: Store, as_json: bool, dataset: str, target: Path, split: 
         manifest = index.get_as(DatasetManifest, dataset)
     count = export(store, manifest, SPLITS if split == "all" else (split,), target)
     if not as_json:
-        click.echo(f"{count:,} records in {target}")
+        echo(f"{count:,} records in {target}")
     return {"dataset": dataset, "split": split, "file": str(target), "records": count}
 
 
@@ -204,7 +205,7 @@ def data_canaries(store: Store, as_json: bool, target: Path, count: int, digits:
 
     canaries.write(target, canaries.generate(count, digits, seed))
     if not as_json:
-        click.echo(f"{count} canaries in {target}; add to data.sources: {{path: {target}, name: canaries}}")
+        echo(f"{count} canaries in {target}; add to data.sources: {{path: {target}, name: canaries}}")
     return {"file": str(target), "count": count, "digits": digits, "seed": seed}
 
 
@@ -217,5 +218,5 @@ def data_clean(store: Store, as_json: bool) -> Any:
 
     freed = clean(store)
     if not as_json:
-        click.echo(f"removed {freed / 1e6:,.1f} MB")
+        echo(f"removed {freed / 1e6:,.1f} MB")
     return {"bytes": freed}

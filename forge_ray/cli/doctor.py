@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import EXIT_FAILED
 
@@ -35,10 +36,10 @@ def doctor(store: Store, as_json: bool, address: str) -> Any:
     failed = sum(finding.status == "fail" for finding in findings)
     result = {"failed": failed, "findings": [asdict(finding) for finding in findings]}
     if not as_json:
-        click.echo("\n".join(lines(findings)))
+        echo("\n".join(lines(findings)))
     if failed:
         if as_json:
-            click.echo(json.dumps(result, ensure_ascii=False))
+            echo(json.dumps(result, ensure_ascii=False))
         sys.exit(EXIT_FAILED)
     return result
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import verb
 from forge_ray.errors import ConfigError
 
@@ -155,8 +156,8 @@ def erase(
     if not as_json:
         predicate = statement["predicate"]
         for name, lines in predicate["remains"]["source files"].items():
-            click.echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
-        click.echo(f"{store.place}/erasures/{predicate['erasure']}/certificate.json")
+            echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
+        echo(f"{store.place}/erasures/{predicate['erasure']}/certificate.json")
     return statement
 
 
@@ -165,7 +166,7 @@ def show(plan: ErasurePlan, begun: bool) -> None:
     from forge_ray.cli.show import print_table
 
     state = " (already started)" if begun else ""
-    click.echo(f"{plan.num_records} records, {plan.num_near_duplicates} near duplicates of them{state}")
+    echo(f"{plan.num_records} records, {plan.num_near_duplicates} near duplicates of them{state}")
     if plan.datasets:
         rows = [(d.id, d.name, ", ".join(f"{split} {count}" for split, count in d.held.items())) for d in plan.datasets]
         print_table("Datasets to rebuild", ("dataset", "name", "records in"), rows)
@@ -186,17 +187,15 @@ def show(plan: ErasurePlan, begun: bool) -> None:
         versions = [(v.id, v.name, v.status, v.weights, aliases[v.id]) for v in plan.versions]
         print_table("Model versions to withdraw", ("version", "name", "status", "weights", "aliases"), versions)
     for deployment in plan.deployments:
-        click.echo(f"{deployment.id} {deployment.name} ({deployment.state}) serves {', '.join(deployment.versions)}")
+        echo(f"{deployment.id} {deployment.name} ({deployment.state}) serves {', '.join(deployment.versions)}")
     for report in plan.evals:
         about = f"{report.quotes} items about the rows" if report.quotes else "answers or labels derived from them"
-        click.echo(f"evaluation {report.id} of {report.subject}: {about}")
+        echo(f"evaluation {report.id} of {report.subject}: {about}")
     for name, lines in plan.outside.items():
-        click.echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
+        echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
     for note in plan.notes:
-        click.echo(f"note: {note}")
-    click.echo(
-        f"retraining: {plan.worker_hours:.2f} worker hours, {plan.gpu_hours:.2f} GPU hours, estimated from the first runs"
-    )
+        echo(f"note: {note}")
+    echo(f"retraining: {plan.worker_hours:.2f} worker hours, {plan.gpu_hours:.2f} GPU hours, estimated from the first runs")
 
 
 def _lines(lines: Sequence[int]) -> str:

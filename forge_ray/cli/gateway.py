@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import verb
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ def gateway(store: Store, as_json: bool, to: tuple[str, ...], **settings: Any) -
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
 
     def announce(url: str) -> None:
-        click.echo(f"{url} → {', '.join(to)} until Ctrl-C", err=True)
+        echo(f"{url} → {', '.join(to)} until Ctrl-C", err=True)
         if as_json:
-            click.echo(json.dumps({"url": url, "to": list(to)}))
+            echo(json.dumps({"url": url, "to": list(to)}))
 
     asyncio.run(run(config, announce))
     sys.exit(0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import ConfigError
 
@@ -157,7 +158,7 @@ def init(
     write_run_file(file, text, force)
     if not as_json:
         path, last = shlex.quote(str(file)), "train" if task == "pretrain" else "run"
-        click.echo(f"wrote {file}\nnext:\n  forge data prepare {path}\n  forge {last} {path}")
+        echo(f"wrote {file}\nnext:\n  forge data prepare {path}\n  forge {last} {path}")
     return {"path": str(file), "task": task}
 
 

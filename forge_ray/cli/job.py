@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from forge_ray import pipeline
+from forge_ray.cli.terminal import echo
 from forge_ray.config.base import Config, load
 from forge_ray.errors import ForgeError
 from forge_ray.store.files import Store
@@ -38,9 +38,9 @@ def main(model: type[C], step: Callable[[C, Store], Any], arguments: list[str] |
         config = load(model, parsed.config, tuple(parsed.overrides))
         result = step(config, pipeline.open_store(parsed.store))
     except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", err=True)
         return error.exit_code
-    print(json.dumps(as_json(result), ensure_ascii=False))
+    echo(json.dumps(as_json(result), ensure_ascii=False))
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def keys_show(store: Store, as_json: bool, reference: str) -> Any:
         _print(key)
         for event in history:
             what = ", ".join(f"{name}={value}" for name, value in event.items() if name not in ("at", "action", "sha256"))
-            click.echo(f"  {event['at']}  {event['action']}  {what}")
+            echo(f"  {event['at']}  {event['action']}  {what}")
     return _with_state(key) | {"history": history}
 
 
@@ -189,8 +190,8 @@ def _with_state(key: ApiKey) -> dict[str, Any]:
 def _with_secret(key: ApiKey, text: str, as_json: bool) -> dict[str, Any]:
     if not as_json:
         _print(key)
-        click.echo("store it now, it is not shown again:", err=True)
-        click.echo(text)
+        echo("store it now, it is not shown again:", err=True)
+        echo(text)
     return _with_state(key) | {"secret": text}
 
 
@@ -210,4 +211,4 @@ def _row(key: ApiKey) -> tuple[str, ...]:
 def _print(key: ApiKey) -> None:
     for name, value in zip(COLUMNS, _row(key), strict=True):
         if value:
-            click.echo(f"{name + ':':9} {value}", err=True)
+            echo(f"{name + ':':9} {value}", err=True)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +25,7 @@ from forge_ray.cli.papers import PAPERS
 from forge_ray.cli.reproduce import REPRODUCTION
 from forge_ray.cli.runs import runs
 from forge_ray.cli.serve import SERVING, wait_for_ctrl_c
+from forge_ray.cli.terminal import echo, show_exception
 from forge_ray.cli.trace import TRACING
 from forge_ray.cli.trust import TRUST
 from forge_ray.cli.verbs import Verbs, load_run_file, run_file, verb
@@ -169,7 +171,7 @@ def models_show(store: Store, as_json: bool, reference: str) -> Any:
     with Catalog.read_only(store) as index:
         version = index.model(resolve(index, reference))
         if not as_json:
-            click.echo(json.dumps(version.model_dump(mode="json"), indent=2, ensure_ascii=False))
+            echo(json.dumps(version.model_dump(mode="json"), indent=2, ensure_ascii=False))
         return version
 
 
@@ -186,7 +188,7 @@ def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> A
     with Catalog.open(store) as index:
         version = promotion.promote(index, reference, alias)
     if not as_json:
-        click.echo(f"{alias} → {version.id}")
+        echo(f"{alias} → {version.id}")
     return {"alias": alias, "model_version": version.id}
 
 
@@ -214,7 +216,7 @@ def _archived(store: Store, as_json: bool, reference: str, restore: bool) -> Any
         version = promotion.archive(index, reference, restore)
     state = "active" if restore else "archived"
     if not as_json:
-        click.echo(f"{version.id} {state}")
+        echo(f"{version.id} {state}")
     return {"model_version": version.id, "state": state}
 
 
@@ -269,7 +271,7 @@ def train(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
 
     record = pipeline.train(_forced(config) if force else config, store)
     if not as_json:
-        click.echo(f"metrics, loss curve, checkpoints and export: {store.place}/{paths.run(record.id)}")
+        echo(f"metrics, loss curve, checkpoints and export: {store.place}/{paths.run(record.id)}")
     return record
 
 
@@ -289,7 +291,7 @@ def evaluate(store: Store, as_json: bool, config: RunConfig) -> Any:
         from forge_ray.cli.show import comparison, print_table
 
         print_table(f"Held-out {tuned.split} rows: {tuned.num_examples}", ("", "base", "tuned", ""), comparison(base, tuned))
-        click.echo(f"items and confusion matrix: {store.place}/{paths.report(tuned.id)}")
+        echo(f"items and confusion matrix: {store.place}/{paths.report(tuned.id)}")
     return {"base": base, "tuned": tuned}
 
 
@@ -342,7 +344,7 @@ def submit(store: Store, as_json: bool, file: str, address: str, overrides: tupl
     load_run_file(file, overrides)  # reports a mistake here, not minutes later on the cluster
     result = send(file, address, store.uri, overrides, wait=not no_wait)
     if not as_json:
-        click.echo(f"job {result['job']}: {result['status']}")
+        echo(f"job {result['job']}: {result['status']}")
     return result
 
 
@@ -354,9 +356,10 @@ def catalog_rebuild(store: Store, as_json: bool) -> Any:
     with Catalog.open(store) as index:
         count = index.rebuild()
     if not as_json:
-        click.echo(f"{count} records and events")
+        echo(f"{count} records and events")
     return {"indexed": count}
 
 
 def main() -> None:
+    sys.excepthook = show_exception
     cli(prog_name="forge")

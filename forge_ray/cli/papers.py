@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ def papers(
     packed = write.pack(Path(pack), store, facts, documents) if pack else None
     if not as_json:
         for name in documents:
-            click.echo(f"{digests[name][:16]}  {len(documents[name]):>8,}  {Path(out) / name}")
+            echo(f"{digests[name][:16]}  {len(documents[name]):>8,}  {Path(out) / name}")
         if packed:
-            click.echo(f"{packed[:16]}  {Path(str(pack)).stat().st_size:>8,}  {pack}")
+            echo(f"{packed[:16]}  {Path(str(pack)).stat().st_size:>8,}  {pack}")
         if facts.missing:
-            click.echo(f"not in this store: {', '.join(facts.missing)}", err=True)
+            echo(f"not in this store: {', '.join(facts.missing)}", err=True)
     result: dict[str, Any] = {"model_version": facts.version.id, "out": out, "papers": digests, "missing": facts.missing}
     return result | ({"pack": {"path": pack, "sha256": packed}} if packed else {})
 
@@ -72,13 +73,11 @@ def export_mlflow(store: Store, as_json: bool, reference: str, uri: str, experim
     with Catalog.read_only(store) as index:
         exported = mlflow_export.export(index, reference, uri, experiment, with_weights)
     if not as_json:
-        click.echo(
-            f"{exported.run} → run {exported.mlflow_run} of experiment {exported.experiment}, {exported.metrics} values"
-        )
+        echo(f"{exported.run} → run {exported.mlflow_run} of experiment {exported.experiment}, {exported.metrics} values")
         if exported.version:
             aliases = ", ".join((exported.aliases or {}).values())
             registered = f"{exported.registered} version {exported.registered_version}"
-            click.echo(f"{exported.version} → {registered}, aliases: {aliases or 'none'}")
+            echo(f"{exported.version} → {registered}, aliases: {aliases or 'none'}")
     return exported
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo, one_line
 from forge_ray.cli.verbs import verb
 from forge_ray.errors import EXIT_FAILED
 
@@ -32,12 +33,12 @@ def reproduce(store: Store, as_json: bool, reference: str, rebuild_data: bool, k
 
     report = again.reproduce(store, reference, rebuild_data, keep)
     if not as_json:
-        click.echo("\n".join(again.describe(report)))
+        echo("\n".join(map(one_line, again.describe(report))))
         if keep:
-            click.echo(f"the second run: {store.place}/{report['folder']}")
+            echo(f"the second run: {store.place}/{report['folder']}")
     if report["verdict"] != "equal":
         if as_json:
-            click.echo(json.dumps(report, ensure_ascii=False))
+            echo(json.dumps(report, ensure_ascii=False))
         sys.exit(EXIT_FAILED)
     return report
 
@@ -55,7 +56,7 @@ def diff(store: Store, as_json: bool, old: str, new: str) -> Any:
     with Catalog.read_only(store) as index:
         differences = difference.diff(index, old, new)
     if not as_json:
-        click.echo("\n".join(difference.describe(differences)))
+        echo("\n".join(map(one_line, difference.describe(differences))))
     return differences
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
     if not run["starts"]:
         raise NotFound(f"{run_id!r} has never started", hint="`forge runs list` shows the runs of this store")
     if not as_json:
-        click.echo(overview(run))
+        echo(overview(run))
     return run
 
 
@@ -69,7 +70,7 @@ def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
 
     version = export_run(store, run_id, step)
     if not as_json:
-        click.echo(f"serve it: forge serve {here_or_shipped('jobs/deploy.yaml')} --set 'models=[{version.id}]'")
+        echo(f"serve it: forge serve {here_or_shipped('jobs/deploy.yaml')} --set 'models=[{version.id}]'")
     return version
 
 
@@ -93,5 +94,5 @@ def runs_compare(store: Store, as_json: bool, run_ids: tuple[str, ...], out: Pat
     header, *rows = table(comparison)
     if not as_json:
         print_table("Runs compared", tuple(header), rows)
-        click.echo(f"written: {target}")
+        echo(f"written: {target}")
     return {"file": str(target), "runs": header[1:], "table": {row[0]: row[1:] for row in rows}}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo, secho
 from forge_ray.cli.verbs import verb
 from forge_ray.errors import ConfigError, NotFound
 
@@ -81,7 +82,7 @@ def _serve_yaml(store: Store, as_json: bool, config: Any) -> Any:
 
     serve_config = serve_file(config, store.uri)
     if not as_json:
-        click.echo(yaml.safe_dump(serve_config, sort_keys=False).rstrip())
+        echo(yaml.safe_dump(serve_config, sort_keys=False).rstrip())
     return serve_config
 
 
@@ -96,7 +97,7 @@ def _status(store: Store, as_json: bool) -> Any:
         endpoints = status(index)
     if not as_json:
         for endpoint in endpoints or [{"name": "nothing is deployed", "status": "", "url": "", "replicas": {}}]:
-            click.echo(f"{endpoint['name']}  {endpoint['status'].lower()}  {endpoint['url']}  {endpoint.get('message', '')}")
+            echo(f"{endpoint['name']}  {endpoint['status'].lower()}  {endpoint['url']}  {endpoint.get('message', '')}")
             table = endpoint.get("table", {"routes": {}, "broken": {}})
             routes = [(name, in_words(AliasRoute.model_validate(route))) for name, route in table["routes"].items()]
             print_table("Aliases", ("alias", "routes to"), routes)
@@ -111,7 +112,7 @@ def _status(store: Store, as_json: bool) -> Any:
             ]
             print_table("Replicas", ("replica", "up to date", "running", "waiting", "tokens", "in memory"), rows)
             for version, why in table["broken"].items():
-                click.secho(f"{version} cannot be served: {why}", fg="red")
+                secho(f"{version} cannot be served: {why}", fg="red")
     return endpoints
 
 
@@ -150,7 +151,7 @@ def serve(store: Store, as_json: bool, file: str, overrides: tuple[str, ...], ha
         set_haproxy()
     deployment = pipeline.deploy(config, store)
     if as_json:
-        click.echo(deployment.model_dump_json())
+        echo(deployment.model_dump_json())
     wait_for_ctrl_c(deployment.name)
     sys.exit(0)
 
@@ -159,7 +160,7 @@ def wait_for_ctrl_c(name: str) -> None:
     """Wait for SIGINT or SIGTERM."""
     import signal
 
-    click.echo(f"serving {name!r} until Ctrl-C", err=True)
+    echo(f"serving {name!r} until Ctrl-C", err=True)
     signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 
@@ -199,12 +200,12 @@ def chat(
             return _converse(client, name, messages, options)
         answer = client.chat(name, [*messages, {"role": "user", "content": text}], **options)
     if not as_json:
-        click.echo(answer.text)
+        echo(answer.text)
     return answer
 
 
 def _converse(client: Client, name: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Any:
-    click.secho(f"{name}: an empty line or Ctrl-D ends", dim=True, err=True)
+    secho(f"{name}: an empty line or Ctrl-D ends", dim=True, err=True)
     while True:
         try:
             question = input("> ")
@@ -215,9 +216,9 @@ def _converse(client: Client, name: str, messages: list[dict[str, Any]], options
         messages.append({"role": "user", "content": question})
         pieces = []
         for piece in client.stream_chat(name, messages, **options):
-            click.echo(piece, nl=False)
+            echo(piece, nl=False)
             pieces.append(piece)
-        click.echo()
+        echo()
         messages.append({"role": "assistant", "content": "".join(pieces)})
     return {"messages": messages}
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forge_ray.cli.terminal import one_line
 from forge_ray.machine.shipped import here_or_shipped
+from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
@@ -57,7 +59,7 @@ def print_packed_rows(rows: list[dict[str, Any]]) -> None:
             console.print(f"  [cyan]{document['record']}[/cyan]")
             text = Text("    ")
             for token, trained in zip(document["tokens"], document["trained"], strict=True):
-                piece = token.replace("\n", "⏎\n    ")
+                piece = visible(token).replace("\n", "⏎\n    ")
                 if not trained:
                     text.append(piece, style="dim")
                 else:
@@ -83,13 +85,15 @@ def print_table(title: str, header: tuple[str, ...], rows: Sequence[Sequence[str
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
+    table = Table(title=Text(one_line(title)), title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    table.title_style = "bold"
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     console.print(table)
 
 
@@ -154,14 +158,15 @@ def print_quickstart(result: QuickstartResult, store: Store) -> None:
     title = f"base vs tuned: {outcome.report.num_examples} held-out rows"
     print_table(title, ("", "base", "tuned", "change"), comparison(outcome.base_report, outcome.report))
     if outcome.version.status == "rejected":
-        console.print(f"[red]rejected[/red]: {'; '.join(outcome.version.reasons)}")
+        console.print(f"[red]rejected[/red]: {escape(visible('; '.join(outcome.version.reasons)))}")
     if result.answer and outcome.deployment:
-        console.print(f"\n[bold]asked[/bold]     {result.question}", soft_wrap=True)
-        console.print(f"[bold]answered[/bold]  {result.answer.text}   (expected: {result.expected})", soft_wrap=True)
+        console.print(f"\n[bold]asked[/bold]     {escape(visible(result.question))}", soft_wrap=True)
+        answered = escape(visible(f"{result.answer.text}   (expected: {result.expected})"))
+        console.print(f"[bold]answered[/bold]  {answered}", soft_wrap=True)
         console.print("\n[bold]where that answer comes from[/bold]")
         with Catalog.read_only(store) as catalog:
             for line in draw(lineage(catalog, outcome.deployment.id, 3)):
-                console.print(line, soft_wrap=True, markup=False)
+                console.print(one_line(line), soft_wrap=True, markup=False)
     run = outcome.run.id
     console.print("\n[bold]written[/bold]")
     console.print(f"  dataset     {store.place}/{paths.dataset(outcome.dataset.id)}", soft_wrap=True)

@@ -6,11 +6,11 @@ import asyncio
 import json
 import logging
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from forge_ray.cli.terminal import echo, without_colours
 from forge_ray.errors import (
     EXIT_POLICY,
     EXIT_USAGE,
@@ -98,7 +98,7 @@ async def _follow(client: Any, job: str) -> str:
     seen = []
     async for text in client.tail_job_logs(job):
         seen.append(text)
-        print(text, end="", file=sys.stderr, flush=True)
+        echo(without_colours(text), err=True, nl=False)
     return "".join(seen)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo, one_line
 from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import EXIT_FAILED, ConfigError
 
@@ -49,12 +50,12 @@ def trace(store: Store, as_json: bool, records: tuple[str, ...], files: tuple[st
         queries += [tracer.of_subject_value(index, subject)] if subject else []
         traced = tracer.trace(index, queries)
     if not as_json:
-        click.echo("\n".join(lines(traced)))
+        echo("\n".join(map(one_line, lines(traced))))
     if traced.broken:  # the answer is printed, but it is incomplete
         if as_json:
             from forge_ray.cli.job import as_json as plain
 
-            click.echo(json.dumps(plain(asdict(traced)), ensure_ascii=False))
+            echo(json.dumps(plain(asdict(traced)), ensure_ascii=False))
         sys.exit(EXIT_FAILED)
     return asdict(traced)
 
@@ -164,7 +165,7 @@ def lineage(
         if goal:
             chain = trace.path(index, reference, goal)
             if not as_json:
-                click.echo(" — ".join(chain))
+                echo(one_line(" — ".join(chain)))
             return {"chain": chain}
         tree = trace.lineage(index, reference, rows)
         if svg or html:
@@ -172,9 +173,9 @@ def lineage(
             for target, content in ((svg, lineage_page.svg), (html, lineage_page.page)):
                 if target:
                     target.write_text(content(graph), encoding="utf-8")
-                    click.echo(f"written: {target}", err=True)
+                    echo(f"written: {target}", err=True)
     if not as_json:
-        click.echo("\n".join(trace.draw(tree)))
+        echo("\n".join(map(one_line, trace.draw(tree))))
     return tree
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from forge_ray.cli.audit import audit
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import ConfigError, PolicyError
 
@@ -60,8 +61,8 @@ def signers_create(
     with Catalog.open(store) as index:
         signer = create(index, name, roles, Path(out).expanduser(), algorithm)
     if not as_json:
-        click.echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
-        click.echo(f"export FORGE_SIGNER={Path(out).expanduser().absolute() / (name + '.key')}", err=True)
+        echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
+        echo(f"export FORGE_SIGNER={Path(out).expanduser().absolute() / (name + '.key')}", err=True)
     return _with_state(signer)
 
 
@@ -84,7 +85,7 @@ def signers_add(store: Store, as_json: bool, name: str, path: str, roles: tuple[
     with Catalog.open(store) as index:
         signer = add(index, name, roles, Path(path).read_text())
     if not as_json:
-        click.echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
+        echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
     return _with_state(signer)
 
 
@@ -115,7 +116,7 @@ def signers_change(store: Store, as_json: bool, reference: str, roles: tuple[str
     with Catalog.open(store) as index:
         signer = change(index, reference, roles)
     if not as_json:
-        click.echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
+        echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
     return _with_state(signer)
 
 
@@ -144,7 +145,7 @@ def _ended(store: Store, as_json: bool, reference: str, why: str, compromised: b
     with Catalog.open(store) as index:
         signer = end(index, reference, compromised, why)
     if not as_json:
-        click.echo(f"{signer.id}  {signer.name}: {_state(signer)}")
+        echo(f"{signer.id}  {signer.name}: {_state(signer)}")
     return _with_state(signer)
 
 
@@ -159,10 +160,10 @@ def policy_show(store: Store, as_json: bool) -> Any:
     if not as_json:
         for name, value in settings.items():
             text = ", ".join(value) if isinstance(value, list | tuple) else str(value).lower()
-            click.echo(f"{name}: {text or 'none'}")
-        click.echo("with roles: true,")
+            echo(f"{name}: {text or 'none'}")
+        echo("with roles: true,")
         for what, roles in MAY.items():
-            click.echo(f"  {what:20} {', '.join(roles)}")
+            echo(f"  {what:20} {', '.join(roles)}")
     return settings | {"may": {what: list(roles) for what, roles in MAY.items()}}
 
 
@@ -209,7 +210,7 @@ def policy_set(
     with Catalog.open(store) as index:
         settings = set_policy(index, changes, why).model_dump(mode="json")
     if not as_json:
-        click.echo(", ".join(f"{name}={value}" for name, value in settings.items()))
+        echo(", ".join(f"{name}={value}" for name, value in settings.items()))
     return settings
 
 
@@ -229,7 +230,7 @@ def approve(store: Store, as_json: bool, reference: str, alias: str, refuse: boo
         event = people.approve(index, reference, alias, refuse, why)
         name = index.authority().name_of(event.key)
     if not as_json:
-        click.echo(f"{event.subject}: {event.data['decision']} by {name}" + (f" for {alias}" if alias else ""))
+        echo(f"{event.subject}: {event.data['decision']} by {name}" + (f" for {alias}" if alias else ""))
     return {"subject": event.subject, "by": name, **event.data}
 
 
@@ -251,7 +252,7 @@ def sign(store: Store, as_json: bool, reference: str, openssf: bool, out: str) -
     with Catalog.open(store) as index:
         path = people.export_signed(index, reference, out) if openssf else people.sign(index, reference)
     if not as_json:
-        click.echo(path)
+        echo(path)
     return {"path": path}
 
 
@@ -275,7 +276,7 @@ def verify(store: Store, as_json: bool, what: str, keys: tuple[str, ...]) -> Any
     if Path(what).exists():
         result = verifying.verify_path(Path(what), trusted)
         if not as_json:
-            click.echo(f"{what}: {result['what']} holds")
+            echo(f"{what}: {result['what']} holds")
         return result
     with Catalog.read_only(store) as index:
         authority = verifying.trusting(index.authority(), trusted)
@@ -337,11 +338,11 @@ def audit_verify(store: Store, as_json: bool, head: str, every_signature: bool) 
     with Catalog.read_only(store) as index:
         report = verify_log(index, every_signature, head)
     if not as_json:
-        click.echo(f"{report.num_lines} lines, {report.num_signed} signed, {report.num_files} files; head {report.head}")
+        echo(f"{report.num_lines} lines, {report.num_signed} signed, {report.num_files} files; head {report.head}")
         for problem in report.problems[:20]:
-            click.echo(f"  {problem}")
+            echo(f"  {problem}")
         if not report.problems:
-            click.echo(
+            echo(
                 "nothing was changed"
                 + ("" if report.num_signed else "; no line is signed, so this rests on the hash chain alone")
             )

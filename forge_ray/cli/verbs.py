@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.terminal import echo, secho
 from forge_ray.errors import ForgeError
 from forge_ray.machine.offline import set_offline_switches
 from forge_ray.machine.quiet import quiet_libraries
@@ -59,7 +60,7 @@ def verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...,
                 if as_json:
                     from forge_ray.cli.job import as_json as plain
 
-                    click.echo(json.dumps(plain(result), ensure_ascii=False))
+                    echo(json.dumps(plain(result), ensure_ascii=False))
 
         command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
         store_help = "Folder or URI of the store. Default: FORGE_STORE, else .forge."
@@ -71,10 +72,10 @@ def verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...,
 
 def _fail(error: ForgeError, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
-    click.secho(f"error: {error.message}", fg="red", err=True)
+        echo(json.dumps({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
+    secho(f"error: {error.message}", fg="red", err=True)
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        echo(f"hint: {error.hint}", err=True)
     sys.exit(error.exit_code)
 
 

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from forge_ray.config.yaml_text import MAX_BYTES, MAX_DEPTH, brief, cut, read_yaml
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import Frozen, digest
 
@@ -43,7 +43,7 @@ KINDS = {
 }
 
 
-MAX_ALIASES = 32
+MAX_PROBLEMS = 20  # of one file, in an error
 
 
 def load(model: type[C], path: str | Path, overrides: tuple[str, ...] = ()) -> C:
@@ -52,37 +52,13 @@ def load(model: type[C], path: str | Path, overrides: tuple[str, ...] = ()) -> C
     if not file.is_file():
         raise NotFound(f"configuration file {str(path)!r} does not exist", hint="give the path of a YAML file")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with file.open("rb") as stream:
+            values = read_yaml(stream.read(MAX_BYTES + 1).decode("utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}", hint="check the indentation near that line") from error
-    except RecursionError:
-        raise ConfigError(f"{path} is nested too deeply to be a run file", hint="start from jobs/sft.yaml") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping", hint="start with `name: …`")
     return parse(model, apply_overrides(values, overrides), where=str(path))
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that occurs twice in a section, where PyYAML would silently use the last one, and more than MAX_ALIASES
-    aliases, because nested aliases multiply."""
-
-    num_aliases = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            self.num_aliases += 1
-            if self.num_aliases > MAX_ALIASES:
-                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-                raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -92,14 +68,20 @@ def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(
-                f"--set {override!r} has no `key=value` form", hint="for example --set train.optimizer.lr=1e-5"
+                f"--set {cut(override)!r} has no `key=value` form", hint="for example --set train.optimizer.lr=1e-5"
             )
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not valid YAML", hint="quote it") from error
+            value = read_yaml(text)
+        except ValueError as error:
+            reason = f"the value is not valid YAML: {error}"
+            raise ConfigError(f"--set {cut(override)!r}: {reason}", hint="quote it") from error
         node: Any = result
         *parents, last = key.split(".")
+        if len(parents) > MAX_DEPTH:
+            raise ConfigError(
+                f"--set {cut(key)!r} names {len(parents) + 1} levels, and no setting is more than {MAX_DEPTH} deep",
+                hint="for example --set train.optimizer.lr=1e-5",
+            )
         try:
             for part in parents:
                 if isinstance(node, dict) and node.get(part) is None:  # absent, or an empty section in the file
@@ -111,7 +93,8 @@ def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[
                 node[last] = value
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigError(
-                f"--set {override!r}: {key!r} does not lead to a setting", hint="a list item is named by its number, from 0"
+                f"--set {cut(override)!r}: {cut(key)!r} does not lead to a setting",
+                hint="a list item is named by its number, from 0",
             ) from error
     return result
 
@@ -132,9 +115,10 @@ def parse(model: type[C], values: Any, where: str = "") -> C:
             if hint and hint not in hints:
                 hints.append(hint)
         prefix = f"{where}: " if where else ""
-        raise ConfigError(
-            prefix + "; ".join(subject + rule for subject, rule in problems.items()), hint="; ".join(hints)
-        ) from None
+        written = [subject + rule for subject, rule in problems.items()]
+        if len(written) > MAX_PROBLEMS:
+            written[MAX_PROBLEMS:] = [f"and {len(written) - MAX_PROBLEMS} more"]
+        raise ConfigError(prefix + "; ".join(written), hint="; ".join(hints[:MAX_PROBLEMS])) from None
 
 
 def _is_kind(part: str | int) -> bool:
@@ -144,8 +128,8 @@ def _is_kind(part: str | int) -> bool:
 
 def _explain(model: type[BaseModel], path: list[str], item: Any) -> tuple[str, str, str]:
     """The subject (`key=value: `), the rule that it breaks, and the hint."""
-    key = ".".join(path) or "(top level)"
-    subject = f"{key}={item['input']!r}: "
+    key = cut(".".join(path)) or "(top level)"
+    subject = f"{key}={brief(item['input'])}: "
     if item["type"] == "extra_forbidden":
         fields = sorted(_fields_at(model, path[:-1]))
         near = difflib.get_close_matches(path[-1], fields, n=1)

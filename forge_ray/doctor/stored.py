@@ -16,20 +16,24 @@ from forge_ray.errors import ForgeError, first_line
 from forge_ray.records import RECORD_TYPES, Deployment, Event, Record, RunRecord
 from forge_ray.store import paths
 from forge_ray.store.files import Store, verify_files
+from forge_ray.store.modes import is_shared
 
 TYPES = {record.prefix: record for record in RECORD_TYPES}
-PLACES = ("models", "datasets", "runs")  # they hold weights, rows and pickled checkpoints
 SAMPLE_BYTES = 256 << 20
 FOR_OTHERS = 0o002
 
 
 def modes(around: Surroundings, store: Store) -> Iterator[Finding]:
     """Permissions of the store's folders and of key files."""
-    rule = "only its users can write to the store; only their owner can read keys"
+    rule = "only its users can write to the store or read it; only their owner can read keys"
     loose, secret = [], []
+    readable = False
     if store.is_local and Path(store.root).is_dir():
         root = Path(store.root)
-        loose = [path for path in (root, *(root / name for name in PLACES)) if path.is_dir() and _is_loose(path)]
+        places = [root, *_inner(root)]
+        loose = [path for path in places if path.is_file() or path.is_dir() if path.stat().st_mode & FOR_OTHERS]
+        forbidden = 0o007 if is_shared(root) else 0o077
+        readable = bool(root.stat().st_mode & forbidden) and any(path.stat().st_mode & forbidden for path in places[1:])
         secret = [path for path in sorted((root / "keys").glob("*")) if path.is_file()]
     if signer := around.environ.get("FORGE_SIGNER", ""):
         secret.append(Path(signer).expanduser())
@@ -45,14 +49,24 @@ def modes(around: Surroundings, store: Store) -> Iterator[Finding]:
             bad = True
             fix = f"chmod 600 {shlex.quote(str(path))}"
             yield Finding("file modes", "fail", f"{path} has mode {mode_of(path)}", rule, fix)
-    if not loose and not bad:
+    if readable and not loose:
+        who = "o" if is_shared(Path(store.root)) else "go"
+        observed = f"{store.place}: others than its owner{' and group' if who == 'o' else ''} can read it"
+        fix = f"chmod -R {who}-rwx {shlex.quote(store.root)}"
+        yield Finding("file modes", "warn", observed, rule, fix)
+    elif not loose and not bad:
         what = f", {len(secret)} keys private" if secret else ""
         yield Finding("file modes", "ok", f"{store.place}: not writable by everyone{what}", rule)
 
 
-def _is_loose(path: Path) -> bool:
-    mode = path.stat().st_mode
-    return bool(mode & FOR_OTHERS)
+def _inner(root: Path) -> Iterator[Path]:
+    """What lies in the store, two levels deep: whoever can write to a folder there replaces what is in it."""
+    for path in sorted(root.iterdir()):
+        if path.is_symlink():
+            continue
+        yield path
+        if path.is_dir():
+            yield from (inner for inner in sorted(path.iterdir()) if not inner.is_symlink())
 
 
 def health(store: Store) -> Iterator[Finding]:

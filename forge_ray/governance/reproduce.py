@@ -20,7 +20,7 @@ from forge_ray.governance import difference
 from forge_ray.machine import environment
 from forge_ray.machine.cluster import connect
 from forge_ray.machine.hardware import resolve_precision
-from forge_ray.progress import Stage, stage
+from forge_ray.progress import Stage, stage, visible
 from forge_ray.records import DatasetManifest, Event, FileEntry, ModelVersion, Record, RunRecord, files_digest
 from forge_ray.release import promotion
 from forge_ray.store import paths
@@ -56,7 +56,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
         catalog.check_may("reproduction events")  # before hours are spent on one
         differences = _before(record, base, version)
         for line in (*difference.lines(differences | _here(store, record)), *notes):
-            print(f"  {line}", file=sys.stderr, flush=True)
+            print(f"  {visible(line)}", file=sys.stderr, flush=True)
         scratch = _below(store, folder)
         try:
             with Catalog.open(scratch) as there, stage("verify") as it:

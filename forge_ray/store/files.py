@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 
 from forge_ray.errors import ConfigError, NotFound, StoreError
 from forge_ray.records import FileEntry, canonical_json
+from forge_ray.store import modes
 from forge_ray.store.exact import copy_file, others, path_inside, refuse_others, require_same
 from forge_ray.store.uris import require_storage, shown, why
 
@@ -41,9 +42,12 @@ class Store:
             self._fs, self.root = pafs.FileSystem.from_uri(self.uri)
         except (ValueError, OSError) as error:
             raise ConfigError(
-                f"store {self.place!r} cannot be opened: {why(error, self.uri)}", hint="give a folder, or a URI like s3://bucket/folder"
+                f"store {self.place!r} cannot be opened: {why(error, self.uri)}",
+                hint="give a folder, or a URI like s3://bucket/folder",
             ) from None
         self.root = self.root.rstrip("/")
+        if self.is_local:
+            modes.set_umask(Path(self.root))
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)
@@ -110,11 +114,13 @@ class Store:
     def write(self, relative: str, data: bytes) -> None:
         """Publish one object: readers see all of it or none."""
         target = self.path(relative)
+        if self.is_local:
+            modes.make_root(Path(self.root))
         self._fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
         if self.is_local:
             temporary = f"{target.rsplit('/', 1)[0]}/.tmp-{uuid.uuid4().hex}"
             try:
-                with open(temporary, "xb") as stream:  # not mkstemp: whoever shares the store may read the record
+                with open(temporary, "xb") as stream:  # not mkstemp: a group that shares the store may read the record
                     stream.write(data)
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -194,6 +200,7 @@ class Store:
         """
         if self.is_local:
             target = self.local(relative)
+            modes.make_root(Path(self.root))
             target.parent.mkdir(parents=True, exist_ok=True)
             staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".tmp-{target.name}-"))
         else:
@@ -210,7 +217,7 @@ class Store:
         if self.is_local:
             (staging / MANIFEST).write_bytes(manifest)
             sync_tree(staging)
-            os.chmod(staging, 0o755)
+            os.chmod(staging, modes.publish_mode(staging))
             replace_dir(staging, self.local(relative))
             return
         self.delete_dir(relative)

@@ -12,6 +12,7 @@ from forge_ray.config.run import RunConfig
 from forge_ray.config.train import Adapter, Scaling, TrainConfig
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.machine.cluster import connect, memory_per_worker
+from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, ModelVersion, canonical_json
 from forge_ray.store import paths
 from forge_ray.store.files import Store
@@ -174,7 +175,8 @@ def refuse_impossible(
         limit = memory_per_worker(scaling)
         judgement = judge(config.train, store, precision, planned, max(scaling.max_workers, 1), limit)
     except (KeyError, TypeError, ZeroDivisionError) as error:  # an architecture that the plan has no numbers of
-        print(f"  the plan does not know this model ({type(error).__name__}: {error}); not judged", file=sys.stderr)
+        why = f"{type(error).__name__}: {visible(str(error))}"
+        print(f"  the plan does not know this model ({why}); not judged", file=sys.stderr)
         return
     if judgement.problem:
         raise ConfigError(
@@ -214,5 +216,5 @@ def report_reach(store: Store, run: str, base: ModelVersion, adapter: Adapter | 
     if adapter is None:
         return
     coverage = planning.Model.of(configuration(store, base)).coverage(adapter)
-    print("\n".join(f"  adapter   {line}" for line in coverage.lines()), file=sys.stderr, flush=True)
+    print("\n".join(f"  adapter   {visible(line)}" for line in coverage.lines()), file=sys.stderr, flush=True)
     store.write(paths.run(run, "adapter.json"), canonical_json(coverage.to_json()))

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
+from forge_ray.progress import visible
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 from forge_ray.train import metrics, validation
@@ -138,7 +139,10 @@ class Sinks:
         except Exception as error:  # whatever a foreign library raises
             if name not in self._complained:
                 self._complained.add(name)
-                print(f"  train.sinks: {name} failed, training goes on: {type(error).__name__}: {error}", file=sys.stderr)
+                print(
+                    f"  train.sinks: {name} failed, training goes on: {type(error).__name__}: {visible(str(error))}",
+                    file=sys.stderr,
+                )
 
 
 def series(store: Store, run: str, lines: list[dict[str, Any]]) -> list[tuple[int, dict[str, float]]]:

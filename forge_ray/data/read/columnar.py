@@ -1,7 +1,7 @@
 """Row groups and record batches → slices of plain columns, each small; runs in a reader's own process (`foreign`).
 
-A few bytes of Parquet or Arrow can stand for any amount of data: a dictionary's value repeated, runs, compressed pages. Limits
-therefore grow with the bytes that are stored (`Budget`), and what exceeds them is not handed out.
+A few bytes of Parquet or Arrow can stand for any amount of data: a dictionary's value repeated, runs, compressed pages.
+Limits therefore grow with the bytes that are stored (`Budget`), and what exceeds them is not handed out.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ def _matches(source: Source) -> tuple[list[str], str]:
         path = unquote(path.removeprefix("file://"))
     paths = sorted(_remote(path) if "://" in path else _local(path))
     if not paths:
-        raise NotFound(f"data.sources: no file matches {shown(source.path)!r}", hint="globs are relative to the current folder")
+        hint = "globs are relative to the current folder"
+        raise NotFound(f"data.sources: no file matches {shown(source.path)!r}", hint=hint)
     filesystem, inner = filesystem_of(paths[0])
     folder = "" if "://" in path else _folder(path)
     if len(paths) == 1 and filesystem.get_file_info(inner).type == pafs.FileType.Directory:  # globs match files only

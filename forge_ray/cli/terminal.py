@@ -1,0 +1,40 @@
+"""The one place where commands print: what rows, names and reasons hold cannot move the cursor or rewrite the screen."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from types import TracebackType
+from typing import Any
+
+import click
+
+from forge_ray.progress import visible
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def echo(text: Any = "", *, err: bool = False, nl: bool = True) -> None:
+    """`click.echo` with control characters written out; JSON stays the same JSON."""
+    click.echo(visible(str(text)), err=err, nl=nl)
+
+
+def secho(text: str, *, err: bool = False, **style: Any) -> None:
+    """`click.secho` of a text whose own control characters are written out."""
+    click.secho(visible(text), err=err, **style)
+
+
+def one_line(text: str) -> str:
+    """A value that must not look like more lines than one."""
+    return visible(text).replace("\n", r"\u000a")
+
+
+def without_colours(log: str) -> str:
+    """The log of another program without the colours that it sets."""
+    return COLOURS.sub("", log)
+
+
+def show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For `sys.excepthook`: a traceback repeats the text of its error."""
+    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
