@@ -57,10 +57,9 @@ class Site:
 
     def allows(self, authority: str) -> bool:
         """Whether `authority` (`name` or `name:port`) is one of them."""
-        return bool(match := AUTHORITY.fullmatch(authority.strip())) and match[1].lower().rstrip(".") in {
-            *LOOPBACK,
-            *(name.lower() for name in self.names),
-        }
+        match = AUTHORITY.fullmatch(authority.strip())
+        names = {*LOOPBACK, *(name.lower() for name in self.names)}
+        return match is not None and match[1].lower().rstrip(".") in names
 
 
 def check_site(scope: Mapping[str, Any], site: Site) -> None:
