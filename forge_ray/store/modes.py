@@ -1,7 +1,7 @@
 """Permissions of what is written: for its owner alone, unless a group shares the store.
 
-The umask is a process's own, so each process that opens a local store sets it, workers and replicas too: checkpoints and tables
-are written by libraries that know no other way.
+The umask is a process's own, so each process that opens a local store sets it, workers and replicas too: checkpoints and
+tables are written by libraries that know no other way.
 """
 
 from __future__ import annotations
