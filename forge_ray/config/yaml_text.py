@@ -28,13 +28,16 @@ def read_yaml(text: str) -> Any:
     """The value of one YAML document; raises `ValueError` with the reason."""
     if len(text) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()  # type: ignore[no-untyped-call]
+        loader = _Loader(text)  # which refuses characters that YAML has not
+    except yaml.YAMLError as error:
+        raise ValueError(cut(str(error), 600)) from None
+    try:
+        node = loader.get_single_node()
         if node is None:
             return None
         _check_extent(node)
-        return loader.construct_document(node)  # type: ignore[no-untyped-call]
+        return loader.construct_document(node)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
     except yaml.YAMLError as error:
@@ -42,7 +45,7 @@ def read_yaml(text: str) -> Any:
     except (ValueError, TypeError, AttributeError, OverflowError, KeyError) as error:  # a date of month 13, !!int of a word
         raise ValueError(f"a value cannot be read: {cut(str(error))}") from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,14 +53,20 @@ class _Loader(yaml.SafeLoader):
     aliases."""
 
     num_aliases = 0
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        self.depth += 1
         if self.check_event(yaml.AliasEvent):
             self.num_aliases += 1
             if self.num_aliases > MAX_ALIASES:
-                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                mark = self.peek_event().start_mark
                 raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", mark)
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

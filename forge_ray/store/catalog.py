@@ -17,7 +17,7 @@ from typing import TypeVar
 from forge_ray.config.release import AliasRoute
 from forge_ray.errors import NotFound, StoreError
 from forge_ray.records import RECORD_TYPES, DatasetManifest, Event, ModelVersion, Record, canonical_json
-from forge_ray.store import audit_log, authority, paths, signing
+from forge_ray.store import audit_log, authority, modes, paths, signing
 from forge_ray.store.aliases import route_of
 from forge_ray.store.files import Store
 from forge_ray.store.signatures import record_path, sign_record, signed_event
@@ -267,6 +267,8 @@ def _index_path(store: Store) -> Path:
 
 def _index_on_disk(store: Store) -> sqlite3.Connection:
     path = _index_path(store)
+    if store.is_local:
+        modes.make_root(Path(store.root))
     path.parent.mkdir(parents=True, exist_ok=True)
     return _with_schema(sqlite3.connect(path, timeout=30))
 
