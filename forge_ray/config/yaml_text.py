@@ -62,7 +62,7 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             self.num_aliases += 1
             if self.num_aliases > MAX_ALIASES:
-                mark = self.peek_event().start_mark
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
                 raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", mark)
         node = super().compose_node(parent, index)
         self.depth -= 1

@@ -1,4 +1,4 @@
-"""Files of the store are their owner's, or their group's where it shares the store; `forge doctor` fails where others write."""
+"""Files of the store are their owner's, or their group's where it shares the store; `forge doctor` fails for others."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def _used() -> int | None:
     return int(status.partition("VmData:")[2].split()[0]) << 10
 
 
-class Limits:
+class ReaderLimits:
     """Of one request; `allow` may be called again, when more is known of what is read."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ def _document(request: dict[str, Any], data: bytes) -> Iterator[Frame]:
     from forge_ray.data.read.documents import Unreadable, document_text, import_library, unpacked_bytes
 
     import_library(request["format"])  # before the limits, which are for the file
-    limits = Limits()
+    limits = ReaderLimits()
     try:
         memory = None
         if request["format"] == "docx":
@@ -96,7 +96,7 @@ def _columnar(request: dict[str, Any]) -> Iterator[Frame]:
     from forge_ray.data.read import columnar
     from forge_ray.data.read.lines import is_outage
 
-    limits = Limits()
+    limits = ReaderLimits()
     path = request["path"]
     try:
         limits.allow(request.get("size", 0))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from forge_ray.data.read.documents import DOCUMENTS, require_library
-from forge_ray.data.read.limited import OverLimit, Refused, read_value
+from forge_ray.data.read.limited import NotRead, OverLimit, read_value
 from forge_ray.data.read.lines import compression_of, is_outage, open_file
 from forge_ray.data.read.readers import Chunk, read_raw
 from forge_ray.data.read.sources import expand
@@ -130,7 +130,7 @@ def _newlines(data: bytes, start: int, end: int) -> int:
 def _parquet_cuts(path: str, size: int) -> list[_Cut]:
     try:
         rows = read_value({"kind": "parquet_rows", "path": path, "size": size})
-    except (Refused, OverLimit):
+    except (NotRead, OverLimit):
         return [_Cut(0, 1), _Cut(0, 2)]  # one chunk without a row group: one row, which says so
     cuts = [_Cut(0, 1)]
     for number, num_rows in enumerate(rows, start=1):
@@ -141,7 +141,7 @@ def _parquet_cuts(path: str, size: int) -> list[_Cut]:
 def _arrow_cuts(path: str, size: int, chunk_bytes: int) -> list[_Cut]:
     try:
         cuts, _ = read_value({"kind": "arrow_cuts", "path": path, "size": size, "chunk_bytes": chunk_bytes})
-    except (Refused, OverLimit):
+    except (NotRead, OverLimit):
         return [_Cut(0, 1), _Cut(0, 2)]
     return [_Cut(start, line) for start, line in cuts]
 

@@ -34,7 +34,7 @@ class OverLimit(Exception):
     """The file needs more than the limits; the message is the reason for the quarantine."""
 
 
-class Refused(Exception):
+class NotRead(Exception):
     """The file cannot be read; the message is the reason, or `!` and the name of an error."""
 
 
@@ -138,7 +138,7 @@ def _frames(request: dict[str, Any], data: bytes = b"", stored: int = 0) -> Iter
 
 
 def read_document(data: bytes, format: str) -> str:
-    """The text of a document, read within limits; raises `Refused` or `OverLimit`."""
+    """The text of a document, read within limits; raises `NotRead` or `OverLimit`."""
     text = ""
     for kind, body in _frames({"kind": "document", "format": format}, data):
         if kind == foreign.REASON:
@@ -146,12 +146,12 @@ def read_document(data: bytes, format: str) -> str:
         else:
             text, reason = body.decode("utf-8", "surrogatepass"), ""
     if reason:
-        raise Refused(reason)
+        raise NotRead(reason)
     return text
 
 
 def read_value(request: dict[str, Any]) -> Any:
-    """The answer of a request with one value; raises `Refused` or `OverLimit`, and `OSError` for an outage."""
+    """The answer of a request with one value; raises `NotRead` or `OverLimit`, and `OSError` for an outage."""
     (frame,) = list(_frames(request, stored=request.get("size", 0)))
     return json.loads(_sound(frame)[1])
 
@@ -171,7 +171,7 @@ def read_slices(request: dict[str, Any], stored: int) -> Iterator[pa.RecordBatch
             with pa.ipc.open_stream(body) as reader:
                 yield from reader
     if reason:
-        raise Refused(reason)
+        raise NotRead(reason)
 
 
 def _sound(frame: foreign.Frame) -> foreign.Frame:
@@ -180,5 +180,5 @@ def _sound(frame: foreign.Frame) -> foreign.Frame:
         number, message = json.loads(body)
         raise OSError(message) if number is None else OSError(number, message)
     if kind == foreign.REASON:
-        raise Refused(body.decode())
+        raise NotRead(body.decode())
     return frame

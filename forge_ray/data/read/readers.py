@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 from forge_ray.data.read.csv_rows import read_csv
 from forge_ray.data.read.documents import DOCUMENTS, MAX_FILE_BYTES, Unreadable, document_text, require_library
 from forge_ray.data.read.json_rows import read_json
-from forge_ray.data.read.limited import OverLimit, Refused, read_document, read_slices
+from forge_ray.data.read.limited import NotRead, OverLimit, read_document, read_slices
 from forge_ray.data.read.lines import TOO_LONG, Damaged, Raw, blocks, filesystem_of, is_inside, lines
 from forge_ray.data.read.strict_json import Reject
 
@@ -87,7 +87,7 @@ def _document(chunk: Chunk, max_line_bytes: int) -> Raw:
             text = document_text(data, "text") if chunk.format == "text" else read_document(data, chunk.format)
         except OverLimit as error:
             reason = f"unreadable {chunk.format.upper()}: {error}"
-        except (Unreadable, Refused) as error:
+        except (Unreadable, NotRead) as error:
             reason = str(error)
         if len(text) > max_line_bytes:
             reason = TOO_LONG
@@ -110,7 +110,7 @@ def _columnar(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
                 num_rows = part.num_rows
                 yield from _rows(part, line)
             line += num_rows
-    except Refused as reason:
+    except NotRead as reason:
         why = str(reason)
         error = _unreadable(chunk, why[1:]) if why.startswith("!") else f"{_part(chunk)} {why}"
     except OverLimit as reason:
