@@ -23,6 +23,7 @@ BATCH, LOST, TEXT, VALUE, REASON, OUTAGE, LIMIT, DONE = (b"B", b"N", b"T", b"J",
 MEMORY = 80 << 20  # bytes above what the process has when the request comes, and so many more per stored byte
 MEMORY_PER_BYTE = 16
 CPU_S, CPU_S_PER_MIB, HTML_CPU_S_PER_MIB = 1.2, 20.0, 3.0  # of a page nothing is compressed
+CPU_S_PER_MIB_OUT = 0.05
 DOCX_MEMORY_PER_BYTE, DOCX_MEMORY_PER_UNPACKED_BYTE = 256, 8
 
 Frame = tuple[bytes, bytes]
@@ -63,6 +64,11 @@ class ReaderLimits:
             hard = self.before[1]
             resource.setrlimit(resource.RLIMIT_DATA, (most if hard < 0 else min(most, hard), hard))
         signal.setitimer(signal.ITIMER_PROF, cpu_limit(stored, cpu_s_per_mib))  # SIGPROF ends the process
+
+    def extend(self, num_bytes: int) -> None:
+        """More time for what was handed out; how much that may be has a bound of its own."""
+        left, _ = signal.getitimer(signal.ITIMER_PROF)
+        signal.setitimer(signal.ITIMER_PROF, left + CPU_S_PER_MIB_OUT * num_bytes / (1 << 20))
 
     def lift(self) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -118,7 +124,9 @@ def _columnar(request: dict[str, Any]) -> Iterator[Frame]:
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, part.schema) as writer:
                 writer.write_batch(part)
-            yield BATCH, sink.getvalue().to_pybytes()
+            body = sink.getvalue().to_pybytes()
+            limits.extend(len(body))
+            yield BATCH, body
     except columnar.Bomb as error:
         yield REASON, str(error).encode()
     except MemoryError:
