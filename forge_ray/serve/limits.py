@@ -187,7 +187,9 @@ def counting(
             caller.settle = None
             metrics.refused(verdict.reason)
             raise _too_much(key, verdict, tokens)
-        caller.headers |= verdict.headers
+        # what is left of requests is what was left when this one was counted, and not after those counted since
+        counted = {name: value for name, value in caller.headers.items() if name.endswith("requests")}
+        caller.headers |= verdict.headers | counted
 
     return count
 
