@@ -9,6 +9,7 @@ from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
+from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train import run_folder
@@ -80,7 +81,8 @@ def job_of(catalog: Catalog, run: str) -> TrainJob:
     settings = store.read_json(path)
     config = parse(TrainConfig, settings["train"], where=path)
     dataset = catalog.get_as(DatasetManifest, position["dataset"])
-    bases = [model for model in catalog.all(ModelVersion) if model.files_digest == position["base_digest"]]
+    same = [model for model in catalog.all(ModelVersion) if model.files_digest == position["base_digest"]]
+    bases = [model for model in same if store.is_published(paths.model(model.id))]
     for base in bases:
         for precision in ("bf16", "fp32"):  # `auto` was resolved on the machine that trained
             if run_id(config, precision, dataset, base) == run:
