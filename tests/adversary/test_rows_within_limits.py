@@ -17,6 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from forge_ray.data.read import limited
+from forge_ray.errors import DataError
+
 pytestmark = pytest.mark.unit
 
 WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -143,3 +146,12 @@ def test_small_documents_share_one_process() -> None:
         limited.read_document(page, "html")
     assert limited._idle[-1].process.pid == process
     assert time.process_time() - began < 50 * 0.005
+
+
+def test_reader_that_cannot_start_costs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the node that is at fault, and the build stops; the file is not quarantined."""
+    monkeypatch.setattr(limited, "_idle", [])
+    monkeypatch.setattr(limited.sys, "executable", "/bin/false")
+    with pytest.raises(DataError, match="ended at its start, with code 1") as caught:
+        limited.read_document(b"<p>x</p>", "html")
+    assert "forge_ray.data.read.foreign" in caught.value.hint

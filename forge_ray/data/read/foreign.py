@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 HEAD = struct.Struct(">cQ")
-REQUEST, PAYLOAD = b"Q", b"P"
+REQUEST, PAYLOAD, READY = b"Q", b"P", b"R"
 BATCH, LOST, TEXT, VALUE, REASON, OUTAGE, LIMIT, DONE = (b"B", b"N", b"T", b"J", b"E", b"X", b"L", b"D")
-MEMORY = 80 << 20  # bytes above what the process has when the request comes, and so many more per stored byte
+MEMORY = 104 << 20  # bytes above what the process has when the request comes, and so many more per stored byte
 MEMORY_PER_BYTE = 16
 CPU_S, CPU_S_PER_MIB, HTML_CPU_S_PER_MIB = 1.2, 20.0, 3.0  # of a page nothing is compressed
-CPU_S_PER_MIB_OUT = 0.05
+CPU_S_PER_MIB_OUT = 0.5  # ten times what a quiet core needs: a slow or busy machine must lose no row
 DOCX_MEMORY_PER_BYTE, DOCX_MEMORY_PER_UNPACKED_BYTE = 256, 8
 
 Frame = tuple[bytes, bytes]
@@ -164,6 +164,8 @@ def main() -> None:
     import forge_ray.data.read.documents  # noqa: F401
 
     with contextlib.suppress(BrokenPipeError):
+        answers.write(HEAD.pack(READY, 0))
+        answers.flush()
         while (frame := read_frame(requests)) is not None:
             payload = read_frame(requests)
             assert payload is not None
