@@ -28,11 +28,13 @@ from forge_ray.records import (
     files_digest,
 )
 from forge_ray.release import gate, promotion
+from forge_ray.serve.front import proxy_address, refuse_public
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
 if TYPE_CHECKING:
+    from forge_ray.serve.gateway_config import GatewayConfig
     from forge_ray.train.preflight import Assumptions, Estimate
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
@@ -52,6 +54,8 @@ class Outcome:
 
 def run(config: RunConfig, store: Store) -> Outcome:
     """All steps of a run file; a version that its gate rejects is registered and not deployed."""
+    if config.deploy:
+        refuse_public(config.deploy)
     dataset = prepare(config, store)
     record = train(config, store)
     base_report, report = evaluate(config, store)
@@ -244,13 +248,16 @@ def _ids(*reports: EvalReport | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(report.id for report in reports if report))
 
 
-def deploy(config: DeployConfig, store: Store) -> Deployment:
-    """A released model → an endpoint on the cluster that this process belongs to."""
+def deploy(config: DeployConfig, store: Store, gateway: GatewayConfig | None = None) -> Deployment:
+    """A released model → an endpoint on the cluster that this process belongs to. `gateway`: what the caller starts in front
+    of it, where others than this machine reach it."""
+    proxy_address(config, gateway)
     connect()
     from forge_ray.serve.deploy import deploy as start
 
     with stage("deploy") as it, Catalog.open(store) as catalog:
-        deployment = start(config, catalog)
+        deployment = start(config, catalog, gateway=gateway)
         names = ", ".join(config.models)
-        it.done(f"{deployment.id}  http://{config.host}:{config.port}/v1  serves {names}")
+        scheme = "https" if gateway and gateway.tls_cert else "http"
+        it.done(f"{deployment.id}  {scheme}://{config.host}:{config.port}/v1  serves {names}")
         return deployment

@@ -21,6 +21,19 @@ fail() {
     exit 2
 }
 
+# Ray makes its folders of sessions writable by everyone. They lie in a folder that only this user can enter; RAY_TMPDIR is
+# where every `ray` command of these scripts looks for them.
+uid="$(id -u)"
+tmp="${RAY_TMPDIR:-${TMPDIR:-/tmp}}"
+[[ "$(basename "$tmp")" == "forge-$uid" ]] || tmp="$tmp/forge-$uid"
+export RAY_TMPDIR="$tmp"
+(umask 077 && mkdir -p "$RAY_TMPDIR")
+if [[ -L "$RAY_TMPDIR" || "$(stat -c %u "$RAY_TMPDIR")" != "$uid" ]]; then
+    fail "$RAY_TMPDIR is not a folder of this user: Ray's sessions in it would be open to whoever made it" \
+        "remove it, or set RAY_TMPDIR to a folder of your own with a short path"
+fi
+chmod 700 "$RAY_TMPDIR"
+
 require_private_token() {
     local mode
     mode="$(stat -c %a "$RAY_AUTH_TOKEN_PATH")"

@@ -6,13 +6,13 @@ set -euo pipefail
 # shellcheck source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-ip="" dashboard_host=127.0.0.1 insecure=no
+ip="" dashboard_host=127.0.0.1 insecure=no temp_dir="$RAY_TMPDIR/ray"
 options=()
 while (($#)); do
     case "$1" in
         --ip) ip="${2:?--ip needs an address}" && shift 2 ;;
         --dashboard-host) dashboard_host="${2:?--dashboard-host needs an address}" && shift 2 ;;
-        --temp-dir) options+=("--temp-dir=${2:?--temp-dir needs a folder}") && shift 2 ;;
+        --temp-dir) temp_dir="${2:?--temp-dir needs a folder}" && shift 2 ;;
         --insecure) insecure=yes && shift ;;
         --) shift && options+=("$@") && break ;;
         *) fail "unknown option $1" "see the top of $0" ;;
@@ -45,6 +45,7 @@ ray start --head \
     --dashboard-host="$dashboard_host" \
     --dashboard-port=8265 \
     --ray-client-server-port=10001 \
+    --temp-dir="$temp_dir" \
     --disable-usage-stats \
     "${NODE_PORTS[@]}" \
     ${options[@]+"${options[@]}"}

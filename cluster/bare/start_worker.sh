@@ -6,13 +6,13 @@ set -euo pipefail
 # shellcheck source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-head="" ip=""
+head="" ip="" temp_dir="$RAY_TMPDIR/ray"
 options=()
 while (($#)); do
     case "$1" in
         --head) head="${2:?--head needs an address}" && shift 2 ;;
         --ip) ip="${2:?--ip needs an address}" && shift 2 ;;
-        --temp-dir) options+=("--temp-dir=${2:?--temp-dir needs a folder}") && shift 2 ;;
+        --temp-dir) temp_dir="${2:?--temp-dir needs a folder}" && shift 2 ;;
         --) shift && options+=("$@") && break ;;
         *) fail "unknown option $1" "see the top of $0" ;;
     esac
@@ -31,6 +31,7 @@ fi
 ray start \
     --address="$head:$GCS_PORT" \
     --node-ip-address="$ip" \
+    --temp-dir="$temp_dir" \
     --disable-usage-stats \
     "${NODE_PORTS[@]}" \
     ${options[@]+"${options[@]}"}

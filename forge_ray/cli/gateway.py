@@ -11,6 +11,9 @@ from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import verb
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forge_ray.serve.gateway_config import GatewayConfig
     from forge_ray.store.files import Store
 
 
@@ -46,22 +49,32 @@ def gateway(store: Store, as_json: bool, to: tuple[str, ...], **settings: Any) -
     """Run a reverse proxy that retries requests when replicas fail.
 
     It runs until SIGTERM or Ctrl-C."""
-    import asyncio
     import json
-    import logging
 
-    from forge_ray.serve.gateway import GatewayConfig, run
-
-    config = GatewayConfig(to=to, **settings)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    from forge_ray.serve.gateway_config import GatewayConfig
 
     def announce(url: str) -> None:
-        echo(f"{url} → {', '.join(to)} until Ctrl-C", err=True)
         if as_json:
             echo(json.dumps({"url": url, "to": list(to)}))
 
-    asyncio.run(run(config, announce))
+    run_gateway(GatewayConfig(to=to, **settings), announce)
     sys.exit(0)
+
+
+def run_gateway(config: GatewayConfig, announce: Callable[[str], None] = lambda url: None) -> None:
+    """Run the gateway until SIGINT or SIGTERM, then let running requests finish; `announce` receives its URL."""
+    import asyncio
+    import logging
+
+    from forge_ray.serve.gateway import run
+
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+
+    def listens(url: str) -> None:
+        echo(f"{url} → {', '.join(config.to)} until Ctrl-C", err=True)
+        announce(url)
+
+    asyncio.run(run(config, listens))
 
 
 GATEWAY: tuple[click.Command, ...] = (top.commands["gateway"],)

@@ -1,4 +1,4 @@
-"""`forge runs …`: list, show and compare training runs, and export a checkpoint of one."""
+"""`forge runs …`: list, show and compare training runs; export and authenticate checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Verbs)
 def runs() -> None:
-    """List, show, compare and export training runs."""
+    """List, show, compare, export and authenticate training runs."""
 
 
 @verb(runs, "list", "forge runs list")
@@ -72,6 +72,25 @@ def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
     if not as_json:
         echo(f"serve it: forge serve {here_or_shipped('jobs/deploy.yaml')} --set 'models=[{version.id}]'")
     return version
+
+
+@verb(runs, "authenticate", "forge runs authenticate run_0123456789abcdef")
+@click.argument("run_id", metavar="run_…")
+def runs_authenticate(store: Store, as_json: bool, run_id: str) -> Any:
+    """Authenticate checkpoints that an earlier version wrote.
+
+    Only checkpoints whose manifest was made with the store's key are resumed, validated and exported. Their files are
+    verified first; you answer for nobody else having written to the run's folder."""
+    from forge_ray.errors import NotFound
+    from forge_ray.train.checkpoint import authenticate, steps
+
+    published = steps(store, run_id)
+    if not published:
+        raise NotFound(f"{run_id!r} has no checkpoint", hint="`forge runs list` shows the runs of this store")
+    added = authenticate(store, run_id)
+    if not as_json:
+        echo(f"{len(added)} of {len(published)} checkpoints had no authentication and have one now")
+    return {"run": run_id, "authenticated": added, "checkpoints": sorted(published)}
 
 
 @verb(runs, "compare", "forge runs compare run_0123456789abcdef run_fedcba9876543210")

@@ -141,18 +141,30 @@ def undeploy(store: Store, as_json: bool, name: str, address: str | None) -> Any
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the deployment file. Repeatable."
 )
 @click.option("--haproxy", is_flag=True, help="Put HAProxy in front of the replicas: faster, but listens on all interfaces.")
-def serve(store: Store, as_json: bool, file: str, overrides: tuple[str, ...], haproxy: bool) -> Any:
-    """Serve released models on this machine until Ctrl-C."""
+@click.option("--tls-cert", default="", metavar="FILE", help="TLS certificate of the gateway with its chain, PEM.")
+@click.option("--tls-key", default="", metavar="FILE", help="TLS private key of the gateway, PEM.")
+def serve(
+    store: Store, as_json: bool, file: str, overrides: tuple[str, ...], haproxy: bool, tls_cert: str, tls_key: str
+) -> Any:
+    """Serve released models on this machine until Ctrl-C.
+
+    Where `host` is not a loopback address, the gateway listens there: it limits what clients may send and hold open."""
     from forge_ray import pipeline
+    from forge_ray.cli.gateway import run_gateway
+    from forge_ray.serve.front import gateway_of
     from forge_ray.serve.haproxy import set_haproxy
 
     config = _deploy_file(file, overrides)
+    gateway = gateway_of(config, tls_cert, tls_key)
     if haproxy:
         set_haproxy()
-    deployment = pipeline.deploy(config, store)
+    deployment = pipeline.deploy(config, store, gateway)
     if as_json:
         echo(deployment.model_dump_json())
-    wait_for_ctrl_c(deployment.name)
+    if gateway is None:
+        wait_for_ctrl_c(deployment.name)
+    else:
+        run_gateway(gateway)
     sys.exit(0)
 
 

@@ -84,6 +84,23 @@ def ray_token(around: Surroundings) -> Finding:
     return Finding("ray token", "ok", f"{path}, mode {mode_of(path)}", rule)
 
 
+def session_folders(around: Surroundings) -> Finding:
+    """The folders of Ray's sessions (sockets, logs, code of jobs): Ray lets everyone write to them, so a folder around them
+    must keep others out."""
+    rule = "other users cannot enter the folders of Ray's sessions: Ray makes them 0777, and writes its logs through links there"
+    own = f"forge-{os.getuid()}"
+    bases = [around.tmp] if around.tmp.name == own else [around.tmp, around.tmp / own]
+    folders = [path for base in bases for path in sorted((base / "ray").glob("session_*")) if not path.is_symlink()]
+    sessions = [path for path in folders if path.is_dir() and path.lstat().st_uid == os.getuid()]
+    for path in sessions:
+        if path.stat().st_mode & 0o022 and all(folder.stat().st_mode & 0o011 for folder in path.parents):
+            around_it = path.parent if path.parent.stat().st_uid == os.getuid() else path
+            observed = f"{path} has mode {mode_of(path)}, and others can reach it"
+            fix = f"chmod 700 {shlex.quote(str(around_it))}   # and start Ray by forge or cluster/bare, which keep it private"
+            return Finding("ray sessions", "fail", observed, rule, fix)
+    return Finding("ray sessions", "ok", f"{len(sessions)} of this user, closed to others", rule)
+
+
 def ray_tls(around: Surroundings, address: str = "") -> Finding:
     """TLS of Ray's gRPC; without it the token crosses the network unencrypted."""
     rule = "Ray uses TLS between hosts, with certificates that are valid for at least 30 days"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from forge_ray.doctor import closed, machine, stored
+from forge_ray.doctor import closed, machine, startup, stored
 from forge_ray.doctor.finding import Finding, Surroundings
 from forge_ray.machine import supported
 from forge_ray.machine.hardware import main_memory
@@ -15,13 +15,14 @@ def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[F
     """The findings of every check, with `address` those about the cluster's clocks too. Changes nothing and contacts no
     other host but the cluster's."""
     yield closed.ray_token(around)
+    yield closed.session_folders(around)
     yield closed.ray_tls(around, address)
     yield from closed.bind_addresses(closed.listening(around.proc), stored.keyless(store))
     yield from stored.deployments(store)
     yield from stored.modes(around, store)
     yield from closed.switches(around)
     yield closed.cloud_question(around)
-    yield machine.startup_files(around)
+    yield startup.startup_files(around)
     yield from machine.versions(machine.required_versions(), machine.installed_versions())
     yield machine.system(supported.this_machine())
     yield machine.memory(machine.installed_memory(), main_memory())

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from forge_ray.machine.ray_private import system_temp
+
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -37,6 +39,7 @@ class Surroundings:
     shm: Path = Path("/dev/shm")
     site: tuple[Path, ...] = field(default_factory=lambda: site_folders())
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
+    tmp: Path = field(default_factory=system_temp)
 
 
 def site_folders() -> tuple[Path, ...]:

@@ -1,9 +1,8 @@
-"""Machine checks: versions, system, memory, disk, compiler, start-up files, limits, GPUs, clocks."""
+"""Machine checks: versions, system, memory, disk, compiler, limits, GPUs, clocks."""
 
 from __future__ import annotations
 
 import os
-import re
 import resource
 import shutil
 import sys
@@ -26,17 +25,6 @@ FREE_DISK, LITTLE_FREE_DISK = 20 * GIB, 2 * GIB
 SHM = 2 * GIB
 OPEN_FILES, FEW_OPEN_FILES = 65536, 4096
 SKEW_S, WRONG_S = 1.0, 60.0
-# Known lines of .pth files that run code
-KNOWN_PTH = {
-    "distutils-precedence.pth": re.compile(
-        r"import os; var = 'SETUPTOOLS_USE_DISTUTILS'; enabled = os\.environ\.get\(var, 'local'\) == 'local';"
-        r" enabled and __import__\('_distutils_hack'\)(\.add_shim\(\))?;?"
-    ),
-    "_virtualenv.pth": re.compile(r"import _virtualenv"),
-    "a1_coverage.pth": re.compile(r"import sys; exec\('try: import coverage; coverage\.process_startup\(\)[^']*'\)"),
-}
-EDITABLE = re.compile(r"import (__editable___\w+_finder); \1\.install\(\)")
-STARTUP = ("sitecustomize.py", "usercustomize.py")
 
 
 def versions(required: Mapping[str, str], installed: Mapping[str, str]) -> Iterator[Finding]:
@@ -112,26 +100,6 @@ def compiler(environ: Mapping[str, str], headers: Sequence[Path], use_gpu: bool)
     if problem:
         return Finding("compiler", "warn", problem.message, rule, problem.hint)
     return Finding("compiler", "ok", f"{supported.compiler(environ, use_gpu)} compiles Python.h", rule)
-
-
-def startup_files(around: Surroundings) -> Finding:
-    """Python runs the `import` lines of .pth files, and sitecustomize, at the start of every process."""
-    rule = "Python runs only known files at its start; compromised packages often add one"
-    recognised: list[Path] = []
-    strange: list[Path] = []
-    for folder in around.site:
-        for path in sorted(folder.glob("*.pth")):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            code = [line.strip() for line in lines if line.startswith(("import ", "import\t"))]
-            if not code:
-                continue
-            pattern = KNOWN_PTH.get(path.name, EDITABLE)
-            (recognised if all(pattern.fullmatch(line) for line in code) else strange).append(path)
-        strange += [folder / name for name in STARTUP if (folder / name).is_file()]
-    if strange:
-        observed = ", ".join(map(str, strange))
-        return Finding("start-up files", "fail", observed, rule, f"cat {strange[0]}; pip show -f OWNER; rm {strange[0]}")
-    return Finding("start-up files", "ok", f"{', '.join(path.name for path in recognised) or 'none'}: known", rule)
 
 
 def disk(store: Store, free: int | None) -> Finding:

@@ -21,6 +21,7 @@ from forge_ray.store.modes import is_shared
 TYPES = {record.prefix: record for record in RECORD_TYPES}
 SAMPLE_BYTES = 256 << 20
 FOR_OTHERS = 0o002
+NAMED_KEYS = ("FORGE_SIGNER", "FORGE_CHECKPOINT_KEY")  # variables that hold paths of keys
 
 
 def modes(around: Surroundings, store: Store) -> Iterator[Finding]:
@@ -35,8 +36,8 @@ def modes(around: Surroundings, store: Store) -> Iterator[Finding]:
         forbidden = 0o007 if is_shared(root) else 0o077
         readable = bool(root.stat().st_mode & forbidden) and any(path.stat().st_mode & forbidden for path in places[1:])
         secret = [path for path in sorted((root / "keys").glob("*")) if path.is_file()]
-    if signer := around.environ.get("FORGE_SIGNER", ""):
-        secret.append(Path(signer).expanduser())
+    variables = {Path(named).expanduser(): name for name in NAMED_KEYS if (named := around.environ.get(name, ""))}
+    secret += variables
     for path in loose:
         observed = f"{path} has mode {mode_of(path)}: everyone can write to it"
         yield Finding("file modes", "fail", observed, rule, f"chmod o-w {shlex.quote(str(path))}")
@@ -44,7 +45,8 @@ def modes(around: Surroundings, store: Store) -> Iterator[Finding]:
     for path in secret:
         if not path.is_file():
             bad = True
-            yield Finding("file modes", "fail", f"FORGE_SIGNER={path} is not a file", rule, "unset FORGE_SIGNER")
+            name = variables.get(path, "FORGE_SIGNER")
+            yield Finding("file modes", "fail", f"{name}={path} is not a file", rule, f"unset {name}")
         elif not is_private(path):
             bad = True
             fix = f"chmod 600 {shlex.quote(str(path))}"

@@ -11,6 +11,7 @@ from forge_ray.machine.hardware import gpu_named, main_memory
 from forge_ray.machine.offline import SWITCHES, set_offline_switches
 from forge_ray.machine.quiet import quiet_libraries
 from forge_ray.machine.ray_internals import IN_JOB, on_loopback, without_usage_reports
+from forge_ray.machine.ray_private import current_cluster, make_token_private, session_folder
 from forge_ray.store.files import Store
 
 LOCAL_CPUS = 4  # logical: a laptop's workers, data tasks and replicas share the cores
@@ -31,6 +32,8 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    if address == "auto":
+        address = current_cluster() or address
     if address:
         try:
             ray.init(
@@ -47,11 +50,14 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             ) from None
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
+        temp_dir = session_folder()
         without_usage_reports()
+        make_token_private()
         try:
             with on_loopback():
                 ray.init(
                     address="local",
+                    _temp_dir=temp_dir,
                     num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
                     include_dashboard=False,
                     log_to_driver=False,
@@ -61,7 +67,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             raise ClusterError(
                 f"Ray did not start on this machine: {error}",
                 hint=f"its {os.cpu_count()} cores are at load {os.getloadavg()[0]:.0f}: try again when it is quieter; Ray's"
-                " logs are in /tmp/ray/session_latest/logs; `forge doctor` looks at disk and shared memory",
+                f" logs are in {temp_dir}/session_latest/logs; `forge doctor` looks at disk and shared memory",
             ) from error
     quiet_data()
 

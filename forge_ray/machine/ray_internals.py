@@ -97,3 +97,20 @@ def torch_backend() -> tuple[Any, Any]:
     from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
     return _TorchBackend, _set_torch_distributed_env_vars
+
+
+def replica_port_on(address: str) -> None:
+    """Let the replica that this process is about to become listen on its node's address alone, with the port by which other
+    deployments call it: 127.0.0.1 for a local Ray, so that it is closed to the network.
+
+    Upstream: Serve binds it to every interface (`[::]:0`) and has no setting for it. Callers use the node's address.
+    """
+    from ray.serve._private import replica
+
+    add = replica.add_port_to_grpc_server
+    host = f"[{address}]" if ":" in address else address
+
+    def add_port(server: Any, bind: str) -> Any:
+        return add(server, f"{host}:0" if bind == "[::]:0" else bind)
+
+    setattr(replica, "add_port_to_grpc_server", add_port)  # noqa: B010 (mypy forbids the plain assignment to a function)

@@ -1,10 +1,11 @@
-"""What the connections of a gateway's clients may cost: their number, the size and time of heads, the bytes of bodies (no
-torch, no ray)."""
+"""What the connections of a gateway's clients may cost: their number, their handshakes, the size and time of heads, the
+bytes of bodies (no torch, no ray)."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
+
+from forge_ray.serve.handshakes import Handshake, address_of
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 100
@@ -30,25 +33,50 @@ class ConnectionLimits:
 
 
 class BoundedServer(web.Server):
-    """aiohttp's server, with limits on its connections and heads."""
+    """aiohttp's server, with limits on its connections and heads; with `tls`, on handshakes as well."""
 
-    def __init__(self, handler: Any, limits: ConnectionLimits, **settings: Any) -> None:
+    def __init__(
+        self, handler: Any, limits: ConnectionLimits, tls: ssl.SSLContext | None = None, **settings: Any
+    ) -> None:
         super().__init__(handler, **settings)
         self.limits = limits
+        self.tls = tls
         self.by_address: Counter[str] = Counter()
         self.num_refused = 0
+        self.handshakes: set[asyncio.Task[None]] = set()
 
-    def __call__(self) -> RequestHandler:
+    def __call__(self) -> asyncio.Protocol:  # type: ignore[override]
+        return self.connection() if self.tls is None else Handshake(self, self.tls)
+
+    def connection(self) -> BoundedConnection:
+        """What one client's connection speaks."""
         return BoundedConnection(self, loop=self._loop, max_headers=MAX_HEADERS, **self._kwargs)
 
+    def enter(self, address: str) -> bool:
+        """Count one more connection of this address; False where it is one too many."""
+        self.by_address[address] += 1
+        is_admitted = self.by_address.total() <= self.limits.most and self.by_address[address] <= self.limits.most_by_one
+        self.num_refused += not is_admitted
+        return is_admitted
+
+    def leave(self, address: str) -> None:
+        """Count one connection less."""
+        self.by_address[address] -= 1
+        if self.by_address[address] <= 0:
+            del self.by_address[address]
+
     async def sweep(self) -> None:
-        """Close connections whose head does not arrive, until cancelled."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            now = time.monotonic()
-            for connection in list(self.connections):
-                if isinstance(connection, BoundedConnection):
-                    connection.close_if_late(now)
+        """Close connections whose head does not arrive, until cancelled; then the handshakes that are under way too."""
+        try:
+            while True:
+                await asyncio.sleep(SWEEP_S)
+                now = time.monotonic()
+                for connection in list(self.connections):
+                    if isinstance(connection, BoundedConnection):
+                        connection.close_if_late(now)
+        finally:
+            for handshake in list(self.handshakes):
+                handshake.cancel()
 
 
 class BoundedConnection(RequestHandler):
@@ -63,21 +91,14 @@ class BoundedConnection(RequestHandler):
         self._last_body: Any = None  # of the last request whose head is complete
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        address = str((transport.get_extra_info("peername") or ("",))[0])
-        limits, by_address = self._server.limits, self._server.by_address
         super().connection_made(transport)
-        self._address, self._head_since = address, time.monotonic()
-        by_address[address] += 1
-        if by_address.total() > limits.most or by_address[address] > limits.most_by_one:
-            self._server.num_refused += 1
+        self._address, self._head_since = address_of(transport), time.monotonic()
+        if not self._server.enter(self._address):
             self._end(503, "Service Unavailable", "too_many_connections")
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
-        by_address = self._server.by_address
-        by_address[self._address] -= 1
-        if by_address[self._address] <= 0:
-            del by_address[self._address]
+        self._server.leave(self._address)
 
     def data_received(self, data: bytes) -> None:
         seen = self._request_count

@@ -22,6 +22,8 @@ from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
 from forge_ray.records import Deployment, Event
 from forge_ray.release import promotion
 from forge_ray.serve.coordinator import find_coordinator
+from forge_ray.serve.front import proxy_address
+from forge_ray.serve.gateway_config import GatewayConfig
 from forge_ray.serve.replica import Replica
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -90,8 +92,9 @@ def app_from_args(args: dict[str, Any]) -> serve.Application:
 
 def serve_file(config: DeployConfig, store_uri: str) -> dict[str, Any]:
     """The same deployment as a file for `serve deploy` (or a RayService's `serveConfigV2`)."""
+    host, port = proxy_address(config, None)
     return {
-        "http_options": {"host": config.host, "port": config.port, "keep_alive_timeout_s": KEEP_ALIVE_S},
+        "http_options": {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S},
         "applications": [
             {
                 "name": config.name,
@@ -130,13 +133,17 @@ def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
     ).sealed()
 
 
-def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900) -> Deployment:
-    """Serve the models of `config` and wait until they answer; writes the record, and its state as an event."""
+def deploy(
+    config: DeployConfig, catalog: Catalog, wait_s: float = 900, gateway: GatewayConfig | None = None
+) -> Deployment:
+    """Serve the models of `config` and wait until they answer; writes the record, and its state as an event. `gateway`: what
+    the caller starts in front, on the deployment's own host and port; without it those must be on loopback."""
+    host, port = proxy_address(config, gateway)
     for alias, route in config.aliases.items():
         if catalog.routes().get(alias) != (resolved_route := promotion.resolved_route(catalog, alias, route)):
             promotion.set_route(catalog, alias, resolved_route, why=f"deployment file of {config.name}")
     deployment = deployment_of(config, catalog)
-    serve.start(http_options={"host": config.host, "port": config.port, "keep_alive_timeout_s": KEEP_ALIVE_S})
+    serve.start(http_options={"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S})
     running = set(serve.status().applications)
     if others := sorted(running - {config.name}):
         raise ConfigError(
@@ -147,7 +154,7 @@ def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900) -> Deplo
     target = RunTarget(target=build_app(deployment, catalog.store.uri), name=config.name, route_prefix="/")
     try:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        wait_until_answering(config, deployment.id, time.monotonic() + wait_s)
+        wait_until_answering(config, deployment.id, time.monotonic() + wait_s, _url(host, port))
     except EngineError as error:
         _note(catalog, deployment, "failed", reason=error.message)
         if config.name not in running:  # a first deployment that failed is removed again
@@ -202,17 +209,21 @@ def status(catalog: Catalog) -> list[dict[str, Any]]:
 
 def base_url(config: DeployConfig) -> str:
     """The URL by which clients on this machine reach the endpoint: loopback for a server on all interfaces."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    return f"http://{host}:{config.port}"
+    return _url(config.host, config.port)
 
 
-def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: float) -> None:
-    """Wait until exactly this deployment answers at the endpoint; `EngineError` when Serve gives up or time runs out.
+def _url(host: str, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: float, url: str) -> None:
+    """Wait until exactly this deployment answers at `url`; `EngineError` when Serve gives up or time runs out.
 
     With a minimum of 0 replicas, the endpoint is ready when Serve is: the first request starts one.
     """
     seen = "not started"
-    with httpx2.Client(base_url=base_url(config), timeout=10, trust_env=False) as client:
+    with httpx2.Client(base_url=url, timeout=10, trust_env=False) as client:
         while time.monotonic() < deadline:
             application = serve.status().applications.get(config.name)
             if application is not None:
@@ -225,7 +236,7 @@ def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: flo
                     answered = _answers(client)
                     if answered == deployment_id:
                         return
-                    seen = f"running, and {base_url(config)} is answered by {answered or 'another server'}"
+                    seen = f"running, and {url} is answered by {answered or 'another server'}"
             time.sleep(POLL_S)
     raise EngineError(
         f"{config.name!r} did not become healthy in time: {seen}",

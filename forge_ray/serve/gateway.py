@@ -17,7 +17,6 @@ import logging
 import random
 import signal
 import socket
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -33,7 +32,7 @@ from yarl import URL
 
 from forge_ray.errors import ConfigError
 from forge_ray.serve.connections import BoundedServer, Buffer, CheckedKeys, ConnectionLimits, Held
-from forge_ray.serve.gateway_config import GatewayConfig
+from forge_ray.serve.gateway_config import GatewayConfig, tls_context
 from forge_ray.serve.hop_headers import CREDENTIALS, caller_of, end_to_end, upstream_headers
 from forge_ray.serve.request_ids import request_id_of
 from forge_ray.serve.statuses import CLIENT_CLOSED
@@ -87,6 +86,9 @@ class Gateway:
         self._registry = CollectorRegistry()
         registry = self._registry
         self.running = Gauge("forge_gateway_requests_running", "Requests without a complete answer", registry=registry)
+        self.connections = Gauge("forge_gateway_connections", "Connections of clients, handshakes too", registry=registry)
+        self.refused = Gauge("forge_gateway_connections_refused", "Connections beyond the limits", registry=registry)
+        self.server: BoundedServer | None = None
         self._requests = Counter("forge_gateway_requests", "Requests by the status sent", ["status"], registry=registry)
         self._retries = Counter("forge_gateway_retries", "Tries after a request's first", ["reason"], registry=registry)
         self._failures = Counter("forge_gateway_failures", "Requests that failed", ["reason"], registry=registry)
@@ -100,6 +102,9 @@ class Gateway:
             return web.json_response(state, status=503 if self.draining else 200)
         if path == "/-/gateway/metrics":
             self.running.set(self.num_running)
+            if self.server is not None:
+                self.connections.set(self.server.by_address.total())
+                self.refused.set(self.server.num_refused)
             return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
         status = CLIENT_CLOSED
         request_id = request_id_of(request.headers.get("x-request-id", ""))
@@ -328,24 +333,10 @@ def _socket(address: Any) -> socket.socket:
     return connection
 
 
-def _tls(config: GatewayConfig) -> ssl.SSLContext | None:
-    if not config.tls_cert:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"{config.tls_cert} and {config.tls_key} cannot be used: {error}",
-            hint="PEM files: the certificate with its chain, and its key without a passphrase",
-        ) from None
-    return context
-
-
 @asynccontextmanager
 async def listening(config: GatewayConfig) -> AsyncIterator[tuple[str, Gateway]]:
     """A listening gateway and its URL. On exit it drains: no new connections, at most `drain_s` for running requests."""
-    tls = _tls(config)
+    tls = tls_context(config)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_UPSTREAM_S, socket_factory=_socket)
     async with aiohttp.ClientSession(
         connector=connector,
@@ -359,17 +350,19 @@ async def listening(config: GatewayConfig) -> AsyncIterator[tuple[str, Gateway]]
         server = BoundedServer(
             gateway.handle,
             ConnectionLimits(config.max_connections, config.max_connections_per_address),
+            tls,
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
             keepalive_timeout=IDLE_CLIENT_S,
             lingering_time=LINGER_S,
         )
+        gateway.server = server
         sweeping = asyncio.create_task(server.sweep())
         runner = web.ServerRunner(server, shutdown_timeout=LAST_WRITE_S)
         await runner.setup()
         try:
-            site = web.TCPSite(runner, config.host, config.port, ssl_context=tls, backlog=1024)
+            site = web.TCPSite(runner, config.host, config.port, backlog=1024)
             try:
                 await site.start()
             except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 
 from yarl import URL
@@ -46,3 +47,18 @@ class GatewayConfig:
                 " caller may hold a quarter",
                 hint="raise --max-held-bytes, or lower --max-body-bytes",
             )
+
+
+def tls_context(config: GatewayConfig) -> ssl.SSLContext | None:
+    """What the gateway ends TLS with; None where it speaks plain HTTP."""
+    if not config.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"{config.tls_cert} and {config.tls_key} cannot be used: {error}",
+            hint="PEM files: the certificate with its chain, and its key without a passphrase",
+        ) from None
+    return context

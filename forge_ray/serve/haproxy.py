@@ -30,8 +30,8 @@ def set_haproxy() -> None:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{here}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": here,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{here}/server-state",
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
     }
     for name, value in (SWITCHES | own).items():
         os.environ.setdefault(name, value)
@@ -42,7 +42,8 @@ def behind_haproxy() -> bool:
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback address that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

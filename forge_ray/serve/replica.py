@@ -21,6 +21,7 @@ from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import EngineError
 from forge_ray.records import Deployment
+from forge_ray.machine.ray_internals import replica_port_on
 from forge_ray.serve.access_log import write_access_log
 from forge_ray.serve.canary import AnswerOutcome
 from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext
@@ -49,6 +50,7 @@ class Replica:
     """The class that Ray Serve runs."""
 
     def __init__(self, record: dict[str, Any], store_uri: str) -> None:
+        replica_port_on(ray.util.get_node_ip_address())
         self.name = serve.get_replica_context().replica_id.unique_id
         self.deployment = Deployment.model_validate(record)
         self.store_uri = store_uri

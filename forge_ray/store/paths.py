@@ -8,6 +8,7 @@ from __future__ import annotations
 
 RECORDS, EVENTS, AUDIT = "records", "events", "audit"
 INDEX_FILE, MLFLOW_FILE = "catalog.sqlite", "mlflow.db"
+CHECKPOINT_KEY = "keys/checkpoints.key"
 STEP = "step-"
 
 

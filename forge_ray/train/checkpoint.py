@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from forge_ray.errors import ForgeError, StoreError, TrainingError
+from forge_ray.errors import ConfigError, ForgeError, PolicyError, StoreError, TrainingError
 from forge_ray.records import FileEntry, canonical_json, digest
 from forge_ray.store import paths
 from forge_ray.store.files import MANIFEST, Store
@@ -32,6 +32,7 @@ from forge_ray.train import validation
 from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
 from forge_ray.train.job import TrainJob, identity_digest
+from forge_ray.train.manifest_key import authentication, manifest_key, require_authentic
 
 logger = logging.getLogger("forge_ray")
 # scripts that DeepSpeed lays next to its files, in checkpoints of earlier versions: nothing here opens or runs them
@@ -57,6 +58,15 @@ class Position:
     world_size: int
     left_out: str = ""  # digest of the steps and rows that guards left out before this step
     order_key: str = ""  # what the order of samples follows from; "" before it was written down: the dataset's id
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint whose manifest is authentic and whose every byte is as that says: `files` in `folder`."""
+
+    position: Position
+    files: tuple[FileEntry, ...]
+    folder: Path
 
 
 IDENTITY = ("run", "config_digest", "dataset", "base_digest", "engine", "zero_stage")
@@ -99,8 +109,11 @@ def stands(store: Store, relative: str, position: Position) -> bool:
     """Whether this very checkpoint is published and whole."""
     if not store.exists(f"{relative}/{MANIFEST}"):
         return False
-    standing, _ = verify(store, relative, position)
-    return standing is not None and (standing.order_digest, standing.world_size) == (
+    try:
+        standing, _ = verify(store, relative, position)
+    except PolicyError:
+        return False  # it is written again
+    return standing is not None and (standing.position.order_digest, standing.position.world_size) == (
         position.order_digest,
         position.world_size,
     )
@@ -109,7 +122,13 @@ def stands(store: Store, relative: str, position: Position) -> bool:
 def manifest(store: Store, files: tuple[FileEntry, ...], position: Position) -> bytes:
     newest = next(iter(steps(store, position.run)), None)
     parent = "" if newest is None else f"{paths.step(newest)}:" + _digest_of(store, position.run, newest)
-    value = {"files": [entry.model_dump() for entry in files], "position": asdict(position), "parent": parent}
+    return sealed(store, {"files": [entry.model_dump() for entry in files], "position": asdict(position), "parent": parent})
+
+
+def sealed(store: Store, value: dict[str, Any]) -> bytes:
+    """A manifest that says `value`, with its HMAC and a digest of both: what an accident changed is told by the digest, what
+    somebody made anew by the HMAC."""
+    value = value | {"hmac": authentication(store, value)}
     return canonical_json(value | {"digest": digest(value)})
 
 
@@ -152,49 +171,85 @@ def steps(store: Store, run: str) -> list[int]:
 
 
 def find(store: Store, expected: Position, left_out: Callable[[int], str] | None = lambda step: "") -> Position | None:
+    """The position of the `newest_whole` checkpoint."""
+    checkpoint = newest_whole(store, expected, left_out)
+    return checkpoint.position if checkpoint else None
+
+
+def newest_whole(store: Store, expected: Position, left_out: Callable[[int], str] | None) -> Checkpoint | None:
     """The newest checkpoint of this run that verifies; one that is torn, corrupted or another's is skipped, with the reason
     in the log. So is one of a timeline that was given up: what was left out by its step differs from `left_out(step)`
-    (None: any will do)."""
+    (None: any will do). Raises `PolicyError` where a whole one is not authentic: no accident makes such a manifest."""
     for step in steps(store, expected.run):
         relative = paths.checkpoint(expected.run, step)
-        position, reason = verify(store, relative, expected)
-        if position is not None and position.step != step:
-            reason = f"it is of step {position.step}"
-        elif position is not None and left_out and position.left_out != left_out(step):
+        checkpoint, reason = verify(store, relative, expected)
+        if checkpoint is not None and checkpoint.position.step != step:
+            reason = f"it is of step {checkpoint.position.step}"
+        elif checkpoint is not None and left_out and checkpoint.position.left_out != left_out(step):
             reason = "it holds steps that were left out later"
-        elif position is not None:
-            return position
+        elif checkpoint is not None:
+            return checkpoint
         logger.warning("checkpoint %s is skipped: %s", relative, reason)
     return None
 
 
-def verify(store: Store, relative: str, expected: Position) -> tuple[Position | None, str]:
-    """The position of a checkpoint whose every byte is as its manifest says; else the reason why it is not used."""
+def _read_manifest(store: Store, relative: str) -> tuple[dict[str, Any], Any]:
+    """What a manifest says, and its HMAC (None where it has none). Raises `StoreError` where its digest is another one."""
+    manifest = dict(store.read_json(f"{relative}/{MANIFEST}"))
+    stated = manifest.pop("digest")
+    if digest(manifest) != stated:
+        raise StoreError("its manifest was changed after it was written", hint=f"remove {relative}")
+    tag = manifest.pop("hmac", None)
+    return manifest, tag
+
+
+def verify(store: Store, relative: str, expected: Position) -> tuple[Checkpoint | None, str]:
+    """A checkpoint whose every byte is as its manifest says; else the reason why it is not used. Raises `PolicyError` for a
+    manifest that is whole and not authentic."""
     try:
-        manifest = store.read_json(f"{relative}/{MANIFEST}")
-        stated = manifest.pop("digest")
-        if digest(manifest) != stated:
-            return None, "its manifest was changed after it was written"
+        manifest, tag = _read_manifest(store, relative)
+        require_authentic(store, relative, manifest, tag)
         position = Position(**manifest["position"])
         for name in IDENTITY:
             if getattr(position, name) != getattr(expected, name):
                 return None, f"it has {name}={getattr(position, name)!r}, this run has {getattr(expected, name)!r}"
-        store.fetch_dir(relative, tolerated=NEVER_READ)
+        files = tuple(FileEntry.model_validate(entry) for entry in manifest["files"])
+        folder = store.fetch_dir(relative, files=files, tolerated=NEVER_READ)
+    except (PolicyError, ConfigError):  # an OSError and a ValueError too
+        raise
     except (StoreError, OSError, KeyError, TypeError, AttributeError, ValueError, json.JSONDecodeError) as error:
         return None, error.message if isinstance(error, ForgeError) else f"{type(error).__name__}: {error}"
-    return position, ""
+    return Checkpoint(position, files, folder), ""
+
+
+def authenticate(store: Store, run: str) -> list[int]:
+    """Add an HMAC to each manifest of a run that has none, if every byte is as it says; returns their steps. Whoever calls
+    this answers for what the files hold."""
+    added = []
+    for step in reversed(steps(store, run)):
+        relative = paths.checkpoint(run, step)
+        manifest, tag = _read_manifest(store, relative)
+        if tag is None:
+            store.fetch_dir(relative, tolerated=NEVER_READ)
+            store.write(f"{relative}/{MANIFEST}", sealed(store, manifest))
+            added.append(step)
+    return added
 
 
 def restore(
     engine: TrainEngine, store: Store, expected: Position, context: Context, left_out: Callable[[int], str]
 ) -> Position | None:
     """Collective: load the newest good checkpoint of the run, if there is one; returns its position. One that another number
-    of workers wrote is resharded."""
-    position: Position | None = agree(find(store, expected, left_out) if context.is_first else None, context)
-    if position is None:
+    of workers wrote is resharded. The first rank alone needs the key: it tells the others which files the manifest lists."""
+    if context.is_first:
+        manifest_key(store)  # before a step is done whose checkpoint could not be written
+    newest = newest_whole(store, expected, left_out) if context.is_first else None
+    agreed: tuple[Position, tuple[FileEntry, ...]] | None = agree(newest and (newest.position, newest.files), context)
+    if agreed is None:
         return None
+    position, files = agreed
     relative = paths.checkpoint(position.run, position.step)
-    folder = store.fetch_dir(relative, verify=not store.is_local, tolerated=NEVER_READ)
+    folder = store.fetch_dir(relative, verify=not store.is_local, files=files, tolerated=NEVER_READ)
     if position.world_size == context.world_size or engine.loads_anywhere:
         engine.load(folder)
     else:

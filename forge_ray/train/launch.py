@@ -14,6 +14,7 @@ from forge_ray.machine.ray_internals import RAY_SNAPSHOT, remove_orphaned_groups
 from forge_ray.store import paths
 from forge_ray.train import checkpoint, diagnosis, incidents, validation
 from forge_ray.train.job import TrainJob
+from forge_ray.train.manifest_key import manifest_key
 
 logger = logging.getLogger("forge_ray")
 Loop = Callable[[dict[str, Any]], None]
@@ -27,6 +28,7 @@ def fit(loop: Loop, job: TrainJob, validate: Validate | None = None) -> None:
     What fails is started again from its last checkpoint, until it failed `max_failures` times without getting any further.
     Ray would count all failures of a run's life, and would go on for ever with one that always fails in the same step.
     """
+    manifest_key(job.store)  # a store without one is refused before anything starts
     allowed, without_progress = job.config.scaling.max_failures, 0
     reached = _progress(job)
     while True:

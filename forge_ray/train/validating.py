@@ -79,7 +79,7 @@ def validate_checkpoint(values: dict[str, Any], step: int) -> None:
     """The same as `validate`, from a checkpoint, in a process that belongs to no group; written into the store."""
     job, began = TrainJob.from_json(values), time.perf_counter()
     context = join(bool(job.config.validation.gpus), int(job.config.validation.cpus), under_ray=False)
-    position, _ = verified(job, step)
+    position = verified(job, step).position
     method = method_of(job)
     scores = validate(job, method, PlainModel(load(job, step, context.device)), context)
     result = Result(step, position.left_out, scores["validation_loss"], "", time.perf_counter() - began, background=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from forge_ray.errors import NotFound, StoreError, TrainingError
 from forge_ray.store import paths
 from forge_ray.train import checkpoint, finish
-from forge_ray.train.checkpoint import Position
+from forge_ray.train.checkpoint import Checkpoint, Position
 from forge_ray.train.engine import trained
 from forge_ray.train.job import TrainJob
 from forge_ray.train.methods import method_of
@@ -19,19 +19,19 @@ from forge_ray.train.model import load_for_training
 from forge_ray.train.zero import consolidated
 
 
-def verified(job: TrainJob, step: int) -> tuple[Position, Path]:
-    """The position and the folder of the checkpoint of `step`, every byte checked as a resume does. Raises `NotFound` where
-    there is none, `StoreError` where it is not whole or another run's."""
+def verified(job: TrainJob, step: int) -> Checkpoint:
+    """The checkpoint of `step`, authentic and every byte checked as a resume does. Raises `NotFound` where there is none,
+    `StoreError` where it is not whole or another run's, `PolicyError` where its manifest is not authentic."""
     store, steps = job.store, checkpoint.steps(job.store, job.run)
     if step not in steps:
         listed = ", ".join(map(str, steps)) or "none"
         raise NotFound(f"{job.run} has no checkpoint of step {step}", hint=f"its checkpoints: {listed}")
     relative = paths.checkpoint(job.run, step)
-    position, reason = checkpoint.verify(store, relative, checkpoint.expected(job))
-    if position is None or position.step != step:
-        reason = reason or f"it is of step {position.step}"  # type: ignore[union-attr]
+    whole, reason = checkpoint.verify(store, relative, checkpoint.expected(job))
+    if whole is None or whole.position.step != step:
+        reason = reason or f"it is of step {whole.position.step}"  # type: ignore[union-attr]
         raise StoreError(f"{relative} is not used: {reason}", hint="take another step")
-    return position, store.fetch_dir(relative, verify=not store.is_local, tolerated=checkpoint.NEVER_READ)
+    return whole
 
 
 def of_checkpoint(folder: Path, position: Position) -> dict[str, Tensor]:
@@ -45,8 +45,8 @@ def of_checkpoint(folder: Path, position: Position) -> dict[str, Tensor]:
 
 def load(job: TrainJob, step: int, device: torch.device) -> nn.Module:
     """The base model with the weights of that checkpoint, in the precision of the run and as one process holds it."""
-    position, folder = verified(job, step)
-    weights = of_checkpoint(folder, position)
+    whole = verified(job, step)
+    weights = of_checkpoint(whole.folder, whole.position)
     base = job.store.fetch_dir(paths.model(job.base.id), files=job.base.files, verify=not job.store.is_local)
     alone = job.config.model_copy(update={"engine": "torch", "zero_stage": 0})
     model = load_for_training(base, alone, job.precision, device, 1, method_of(job).head)

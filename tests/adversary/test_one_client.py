@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
+import ssl
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +17,7 @@ from starlette.types import ASGIApp
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, DeployConfig
-from forge_ray.serve import bodies, connections, gateway
+from forge_ray.serve import bodies, connections, gateway, handshakes
 from forge_ray.serve.context import Caller, Chosen, ServingContext
 from forge_ray.serve.directory import ReplicaDirectory, Snapshot
 from forge_ray.serve.http import replica_app
@@ -23,6 +26,7 @@ from forge_ray.serve.limits import Counters
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.routing import RoutingInputs, ServedVersion, Table
+from tests.certificates import write_certificate
 
 pytestmark = pytest.mark.unit
 
@@ -508,3 +512,94 @@ def test_gateway_logs_nothing_that_a_client_wrote() -> None:
         logging.getLogger().removeHandler(handler)
     assert "canary" not in stream.getvalue()
     assert "Traceback" not in stream.getvalue()
+
+
+# ---------------------------------------------------------------- TLS
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    cert, key = write_certificate(tmp_path_factory.mktemp("tls"))
+    return {"tls_cert": cert, "tls_key": key}
+
+
+async def over_tls(front: Front, tls: dict[str, str], data: bytes) -> bytes:
+    """The first line of the answer to a request over TLS."""
+    context = ssl.create_default_context(cafile=tls["tls_cert"])
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port, ssl=context)
+    writer.write(data)
+    line = await asyncio.wait_for(reader.readline(), 20)
+    writer.close()
+    return line
+
+
+def test_gateway_counts_handshakes_that_do_not_end(tls: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshakes, "HANDSHAKE_S", 1.5)
+
+    async def check() -> None:
+        async with Front(max_connections_per_address=5, **tls) as front:
+            begun = time.monotonic()
+            open_ones = [await front.sent(data) for data in (b"", b"\x16\x03\x01", b"\x16\x03\x01\x02\x00\x01", b"", b"")]
+            await asyncio.sleep(0.1)
+            server = front.gateway.server
+            assert server is not None
+            assert server.by_address == {"127.0.0.1": 5}
+            with pytest.raises(OSError):  # one too many: closed before TLS
+                await over_tls(front, tls, GET)
+            ends = await asyncio.gather(*(asyncio.wait_for(reader.read(), 20) for reader, _ in open_ones))
+            assert ends == [b""] * 5
+            assert 1 < time.monotonic() - begun < 10
+            for _, writer in open_ones:
+                writer.close()
+            await asyncio.sleep(0.2)
+            assert server.by_address == {}
+            assert not server.handshakes
+            assert b" 200 " in await over_tls(front, tls, GET)
+
+    asyncio.run(check())
+
+
+def test_gateway_refuses_what_is_not_tls_and_goes_on(tls: dict[str, str]) -> None:
+    async def check() -> None:
+        async with Front(max_connections_per_address=3, **tls) as front:
+            for _ in range(10):
+                reader, writer = await front.sent(GET)  # plain HTTP
+                assert b"HTTP" not in await asyncio.wait_for(reader.read(), 10)
+                writer.close()
+            many = await asyncio.gather(*(over_tls(front, tls, GET) for _ in range(3)))
+            assert all(b" 200 " in line for line in many)
+            await asyncio.sleep(0.2)
+            assert front.gateway.server is not None
+            assert front.gateway.server.by_address == {}
+
+    asyncio.run(check())
+
+
+def test_request_in_the_packet_that_ends_the_handshake_is_answered(tls: dict[str, str]) -> None:
+    """A client that speaks TLS by hand: its last message of the handshake and its request arrive together."""
+
+    async def check() -> None:
+        async with Front(**tls) as front:
+            for _ in range(20):
+                reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+                incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+                context = ssl.create_default_context(cafile=tls["tls_cert"])
+                session = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+                while True:
+                    try:
+                        session.do_handshake()
+                        break
+                    except ssl.SSLWantReadError:
+                        writer.write(outgoing.read())
+                        incoming.write(await asyncio.wait_for(reader.read(1 << 16), 10))
+                session.write(GET)
+                writer.write(outgoing.read())  # both at once
+                answer = b""
+                while b"\r\n\r\n" not in answer:
+                    incoming.write(await asyncio.wait_for(reader.read(1 << 16), 10))
+                    with contextlib.suppress(ssl.SSLWantReadError):
+                        answer += session.read(1 << 16)
+                assert b" 200 " in answer
+                writer.close()
+
+    asyncio.run(check())

@@ -15,10 +15,12 @@ import torch
 from conftest import Jobs, Run, export_digest, exported, first_steps, largest_difference, losses
 from worker import KILLED
 
+from forge_ray.errors import PolicyError
 from forge_ray.records import canonical_json, digest
 from forge_ray.store.files import MANIFEST, hash_dir
 from forge_ray.train import checkpoint
 from forge_ray.train.job import TrainJob
+from forge_ray.train.weights import verified
 
 pytestmark = pytest.mark.numerics
 ENGINES: dict[str, dict[str, Any]] = {
@@ -95,9 +97,9 @@ def stopped_at_four(job: TrainJob, run: Run, name: str) -> TrainJob:
     for step in (2, 4):  # a checkpoint says whose it is
         path = folder_of(target, step) / MANIFEST
         manifest = json.loads(path.read_bytes())
-        del manifest["digest"]
+        del manifest["digest"], manifest["hmac"]
         manifest["position"]["run"] = name
-        path.write_bytes(canonical_json(manifest | {"digest": digest(manifest)}))
+        path.write_bytes(checkpoint.sealed(target.store, manifest))
     return target
 
 
@@ -173,16 +175,37 @@ def test_checkpoint_is_verified_before_unpickling(run: Run, finished: TrainJob, 
     assert canary.exists()  # the control: it does what it says
 
 
-def test_checkpoint_whose_manifest_was_remade_runs_nothing(run: Run, finished: TrainJob, tmp_path: Path) -> None:
-    """A manifest has its own digest, which anybody can compute: what it lists is read as data alone."""
+def remade(folder: Path) -> dict[str, Any]:
+    """What the manifest of a changed folder would say, without digest and HMAC."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+    manifest.pop("digest"), manifest.pop("hmac", None)
+    return manifest | {"files": [entry.model_dump() for entry in hash_dir(folder)]}
+
+
+def test_remade_manifest_is_refused_by_name(run: Run, finished: TrainJob, tmp_path: Path) -> None:
+    """By whoever holds no key, at resume, export and validation: digests are computed by anybody."""
+    stopped = stopped_at_four(finished, run, "forged")
+    folder, canary = folder_of(stopped, 4), tmp_path / "canary"
+    for path in (folder / "state").glob("*.pt"):
+        torch.save(Plant(canary), path)
+    for tag, reason in ({}, "is not authenticated"), ({"hmac": "0" * 64}, "was not made with this store's key"):
+        value = remade(folder) | tag
+        (folder / MANIFEST).write_bytes(canonical_json(value | {"digest": digest(value)}))
+        run(stopped, expect=1, says=f"runs/forged/checkpoints/step-00000004 {reason}")
+        with pytest.raises(PolicyError, match=reason):
+            verified(stopped, 4)
+        with pytest.raises(PolicyError, match=reason):
+            checkpoint.find(stopped.store, checkpoint.expected(stopped))
+    assert not canary.exists()
+
+
+def test_files_of_an_authentic_checkpoint_are_read_as_data_alone(run: Run, finished: TrainJob, tmp_path: Path) -> None:
+    """Whoever holds the key makes the manifest anew: what it lists still runs nothing."""
     job, canary = stopped_at_four(finished, run, "remade"), tmp_path / "canary"
     folder = folder_of(job, 4)
     for path in (folder / "state").glob("*.pt"):
         torch.save(Plant(canary), path)
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    del manifest["digest"]
-    manifest["files"] = [entry.model_dump() for entry in hash_dir(folder)]
-    (folder / MANIFEST).write_bytes(canonical_json(manifest | {"digest": digest(manifest)}))
+    (folder / MANIFEST).write_bytes(checkpoint.sealed(job.store, remade(folder)))
     run(job, expect=1, says="is not data alone")
     assert not canary.exists()
 

@@ -259,7 +259,8 @@ def test_head_binds_only_configured_addresses(host: Host) -> None:
     assert "--node-ip-address=10.0.0.1" in host.called
     assert "--dashboard-host=127.0.0.1" in host.called
     assert "--disable-usage-stats" in host.called
-    assert host.called[-2:] == ["--temp-dir=/scratch/a b", "--labels=pool=train"]
+    assert "--temp-dir=/scratch/a b" in host.called
+    assert host.called[-1] == "--labels=pool=train"
     assert not any("0.0.0.0" in argument for argument in host.called)
 
 
@@ -292,6 +293,24 @@ def test_head_refuses_unsafe_or_unknown_options(host: Host, arguments: tuple[str
 def test_open_dashboard_requires_insecure_flag(host: Host) -> None:
     assert host.run("start_head.sh", "--ip", "10.0.0.1", "--dashboard-host", "0.0.0.0", "--insecure").returncode == 0
     assert "--dashboard-host=0.0.0.0" in host.called
+
+
+def test_rays_folders_lie_where_no_other_user_can_enter(host: Host, tmp_path: Path) -> None:
+    folder = tmp_path / f"forge-{os.getuid()}"
+    for script, arguments in (("start_head.sh", ("--ip", "10.0.0.1")), ("start_worker.sh", ("--head", "10.0.0.1", "--ip", "10.0.0.2"))):
+        assert host.run(script, *arguments, TMPDIR=str(tmp_path)).returncode == 0
+        assert f"--temp-dir={folder}/ray" in host.called
+        assert host.environment["RAY_TMPDIR"] == str(folder)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        folder.chmod(0o755)
+    assert host.run("start_head.sh", "--ip", "10.0.0.1", RAY_TMPDIR=str(folder)).returncode == 0
+    assert host.environment["RAY_TMPDIR"] == str(folder)
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")  # as another user of /tmp could leave it
+    refused = host.run("start_head.sh", "--ip", "10.0.0.1", TMPDIR=str(tmp_path))
+    assert refused.returncode == 2
+    assert "is not a folder of this user" in refused.stderr
+    assert not host.called
 
 
 def test_worker_requires_private_token(host: Host) -> None:

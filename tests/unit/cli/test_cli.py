@@ -45,6 +45,7 @@ SURFACE = {
     "runs list": set(),
     "runs show": set(),
     "runs export": {"--step"},
+    "runs authenticate": set(),
     "runs compare": {"--out"},
     "audit data": {"--step"},
     "audit log": {"--subject", "--action", "--last"},
@@ -97,7 +98,7 @@ SURFACE = {
     "submit": {"--address", "--set", "--no-wait"},
     "deploy": {"--address", "--set", "--status", "--serve-yaml"},
     "undeploy": {"--address"},
-    "serve": {"--set", "--haproxy"},
+    "serve": {"--set", "--haproxy", "--tls-cert", "--tls-key"},
     "gateway": {
         "--to",
         "--host",

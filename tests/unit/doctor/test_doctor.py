@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import hashlib
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from forge_ray.cli.main import cli
-from forge_ray.doctor import closed, machine, stored
+from forge_ray.doctor import closed, machine, startup, stored
 from forge_ray.doctor.examine import lines
 from forge_ray.doctor.finding import Finding, Surroundings
 from forge_ray.machine import hardware, supported
@@ -172,21 +176,91 @@ def test_cloud_metadata_requests(around: Callable[..., Surroundings], tmp_path: 
     assert worst_of(closed.cloud_question(around()))[0] == "warn"
 
 
+OWN_FINDER = "__editable___forge_ray_0_1_0_finder"
+
+
 @pytest.mark.parametrize(("name", "text", "status"), [
     ("paths.pth", "/opt/lib\n", "ok"),
     ("distutils-precedence.pth", "import os; var = 'SETUPTOOLS_USE_DISTUTILS'; enabled = os.environ.get(var, 'local') =="
      " 'local'; enabled and __import__('_distutils_hack').add_shim(); ", "ok"),
     ("distutils-precedence.pth", "import os; os.system('curl x')", "fail"),
-    ("__editable__.forge.pth", "import __editable___forge_finder; __editable___forge_finder.install()", "ok"),
+    ("__editable__.forge.pth", "import __editable___forge_finder; __editable___forge_finder.install()", "fail"),
     ("__editable__.x.pth", "import __editable___x_finder; __editable___x_finder.install(); import evil", "fail"),
+    ("__editable__.forge_ray.pth", f"import {OWN_FINDER}; {OWN_FINDER}.install()", "fail"),  # whose module is not there
     ("litellm_init.pth", "import os, subprocess, sys; subprocess.Popen([sys.executable])", "fail"),
     ("sitecustomize.py", "", "fail"),
+    ("usercustomize.pyc", "", "fail"),
+    ("sitecustomize.so", "", "fail"),
+    ("sitecustomize.cpython-311-x86_64-linux-gnu.so", "", "fail"),
+    ("usercustomize.abi3.so", "", "fail"),
+    ("sitecustomize", None, "fail"),  # a package
+    ("sitecustomize_notes.txt", "", "ok"),
 ])  # fmt: skip
-def test_startup_files(around: Callable[..., Surroundings], tmp_path: Path, name: str, text: str, status: str) -> None:
-    (tmp_path / "site" / name).write_text(text)
-    worst = worst_of(machine.startup_files(around()))
+def test_startup_files(
+    around: Callable[..., Surroundings], tmp_path: Path, name: str, text: str | None, status: str
+) -> None:
+    path = tmp_path / "site" / name
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_text(text)
+    worst = worst_of(startup.startup_files(around()))
     assert worst[0] == status
-    assert (name in worst[1]) == (name != "paths.pth")
+    assert (name in worst[1]) == (status == "fail" or name == "distutils-precedence.pth")
+
+
+def test_own_editable_installation_is_known_as_it_was_installed(
+    around: Callable[..., Surroundings], tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    (site / "__editable__.forge_ray-0.1.0.pth").write_text(f"import {OWN_FINDER}; {OWN_FINDER}.install()")
+    finder = site / f"{OWN_FINDER}.py"
+    finder.write_text("MAPPING = {}")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(finder.read_bytes()).digest()).rstrip(b"=").decode()
+    (site / "forge_ray-0.1.0.dist-info").mkdir()
+    (site / "forge_ray-0.1.0.dist-info" / "RECORD").write_text(f"{finder.name},sha256={digest},12\n")
+    assert worst_of(startup.startup_files(around()))[0] == "ok"
+    finder.write_text("import evil")
+    assert worst_of(startup.startup_files(around()))[0] == "fail"
+    finder.write_text("MAPPING = {}")
+    (site / OWN_FINDER).mkdir()  # a package comes before a module
+    assert worst_of(startup.startup_files(around()))[0] == "fail"
+
+
+def test_sitecustomize_of_other_folders_is_looked_for(around: Callable[..., Surroundings], tmp_path: Path) -> None:
+    for name in ("named", "path"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "site" / "more.pth").write_text(f"# comment\n{tmp_path / 'named'}\n/nowhere\n")
+    path = {"PYTHONPATH": f"/nowhere:{tmp_path / 'path'}"}
+    assert worst_of(startup.startup_files(around(**path)))[0] == "ok"
+    for name in ("named", "path"):
+        custom = tmp_path / name / "sitecustomize.py"
+        custom.write_text("")
+        assert str(custom) in worst_of(startup.startup_files(around(**path)))[1]
+        custom.unlink()
+
+
+def test_sessions_of_ray_that_others_can_enter(around: Callable[..., Surroundings], monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        tmp = Path(folder)
+        tmp.chmod(0o755)
+        here = replace(around(), tmp=tmp)
+        assert worst_of(closed.session_folders(here))[0] == "ok"
+        private = tmp / f"forge-{os.getuid()}"
+        for root in (private, tmp):
+            (root / "ray" / "session_1" / "logs").mkdir(parents=True)
+            for path in (root / "ray", root / "ray" / "session_1"):
+                path.chmod(0o777)  # as Ray does
+        (tmp / "ray" / "session_latest").symlink_to(tmp / "ray" / "session_1")
+        private.chmod(0o700)
+        open_one = tmp / "ray" / "session_1"
+        status, text = worst_of(closed.session_folders(here))
+        assert (status, f"{open_one} has mode 777" in text) == ("fail", True)
+        assert f"chmod 700 {tmp / 'ray'}" in text
+        (tmp / "ray").chmod(0o700)
+        assert worst_of(closed.session_folders(here)) == ("ok", "2 of this user, closed to others | ")
+        private.chmod(0o755)
+        assert worst_of(closed.session_folders(here))[0] == "fail"
 
 
 def test_versions() -> None:
@@ -309,6 +383,9 @@ def test_file_modes(around: Callable[..., Surroundings], store: Store, tmp_path:
     signer.write_text("")
     signer.chmod(0o660)
     assert worst_of(stored.modes(around(FORGE_SIGNER=str(signer)), store))[1].endswith(f"chmod 600 {signer}")
+    assert worst_of(stored.modes(around(FORGE_CHECKPOINT_KEY=str(signer)), store))[1].endswith(f"chmod 600 {signer}")
+    absent = worst_of(stored.modes(around(FORGE_CHECKPOINT_KEY="/nowhere"), store))
+    assert absent == ("fail", "FORGE_CHECKPOINT_KEY=/nowhere is not a file | unset FORGE_CHECKPOINT_KEY")
     models = store.local("models")
     models.chmod(0o777)
     assert worst_of(stored.modes(around(), store)) == (
@@ -392,6 +469,6 @@ def test_examine_runs_every_check(store: Store) -> None:
 
     checks = {item.check for item in examine(store, Surroundings())}
     assert checks == {
-        *("ray token", "ray TLS", "listening", "deployment", "file modes", "switch", "cloud question", "start-up files"),
+        *("ray token", "ray sessions", "ray TLS", "listening", "deployment", "file modes", "switch", "cloud question", "start-up files"),
         *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store"),
     }

@@ -140,3 +140,15 @@ def test_serve_asks_a_replica_for_its_app_by_that_name() -> None:
     from forge_ray.serve.replica import Replica
 
     assert hasattr(Replica, SERVE_BUILD_ASGI_APP_METHOD)
+
+
+def test_a_replica_listens_on_its_nodes_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve._private import replica
+
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in inspect.getsource(replica)
+    bound: list[str] = []
+    monkeypatch.setattr(replica, "add_port_to_grpc_server", lambda server, bind: bound.append(bind) or 7)
+    ray_internals.replica_port_on("10.0.0.2")
+    assert replica.add_port_to_grpc_server(None, "[::]:0") == 7
+    replica.add_port_to_grpc_server(None, "[::]:9000")
+    assert bound == ["10.0.0.2:0", "[::]:9000"]
