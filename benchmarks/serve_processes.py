@@ -32,7 +32,7 @@ def prepare(store: str, model: str, num_adapters: int, rank: int) -> tuple[dict[
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from forge_ray.cli.quickstart import base_model_file
+    from forge_ray.models.quickstart_base import base_model_file
     from forge_ray.models.architecture import empty_model, open_model
     from forge_ray.models.import_model import import_model
     from forge_ray.records import ModelVersion, files_digest

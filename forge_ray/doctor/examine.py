@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from forge_ray.doctor import closed, machine, startup, stored
+from forge_ray.doctor import closed, locked, machine, startup, stored
 from forge_ray.doctor.finding import Finding, Surroundings
 from forge_ray.machine import supported
 from forge_ray.machine.hardware import main_memory
+from forge_ray.models import quickstart_base
 from forge_ray.store.files import Store
 
 
@@ -24,6 +25,8 @@ def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[F
     yield closed.cloud_question(around)
     yield startup.startup_files(around)
     yield from machine.versions(machine.required_versions(), machine.installed_versions())
+    yield locked.lock(locked.distributions())
+    yield locked.base_model(quickstart_base.carried_file())
     yield machine.system(supported.this_machine())
     yield machine.memory(machine.installed_memory(), main_memory())
     yield machine.disk(store, store.free_bytes())

@@ -23,28 +23,44 @@ NAMES = ("role", "type")  # keys whose values decide which turn a template write
 
 
 def refuse_built(
-    special: re.Pattern[str], text: str, messages: Sequence[dict[str, Any]], tools: Any, render: Render
+    special: re.Pattern[str],
+    text: str,
+    messages: Sequence[dict[str, Any]],
+    tools: Any,
+    render: Render,
+    writes_others: bool = False,
 ) -> None:
     """Raise `Reject` where `text`, rendered from the conversation, holds a special token that its messages make up.
 
     Such a token is one that is there less often where a character of it is another one in every message. The second
-    rendering is needed only where the conversation has the characters at all.
+    rendering is needed only where the conversation has such a character at all. `writes_others`: whether the template may
+    write characters that no message has (`decoding`); then every character of the messages is another one.
     """
     counts = Counter(match[0] for match in special.finditer(text))
     if not counts:
         return
-    content = "".join(_strings([*messages, *(tools or ())]))
+    content = set("".join(_strings([*messages, *(tools or ())])))
     for token, count in counts.items():
-        marks = {character for character in token if not character.isalnum()} or set(token)
-        if not all(character in content for character in marks):
+        if not (replaced := content if writes_others else _telling(token, content)):
             continue
-        telling = min(marks, key=lambda character: (character in IN_CONSTANTS, character))
         try:
-            neutral = render(_replaced(messages, telling), _replaced(tools, telling))
-        except Reject:
+            table = {ord(character): PLACEHOLDER for character in replaced if not character.isspace()}
+            neutral = render(_replaced(messages, table), _replaced(tools, table))
+        except Reject as error:
+            if writes_others:
+                raise Reject(f"what the chat template makes of a message cannot be checked: {error}") from None
             continue
         if count > sum(match[0] == token for match in special.finditer(neutral)):
             raise Reject(f"the chat template builds the special token {token!r} from a message")
+
+
+def _telling(token: str, content: set[str]) -> set[str]:
+    """The characters of a token without which no message makes it up; empty where the messages lack them. The template may
+    have the others: `<` from its own text, and `|im_start|` from a message."""
+    marks = {character for character in token if not character.isalnum()} or set(token)
+    if own := marks - set(IN_CONSTANTS):
+        return own & content
+    return marks if marks <= content else set()
 
 
 def _strings(value: Any) -> list[str]:
@@ -55,15 +71,16 @@ def _strings(value: Any) -> list[str]:
     return [text for item in value for text in _strings(item)] if isinstance(value, list | tuple) else []
 
 
-def _replaced(value: Any, character: str) -> Any:
+def _replaced(value: Any, table: dict[int, str], is_key: bool = False) -> Any:
+    """By `str.translate`. Letters and `_` of a key stay: by them the template finds what it names."""
     if isinstance(value, str):
-        return value.replace(character, PLACEHOLDER)
+        return "".join(c if c.isalnum() or c == "_" else c.translate(table) for c in value) if is_key else value.translate(table)
     if isinstance(value, dict):
         return {
-            _replaced(key, character): item if key in NAMES and isinstance(item, str) else _replaced(item, character)
+            _replaced(key, table, is_key=True): item if key in NAMES and isinstance(item, str) else _replaced(item, table)
             for key, item in value.items()
         }
-    return [_replaced(item, character) for item in value] if isinstance(value, list | tuple) else value
+    return [_replaced(item, table) for item in value] if isinstance(value, list | tuple) else value
 
 
 def excess(ids: Sequence[int] | npt.NDArray[Any], is_control: npt.NDArray[np.bool_], expected: int) -> int | None:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.decoding import writes_others
 from forge_ray.data.tokens.forged import excess, refuse_built
 from forge_ray.data.tokens.render import Rendering, TurnSpan, any_of
 from forge_ray.data.tokens.template import BYTE_OF_CHARACTER, CallStyle, Chat, Encoded, Messages
@@ -171,7 +172,7 @@ class HfTokenizer:
         def render(other_messages: Messages, other_tools: list[Any] | None) -> str:
             return self._rendering.render(other_messages, other_tools, for_answer)
 
-        refuse_built(self._special_pattern, text, messages, tools, render)
+        refuse_built(self._special_pattern, text, messages, tools, render, writes_others(self._rendering.source(tools)))
 
     def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]:
         """Each conversation tokenised once, its trained answers marked up to their end of turn."""

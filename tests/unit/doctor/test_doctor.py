@@ -469,6 +469,6 @@ def test_examine_runs_every_check(store: Store) -> None:
 
     checks = {item.check for item in examine(store, Surroundings())}
     assert checks == {
-        *("ray token", "ray sessions", "ray TLS", "listening", "deployment", "file modes", "switch", "cloud question", "start-up files"),
+        *("ray token", "ray sessions", "ray TLS", "listening", "deployment", "file modes", "switch", "cloud question", "start-up files", "lock", "base model"),
         *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store"),
     }

