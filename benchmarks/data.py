@@ -102,8 +102,8 @@ def base_folder(scratch: Path) -> Path:
     store = Path(os.environ.get("FORGE_STORE", ROOT / ".forge"))
     if list(store.glob("models/*/tokenizer.json")):
         return store
-    from forge_ray.models.quickstart_base import base_model_file
     from forge_ray.models.import_model import import_model
+    from forge_ray.models.quickstart_base import base_model_file
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 

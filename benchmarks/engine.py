@@ -62,8 +62,8 @@ def main() -> None:
 
 def shipped_model(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as safetensors."""
-    from forge_ray.models.quickstart_base import base_model_file
     from forge_ray.models.import_model import import_model
+    from forge_ray.models.quickstart_base import base_model_file
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 

@@ -15,6 +15,7 @@
 | adapters | tokens/s of requests on many adapters in one batch | an engine without adapters; one adapter after the other |
 | overload | p99 of what is accepted at four times the load | the same with the batch just full; the refusals' p99 |
 | adapter | seconds from an alias's move to the first token of an adapter that the endpoint never saw | |
+| abuse | p99 of others' requests while one client attacks (abuse.py) | the same before |
 
 This process is the client: it sends over HTTP and computes nothing. All others are those of serve_processes.py.
 """
@@ -37,6 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import abuse
 import aiohttp
 
 HERE = Path(__file__).parent
@@ -191,7 +193,10 @@ class Bench:
         settings = self.settings(kind, max_adapters=adapters, max_lora_rank=self.options.rank)
         return process("engine", model_dir=self.model_dir, settings=settings, use_gpu=self.use_gpu, adapters=names)
 
-    def endpoint(self, kind: str, engine: dict[str, Any] | None = None, **more: Any) -> Any:
+    def endpoint(
+        self, kind: str, engine: dict[str, Any] | None = None, keys: dict[str, Any] | None = None, **more: Any
+    ) -> Any:
+        """Behind HAProxy; with `keys` (name → limits) behind Serve's own proxy, which then asks for one of them."""
         deploy = {
             "models": [MODEL],
             "published": False,
@@ -200,7 +205,7 @@ class Bench:
             "engine": self.settings(kind, **(engine or {})),
             **more,
         }
-        return process("endpoint", store=self.options.store, deploy=deploy)
+        return process("endpoint", store=self.options.store, deploy=deploy, keys=keys or {})
 
     def inside(self, engine: Process, do: str = "load", **more: Any) -> dict[str, float]:
         return engine.ask(do, prompts=self.prompts(), max_tokens=self.options.new_tokens, **more)
@@ -384,6 +389,20 @@ def adapter_row(bench: Bench, kind: str) -> list[Row]:
     ]
 
 
+def abuse_row(bench: Bench, kind: str) -> list[Row]:
+    rows = []
+    keys = {"others": {}, "attacker": {"concurrency": 1}}
+    with bench.endpoint(kind, keys=keys) as endpoint:
+        url, texts, seconds = endpoint.ready["url"], endpoint.ready["keys"], bench.options.seconds
+        for name, before, during in abuse.measured(url, texts, seconds, bench.options.attacks.split(",")):
+            times = during.p99 / before.p99
+            met = times <= 2 and not during.failed
+            rows.append(Row("abuse", kind, f"others' p99, {abuse.ATTACKS[name][1]}", round(times, 2), "×", "≤ 2", met))
+            span = f"→ {1000 * during.p99:.0f} ms; {len(during.seconds)} answered, {during.failed} not"
+            rows.append(Row("abuse", kind, "  from, to", round(1000 * before.p99), span, ""))
+    return rows
+
+
 ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
     "endpoint": endpoint_row,
     "raw": raw_row,
@@ -392,6 +411,7 @@ ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
     "adapters": adapters_row,
     "overload": overload_row,
     "adapter": adapter_row,
+    "abuse": abuse_row,
     "ray-llm": ray_llm_row,
 }
 
@@ -410,7 +430,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8, choices=(8, 16, 32, 64, 128, 256))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=300, help="per turn of `overhead`")
-    parser.add_argument("--seconds", type=float, default=20, help="of `overload`")
+    parser.add_argument("--seconds", type=float, default=20, help="of `overload`, and before and during each attack")
+    parser.add_argument("--attacks", default=",".join(abuse.ATTACKS), help="of `abuse`")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     names = options.rows.split(",")

@@ -32,9 +32,9 @@ def prepare(store: str, model: str, num_adapters: int, rank: int) -> tuple[dict[
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from forge_ray.models.quickstart_base import base_model_file
     from forge_ray.models.architecture import empty_model, open_model
     from forge_ray.models.import_model import import_model
+    from forge_ray.models.quickstart_base import base_model_file
     from forge_ray.records import ModelVersion, files_digest
     from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
@@ -148,23 +148,28 @@ def sequential(model_dir: str, use_gpu: bool) -> tuple[dict, Commands]:
     return {}, {"load": load}
 
 
-def endpoint(store: str, deploy: dict[str, Any]) -> tuple[dict, Commands]:
-    """A deployment behind HAProxy; `alias` moves one while it runs."""
+def endpoint(store: str, deploy: dict[str, Any], keys: dict[str, dict[str, Any]]) -> tuple[dict, Commands]:
+    """A deployment behind HAProxy; `alias` moves one while it runs. With `keys` (name → limits) it asks for one of them, and is
+    behind Serve's own proxy."""
     from forge_ray.serve.haproxy import set_haproxy
 
-    set_haproxy()
+    if not keys:
+        set_haproxy()
     from forge_ray.config.base import parse
     from forge_ray.config.release import AliasRoute, DeployConfig
     from forge_ray.machine.cluster import connect
     from forge_ray.release import promotion
     from forge_ray.serve.deploy import base_url
     from forge_ray.serve.deploy import deploy as run
+    from forge_ray.serve.keys import create
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
     connect()
-    config = parse(DeployConfig, {"name": "bench", "port": free_port(), "auth": "none", **deploy})
+    auth = "keys" if keys else "none"
+    config = parse(DeployConfig, {"name": "bench", "port": free_port(), "auth": auth, **deploy})
     with Catalog.open(Store(store)) as catalog:
+        texts = {name: create(catalog, name, models=("*",), **limits)[1] for name, limits in keys.items()}
         run(config, catalog)
 
     def alias(name: str, version: str) -> dict[str, float]:
@@ -172,7 +177,7 @@ def endpoint(store: str, deploy: dict[str, Any]) -> tuple[dict, Commands]:
             promotion.set_route(catalog, name, AliasRoute(versions={version: 1}))
         return {}
 
-    return {"url": base_url(config)}, {"alias": alias}
+    return {"url": base_url(config), "keys": texts}, {"alias": alias}
 
 
 class Null:

@@ -79,8 +79,8 @@ def settings(folder: str, steps: int, threads: int, **train: Any) -> Any:
 def prepare(model: str, folder: str) -> None:
     """The store: the model, the packed dataset."""
     from forge_ray import pipeline
-    from forge_ray.models.quickstart_base import base_model_file
     from forge_ray.models.import_model import import_model
+    from forge_ray.models.quickstart_base import base_model_file
     from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store

@@ -336,7 +336,11 @@ class DeployConfig(Config):
     aliases: dict[str, AliasRoute] = Field(
         {}, description="Routes by alias, set when the file is deployed, as `forge alias set` would"
     )
-    host: str = Field("127.0.0.1", description="Address to listen on; the default is reachable from this machine only")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address that clients reach; the default is of this machine only. Elsewhere the gateway of `forge serve`"
+        " listens there, and `forge deploy` refuses it",
+    )
     port: int = Field(8000, ge=1, le=65535, description="TCP port to listen on")
     hosts: tuple[str, ...] = Field(
         (),

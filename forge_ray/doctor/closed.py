@@ -96,7 +96,9 @@ def session_folders(around: Surroundings) -> Finding:
         if path.stat().st_mode & 0o022 and all(folder.stat().st_mode & 0o011 for folder in path.parents):
             around_it = path.parent if path.parent.stat().st_uid == os.getuid() else path
             observed = f"{path} has mode {mode_of(path)}, and others can reach it"
-            fix = f"chmod 700 {shlex.quote(str(around_it))}   # and start Ray by forge or cluster/bare, which keep it private"
+            fix = (
+                f"chmod 700 {shlex.quote(str(around_it))}   # and start Ray by forge or cluster/bare, which keep it private"
+            )
             return Finding("ray sessions", "fail", observed, rule, fix)
     return Finding("ray sessions", "ok", f"{len(sessions)} of this user, closed to others", rule)
 

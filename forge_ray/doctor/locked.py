@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 from forge_ray.doctor.finding import Finding
+from forge_ray.machine import environment
 from forge_ray.models import quickstart_base
 from forge_ray.store.files import sha256_file
 
@@ -22,7 +22,7 @@ SHOWN = 5
 
 def distributions() -> dict[str, str]:
     """Name → version of what is installed, names as the index normalises them."""
-    return {_normal(item.metadata["Name"] or ""): item.version for item in metadata.distributions()}
+    return {_normal(name): package["version"] for name, package in environment.installed().items()}
 
 
 def _normal(name: str) -> str:

@@ -36,7 +36,9 @@ def startup_files(around: Surroundings) -> Finding:
     strange += [path for folder in _importing(around) for path in _customising(folder)]
     if strange:
         observed = ", ".join(map(str, strange))
-        return Finding("start-up files", "fail", observed, rule, f"ls -ld {strange[0]}; pip show -f OWNER; rm -r {strange[0]}")
+        return Finding(
+            "start-up files", "fail", observed, rule, f"ls -ld {strange[0]}; pip show -f OWNER; rm -r {strange[0]}"
+        )
     return Finding("start-up files", "ok", f"{', '.join(path.name for path in recognised) or 'none'}: known", rule)
 
 

@@ -27,9 +27,7 @@ def base_model_file() -> Path:
     bytes."""
     path = carried_file()
     if path is None or not path.is_file():
-        raise NotFound(
-            f"the package {WHEEL}, which contains the quick start's base model, is not installed", hint=INSTALL
-        )
+        raise NotFound(f"the package {WHEEL}, which contains the quick start's base model, is not installed", hint=INSTALL)
     if (sha256 := sha256_file(path)) != SHA256:
         raise PolicyError(
             f"{path} has sha256 {sha256}; the quick start's base model is {SHA256}",

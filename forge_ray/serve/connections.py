@@ -35,9 +35,7 @@ class ConnectionLimits:
 class BoundedServer(web.Server):
     """aiohttp's server, with limits on its connections and heads; with `tls`, on handshakes as well."""
 
-    def __init__(
-        self, handler: Any, limits: ConnectionLimits, tls: ssl.SSLContext | None = None, **settings: Any
-    ) -> None:
+    def __init__(self, handler: Any, limits: ConnectionLimits, tls: ssl.SSLContext | None = None, **settings: Any) -> None:
         super().__init__(handler, **settings)
         self.limits = limits
         self.tls = tls

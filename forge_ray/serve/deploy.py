@@ -133,9 +133,7 @@ def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
     ).sealed()
 
 
-def deploy(
-    config: DeployConfig, catalog: Catalog, wait_s: float = 900, gateway: GatewayConfig | None = None
-) -> Deployment:
+def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900, gateway: GatewayConfig | None = None) -> Deployment:
     """Serve the models of `config` and wait until they answer; writes the record, and its state as an event. `gateway`: what
     the caller starts in front, on the deployment's own host and port; without it those must be on loopback."""
     host, port = proxy_address(config, gateway)

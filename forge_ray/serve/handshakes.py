@@ -65,9 +65,7 @@ class Handshake(asyncio.Protocol):
     async def _secure(self, plain: asyncio.Transport) -> None:
         loop = asyncio.get_running_loop()
         try:
-            secured = await loop.start_tls(
-                plain, self, self._context, server_side=True, ssl_handshake_timeout=HANDSHAKE_S
-            )
+            secured = await loop.start_tls(plain, self, self._context, server_side=True, ssl_handshake_timeout=HANDSHAKE_S)
         except OSError:  # TLS's own errors and the time-out are among them; the transport is closed
             secured = None
         finally:

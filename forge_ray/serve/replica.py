@@ -20,8 +20,8 @@ from starlette.types import ASGIApp
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import EngineError
-from forge_ray.records import Deployment
 from forge_ray.machine.ray_internals import replica_port_on
+from forge_ray.records import Deployment
 from forge_ray.serve.access_log import write_access_log
 from forge_ray.serve.canary import AnswerOutcome
 from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext

@@ -97,7 +97,8 @@ def _read(path: Path, forbidden: int, name: str, owners: tuple[int, ...] = ()) -
             )
         if not stat.S_ISREG(state.st_mode) or state.st_mode & forbidden:
             raise PolicyError(
-                f"{name} has mode {stat.S_IMODE(state.st_mode):o}: others than its owner can use it", hint=f"chmod 600 {path}"
+                f"{name} has mode {stat.S_IMODE(state.st_mode):o}: others than its owner can use it",
+                hint=f"chmod 600 {path}",
             )
         key = stream.read(1024).strip()
     if not KEY.fullmatch(key):

@@ -297,7 +297,10 @@ def test_open_dashboard_requires_insecure_flag(host: Host) -> None:
 
 def test_rays_folders_lie_where_no_other_user_can_enter(host: Host, tmp_path: Path) -> None:
     folder = tmp_path / f"forge-{os.getuid()}"
-    for script, arguments in (("start_head.sh", ("--ip", "10.0.0.1")), ("start_worker.sh", ("--head", "10.0.0.1", "--ip", "10.0.0.2"))):
+    for script, arguments in (
+        ("start_head.sh", ("--ip", "10.0.0.1")),
+        ("start_worker.sh", ("--head", "10.0.0.1", "--ip", "10.0.0.2")),
+    ):
         assert host.run(script, *arguments, TMPDIR=str(tmp_path)).returncode == 0
         assert f"--temp-dir={folder}/ray" in host.called
         assert host.environment["RAY_TMPDIR"] == str(folder)

@@ -74,7 +74,11 @@ def _strings(value: Any) -> list[str]:
 def _replaced(value: Any, table: dict[int, str], is_key: bool = False) -> Any:
     """By `str.translate`. Letters and `_` of a key stay: by them the template finds what it names."""
     if isinstance(value, str):
-        return "".join(c if c.isalnum() or c == "_" else c.translate(table) for c in value) if is_key else value.translate(table)
+        return (
+            "".join(c if c.isalnum() or c == "_" else c.translate(table) for c in value)
+            if is_key
+            else value.translate(table)
+        )
     if isinstance(value, dict):
         return {
             _replaced(key, table, is_key=True): item if key in NAMES and isinstance(item, str) else _replaced(item, table)

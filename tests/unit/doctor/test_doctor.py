@@ -209,9 +209,7 @@ def test_startup_files(
     assert (name in worst[1]) == (status == "fail" or name == "distutils-precedence.pth")
 
 
-def test_own_editable_installation_is_known_as_it_was_installed(
-    around: Callable[..., Surroundings], tmp_path: Path
-) -> None:
+def test_own_editable_installation_is_known_as_it_was_installed(around: Callable[..., Surroundings], tmp_path: Path) -> None:
     site = tmp_path / "site"
     (site / "__editable__.forge_ray-0.1.0.pth").write_text(f"import {OWN_FINDER}; {OWN_FINDER}.install()")
     finder = site / f"{OWN_FINDER}.py"
@@ -469,6 +467,18 @@ def test_examine_runs_every_check(store: Store) -> None:
 
     checks = {item.check for item in examine(store, Surroundings())}
     assert checks == {
-        *("ray token", "ray sessions", "ray TLS", "listening", "deployment", "file modes", "switch", "cloud question", "start-up files", "lock", "base model"),
+        *(
+            "ray token",
+            "ray sessions",
+            "ray TLS",
+            "listening",
+            "deployment",
+            "file modes",
+            "switch",
+            "cloud question",
+            "start-up files",
+            "lock",
+            "base model",
+        ),
         *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store"),
     }

@@ -110,7 +110,9 @@ def test_links_pipes_and_absent_files_are_no_keys(store: Store, tmp_path: Path, 
         manifest_key.manifest_key(store)
 
 
-def test_another_key_or_another_value_is_refused_by_name(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_key_or_another_value_is_refused_by_name(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     value = {"files": [], "position": {"step": 2}, "parent": ""}
     tag = authentication(store, value)
     require_authentic(store, PLACE, value, tag)
