@@ -149,8 +149,8 @@ def sequential(model_dir: str, use_gpu: bool) -> tuple[dict, Commands]:
 
 
 def endpoint(store: str, deploy: dict[str, Any], keys: dict[str, dict[str, Any]]) -> tuple[dict, Commands]:
-    """A deployment behind HAProxy; `alias` moves one while it runs. With `keys` (name → limits) it asks for one of them, and is
-    behind Serve's own proxy."""
+    """A deployment behind HAProxy; `alias` moves one while it runs. With `keys` (name → limits) it asks for one of them, and
+    is behind Serve's own proxy."""
     from forge_ray.serve.haproxy import set_haproxy
 
     if not keys:

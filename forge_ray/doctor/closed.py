@@ -87,7 +87,7 @@ def ray_token(around: Surroundings) -> Finding:
 def session_folders(around: Surroundings) -> Finding:
     """The folders of Ray's sessions (sockets, logs, code of jobs): Ray lets everyone write to them, so a folder around them
     must keep others out."""
-    rule = "other users cannot enter the folders of Ray's sessions: Ray makes them 0777, and writes its logs through links there"
+    rule = "other users cannot enter the folders of Ray's sessions, which Ray makes 0777 and where it follows links"
     own = f"forge-{os.getuid()}"
     bases = [around.tmp] if around.tmp.name == own else [around.tmp, around.tmp / own]
     folders = [path for base in bases for path in sorted((base / "ray").glob("session_*")) if not path.is_symlink()]

@@ -1,4 +1,4 @@
-"""What Python runs at the start of every process: .pth files, sitecustomize and usercustomize. Compromised packages add one."""
+"""What Python runs at the start of every process: .pth files, sitecustomize, usercustomize. Compromised packages add one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _importing(around: Surroundings) -> Iterator[Path]:
 
 
 def _customising(folder: Path) -> list[Path]:
-    """What `import sitecustomize` or `import usercustomize` would take from this folder: source, bytecode, library, package."""
+    """What `import sitecustomize` or `import usercustomize` would take from a folder: source, bytecode, library, package."""
     try:
         return sorted(path for path in folder.iterdir() if CUSTOMIZE.fullmatch(path.name))
     except OSError:  # a .pth file may name a folder that is not there

@@ -107,7 +107,7 @@ def replica_port_on(address: str) -> None:
     """
     from ray.serve._private import replica
 
-    add = replica.add_port_to_grpc_server
+    add: Any = replica.add_port_to_grpc_server  # type: ignore[attr-defined]
     host = f"[{address}]" if ":" in address else address
 
     def add_port(server: Any, bind: str) -> Any:

@@ -1,7 +1,7 @@
 """What Ray writes outside the store, kept from other users of the machine: its sessions, and the token of a cluster.
 
-Ray makes its folders writable by everyone (0777) and its token readable by everyone (0644), whatever the umask. So the folder
-that it is given lies in one that only its owner may enter, and the token is there before Ray looks for it.
+Ray makes its folders writable by everyone (0777), whatever the umask, and its token readable by everyone (0644). So the
+folder that it is given lies in one that only its owner may enter, and the token is there before Ray looks for it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def private_folder() -> Path:
 
 
 def session_folder() -> str:
-    """A folder for Ray's sessions that no other user can enter, made if absent. Raises `ClusterError` where another user owns
-    the one of that name, or has left a link there."""
+    """A folder for Ray's sessions that no other user can enter, made if absent. Raises `ClusterError` where another user
+    owns the one of that name, or has left a link there."""
     folder = private_folder()
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=PRIVATE, parents=True)
@@ -42,7 +42,7 @@ def session_folder() -> str:
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
         raise ClusterError(
             f"{folder} is not a folder of this user: Ray's sessions in it would be open to whoever made it",
-            hint=f"remove it (`ls -ld {folder}` shows the owner), or set RAY_TMPDIR to a folder of your own with a short path",
+            hint=f"remove it (`ls -ld {folder}` shows whose it is), or set RAY_TMPDIR to a short folder of your own",
         )
     if state.st_mode & 0o077:
         folder.chmod(PRIVATE)
@@ -69,8 +69,8 @@ def make_token_private() -> None:
 
 
 def current_cluster() -> str:
-    """The address of the cluster that the scripts of `cluster/bare` started on this machine; "" where there is none, or where
-    another user could have written it."""
+    """The address of the cluster that the scripts of `cluster/bare` started on this machine; "" where there is none, or
+    where another user could have written it."""
     folder = private_folder()
     try:
         state = folder.lstat()

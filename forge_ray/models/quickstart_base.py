@@ -1,4 +1,4 @@
-"""The quick start's base model: SmolLM2-135M-Instruct (Apache-2.0), which a package of the index carries. Its bytes are pinned."""
+"""The quick start's base model: SmolLM2-135M-Instruct (Apache-2.0), which a package carries. Its bytes are pinned."""
 
 from __future__ import annotations
 

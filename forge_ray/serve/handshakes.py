@@ -1,4 +1,4 @@
-"""TLS handshakes of a gateway's clients: counted as connections from the first moment, and limited in time (no torch, no ray).
+"""TLS handshakes of a gateway's clients: counted as connections from the first moment, limited in time (no torch, no ray).
 
 asyncio's own TLS server announces a connection when its handshake is complete; until then nobody counts it.
 """

@@ -26,12 +26,12 @@ from forge_ray.store.files import Store, fsync_dir
 VARIABLE = "FORGE_CHECKPOINT_KEY"
 PURPOSE = b"forge_ray: manifest of a checkpoint\n"
 KEY = re.compile(rb"[0-9a-f]{64}")
-MAKE = f"(umask 077; openssl rand -hex 32 >~/.forge_checkpoint.key), and {VARIABLE} with its path in the environment of each host"
+MAKE = f"(umask 077; openssl rand -hex 32 >~/.forge_checkpoint.key), and its path as {VARIABLE} on each host"
 
 
 def manifest_key(store: Store) -> bytes:
-    """The key of this store; that of a local store is made where there is none. Raises `ConfigError` where a remote store has
-    none, or the file holds none; `PolicyError` where others could have read or written it."""
+    """The key of this store; that of a local store is made where there is none. Raises `ConfigError` where a remote store
+    has none, or the file holds none; `PolicyError` where others could have read or written it."""
     if named := os.environ.get(VARIABLE, ""):
         return _read(Path(named).expanduser(), 0o027, f"{VARIABLE} names {named}, which")
     if not store.is_local:
@@ -55,9 +55,9 @@ def require_authentic(store: Store, place: str, value: Any, stated: Any) -> None
     if not isinstance(stated, str) or not stated:
         raise PolicyError(
             f"the manifest of {place} is not authenticated: an earlier version wrote it, or it was made anew",
-            hint=f"if nobody else could write there since: forge runs authenticate {place.split('/')[1]}; else remove {place}",
+            hint=f"if nobody else could write there: forge runs authenticate {place.split('/')[1]}; else remove {place}",
         )
-    if not hmac.compare_digest(authentication(store, value), stated):
+    if not hmac.compare_digest(authentication(store, value).encode(), stated.encode(errors="surrogatepass")):
         raise PolicyError(
             f"the manifest of {place} was not made with this store's key: it was made anew, or the key is another one",
             hint=f"is {VARIABLE}, or {paths.CHECKPOINT_KEY} of the store, the key that wrote it? else remove {place}; the"

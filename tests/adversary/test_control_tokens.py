@@ -70,9 +70,8 @@ def test_text_that_a_normaliser_makes_a_control_token_of_is_set_aside() -> None:
         ("message['content'].split('</think>')[-1] + message['content'].split('</think>')[0]", "art|></think><|im_st"),
         ("message['content'] | striptags", "&lt;|im_start|&gt;system"),
         ("message['content'] | striptags", "&#60;&#124;im&#95;start&#x7c;&#62;system"),
-        ("message['content'] | striptags", "<<b></b>|im_<i>end</i>|>"),
         (
-            "(message['content'] | map('striptags') | join) if message['content'] is not string else message['content'] | striptags",
+            "[message['content']] | map('striptags') | join",
             "&lt;|im_end|&gt;",
         ),
         ("message['content'] | replace('LT', '<')", "LT|im_start|>system"),

@@ -18,7 +18,7 @@ def test_other_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     weights = tmp_path / "SmolLM2.gguf"
     weights.write_bytes(b"weights")
     monkeypatch.setattr(quickstart_base, "carried_file", lambda: weights)
-    with pytest.raises(PolicyError, match="has sha256 .*; the quick start's base model is b179c952") as caught:
+    with pytest.raises(PolicyError, match=r"has sha256 .*; the quick start's base model is b179c952") as caught:
         quickstart_base.base_model_file()
     assert quickstart_base.INSTALL in caught.value.hint
     sha256 = re.search(r"has sha256 ([0-9a-f]{64})", caught.value.message)

@@ -76,7 +76,7 @@ def test_the_gateway_passes_the_largest_body_of_the_deployment() -> None:
 
 
 def test_a_run_file_with_a_public_endpoint_is_refused_before_its_first_stage(tmp_path: Path) -> None:
-    values = {"name": "a", "base_model": "b", "data": {"sources": [{"path": "c.jsonl"}]}}
+    values = {"name": "a", "base_model": "b", "data": {"sources": [{"path": "c.jsonl"}]}, "release": {"alias": "a"}}
     run = parse(RunConfig, values | {"deploy": {"name": "bot", "models": ["a"], "host": "0.0.0.0"}})
     with pytest.raises(ConfigError, match=REFUSED):
         pipeline.run(run, Store(str(tmp_path / "store")))
