@@ -26,7 +26,7 @@ def refuse_public(config: DeployConfig) -> None:
         " connections of its clients",
         hint=f"leave host at {LOOPBACK}, set auth=keys, and run on the host that publishes the endpoint: forge gateway --to"
         f" http://{LOOPBACK}:{config.port} --host {config.host} --port 8443 --tls-cert FILE --tls-key FILE"
-        " (`forge serve` starts it by itself)",
+        " (`forge serve` starts it automatically)",
     )
 
 
