@@ -12,12 +12,13 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forge_ray.data.read import limited
+from forge_ray.data.read import foreign, limited
 from forge_ray.errors import DataError
 
 pytestmark = pytest.mark.unit
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.unit
 WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 LIMIT_BYTES = 120 << 20
 CPU_S = 3.0
+START_S = 3.0  # what Python and the libraries take to start, twice
 
 
 def docx(path: Path, body: bytes) -> None:
@@ -96,21 +98,39 @@ print(json.dumps({"reasons": reasons, "good": good, "grown": (kib - base) << 10}
 """
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_small_file_that_stands_for_gigabytes_is_one_quarantine_line(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    FILES[name](path)
+def measured(path: Path) -> tuple[dict[str, Any], float]:
+    """What a process that reads the file says of it, and the seconds of processor time that it and its reader took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", READER, str(path), path.suffix[1:]], capture_output=True, text=True, timeout=120, check=True
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = json.loads(done.stdout)
+    return json.loads(done.stdout), after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_small_file_that_stands_for_gigabytes_is_one_quarantine_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    FILES[name](path)
+    result, cpu_s = measured(path)
     assert len(result["reasons"]) == 1
     assert result["good"] == 0
     assert result["grown"] < LIMIT_BYTES
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert cpu_s < CPU_S + 3  # what Python and the libraries take to start, twice
+    assert cpu_s < CPU_S + START_S
+
+
+@pytest.mark.parametrize("form", ["rows", "nested"])
+def test_150_000_cells_cost_no_more_than_their_bytes_may(form: str, tmp_path: Path) -> None:
+    """1.2 MB of HTML: a table of one row for each cell, for which the library would take minutes, or cells inside cells."""
+    path = tmp_path / "cells.html"
+    path.write_bytes(b"<table>" + (b"<tr><td>" * 150_000 if form == "rows" else b"<td><div>" * 150_000))
+    result, cpu_s = measured(path)
+    reason = "needs more time or memory" if form == "rows" else "HTML with elements more than 256 deep"
+    assert len(result["reasons"]) == 1
+    assert reason in result["reasons"][0]
+    size = path.stat().st_size
+    assert result["grown"] < LIMIT_BYTES + foreign.MEMORY_PER_BYTE * size
+    assert cpu_s < CPU_S + START_S + foreign.HTML_CPU_S_PER_MIB * size / (1 << 20)
 
 
 def test_rows_before_the_limits_are_read_as_ever(tmp_path: Path) -> None:

@@ -86,7 +86,10 @@ def _html(data: bytes) -> str:
     if not page.strip():
         return ""
     # a declaration of the charset is of the bytes, and lxml refuses one in a string
-    root = lxml.html.fromstring(page.encode("utf-8", "replace"), parser=lxml.html.HTMLParser(encoding="utf-8"))
+    parser = lxml.html.HTMLParser(encoding="utf-8")
+    root = lxml.html.fromstring(page.encode("utf-8", "replace"), parser=parser)
+    if any(entry.type == lxml.etree.ErrorTypes.ERR_RESOURCE_LIMIT for entry in parser.error_log):  # the rest is not there
+        raise Unreadable("HTML with elements more than 256 deep")
     title = root.findtext(".//title") or ""
     for element in list(root.iter(*UNREAD)):
         if element.getparent() is not None:

@@ -55,7 +55,8 @@ def test_html_of_any_declared_charset(charset: str) -> None:
     assert document_text(page.encode(charset), "html") == word
     assert refused("<p>Müller".encode("latin-1"), "html") == "not UTF-8, nor of the charset that the page declares"
     assert document_text(b" \n", "html") == ""
-    document_text(b"<div>" * 5000 + b"deep", "html")
+    assert refused(b"<div>" * 5000 + b"deep", "html") == "HTML with elements more than 256 deep"
+    assert document_text(b"<div>" * 200 + b"deep", "html") == "deep"
 
 
 def pdf(*pages: str, password: str = "") -> bytes:
