@@ -17,6 +17,7 @@ import jsonschema
 import pytest
 import yaml
 
+from forge_ray.cli.main import cli
 from forge_ray.config.base import load, parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
@@ -137,11 +138,12 @@ def test_pods_are_hardened_and_share_the_store(cluster: dict[str, Any]) -> None:
         assert pod["spec"]["automountServiceAccountToken"] is False
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
         assert volumes["store"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-        (container,) = pod["spec"]["containers"]
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-        assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
-        assert {variable["name"]: variable["value"] for variable in container["env"]} == TELEMETRY_OFF
-        assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
+        assert [container["name"] for container in pod["spec"]["containers"]] in (["ray"], ["ray", "gateway"])
+        for container in pod["spec"]["containers"]:
+            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+            assert {variable["name"]: variable["value"] for variable in container["env"]} == TELEMETRY_OFF
+            assert {mount["name"] for mount in container.get("volumeMounts", ())} <= set(volumes)
 
 
 def test_rayjob_runs_the_pipeline_on_a_shipped_run_file() -> None:
@@ -173,6 +175,26 @@ def test_rayservice_import_path_exists() -> None:
     assert deploy.replicas.max <= worker["maxReplicas"]
     limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert deploy.cpus_per_replica <= float(limits["cpu"])
+
+
+def test_gateway_is_in_front_of_the_rayservice() -> None:
+    """Serve's own proxy listens on the pod's loopback alone; the service leads to the gateway beside it."""
+    serve = yaml.safe_load(RAYSERVICE["serveConfigV2"])
+    assert serve["http_options"]["host"] == "127.0.0.1"
+    (worker,) = RAYSERVICE["rayClusterConfig"]["workerGroupSpecs"]
+    _, gateway = worker["template"]["spec"]["containers"]
+    program, *words = gateway["command"]
+    assert program == "forge"
+    parameters = cli.commands["gateway"].make_context("gateway", words[1:]).params  # click refuses what it does not take
+    assert words[0] == "gateway"
+    assert parameters["to"] == (f"http://127.0.0.1:{serve['http_options']['port']}",)
+    (port,) = gateway["ports"]
+    service = documents("rayservice.yaml")["Service"]["spec"]
+    assert (parameters["port"], parameters["host"]) == (port["containerPort"], "0.0.0.0")
+    assert service["ports"][0]["targetPort"] == port["name"] == gateway["readinessProbe"]["httpGet"]["port"]
+    assert service["selector"].items() <= worker["template"]["metadata"]["labels"].items()
+    ingress = documents("store.yaml")["NetworkPolicy"]["spec"]["ingress"]
+    assert port["containerPort"] in [item["port"] for rule in ingress for item in rule.get("ports", ())]
 
 
 # ---------------------------------------------------------------- ray up
