@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
 HERE = Path(__file__).parent
 ADDRESS = "127.0.0.9"  # of the attacker
@@ -175,18 +176,21 @@ ATTACKS: dict[str, tuple[Callable[[Target], Awaitable[None]], str]] = {
 
 @dataclass(frozen=True)
 class Noticed:
-    """Requests of others during some seconds: those answered, in seconds each, and how many were not."""
+    """Requests of others during some seconds: those answered, in seconds each, and how many were not; and the share of one
+    core that the gateway took."""
 
     seconds: list[float]
     failed: int
+    gateway: float
 
     @property
     def p99(self) -> float:
         return sorted(self.seconds)[min(int(len(self.seconds) * 0.99), len(self.seconds) - 1)] if self.seconds else REQUEST_S
 
 
-async def others(url: str, key: str, cafile: str, seconds: float) -> Noticed:
-    """One request for one token after the other, each on a connection of its own."""
+async def others(url: str, key: str, cafile: str, seconds: float, process: int) -> Noticed:
+    """One request for one token after the other, each on a connection of its own. `process`: the gateway's."""
+    spent, started = _processor_s(process), time.perf_counter()
     tls = ssl.create_default_context(cafile=cafile) if cafile else None
     answered: list[float] = []
     failed, end = 0, time.perf_counter() + seconds
@@ -208,17 +212,22 @@ async def others(url: str, key: str, cafile: str, seconds: float) -> Noticed:
             else:
                 failed += 1
                 await asyncio.sleep(PAUSE_S)
-    return Noticed(answered, failed)
+    return Noticed(answered, failed, (_processor_s(process) - spent) / (time.perf_counter() - started))
+
+
+def _processor_s(process: int) -> float:
+    times = psutil.Process(process).cpu_times()
+    return float(times.user + times.system)
 
 
 @contextmanager
-def gateway(to: str, *options: str) -> Iterator[str]:
-    """`forge gateway` before an endpoint; its URL."""
+def gateway(to: str, *options: str) -> Iterator[tuple[str, int]]:
+    """`forge gateway` before an endpoint; its URL and its process."""
     command = [sys.executable, "-m", "forge_ray.cli", "gateway", "--to", to, "--port", "0", "--json", "--drain-s", "1"]
     running = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert running.stdout is not None
-        yield str(json.loads(running.stdout.readline())["url"])
+        yield str(json.loads(running.stdout.readline())["url"]), running.pid
     finally:
         running.terminate()
         running.wait(30)
@@ -246,12 +255,12 @@ def measured(url: str, keys: dict[str, str], seconds: float, names: list[str]) -
         cert, key = write_certificate(Path(folder))
         with gateway(url) as plain, gateway(url, "--tls-cert", cert, "--tls-key", key) as secure:
             for name in names:
-                front, cafile = (secure, cert) if name == "handshakes" else (plain, "")
+                (front, pid), cafile = (secure, cert) if name == "handshakes" else (plain, "")
                 host, port = front.partition("://")[2].rsplit(":", 1)
-                asyncio.run(others(front, keys["others"], cafile, 2))
-                before = asyncio.run(others(front, keys["others"], cafile, seconds))
+                asyncio.run(others(front, keys["others"], cafile, 2, pid))
+                before = asyncio.run(others(front, keys["others"], cafile, seconds, pid))
                 with attack(name, Target(host, int(port), keys["attacker"], bool(cafile))):
-                    during = asyncio.run(others(front, keys["others"], cafile, seconds))
+                    during = asyncio.run(others(front, keys["others"], cafile, seconds, pid))
                 yield name, before, during
                 time.sleep(3)
 

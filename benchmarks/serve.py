@@ -399,6 +399,7 @@ def abuse_row(bench: Bench, kind: str) -> list[Row]:
             met = times <= 2 and not during.failed
             rows.append(Row("abuse", kind, f"others' p99, {abuse.ATTACKS[name][1]}", round(times, 2), "×", "≤ 2", met))
             span = f"→ {1000 * during.p99:.0f} ms; {len(during.seconds)} answered, {during.failed} not"
+            span += f"; the gateway took {during.gateway:.2f} of a core, {before.gateway:.2f} before"
             rows.append(Row("abuse", kind, "  from, to", round(1000 * before.p99), span, ""))
     return rows
 

@@ -15,12 +15,14 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from forge_ray.serve.handshakes import Handshake, address_of
+from forge_ray.errors import ConfigError
+from forge_ray.serve.entry import Entry, address_of
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 100
 HEAD_S = 10.0  # within which a head must have arrived
 SWEEP_S = 1.0
+ACCEPTED_AT_ONCE, MAX_QUEUED = 16, 1024  # connections
 log = logging.getLogger(__name__)
 
 
@@ -40,28 +42,43 @@ class BoundedServer(web.Server):
         self.limits = limits
         self.tls = tls
         self.by_address: Counter[str] = Counter()
-        self.num_refused = 0
+        self.num_open = self.num_refused = 0
         self.handshakes: set[asyncio.Task[None]] = set()
 
     def __call__(self) -> asyncio.Protocol:  # type: ignore[override]
-        return self.connection() if self.tls is None else Handshake(self, self.tls)
+        return Entry(self)
 
     def connection(self) -> BoundedConnection:
-        """What one client's connection speaks."""
+        """What an admitted connection speaks; it leaves when it is lost."""
         return BoundedConnection(self, loop=self._loop, max_headers=MAX_HEADERS, **self._kwargs)
 
     def enter(self, address: str) -> bool:
-        """Count one more connection of this address; False where it is one too many."""
+        """Count one more connection of this address; False, and none is counted, where it would be one too many."""
+        if self.num_open >= self.limits.most or self.by_address[address] >= self.limits.most_by_one:
+            self.num_refused += 1
+            return False
+        self.num_open += 1
         self.by_address[address] += 1
-        is_admitted = self.by_address.total() <= self.limits.most and self.by_address[address] <= self.limits.most_by_one
-        self.num_refused += not is_admitted
-        return is_admitted
+        return True
 
     def leave(self, address: str) -> None:
         """Count one connection less."""
+        self.num_open -= 1
         self.by_address[address] -= 1
         if self.by_address[address] <= 0:
             del self.by_address[address]
+
+    async def listen(self, host: str, port: int) -> asyncio.Server:
+        """asyncio accepts as many connections at a time as may wait in the queue: few at a time here, so that running requests
+        have their turn, and many in the queue. Raises `ConfigError` where the address cannot be had."""
+        try:
+            listener = await asyncio.get_running_loop().create_server(self, host, port, backlog=ACCEPTED_AT_ONCE)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error}", hint="another --port or --host") from None
+        for transport_socket in listener.sockets:
+            with transport_socket.dup() as same:
+                same.listen(MAX_QUEUED)
+        return listener
 
     async def sweep(self) -> None:
         """Close connections whose head does not arrive, until cancelled; then the handshakes that are under way too."""
@@ -91,8 +108,6 @@ class BoundedConnection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._address, self._head_since = address_of(transport), time.monotonic()
-        if not self._server.enter(self._address):
-            self._end(503, "Service Unavailable", "too_many_connections")
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)

@@ -30,7 +30,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from yarl import URL
 
-from forge_ray.errors import ConfigError
 from forge_ray.serve.connections import BoundedServer, Buffer, CheckedKeys, ConnectionLimits, Held
 from forge_ray.serve.gateway_config import GatewayConfig, tls_context
 from forge_ray.serve.hop_headers import CREDENTIALS, caller_of, end_to_end, upstream_headers
@@ -103,7 +102,7 @@ class Gateway:
         if path == "/-/gateway/metrics":
             self.running.set(self.num_running)
             if self.server is not None:
-                self.connections.set(self.server.by_address.total())
+                self.connections.set(self.server.num_open)
                 self.refused.set(self.server.num_refused)
             return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
         status = CLIENT_CLOSED
@@ -358,27 +357,20 @@ async def listening(config: GatewayConfig) -> AsyncIterator[tuple[str, Gateway]]
             lingering_time=LINGER_S,
         )
         gateway.server = server
-        sweeping = asyncio.create_task(server.sweep())
-        runner = web.ServerRunner(server, shutdown_timeout=LAST_WRITE_S)
-        await runner.setup()
+        listener, sweeping = await server.listen(config.host, config.port), asyncio.create_task(server.sweep())
         try:
-            site = web.TCPSite(runner, config.host, config.port, backlog=1024)
-            try:
-                await site.start()
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot listen on {config.host}:{config.port}: {error}", hint="another --port or --host"
-                ) from None
-            host, port = runner.addresses[0][:2]
+            host, port = listener.sockets[0].getsockname()[:2]
             yield f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}", gateway
             gateway.draining = True
-            await site.stop()
+            listener.close()
             deadline = time.monotonic() + config.drain_s
             while gateway.num_running and time.monotonic() < deadline:
                 await asyncio.sleep(0.02)
         finally:
+            listener.close()
             sweeping.cancel()
-            await runner.cleanup()
+            server.pre_shutdown()
+            await server.shutdown(LAST_WRITE_S)
 
 
 async def run(config: GatewayConfig, announce: Callable[[str], None]) -> None:

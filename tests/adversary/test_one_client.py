@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, DeployConfig
-from forge_ray.serve import bodies, connections, gateway, handshakes
+from forge_ray.serve import bodies, connections, entry, gateway
 from forge_ray.serve.context import Caller, Chosen, ServingContext
 from forge_ray.serve.directory import ReplicaDirectory, Snapshot
 from forge_ray.serve.http import replica_app
@@ -534,7 +534,7 @@ async def over_tls(front: Front, tls: dict[str, str], data: bytes) -> bytes:
 
 
 def test_gateway_counts_handshakes_that_do_not_end(tls: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshakes, "HANDSHAKE_S", 1.5)
+    monkeypatch.setattr(entry, "HANDSHAKE_S", 1.5)
 
     async def check() -> None:
         async with Front(max_connections_per_address=5, **tls) as front:
