@@ -69,8 +69,8 @@ class BoundedServer(web.Server):
             del self.by_address[address]
 
     async def listen(self, host: str, port: int) -> asyncio.Server:
-        """asyncio accepts as many connections at a time as may wait in the queue: few at a time here, so that running requests
-        have their turn, and many in the queue. Raises `ConfigError` where the address cannot be had."""
+        """asyncio accepts as many connections at once as may wait in the queue: few at once here, so that running requests
+        have their turn, and many may wait. Raises `ConfigError` where the address cannot be had."""
         try:
             listener = await asyncio.get_running_loop().create_server(self, host, port, backlog=ACCEPTED_AT_ONCE)
         except OSError as error:
