@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,8 +64,8 @@ class Site:
 
 
 def check_site(scope: Mapping[str, Any], site: Site) -> None:
-    """`ApiError` where the request names another host (421), comes from a page of another origin (403), or is a POST that a
-    page may send without asking (415: its content is not `application/json`)."""
+    """`ApiError` where the request names another host (421), comes from a page of another origin or by a proxy from another
+    machine (403), or is a POST that a page may send without asking (415: its content is not `application/json`)."""
     headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
     remedy = "; add the name to the deployment's `hosts`, or require keys (`auth: keys`)"
     for name, value in headers:
@@ -76,10 +77,24 @@ def check_site(scope: Mapping[str, Any], site: Site) -> None:
                 raise ApiError(
                     421, f"{name} {foreign[0].strip()[:100]!r} is not a name of this endpoint{remedy}", code="foreign_host"
                 )
+        if name == "x-forwarded-for" and site.check_host and not site.names and (client := _foreign_address(value)):
+            rule = f"a client on another machine ({client[:100]!r}) may not use this endpoint without keys{remedy}"
+            raise ApiError(403, rule, code="foreign_client")
     kinds = [value.partition(";")[0].strip().lower() for name, value in headers if name == "content-type"]
     if scope["method"] == "POST" and kinds != ["application/json"]:
         rule = f"content-type is {', '.join(kinds)[:100] or 'not given'}: send application/json"
         raise ApiError(415, rule, code="unsupported_media_type")
+
+
+def _foreign_address(value: str) -> str:
+    """The first of some addresses that is not one of this machine's loopback; "" where all are."""
+    for part in map(str.strip, value.split(",")):
+        try:
+            if not ipaddress.ip_address(part).is_loopback:
+                return part
+        except ValueError:
+            return part or "unknown"
+    return ""
 
 
 def scope_of(path: str) -> str:

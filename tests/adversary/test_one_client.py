@@ -315,6 +315,26 @@ def test_web_page_cannot_use_an_endpoint_without_keys(headers: dict[str, str], s
     asyncio.run(check())
 
 
+@pytest.mark.parametrize(
+    ("clients", "hosts", "status"),
+    [
+        ("127.0.0.1", [], 200),
+        ("::1, 127.0.0.2", [], 200),
+        ("203.0.113.7", [], 403),
+        ("127.0.0.1, 203.0.113.7", [], 403),  # the client wrote the first one itself
+        ("unknown", [], 403),
+        ("203.0.113.7", ["box.lan"], 200),  # whose operator lets others in
+    ],
+)
+def test_a_proxy_does_not_open_an_endpoint_without_keys(clients: str, hosts: list[str], status: int) -> None:
+    async def check() -> None:
+        app = Served(with_keys=False, hosts=hosts).app
+        headers = {"x-forwarded-for": clients, "x-forwarded-host": "localhost"}
+        assert (await Exchange(app, "/tokenize", 0, headers).feed(TOKENIZE).answered()).status == status
+
+    asyncio.run(check())
+
+
 # ---------------------------------------------------------------- what callers see
 
 
