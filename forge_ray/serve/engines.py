@@ -30,8 +30,10 @@ EVICT_WAIT_S = 30.0  # how long a request whose adapter must be loaded waits for
 
 
 def fetch_version(store: Store, version_id: str) -> tuple[ModelVersion, Path]:
-    """A model version's record and a local folder of exactly its files, verified against the record."""
+    """A model version's record, whose id follows from its content, and a local folder of exactly its files."""
     version = ModelVersion.model_validate(store.read_json(paths.record("models", version_id)))
+    if version.id != version_id or version.sealed().id != version_id:
+        raise StoreError(f"the record of {version_id} was changed", hint="restore the store from a backup")
     return version, store.fetch_dir(paths.model(version.id), files=version.files)
 
 
