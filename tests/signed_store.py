@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from forge_ray.governance import signers
-from forge_ray.records import EvalReport, ModelVersion, RunRecord, files_digest
+from forge_ray.records import EvalReport, FileEntry, ModelVersion, RunRecord, files_digest
 from forge_ray.store import signing
 from forge_ray.store.catalog import Catalog
 
@@ -41,7 +41,13 @@ def model(name: str, **more: Any) -> ModelVersion:
     return ModelVersion(name=name, **cast(Any, values)).sealed()
 
 
-def trained(catalog: Catalog, people: dict[str, Any], status: str = "accepted", name: str = "tuned") -> ModelVersion:
+def trained(
+    catalog: Catalog,
+    people: dict[str, Any],
+    status: str = "accepted",
+    name: str = "tuned",
+    files: tuple[FileEntry, ...] = (),
+) -> ModelVersion:
     """A version that Tina trained and evaluated."""
     with signing.acting(people["tina"]):
         base = catalog.put(model("base"))
@@ -78,7 +84,8 @@ def trained(catalog: Catalog, people: dict[str, Any], status: str = "accepted", 
             items_sha256="i",
         ).sealed()
         report = catalog.put(report)
-        return catalog.put(model(name, status=status, run=run.id, base_model=base.id, evals=(report.id,)))
+        more: dict[str, Any] = {"files": files, "files_digest": files_digest(files)}
+        return catalog.put(model(name, status=status, run=run.id, base_model=base.id, evals=(report.id,), **more))
 
 
 def allow(catalog: Catalog, people: dict[str, Any], **policy: Any) -> None:

@@ -20,7 +20,9 @@ def catalog() -> None:
 
 @verb(catalog, "show", "forge catalog show")
 def catalog_show(store: Store, as_json: bool) -> Any:
-    """Show the store's id, the head of its audit log, and what this machine holds of both."""
+    """Show the id of the store and the head of its audit log.
+
+    And the head that this machine last saw, and lines without effect."""
     from forge_ray.store import pins
     from forge_ray.store.catalog import Catalog
 
@@ -44,7 +46,7 @@ def catalog_show(store: Store, as_json: bool) -> Any:
     return result
 
 
-@verb(catalog, "trust", "forge catalog trust")
+@verb(catalog, "trust", "forge catalog trust --id 78e2d712")
 @click.option("--id", "genesis", required=True, help="Id of the store, as an owner gave it to you; '' for one without.")
 def catalog_trust(store: Store, as_json: bool, genesis: str) -> Any:
     """Take a store that was replaced or put back as it is now.

@@ -359,10 +359,8 @@ def audit_verify(store: Store, as_json: bool, head: str, every_signature: bool) 
 
     Exit code 3 if a line, record or event was changed, added, moved or removed."""
     from forge_ray.governance.verify import verify_log
-    from forge_ray.store.catalog import Catalog
 
-    with Catalog.read_only(store) as index:
-        report = verify_log(index, every_signature, head)
+    report = verify_log(store, every_signature, head)
     if not as_json:
         echo(f"{report.num_lines} lines, {report.num_signed} signed, {report.num_files} files; head {report.head}")
         for line in (*report.problems[:20], *report.ignored[:20]):

@@ -15,6 +15,7 @@ from forge_ray.store import paths, signing
 from forge_ray.store.authority import ROLES, Policy, Signer
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.exact import copy_file
+from forge_ray.store.governing import limits_of, refolded
 from forge_ray.store.protection import DECIDERS, Action
 from forge_ray.store.signatures import add_signature, record_path, roles_for
 
@@ -72,7 +73,7 @@ def end(catalog: Catalog, reference: str, compromised: bool, why: str, since: in
     own = signing.private_key()
     acting = signing.key_id(own.public_key()) if own else ""
     is_signer = acting in catalog.authority().signers
-    if since is not None and is_signer and not catalog.standing.would_remain(acting, signer.id, since):
+    if since is not None and is_signer and not _would_remain(catalog, acting, signer.id, since):
         raise ConfigError(
             f"--since {since} would void what made {catalog.authority().name_of(acting)} a signer, who revokes here",
             hint="give a later line (`forge audit log`), or let an owner whom that key did not add revoke it",
@@ -80,6 +81,13 @@ def end(catalog: Catalog, reference: str, compromised: bool, why: str, since: in
     more = {} if since is None else {"since": since}
     _append(catalog, signer.id, "revoked" if compromised else "retired", why=why, **more)
     return find(catalog, signer.id)
+
+
+def _would_remain(catalog: Catalog, acting: str, revoked: str, since: int) -> bool:
+    """Whether `acting` would still be a signer if everything behind line `since` by the key `revoked` were void."""
+    history, _ = refolded(catalog.standing.governing, limits_of(catalog.authority()) | {revoked: since})
+    signer = history[-1][1].signers.get(acting)
+    return signer is not None and signer.is_active
 
 
 def find(catalog: Catalog, reference: str) -> Signer:
@@ -163,7 +171,8 @@ def sign(catalog: Catalog, reference: str) -> str:
         raise PolicyError("there is no key to sign with", hint=f"set {signing.SIGNER} to your private key")
     record = catalog.get(catalog.aliases().get(reference, reference))
     check_files(catalog.store, record)
-    if not (roles := set(roles_for(record))) & set(_own_roles(catalog, key)):
+    roles = set(roles_for(record))
+    if catalog.authority().signers and not roles & set(_own_roles(catalog, key)):
         raise PolicyError(
             f"a signature on {record.id} counts from {' or '.join(sorted(roles))}; {_name(catalog, key)} is none of them",
             hint=f"who could: {', '.join(s.name for s in catalog.authority().active(*roles)) or 'nobody yet'}",

@@ -54,7 +54,7 @@ def plan(catalog: Catalog) -> list[Vouched]:
 
 def _envelopes(catalog: Catalog) -> list[Vouched]:
     """Envelopes without a line, of others than those who wrote the record."""
-    found = []
+    envelopes = []
     for path in catalog.store.list(paths.SIGNATURES, recursive=True):
         record, _, name = path.removeprefix(f"{paths.SIGNATURES}/").partition("/")
         key = name.removesuffix(".json")
@@ -64,8 +64,8 @@ def _envelopes(catalog: Catalog) -> list[Vouched]:
         if line is None or line.key != key:
             digest = hex_of(digest_of_value(catalog.store.read_json(path)))
             by = catalog.authority().name_of(key)
-            found.append(Vouched(0, "signature", record, by, "it has no line in the log", digest, path))
-    return found
+            envelopes.append(Vouched(0, "signature", record, by, "it has no line in the log", digest, path))
+    return envelopes
 
 
 def apply(catalog: Catalog, listed: list[Vouched], without: Collection[int], why: str) -> Event:

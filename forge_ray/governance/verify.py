@@ -166,15 +166,19 @@ def _json(path: Path) -> Any:
         raise NotFound(f"no file {path}", hint="give a path, or an id or alias of the store") from None
 
 
-def verify_log(catalog: Catalog, every_signature: bool, head: str = "") -> log_check.Verified:
+def verify_log(store: Store, every_signature: bool, head: str = "") -> log_check.Verified:
     """Verify the audit log against its own chain, the files it covers, and every head that was noted: in model versions and
     deployments, on this machine, and `head` if given."""
-    records: list[ModelVersion | Deployment] = [*catalog.all(ModelVersion), *catalog.all(Deployment)]
-    anchors = {record.id: record.log_head for record in records if record.log_head}
-    anchors |= {"this machine's note": noted} if (noted := pins.head_of(catalog.store)) else {}
+    anchors = {"this machine's note": noted} if (noted := pins.head_of(store)) else {}
     anchors |= {"--head": head} if head else {}
-    standing = catalog.standing
-    report = log_check.verify(catalog.store, standing.authority, anchors, every_signature)
-    ignored = tuple(f"line {line} has no effect: {reason}" for line, reason in standing.all_ignored().items())
-    problems = (*report.problems, *catalog.unreadable.values())
-    return replace(report, ignored=ignored, problems=problems)
+    try:
+        catalog = Catalog.read_only(store)
+    except (StoreError, PolicyError) as error:
+        report = log_check.verify(store, None, anchors, every_signature)
+        return report if report.problems else replace(report, problems=(error.message,))
+    with catalog:
+        records: list[ModelVersion | Deployment] = [*catalog.all(ModelVersion), *catalog.all(Deployment)]
+        anchors |= {record.id: record.log_head for record in records if record.log_head}
+        report = log_check.verify(store, catalog.authority(), anchors, every_signature)
+        ignored = [f"line {line} has no effect: {reason}" for line, reason in catalog.standing.all_ignored().items()]
+        return replace(report, ignored=tuple(ignored), problems=(*report.problems, *catalog.unreadable.values()))

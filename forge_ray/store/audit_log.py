@@ -24,7 +24,7 @@ from forge_ray.errors import StoreError
 from forge_ray.records import canonical_json, utc_now
 from forge_ray.store import paths, signing
 from forge_ray.store.files import Store
-from forge_ray.store.log_reader import FORMAT, HEAD, LINES, LOG, START, Line, hash_of
+from forge_ray.store.log_reader import FORMAT, HEAD, LINES, LOG, START, Line, hash_of, previous_of
 
 FOLDER = paths.AUDIT
 LOGGED = (paths.RECORDS, paths.EVENTS)  # folders of which every file has its line
@@ -115,7 +115,7 @@ def _healed(store: Store) -> bytes:
         return b""
     head = store.read(HEAD)
     last = _last_line(store)
-    if last != head and _previous_of(head) == (hash_of(last) if last else START):
+    if last != head and previous_of(head) == (hash_of(last) if last else START):
         _extend(store, head)
     elif last != head and not _cleared(store, head):
         raise StoreError(
@@ -125,21 +125,13 @@ def _healed(store: Store) -> bytes:
     return head
 
 
-def _previous_of(line: bytes) -> str:
-    """The hash that a line names; "" where it is no line."""
-    try:
-        return str(json.loads(line)["previous"])
-    except (ValueError, LookupError, TypeError):
-        return ""
-
-
 def _cleared(store: Store, head: bytes) -> bool:
     """Take what is no line away from behind the head, into audit/refused/: it costs itself and nothing else. False where
     the log does not hold the head, or what stands behind it is a line: then the head was changed."""
     if not store.is_local:
         return False
     before, is_there, behind = (b"\n" + store.read(LOG)).partition(b"\n" + head + b"\n")
-    if not is_there or any(_previous_of(line) == hash_of(head) for line in behind.split(b"\n")):
+    if not is_there or any(previous_of(line) == hash_of(head) for line in behind.split(b"\n")):
         return False
     store.write(paths.audit("refused", f"{hash_of(behind)}.jsonl"), behind)
     os.truncate(store.path(LOG), len(before) + len(head) + 1)

@@ -24,6 +24,7 @@ LOG, HEAD, LINES = map(paths.audit, ("log.jsonl", "head.json", "lines"))
 START = "0" * 64
 FORMAT = 2  # of lines whose place says what their events may do; those before had none
 REMOTE_READERS = 16
+HEAD_TRIES = 5  # others may write meanwhile
 MAX_LINE = 64 << 20  # bytes; the longest record is far below
 
 
@@ -77,6 +78,14 @@ def parse(raw: bytes, number: int, previous: str) -> Line:
     return Line(number=number, raw=raw, hash=hash_of(raw), format=form if isinstance(form, int) else 1, **texts)
 
 
+def previous_of(line: bytes) -> str:
+    """The hash that a line names; "" where it is no line."""
+    try:
+        return str(json.loads(line)["previous"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+
+
 def _broken(what: str) -> StoreError:
     return StoreError(what, hint="`forge audit verify` says what else differs; restore audit/ from a backup")
 
@@ -110,6 +119,21 @@ class LogReader:
             if not lines:
                 raise
         return lines
+
+    def all(self) -> list[Line]:
+        """Every line, for whoever begins to read. Raises `StoreError` for a log that is broken, or that does not end where
+        its head says: an older state is not taken for the present one."""
+        lines = self.new()
+        for _ in range(HEAD_TRIES):
+            while more := self.new():
+                lines += more
+            head = self.store.read(HEAD) if self.store.exists(HEAD) else b""
+            if head and self.hash in (hash_of(head), previous_of(head)):  # the line that is being written is there first
+                return lines
+            if not (head or self.number):
+                return lines
+        where = f"not at line {self.number}, where the log ends" if head else "missing"
+        raise _broken(f"the head of the audit log of {self.store.place} is {where}: its end was cut off or changed")
 
     def _take(self, line: Line) -> None:
         if self.number:

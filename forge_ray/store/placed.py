@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from forge_ray.errors import ForgeError
 from forge_ray.records import Event
 from forge_ray.store import signing
 from forge_ray.store.aliases import route_of
+from forge_ray.store.files import Store
 from forge_ray.store.log_reader import Line
 
 WITHDRAWN = ("withdrawn", "erased")  # states of a version that learned from erased rows: still there, and gone
@@ -76,3 +78,20 @@ def is_event_signed(event: Event, public_key: signing.PublicKey) -> bool:
 def names(line: Line, event: Event) -> bool:
     """Whether a line says of what kind and subject its event is as the event does."""
     return line.action.partition(".")[0] == event.kind and line.subject == event.subject
+
+
+def is_envelope_of(envelope: Line, record: Line, key: signing.PublicKey) -> bool:
+    """Whether the envelope that one line holds is signed by `key`, over the record that the other holds."""
+    try:
+        stated = json.loads(signing.opened(envelope.body(), [key]))
+        return bool(stated["subject"] == [{"name": record.path, "digest": {"sha256": record.sha256}}])
+    except (ForgeError, ValueError, LookupError, TypeError):
+        return False
+
+
+def content_of(store: Store, path: str) -> Any:
+    """The JSON of a file; None where it is none."""
+    try:
+        return store.read_json(path)
+    except ForgeError:
+        return None

@@ -9,14 +9,11 @@ The argument is in docs/design/authority.md.
 from __future__ import annotations
 
 import bisect
-import json
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 from forge_ray.config.release import AliasRoute
-from forge_ray.errors import ForgeError
 from forge_ray.records import Event
 from forge_ray.store import audit_log, paths, protection, signing
 from forge_ray.store.aliases import gives_up_canaries, route_of
@@ -24,7 +21,16 @@ from forge_ray.store.authority import MAY, Authority, Policy
 from forge_ray.store.files import Store
 from forge_ray.store.governing import GOVERNING, governed, limits_of, reaches_back, refolded
 from forge_ray.store.log_reader import FORMAT, Line, LogReader
-from forge_ray.store.placed import WITHDRAWN, Placed, event_of, is_event_signed, is_readable, names
+from forge_ray.store.placed import (
+    WITHDRAWN,
+    Placed,
+    content_of,
+    event_of,
+    is_envelope_of,
+    is_event_signed,
+    is_readable,
+    names,
+)
 from forge_ray.store.protection import Action, Decision, Shortfall, VersionFacts
 
 LOCAL_POLL_S, REMOTE_POLL_S = 0.5, 3.0  # a look at an object store costs requests
@@ -59,7 +65,7 @@ class Standing:
         self.is_older = False  # whether files without a line count, because the log began after them
         self._event_paths: set[str] = set()
         self._subjects: dict[tuple[str, str], _Subject] = {}
-        self._governing: list[Placed] = []
+        self.governing: list[Placed] = []
         self._history: list[tuple[int, Authority]] = [(0, Authority())]
         self._envelopes: dict[str, list[str]] = {}  # record → paths of envelopes
         self._signed: dict[int, bool] = {}  # line → whether its signatures are what they say
@@ -71,7 +77,7 @@ class Standing:
         """Fold the new lines of the log and return them. Raises `StoreError` for a log that was cut, rewritten or broken;
         what was read before stays in force."""
         is_first = not self.reader.number
-        lines = self.reader.new()
+        lines = self.reader.all() if is_first else self.reader.new()
         if is_first:
             self._fold_older(lines)
         for line in lines:
@@ -99,7 +105,7 @@ class Standing:
             return
         self.is_older = True
         for path in older:
-            if path not in self._event_paths and (event := event_of(_content(self.store, path), path)):
+            if path not in self._event_paths and (event := event_of(content_of(self.store, path), path)):
                 self._event_paths.add(path)
                 if self._keeps(event.kind) and event.kind not in GOVERNING:
                     self._subject(event.kind, event.subject).sources.append(event)
@@ -146,7 +152,7 @@ class Standing:
         if after is None:
             self._ignore(line.number, f"{event.kind}: not signed by an owner who could, or its content is not valid")
             return
-        self._governing.append(placed)
+        self.governing.append(placed)
         if event.kind == "upgrade":
             if not self.needs_upgrade:
                 self._ignore(line.number, "upgrade: the store needed none")
@@ -163,16 +169,9 @@ class Standing:
 
     def _refold(self) -> None:
         """Fold signers and policy again, without what revoked keys signed behind the line that their revocation names."""
-        self._history, void = refolded(self._governing, limits_of(self.authority))
+        self._history, void = refolded(self.governing, limits_of(self.authority))
         for line in void:
             self._ignore(line, "signed with a key that a revocation voids from before this line on")
-
-    def would_remain(self, acting: str, revoked: str, since: int) -> bool:
-        """Whether the signer `acting` would still be one if everything behind line `since` by the key `revoked` were
-        void."""
-        history, _ = refolded(self._governing, limits_of(self.authority) | {revoked: since})
-        signer = history[-1][1].signers.get(acting)
-        return signer is not None and signer.is_active
 
     def _judge_again(self) -> None:
         """What was judged may stand differently under a later revocation or upgrade."""
@@ -273,9 +272,12 @@ class Standing:
         if line is None or line.key != key or not self._could(key, line.number, roles):
             return False
         if line.number not in self._signed:
-            public_key = signing.load_public(self.authority.signers[key].public_key)
+            public_key = self._public_key(key)
             self._signed[line.number] = is_event_signed(placed.event, public_key) and line.is_signed(public_key)
         return self._signed[line.number]
+
+    def _public_key(self, key: str) -> signing.PublicKey:
+        return signing.load_public(self.authority.signers[key].public_key)
 
     def _could(self, key: str, line: int, roles: Collection[str]) -> bool:
         then, now = self.authority_before(line).signers.get(key), self.authority.signers.get(key)
@@ -297,7 +299,7 @@ class Standing:
         for path in self._envelopes.get(identifier, ()):
             envelope, key = self.files[path], path.rsplit("/", 1)[-1].removesuffix(".json")
             at = line.number if envelope.sha256 in self._listed else envelope.number
-            if key not in keys and self._could(key, at, roles) and self._is_envelope_of(envelope, key, line):
+            if key not in keys and self._could(key, at, roles) and is_envelope_of(envelope, line, self._public_key(key)):
                 keys.append(key)
         return keys
 
@@ -305,17 +307,8 @@ class Standing:
         if not key or not self._could(key, number, roles):
             return False
         if number not in self._signed:
-            self._signed[number] = line.is_signed(signing.load_public(self.authority.signers[key].public_key))
+            self._signed[number] = line.is_signed(self._public_key(key))
         return self._signed[number]
-
-    def _is_envelope_of(self, envelope: Line, key: str, record: Line) -> bool:
-        try:
-            stated = json.loads(
-                signing.opened(envelope.body(), [signing.load_public(self.authority.signers[key].public_key)])
-            )
-            return bool(stated["subject"] == [{"name": record.path, "digest": {"sha256": record.sha256}}])
-        except (ForgeError, ValueError, LookupError, TypeError):
-            return False
 
     def version_facts(self, version: str) -> VersionFacts:
         """What the log says of a model version; empty where it has no line."""
@@ -337,7 +330,7 @@ class Standing:
     def decisions(self, version: str, since: int, before: int) -> list[Decision]:
         """Approvals and refusals of a version behind line `since` and in front of line `before`, which name the digest of
         its record."""
-        sha256, found = self.version_facts(version).sha256, []
+        sha256, decisions = self.version_facts(version).sha256, []
         for placed in self.placed("approval", version):
             event = placed.event
             names_it = bool(sha256) and event.data.get("digest") == sha256
@@ -347,8 +340,8 @@ class Standing:
                 roles = self.authority_before(placed.line).signers[event.key].roles
                 is_yes, action = event.data["decision"] == "approve", event.data.get("action", "use")
                 person = self.authority.person_of(event.key)
-                found.append(Decision(placed.line, person, roles, is_yes, event.data["alias"], action))
-        return found
+                decisions.append(Decision(placed.line, person, roles, is_yes, event.data["alias"], action))
+        return decisions
 
     def shortfalls(
         self, alias: str, now: AliasRoute | None, new: AliasRoute | None, mover: str, since: int, line: int
@@ -404,10 +397,3 @@ class Standing:
                 if not before.rules("model events") or self.is_signed(placed, *MAY["model events"]):
                     return True
         return False
-
-
-def _content(store: Store, path: str) -> Any:
-    try:
-        return store.read_json(path)
-    except ForgeError:
-        return None

@@ -114,7 +114,7 @@ def test_no_date_makes_a_stranger_an_owner(
     assert all(facts[ALIAS].stable == strict["prod"].id for facts in routes(catalog.store))
     with Catalog.read_only(catalog.store) as anew:
         assert {signer.name for signer in anew.authority().signers.values()} == set(PEOPLE)
-        report = verify_log(anew, every_signature=False)
+        report = verify_log(anew.store, every_signature=False)
         assert report.problems  # a line of a stranger, or a file without a line, is named
         if with_line:
             assert len(anew.standing.all_ignored()) == 3
@@ -149,7 +149,7 @@ def test_a_former_key_signs_nothing_more_however_it_is_dated(
     assert all("team@test" not in facts for facts in routes(catalog.store))
     with pytest.raises(PolicyError, match="no valid signature"), signing.acting(people["rosa"]):
         promotion.promote(catalog, late.id, "team@test")
-    problems = verify_log(catalog, every_signature=True).problems
+    problems = verify_log(catalog.store, every_signature=True).problems
     assert len(problems) == 4
     assert all(f"otto, whose signature counts from line {before}" in problem for problem in problems)
 
@@ -159,7 +159,7 @@ def test_an_honest_revocation_is_no_forgery_and_strands_no_alias(
 ) -> None:
     with signing.acting(people["olga"]):
         signers.end(catalog, "rosa", compromised=True, why="laptop lost")
-    assert verify_log(catalog, every_signature=True).problems == ()
+    assert verify_log(catalog.store, every_signature=True).problems == ()
     assert all(facts[ALIAS].stable == strict["prod"].id for facts in routes(catalog.store))
 
 
@@ -408,7 +408,7 @@ def test_a_broken_event_costs_itself_and_hides_nothing_behind_it(catalog: Catalo
     with Catalog.read_only(catalog.store) as anew:
         assert anew.aliases() == {"later": version.id}
         assert api_keys.list_keys(anew)[0].revoked_at
-        report = verify_log(anew, every_signature=False)
+        report = verify_log(anew.store, every_signature=False)
         assert report.problems or report.ignored
 
 
@@ -426,7 +426,7 @@ def test_bytes_behind_the_head_are_set_aside_by_the_next_writer(catalog: Catalog
     watcher.refresh()
     assert watcher.routes()["prod"].stable == first.id
     assert catalog.store.list("audit/refused")
-    assert verify_log(catalog, every_signature=False).problems == ()
+    assert verify_log(catalog.store, every_signature=False).problems == ()
 
 
 def test_a_read_error_loses_nothing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

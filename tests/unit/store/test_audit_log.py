@@ -203,7 +203,7 @@ def test_the_catalogue_logs_what_it_writes_and_versions_carry_the_head(store: St
             ("alias.set", "not used"),
             ("run.running", ""),
         ]
-        assert verify_log(catalog, every_signature=True).problems == ()
+        assert verify_log(catalog.store, every_signature=True).problems == ()
         head = audit_log.head(store)
-        assert verify_log(catalog, False, head=head).problems == ()
-        assert "was changed before it" in verify_log(catalog, False, head="3:" + "0" * 64).problems[0]
+        assert verify_log(catalog.store, False, head=head).problems == ()
+        assert "was changed before it" in verify_log(catalog.store, False, head="3:" + "0" * 64).problems[0]
