@@ -24,6 +24,7 @@ from forge_ray.records import Deployment
 from forge_ray.serve.canary import AnswerOutcome, Outcomes, without_canaries
 from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.limits import Counters, LimitVerdict
+from forge_ray.serve.metrics import store_metrics
 from forge_ray.serve.routing import RoutingFacts, Table, table_of, versions_of
 from forge_ray.serve.watcher import StoreWatcher
 from forge_ray.store.aliases import alias_event, route_of
@@ -75,6 +76,7 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._polling: asyncio.Task[None] | None = None
         self._last_report = time.monotonic()
+        self.is_store_readable = True
 
     async def start(self) -> dict[str, Any]:
         """The table with which a new replica begins."""
@@ -125,8 +127,9 @@ class Coordinator:
         await self.counters.settle(key_id, lease, used)
 
     async def metrics(self) -> dict[str, str]:
-        """The exposition of each replica, as last reported."""
-        return {name: report.metrics for name, report in self._alive().items()}
+        """The exposition of each replica, as last reported, and the coordinator's own."""
+        own = store_metrics(self.deployment.name, self.watcher.standing.num_ignored, not self.is_store_readable)
+        return {"coordinator": own} | {name: report.metrics for name, report in self._alive().items()}
 
     async def state(self) -> dict[str, Any]:
         """The table and the replicas, for `forge deploy --status`."""
@@ -195,7 +198,9 @@ class Coordinator:
                 await self.refresh()
                 self._roll_back_failing_canaries()
                 self._advance()
+                self.is_store_readable = True
             except Exception:  # the store may be unreachable for a moment; what was read before stays valid
+                self.is_store_readable = False
                 LOG.exception("the store could not be read")
 
     def _roll_back_failing_canaries(self) -> None:

@@ -181,7 +181,10 @@ def head(store: Store) -> str:
 
 
 def redo(store: Store) -> None:
-    """Write the files of the last lines that a killed writer left unwritten."""
+    """Make the end of the log whole, and write the files of the last lines that a killed writer left unwritten."""
+    if _has_lines(store) or store.exists(HEAD):
+        with _alone(store):
+            _healed(store)
     for path, content in unwritten(store).items():
         store.write_once(path, content)
 

@@ -96,6 +96,7 @@ class Catalog:
         `PolicyError` where the policy wants roles and the signer has none for it."""
         self._check_writable()
         path = record_path(record)
+        audit_log.redo(self.store)
         self.sync()
         if self.has(record.id):
             if not self.store.exists(path) and (line := self.standing.files.get(path)):

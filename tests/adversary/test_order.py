@@ -26,7 +26,7 @@ from forge_ray.serve.watcher import StoreWatcher
 from forge_ray.store import paths, pins, signing
 from forge_ray.store.aliases import alias_event
 from forge_ray.store.catalog import Catalog, write_event
-from forge_ray.store.files import Store
+from forge_ray.store.files import MANIFEST, Store
 from forge_ray.store.standing import Standing
 
 pytestmark = pytest.mark.unit
@@ -166,7 +166,10 @@ def served(store: Store, *held: str) -> Any:
     files = {}
     for version in table.versions:
         record, folder = fetch_version(store, version)
-        files[version] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}, record.identity()
+        files[version] = (
+            {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST},
+            record.identity(),
+        )
     return table.routes, sorted(table.versions), files, tail.refresh(), watcher.archived()
 
 
