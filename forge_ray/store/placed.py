@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -65,14 +64,6 @@ def is_readable(event: Event) -> bool:
     except (ForgeError, ValidationError, LookupError, TypeError, ValueError, AttributeError):
         return False
     return True
-
-
-def is_event_signed(event: Event, public_key: signing.PublicKey) -> bool:
-    try:
-        signature = base64.b64decode(event.signature, validate=True)
-    except ValueError:
-        return False
-    return bool(signature) and signing.is_signed(event.to_sign(), signature, public_key)
 
 
 def names(line: Line, event: Event) -> bool:

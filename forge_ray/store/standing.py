@@ -27,7 +27,6 @@ from forge_ray.store.placed import (
     content_of,
     event_of,
     is_envelope_of,
-    is_event_signed,
     is_readable,
     names,
 )
@@ -267,14 +266,10 @@ class Standing:
         return "; ".join(f"policy.{rule.rule} for {rule.version}" for rule in missing)
 
     def is_signed(self, placed: Placed, *roles: str) -> bool:
-        """Whether a signer who could at its line, in one of these roles (or in any), signed an event and its line."""
-        line, key = placed.source, placed.event.key
-        if line is None or line.key != key or not self._could(key, line.number, roles):
-            return False
-        if line.number not in self._signed:
-            public_key = self._public_key(key)
-            self._signed[line.number] = is_event_signed(placed.event, public_key) and line.is_signed(public_key)
-        return self._signed[line.number]
+        """Whether a signer who could at its line, in one of these roles (or in any), signed an event: its line holds its
+        content, so one signature is over both."""
+        line = placed.source
+        return line is not None and line.key == placed.event.key and self._holds(line, line.key, roles)
 
     def _public_key(self, key: str) -> signing.PublicKey:
         return signing.load_public(self.authority.signers[key].public_key)
@@ -295,7 +290,7 @@ class Standing:
         line = self.files.get(paths.record(kind, identifier))
         if line is None:
             return []
-        keys = [line.key] if self._holds(line, line.key, line.number, roles) else []
+        keys = [line.key] if self._holds(line, line.key, roles) else []
         for path in self._envelopes.get(identifier, ()):
             envelope, key = self.files[path], path.rsplit("/", 1)[-1].removesuffix(".json")
             at = line.number if envelope.sha256 in self._listed else envelope.number
@@ -303,12 +298,12 @@ class Standing:
                 keys.append(key)
         return keys
 
-    def _holds(self, line: Line, key: str, number: int, roles: Collection[str]) -> bool:
-        if not key or not self._could(key, number, roles):
+    def _holds(self, line: Line, key: str, roles: Collection[str]) -> bool:
+        if not key or not self._could(key, line.number, roles):
             return False
-        if number not in self._signed:
-            self._signed[number] = line.is_signed(self._public_key(key))
-        return self._signed[number]
+        if line.number not in self._signed:
+            self._signed[line.number] = line.is_signed(self._public_key(key))
+        return self._signed[line.number]
 
     def version_facts(self, version: str) -> VersionFacts:
         """What the log says of a model version; empty where it has no line."""
