@@ -69,6 +69,11 @@ def head_of(store: Store) -> str:
     return _read().get(store.uri, {}).get("head", "")
 
 
+def id_of(uri: str) -> str:
+    """The id that `FORGE_STORE_ID` or this machine holds for a store; ""."""
+    return os.environ.get(STORE_ID, "") or _read().get(uri, {}).get("genesis", "")
+
+
 def file() -> Path:
     """Of this user: `~/.local/state/forge_ray/stores.json`."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
