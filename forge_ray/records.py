@@ -315,6 +315,7 @@ class Deployment(Record):
 
     kind: ClassVar[str] = "deployments"
     prefix: ClassVar[str] = "dep"
+    volatile: ClassVar[frozenset[str]] = frozenset({"log_head"})
 
     name: str
     model: str = Field(description="the name that clients send")
@@ -323,12 +324,14 @@ class Deployment(Record):
     models: dict[str, str] = Field({}, description="name → model version")
     config: dict[str, Any]
     config_digest: str
+    genesis: str = Field("", description="the store's id (`forge signers list`), which the endpoint holds it to")
+    log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
 
     def parents(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((self.model_version, *self.models.values())))
 
     def identity(self) -> dict[str, Any]:
-        value = super().identity()
+        value = _without_empty(super().identity(), "genesis")
         return value if self.models else {key: value[key] for key in value if key != "models"}
 
 
@@ -356,7 +359,9 @@ class Erasure(Record):
 RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment, Erasure)
 
 
-EventKind = Literal["alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction"]
+EventKind = Literal[
+    "alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction", "upgrade"
+]
 
 
 class Event(Frozen):

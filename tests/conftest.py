@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# what a machine holds of the stores that it has seen; those of tests are not seen again
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="forge-state-")
 # Ray Train looks at its workers every 2 s, and a worker waits for that look with each checkpoint: long where there are many.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
@@ -111,6 +114,16 @@ def make_tiny_model(folder: Path, num_heads: int = 4) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Any]:
+    """An empty catalogue of a store of its own."""
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.files import Store
+
+    with Catalog.open(Store(str(tmp_path / "store"))) as catalog:
+        yield catalog
 
 
 @pytest.fixture(scope="session")

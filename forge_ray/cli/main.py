@@ -15,6 +15,7 @@ import click
 from forge_ray import __version__
 from forge_ray.cli.alias import alias
 from forge_ray.cli.audit import audit
+from forge_ray.cli.catalog import catalog
 from forge_ray.cli.data import data
 from forge_ray.cli.doctor import DOCTOR
 from forge_ray.cli.erase import ERASE
@@ -77,14 +78,10 @@ COMMANDS = (
     *DOCTOR,
     *REPRODUCTION,
     *PAPERS,
+    catalog,
 )
 for command in COMMANDS:
     cli.add_command(command)
-
-
-@cli.group(cls=Verbs)
-def catalog() -> None:
-    """Rebuild the index of the store."""
 
 
 @verb(cli, "quickstart", "forge quickstart --store .forge")
@@ -346,18 +343,6 @@ def submit(store: Store, as_json: bool, file: str, address: str, overrides: tupl
     if not as_json:
         echo(f"job {result['job']}: {result['status']}")
     return result
-
-
-@verb(catalog, "rebuild", "forge catalog rebuild")
-def catalog_rebuild(store: Store, as_json: bool) -> Any:
-    """Rebuild the index from the records and events in the store."""
-    from forge_ray.store.catalog import Catalog
-
-    with Catalog.open(store) as index:
-        count = index.rebuild()
-    if not as_json:
-        echo(f"{count} records and events")
-    return {"indexed": count}
 
 
 def main() -> None:

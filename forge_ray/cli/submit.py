@@ -22,6 +22,7 @@ from forge_ray.errors import (
     first_line,
 )
 from forge_ray.machine.offline import set_offline_switches
+from forge_ray.store import pins
 
 AGENT_WAIT_S = 90.0
 EXCLUDES = [".venv", ".git", ".forge", "**/__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", ".hypothesis"]
@@ -52,6 +53,8 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
     environment: dict[str, Any] = {"working_dir": ".", "excludes": EXCLUDES}
     if not Path("forge_ray").is_dir():
         environment["py_modules"] = [str(Path(__file__).parents[1])]  # all of forge_ray
+    if store_id := pins.id_of(store_uri):  # the cluster's nodes have not seen the store; the job is held to the same one
+        environment["env_vars"] = {pins.STORE_ID: store_id}
     try:
         client = JobSubmissionClient(address)
         job = _accepted(client, shlex.join(words), environment)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ROLE = click.option(
     "--role", "roles", multiple=True, help="Role: owner, data_steward, trainer, validator, releaser or auditor. Repeatable."
 )
+PERSON = click.option("--person", default="", help="Who holds the key, where they hold another one too. Default: NAME.")
 WHY = click.option("--why", default="", help="Reason, kept in the audit log.")
 
 
@@ -39,6 +40,7 @@ def policy() -> None:
 @verb(signers, "create", "forge signers create olga --role owner --out ~/keys")
 @click.argument("name")
 @ROLE
+@PERSON
 @click.option("--out", default=".", show_default=True, help="Folder for NAME.key (0600) and NAME.pub.")
 @click.option(
     "--algorithm",
@@ -48,7 +50,13 @@ def policy() -> None:
     help="Algorithm of the key; only p256 signatures can be verified by OpenSSF's model_signing.",
 )
 def signers_create(
-    store: Store, as_json: bool, name: str, roles: tuple[str, ...], out: str, algorithm: Literal["ed25519", "p256"]
+    store: Store,
+    as_json: bool,
+    name: str,
+    roles: tuple[str, ...],
+    person: str,
+    out: str,
+    algorithm: Literal["ed25519", "p256"],
 ) -> Any:
     """Create a key pair and register it as a signer.
 
@@ -59,7 +67,7 @@ def signers_create(
     from forge_ray.store.catalog import Catalog
 
     with Catalog.open(store) as index:
-        signer = create(index, name, roles, Path(out).expanduser(), algorithm)
+        signer = create(index, name, roles, Path(out).expanduser(), algorithm, person)
     if not as_json:
         echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
         echo(f"export FORGE_SIGNER={Path(out).expanduser().absolute() / (name + '.key')}", err=True)
@@ -70,7 +78,8 @@ def signers_create(
 @click.argument("name")
 @click.option("--public", "path", required=True, metavar="FILE.pub", help="Public key, PEM.")
 @ROLE
-def signers_add(store: Store, as_json: bool, name: str, path: str, roles: tuple[str, ...]) -> Any:
+@PERSON
+def signers_add(store: Store, as_json: bool, name: str, path: str, roles: tuple[str, ...], person: str) -> Any:
     """Register someone's public key as a signer.
 
     The private key stays with its owner."""
@@ -83,7 +92,7 @@ def signers_add(store: Store, as_json: bool, name: str, path: str, roles: tuple[
     if not Path(path).is_file():
         raise NotFound(f"--public {path!r} is not a file", hint="give the public key, NAME.pub")
     with Catalog.open(store) as index:
-        signer = add(index, name, roles, Path(path).read_text())
+        signer = add(index, name, roles, Path(path).read_text(), person)
     if not as_json:
         echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
     return _with_state(signer)
@@ -132,18 +141,26 @@ def signers_retire(store: Store, as_json: bool, reference: str, why: str) -> Any
 
 @verb(signers, "revoke", "forge signers revoke rolf --why 'laptop stolen'")
 @click.argument("reference", metavar="KEY|NAME")
+@click.option(
+    "--since",
+    type=int,
+    metavar="LINE",
+    help="Last line of the audit log for which its signature counts; 0: none. Default: all.",
+)
 @WHY
-def signers_revoke(store: Store, as_json: bool, reference: str, why: str) -> Any:
-    """Revoke a compromised key; all its signatures become invalid."""
-    return _ended(store, as_json, reference, why, compromised=True)
+def signers_revoke(store: Store, as_json: bool, reference: str, since: int | None, why: str) -> Any:
+    """Revoke a compromised key: nothing that it signs from now on counts.
+
+    With --since, neither does what it signed after that line of the audit log; aliases fall back to what they were."""
+    return _ended(store, as_json, reference, why, compromised=True, since=since)
 
 
-def _ended(store: Store, as_json: bool, reference: str, why: str, compromised: bool) -> Any:
+def _ended(store: Store, as_json: bool, reference: str, why: str, compromised: bool, since: int | None = None) -> Any:
     from forge_ray.governance.signers import end
     from forge_ray.store.catalog import Catalog
 
     with Catalog.open(store) as index:
-        signer = end(index, reference, compromised, why)
+        signer = end(index, reference, compromised, why, since)
     if not as_json:
         echo(f"{signer.id}  {signer.name}: {_state(signer)}")
     return _with_state(signer)
@@ -217,9 +234,19 @@ def policy_set(
 @verb(top, "approve", "forge approve mv_0123456789abcdef --alias support@prod")
 @click.argument("reference", metavar="VERSION|DATASET")
 @click.option("--alias", default="", help="Approve one move of this alias, as one of the two releasers.")
-@click.option("--refuse", is_flag=True, help="Refuse instead of approving.")
+@click.option("--archive", "action", flag_value="archive", help="Approve that the alias, or the version, is archived.")
+@click.option("--restore", "action", flag_value="restore", help="Approve that the version is taken back into use.")
+@click.option("--refuse", is_flag=True, help="Refuse instead of approving; nobody moves it until you approve.")
 @WHY
-def approve(store: Store, as_json: bool, reference: str, alias: str, refuse: bool, why: str) -> Any:
+def approve(
+    store: Store,
+    as_json: bool,
+    reference: str,
+    alias: str,
+    action: Literal["archive", "restore"] | None,
+    refuse: bool,
+    why: str,
+) -> Any:
     """Sign an approval of a version, a dataset or an alias move.
 
     A validator approves a version; with --alias, a releaser approves one move of that alias."""
@@ -227,7 +254,7 @@ def approve(store: Store, as_json: bool, reference: str, alias: str, refuse: boo
     from forge_ray.store.catalog import Catalog
 
     with Catalog.open(store) as index:
-        event = people.approve(index, reference, alias, refuse, why)
+        event = people.approve(index, reference, alias, refuse, why, action or "use")
         name = index.authority().name_of(event.key)
     if not as_json:
         echo(f"{event.subject}: {event.data['decision']} by {name}" + (f" for {alias}" if alias else ""))
@@ -279,8 +306,7 @@ def verify(store: Store, as_json: bool, what: str, keys: tuple[str, ...]) -> Any
             echo(f"{what}: {result['what']} holds")
         return result
     with Catalog.read_only(store) as index:
-        authority = verifying.trusting(index.authority(), trusted)
-        checked = verifying.verify_record(index, resolve(index, what), authority)
+        checked = verifying.verify_record(index, resolve(index, what), trusted)
         checked = verifying.requiring(checked, trusted)
     if not as_json:
         rows = [(one.id, one.what, ", ".join(one.signed_by) or "-", one.problem or "ok") for one in checked]
@@ -333,14 +359,12 @@ def audit_verify(store: Store, as_json: bool, head: str, every_signature: bool) 
 
     Exit code 3 if a line, record or event was changed, added, moved or removed."""
     from forge_ray.governance.verify import verify_log
-    from forge_ray.store.catalog import Catalog
 
-    with Catalog.read_only(store) as index:
-        report = verify_log(index, every_signature, head)
+    report = verify_log(store, every_signature, head)
     if not as_json:
         echo(f"{report.num_lines} lines, {report.num_signed} signed, {report.num_files} files; head {report.head}")
-        for problem in report.problems[:20]:
-            echo(f"  {problem}")
+        for line in (*report.problems[:20], *report.ignored[:20]):
+            echo(f"  {line}")
         if not report.problems:
             echo(
                 "nothing was changed"

@@ -37,6 +37,7 @@ def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[F
     if address:
         yield from machine.clocks(machine.clock_offsets(address))
     yield from stored.health(store)
+    yield from stored.log(store)
 
 
 def lines(findings: list[Finding]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from forge_ray.doctor.finding import Finding, Surroundings, is_private, mode_of
 from forge_ray.errors import ForgeError, first_line
 from forge_ray.records import RECORD_TYPES, Deployment, Event, Record, RunRecord
 from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store, verify_files
 from forge_ray.store.modes import is_shared
 
@@ -73,7 +73,7 @@ def _inner(root: Path) -> Iterator[Path]:
 
 def health(store: Store) -> Iterator[Finding]:
     """Every record and event parses and has the id of its content; a sample of the folders matches its manifests."""
-    rule = "records parse and have the id of their content, manifests verify, and the index matches them"
+    rule = "records parse and have the id of their content, and manifests verify"
     records, problems = _records(store)
     events, more = _events(store)
     problems += more
@@ -84,14 +84,12 @@ def health(store: Store) -> Iterator[Finding]:
                 "fail",
                 problem,
                 rule,
-                f"restore the file from a backup; forge catalog rebuild --store {store.place}",
+                "restore the file from a backup",
             )
         return
     if not records and not events:
         yield Finding("store", "ok", f"{store.place}: nothing in it yet", rule)
         return
-    if index := _index_problem(store, len(records) + events):
-        yield Finding("store", "warn", index, rule, f"forge catalog rebuild --store {store.place}")
     try:
         checked = _sample(store)
     except (ForgeError, ValidationError, KeyError) as error:
@@ -134,17 +132,21 @@ def _events(store: Store) -> tuple[int, list[str]]:
     return count, problems
 
 
-def _index_problem(store: Store, expected: int) -> str:
-    """The problem with the index of a local store; "" if there is none, or no index, which the next command creates."""
-    path = Path(store.root) / paths.INDEX_FILE
-    if not store.is_local or not path.is_file():
-        return ""
+def log(store: Store) -> Iterator[Finding]:
+    """Lines of the audit log that have no effect: nobody who could signed them, or they hold no event."""
+    rule = "the audit log holds, and each of its lines has an effect"
     try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as index:
-            (count,) = index.execute("select (select count(*) from records) + (select count(*) from events)").fetchone()
-    except sqlite3.Error as error:
-        return f"{path} is not readable: {error}"
-    return f"{path} has {count} entries, the store {expected}" if count > expected else ""
+        with Catalog.read_only(store) as catalog:
+            ignored = catalog.standing.all_ignored()
+    except ForgeError as error:
+        yield Finding("audit log", "fail", error.message, rule, error.hint or "restore audit/ from a backup")
+        return
+    for line, reason in list(ignored.items())[:5]:
+        yield Finding(
+            "audit log", "warn", f"line {line} has no effect: {reason}", rule, "forge audit log shows who wrote it"
+        )
+    if not ignored:
+        yield Finding("audit log", "ok", f"{catalog.standing.reader.number} lines", rule)
 
 
 def _sample(store: Store) -> int:

@@ -12,16 +12,19 @@ from forge_ray.config.base import parse
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import Event
 from forge_ray.store import paths, signing
-from forge_ray.store.aliases import route_of
-from forge_ray.store.authority import ROLES, Authority, Policy, Signer, accepted_moves
+from forge_ray.store.authority import ROLES, Policy, Signer
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.exact import copy_file
-from forge_ray.store.signatures import record_path, sign_record
+from forge_ray.store.governing import limits_of, refolded
+from forge_ray.store.protection import DECIDERS, Action
+from forge_ray.store.signatures import add_signature, record_path, roles_for
 
 
-def create(catalog: Catalog, name: str, roles: tuple[str, ...], folder: Path, algorithm: signing.Algorithm) -> Signer:
+def create(
+    catalog: Catalog, name: str, roles: tuple[str, ...], folder: Path, algorithm: signing.Algorithm, person: str = ""
+) -> Signer:
     """Create a key pair in `folder` (NAME.key readable by its owner only, NAME.pub) and register it as a signer. The first
-    signer must be an owner and signs its own registration."""
+    signer must be an owner and signs its own registration. `person`: who holds the key, where they hold others too."""
     _check(catalog, name, roles)
     is_first = not catalog.authority().signers
     if not is_first:
@@ -33,10 +36,10 @@ def create(catalog: Catalog, name: str, roles: tuple[str, ...], folder: Path, al
     signing.write_private(folder / f"{name}.key", key, os.environ.get(signing.PASSPHRASE, ""))
     (folder / f"{name}.pub").write_text(public := signing.public_pem(key.public_key()))
     with signing.acting(key) if is_first else contextlib.nullcontext():
-        return add(catalog, name, roles, public)
+        return add(catalog, name, roles, public, person)
 
 
-def add(catalog: Catalog, name: str, roles: tuple[str, ...], public_pem: str) -> Signer:
+def add(catalog: Catalog, name: str, roles: tuple[str, ...], public_pem: str, person: str = "") -> Signer:
     """Register a public key as a signer with these roles; done by an owner, or by the first signer for itself."""
     _check(catalog, name, roles)
     identifier = signing.key_id(signing.load_public(public_pem))
@@ -49,7 +52,8 @@ def add(catalog: Catalog, name: str, roles: tuple[str, ...], public_pem: str) ->
                 "the first signer must be an owner, and must sign its own registration",
                 hint="`forge signers create NAME --role owner …` creates the key and signs",
             )
-    _append(catalog, identifier, "added", name=name, roles=list(roles), public_key=public_pem)
+    more = {"person": person} if person and person != name else {}
+    _append(catalog, identifier, "added", name=name, roles=list(roles), public_key=public_pem, **more)
     return find(catalog, identifier)
 
 
@@ -61,12 +65,29 @@ def change(catalog: Catalog, reference: str, roles: tuple[str, ...]) -> Signer:
     return find(catalog, signer.id)
 
 
-def end(catalog: Catalog, reference: str, compromised: bool, why: str) -> Signer:
-    """Retire a signer (existing signatures stay valid), or revoke a compromised key (none of its signatures is valid)."""
+def end(catalog: Catalog, reference: str, compromised: bool, why: str, since: int | None = None) -> Signer:
+    """Retire a signer, or revoke a compromised key. What it signed so far stays valid, and nothing that it brings later;
+    with `since`, nothing that it signed behind that line of the audit log."""
     signer = find(catalog, reference)
     _keep_an_owner(catalog, signer, ())
-    _append(catalog, signer.id, "revoked" if compromised else "retired", why=why)
+    own = signing.private_key()
+    acting = signing.key_id(own.public_key()) if own else ""
+    is_signer = acting in catalog.authority().signers
+    if since is not None and is_signer and not _would_remain(catalog, acting, signer.id, since):
+        raise ConfigError(
+            f"--since {since} would void what made {catalog.authority().name_of(acting)} a signer, who revokes here",
+            hint="give a later line (`forge audit log`), or let an owner whom that key did not add revoke it",
+        )
+    more = {} if since is None else {"since": since}
+    _append(catalog, signer.id, "revoked" if compromised else "retired", why=why, **more)
     return find(catalog, signer.id)
+
+
+def _would_remain(catalog: Catalog, acting: str, revoked: str, since: int) -> bool:
+    """Whether `acting` would still be a signer if everything behind line `since` by the key `revoked` were void."""
+    history, _ = refolded(catalog.standing.governing, limits_of(catalog.authority()) | {revoked: since})
+    signer = history[-1][1].signers.get(acting)
+    return signer is not None and signer.is_active
 
 
 def find(catalog: Catalog, reference: str) -> Signer:
@@ -91,27 +112,28 @@ def set_policy(catalog: Catalog, changes: dict[str, Any], why: str) -> Policy:
             hint="`forge signers create NAME --role releaser`",
         )
     if policy.signatures and not authority.policy.signatures:
-        _refuse_to_strand(catalog, authority.model_copy(update={"policy": policy}))
+        _refuse_to_strand(catalog)
     catalog.append(
         Event(kind="policy", subject="policy", data=policy.model_dump(mode="json") | ({"why": why} if why else {}))
     )
     return catalog.authority().policy
 
 
-def _refuse_to_strand(catalog: Catalog, proposed: Authority) -> None:
-    """Raise `PolicyError` if an alias would stop serving under `proposed`, because no releaser signed its last move."""
+def _refuse_to_strand(catalog: Catalog) -> None:
+    """Raise `PolicyError` if the last move of an alias was not signed by a releaser: the policy would vouch for it."""
+    standing = catalog.standing
     now = catalog.routes()
-    signed = {event.subject: event for event in accepted_moves(proposed, catalog.moves())}
-    if lost := sorted(name for name, route in now.items() if name not in signed or route_of(signed[name]) != route):
+    if unsigned := sorted(name for name in now if not standing.is_signed(standing.placed("alias", name)[-1], "releaser")):
         raise PolicyError(
-            f"policy.signatures: no releaser signed the current route of {', '.join(lost)}, so endpoints would stop serving"
-            f" {'it' if len(lost) == 1 else 'them'}",
-            hint=f"a releaser first: forge alias set {lost[0]} --to {now[lost[0]].stable}, or forge alias archive {lost[0]}",
+            f"policy.signatures: no releaser signed the current route of {', '.join(unsigned)}",
+            hint=f"a releaser first: forge alias set {unsigned[0]} --to {now[unsigned[0]].stable}, or forge alias archive"
+            f" {unsigned[0]}",
         )
 
 
-def approve(catalog: Catalog, reference: str, alias: str, refuse: bool, why: str) -> Event:
-    """Sign an approval or a refusal of a version or dataset; with `alias`, of one move of that alias."""
+def approve(catalog: Catalog, reference: str, alias: str, refuse: bool, why: str, action: Action = "use") -> Event:
+    """Sign an approval or a refusal of a version or dataset; with `alias`, of one move of that alias, or of archiving or
+    restoring what it stands for. It names the full digest of the record."""
     key = signing.private_key()
     if key is None:
         raise PolicyError("an approval needs a key to sign it", hint=f"set {signing.SIGNER} to your private key")
@@ -119,13 +141,25 @@ def approve(catalog: Catalog, reference: str, alias: str, refuse: bool, why: str
     record = catalog.get(aliases.get(reference, reference))
     authority = catalog.authority()
     identifier = signing.key_id(key.public_key())
-    if identifier not in {signer.id for signer in authority.active("data_steward", "validator", "releaser")}:
+    if identifier not in {signer.id for signer in authority.active(*DECIDERS)}:
         raise PolicyError(
             f"{authority.name_of(identifier)} is not a data steward, validator or releaser",
             hint=f"who could: {', '.join(s.name for s in authority.active('validator', 'releaser')) or 'nobody yet'}",
         )
-    data = {"decision": "refuse" if refuse else "approve", "alias": alias, "why": why}
+    line = catalog.standing.line_of(record_path(record))
+    data = {"decision": "refuse" if refuse else "approve", "alias": alias, "why": why, "digest": line.sha256 if line else ""}
+    if action != "use":
+        data["action"] = action
     return catalog.append(Event(kind="approval", subject=record.id, data=data))
+
+
+def _own_roles(catalog: Catalog, key: signing.PrivateKey) -> tuple[str, ...]:
+    signer = catalog.authority().signers.get(signing.key_id(key.public_key()))
+    return signer.roles if signer and signer.is_active else ()
+
+
+def _name(catalog: Catalog, key: signing.PrivateKey) -> str:
+    return catalog.authority().name_of(signing.key_id(key.public_key()))
 
 
 def sign(catalog: Catalog, reference: str) -> str:
@@ -137,7 +171,15 @@ def sign(catalog: Catalog, reference: str) -> str:
         raise PolicyError("there is no key to sign with", hint=f"set {signing.SIGNER} to your private key")
     record = catalog.get(catalog.aliases().get(reference, reference))
     check_files(catalog.store, record)
-    return sign_record(catalog.store, record, catalog.store.read(record_path(record)), key)
+    roles = set(roles_for(record))
+    if catalog.authority().signers and not roles & set(_own_roles(catalog, key)):
+        raise PolicyError(
+            f"a signature on {record.id} counts from {' or '.join(sorted(roles))}; {_name(catalog, key)} is none of them",
+            hint=f"who could: {', '.join(s.name for s in catalog.authority().active(*roles)) or 'nobody yet'}",
+        )
+    path = add_signature(catalog.store, record, catalog.store.read(record_path(record)), key)
+    catalog.sync()
+    return path
 
 
 def export_signed(catalog: Catalog, reference: str, out: str) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError, StoreError
-from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, Record, RunRecord, files_digest
-from forge_ray.store import audit_log, paths, signing
-from forge_ray.store.authority import Authority, Signer
+from forge_ray.records import DatasetManifest, Deployment, EvalReport, ModelVersion, Record, RunRecord, files_digest
+from forge_ray.store import log_check, paths, pins, signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store, hash_dir, verify_files
-from forge_ray.store.signatures import record_path, signers_of, valid_signers
+from forge_ray.store.signatures import envelope_holds, record_path, signers_of, valid_signers
+from forge_ray.store.standing import Standing
 
 ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's digest is over those that are there
 
@@ -60,11 +60,13 @@ def read_items(store: Store, report: EvalReport) -> bytes:
     return items
 
 
-def verify_record(catalog: Catalog, record_id: str, authority: Authority) -> list[Checked]:
-    """Verify ids, files and signatures of a record and everything it was derived from. Problems are returned, not raised."""
+def verify_record(catalog: Catalog, record_id: str, keys: Iterable[signing.PublicKey] = ()) -> list[Checked]:
+    """Verify ids, files and signatures of a record and everything it was derived from. Problems are returned, not raised.
+    `keys`: trusted instead of the store's signers, whose roles and places in the log are then not asked."""
     checked: list[Checked] = []
     seen: set[str] = set()
     waiting = [record_id]
+    trusted = {signing.key_id(key): key for key in keys}
     while waiting:
         identifier = waiting.pop(0)
         if identifier in seen:
@@ -73,28 +75,49 @@ def verify_record(catalog: Catalog, record_id: str, authority: Authority) -> lis
         if not catalog.has(identifier):
             checked.append(Checked(identifier, "a parent", problem="its record is not in this store"))
             continue
-        record = catalog.get(identifier)
-        checked.append(_verify_one(catalog.store, record, authority))
+        try:
+            record = catalog.get(identifier)
+        except StoreError as error:
+            checked.append(Checked(identifier, "a record", problem=error.message))
+            continue
+        checked.append(_verify_one(catalog.standing, record, trusted))
         waiting += record.parents()
     return checked
 
 
-def _verify_one(store: Store, record: Record, authority: Authority) -> Checked:
+def _verify_one(standing: Standing, record: Record, trusted: dict[str, signing.PublicKey]) -> Checked:
+    store, authority, path = standing.store, standing.authority, record_path(record)
     names: tuple[str, ...] = ()
     try:
-        stored = type(record).model_validate(store.read_json(record_path(record)))
+        content = store.read(path)
+        stored = _parsed(type(record), content, path)
         if not isinstance(record, RunRecord) and stored.sealed().id != record.id:
             raise PolicyError("the record's content does not match its id: it was changed", hint="restore it from a backup")
         what = check_files(store, stored)
-        valid = valid_signers(store, authority, stored)
+        sha256 = hashlib.sha256(content).hexdigest()
+        keys = trusted or authority.keys
+        beside = {
+            key: envelope_holds(store, record, sha256, keys[key]) for key in signers_of(store, record.id) if key in keys
+        }
+        valid = [key for key, holds in beside.items() if holds] if trusted else valid_signers(standing, stored)
         names = tuple(authority.name_of(key) for key in valid)
-        if broken := [key for key in signers_of(store, record.id) if key not in valid and key in authority.signers]:
+        if broken := [key for key, holds in beside.items() if not holds]:
             raise PolicyError(f"the signature of {authority.name_of(broken[0])} is not valid", hint="the record was changed")
+        line = standing.line_of(path)
+        if line and line.sha256 != sha256:
+            raise PolicyError("the record is not what the audit log says: it was changed", hint="restore it from a backup")
         if authority.policy.signatures and not valid and record.kind != "deployments":
             raise PolicyError("policy.signatures: it is not signed", hint=f"forge sign {record.id}")
     except ForgeError as error:
         return Checked(record.id, record.kind, names, error.message)
     return Checked(record.id, f"{record.kind}: {what}", names)
+
+
+def _parsed(record_type: type[Record], content: bytes, path: str) -> Record:
+    try:
+        return record_type.model_validate_json(content)
+    except ValueError:
+        raise StoreError(f"{path} holds no record", hint="restore it from a backup") from None
 
 
 def trusted_keys(paths: Iterable[str]) -> list[signing.PublicKey]:
@@ -104,19 +127,6 @@ def trusted_keys(paths: Iterable[str]) -> list[signing.PublicKey]:
             raise NotFound(f"--key {path!r} is not a file", hint="the public half, NAME.pub")
         keys.append(signing.load_public(Path(path).read_bytes()))
     return keys
-
-
-def trusting(authority: Authority, keys: list[signing.PublicKey]) -> Authority:
-    """The authority with only those signers whose key is in `keys`. A key that belongs to no signer is named by its id."""
-    if not keys:
-        return authority
-    signers = {
-        (identifier := signing.key_id(key)): authority.signers.get(
-            identifier, Signer(id=identifier, name=identifier, roles=("auditor",), public_key=signing.public_pem(key))
-        )
-        for key in keys
-    }
-    return authority.model_copy(update={"signers": signers})
 
 
 def requiring(checked: list[Checked], keys: list[signing.PublicKey]) -> list[Checked]:
@@ -156,9 +166,19 @@ def _json(path: Path) -> Any:
         raise NotFound(f"no file {path}", hint="give a path, or an id or alias of the store") from None
 
 
-def verify_log(catalog: Catalog, every_signature: bool, head: str = "") -> audit_log.Verified:
-    """Verify the audit log against its own chain, the files it covers, the heads in model versions, and `head` if given."""
-    anchors = {version.id: version.log_head for version in catalog.all(ModelVersion) if version.log_head}
-    if head:
-        anchors["--head"] = head
-    return audit_log.verify(catalog.store, catalog.authority().keys, anchors, every_signature)
+def verify_log(store: Store, every_signature: bool, head: str = "") -> log_check.Verified:
+    """Verify the audit log against its own chain, the files it covers, and every head that was noted: in model versions and
+    deployments, on this machine, and `head` if given."""
+    anchors = {"this machine's note": noted} if (noted := pins.head_of(store)) else {}
+    anchors |= {"--head": head} if head else {}
+    try:
+        catalog = Catalog.read_only(store)
+    except (StoreError, PolicyError) as error:
+        report = log_check.verify(store, None, anchors, every_signature)
+        return report if report.problems else replace(report, problems=(error.message,))
+    with catalog:
+        records: list[ModelVersion | Deployment] = [*catalog.all(ModelVersion), *catalog.all(Deployment)]
+        anchors |= {record.id: record.log_head for record in records if record.log_head}
+        report = log_check.verify(store, catalog.authority(), anchors, every_signature)
+        ignored = [f"line {line} has no effect: {reason}" for line, reason in catalog.standing.all_ignored().items()]
+        return replace(report, ignored=tuple(ignored), problems=(*report.problems, *catalog.unreadable.values()))

@@ -227,7 +227,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         architecture=_configuration(catalog.store, chain),
         parameters={each.id: count for each in chain if (count := num_parameters(catalog.store, each)) is not None},
         signatures=_signatures(catalog, authority, records),
-        approvals=tuple(_approval(authority, event) for event in events if event.kind == "approval"),
+        approvals=tuple(_approval(catalog, event) for event in events if event.kind == "approval"),
         missing=tuple(dict.fromkeys(missing)),
         at=max([record.created_at for record in records] + [event.at for event in events]),
         power_w=power_w,
@@ -249,14 +249,17 @@ def _events(catalog: Catalog, version: str, subjects: list[str], deployments: li
 
 def _signatures(catalog: Catalog, authority: Authority, records: list[Record]) -> dict[str, tuple[str, ...]]:
     """Record → signers with a valid signature of it."""
-    signers = {record.id: valid_signers(catalog.store, authority, record) for record in records}
+    signers = {record.id: valid_signers(catalog.standing, record) for record in records}
     return {record: tuple(f"{authority.name_of(key)} ({key})" for key in keys) for record, keys in signers.items() if keys}
 
 
-def _approval(authority: Authority, event: Event) -> Approval:
+def _approval(catalog: Catalog, event: Event) -> Approval:
+    authority, standing = catalog.authority(), catalog.standing
     who = f"{authority.name_of(event.key)} ({event.key})" if event.key in authority.signers else event.key
     data = event.data
-    holds = authority.is_valid(event)
+    holds = any(
+        placed.event == event and standing.is_signed(placed) for placed in standing.placed("approval", event.subject)
+    )
     return Approval(
         event.at, who, holds, str(data.get("decision", "")), str(data.get("alias", "")), str(data.get("why", ""))
     )

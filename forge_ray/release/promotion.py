@@ -6,16 +6,16 @@ Each change is one event of the catalogue; endpoints read the events and follow.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
 
 from forge_ray.config.release import ALIAS, AliasRoute
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import Event, ModelVersion
 from forge_ray.store import signatures, signing
 from forge_ray.store.aliases import alias_event
-from forge_ray.store.authority import Authority, Policy
+from forge_ray.store.authority import Authority
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.protection import Action, Shortfall
+from forge_ray.store.standing import BACK_IN, NEXT, TAKEN_OUT
 
 
 def promote(catalog: Catalog, reference: str, alias: str) -> ModelVersion:
@@ -62,7 +62,7 @@ def require_signed(catalog: Catalog, version: ModelVersion) -> None:
     authority = catalog.authority()
     if authority.policy.signatures:
         for record in (version, *(catalog.get(report) for report in version.evals)):
-            signatures.require_signed(catalog.store, authority, record)
+            signatures.require_signed(catalog.standing, record)
 
 
 def resolved_route(catalog: Catalog, alias: str, route: AliasRoute) -> AliasRoute:
@@ -92,10 +92,7 @@ def set_route(catalog: Catalog, alias: str, route: AliasRoute | None, why: str =
     if route is None and now is None:
         raise NotFound(f"no alias {alias!r} in {catalog.store.place}", hint="`forge alias list`")
     new = route and resolved_route(catalog, alias, route)
-    if new:
-        current = set(now.versions) if now else set()
-        for version in [one for one in new.versions if one not in current or one != new.stable]:
-            _check_promotion(catalog, alias, version)
+    _check_people(catalog, alias, now, new)
     catalog.append(alias_event(alias, new, why))
 
 
@@ -105,50 +102,48 @@ def archive(catalog: Catalog, reference: str, restore: bool = False) -> ModelVer
     if restore:
         refuse_withdrawn(catalog, version.id)
     if (version.id in catalog.archived()) == restore:
-        catalog.append(Event(kind="model", subject=version.id, data={"state": "active" if restore else "archived"}))
+        state = BACK_IN if restore else TAKEN_OUT
+        missing = catalog.standing.shortfalls_of_state(version.id, state, _key(), NEXT)
+        for alias, shortfall in missing:
+            raise refusal(catalog.authority(), alias, shortfall, "restore" if restore else "archive")
+        catalog.append(Event(kind="model", subject=version.id, data={"state": state}))
     return version
 
 
-def _check_promotion(catalog: Catalog, alias: str, version: str) -> None:
+def _key() -> str:
     key = signing.private_key()
-    run = catalog.get_as(ModelVersion, version).run
-    check_promotion(
-        catalog.authority(),
-        alias,
-        version,
-        signing.key_id(key.public_key()) if key else "",
-        catalog.events("approval", version),
-        signatures.signers_of(catalog.store, run) if run else (),
-    )
+    return signing.key_id(key.public_key()) if key else ""
 
 
-def is_protected(policy: Policy, alias: str) -> bool:
-    return any(fnmatchcase(alias, pattern) for pattern in policy.protected)
+def _check_people(catalog: Catalog, alias: str, now: AliasRoute | None, new: AliasRoute | None) -> None:
+    """Raise `PolicyError` where the policy wants more people for a move of `alias` than have signed for it."""
+    standing = catalog.standing
+    since = max((placed.line for placed in standing.placed("alias", alias)), default=0)
+    for shortfall in standing.shortfalls(alias, now, new, _key(), since, NEXT):
+        raise refusal(catalog.authority(), alias, shortfall, "use" if new else "archive")
 
 
-def check_promotion(
-    authority: Authority, alias: str, version: str, key: str, approvals: Iterable[Event], trained_by: Iterable[str]
-) -> None:
-    """The rules of a protected alias, for a version that comes new to it. `approvals` are events of the version;
-    `trained_by` the keys that signed its run."""
-    if not is_protected(authority.policy, alias):
-        return
-    approved = [event for event in approvals if event.data["decision"] == "approve" and event.data["alias"] in ("", alias)]
-    releasers = {event.key for event in approved if event.data["alias"] == alias and authority.is_valid(event, "releaser")}
-    releasers |= {signer.id for signer in authority.active("releaser") if signer.id == key}
-    if len(releasers) < 2:
-        others = [signer.name for signer in authority.active("releaser") if signer.id not in releasers]
-        have = ", ".join(sorted(authority.name_of(one) for one in releasers)) or "nobody"
-        raise PolicyError(
-            f"policy.protected: {alias!r} is moved by two releasers together; for {version} there is {have}",
-            hint=f"`forge approve {version} --alias {alias}` by {' or '.join(others) or 'another releaser, yet to add'}",
+def refusal(authority: Authority, alias: str, shortfall: Shortfall, action: Action) -> PolicyError:
+    """The error for what is missing: which rule, who has signed, who could."""
+    version, people = shortfall.version, shortfall.people
+    option = "" if action == "use" else f" --{action}"
+    if shortfall.rule == "refused":
+        return PolicyError(
+            f"{', '.join(people)} refused {version}: a no counts until whoever gave it approves",
+            hint=f"`forge approve {version} --alias {alias}{option}` by {' and '.join(people)}, or another version",
         )
-    if authority.policy.independent_validation:
-        trainers = set(trained_by)
-        validated = [event for event in approved if event.key not in trainers and authority.is_valid(event, "validator")]
-        if not validated:
-            could = [signer.name for signer in authority.active("validator") if signer.id not in trainers]
-            raise PolicyError(
-                f"policy.independent_validation: no validator who did not train {version} has approved it",
-                hint=f"`forge approve {version}` by {' or '.join(could) or 'a validator, who is yet to be added'}",
-            )
+    if shortfall.rule == "protected":
+        others = [s.name for s in authority.active("releaser") if authority.person_of(s.id) not in people]
+        verb = "moved" if action == "use" else f"{action}d"
+        return PolicyError(
+            f"policy.protected: {alias!r} is {verb} by two releasers together; for {version} there is"
+            f" {', '.join(people) or 'nobody'}",
+            hint=f"`forge approve {version} --alias {alias}{option}` by"
+            f" {' or '.join(others) or 'another releaser, yet to add'}",
+        )
+    could = [s.name for s in authority.active("validator") if authority.person_of(s.id) not in people]
+    return PolicyError(
+        f"policy.independent_validation: no validator who did not train {version} has approved it"
+        + ("" if people else "; if it was trained, its run must be signed, which shows who did"),
+        hint=f"`forge approve {version}` by {' or '.join(could) or 'a validator, who is yet to be added'}",
+    )

@@ -20,14 +20,17 @@ import ray
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
-from forge_ray.records import Deployment, Event
+from forge_ray.records import Deployment
 from forge_ray.serve.canary import AnswerOutcome, Outcomes, without_canaries
 from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.limits import Counters, LimitVerdict
+from forge_ray.serve.metrics import store_metrics
 from forge_ray.serve.routing import RoutingFacts, Table, table_of, versions_of
 from forge_ray.serve.watcher import StoreWatcher
 from forge_ray.store.aliases import alias_event, route_of
 from forge_ray.store.files import Store
+from forge_ray.store.log_reader import Line
+from forge_ray.store.placed import event_of, is_readable
 
 NAMESPACE = "forge_ray"
 WATCH_S = 5.0  # a watch that sees nothing new returns after this
@@ -62,7 +65,7 @@ class Coordinator:
         self.idle_s = idle_s
         self.deployment = Deployment.model_validate(record)
         self.config = parse(DeployConfig, self.deployment.config)
-        self.watcher = StoreWatcher(Store(store_uri))
+        self.watcher = StoreWatcher(Store(store_uri), self.deployment.genesis, self.deployment.log_head)
         self.watcher.refresh()
         self.broken: dict[str, str] = {}
         self.outcomes = Outcomes()
@@ -73,6 +76,7 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._polling: asyncio.Task[None] | None = None
         self._last_report = time.monotonic()
+        self.is_store_readable = True
 
     async def start(self) -> dict[str, Any]:
         """The table with which a new replica begins."""
@@ -123,8 +127,9 @@ class Coordinator:
         await self.counters.settle(key_id, lease, used)
 
     async def metrics(self) -> dict[str, str]:
-        """The exposition of each replica, as last reported."""
-        return {name: report.metrics for name, report in self._alive().items()}
+        """The exposition of each replica, as last reported, and the coordinator's own."""
+        own = store_metrics(self.deployment.name, self.watcher.standing.num_ignored, not self.is_store_readable)
+        return {"coordinator": own} | {name: report.metrics for name, report in self._alive().items()}
 
     async def state(self) -> dict[str, Any]:
         """The table and the replicas, for `forge deploy --status`."""
@@ -147,8 +152,8 @@ class Coordinator:
 
     async def refresh(self) -> None:
         """Read the store's new events now."""
-        if events := self.watcher.refresh():
-            for version in _mentioned(events):  # it is asked for again: it may have been repaired
+        if lines := self.watcher.refresh():
+            for version in _mentioned(lines):  # it is asked for again: it may have been repaired
                 self.broken.pop(version, None)
             self._renew()
 
@@ -186,14 +191,16 @@ class Coordinator:
 
     async def _poll(self) -> None:
         while True:
-            await asyncio.sleep(self.watcher.tail.poll_s)
+            await asyncio.sleep(self.watcher.standing.poll_s)
             if self._idle_for() > self.idle_s:
                 ray.kill(ray.get_runtime_context().current_actor)
             try:
                 await self.refresh()
                 self._roll_back_failing_canaries()
                 self._advance()
+                self.is_store_readable = True
             except Exception:  # the store may be unreachable for a moment; what was read before stays valid
+                self.is_store_readable = False
                 LOG.exception("the store could not be read")
 
     def _roll_back_failing_canaries(self) -> None:
@@ -205,9 +212,11 @@ class Coordinator:
                 self.outcomes.forget(name)
 
 
-def _mentioned(events: list[Event]) -> set[str]:
-    routes = [route for event in events if event.kind == "alias" and (route := route_of(event))]
-    return {version for route in routes for version in versions_of(route)} | {event.subject for event in events}
+def _mentioned(lines: list[Line]) -> set[str]:
+    """Versions that new lines of the log name."""
+    moves = [event_of(line.body(), line.path) for line in lines if line.action.startswith("alias.")]
+    routes = [route for event in moves if event and is_readable(event) and (route := route_of(event))]
+    return {version for route in routes for version in versions_of(route)} | {line.subject for line in lines}
 
 
 def coordinator_name(deployment: str) -> str:

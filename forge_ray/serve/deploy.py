@@ -130,6 +130,7 @@ def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
         models=models,
         config=resolved(config),
         config_digest=config_digest(config),
+        genesis=catalog.authority().genesis,
     ).sealed()
 
 
@@ -177,9 +178,8 @@ def undeploy(name: str, catalog: Catalog | None = None) -> None:
 def last_deployment(catalog: Catalog, name: str) -> Deployment | None:
     """The deployment of this name that was started last."""
     records = [record for record in catalog.all(Deployment) if record.name == name]
-    started = {
-        record.id: max((event.at for event in catalog.events("deployment", record.id)), default="") for record in records
-    }
+    placed = {record.id: catalog.standing.placed("deployment", record.id) for record in records}
+    started = {record: max((event.line for event in events), default=0) for record, events in placed.items()}
     return max(records, key=lambda record: (started[record.id], record.created_at), default=None)
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from forge_ray.config.release import DeployConfig
 from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.errors import EngineError, ForgeError, StoreError
@@ -30,8 +32,14 @@ EVICT_WAIT_S = 30.0  # how long a request whose adapter must be loaded waits for
 
 
 def fetch_version(store: Store, version_id: str) -> tuple[ModelVersion, Path]:
-    """A model version's record and a local folder of exactly its files, verified against the record."""
-    version = ModelVersion.model_validate(store.read_json(paths.record("models", version_id)))
+    """A model version's record, whose id follows from its content, and a local folder of exactly its files."""
+    path = paths.record("models", version_id)
+    try:
+        version = ModelVersion.model_validate(store.read_json(path))
+    except ValidationError:
+        raise StoreError(f"{path} holds no record", hint="restore the store from a backup") from None
+    if version.id != version_id or version.sealed().id != version_id:
+        raise StoreError(f"the record of {version_id} was changed", hint="restore the store from a backup")
     return version, store.fetch_dir(paths.model(version.id), files=version.files)
 
 

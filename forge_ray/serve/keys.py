@@ -17,13 +17,14 @@ from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import Event, Frozen
+from forge_ray.store import pins
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.event_tail import EventTail
 from forge_ray.store.files import Store
+from forge_ray.store.standing import Standing
 
 Scope = Literal["chat", "metrics", "admin"]
 SCOPES: tuple[str, ...] = get_args(Scope)
@@ -53,7 +54,7 @@ class ApiKey(Frozen):
 
     def refusal(self, now: datetime) -> str:
         """Why the key is not valid at `now`; "" if it is."""
-        if self.revoked_at and datetime.fromisoformat(self.revoked_at) <= now:
+        if self.revoked_at:
             return f"the API key {self.id} was revoked"
         if self.expires_at and datetime.fromisoformat(self.expires_at) <= now:
             return f"the API key {self.id} expired on {self.expires_at[:10]}"
@@ -111,7 +112,8 @@ def revoke(catalog: Catalog, reference: str, reason: str = "") -> ApiKey:
 
 def list_keys(catalog: Catalog) -> list[ApiKey]:
     """Every key ever created, oldest first."""
-    return [_folded(catalog.events("key", subject))[0] for subject in catalog.subjects("key")]
+    keys = (_folded(catalog.events("key", subject))[0] for subject in catalog.subjects("key"))
+    return [key for key in keys if key]
 
 
 def find(catalog: Catalog, reference: str) -> ApiKey:
@@ -133,22 +135,24 @@ def keys_of(catalog: Catalog) -> dict[str, ApiKey]:
 class KeyTail:
     """`keys_of` for a replica, which opens no catalogue. `keys` is replaced as a whole and never modified."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, genesis: str = "", log_head: str = "") -> None:
         self.keys: Mapping[str, ApiKey] = {}
-        self._tail = EventTail(store, "key")
-        self._events: dict[str, list[Event]] = {}
+        self.standing = Standing(store, "key")
+        self._held = genesis, log_head
 
     def refresh(self) -> Mapping[str, ApiKey]:
-        new = self._tail.new()
-        for event in new:
-            self._events.setdefault(event.subject, []).append(event)
-        if new:
-            self.keys = _by_sha256(self._events.values())
+        is_first = not self.standing.reader.number
+        lines = self.standing.refresh()
+        if is_first:
+            pins.require(self.standing, *self._held, "the deployment holds")
+        if lines or is_first:
+            subjects = self.standing.subjects("key")
+            self.keys = _by_sha256(self.standing.events("key", subject) for subject in subjects)
         return self.keys
 
     def follow(self, closing: threading.Event) -> None:
         """Refresh until `closing` is set. While the store cannot be read, the keys read before stay in force."""
-        while not closing.wait(self._tail.poll_s):
+        while not closing.wait(self.standing.poll_s):
             try:
                 self.refresh()
             except Exception:
@@ -159,28 +163,51 @@ def _by_sha256(subjects: Iterable[list[Event]]) -> dict[str, ApiKey]:
     by_sha256: dict[str, ApiKey] = {}
     for events in subjects:
         key, previous = _folded(events)
-        by_sha256 |= {old.sha256: old for old in previous} | {key.sha256: key}
+        if key:
+            by_sha256 |= {old.sha256: old for old in previous} | {key.sha256: key}
     return by_sha256
 
 
-def _folded(events: list[Event]) -> tuple[ApiKey, list[ApiKey]]:
-    """The key after its events, and the same key with each previous secret, which expires after its grace period."""
-    values: dict[str, Any] = {}
+def _folded(events: list[Event]) -> tuple[ApiKey | None, list[ApiKey]]:
+    """The key after its events, in the order of the log, and the same key with each previous secret, which expires after its
+    grace period. Nothing changes a revoked key; an event that would make no key of it is passed over and named in the
+    log."""
+    key: ApiKey | None = None
     before: list[tuple[str, str]] = []
-    for event in sorted(events, key=lambda event: (event.at, event.id)):
-        data = {name: value for name, value in event.data.items() if name not in ("action", "reason")}
-        if until := data.pop("before_until", ""):
-            before.append((values["sha256"], until))
-        values |= data
-        match event.data["action"]:
-            case "created":
-                values |= {"id": event.subject, "created_at": event.at}
-            case "revoked":
-                values |= {"revoked_at": event.at}
-    key = ApiKey.model_validate(values)
+    for event in events:
+        if key and key.revoked_at:
+            break
+        try:
+            key, grace = _after(key, event)
+        except (ValidationError, ValueError, TypeError, LookupError):
+            LOG.warning("an event of the key %r of %r has no effect: its content is not valid", event.subject, event.at)
+            continue
+        before += grace
+    if key is None:
+        return None, []
     # the grace ends a secret, and so does whatever ends the key
     ends = [(sha256, min(filter(None, (until, key.expires_at)))) for sha256, until in before]
     return key, [key.model_copy(update={"sha256": sha256, "expires_at": until}) for sha256, until in ends]
+
+
+def _after(key: ApiKey | None, event: Event) -> tuple[ApiKey | None, list[tuple[str, str]]]:
+    """The key after one event, and its previous secret with the end of its grace where the event replaces it."""
+    data = {name: value for name, value in event.data.items() if name not in ("action", "reason", "before_until")}
+    match event.data["action"]:
+        case "created" if key is None:
+            data |= {"id": event.subject, "created_at": event.at}
+        case "changed" if key:
+            data = key.model_dump() | data
+        case "revoked" if key:
+            data = key.model_dump() | {"revoked_at": event.at}
+        case _:
+            raise ValueError
+    until = event.data.get("before_until", "")
+    after = ApiKey.model_validate(data)
+    for end in filter(None, (until, after.expires_at)):
+        if datetime.fromisoformat(end).tzinfo is None:
+            raise ValueError
+    return after, [(key.sha256, until)] if key and until else []
 
 
 def _usable(catalog: Catalog, reference: str) -> ApiKey:

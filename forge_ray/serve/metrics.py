@@ -136,6 +136,18 @@ class Metrics:
         return self.deployment, name, version
 
 
+def store_metrics(deployment: str, num_without_effect: int, is_unreadable: bool) -> str:
+    """What a deployment's coordinator sees of the store, in the exposition format."""
+    registry = CollectorRegistry()
+    what = "Lines of the audit log that have no effect"
+    lines = Gauge("forge_log_lines_without_effect", what, ["deployment"], registry=registry)
+    lines.labels(deployment).set(num_without_effect)
+    what = "1 while the store's log cannot be read, or was cut: what was read before is in force"
+    unreadable = Gauge("forge_store_unreadable", what, ["deployment"], registry=registry)
+    unreadable.labels(deployment).set(is_unreadable)
+    return generate_latest(registry).decode()
+
+
 LABEL = re.compile(r'([a-zA-Z_]\w*)="(?:[^"\\]|\\.)*"')
 
 

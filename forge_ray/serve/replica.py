@@ -71,7 +71,8 @@ class Replica:
         self.context = ServingContext(
             config, self.deployment.id, self.directory, self.metrics, self._admit, self._exposition
         )
-        self.keys = KeyTail(Store(store_uri)) if needs_keys(config) else None
+        held = self.deployment.genesis, self.deployment.log_head
+        self.keys = KeyTail(Store(store_uri), *held) if needs_keys(config) else None
         if self.keys is not None:
             self.keys.refresh()
             # not with the heartbeat: a revoked key must end even while the coordinator is unreachable
@@ -86,7 +87,7 @@ class Replica:
             return Table.model_validate(ray.get(self._coordinator().start.remote(), timeout=COORDINATOR_TIMEOUT_S))
         except (ray.exceptions.RayError, TimeoutError):
             LOG.warning("the coordinator does not answer: starting with the table of the store")
-            watcher = StoreWatcher(Store(self.store_uri))
+            watcher = StoreWatcher(Store(self.store_uri), self.deployment.genesis, self.deployment.log_head)
             watcher.refresh()
             return read_table(config, watcher, {})
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from forge_ray.config.release import AliasRoute, DeployConfig, Rule
+from forge_ray.errors import ForgeError
 from forge_ray.records import Frozen, ModelVersion, digest, hex_of
 
 
@@ -66,15 +67,23 @@ def table_of(config: DeployConfig, facts: RoutingFacts, broken: Mapping[str, str
     """
     versions: dict[str, ServedVersion] = {}
     routes: dict[str, AliasRoute] = {}
+    refused: dict[str, str] = {}
     merged = {facts.routes[name].stable if name in facts.routes else name for name in config.merged}
 
-    def add(identifier: str) -> ServedVersion | None:
-        if identifier not in versions and (record := facts.version(identifier)):
-            base = identifier if record.weights == "full" else record.base_model
-            if base != identifier and add(base) is None:
-                return None
-            versions[identifier] = _served(record, base, merged=identifier in merged)
-        return versions.get(identifier)
+    def record_of(identifier: str) -> ModelVersion | None:
+        try:
+            return facts.version(identifier)
+        except ForgeError as error:  # of one version; the others are served
+            refused[identifier] = error.message
+            return None
+
+    def add(identifier: str) -> None:
+        record = None if identifier in versions else record_of(identifier)
+        if record and record.weights == "full":
+            versions[identifier] = _served(record, identifier, merged=False)
+        elif record and (base := record_of(record.base_model)) and base.weights == "full":
+            versions.setdefault(base.id, _served(base, base.id, merged=False))
+            versions[identifier] = _served(record, base.id, merged=identifier in merged)
 
     def add_route(name: str, route: AliasRoute) -> None:
         if route.stable in broken and before and name in before.routes and before.routes[name].stable not in broken:
@@ -91,14 +100,14 @@ def table_of(config: DeployConfig, facts: RoutingFacts, broken: Mapping[str, str
     if config.published:
         bases = {version.base for version in versions.values()}
         for name, route in facts.routes.items():
-            stable = facts.version(route.stable)
+            stable = record_of(route.stable)
             if name not in routes and stable and (stable.base_model or stable.id) in bases:
                 add_route(name, route)
     return Table(
         versions=dict(sorted(versions.items())),
         routes=dict(sorted(routes.items())),
         archived=tuple(sorted(facts.archived)),
-        broken=dict(sorted(broken.items())),
+        broken=dict(sorted({**broken, **refused}.items())),
     )
 
 

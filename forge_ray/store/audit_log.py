@@ -16,34 +16,19 @@ import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from forge_ray.errors import StoreError
 from forge_ray.records import canonical_json, utc_now
 from forge_ray.store import paths, signing
 from forge_ray.store.files import Store
+from forge_ray.store.log_reader import FORMAT, HEAD, LINES, LOG, START, Line, hash_of, previous_of
 
-FOLDER, LOG, HEAD, LINES = paths.AUDIT, *map(paths.audit, ("log.jsonl", "head.json", "lines"))
+FOLDER = paths.AUDIT
 LOGGED = (paths.RECORDS, paths.EVENTS)  # folders of which every file has its line
-START = "0" * 64
 REDONE = 8  # lines of the end whose files are looked for; writers that were killed at once leave no more
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What `verify` found. `problems` is empty when nothing was changed, added, moved or taken away."""
-
-    num_lines: int
-    head: str  # `<n>:<sha256 of the last line>`: written down elsewhere, it proves the log up to there
-    num_signed: int
-    num_files: int
-    problems: tuple[str, ...]
-
-
-def hash_of(line: bytes) -> str:
-    return hashlib.sha256(line).hexdigest()
 
 
 def publish(store: Store, path: str, content: bytes, action: str, subject: str, why: str = "") -> None:
@@ -53,11 +38,18 @@ def publish(store: Store, path: str, content: bytes, action: str, subject: str, 
     store.write_once(path, content)
 
 
+def enter(store: Store, path: str, action: str, subject: str) -> None:
+    """A line for a JSON file that is there and has none; the file becomes canonical, as what its line holds is."""
+    content = canonical_json(store.read_json(path))
+    _append(store, path, content, action, subject, "")
+    store.write(path, content)
+
+
 def _append(store: Store, path: str, content: bytes, action: str, subject: str, why: str) -> None:
     with _alone(store):
         before = _healed(store)
-        if not before and (earlier := _digests(store)):
-            body = {"files": len(earlier), "digest": _digest_of(earlier)}
+        if not before and (earlier := digests_of(store)):
+            body = {"files": len(earlier), "digest": digest_of(earlier)}
             before = _write(store, _line(before, "", canonical_json(body), "begin", "", "there were files before the log"))
         _write(store, _line(before, path, content, action, subject, why))
 
@@ -76,6 +68,7 @@ def _line(before: bytes, path: str, content: bytes, action: str, subject: str, w
         "path": path,
         "sha256": hashlib.sha256(content).hexdigest(),
         "body": json.loads(content),
+        "format": FORMAT,
     }
     if key:
         line["sig"] = base64.b64encode(signing.sign(canonical_json(line), key)).decode()
@@ -90,8 +83,6 @@ def _write(store: Store, line: bytes) -> bytes:
 
 def _extend(store: Store, line: bytes) -> None:
     if store.is_local:
-        import os
-
         with open(store.path(LOG), "ab") as stream:
             stream.write(line + b"\n")
             stream.flush()
@@ -124,15 +115,27 @@ def _healed(store: Store) -> bytes:
         return b""
     head = store.read(HEAD)
     last = _last_line(store)
-    if last == head:
-        return head
-    if json.loads(head)["previous"] == (hash_of(last) if last else START):
+    if last != head and previous_of(head) == (hash_of(last) if last else START):
         _extend(store, head)
-        return head
-    raise StoreError(
-        f"the audit log of {store.place} does not end with its head; nothing is written behind a log that was changed",
-        hint="`forge audit verify` says where; restore audit/ from a backup",
-    )
+    elif last != head and not _cleared(store, head):
+        raise StoreError(
+            f"the audit log of {store.place} does not end with its head; nothing is written behind a log that was changed",
+            hint="`forge audit verify` says where; restore audit/ from a backup",
+        )
+    return head
+
+
+def _cleared(store: Store, head: bytes) -> bool:
+    """Take what is no line away from behind the head, into audit/refused/: it costs itself and nothing else. False where
+    the log does not hold the head, or what stands behind it is a line: then the head was changed."""
+    if not store.is_local:
+        return False
+    before, is_there, behind = (b"\n" + store.read(LOG)).partition(b"\n" + head + b"\n")
+    if not is_there or any(previous_of(line) == hash_of(head) for line in behind.split(b"\n")):
+        return False
+    store.write(paths.audit("refused", f"{hash_of(behind)}.jsonl"), behind)
+    os.truncate(store.path(LOG), len(before) + len(head) + 1)
+    return True
 
 
 def _has_lines(store: Store) -> bool:
@@ -178,7 +181,10 @@ def head(store: Store) -> str:
 
 
 def redo(store: Store) -> None:
-    """Write the files of the last lines that a killed writer left unwritten."""
+    """Make the end of the log whole, and write the files of the last lines that a killed writer left unwritten."""
+    if _has_lines(store) or store.exists(HEAD):
+        with _alone(store):
+            _healed(store)
     for path, content in unwritten(store).items():
         store.write_once(path, content)
 
@@ -195,86 +201,17 @@ def unwritten(store: Store) -> dict[str, bytes]:
             recent += [line for line in stream.read().split(b"\n")[1:] if line][-REDONE:]
     missing = {}
     for raw in recent:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, StoreError):
             line = json.loads(raw)
-            content = canonical_json(line["body"])
-            if line["path"] and not store.exists(line["path"]) and hashlib.sha256(content).hexdigest() == line["sha256"]:
-                missing[line["path"]] = content
+            path, content = line["path"], canonical_json(line["body"])
+            is_logged = path.partition("/")[0] in (*LOGGED, paths.SIGNATURES)
+            if is_logged and hashlib.sha256(content).hexdigest() == line["sha256"] and not store.exists(path):
+                missing[path] = content
     return missing
 
 
-def check_chain(stored: list[bytes], last: bytes | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines, without the content that they hold, and what is wrong with their chain. `last`: the head, None where it is
-    missing."""
-    parsed: list[dict[str, Any]] = []
-    problems: list[str] = []
-    previous = START
-    for number, raw in enumerate(stored, start=1):
-        try:
-            line = json.loads(raw)
-            if line["n"] != number:
-                problems.append(f"line {number} calls itself {line['n']}: lines are missing, added or moved")
-            elif line["previous"] != previous:
-                problems.append(f"line {number} does not follow the line before it: one of the two was changed")
-            elif line["action"] != "begin":
-                del line["body"]  # kept, it would make up half of the time here
-        except (ValueError, LookupError, TypeError):
-            problems.append(f"line {number} is no line of a log")
-            line = {}
-        parsed.append(line)
-        previous = hash_of(raw)
-        if problems:
-            break  # what follows a break proves nothing
-    if last is None and stored:
-        problems.append(f"{HEAD} is missing")
-    elif last is not None and not problems and last != (stored[-1] if stored else None):
-        problems.append(f"the log ends at line {len(stored)}, not where its head says: the end was cut off or changed")
-    return parsed, problems
-
-
-def verify(
-    store: Store,
-    keys: Mapping[str, signing.PublicKey] | None = None,
-    anchors: Mapping[str, str] | None = None,
-    every_signature: bool = False,
-) -> Verified:
-    """Check chain, head, signatures, files, and the heads that released versions carry.
-
-    keys: key id → public key, of the signers that are trusted; anchors: name → `<n>:<hash>`. The signature of the last line
-    stands for all before it; `every_signature` checks each, some 10,000 a second.
-    """
-    raw = lines(store)
-    parsed, problems = check_chain(raw, store.read(HEAD) if store.exists(HEAD) else None)
-    for name, anchor in (anchors or {}).items():
-        number, _, line_hash = anchor.partition(":")
-        if not number.isdecimal() or not 1 <= int(number) <= len(raw):
-            problems.append(f"{name} was written at line {number}, and the log has {len(raw)}: its end was cut off")
-        elif hash_of(raw[int(number) - 1]) != line_hash:
-            problems.append(f"{name} was written at another line {number} than the log has: the log was changed before it")
-    signed = [place for place, line in enumerate(parsed) if line.get("sig")]
-    for place in signed if every_signature else signed[-1:]:
-        if trouble := _signature_trouble(json.loads(raw[place]), keys or {}):
-            problems.append(f"line {place + 1} {trouble}")
-    num_files = 0
-    if not problems:
-        num_files, more = _check_files(store, parsed)
-        problems += more
-    last = f"{len(raw)}:{hash_of(raw[-1])}" if raw else ""
-    return Verified(len(raw), last, len(signed), num_files, tuple(problems))
-
-
-def _signature_trouble(line: dict[str, Any], keys: Mapping[str, signing.PublicKey]) -> str:
-    if line["key"] not in keys:
-        return f"is signed by {line['key']}, which is no key of a signer"
-    payload = {name: value for name, value in line.items() if name != "sig"}
-    try:
-        ok = signing.is_signed(canonical_json(payload), base64.b64decode(line["sig"]), keys[line["key"]])
-    except ValueError:
-        ok = False
-    return "" if ok else f"was not signed by {line['key']} as it stands"
-
-
-def _digests(store: Store) -> dict[str, str]:
+def digests_of(store: Store) -> dict[str, str]:
+    """Path → sha256 of every record and event."""
     return {
         path: hashlib.sha256(store.read(path)).hexdigest()
         for folder in LOGGED
@@ -282,30 +219,17 @@ def _digests(store: Store) -> dict[str, str]:
     }
 
 
-def _digest_of(files: Mapping[str, str]) -> str:
+def digest_of_file(store: Store, path: str) -> str:
+    """sha256 of a file; "" where there is none."""
+    return hashlib.sha256(store.read(path)).hexdigest() if store.exists(path) else ""
+
+
+def digest_of(files: Mapping[str, str]) -> str:
     return hashlib.sha256(canonical_json(sorted(files.items()))).hexdigest()
 
 
-def _check_files(store: Store, parsed: list[dict[str, Any]]) -> tuple[int, list[str]]:
-    """Every record and event has its line, and every line its file, with the same content."""
-    digests, problems = _digests(store), []
-    logged = {line["path"]: line["sha256"] for line in parsed if line["path"]}
-    restorable = unwritten(store)
-    for path, sha256 in logged.items():
-        if path not in digests:
-            remedy = "; the next command that writes restores it" if path in restorable else ""
-            problems.append(f"{path}, of which the log tells, is not there{remedy}")
-        elif digests[path] != sha256:
-            problems.append(f"{path} is not what the log says: it was changed")
-    begin: dict[str, Any] = {"files": 0, "digest": _digest_of({})}
-    if parsed and parsed[0]["action"] == "begin":
-        begin = parsed[0]["body"]
-    others = {path: sha256 for path, sha256 in digests.items() if path not in logged}
-    if begin["digest"] != _digest_of(others):
-        if len(others) > begin["files"]:
-            problems.append(
-                f"{len(others) - begin['files']} files are in no line of the log, among {', '.join(sorted(others)[:3])}"
-            )
-        else:
-            problems.append("files from before the log began were changed or taken away")
-    return len(digests), problems
+def are_older(store: Store, first: Line, logged: Container[str]) -> bool:
+    """Whether the files without a line are those that the first line of the log counts, with the same content."""
+    begin = first.body()
+    older = {path: sha256 for path, sha256 in digests_of(store).items() if path not in logged}
+    return isinstance(begin, dict) and begin.get("digest") == digest_of(older)

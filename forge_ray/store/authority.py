@@ -1,23 +1,19 @@
-"""Who may do what: signers, roles, policy. All of it follows from signed events; nothing here reads the store.
+"""Who may do what: signers, roles, policy, as they stand at a place of the log (`standing.py` folds it; nothing here reads).
 
-The first signer vouches for itself and is the owner; from then on signers and policy change by an owner's signature alone:
-events without one are as if they had not been written. Refusals are for people who come through these commands; against
-somebody who writes into the store's files it is the signatures that hold, which `forge verify` and the endpoints check.
+Refusals are for people who come through the commands; against somebody who writes into the store's files it is the
+signatures that hold, which commands and endpoints check by the same functions. The argument is in docs/design/authority.md.
 """
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable
 from typing import Literal, get_args
 
 from pydantic import Field
 
 from forge_ray.config.base import Config
 from forge_ray.errors import PolicyError
-from forge_ray.records import Event, Frozen
+from forge_ray.records import Frozen
 from forge_ray.store import signing
-from forge_ray.store.aliases import gives_up_canaries, route_of
 
 Role = Literal["owner", "data_steward", "trainer", "validator", "releaser", "auditor"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -41,19 +37,35 @@ MAY: dict[str, tuple[Role, ...]] = {
     "reproduction events": ("trainer", "validator", "auditor"),
     "signer events": ("owner",),
     "policy events": ("owner",),
+    "upgrade events": ("owner",),
 }
+# what endpoints follow: under `policy.roles` and under `policy.signatures` these count with a signature of such a role alone
+FOLLOWED = ("alias events", "model events", "key events", "approval events")
 
 
 class Signer(Frozen):
-    """Somebody, or a service, whose signature counts."""
+    """Somebody, or a service, whose signature counts: from the line that added it to the one that ended it."""
 
     id: str
     name: str
+    person: str = Field("", description="who holds the key; two keys of one person are one of the two that must agree")
     roles: tuple[Role, ...]
     public_key: str = Field(description="PEM")
     added_at: str = ""
     retired_at: str = Field("", description="what it signed before counts, what it signs later does not")
-    revoked_at: str = Field("", description="nothing that it signed counts: the key is in wrong hands")
+    revoked_at: str = Field(
+        "", description="the key is in wrong hands: what it signed behind line `valid_to` does not count"
+    )
+    added_line: int = Field(0, description="the line of the log that added it")
+    valid_to: int | None = Field(None, description="the last line that its signature counts for; None while it is active")
+
+    @property
+    def is_active(self) -> bool:
+        return self.valid_to is None
+
+    def could_sign(self, line: int) -> bool:
+        """Whether its signature counts at this line of the log."""
+        return self.added_line <= line and (self.valid_to is None or line <= self.valid_to)
 
 
 class Policy(Config):
@@ -68,6 +80,9 @@ class Policy(Config):
 
 
 class Authority(Frozen):
+    """Signers and policy behind some line of the log. `genesis`: sha256 of the event that named the first owner."""
+
+    genesis: str = ""
     signers: dict[str, Signer] = {}
     policy: Policy = Policy()
 
@@ -78,78 +93,27 @@ class Authority(Frozen):
 
     def active(self, *roles: str) -> list[Signer]:
         """Signers who may act now, in one of these roles (or in any)."""
-        now = [signer for signer in self.signers.values() if not (signer.revoked_at or signer.retired_at)]
+        now = [signer for signer in self.signers.values() if signer.is_active]
         return [signer for signer in now if not roles or set(signer.roles) & set(roles)]
 
     def name_of(self, key: str) -> str:
         return self.signers[key].name if key in self.signers else key or "nobody"
 
-    def is_valid(self, event: Event, *roles: str) -> bool:
-        """Whether a signer who could act when it was written, in one of these roles, signed the event."""
-        signer = self.signers.get(event.key)
-        if signer is None or signer.revoked_at or (roles and not set(signer.roles) & set(roles)):
-            return False
-        if signer.retired_at and event.at >= signer.retired_at:
-            return False
-        return _is_signed(event, signer.public_key)
+    def person_of(self, key: str) -> str:
+        return (self.signers[key].person or self.signers[key].name) if key in self.signers else key
 
-
-def _is_signed(event: Event, public_key: str) -> bool:
-    try:
-        signature = base64.b64decode(event.signature, validate=True)
-    except ValueError:
-        return False
-    return bool(signature) and signing.is_signed(event.to_sign(), signature, signing.load_public(public_key))
-
-
-def folded(events: Iterable[Event]) -> Authority:
-    """What the `signer` and `policy` events say, in the order of their time; those that no owner signed are passed over."""
-    authority = Authority()
-    for event in sorted(events, key=lambda event: (event.at, event.id)):
-        if event.kind == "signer":
-            authority = _with_signer(authority, event)
-        elif event.kind == "policy" and authority.is_valid(event, "owner"):
-            authority = authority.model_copy(update={"policy": _policy_of(event)})
-    return authority
-
-
-def _policy_of(event: Event) -> Policy:
-    return Policy.model_validate({name: value for name, value in event.data.items() if name != "why"})
-
-
-def _with_signer(before: Authority, event: Event) -> Authority:
-    data = event.data
-    is_first = not before.signers and data["action"] == "added" and event.key == event.subject and "owner" in data["roles"]
-    if is_first:
-        if not _is_signed(event, data["public_key"]) or signing.key_id(signing.load_public(data["public_key"])) != event.key:
-            return before
-    elif not before.is_valid(event, "owner"):
-        return before
-    match data["action"]:
-        case "added":
-            if signing.key_id(signing.load_public(data["public_key"])) != event.subject:
-                return before
-            signer = Signer(
-                id=event.subject,
-                name=data["name"],
-                roles=data["roles"],
-                public_key=data["public_key"],
-                added_at=event.at,
-            )
-        case "changed":
-            signer = before.signers[event.subject].model_copy(update={"roles": tuple(data["roles"])})
-        case "retired":
-            signer = before.signers[event.subject].model_copy(update={"retired_at": event.at})
-        case _:
-            signer = before.signers[event.subject].model_copy(update={"revoked_at": event.at})
-    return before.model_copy(update={"signers": before.signers | {event.subject: signer}})
+    def rules(self, action: str) -> bool:
+        """Whether what is written counts with the signature of a role of `MAY[action]` alone."""
+        if action in ("signer events", "policy events", "upgrade events"):
+            return True
+        return self.policy.roles or (self.policy.signatures and action in FOLLOWED)
 
 
 def check_may(authority: Authority, key: str, *actions: str) -> None:
     """Raise `PolicyError` where the policy wants roles and the signer `key` may not write all of `actions` (of `MAY`)."""
     if not authority.signers:  # the first signer is being added
         return
-    ruled = [what for what in actions if authority.policy.roles or what in ("signer events", "policy events")]
+    ruled = [what for what in actions if authority.rules(what)]
     able = [{signer.id for signer in authority.active(*MAY[what])} for what in ruled]
     refused: dict[tuple[str, ...], list[str]] = {}
     for what, who in zip(ruled, able, strict=True):
@@ -162,23 +126,9 @@ def check_may(authority: Authority, key: str, *actions: str) -> None:
         actor = f"{signing.SIGNER} names no key"
     elif key in authority.signers:
         actor = f"{authority.name_of(key)} is {', '.join(authority.signers[key].roles)}"
-        actor += " and retired" if authority.signers[key].retired_at else ""
+        actor += "" if authority.signers[key].is_active else " and no longer active"
     else:
         actor = f"{key} is no signer"
     rules = "; ".join(f"{', '.join(whats)} are written by {' or '.join(roles)}" for roles, whats in refused.items())
-    raise PolicyError(f"policy.roles: {rules}; {actor}", hint=f"who could: {could} (`forge signers list`)")
-
-
-def accepted_moves(authority: Authority, events: Iterable[Event]) -> list[Event]:
-    """Of the alias events of a store, in the order of their time, those that may be followed: under `policy.signatures` the
-    ones that a releaser signed, and an endpoint's own, without a key, that give up a canary."""
-    if not authority.policy.signatures:
-        return list(events)
-    accepted: dict[str, list[Event]] = {}
-    for event in events:
-        before = accepted.setdefault(event.subject, [])
-        if authority.is_valid(event, "releaser") or (
-            not event.key and before and gives_up_canaries(route_of(before[-1]), route_of(event))
-        ):
-            before.append(event)
-    return sorted((event for moves in accepted.values() for event in moves), key=lambda event: (event.at, event.id))
+    rule = "policy.roles" if authority.policy.roles else "policy.signatures" if authority.policy.signatures else "signers"
+    raise PolicyError(f"{rule}: {rules}; {actor}", hint=f"who could: {could} (`forge signers list`)")

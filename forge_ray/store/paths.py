@@ -6,7 +6,7 @@ holds is the matter of the module that writes it, as long as no other one reads 
 
 from __future__ import annotations
 
-RECORDS, EVENTS, AUDIT = "records", "events", "audit"
+RECORDS, EVENTS, AUDIT, SIGNATURES = "records", "events", "audit", "signatures"
 INDEX_FILE, MLFLOW_FILE = "catalog.sqlite", "mlflow.db"
 CHECKPOINT_KEY = "keys/checkpoints.key"
 STEP = "step-"
@@ -38,7 +38,7 @@ def audit(*names: str) -> str:
 
 def signatures(identifier: str, *names: str) -> str:
     """Envelopes beside the record of that id."""
-    return _below("signatures", identifier, *names)
+    return _below(SIGNATURES, identifier, *names)
 
 
 def erasure(*names: str) -> str:

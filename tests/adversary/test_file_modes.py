@@ -52,7 +52,7 @@ def test_a_group_that_shares_a_store_reads_it(tmp_path: Path) -> None:
 def test_a_store_that_a_group_writes_to_stays_so(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store").chmod(0o2770)
-    assert written(tmp_path / "store", "002") == {"folders": {0o2770}, "files": {0o640, 0o660}}  # SQLite
+    assert written(tmp_path / "store", "002") == {"folders": {0o2770}, "files": {0o660}}
 
 
 @pytest.fixture

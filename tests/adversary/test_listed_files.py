@@ -20,7 +20,7 @@ from forge_ray.governance.verify import check_files
 from forge_ray.models.import_model import import_model
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, canonical_json
 from forge_ray.serve.engines import fetch_version
-from forge_ray.store import paths, signing
+from forge_ray.store import audit_log, paths, signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store, hash_dir, verify_files
 
@@ -223,7 +223,7 @@ def test_record_read_by_a_signer_cannot_make_it_write_outside_its_folder(
     store, version = place
     entry = {"path": "../evil_payload.txt", "size": 4, "sha256": "0" * 64}
     value = version.model_dump(mode="json") | {"files": [entry], "id": "mv_0123456789abcdef"}
-    store.write(paths.record("models", value["id"]), canonical_json(value))
+    audit_log.publish(store, paths.record("models", value["id"]), canonical_json(value), "models.put", value["id"])
     store.write(f"models/{value['id']}/{MANIFEST}", canonical_json({"files": [entry]}))
     store.write("models/evil_payload.txt", b"evil")
     with pytest.raises(ForgeError, match="does not name a file below"), signing.acting(signing.generate("p256")):

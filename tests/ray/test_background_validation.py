@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,8 +20,10 @@ from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.governance.lineage import tree
 from forge_ray.records import Event, RunRecord, canonical_json
 from forge_ray.release import candidates, promotion
+from forge_ray.store import audit_log
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.store.signatures import record_path
 from forge_ray.train import incidents, loop, validating, validation
 from forge_ray.train.job import TrainJob
 
@@ -94,35 +98,40 @@ def test_killed_validation_task_is_an_incident_and_changes_nothing(store: Store,
     assert record.metrics["validation_loss"] == record.metrics["best_validation_loss"] == results[4].loss
 
 
-def test_checkpoint_is_served_by_version_id_only(store: Store, record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+def before_its_record(store: Store, record: RunRecord, folder: Path) -> Store:
+    """A copy of the store as it was before the run had its record."""
+    earlier = Store(str(shutil.copytree(store.root, folder)))
+    lines = audit_log.lines(store)
+    end = next(number for number, line in enumerate(map(json.loads, lines)) if line["path"] == record_path(record))
+    for line in lines[end:]:
+        earlier.delete(json.loads(line)["path"])
+    earlier.write(audit_log.LOG, b"".join(line + b"\n" for line in lines[:end]))
+    earlier.write(audit_log.HEAD, lines[end - 1])
+    return earlier
+
+
+def test_checkpoint_is_served_by_version_id_only(store: Store, record: RunRecord, tmp_path: Path) -> None:
     """Of a run that has no record yet; the tuned weights answer, and the way back reaches run and dataset."""
     from forge_ray.inference.engine import GenerationRequest
     from forge_ray.inference.load import load_engine
     from forge_ray.serve.deploy import deployment_of
     from forge_ray.serve.engines import fetch_version
 
-    path = store.local(f"records/runs/{record.id}.json")
-    hidden = path.read_bytes()
-    monkeypatch.setattr("forge_ray.store.audit_log.redo", lambda store: None)  # which would bring the record back
-    path.unlink()
-    try:
-        with Catalog.open(store) as catalog:
-            catalog.rebuild()
-            catalog.append(Event(kind="run", subject=record.id, data={"state": "running"}))
-        version = candidates.export_run(store, record.id, "2")
-        assert (version.status, version.step, version.run, version.weights) == ("candidate", 2, record.id, "adapter")
-        assert candidates.export_run(store, record.id, "2") == version
-        with Catalog.open(store) as catalog:
-            with pytest.raises(PolicyError, match=f"step 2 of {record.id}, which no gate has judged"):
-                promotion.promote(catalog, version.id, "live")
-            origins = {node["id"]: node["label"] for node in tree(catalog, version.id)["origins"]}
-            assert origins[record.id] == "not finished"
-            assert record.dataset in origins
-            deploy_config = parse(DeployConfig, {"name": "bot", "models": [version.id], "engine": {"precision": "fp32"}})
-            deployment = deployment_of(deploy_config, catalog)
-        assert deployment.model_version == version.id
-    finally:
-        path.write_bytes(hidden)
+    store = before_its_record(store, record, tmp_path / "earlier")
+    with Catalog.open(store) as catalog:
+        catalog.append(Event(kind="run", subject=record.id, data={"state": "running"}))
+    version = candidates.export_run(store, record.id, "2")
+    assert (version.status, version.step, version.run, version.weights) == ("candidate", 2, record.id, "adapter")
+    assert candidates.export_run(store, record.id, "2") == version
+    with Catalog.open(store) as catalog:
+        with pytest.raises(PolicyError, match=f"step 2 of {record.id}, which no gate has judged"):
+            promotion.promote(catalog, version.id, "live")
+        origins = {node["id"]: node["label"] for node in tree(catalog, version.id)["origins"]}
+        assert origins[record.id] == "not finished"
+        assert record.dataset in origins
+        deploy_config = parse(DeployConfig, {"name": "bot", "models": [version.id], "engine": {"precision": "fp32"}})
+        deployment = deployment_of(deploy_config, catalog)
+    assert deployment.model_version == version.id
     adapter = fetch_version(store, version.id)[1]
     base = fetch_version(store, version.base_model)[1]
     engine = load_engine(base, adapter, deploy_config.engine, use_gpu=False)

@@ -164,7 +164,8 @@ def test_metrics_of_both_replicas_and_a_cancelled_request(endpoint: Endpoint, cl
     text = httpx.get(f"{endpoint.url}/metrics", timeout=WAIT_S).text
     assert 'route="/v1/chat/completions",status="200"' in text
     assert f'deployment="bot",model="tiny",model_version="{endpoint.version.id}"' in text
-    assert len(set(re.findall(r'replica="([^"]+)"', text))) == 2
+    assert len(set(re.findall(r'replica="([^"]+)"', text)) - {"coordinator"}) == 2
+    assert 'forge_log_lines_without_effect{replica="coordinator",deployment="bot"} 0.0' in text
     assert "forge_time_to_first_token_seconds_bucket" in text
     assert "password" not in text
 

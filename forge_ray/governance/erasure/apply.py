@@ -42,8 +42,9 @@ from forge_ray.records import (
 from forge_ray.release import promotion
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import paths, signing
-from forge_ray.store.catalog import WITHDRAWN, Catalog
+from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.store.placed import WITHDRAWN
 
 Facts = dict[str, Any]
 

@@ -50,12 +50,12 @@ SURFACE = {
     "audit data": {"--step"},
     "audit log": {"--subject", "--action", "--last"},
     "audit verify": {"--head", "--every-signature"},
-    "signers create": {"--role", "--out", "--algorithm"},
-    "signers add": {"--public", "--role"},
+    "signers create": {"--role", "--out", "--algorithm", "--person"},
+    "signers add": {"--public", "--role", "--person"},
     "signers list": set(),
     "signers change": {"--role"},
     "signers retire": {"--why"},
-    "signers revoke": {"--why"},
+    "signers revoke": {"--why", "--since"},
     "policy show": set(),
     "policy set": {
         "--roles",
@@ -65,7 +65,7 @@ SURFACE = {
         "--independent-validation",
         "--why",
     },
-    "approve": {"--alias", "--refuse", "--why"},
+    "approve": {"--alias", "--refuse", "--why", "--archive", "--restore"},
     "sign": {"--openssf", "--out"},
     "verify": {"--key"},
     "audit leak": {"--max-records", "--candidates", "--seed"},
@@ -128,7 +128,9 @@ SURFACE = {
     "lineage": {"--to", "--rows", "--svg", "--html"},
     "reproduce": {"--rebuild-data", "--keep"},
     "diff": set(),
-    "catalog rebuild": set(),
+    "catalog show": set(),
+    "catalog trust": {"--id"},
+    "catalog upgrade": {"--yes", "--without", "--why"},
 }
 
 
@@ -255,14 +257,10 @@ def test_unknown_ids_and_missing_clusters_are_mistakes(tmp_path: Path) -> None:
     assert "--address" in json.loads(done.stdout)["error"]["hint"]
 
 
-def test_rebuild_and_runs_list_come_from_files_alone(filled: str) -> None:
+def test_runs_list_comes_from_the_store_alone(filled: str) -> None:
     with Catalog.open(Store(filled)) as catalog:
         catalog.append(Event(kind="run", subject="run_1", data={"state": "running"}))
         catalog.append(Event(kind="run", subject="run_1", data={"state": "failed", "why": "no disk"}))
-    for file in Path(filled).glob("catalog.sqlite*"):
-        file.unlink()
-    done = forge("catalog", "rebuild", "--store", filled, "--json")
-    assert json.loads(done.stdout) == {"indexed": 4}
     (run,) = json.loads(forge("runs", "list", "--store", filled, "--json").stdout)["results"]
     assert (run["id"], run["state"], run["why"]) == ("run_1", "failed", "no disk")
 

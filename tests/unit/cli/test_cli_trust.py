@@ -50,10 +50,11 @@ def put_version(store: Store) -> ModelVersion:
 def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, keys = Store(str(tmp_path / "store")), tmp_path / "keys"
     forge = Shell(store.uri, monkeypatch)
-    first = forge("signers", "create", "olga", "--role", "owner", "--role", "releaser", "--out", str(keys))
+    roles = ("--role", "releaser", "--role", "trainer")
+    first = forge("signers", "create", "olga", "--role", "owner", *roles, "--out", str(keys))
     assert (first["name"], first["state"]) == ("olga", "active")
     forge.become(keys / "olga.key")
-    forge("signers", "create", "rolf", "--role", "releaser", "--out", str(keys), "--algorithm", "p256")
+    forge("signers", "create", "rolf", *roles, "--out", str(keys), "--algorithm", "p256")
     version = put_version(store)
     forge("policy", "set", "--signatures", "--protect", "*@prod", "--why", "a bank")
     assert forge("policy", "show")["protected"] == ["*@prod"]
@@ -81,7 +82,7 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     lines = forge("audit", "log", "--subject", "a@prod")
     assert [(line["action"], line["key"]) for line in lines] == [("alias.set", first["id"])]
     report = forge("audit", "verify", "--every-signature")
-    assert (report["num_lines"], report["num_signed"]) == (6, 6)
+    assert (report["num_lines"], report["num_signed"]) == (7, 7)
     head = report["head"]
     store.local(f"models/{version.id}/model.safetensors").write_bytes(b"weighty")
     assert "sha256" in forge("verify", "a@prod", code=3)["error"]["message"]

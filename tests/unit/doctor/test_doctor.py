@@ -25,6 +25,7 @@ from forge_ray.machine import hardware, supported
 from forge_ray.machine.offline import SWITCHES
 from forge_ray.records import Deployment, ModelVersion, files_digest
 from forge_ray.release import promotion
+from forge_ray.store import audit_log
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -426,12 +427,12 @@ def test_store_health(store: Store, tmp_path: Path) -> None:
     store.write("events/2026~e.json", b"{")
     assert "events/2026~e.json" in worst_of(stored.health(store))[1]
     store.delete("events/2026~e.json")
-    (event,) = store.list("events")
-    store.delete(event)
-    status, text_ = worst_of(stored.health(store))
-    assert (status, "has 2 entries, the store 1" in text_) == ("warn", True)
-    Path(store.root, "catalog.sqlite").write_bytes(b"no database at all, and long enough to be read as one" * 40)
-    assert "not readable" in worst_of(stored.health(store))[1]
+    assert [finding.status for finding in stored.log(store)] == ["ok"]
+    audit_log.publish(store, "events/x~evt_0.json", b"{}", "alias.set", "prod")
+    (finding,) = stored.log(store)
+    assert (finding.status, "line 3 has no effect" in finding.observed) == ("warn", True)
+    store.write(audit_log.LOG, store.read(audit_log.LOG)[1:])
+    assert worst_of(stored.log(store))[0] == "fail"
 
 
 def test_report_and_exit_code(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,5 +481,5 @@ def test_examine_runs_every_check(store: Store) -> None:
             "lock",
             "base model",
         ),
-        *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store"),
+        *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store", "audit log"),
     }

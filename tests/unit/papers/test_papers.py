@@ -89,11 +89,11 @@ def test_every_fact_is_in_its_documents(
                     "performanceMetrics"
                 ]
             )
-    assert "leak\\_auc 0.53, exposure\\_max 1.5 |" in documents["evidence-annex-iv.md"].decode()
+    assert "exposure\\_max 1.5, leak\\_auc 0.53 |" in documents["evidence-annex-iv.md"].decode()
     assert "answers to hostile prompts | not recorded" in documents["evidence-annex-iv.md"].decode()
     rows = documents["training-content-summary.md"].decode()
     assert "3,160 tokens: less than 1 billion tokens" in rows
-    assert "CC-BY-4.0 90, none given 7" in rows
+    assert "none given 7, CC-BY-4.0 90" in rows
 
 
 def test_the_bill_of_materials_is_cyclonedx(facts: Facts, documents: dict[str, bytes]) -> None:
@@ -333,6 +333,8 @@ def test_papers_command_writes_signs_and_packs(
         "owner",
         "--role",
         "releaser",
+        "--role",
+        "trainer",
         "--store",
         store,
     )

@@ -76,7 +76,7 @@ def test_each_attempt_lists_its_changes_and_its_gain(catalog: Catalog) -> None:
     assert (second["metric"], second["score"], second["gain"], second["before"]) == ("macro_f1", 0.75, 0.25, "run_a")
     assert second["changed"]["train.optimizer.lr"] == [0.0002, 0.001]
     assert second["changed"]["dataset"] == ["ds_1", "ds_2"]
-    summary = "dataset ds_1→ds_2, seed 0→1, optimizer.lr 0.0002→0.001, adapter {method: lora, r: 16, alpha: 32…→none"
+    summary = "dataset ds_1→ds_2, adapter {alpha: 32, dropout: 0, method:…→none, optimizer.lr 0.0002→0.001, seed 0→1"
     assert second["changed_in_words"] == summary  # a section that is gone is one change
     assert second["verdict"] == "accepted"
     assert (failed["state"], failed["name"], failed["score"], failed["why"]) == ("failed", "tickets", None, "no disk")
@@ -89,7 +89,7 @@ def test_each_attempt_lists_its_changes_and_its_gain(catalog: Catalog) -> None:
 def test_many_changes_are_counted(catalog: Catalog) -> None:
     before, after, *_ = attempts(catalog)
     summary = in_words(differences(before, after), most=2)
-    assert summary == "dataset ds_1→ds_2, seed 0→1, and 2 more"
+    assert summary == "dataset ds_1→ds_2, adapter {alpha: 32, dropout: 0, method:…→none, and 2 more"
 
 
 def test_curves_join_losses_of_the_loop_and_of_validation_tasks(catalog: Catalog) -> None:

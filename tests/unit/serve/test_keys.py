@@ -20,6 +20,7 @@ from forge_ray.serve import keys
 from forge_ray.serve.keys import KeyTail, keys_of, sha256_of
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.store.log_reader import Line, LogReader
 
 pytestmark = pytest.mark.unit
 
@@ -129,39 +130,33 @@ def test_moments_and_durations() -> None:
             keys.moment(text)
 
 
-def test_a_replica_reads_only_what_is_new(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_reads_only_what_is_new(catalog: Catalog) -> None:
     store = Store(catalog.store.uri)
     tail = KeyTail(store)
     assert tail.refresh() == {}
     catalog.append(Event(kind="alias", subject="support", data={"model_version": "mv_0"}))
     store.write("events/9~evt_0.json", b'{"kind": "of a newer version", "subject": "x"}')
     key, text = keys.create(catalog, "app", models=("a",))
-    read: list[str] = []
-    real = Store.read_json
-    monkeypatch.setattr(Store, "read_json", lambda self, path: read.append(path) or real(self, path))
     first = tail.refresh()
     assert first == {sha256_of(text): key}
-    assert len(read) == 3
     assert tail.refresh() is first
-    assert len(read) == 3
     keys.revoke(catalog, "app")
-    read.clear()
     assert tail.refresh()[sha256_of(text)].revoked_at
-    assert len(read) == 1
+    assert tail.standing.reader.number == 3
     assert first[sha256_of(text)].revoked_at == ""
 
 
 def test_key_tail_survives_an_unreachable_store(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("forge_ray.store.event_tail.LOCAL_POLL_S", 0.01)
+    monkeypatch.setattr("forge_ray.store.standing.LOCAL_POLL_S", 0.01)
     tail, closing, away = KeyTail(Store(catalog.store.uri)), threading.Event(), threading.Event()
-    real = Store.read_json
+    real = LogReader.new
 
-    def read(self: Store, path: str) -> Any:
-        if away.is_set():
+    def read(self: LogReader) -> list[Line]:
+        if away.is_set() and self is tail.standing.reader:
             raise OSError("the store is away")
-        return real(self, path)
+        return real(self)
 
     def until(holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 20
@@ -169,7 +164,7 @@ def test_key_tail_survives_an_unreachable_store(
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    monkeypatch.setattr(Store, "read_json", read)
+    monkeypatch.setattr(LogReader, "new", read)
     follower = threading.Thread(target=tail.follow, args=(closing,))
     follower.start()
     _, first = keys.create(catalog, "first", models=("*",))

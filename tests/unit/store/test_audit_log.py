@@ -13,7 +13,8 @@ from forge_ray.errors import StoreError
 from forge_ray.governance.verify import verify_log
 from forge_ray.records import Event, ModelVersion, canonical_json
 from forge_ray.release import promotion
-from forge_ray.store import audit_log, signing
+from forge_ray.store import audit_log, log_check, signing
+from forge_ray.store.authority import Authority, Signer
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -42,12 +43,19 @@ def test_an_unchanged_log_verifies(store: Store) -> None:
     key = signing.generate()
     with signing.acting(key):
         written(store, 20)
-    report = audit_log.verify(store, {signing.key_id(key.public_key()): key.public_key()}, every_signature=True)
+    report = log_check.verify(store, trusting(key), every_signature=True)
     assert (report.num_lines, report.num_signed, report.num_files, report.problems) == (20, 20, 20, ())
     assert report.head == audit_log.head(store)
     line = audit_log.read(store)[3]
     assert (line["n"], line["action"], line["subject"], line["why"]) == (4, "test.put", "evt_3", "a test")
     assert line["who"] == signing.who()
+
+
+def trusting(key: signing.PrivateKey) -> Authority:
+    """The authority of one signer, from the first line on."""
+    public = key.public_key()
+    signer = Signer(id=signing.key_id(public), name="olga", roles=("owner",), public_key=signing.public_pem(public))
+    return Authority(signers={signer.id: signer})
 
 
 def mutated(lines: list[bytes], rng: random.Random) -> tuple[str, list[bytes]]:
@@ -80,11 +88,11 @@ def test_ten_thousand_random_changes_are_all_detected(store: Store) -> None:
     lines = written(store, 40)
     head = store.read(audit_log.HEAD)
     rng, kinds = random.Random(0), set()
-    assert audit_log.check_chain(lines, head)[1] == []
+    assert log_check.check_chain(lines, head)[1] == []
     for number in range(EDITS):
         kind, changed = mutated(lines, rng)
         kinds.add(kind)
-        assert audit_log.check_chain(changed, head)[1], (number, kind)
+        assert log_check.check_chain(changed, head)[1], (number, kind)
     assert len(kinds) == 6
 
 
@@ -100,39 +108,42 @@ def rechained(store: Store, lines: list[dict[str, object]]) -> None:
 
 def test_a_rewritten_log_is_detected_by_signature_files_and_anchors(store: Store) -> None:
     key = signing.generate()
-    keys = {signing.key_id(key.public_key()): key.public_key()}
+    keys = trusting(key)
     with signing.acting(key):
         written(store, 10)
     anchor = audit_log.head(store)
     lines = audit_log.read(store)
     rechained(store, [line | {"why": "another reason"} for line in lines])
-    assert "was not signed by" in audit_log.verify(store, keys).problems[0]
-    rechained(store, [{name: value for name, value in line.items() if name != "sig"} for line in lines[:-2]])
-    problems = audit_log.verify(store, keys, {"mv_released": anchor}).problems
+    assert "was not signed by" in log_check.verify(store, keys).problems[0]
+    rechained(
+        store,
+        [{name: value for name, value in line.items() if name not in ("sig", "key")} | {"key": ""} for line in lines[:-2]],
+    )
+    problems = log_check.verify(store, keys, {"mv_released": anchor}).problems
     assert problems == ("mv_released was written at line 10, and the log has 8: its end was cut off",)
-    assert "2 files are in no line of the log" in audit_log.verify(store, keys).problems[0]
+    assert "2 files are in no line of the log" in log_check.verify(store, keys).problems[0]
 
 
 def test_a_changed_or_missing_or_added_file_is_named(store: Store) -> None:
     written(store, 3)
     store.write("events/001.json", b'{"number":7}')
-    assert audit_log.verify(store).problems == ("events/001.json is not what the log says: it was changed",)
+    assert log_check.verify(store).problems == ("events/001.json is not what the log says: it was changed",)
     store.delete("events/001.json")
     missing = "events/001.json, of which the log tells, is not there; the next command that writes restores it"
-    assert audit_log.verify(store).problems == (missing,)
+    assert log_check.verify(store).problems == (missing,)
     store.write("events/001.json", canonical_json({"number": 1}))
-    assert audit_log.verify(store).problems == ()
+    assert log_check.verify(store).problems == ()
     store.write("events/forged.json", b"{}")
-    assert "forged.json" in audit_log.verify(store).problems[0]
+    assert "forged.json" in log_check.verify(store).problems[0]
 
 
 def test_files_older_than_the_log_are_covered_by_its_first_line(store: Store) -> None:
     store.write("events/old.json", b"{}")
     written(store, 2)
     assert [line["action"] for line in audit_log.read(store)] == ["begin", "test.put", "test.put"]
-    assert audit_log.verify(store).problems == ()
+    assert log_check.verify(store).problems == ()
     store.write("events/old.json", b'{"changed":1}')
-    assert audit_log.verify(store).problems == ("files from before the log began were changed or taken away",)
+    assert log_check.verify(store).problems == ("files from before the log began were changed or taken away",)
 
 
 def test_the_log_recovers_from_a_killed_writer(store: Store) -> None:
@@ -141,9 +152,9 @@ def test_the_log_recovers_from_a_killed_writer(store: Store) -> None:
     log, head = store.read(audit_log.LOG), store.read(audit_log.HEAD)
     for torn in (log[: -len(lines[-1]) - 1], log[:-7]):
         store.write(audit_log.LOG, torn)
-        assert audit_log.verify(store).problems
+        assert log_check.verify(store).problems
         audit_log.publish(store, f"events/more{len(torn)}.json", b"{}", "test.put", "evt")
-        assert audit_log.verify(store).problems == ()
+        assert log_check.verify(store).problems == ()
         store.delete(f"events/more{len(torn)}.json")
         store.write(audit_log.LOG, log)
         store.write(audit_log.HEAD, head)
@@ -172,7 +183,7 @@ def test_concurrent_writers_make_one_chain(store: Store) -> None:
         writer.start()
     for writer in writers:
         writer.join(60)
-    report = audit_log.verify(store)
+    report = log_check.verify(store)
     assert (report.num_lines, report.problems) == (40, ())
 
 
@@ -192,7 +203,7 @@ def test_the_catalogue_logs_what_it_writes_and_versions_carry_the_head(store: St
             ("alias.set", "not used"),
             ("run.running", ""),
         ]
-        assert verify_log(catalog, every_signature=True).problems == ()
+        assert verify_log(catalog.store, every_signature=True).problems == ()
         head = audit_log.head(store)
-        assert verify_log(catalog, False, head=head).problems == ()
-        assert "was changed before it" in verify_log(catalog, False, head="3:" + "0" * 64).problems[0]
+        assert verify_log(catalog.store, False, head=head).problems == ()
+        assert "was changed before it" in verify_log(catalog.store, False, head="3:" + "0" * 64).problems[0]
