@@ -26,7 +26,7 @@ from forge_ray.store import paths, signing
 from forge_ray.store.files import Store
 
 FOLDER, LOG, HEAD, LINES = paths.AUDIT, *map(paths.audit, ("log.jsonl", "head.json", "lines"))
-LOGGED = (paths.RECORDS, paths.EVENTS)  # folders of which every file has its line
+LOGGED = (paths.RECORDS, paths.EVENTS, paths.TOMBSTONES)  # folders of which every file has its line
 START = "0" * 64
 REDONE = 8  # lines of the end whose files are looked for; writers that were killed at once leave no more
 
