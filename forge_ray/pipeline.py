@@ -15,6 +15,7 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import NotFound, TrainingError
 from forge_ray.evaluate import reports
+from forge_ray.machine import sessions
 from forge_ray.machine.cluster import connect, open_store
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.progress import stage
@@ -85,6 +86,7 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
+    sessions.note(catalog.store)
     from forge_ray.data.build.prepare import existing_version, prepare_version
     from forge_ray.data.dataset.version import require_tokenizer
 
@@ -132,6 +134,7 @@ def train_on(
             return catalog.get_as(RunRecord, identifier)
         if config.train.scaling.max_workers:
             connect()
+            sessions.note(store)
         if not store.exists(paths.result(identifier)):
             refuse_impossible(config, store, precision, base, manifest, identifier)
         attempts.check_may_publish(store, identifier, manifest.id, base.id)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from forge_ray.data.build import kept_tombstones
 from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError, StoreError
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, Record, RunRecord, files_digest
 from forge_ray.store import audit_log, paths, signing
@@ -161,4 +162,7 @@ def verify_log(catalog: Catalog, every_signature: bool, head: str = "") -> audit
     anchors = {version.id: version.log_head for version in catalog.all(ModelVersion) if version.log_head}
     if head:
         anchors["--head"] = head
-    return audit_log.verify(catalog.store, catalog.authority().keys, anchors, every_signature)
+    report = audit_log.verify(catalog.store, catalog.authority().keys, anchors, every_signature)
+    # what the log does not tell of at all: erasures on record without tombstones
+    problems = [problem for problem in kept_tombstones.problems(catalog.store) if problem.startswith("the tombstones of")]
+    return replace(report, problems=(*report.problems, *problems))

@@ -1,5 +1,5 @@
-"""Which process half-written files are of, told by their names, so that what a killed one left can be told from what a living
-one is writing."""
+"""Which process half-written files are of: their names say it, so that what a killed process left can be told from what a
+living one is writing."""
 
 from __future__ import annotations
 

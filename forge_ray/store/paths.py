@@ -41,7 +41,7 @@ def signatures(identifier: str, *names: str) -> str:
 
 
 def erasure(*names: str) -> str:
-    """Certificate and list of an erasure are in a folder of its id; `<er>.json` beside it are tombstones of older versions."""
+    """Certificate and lists of an erasure are in a folder of its id; `<er>.json` is of versions without `tombstone`."""
     return _below("erasures", *names)
 
 

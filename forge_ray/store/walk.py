@@ -24,6 +24,7 @@ class StoredFile:
     number: tuple[int, int] = (0, 0)
     num_names: int = 1
     link: str = ""
+    modified: float = 0.0  # seconds since 1970
 
 
 def every_file(store: Store, relative: str = "") -> Iterator[StoredFile]:
@@ -36,19 +37,22 @@ def every_file(store: Store, relative: str = "") -> Iterator[StoredFile]:
     selector = pafs.FileSelector(place, allow_not_found=True, recursive=True)
     for info in sorted(store.filesystem.get_file_info(selector), key=lambda info: info.path):
         if info.type == pafs.FileType.File:
-            yield StoredFile(info.path.removeprefix(store.root + "/"), int(info.size))
+            name = info.path.removeprefix(store.root + "/")
+            yield StoredFile(name, int(info.size), modified=(info.mtime_ns or 0) / 1e9)
 
 
 def _local(root: Path, folder: Path) -> Iterator[StoredFile]:
     for place, folders, files in os.walk(folder):
         folders.sort()
-        for name in sorted([*files, *(name for name in folders if Path(place, name).is_symlink())]):
-            path = Path(place, name)
+        for path in sorted(Path(place, name) for name in [*files, *folders]):
             with contextlib.suppress(FileNotFoundError):
                 info = path.lstat()
+                if stat.S_ISDIR(info.st_mode):
+                    continue
                 link = os.readlink(path) if stat.S_ISLNK(info.st_mode) else ""
                 number = (info.st_dev, info.st_ino)
-                yield StoredFile(path.relative_to(root).as_posix(), info.st_size, number, info.st_nlink, link)
+                name = path.relative_to(root).as_posix()
+                yield StoredFile(name, info.st_size, number, info.st_nlink, link, info.st_mtime)
 
 
 def folders(store: Store, relative: str) -> list[str]:

@@ -29,7 +29,7 @@ def problems(store: Store) -> list[str]:
 
 
 def restore(store: Store) -> list[str]:
-    """Write tombstones that were removed or changed as the log has them, and put into the log those of versions that did not;
+    """Write tombstones that were removed or changed as the log has them, and put those of older versions into the log;
     returns what was restored. Raises `StoreError` for files that the log does not tell of, and for erasures without any."""
     logged = _logged(store)
     if unlogged := _unlogged(store, logged):

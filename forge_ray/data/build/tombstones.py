@@ -3,9 +3,9 @@
     tombstones/<er>-<digest>.json     {"keys": […], "texts": […], "made_with": …}
     erasures/<er>.json                the same, of versions that did not put them into the audit log
 
-`keys` are HMAC-SHA-256 of record ids and of subjects, `texts` those of the normal forms of rows (`data/record/normal.py`), all
-under the store's own key; `made_with` says which key that was. The files are written once, each with its line in the audit
-log, which holds the content: one that was removed or changed is restored from there before a build, and named.
+`keys` are HMAC-SHA-256 of record ids and of subjects, `texts` those of the normal forms of rows (`data/record/normal.py`),
+all under the store's own key; `made_with` says which key that was. The files are written once, each with its line in the
+audit log, which holds the content: one that was removed or changed is restored from there before a build, and named.
 
 A row is left out where it is read, before any rule; where rules change rows, also by what they made of it. So the rest
 of a build goes as if the row had never been in its file.

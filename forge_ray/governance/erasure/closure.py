@@ -52,8 +52,8 @@ def near_duplicates(store: Store, manifest: DatasetManifest, records: set[str]) 
 
 
 def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[list[DataRecord], list[str]]:
-    """The rows before rules masked them, read again from the source files, and notes on files that cannot be read. A row that
-    is no longer at its line is skipped: only its masked form is known."""
+    """The rows before rules masked them, read again from the source files, and notes on files that cannot be read. A row
+    that is no longer at its line is skipped: only its masked form is known."""
     config = parse(DataConfig, manifest.config)
     masks = [rule for rule in config.curate if getattr(rule, "action", "") == "mask"]
     if not masks:

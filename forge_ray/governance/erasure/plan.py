@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from forge_ray.data.dataset import index
@@ -125,7 +126,7 @@ def plan_of(catalog: Catalog, reached: ReachedRecords) -> ErasurePlan:
         versions=versions,
         aliases=aliases,
         deployments=_deployments(catalog, withdrawn, aliases),
-        evals=_evals(catalog, datasets, {*withdrawn, *(run.id for run in runs if run.used)}, reached.records),
+        evals=_evals(catalog, datasets, {*withdrawn, *(run.id for run in runs if run.used)}, reached.records.__contains__),
         outside={name: tuple(sorted(lines)) for name, lines in sorted(outside.items())},
         notes=reached.notes,
         variants=reached.variants,
@@ -142,6 +143,46 @@ def extended(catalog: Catalog, plan: ErasurePlan, changed: set[str]) -> ErasureP
     runs = tuple(before[run.id].model_copy(update={"used": run.used}) if run.id in before else run for run in runs)
     aliases = standing_for(catalog, {version.id for version in versions})
     return plan.model_copy(update={"datasets": datasets, "runs": runs, "versions": versions, "aliases": aliases})
+
+
+def late_plan(
+    catalog: Catalog, plans: Sequence[ErasurePlan], datasets: dict[str, dict[str, int]], is_erased: Callable[[str], bool]
+) -> ErasurePlan | None:
+    """What was published from erased rows after the plans were made, by a look at the store: dataset versions with the rows
+    (`datasets`), and what was derived from these and from those of the plans. None where there is nothing."""
+    catalog.sync()
+    before = {one.id: one for plan in plans for one in plan.datasets}
+    manifests = {manifest.id: manifest for manifest in catalog.all(DatasetManifest)}
+    late = tuple(
+        AffectedDataset(id=key, name=manifests[key].name, held=held)
+        for key, held in sorted(datasets.items())
+        if key in manifests
+    )
+    everything = (*before.values(), *(one for one in late if one.id not in before))
+    runs, versions = _made_of(catalog, everything, {})
+    all_versions = {version.id for version in versions}
+    used = {run.id for run in runs if run.used}
+    planned_runs = {run.id for plan in plans for run in plan.runs}
+    planned = {version.id for plan in plans for version in plan.versions}
+    runs = tuple(run for run in runs if run.id not in planned_runs and (run.used or run.dataset in datasets))
+    versions = tuple(version for version in versions if version.id not in planned)
+    evals = _evals(catalog, everything, all_versions | used, is_erased)
+    if not (late or runs or versions or evals):
+        return None
+    ids = {version.id for version in versions}
+    aliases = standing_for(catalog, ids)
+    return ErasurePlan(
+        num_records=0,
+        num_near_duplicates=0,
+        datasets=late,
+        runs=runs,
+        versions=versions,
+        aliases=aliases,
+        deployments=_deployments(catalog, ids, aliases),
+        evals=evals,
+        outside={},
+        notes=(),
+    )
 
 
 def standing_for(catalog: Catalog, versions: set[str]) -> dict[str, tuple[str, ...]]:
@@ -161,8 +202,7 @@ def _made_of(
     decided = {run.id for run in runs if run.dataset in holding and by_id[run.dataset].decides(run.config["train"])}
     facts = StoreUses.of(catalog)
     unfinished = [run for run in facts.runs.values() if not catalog.has(run.run)]
-    # one whose dataset is not known has no whole checkpoint; what it left half-written may be of the rows
-    used = {run.run for run in unfinished if run.dataset in may or not run.dataset}
+    used = {run.run for run in unfinished if run.dataset in may}
     affected: set[str] = set()
     while True:
         more = {run.id for run in runs if run.id in decided or run.base_model in affected} - used
@@ -179,9 +219,7 @@ def _made_of(
         for run in runs
         if run.id in used or run.dataset in holding
     ]
-    listed += [
-        _begun(run, run.run in used) for run in unfinished if run.run in used or run.dataset in holding
-    ]
+    listed += [_begun(run, run.run in used) for run in unfinished if run.run in used or run.dataset in holding]
     return tuple(listed), tuple(
         AffectedVersion(id=v.id, name=v.name, status=v.status, weights=v.weights, run=v.run)
         for v in versions
@@ -192,7 +230,8 @@ def _made_of(
 def _run(catalog: Catalog, facts: StoreUses, run: RunRecord, used: bool, places: list[Place]) -> AffectedRun:
     settings = run.config["train"]
     manifest = catalog.get_as(DatasetManifest, run.dataset)
-    rows = sorted({row for rows in index.rows_with(catalog.store, manifest, places).values() for row in rows})
+    inside = index.rows_with(catalog.store, manifest, places) if places else {}
+    rows = sorted({row for rows in inside.values() for row in rows})
     steps = sorted({step for use in facts.runs[run.id].trained_on(manifest, "", rows) for step in use.steps}) if rows else []
     workers = max((attempt["world_size"] for attempt in run.attempts), default=1)
     hours = run.metrics.get("seconds", 0.0) / 3600 * workers
@@ -244,7 +283,7 @@ def _deployments(
 
 
 def _evals(
-    catalog: Catalog, datasets: tuple[AffectedDataset, ...], subjects: set[str], records: set[str]
+    catalog: Catalog, datasets: tuple[AffectedDataset, ...], subjects: set[str], is_erased: Callable[[str], bool]
 ) -> tuple[AffectedEval, ...]:
     affected = []
     holding = {dataset.id: dataset.held for dataset in datasets}
@@ -253,7 +292,7 @@ def _evals(
         if not catalog.store.exists(path):
             continue
         held = holding.get(report.dataset, {})
-        quotes = closure.quoting(catalog.store.read(path), records.__contains__) if held else 0
+        quotes = closure.quoting(catalog.store.read(path), is_erased) if held else 0
         labelled = report.config.get("labels") == "from_data" and bool(held.get("train"))
         if quotes or labelled or report.subject in subjects:
             affected.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))

@@ -13,7 +13,7 @@ from forge_ray.data.dataset import index
 from forge_ray.data.dataset.index import Place, is_record_id
 from forge_ray.data.record.normal import row_digest
 from forge_ray.data.record.schema import DataRecord
-from forge_ray.data.record.subject import ANY_CASE, OTHER_CASE, erased_digests, subject_key
+from forge_ray.data.record.subject import OTHER_CASE, erased_digests, subject_key
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.erasure.variants import SIMILARITY, Texts, Variant, alike, contents
@@ -28,9 +28,9 @@ BY_RULE = "near duplicate, by a rule of its dataset version"
 
 @dataclass(frozen=True)
 class ErasureRequest:
-    """The rows to erase. `values`: one subject, record ids, or one path of a file with rows. `similarity`: Jaccard index from
-    which rows are near duplicates; `any_case`: rows of a subject go in whatever case it is written; `keep`: ids of variants
-    that stay."""
+    """The rows to erase. `values`: one subject, record ids, or one path of a file with rows. `similarity`: Jaccard index
+    from which rows are near duplicates; `any_case`: rows of a subject go in whatever case it is written; `keep`: ids of
+    variants that stay."""
 
     by: Literal["subject", "record", "file"]
     values: tuple[str, ...]
@@ -56,8 +56,8 @@ class ErasureRequest:
 @dataclass(frozen=True)
 class ReachedRecords:
     """The records that a request covers. `near` are the variants and near duplicates of `asked`; `read` the ids of rows
-    before rules masked them; `subjects` the names of the person (`subject.erased_digests`); `texts` the digests of the normal
-    forms of all these rows; `places` where they are, by dataset version; `variants` every match for a decision."""
+    before rules masked them; `subjects` the names of the person (`subject.erased_digests`); `texts` the digests of the
+    normal forms of all these rows; `places` where they are, by dataset version; `variants` every match for a decision."""
 
     asked: frozenset[str]
     near: frozenset[str]
@@ -178,9 +178,7 @@ def _variants(
             where.setdefault(place.record, []).append(dataset)
     reasons = {record: f"subject in another spelling: {why}" for record, why in asked.reasons.items() if why}
     reasons |= matches
-    reasons |= {
-        record: f"subject differs in {why}; --any-case erases it" for record, why in asked.open_matches.items()
-    }
+    reasons |= {record: f"subject differs in {why}; --any-case erases it" for record, why in asked.open_matches.items()}
     covered = {*asked.records, *near}
     for record, why in sorted(reasons.items(), key=lambda item: (item[0] not in covered, item)):
         yield Variant(record=record, why=why, erased=record in covered, where=tuple(sorted(set(where.get(record, ())))))

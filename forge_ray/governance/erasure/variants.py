@@ -68,7 +68,9 @@ def contents(store: Store, manifests: Iterable[DatasetManifest], records: Collec
     for manifest in manifests:
         if missing:
             for table in _tables(store, manifest):
-                for record, content in _rows(table, pc.is_in(table.column("record"), value_set=pa.array(sorted(missing)))):
+                for record, content in _rows(
+                    table, pc.is_in(table.column("record"), value_set=pa.array(sorted(missing), pa.string()))
+                ):
                     if record in missing:
                         missing.discard(record)
                         yield DataRecord(json.loads(content))
