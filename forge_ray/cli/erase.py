@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from forge_ray.governance.erasure.search import ErasureRequest
     from forge_ray.store.files import Store
 
-LINES = 20  # of a source file are shown
+LINES = 20  # of a source file, or matches, are shown
 
 
 @click.group()
@@ -38,7 +38,7 @@ ROWS = (
     click.option(
         "--similarity",
         type=click.FloatRange(0.1, 1.0),
-        help="Jaccard index of runs of five words from which two rows are near duplicates. Default: 0.8.",
+        help="Also erase rows of at least this Jaccard index of their runs of five words. Default: list those from 0.8 on.",
     ),
     click.option("--any-case", is_flag=True, help="With --subject: erase rows in whatever case the value is written."),
     click.option(
@@ -79,7 +79,7 @@ HANDLING = (
     click.option(
         "--stopped",
         multiple=True,
-        metavar="dp_…",
+        metavar="dep_…",
         help="Deployment that no longer exists; the certificate says that it is your word. Repeatable.",
     ),
 )
@@ -99,7 +99,6 @@ def _request(
 
     from forge_ray.errors import NotFound
     from forge_ray.governance.erasure.search import ErasureRequest
-    from forge_ray.governance.erasure.variants import SIMILARITY
 
     if sum(map(bool, (subject, records, file))) != 1:
         raise ConfigError("give --subject, --record or --file (exactly one)", hint="forge erase --record rec_… --plan")
@@ -109,8 +108,8 @@ def _request(
         raise ConfigError("--any-case needs --subject", hint="leave it out: rows match in any case")
     if no_near_duplicates and similarity is not None:
         raise ConfigError("--similarity finds near duplicates, and --no-near-duplicates keeps them", hint="give one of them")
-    choices: dict[str, Any] = {"near_duplicates": not no_near_duplicates, "keep": tuple(sorted(set(keep)))}
-    choices["similarity"] = SIMILARITY if similarity is None else similarity
+    choices: dict[str, Any] = {"near_duplicates": not no_near_duplicates, "similarity": similarity}
+    choices["keep"] = tuple(sorted(set(keep)))
     if subject:
         if subject == "-":  # an argument would stay in the shell's history
             subject = sys.stdin.read().strip()
@@ -213,8 +212,9 @@ def show(plan: ErasurePlan, begun: bool) -> None:
     state = " (already started)" if begun else ""
     echo(f"{plan.num_records} records, {plan.num_near_duplicates} near duplicates of them{state}")
     if plan.variants:
-        matches = [(v.record, v.why, "erased" if v.erased else "stays", " ".join(v.where)) for v in plan.variants]
-        print_table("Matches that are not equal; --keep rec_… keeps one", ("record", "why", "", "datasets"), matches)
+        matches = [(v.record, v.why, "erased" if v.erased else "stays", " ".join(v.where)) for v in plan.variants[:LINES]]
+        title = f"{len(plan.variants)} matches that are not equal; --keep rec_… keeps one"
+        print_table(title, ("record", "why", "", "datasets"), matches)
     if plan.datasets:
         rows = [(d.id, d.name, ", ".join(f"{split} {count}" for split, count in d.held.items())) for d in plan.datasets]
         print_table("Datasets to rebuild", ("dataset", "name", "records in"), rows)

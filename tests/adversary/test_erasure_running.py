@@ -1,4 +1,4 @@
-"""While an erasure runs: what learned from the rows publishes nothing more, and no endpoint holds it when that is certified."""
+"""While an erasure runs, nothing more is published from the rows; the certificate says which endpoints have let go."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fabricated import dataset, deployment, record_of, run, store_at, version
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.build import prepare, work
 from forge_ray.data.build.build import remove_stale
-from forge_ray.data.build.summaries import MapSummary
+from forge_ray.data.build.summaries import MapSummary, Tally
 from forge_ray.data.dataset import index
 from forge_ray.errors import EngineError, PolicyError, StoreError, TrainingError
 from forge_ray.governance.erasure import endpoints
@@ -88,7 +88,8 @@ def test_training_on_erased_rows_publishes_no_checkpoint_export_or_result(place:
 
     for one, publishes in ((job, False), (clean, True)):
         position = replace(checkpoint.expected(one), step=4, run="run_of_" + one.dataset.name, attempt=1)
-        saver = Saver(Engine(), store, join(False, 1, False, 1), 1, in_background=False, base=one.base.id)  # type: ignore[arg-type]
+        engine, alone = Engine(), join(False, 1, False, 1)
+        saver = Saver(engine, store, alone, 1, in_background=False, base=one.base.id)  # type: ignore[arg-type]
         if publishes:
             assert saver.begin(position)
         else:
@@ -176,7 +177,7 @@ def test_piece_of_a_build_that_began_before_the_purge_leaves_nothing(tmp_path: P
     def piece() -> MapSummary:
         store.write("work/data/0123-0.arrow", b"rows")
         store.delete(mark)  # the purge, while the task computes
-        return MapSummary.from_json({"key": "0123", "parts": [], "unused": "", "steps": {}, "erased": [], "tally": {}})
+        return MapSummary("0123", (), "", {}, (), Tally())
 
     with pytest.raises(StoreError, match="the work area was emptied while a dataset was being built"):
         work.once(store, "0123", MapSummary, piece, mark)

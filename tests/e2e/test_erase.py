@@ -194,7 +194,7 @@ def test_erasure_of_a_subject_survives_kills_and_leaves_nothing(
         assert own.is_published(f"models/{new}")
         present = [m for m in catalog.all(DatasetManifest) if own.is_published(f"datasets/{m.id}")]
         assert [m.id for m in present] == [catalog.get_as(RunRecord, repeated["new_run"]).dataset]
-        assert not any(holders(own, present, record, "") for record in hers)
+        assert not any(holders(own, present, record) for record in hers)
         assert catalog.last("deployment")[deployment.id].data["withdrawn"] == [version.id]
     for folder in (f"models/{version.id}", f"datasets/{old.id}", f"runs/{outcome.run.id}/export", "work"):
         assert not own.list(folder, recursive=True), folder

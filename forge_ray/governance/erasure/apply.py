@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from forge_ray.data.build import kept_tombstones
 from forge_ray.data.build import tombstones as erased
+from forge_ray.data.build.prepare import restore_tombstones
 from forge_ray.errors import ConfigError, EngineError, NotFound, StoreError
 from forge_ray.governance.erasure import outside
 from forge_ray.governance.erasure.certificate import certify, path_of, statement_of
@@ -37,7 +37,7 @@ def erase(store: Store, request: ErasureRequest, options: Options, why: str = ""
     holds such a row, and `EngineError`, after it has written the certificate, where an endpoint or another process may
     still hold something."""
     with Catalog.open(store) as catalog:
-        kept_tombstones.restore(store)
+        restore_tombstones(store)
         record = _begun(catalog, request, options, why)
         done = Done()
         checked = _rounds(catalog, record, options, done)
@@ -55,7 +55,7 @@ def erase(store: Store, request: ErasureRequest, options: Options, why: str = ""
                 f"{record.id}: the rows are erased, but this is not confirmed: "
                 + "; ".join(f"{what}: {reason}" for what, reason in sorted(unconfirmed.items())),
                 hint="end what is named there (`forge undeploy NAME`), or run the same command where RAY_ADDRESS names its"
-                " cluster; --stopped dp_… for an endpoint that no longer exists. The certificate names them",
+                " cluster; --stopped dep_… for an endpoint that no longer exists. The certificate names them",
             )
         suffix = _suffix(len(done.plans))
         _once(

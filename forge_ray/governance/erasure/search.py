@@ -16,7 +16,7 @@ from forge_ray.data.record.schema import DataRecord
 from forge_ray.data.record.subject import OTHER_CASE, erased_digests, subject_key
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.governance.erasure import closure
-from forge_ray.governance.erasure.variants import SIMILARITY, Texts, Variant, alike, contents
+from forge_ray.governance.erasure.variants import SAME, SIMILARITY, Texts, Variant, alike, contents
 from forge_ray.governance.trace import of_each, rows_of_file, subject_digests, subject_records
 from forge_ray.records import DatasetManifest
 from forge_ray.store.catalog import Catalog
@@ -29,14 +29,14 @@ BY_RULE = "near duplicate, by a rule of its dataset version"
 @dataclass(frozen=True)
 class ErasureRequest:
     """The rows to erase. `values`: one subject, record ids, or one path of a file with rows. `similarity`: Jaccard index
-    from which rows are near duplicates; `any_case`: rows of a subject go in whatever case it is written; `keep`: ids of
+    from which near duplicates go, None where they are only listed; `any_case`: rows of a subject go in whatever case it is written; `keep`: ids of
     variants that stay."""
 
     by: Literal["subject", "record", "file"]
     values: tuple[str, ...]
     near_duplicates: bool = True
     key_file: str = ""
-    similarity: float = SIMILARITY
+    similarity: float | None = None
     any_case: bool = False
     keep: tuple[str, ...] = ()
 
@@ -48,7 +48,7 @@ class ErasureRequest:
 
     def _choices(self) -> str:
         """What decides on variants, where it is not what it is without saying so."""
-        choices = [f"similarity {self.similarity:g}"] if self.near_duplicates and self.similarity != SIMILARITY else []
+        choices = [] if self.similarity is None else [f"similarity {self.similarity:g}"]
         choices += ["any case"] if self.any_case else []
         return "".join(f"\n{choice}" for choice in [*choices, *(f"keep {record}" for record in sorted(set(self.keep)))])
 
@@ -96,8 +96,11 @@ def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
         raise ConfigError(f"--keep {wrong[0]!r} is not a record id", hint="`forge erase … --plan` lists the variants: rec_…")
     asked = _asked(catalog, manifests, request)
     rows = [*asked.rows, *contents(store, manifests, asked.records)]
-    threshold = request.similarity if request.near_duplicates else None
+    threshold = (request.similarity or SIMILARITY) if request.near_duplicates else None
     matches = alike(store, manifests, Texts.of(rows), asked.records, threshold)
+    if request.similarity is None:
+        asked.open_matches |= {record: f"{why}; --similarity erases it" for record, why in matches.items() if why != SAME}
+        matches = {record: why for record, why in matches.items() if why == SAME}
     kept = set(request.keep) - asked.records
     near = matches.keys() - kept
     if request.near_duplicates:
@@ -162,7 +165,10 @@ def _of_subject(store: Store, manifests: list[DatasetManifest], request: Erasure
     by_dataset = _everywhere(theirs, lambda manifest: subject_records(store, manifest, digests[manifest.id]))
     for record, difference in (item for records in by_dataset.values() for item in records.items()):
         is_open = difference == OTHER_CASE and not request.any_case
-        (asked.open_matches if is_open else asked.reasons)[record] = difference
+        if is_open:
+            asked.open_matches[record] = f"subject differs in {difference}; --any-case erases it"
+        else:
+            asked.reasons[record] = difference
     asked.records = set(asked.reasons)
     asked.open_matches = {record: why for record, why in asked.open_matches.items() if record not in asked.records}
     return asked
@@ -177,8 +183,7 @@ def _variants(
         for place in held:
             where.setdefault(place.record, []).append(dataset)
     reasons = {record: f"subject in another spelling: {why}" for record, why in asked.reasons.items() if why}
-    reasons |= matches
-    reasons |= {record: f"subject differs in {why}; --any-case erases it" for record, why in asked.open_matches.items()}
+    reasons |= asked.open_matches | matches
     covered = {*asked.records, *near}
     for record, why in sorted(reasons.items(), key=lambda item: (item[0] not in covered, item)):
         yield Variant(record=record, why=why, erased=record in covered, where=tuple(sorted(set(where.get(record, ())))))

@@ -24,7 +24,7 @@ from forge_ray.records import DatasetManifest, Frozen
 from forge_ray.store.files import Store
 
 SAME = "same text"
-SIMILARITY = 0.8  # Jaccard index from which two rows are near duplicates, unless the request says otherwise
+SIMILARITY = 0.8  # Jaccard index from which near duplicates are listed, unless the request says otherwise
 NGRAM = 5
 
 
