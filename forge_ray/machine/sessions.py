@@ -1,7 +1,7 @@
 """Ray's session folders on this machine, and the objects that Ray wrote there when its memory was full.
 
 Such objects can be batches of tokens. A process that works for a store leaves a note in the folder of its session, by which
-what a killed session left can be told from that of other programs.
+what a killed session left is distinguished from that of other programs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which process half-written files are of: their names say it, so that what a killed process left can be told from what a
+"""Which process half-written files are of: their names say it, so that what a killed process left is not taken for what a
 living one is writing."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def owner_mark() -> str:
 
 
 def is_alive(name: str) -> bool | None:
-    """Whether the process that a name was marked by is running; None where that cannot be told, for it ran on another
+    """Whether the process that a name was marked by is running; None where that is unknown, for it ran on another
     machine, before this one was started again, or in a version that did not mark names."""
     mark = MARK.search(name)
     if mark is None or mark["host"] != _host():

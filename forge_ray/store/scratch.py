@@ -31,7 +31,7 @@ def scratch(kind: str) -> Iterator[Path]:
 
 
 def abandoned() -> tuple[list[Path], list[Path]]:
-    """Scratch folders of this user whose processes have ended, and those of which that cannot be told."""
+    """Scratch folders of this user whose processes have ended, and those whose process is unknown."""
     own = [path for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*")) if _is_own(path)]
     return [path for path in own if is_alive(path.name) is False], [path for path in own if is_alive(path.name) is None]
 

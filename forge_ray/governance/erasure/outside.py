@@ -33,7 +33,7 @@ def clear(store: Store, purged: Iterable[str]) -> OutsidePlaces:
     ended, unclear = abandoned()
     for folder in ended:
         _remove(folder, places)
-    places.left |= {str(folder): "a scratch folder whose process cannot be told" for folder in unclear}
+    places.left |= {str(folder): "a scratch folder whose process is unknown" for folder in unclear}
     for spill in sessions.spilled(store):
         if spill.is_running:
             places.left[str(spill.folder)] = "objects that a running Ray session of this store spilled; they go when it ends"

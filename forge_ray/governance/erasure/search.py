@@ -29,8 +29,8 @@ BY_RULE = "near duplicate, by a rule of its dataset version"
 @dataclass(frozen=True)
 class ErasureRequest:
     """The rows to erase. `values`: one subject, record ids, or one path of a file with rows. `similarity`: Jaccard index
-    from which near duplicates go, None where they are only listed; `any_case`: rows of a subject go in whatever case it is written; `keep`: ids of
-    variants that stay."""
+    from which near duplicates go, None where they are only listed; `any_case`: rows of a subject go in whatever case it is
+    written; `keep`: ids of variants that stay."""
 
     by: Literal["subject", "record", "file"]
     values: tuple[str, ...]

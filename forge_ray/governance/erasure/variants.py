@@ -79,7 +79,7 @@ def contents(store: Store, manifests: Iterable[DatasetManifest], records: Collec
 def alike(
     store: Store, manifests: Iterable[DatasetManifest], texts: Texts, records: Collection[str], threshold: float | None
 ) -> dict[str, str]:
-    """Record → why it matches, for those beside `records` whose text is one of `texts` or, with a threshold, nearly."""
+    """Record → why it matches, for those besides `records` whose text is one of `texts` or, with a threshold, nearly."""
     matches: dict[str, str] = {}
     seen = set(records)
     if not texts.digests:

@@ -393,5 +393,5 @@ def test_examine_runs_every_check(store: Store) -> None:
     checks = {item.check for item in examine(store, Surroundings())}
     assert checks == {
         *("ray token", "ray TLS", "listening", "deployment", "file modes", "switch", "cloud question", "start-up files"),
-        *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store"),
+        *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store", "tombstones"),
     }
