@@ -15,6 +15,7 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import NotFound, TrainingError
 from forge_ray.evaluate import reports
+from forge_ray.machine import sessions
 from forge_ray.machine.cluster import connect, open_store
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.progress import stage
@@ -31,6 +32,7 @@ from forge_ray.release import gate, promotion
 from forge_ray.serve.front import proxy_address, refuse_public
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     base = import_base(config, catalog)
     connect()
+    sessions.note(catalog.store)
     from forge_ray.data.build.prepare import existing_version, prepare_version
     from forge_ray.data.dataset.version import require_tokenizer
 
@@ -135,8 +138,10 @@ def train_on(
             return catalog.get_as(RunRecord, identifier)
         if config.train.scaling.max_workers:
             connect()
+            sessions.note(store)
         if not store.exists(paths.result(identifier)):
             refuse_impossible(config, store, precision, base, manifest, identifier)
+        attempts.check_may_publish(store, identifier, manifest.id, base.id)
         # every byte is checked before a GPU hour is spent on it
         store.fetch_dir(paths.dataset(manifest.id), files=manifest.files)
         job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
@@ -144,18 +149,21 @@ def train_on(
         report_reach(store, identifier, base, config.train.adapter)
         tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
         sinks = open_sinks(store, identifier, config.name, config.train, tags)
-        if not store.exists(paths.result(identifier)):
-            catalog.append(Event(kind="run", subject=identifier, data={"state": "running", "pid": os.getpid()}))
-            try:
-                with attempts.driving(store, identifier), follow.followed(it, store, identifier, sinks):
-                    launch.fit(train_loop, job, validate_checkpoint)
-            except TrainingError as error:
-                catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
-                sinks.close(failed=True)
-                raise
-        sinks.close(failed=False)
-        export_best(job)
-        record = catalog.put(run_record(job, config))
+        try:
+            with attempts.driving(store, identifier):
+                if not store.exists(paths.result(identifier)):
+                    running = {"state": "running", "pid": os.getpid(), "dataset": manifest.id, "base_model": base.id}
+                    catalog.append(Event(kind="run", subject=identifier, data=running))
+                    with follow.followed(it, store, identifier, sinks):
+                        launch.fit(train_loop, job, validate_checkpoint)
+                sinks.close(failed=False)
+                export_best(job)
+                job.check_may_publish()
+                record = catalog.put(run_record(job, config))
+        except TrainingError as error:
+            catalog.append(Event(kind="run", subject=identifier, data={"state": "failed", "why": error.message}))
+            sinks.close(failed=True)
+            raise
         catalog.append(Event(kind="run", subject=identifier, data={"state": "succeeded"}))
         it.done(f"{record.id}  {follow.closing_line(record)}")
         return record
@@ -231,8 +239,9 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
                 checks=checks,
                 licence=catalog.get_as(ModelVersion, record.base_model).licence,
             ).sealed()
-            store.copy_dir(paths.export(record.id), paths.model(version.id))
             is_known = catalog.has(version.id)
+            store.copy_dir(paths.export(record.id), paths.model(version.id))
+            refuse_erased(store, version.id, manifest.id, record.base_model, "" if is_known else paths.model(version.id))
             version = catalog.put(version)
             if reasons:
                 it.done(f"{version.id}  rejected: {'; '.join(reasons)}")

@@ -144,7 +144,8 @@ def data_diff(store: Store, as_json: bool, old: str, new: str) -> Any:
 def data_find(store: Store, as_json: bool, record: str, subject: str, key_file: str) -> Any:
     """Find the dataset versions that hold a record or a person."""
     from forge_ray.data.dataset.compare import holders
-    from forge_ray.data.record.subject import subject_digest, subject_key
+    from forge_ray.data.record.subject import OTHER_CASE
+    from forge_ray.governance.trace import subject_digests
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
 
@@ -152,9 +153,14 @@ def data_find(store: Store, as_json: bool, record: str, subject: str, key_file: 
         raise ConfigError("forge data find needs either a record id or --subject", hint="forge data find rec_…")
     if subject == "-":  # an argument would stay in the shell's history
         subject = sys.stdin.read().strip()
-    hashed = subject_digest(subject_key(store, key_file), subject) if subject else ""
     with Catalog.read_only(store) as index:
-        holdings = holders(store, index.all(DatasetManifest), record, hashed)
+        manifests = index.all(DatasetManifest)
+        digests = subject_digests(store, manifests, subject, key_file) if subject else {}
+        spelt = {
+            dataset: [digest for digest, difference in of_dataset.items() if difference != OTHER_CASE]
+            for dataset, of_dataset in digests.items()
+        }
+        holdings = holders(store, manifests, record, spelt)
     if not as_json:
         from forge_ray.cli.show import print_table
 

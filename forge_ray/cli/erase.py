@@ -14,11 +14,12 @@ from forge_ray.cli.verbs import verb
 from forge_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from forge_ray.governance.erasure.apply import Options
-    from forge_ray.governance.erasure.plan import ErasurePlan, ErasureRequest
+    from forge_ray.governance.erasure.options import Options
+    from forge_ray.governance.erasure.plan import ErasurePlan
+    from forge_ray.governance.erasure.search import ErasureRequest
     from forge_ray.store.files import Store
 
-LINES = 20  # of a source file are shown
+LINES = 20  # of a source file, or matches, are shown
 
 
 @click.group()
@@ -34,6 +35,15 @@ ROWS = (
         "--file", "file", default="", metavar="ROWS", help="File of rows, in any format that data.sources accepts."
     ),
     click.option("--no-near-duplicates", is_flag=True, help="Keep near duplicates of the rows."),
+    click.option(
+        "--similarity",
+        type=click.FloatRange(0.1, 1.0),
+        help="Also erase rows of at least this Jaccard index of their runs of five words. Default: list those from 0.8 on.",
+    ),
+    click.option("--any-case", is_flag=True, help="With --subject: erase rows in whatever case the value is written."),
+    click.option(
+        "--keep", "keep", multiple=True, metavar="rec_…", help="Keep this variant or near duplicate of the rows. Repeatable."
+    ),
 )
 HANDLING = (
     click.option(
@@ -58,29 +68,57 @@ HANDLING = (
     click.option(
         "--keep-weights", is_flag=True, help="Keep the weights of affected versions in the store, blocked from use."
     ),
+    click.option(
+        "--wait",
+        "wait_s",
+        type=click.FloatRange(0),
+        default=120.0,
+        show_default=True,
+        help="Seconds for trainings to end and for endpoints to let go of weights.",
+    ),
+    click.option(
+        "--stopped",
+        multiple=True,
+        metavar="dep_…",
+        help="Deployment that no longer exists; the certificate says that it is your word. Repeatable.",
+    ),
 )
 
 
-def _request(subject: str, key_file: str, records: tuple[str, ...], file: str, no_near_duplicates: bool) -> ErasureRequest:
+def _request(
+    subject: str,
+    key_file: str,
+    records: tuple[str, ...],
+    file: str,
+    no_near_duplicates: bool,
+    similarity: float | None,
+    any_case: bool,
+    keep: tuple[str, ...],
+) -> ErasureRequest:
     from pathlib import Path
 
     from forge_ray.errors import NotFound
-    from forge_ray.governance.erasure.plan import ErasureRequest
+    from forge_ray.governance.erasure.search import ErasureRequest
 
     if sum(map(bool, (subject, records, file))) != 1:
         raise ConfigError("give --subject, --record or --file (exactly one)", hint="forge erase --record rec_… --plan")
-    near_duplicates = not no_near_duplicates
     if key_file and not subject:
         raise ConfigError("--key-file needs --subject", hint="leave it out")
+    if any_case and not subject:
+        raise ConfigError("--any-case needs --subject", hint="leave it out: rows match in any case")
+    if no_near_duplicates and similarity is not None:
+        raise ConfigError("--similarity finds near duplicates, and --no-near-duplicates keeps them", hint="give one of them")
+    choices: dict[str, Any] = {"near_duplicates": not no_near_duplicates, "similarity": similarity}
+    choices["keep"] = tuple(sorted(set(keep)))
     if subject:
         if subject == "-":  # an argument would stay in the shell's history
             subject = sys.stdin.read().strip()
-        return ErasureRequest("subject", (subject,), near_duplicates, key_file)
+        return ErasureRequest("subject", (subject,), key_file=key_file, any_case=any_case, **choices)
     if file and not Path(file).is_file():
         raise NotFound(f"no file {file}", hint="give a file of rows, in any format that data.sources accepts")
     if file:
-        return ErasureRequest("file", (file,), near_duplicates)
-    return ErasureRequest("record", tuple(sorted(set(records))), near_duplicates)
+        return ErasureRequest("file", (file,), **choices)
+    return ErasureRequest("record", tuple(sorted(set(records))), **choices)
 
 
 def _rows(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +126,8 @@ def _rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def command(**arguments: Any) -> Any:
-        selection = {name: arguments.pop(name) for name in ("subject", "key_file", "records", "file", "no_near_duplicates")}
+        names = ("subject", "key_file", "records", "file", "no_near_duplicates", "similarity", "any_case", "keep")
+        selection = {name: arguments.pop(name) for name in names}
         return function(request=_request(**selection), **arguments)
 
     for option in reversed(ROWS):
@@ -101,9 +140,9 @@ def _handling(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def command(**arguments: Any) -> Any:
-        from forge_ray.governance.erasure.apply import Options
+        from forge_ray.governance.erasure.options import Options
 
-        names = ("deployments", "retrain", "remove_adapters", "keep_weights")
+        names = ("deployments", "retrain", "remove_adapters", "keep_weights", "wait_s", "stopped")
         return function(options=Options(**{name: arguments.pop(name) for name in names}), **arguments)
 
     for option in reversed(HANDLING):
@@ -133,7 +172,8 @@ def erase(
     --plan shows the impact; --apply deletes, retrains, and writes a certificate."""
     from forge_ray.governance.erasure.apply import begun
     from forge_ray.governance.erasure.apply import erase as run
-    from forge_ray.governance.erasure.plan import plan_of, search
+    from forge_ray.governance.erasure.plan import plan_of
+    from forge_ray.governance.erasure.search import search
     from forge_ray.store.catalog import Catalog
 
     if plan_only == apply:
@@ -157,6 +197,10 @@ def erase(
         predicate = statement["predicate"]
         for name, lines in predicate["remains"]["source files"].items():
             echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
+        for name, content in predicate["remains"]["files that forge_ray did not write"].items():
+            echo(f"not written by forge_ray, look at it yourself: {name} ({content})")
+        for name, reason in predicate["remains"]["outside the store"].items():
+            echo(f"outside the store: {name}: {reason}")
         echo(f"{store.place}/erasures/{predicate['erasure']}/certificate.json")
     return statement
 
@@ -167,6 +211,10 @@ def show(plan: ErasurePlan, begun: bool) -> None:
 
     state = " (already started)" if begun else ""
     echo(f"{plan.num_records} records, {plan.num_near_duplicates} near duplicates of them{state}")
+    if plan.variants:
+        matches = [(v.record, v.why, "erased" if v.erased else "stays", " ".join(v.where)) for v in plan.variants[:LINES]]
+        title = f"{len(plan.variants)} matches that are not equal; --keep rec_… keeps one"
+        print_table(title, ("record", "why", "", "datasets"), matches)
     if plan.datasets:
         rows = [(d.id, d.name, ", ".join(f"{split} {count}" for split, count in d.held.items())) for d in plan.datasets]
         print_table("Datasets to rebuild", ("dataset", "name", "records in"), rows)

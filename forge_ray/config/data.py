@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from forge_ray.config.base import Config, SettingError
 from forge_ray.config.curate import Rule
@@ -96,6 +96,13 @@ class Subject(Config):
 
     field: str = Field(min_length=1, description="Column that identifies the person; dots lead into nested objects")
     key_file: str = Field("", description="File with the HMAC key; empty: keys/subject.key of the store, created if absent")
+    caseless: bool = Field(False, description="Whether upper and lower case are equal in this column, as in email addresses")
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `caseless` where it is off: the ids of dataset versions from before that setting stay."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "caseless" or value}
 
 
 class DataConfig(Config):

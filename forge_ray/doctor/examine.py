@@ -36,6 +36,7 @@ def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[F
     yield machine.compiler(around.environ, supported.header_folders(), machine.has_gpu())
     if address:
         yield from machine.clocks(machine.clock_offsets(address))
+    yield from stored.tombstones(store)
     yield from stored.health(store)
     yield from stored.log(store)
 

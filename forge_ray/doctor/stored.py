@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from forge_ray.config.release import DeployConfig
+from forge_ray.data.build import kept_tombstones
 from forge_ray.doctor.finding import Finding, Surroundings, is_private, mode_of
 from forge_ray.errors import ForgeError, first_line
 from forge_ray.records import RECORD_TYPES, Deployment, Event, Record, RunRecord
@@ -97,6 +98,16 @@ def health(store: Store) -> Iterator[Finding]:
         yield Finding("store", "fail", observed, rule, "restore the folder from a backup, or build it again")
         return
     yield Finding("store", "ok", f"{len(records)} records, {events} events; verified {checked} folders", rule)
+
+
+def tombstones(store: Store) -> Iterator[Finding]:
+    """Tombstones are those that the audit log tells of: a build would bring erased rows back without them."""
+    rule = "the tombstones of erasures are as the audit log has them"
+    problems = kept_tombstones.problems(store)
+    for problem in problems[:5]:
+        yield Finding("tombstones", "fail", problem, rule, "forge data prepare RUN.yaml restores what the audit log has")
+    if not problems:
+        yield Finding("tombstones", "ok", "none was removed or changed", rule)
 
 
 def _records(store: Store) -> tuple[list[Record], list[str]]:

@@ -13,6 +13,7 @@ from forge_ray.progress import stage
 from forge_ray.records import DatasetManifest, EvalReport, FileEntry, ModelVersion, RunRecord, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.erased import refuse_erased
 from forge_ray.store.resolve import resolve
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def _report(
             it.done(f"{existing.id}  {what}: already evaluated")
             return existing
         catalog.check_may("evals")
+        subject, dataset, _ = key
+        refuse_erased(catalog.store, f"the evaluation of {subject}", dataset, subject)
         connect()
         import ray
 
@@ -95,6 +98,7 @@ def _report(
             else:
                 it.update(update["done"], update["total"], f"{what}: {update['done']}/{update['total']} examples")
         assert report is not None
+        refuse_erased(catalog.store, report.id, dataset, subject, paths.report(report.id))
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
         it.done(f"{report.id}  {what}: {scores}")
         return catalog.put(report)

@@ -21,7 +21,7 @@ from forge_ray.data.read.ingest import index_file
 from forge_ray.data.read.readers import image_reader, read_raw
 from forge_ray.data.read.sources import expand
 from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record
-from forge_ray.data.record.subject import KEY, subject_digest, subject_key
+from forge_ray.data.record.subject import KEY, OTHER_CASE, subject_digest, subject_key, written_digest, written_forms
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.governance.impact import Affected, Reached, StoreUses
 from forge_ray.governance.uses import Use
@@ -160,15 +160,22 @@ def of_subject_value(catalog: Catalog, value: str, asked: str = "subject") -> Qu
     """Every record of a person, found with the key of each dataset version; `asked` names the query in the answer."""
     manifests = catalog.datasets()
     digests = subject_digests(catalog.store, manifests, value)
-    theirs = [manifest for manifest in manifests if manifest.id in digests]
-    by_dataset, _ = of_each(theirs, lambda manifest: of_subject(catalog.store, manifest, digests[manifest.id]))
+    by_dataset, _ = of_each(
+        [manifest for manifest in manifests if manifest.id in digests],
+        lambda manifest: subject_records(catalog.store, manifest, digests[manifest.id]),
+    )
     without = tuple(manifest.id for manifest in manifests if manifest.id not in digests)
-    records = dict.fromkeys(record for ids in by_dataset.values() for record in ids)
+    records = dict.fromkeys(
+        record for ids in by_dataset.values() for record, difference in ids.items() if difference != OTHER_CASE
+    )
     return Query(asked, tuple(records), unsearched=without)  # `trace` reports the versions that cannot be searched
 
 
-def subject_digests(store: Store, manifests: Sequence[DatasetManifest], value: str, key_file: str = "") -> dict[str, str]:
-    """Dataset version → HMAC of a person, for the versions with data.subject, under their own key or that of `key_file`."""
+def subject_digests(
+    store: Store, manifests: Sequence[DatasetManifest], value: str, key_file: str = ""
+) -> dict[str, dict[str, str]]:
+    """Dataset version → HMACs of a person, for the versions with data.subject, under their own key or that of `key_file`;
+    each with how its spelling differs from the value's normal form, "" where it does not."""
     digests = {}
     for manifest in manifests:
         subject = manifest.config.get("subject")
@@ -179,22 +186,52 @@ def subject_digests(store: Store, manifests: Sequence[DatasetManifest], value: s
                 f"{manifest.id} identifies its subjects with the store's key, and {KEY} is missing",
                 hint="restore it from a backup",
             )
-        digests[manifest.id] = subject_digest(subject_key(store, file), value)
+        key = subject_key(store, file)
+        spellings = {written_digest(key, form): difference for form, difference in reversed([*written_forms(value)])}
+        digests[manifest.id] = spellings | dict.fromkeys(
+            (subject_digest(key, value, bool(subject.get("caseless"))), written_digest(key, value)), ""
+        )
     return digests
+
+
+def subject_records(store: Store, manifest: DatasetManifest, digests: dict[str, str]) -> dict[str, str]:
+    """Record → how the spelling of its subject differs, for each whose subject is one of `digests`."""
+    records: dict[str, str] = {}
+    for subject, difference in sorted(digests.items(), key=lambda item: item[1] != ""):
+        for record in of_subject(store, manifest, subject):
+            records.setdefault(record, difference)
+    return records
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """A row of a file, as each dataset version would have read it, before and after each rule that changes it."""
+
+    place: str
+    records: tuple[DataRecord, ...]
+    note: str
+    unsearched: tuple[str, ...]
 
 
 def of_file(catalog: Catalog, path: str) -> list[Query]:
     """One query for each row of a file, in any format that data.sources accepts."""
+    return [
+        Query(row.place, tuple(dict.fromkeys(record.id for record in row.records)), row.note, row.unsearched)
+        for row in rows_of_file(catalog, path)
+    ]
+
+
+def rows_of_file(catalog: Catalog, path: str) -> Iterator[ReadRow]:
+    """Every row of a file, in any format that data.sources accepts."""
     manifests = catalog.all(DatasetManifest)
     readings = _readings(manifests)
     unsearched = tuple(manifest.id for manifest in manifests if not manifest.config.get("sources"))
     limit = max((config.max_line_bytes for config, _, _ in readings), default=16 << 20)
-    queries = []
     for file in expand(parse(DataConfig, {"sources": [{"path": path}]})):
         for chunk in index_file(file.path, file.name, file.format, max_line_bytes=limit, folder=file.folder).chunks:
             images = image_reader(chunk)
             for raw in read_raw(chunk, limit):
-                ids: dict[str, None] = {}
+                records: list[DataRecord] = []
                 reasons = [raw.reason] if raw.reason else []
                 for config, source, masks in readings if not raw.reason else ():
                     shape, mapping = config.sources[source].shape, config.sources[source].mapping
@@ -206,10 +243,9 @@ def of_file(catalog: Catalog, path: str) -> list[Query]:
                     except Reject as reason:
                         reasons.append(str(reason))
                         continue
-                    ids |= dict.fromkeys(_stages(record, masks))
-                note = "" if ids else f"no record: {'; '.join(dict.fromkeys(reasons)) or 'no dataset version reads it'}"
-                queries.append(Query(f"{file.name}:{raw.line}", tuple(ids), note, unsearched))
-    return queries
+                    records += _stages(record, masks)
+                note = "" if records else f"no record: {'; '.join(dict.fromkeys(reasons)) or 'no dataset version reads it'}"
+                yield ReadRow(f"{file.name}:{raw.line}", tuple(records), note, unsearched)
 
 
 def _readings(manifests: Sequence[DatasetManifest]) -> list[tuple[DataConfig, int, tuple[Any, ...]]]:
@@ -226,14 +262,14 @@ def _readings(manifests: Sequence[DatasetManifest]) -> list[tuple[DataConfig, in
     return list(readings.values())
 
 
-def _stages(record: DataRecord, masks: Sequence[Any]) -> Iterator[str]:
-    """The ids of a record before and after each rule that changes it: a rule may have dropped it in between."""
-    yield record.id
+def _stages(record: DataRecord, masks: Sequence[Any]) -> Iterator[DataRecord]:
+    """A record before and after each rule that changes it: a rule may have dropped it in between."""
+    yield record
     for rule in masks:
         changed = compile_rule(rule)(record).record
         if changed is not None:
             record = changed
-        yield record.id
+        yield record
 
 
 # ---------------------------------------------------------------- where it is, and what used it

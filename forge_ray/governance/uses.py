@@ -114,13 +114,15 @@ def unfinished(catalog: Catalog, run: str, candidates: Sequence[ModelVersion]) -
     positions = list(run_folder.positions(store, run))[::-1]  # oldest first
     computed = _computed_steps(store, run)
     settings = _settings(config)
+    events = catalog.events("run", run)
+    started = next((event.data for event in reversed(events) if "dataset" in event.data), {"dataset": "", "base_model": ""})
     dataset = next((p["dataset"] for p in positions), "") or next((v.dataset for v in candidates if v.dataset), "")
-    base = next((version.base_model for version in candidates), "")
+    dataset = dataset or started["dataset"]
+    base = next((version.base_model for version in candidates), "") or started["base_model"]
     models = {model.files_digest: model.id for model in catalog.all(ModelVersion)}
     base = base or next((models.get(p["base_digest"], "") for p in positions), "")
     if settings and not (dataset and base):
         dataset, base = _by_id(catalog, run, settings) or (dataset, base)
-    events = catalog.events("run", run)
     return Run(
         run,
         config.get("name", ""),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from forge_ray.data.build import kept_tombstones
 from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError, StoreError
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, ModelVersion, Record, RunRecord, files_digest
 from forge_ray.store import log_check, paths, pins, signing
@@ -181,4 +182,7 @@ def verify_log(store: Store, every_signature: bool, head: str = "") -> log_check
         anchors |= {record.id: record.log_head for record in records if record.log_head}
         report = log_check.verify(store, catalog.authority(), anchors, every_signature)
         ignored = [f"line {line} has no effect: {reason}" for line, reason in catalog.standing.all_ignored().items()]
-        return replace(report, ignored=tuple(ignored), problems=(*report.problems, *catalog.unreadable.values()))
+        # what the log does not tell of at all: erasures on record without tombstones
+        erasures = [problem for problem in kept_tombstones.problems(store) if problem.startswith("the tombstones of")]
+        problems = (*report.problems, *catalog.unreadable.values(), *erasures)
+        return replace(report, ignored=tuple(ignored), problems=problems)

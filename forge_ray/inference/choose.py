@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.engine import Engine
 from forge_ray.machine.hardware import resolve_precision
+from forge_ray.store.scratch import scratch
 
 
 def open_engine(
@@ -29,9 +29,9 @@ def open_engine(
 
             if adapter_dir is None or not merge:
                 return load_vllm_engine(model_dir, adapter_dir, config, use_gpu)
-            with tempfile.TemporaryDirectory(prefix="forge-merged-") as folder:  # read once, when the engine starts
-                _write_merged(model_dir, adapter_dir, resolve_precision(config.precision, bool(use_gpu)), Path(folder))
-                return load_vllm_engine(Path(folder), None, config, use_gpu)
+            with scratch("merged") as folder:  # read once, when the engine starts
+                _write_merged(model_dir, adapter_dir, resolve_precision(config.precision, bool(use_gpu)), folder)
+                return load_vllm_engine(folder, None, config, use_gpu)
 
 
 def _write_merged(model_dir: Path, adapter_dir: Path, precision: str, folder: Path) -> None:

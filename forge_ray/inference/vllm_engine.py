@@ -25,6 +25,7 @@ from forge_ray.errors import EngineError, PolicyError
 from forge_ray.inference.engine import EngineHealth, FinishReason, Generation, GenerationRequest, Score, Token
 from forge_ray.inference.vllm_adapters import ELSEWHERE, servable_adapter
 from forge_ray.inference.vllm_settings import engine_arguments, linear_layers, prepare, refused, sampling_params
+from forge_ray.store.owner import owner_mark
 
 STALLED_AFTER_S = 300.0  # one forward pass of a full batch on a slow CPU takes well under a minute
 CLOSE_AFTER_S = 60.0
@@ -75,7 +76,7 @@ class VllmEngine:
         self._config = config
         self._numbers = itertools.count(1)
         self._layers = layers
-        self._scratch = tempfile.TemporaryDirectory(prefix="forge-adapters-")
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"forge-adapters-{owner_mark()}-")
         first = self._servable(adapter_dir) if adapter_dir is not None else None
         self._adapter_numbers = itertools.count(1)  # vLLM's ids of adapters; none is used twice
         self._adapters: dict[str, Any] = {}

@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Set in the driver of `ray job submit`; Ray has no public way to ask. ray/_private/runtime_env/constants.py
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Where Ray Train keeps its view of a run's checkpoints, in the run's folder. ray/train/v2/_internal/constants.py
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+# How the folders begin, in a session's folder, to which Ray writes objects that memory has no place for.
+# ray/_private/ray_constants.py, DEFAULT_OBJECT_PREFIX
+SPILLED = "ray_spilled_objects"
 
 
 def without_usage_reports() -> None:
@@ -87,6 +92,19 @@ def remove_orphaned_groups() -> None:
         ours = group.creator_job_id.hex() == ray.get_runtime_context().get_job_id()
         if ours and group.creator_actor_dead and group.state != Group.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def session_folder() -> Path | None:
+    """The folder of the Ray session that this process belongs to, where it is on this machine; None without Ray.
+
+    Upstream: `ray.init` returns it to the process that starts or joins the cluster, and nothing returns it later.
+    """
+    if "ray" not in sys.modules:
+        return None
+    import ray
+
+    node = ray._private.worker._global_node if ray.is_initialized() else None
+    return Path(node.get_session_dir_path()) if node is not None else None
 
 
 def torch_backend() -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.exact import path_inside
 from forge_ray.store.files import hash_dir, sha256_file
+from forge_ray.store.owner import owner_mark
 
 __all__ = ["import_model", "refuse_unsafe"]
 
@@ -51,7 +52,7 @@ def _origin(source: Path) -> str:
 
 def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str) -> ModelVersion:
     store = catalog.store
-    staging = paths.model(f".importing-{origin[-16:]}")
+    staging = paths.model(f".importing-{origin[-16:]}-{owner_mark()}")
     with store.staged_dir(staging) as folder:
         if source.is_dir():
             is_quantised = is_float8(source)

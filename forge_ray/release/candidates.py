@@ -11,6 +11,7 @@ from forge_ray.progress import stage
 from forge_ray.records import ModelVersion, canonical_json, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
 from forge_ray.train import checkpoint, validation
 from forge_ray.train.job import TrainJob, job_of
@@ -90,6 +91,8 @@ def export_run(store: Store, run: str, step: str) -> ModelVersion:
         store.copy_dir(aside, paths.model(version.id))
         store.delete_dir(aside)
         is_registered = catalog.has(version.id)
+        folder = "" if is_registered else paths.model(version.id)
+        refuse_erased(store, version.id, job.dataset.id, job.base.id, folder)
         version = catalog.put(version)
         it.done(f"{version.id}  {'already there: ' if is_registered else ''}step {number} of {run}, candidate")
         return version

@@ -89,9 +89,8 @@ class Entry(asyncio.Protocol):
         finally:
             if secured is None:
                 self._leave()
-        if self._is_lost:
-            return
-        self._admit(secured)
+        if secured is not None and not self._is_lost:
+            self._admit(secured)
 
     def _admit(self, transport: asyncio.Transport) -> None:
         """Let the connection speak what it is here for, with what has come already."""

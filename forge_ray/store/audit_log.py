@@ -27,7 +27,7 @@ from forge_ray.store.files import Store
 from forge_ray.store.log_reader import FORMAT, HEAD, LINES, LOG, START, Line, hash_of, previous_of
 
 FOLDER = paths.AUDIT
-LOGGED = (paths.RECORDS, paths.EVENTS)  # folders of which every file has its line
+LOGGED = (paths.RECORDS, paths.EVENTS, paths.TOMBSTONES)  # folders of which every file has its line
 REDONE = 8  # lines of the end whose files are looked for; writers that were killed at once leave no more
 
 

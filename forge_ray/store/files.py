@@ -24,6 +24,8 @@ from forge_ray.errors import ConfigError, NotFound, StoreError
 from forge_ray.records import FileEntry, canonical_json
 from forge_ray.store import modes
 from forge_ray.store.exact import copy_file, others, path_inside, refuse_others, require_same
+from forge_ray.store.owner import owner_mark
+from forge_ray.store.scratch import scratch_folder
 from forge_ray.store.uris import require_storage, shown, why
 
 MANIFEST = "MANIFEST.json"
@@ -118,7 +120,7 @@ class Store:
             modes.make_root(Path(self.root))
         self._fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
         if self.is_local:
-            temporary = f"{target.rsplit('/', 1)[0]}/.tmp-{uuid.uuid4().hex}"
+            temporary = f"{target.rsplit('/', 1)[0]}/.tmp-{owner_mark()}-{uuid.uuid4().hex}"
             try:
                 with open(temporary, "xb") as stream:  # not mkstemp: a group that shares the store may read the record
                     stream.write(data)
@@ -143,7 +145,7 @@ class Store:
             self.write(relative, data)
             return True
         target = self.path(relative)
-        temporary = f"{relative.rsplit('/', 1)[0]}/.new-{uuid.uuid4().hex}"
+        temporary = f"{relative.rsplit('/', 1)[0]}/.new-{owner_mark()}-{uuid.uuid4().hex}"
         self.write(temporary, data)
         try:
             os.link(self.path(temporary), target)
@@ -202,9 +204,9 @@ class Store:
             target = self.local(relative)
             modes.make_root(Path(self.root))
             target.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".tmp-{target.name}-"))
+            staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".tmp-{target.name}-{owner_mark()}-"))
         else:
-            staging = Path(tempfile.mkdtemp(prefix="forge-"))
+            staging = scratch_folder("stage")
         try:
             yield staging
             self._publish(staging, relative)
@@ -310,7 +312,7 @@ class Store:
             if target.is_file() and target.stat().st_size == entry.size:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = cache / f".partial-{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            partial = cache / f".partial-{folder.name}-{owner_mark()}-{uuid.uuid4().hex[:8]}"
             try:
                 pafs.copy_files(self.path(f"{relative}/{entry.path}"), str(partial), source_filesystem=self._fs)
                 os.replace(partial, target)
@@ -365,7 +367,7 @@ def verify_files(
 
 def replace_dir(staging: Path, target: Path) -> None:
     """Rename `staging` to `target`; an older `target` is moved aside first, then removed."""
-    old = target.with_name(f".old-{target.name}-{os.getpid()}")
+    old = target.with_name(f".old-{target.name}-{owner_mark()}")
     if target.exists():
         os.rename(target, old)
     os.rename(staging, target)

@@ -6,7 +6,7 @@ holds is the matter of the module that writes it, as long as no other one reads 
 
 from __future__ import annotations
 
-RECORDS, EVENTS, AUDIT, SIGNATURES = "records", "events", "audit", "signatures"
+RECORDS, EVENTS, AUDIT, SIGNATURES, TOMBSTONES = "records", "events", "audit", "signatures", "tombstones"
 INDEX_FILE, MLFLOW_FILE = "catalog.sqlite", "mlflow.db"
 CHECKPOINT_KEY = "keys/checkpoints.key"
 STEP = "step-"
@@ -42,8 +42,13 @@ def signatures(identifier: str, *names: str) -> str:
 
 
 def erasure(*names: str) -> str:
-    """Tombstones are `<er>.json`; certificate and list are in a folder of the same name."""
+    """Certificate and lists of an erasure are in a folder of its id; `<er>.json` is of versions without `tombstone`."""
     return _below("erasures", *names)
+
+
+def tombstone(*names: str) -> str:
+    """Tombstones, in files that are written once: `<er>-<digest>.json`."""
+    return _below(TOMBSTONES, *names)
 
 
 def environment(digest: str) -> str:

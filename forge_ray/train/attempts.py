@@ -19,12 +19,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from forge_ray.errors import NotFound, StoreError, TrainingError
+from forge_ray.errors import NotFound, PolicyError, StoreError, TrainingError
 from forge_ray.machine.environment import code_commit, code_digest
 from forge_ray.records import canonical_json, utc_now
 from forge_ray.store import paths
+from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
+from forge_ray.store.owner import boot, started
+from forge_ray.store.walk import folders
 
+DRIVER = "driver.json"
 HEARTBEAT_S = 5.0
 LEASE_S = 60.0  # without a sign of life for so long, a driver of another machine counts as dead
 
@@ -74,6 +78,28 @@ def _path(run: str, number: int) -> str:
     return paths.attempt(run, number)
 
 
+def check_may_publish(store: Store, run: str, dataset: str, base: str, number: int | None = None) -> None:
+    """Raise `TrainingError` where nothing of the run may be published any more: an erasure has withdrawn its dataset or its
+    base model, or (with `number`) a younger attempt has started."""
+    if number is not None:
+        check_newest(store, run, number)
+    try:
+        refuse_erased(store, run, dataset, base)
+    except PolicyError as error:
+        raise TrainingError(error.message, hint=error.hint) from None
+
+
+def drivers(store: Store) -> dict[str, str]:
+    """Folder → in words why it counts as being trained now, for the runs of the store and of its scratch stores."""
+    living = {}
+    scratch = [f"{folder}/{paths.run()}" for folder in folders(store, paths.work("reproduce"))]
+    for run in (run for place in (paths.run(), *scratch) for run in folders(store, place)):
+        path = f"{run}/{DRIVER}"
+        if (holder := _holder(store, path)) and (sign := _sign_of_life(store, path, holder)):
+            living[run] = f"pid {holder['pid']} on {holder['host']}, since {holder['at']}, {sign}"
+    return living
+
+
 @contextmanager
 def driving(store: Store, run: str) -> Iterator[None]:
     """Hold the run's lease; raises `TrainingError` while another living driver holds it."""
@@ -81,12 +107,12 @@ def driving(store: Store, run: str) -> Iterator[None]:
     holder = {
         "token": token,
         "host": platform.node(),
-        "boot": _boot(),
+        "boot": boot(),
         "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "started": started(os.getpid()),
         "at": utc_now(),
     }
-    path, data = paths.run(run, "driver.json"), canonical_json(holder)
+    path, data = paths.run(run, DRIVER), canonical_json(holder)
     if not store.create(path, data):
         other = _holder(store, path)
         if other and (sign := _sign_of_life(store, path, other)):
@@ -124,8 +150,8 @@ def _holder(store: Store, path: str) -> dict[str, Any] | None:
 
 def _sign_of_life(store: Store, path: str, other: dict[str, Any]) -> str:
     """In words why the holder counts as living; "" where it is dead."""
-    if other["host"] == platform.node() and other["boot"] == _boot():
-        living = _started(other["pid"]) == other["started"] != ""
+    if other["host"] == platform.node() and other["boot"] == boot():
+        living = started(other["pid"]) == other["started"] != ""
         return "which is running" if living else ""
     seconds = _age_s(store, path)
     return f"last seen {seconds:.0f} s ago" if seconds < LEASE_S else ""
@@ -140,20 +166,3 @@ def _age_s(store: Store, path: str) -> float:
     finally:
         store.delete(probe)
     return float((now or time.time_ns()) - (touched or 0)) / 1e9
-
-
-def _boot() -> str:
-    """Tells containers and restarts apart that have the same host name; "" where the system does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """When the process was started, in the kernel's ticks; "" where there is no such process. Numbers are used again."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return stat.rpartition(")")[2].split()[19]

@@ -14,7 +14,6 @@ import json
 import logging
 import random
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from forge_ray.errors import ConfigError, ForgeError, PolicyError, StoreError, T
 from forge_ray.records import FileEntry, canonical_json, digest
 from forge_ray.store import paths
 from forge_ray.store.files import MANIFEST, Store
+from forge_ray.store.scratch import scratch_folder
 from forge_ray.train import validation
 from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
@@ -264,7 +264,7 @@ def restore(
 def _reshard(engine: TrainEngine, store: Store, folder: Path, position: Position, context: Context) -> None:
     """Through a copy that no number of workers is part of: once where all of them see it, else once per rank."""
     aside = store.local(paths.checkpoints(position.run, f".tmp-reshard-{position.step:08d}")) if store.is_local else None
-    target = aside or Path(tempfile.mkdtemp(prefix="forge-reshard-"))
+    target = aside or scratch_folder("reshard")
     problem = ""
     try:
         if context.is_first or not aside:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from forge_ray.data.dataset.order import Order
 from forge_ray.models.architecture import Head
 from forge_ray.records import canonical_json
 from forge_ray.store import paths
+from forge_ray.store.scratch import scratch
 from forge_ray.train import attempts, incidents, metrics
 from forge_ray.train.job import TrainJob
 from forge_ray.train.model import export_adapter, export_full, merge_adapter
@@ -26,14 +26,14 @@ def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path, he
     with job.store.staged_dir(relative or paths.export(job.run)) as target:
         if job.config.adapter is None:
             export_full(base, weights, target, head)
-            return "full"
-        if job.config.export == "adapter":
+        elif job.config.export == "adapter":
             export_adapter(model, weights, job.base.id, target)
-            return "adapter"
-        with tempfile.TemporaryDirectory(prefix="forge-adapter-") as adapter:
-            export_adapter(model, weights, job.base.id, Path(adapter))
-            merge_adapter(base, Path(adapter), target, head)
-        return "full"
+        else:
+            with scratch("adapter") as adapter:
+                export_adapter(model, weights, job.base.id, adapter)
+                merge_adapter(base, adapter, target, head)
+        job.check_may_publish()
+    return export_kind(job.config)
 
 
 def export_kind(config: TrainConfig) -> str:
@@ -74,6 +74,7 @@ def finish(
         "export_kind": export_kind,
         "stopped_early": stopped,
     }
+    job.check_may_publish()
     job.store.write(paths.run(job.run, RESULT), canonical_json(result))
     if not job.store.is_local:
         for name in (metrics.METRICS, metrics.CURVE):

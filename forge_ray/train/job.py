@@ -12,7 +12,7 @@ from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
-from forge_ray.train import run_folder
+from forge_ray.train import attempts, run_folder
 
 LOOP = 3  # raised when the loop changes what the same settings compute
 
@@ -29,6 +29,10 @@ class TrainJob:
     base: ModelVersion
     precision: str
     under_ray: bool
+
+    def check_may_publish(self, number: int | None = None) -> None:
+        """As `attempts.check_may_publish`, for this run."""
+        attempts.check_may_publish(self.store, self.run, self.dataset.id, self.base.id, number)
 
     def to_json(self) -> dict[str, Any]:
         """For Ray Train's `train_loop_config`."""

@@ -7,7 +7,6 @@ a cluster:                  train.engine=deepspeed train.zero_stage=3 train.scal
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from forge_ray.data.dataset.order import Order, order_of
 from forge_ray.data.dataset.stream import Feed, Rows, local_batches, ray_batches
 from forge_ray.machine import environment
 from forge_ray.store import paths
+from forge_ray.store.scratch import scratch_folder
 from forge_ray.train import attempts, checkpoint, launch, metrics, speed, watchdog
 from forge_ray.train.context import Context, agree, gather, join
 from forge_ray.train.engine import TorchEngine, TrainEngine
@@ -66,7 +66,7 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
     """Model, engine and state as the newest good checkpoint holds them; collective."""
     config, store = job.config, job.store
     refuse_without_compiler(config)  # the driver has looked at its own machine alone
-    folder = store.local(paths.run(job.run)) if store.is_local else Path(tempfile.mkdtemp(prefix="forge-run-"))
+    folder = store.local(paths.run(job.run)) if store.is_local else scratch_folder("run")
     folder.mkdir(parents=True, exist_ok=True)
     expect("start", 0)
 
@@ -94,7 +94,7 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
     if context.is_first:
         checkpoint.sweep(store, job.run)
     keep_best = config.validation.keep_best or config.export_step == "best"
-    saver = Saver(engine, store, context, config.checkpoint.keep, config.checkpoint.asynchronous, keep_best)
+    saver = Saver(engine, store, context, config.checkpoint.keep, config.checkpoint.asynchronous, keep_best, job.base.id)
     validations = open_validations(job, context, first_step, planned_steps, guards.left_out.digest)
     if restored and validations.ask(first_step):
         launch.report({"step": first_step}, job, paths.checkpoint(job.run, first_step), validate=True)
@@ -166,6 +166,8 @@ class TrainingAttempt:
             is_preempted = False
             if sums.preemption_checks:
                 looked, is_preempted = time.monotonic(), launch.is_preempted(job)
+                if context.is_first:
+                    job.check_may_publish(self.number)
             if sums.stops:
                 validations.stop()
             if validations.due(done) and not validations.in_background:
@@ -218,7 +220,7 @@ class TrainingAttempt:
         if not self.context.is_first:
             return
         if self.job.store.is_local:
-            attempts.check_newest(self.job.store, self.job.run, self.number)
+            self.job.check_may_publish(self.number)
         metrics.append(self.folder, line)
 
     def _report(self, saved: Saved | None, line: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from forge_ray.errors import ForgeError, TrainingError
 from forge_ray.records import FileEntry, canonical_json
 from forge_ray.store import paths
 from forge_ray.store.files import MANIFEST, Store, fsync_dir, replace_dir, sha256_file, sync_tree
+from forge_ray.store.scratch import scratch_folder
 from forge_ray.train import attempts, checkpoint
 from forge_ray.train.checkpoint import Position
 from forge_ray.train.context import Context, agree, sum_over_ranks
@@ -55,9 +55,10 @@ class Saver:
         keep: int,
         in_background: bool = True,
         keep_best: bool = False,
+        base: str = "",
     ) -> None:
         self.engine, self.store, self.context, self.keep, self.keep_best = engine, store, context, keep, keep_best
-        self.in_background = in_background
+        self.in_background, self.base = in_background, base
         self._work: threading.Thread | None = None
         self._position: Position | None = None
         self._publishing = False
@@ -115,7 +116,7 @@ class Saver:
         return False, checkpoint.why_no_space(self.store, position.run)
 
     def _folder(self, position: Position) -> Path:
-        folder = self.store.local(_aside(position)) if self.store.is_local else Path(tempfile.mkdtemp(prefix="forge-save-"))
+        folder = self.store.local(_aside(position)) if self.store.is_local else scratch_folder("save")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -179,7 +180,7 @@ class Saver:
         files = sorted((FileEntry.model_validate(entry) for part in parts for entry in part["files"]), key=lambda e: e.path)
         manifest = checkpoint.manifest(self.store, tuple(files), position)
         relative = paths.checkpoint(position.run, position.step)
-        attempts.check_newest(self.store, position.run, position.attempt)
+        attempts.check_may_publish(self.store, position.run, position.dataset, self.base, position.attempt)
         if self.store.is_local:
             folder = self.store.local(_aside(position))
             shutil.rmtree(folder / PARTS)

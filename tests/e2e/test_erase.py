@@ -21,9 +21,10 @@ from forge_ray.data.dataset.stream import Rows
 from forge_ray.data.dataset.version import read_records
 from forge_ray.errors import NotFound, PolicyError
 from forge_ray.governance import verify
-from forge_ray.governance.erasure import apply as erasing
-from forge_ray.governance.erasure.apply import Options, erase
-from forge_ray.governance.erasure.plan import ErasureRequest
+from forge_ray.governance.erasure import purging
+from forge_ray.governance.erasure.apply import erase
+from forge_ray.governance.erasure.options import Options
+from forge_ray.governance.erasure.search import ErasureRequest
 from forge_ray.governance.trace import of_record, trace
 from forge_ray.records import DatasetManifest, Deployment, Event, RunRecord
 from forge_ray.release import promotion
@@ -159,11 +160,11 @@ def test_erasure_of_a_subject_survives_kills_and_leaves_nothing(
             with pytest.raises(PolicyError, match="learned from rows that er_"):
                 refused()
         assert own.exists(f"models/{version.id}/MANIFEST.json")
-    purged = erasing.purge
-    monkeypatch.setattr(erasing, "purge", _killed)
+    purged = purging.purge
+    monkeypatch.setattr(purging, "purge", _killed)
     with pytest.raises(InterruptedError):
         erase(own, request, options, "she asked")
-    monkeypatch.setattr(erasing, "purge", purged)
+    monkeypatch.setattr(purging, "purge", purged)
 
     # the same command goes on, and once more does nothing
     statement = forge(own, "erase", "--subject", "wq", "--apply", "--yes", "--why", "she asked")
@@ -193,7 +194,7 @@ def test_erasure_of_a_subject_survives_kills_and_leaves_nothing(
         assert own.is_published(f"models/{new}")
         present = [m for m in catalog.all(DatasetManifest) if own.is_published(f"datasets/{m.id}")]
         assert [m.id for m in present] == [catalog.get_as(RunRecord, repeated["new_run"]).dataset]
-        assert not any(holders(own, present, record, "") for record in hers)
+        assert not any(holders(own, present, record) for record in hers)
         assert catalog.last("deployment")[deployment.id].data["withdrawn"] == [version.id]
     for folder in (f"models/{version.id}", f"datasets/{old.id}", f"runs/{outcome.run.id}/export", "work"):
         assert not own.list(folder, recursive=True), folder

@@ -188,7 +188,7 @@ def test_diff_and_find(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     assert [row["dataset"] for row in holders(own, both, parse_record(chat(500)).id)] == [new.id]
     assert holders(own, both, "rec_" + "0" * 24) == []
     hashed = subject_digest(subject_key(own, ""), "c7")
-    customer_records = [row["record"] for row in holders(own, [old], subject=hashed)]
+    customer_records = [row["record"] for row in holders(own, [old], subjects={old.id: [hashed]})]
     assert sorted(customer_records) == sorted(parse_record(chat(n)).id for n in (7, 17, 27, 37))
     everything = b"".join(path.read_bytes() for path in Path(own.root).rglob("*.parquet"))
     assert b"customer" not in everything

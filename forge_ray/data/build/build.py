@@ -28,7 +28,7 @@ from forge_ray.data.build.reduce import run_partition, run_tail, run_unused
 from forge_ray.data.build.settings import BuildSpec, Progress, Segment, segments, silent, source_settings
 from forge_ray.data.build.summaries import History, MapSummary, Partition, SplitCounts, WorkFile
 from forge_ray.data.build.tombstones import tombstones
-from forge_ray.data.build.work import read_batches, write_array, write_plan
+from forge_ray.data.build.work import read_batches, require, write_array, write_plan
 from forge_ray.data.curate.decontaminate import build_index, evaluation_texts
 from forge_ray.data.curate.rules import require_packages
 from forge_ray.data.dataset.version import SPLITS, require_tokenizer
@@ -39,6 +39,7 @@ from forge_ray.errors import DataError, NothingLeft
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest, hex_of
 from forge_ray.store import paths
 from forge_ray.store.files import MANIFEST, Store
+from forge_ray.store.owner import is_alive, owner_mark
 
 JOB_BYTES = 4 << 20  # a few seconds of work, so that a small cluster is busy and a killed build loses little
 PARTITION_RECORDS = 1 << 15  # records packed together; fixed, for it decides the rows
@@ -77,17 +78,19 @@ def build(
     store: Store,
     sources: list[IndexedFile],
     progress: Progress = silent,
+    mark: str = "",
 ) -> DatasetManifest:
-    """Encode, pack and write the dataset; needs an initialised Ray. Nothing is visible until it is complete."""
+    """Encode, pack and write the dataset; needs an initialised Ray. Nothing is visible until it is complete. Where the
+    work area's `mark` is gone, it ends with a `StoreError`."""
     require_tokenizer(store, base)
     started = time.monotonic()
     jobs = _jobs(config, sources)
     if not jobs:
         raise DataError(f"none of {len(sources)} files has a row", hint="check data.sources")
-    spec = BuildSpec(name, config, base, store, sources, tombstones(store), progress)
+    spec = BuildSpec(name, config, base, store, sources, tombstones(store), progress, mark)
     history = []
     for segment in segments(config):
-        segment = replace(segment, indexes=_indexes(config, segment, store), tombstones=spec.tombstones)
+        segment = replace(segment, indexes=_indexes(config, segment, store), tombstones=spec.tombstones, mark=mark)
         inputs = segment.indexes.values()
         jobs = [replace(job, key=job_key(segment, spec.row_settings, [job.key, job.dropped, *inputs])) for job in jobs]
         summaries = _map(spec, jobs, segment)
@@ -175,6 +178,7 @@ def _map(spec: BuildSpec, jobs: list[Job], segment: Segment) -> list[MapSummary]
     for row in work.iter_rows():
         summary = MapSummary.from_json(json.loads(row["summary"]))
         summaries[summary.key] = summary
+        require(spec.store, spec.mark)
         spec.progress(len(summaries), len(jobs), "pieces read" if segment.barrier is not None else "pieces tokenised")
     return [summaries[job.key] for job in jobs]
 
@@ -185,11 +189,12 @@ def _assemble(spec: BuildSpec, jobs: list[Job], history: History, started: float
     name = hex_of(digest(value))[:32]
     write_plan(store, name, value)
 
-    staging = paths.dataset(f".building-{name[:12]}-{uuid.uuid4().hex[:8]}")
+    staging = paths.dataset(f".building-{name[:12]}-{owner_mark()}-{uuid.uuid4().hex[:8]}")
     try:
         partitions = _reduce(spec, name, history)
         stats, files = _collect(spec, staging, partitions)
         files += _write_unused(store, staging, name, len(plan.unused))
+        require(store, spec.mark)
         manifest = manifest_of(spec, jobs, history, partitions, stats, plan.epochs)
         seconds = round(time.monotonic() - started, 3)
         ordered = tuple(sorted(files, key=lambda entry: entry.path))
@@ -231,7 +236,7 @@ def _reduce(spec: BuildSpec, plan: str, history: History) -> list[Partition]:
 
     tasks = _partition_tasks(plan, history)
     work = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=len(tasks)).map(
-        partial(run_partition, config=spec.config, base=spec.base.id, store=spec.store)
+        partial(run_partition, config=spec.config, base=spec.base.id, store=spec.store, mark=spec.mark)
     )
     partitions = []
     for row in work.iter_rows():
@@ -334,9 +339,10 @@ def _write_unused(store: Store, staging: str, plan: str, count: int) -> list[Fil
 
 
 def remove_stale(store: Store) -> None:
-    """Staging folders that a killed build left behind a day ago; a younger one may belong to a build that runs now."""
+    """Staging folders that killed builds left behind; one of another machine may be in use until it is a day old."""
     if not store.is_local:
         return
     for folder in Path(store.path(paths.dataset())).glob(".building-*"):
-        if time.time() - folder.stat().st_mtime > STALE_S:
+        alive = is_alive(folder.name)
+        if alive is False or (alive is None and time.time() - folder.stat().st_mtime > STALE_S):
             store.delete_dir(paths.dataset(folder.name))

@@ -55,7 +55,7 @@ class Job:
 def run_job(row: dict[str, Any], segment: Segment, config: DataConfig, base: str, store: Store) -> dict[str, Any]:
     """A Ray Data map function over `{"job": JSON of a Job}`; returns the job's `MapSummary` as JSON."""
     job = Job.from_json(json.loads(row["job"]))
-    summary = once(store, job.key, MapSummary, lambda: _process(job, segment, config, base, store))
+    summary = once(store, job.key, MapSummary, lambda: _process(job, segment, config, base, store), segment.mark)
     return {"summary": json.dumps(summary.to_json())}
 
 
@@ -151,7 +151,7 @@ def _read(job: Job, segment: Segment, config: DataConfig, store: Store, out: Par
                 continue
             if source.licence and "licence" not in record.meta:
                 record.meta["licence"] = source.licence
-            yield MappedRecord(number, raw.line, raw.offset, raw.sha256, record, subject=whose)
+            yield MappedRecord(number, raw.line, raw.offset, raw.sha256, record, subject=whose.digest if whose else None)
 
 
 def _resumed(job: Job, segment: Segment, store: Store, out: Parts) -> Iterator[MappedRecord]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from forge_ray.config.data import DataConfig
-from forge_ray.data.build import work
+from forge_ray.data.build import kept_tombstones, work
 from forge_ray.data.build.build import build, index_sources
 from forge_ray.data.build.settings import Progress, input_digest, silent
 from forge_ray.data.build.tombstones import tombstones
 from forge_ray.data.dataset import index
 from forge_ray.data.dataset.version import tokenizer_digest
 from forge_ray.data.read.ingest import IndexedFile
+from forge_ray.errors import StoreError
+from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, ModelVersion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.erased import withdrawn
+from forge_ray.store.files import Store
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Prepared:
 
 def existing_version(config: DataConfig, base: ModelVersion, catalog: Catalog) -> DatasetManifest | None:
     """The version that was built from these settings and from sources with the bytes that they have now."""
+    restore_tombstones(catalog.store)
     return _version_of(config, base, catalog, index_sources(config))
 
 
@@ -47,6 +53,7 @@ def prepare_version(
     name: str, config: DataConfig, base: ModelVersion, catalog: Catalog, progress: Progress = silent
 ) -> Prepared:
     """The version that was built from these inputs, or a new one with its index; needs an initialised Ray."""
+    restore_tombstones(catalog.store)
     sources = index_sources(config, progress)
     if manifest := _version_of(config, base, catalog, sources):
         return Prepared(manifest, is_new=False)
@@ -55,15 +62,22 @@ def prepare_version(
     return Prepared(manifest, is_new=True)
 
 
+def restore_tombstones(store: Store) -> None:
+    """Restore tombstones that were removed or changed, and say so; `StoreError` where that cannot be done."""
+    for difference in kept_tombstones.restore(store):
+        print(f"  {visible(difference)}: restored from the audit log", file=sys.stderr)
+
+
 def _version_of(
     config: DataConfig, base: ModelVersion, catalog: Catalog, sources: list[IndexedFile]
 ) -> DatasetManifest | None:
     inputs = input_digest(config, sources, tokenizer_digest(base), tombstones(catalog.store))
+    noted = work.noted_dataset(catalog.store, inputs)
     for manifest in catalog.all(DatasetManifest):
-        if manifest.input_digest == inputs:
+        is_of_inputs = manifest.input_digest == inputs or manifest.id == noted
+        if is_of_inputs and catalog.store.is_published(paths.dataset(manifest.id)):  # the record of one that is gone stays
             return manifest
-    dataset = work.noted_dataset(catalog.store, inputs)
-    return catalog.get_as(DatasetManifest, dataset) if dataset else None
+    return None
 
 
 def _build_version(
@@ -80,7 +94,8 @@ def _build_version(
     while True:
         tombstones_before, mark = tombstones(store), work.mark(store)
         try:
-            built = build(name, config, base, store, sources, progress)
+            built = build(name, config, base, store, sources, progress, mark)
+            is_whole = store.exists(mark)
         except Exception:
             if store.exists(mark):
                 raise
@@ -88,10 +103,16 @@ def _build_version(
             continue
         finally:
             store.delete(mark)
-        if tombstones(store) == tombstones_before:
+        if is_whole and tombstones(store) == tombstones_before:
             break
         if not catalog.has(built.id):  # rows were erased meanwhile, and this may hold some: nobody has seen it yet
             store.delete_dir(paths.dataset(built.id))
+    if erasure := withdrawn(store).datasets.get(built.id):
+        store.delete_dir(paths.dataset(built.id))
+        raise StoreError(
+            f"the build came to {built.id}, which {erasure} erased, so its tombstones do not keep the rows out",
+            hint="`forge audit verify` says whether tombstones were changed; restore the store from a backup",
+        )
     manifest = catalog.put(built)
     if manifest.input_digest != built.input_digest:  # erasures that touch none of its rows: these inputs give it too
         work.note_dataset(store, built.input_digest, manifest.id)

@@ -32,14 +32,14 @@ from forge_ray.store.files import Store
 RECORD_GROUP = 1024
 
 
-def run_partition(row: dict[str, Any], config: DataConfig, base: str, store: Store) -> dict[str, Any]:
+def run_partition(row: dict[str, Any], config: DataConfig, base: str, store: Store, mark: str = "") -> dict[str, Any]:
     """A Ray Data map function over the fields of a `PartitionTask`; returns the `Partition` as JSON."""
     task = PartitionTask(**row)
     plan = reduce_plan(store, task.plan)
     table, copies = _load(store, plan, task)
     table, copies, num_duplicates = _once_each(table, copies)
     key = _key(table, copies, plan.settings)
-    summary = once(store, key, PartitionSummary, lambda: _write(store, key, table, copies, plan, config, base))
+    summary = once(store, key, PartitionSummary, lambda: _write(store, key, table, copies, plan, config, base), mark)
     partition = Partition(task.split, task.partition, num_duplicates, summary)
     return {"partition": json.dumps(partition.to_json())}
 

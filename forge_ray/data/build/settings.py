@@ -32,6 +32,7 @@ class BuildSpec:
     sources: list[IndexedFile]
     tombstones: str  # their name at the start of the build; "" where there are none
     progress: Progress = silent
+    mark: str = ""  # gone from the work area where another command has emptied it: `work.mark`
 
     @property
     def input_digest(self) -> str:
@@ -55,6 +56,7 @@ class Segment:
     barrier: int | None
     indexes: dict[int, str] = field(default_factory=dict)  # rule → work file that it needs
     tombstones: str = ""  # their name; "" where there are none
+    mark: str = ""  # of the build
 
 
 def segments(config: DataConfig) -> Iterator[Segment]:

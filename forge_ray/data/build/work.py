@@ -21,9 +21,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
+from forge_ray.errors import StoreError
 from forge_ray.records import canonical_json, hex_of
 from forge_ray.store import paths
 from forge_ray.store.files import Store
+from forge_ray.store.owner import owner_mark
 
 WORK = paths.work("data")
 
@@ -46,20 +48,38 @@ def finished(store: Store, key: str, kind: type[S]) -> S | None:
     return kind.from_json(json.loads(store.read(path))) if store.exists(path) else None
 
 
-def once(store: Store, key: str, kind: type[S], work: Callable[[], S]) -> S:
-    """The summary of the finished piece, or of what `work` does now."""
+def once(store: Store, key: str, kind: type[S], work: Callable[[], S], mark: str = "") -> S:
+    """The summary of the finished piece, or of what `work` does now. Raises `StoreError` where the `mark` of the build is
+    gone, and leaves nothing of the piece then: an erasure empties the work area of rows that builds had read before it."""
     summary = finished(store, key, kind)
     if summary is None:
+        require(store, mark)
         summary = work()
         store.write(f"{WORK}/{key}.json", canonical_json(summary.to_json()))
+        try:
+            require(store, mark)
+        except StoreError:
+            for path in store.list(WORK):
+                if path.startswith(f"{WORK}/{key}"):
+                    store.delete(path)
+            raise
     return summary
 
 
 def mark(store: Store) -> str:
     """A file of the work area that is gone when another command has emptied it since."""
-    path = f"{WORK}/begun-{uuid4().hex}"
+    path = f"{WORK}/begun-{owner_mark()}-{uuid4().hex}"
     store.write(path, b"")
     return path
+
+
+def require(store: Store, mark: str) -> None:
+    """Raise `StoreError` where the mark of a build is gone; "" is a build that nobody watches."""
+    if mark and not store.exists(mark):
+        raise StoreError(
+            "the work area was emptied while a dataset was being built, by an erasure or by `forge data clean`",
+            hint="run the same command again",
+        )
 
 
 def note_dataset(store: Store, input_digest: str, dataset: str) -> None:

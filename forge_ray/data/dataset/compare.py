@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -82,8 +83,11 @@ def _settings(old: DatasetManifest, new: DatasetManifest) -> dict[str, list[Any]
     return {key: [old.config.get(key), new.config.get(key)] for key in keys if old.config.get(key) != new.config.get(key)}
 
 
-def holders(store: Store, manifests: list[DatasetManifest], record: str = "", subject: str = "") -> list[dict[str, Any]]:
-    """The dataset versions that hold a record, or the records of a subject (its HMAC), with split, file and line."""
+def holders(
+    store: Store, manifests: list[DatasetManifest], record: str = "", subjects: Mapping[str, Collection[str]] | None = None
+) -> list[dict[str, Any]]:
+    """The dataset versions that hold a record, or the records of a person, with split, file and line. `subjects`: dataset
+    version → HMACs of the person there."""
     held = []
     for manifest in manifests:
         if record:
@@ -92,7 +96,7 @@ def holders(store: Store, manifests: list[DatasetManifest], record: str = "", su
             except NotFound:
                 rows = []
         else:
-            rows = find_subject(store, manifest, subject)
+            rows = find_subject(store, manifest, (subjects or {}).get(manifest.id, ()))
         held += [{"dataset": manifest.id, "name": manifest.name, **_place(row)} for row in rows]
     return held
 

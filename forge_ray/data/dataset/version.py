@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -182,12 +182,14 @@ def _find(store: Store, manifest: DatasetManifest, split: str, key: int, record:
     return next((_decoded(row) for row in table.to_pylist() if row["record"] == record), None)
 
 
-def find_subject(store: Store, manifest: DatasetManifest, subject: str) -> list[dict[str, Any]]:
-    """Every record whose subject key is `subject` (see `subject.subject_digest`), with its split."""
+def find_subject(store: Store, manifest: DatasetManifest, subjects: Collection[str]) -> list[dict[str, Any]]:
+    """Every record whose subject's HMAC is one of `subjects` (see `subject.subject_digest`), with its split."""
     rows = []
     for split in SPLITS:
         for path in listed(store, manifest, f"records/{split}"):
-            table = pq.read_table(store.path(path), filesystem=store.filesystem, filters=pc.field("subject") == subject)
+            table = pq.read_table(
+                store.path(path), filesystem=store.filesystem, filters=pc.field("subject").isin(list(subjects))
+            )
             rows += [{**_decoded(row), "split": split} for row in table.to_pylist()]
     return rows
 

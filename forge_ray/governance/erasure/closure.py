@@ -51,22 +51,22 @@ def near_duplicates(store: Store, manifest: DatasetManifest, records: set[str]) 
     return (heads | {place.record for place in index.duplicates(store, manifest, heads)}) - records
 
 
-def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[set[str], list[str]]:
-    """Ids of the rows before rules masked them, read again from the source files, and notes on files that cannot be read. A
-    row that is no longer at its line is skipped: only its masked form is known."""
+def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[list[DataRecord], list[str]]:
+    """The rows before rules masked them, read again from the source files, and notes on files that cannot be read. A row
+    that is no longer at its line is skipped: only its masked form is known."""
     config = parse(DataConfig, manifest.config)
     masks = [rule for rule in config.curate if getattr(rule, "action", "") == "mask"]
     if not masks:
-        return set(), []
+        return [], []
     checks = [compile_rule(rule) for rule in masks]
     records_by_file: dict[str, dict[int, str]] = {}
     for place in places:
         records_by_file.setdefault(place.file, {})[place.line] = place.record
-    ids: set[str] = set()
+    records: list[DataRecord] = []
     try:
         files = {file.name: file for file in expand(config)}
     except ForgeError as error:
-        return ids, [f"{manifest.id}: {error.message}"]
+        return records, [f"{manifest.id}: {error.message}"]
     for name, lines in records_by_file.items():
         if name not in files:
             continue
@@ -77,8 +77,8 @@ def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[set[str
             for check in checks:
                 after = check(after).record or after
             if after.id == lines[raw.line]:
-                ids.add(record.id)
-    return ids, [f"{name}: not found" for name in records_by_file if name not in files]
+                records.append(record)
+    return records, [f"{name}: not found" for name in records_by_file if name not in files]
 
 
 def _rows(config: DataConfig, path: str, name: str, format: str, source: int) -> Iterator[tuple[Chunk, Raw]]:

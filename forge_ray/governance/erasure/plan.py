@@ -3,64 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from forge_ray.data.build import tombstones as erased
 from forge_ray.data.dataset import index
-from forge_ray.data.dataset.index import Place, is_record_id
-from forge_ray.errors import ConfigError, DataError
+from forge_ray.data.dataset.index import Place
 from forge_ray.governance.erasure import closure
+from forge_ray.governance.erasure.search import ReachedRecords
+from forge_ray.governance.erasure.variants import Variant
 from forge_ray.governance.impact import StoreUses
-from forge_ray.governance.trace import of_each, of_file, subject_digests
+from forge_ray.governance.uses import Run
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, ModelVersion, RunRecord
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.files import MANIFEST, Store
 
-T = TypeVar("T")
 TRAINED_ON = ("train", "validation")  # splits that can affect weights: validation may select the checkpoint or stop a run
-
-
-@dataclass(frozen=True)
-class ErasureRequest:
-    """The rows to erase. `values`: one subject, record ids, or one path of a file with rows."""
-
-    by: Literal["subject", "record", "file"]
-    values: tuple[str, ...]
-    near_duplicates: bool = True
-    key_file: str = ""
-
-    def fingerprint(self, store: Store) -> str:
-        """An HMAC of the request: equal for equal requests, and not guessable without the store's key."""
-        if self.by == "file":
-            return erased.fingerprint_of(store, Path(self.values[0]).read_bytes().hex())
-        return erased.fingerprint_of(store, "\n".join(sorted(value.strip() for value in self.values)))
-
-
-@dataclass(frozen=True)
-class ReachedRecords:
-    """The records that a request covers. `near` are the near duplicates of `asked`; `read` the ids of rows before rules
-    masked them; `subjects` their HMACs; `places` where they are, by dataset version."""
-
-    asked: frozenset[str]
-    near: frozenset[str]
-    read: frozenset[str]
-    subjects: frozenset[str]
-    places: dict[str, list[Place]]
-    notes: tuple[str, ...]
-
-    @property
-    def records(self) -> set[str]:
-        return {*self.asked, *self.near}
-
-    @property
-    def tombstones(self) -> set[str]:
-        return {*self.asked, *self.near, *self.read, *self.subjects}
 
 
 class AffectedDataset(Frozen):
@@ -133,6 +91,10 @@ class ErasurePlan(Frozen):
     evals: tuple[AffectedEval, ...]
     outside: dict[str, tuple[int, ...]]
     notes: tuple[str, ...]
+    variants: tuple[Variant, ...] = ()  # for a decision before the start; not kept, for they name records
+
+    def stored(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"variants"})
 
     @property
     def worker_hours(self) -> float:
@@ -141,76 +103,6 @@ class ErasurePlan(Frozen):
     @property
     def gpu_hours(self) -> float:
         return sum(run.gpu_hours for run in self.runs if run.used and run.finished)
-
-
-def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
-    """The records of a request and all further records that must be erased with them. Raises `NotFound`."""
-    store, manifests = catalog.store, catalog.datasets()
-    asked: set[str] = set()
-    subjects: set[str] = set()
-    if request.by == "record":
-        if wrong := [value for value in request.values if not is_record_id(value)]:
-            raise ConfigError(f"{wrong[0]!r} is not a record id", hint="forge data show ds_… prints them: rec_…")
-        asked.update(request.values)
-    elif request.by == "file":
-        rows = of_file(catalog, request.values[0])
-        if unread := [row for row in rows if not row.records]:
-            raise DataError(
-                f"{unread[0].asked} is {unread[0].note} ({len(unread)} of {len(rows)} rows)",
-                hint="give the rows in the form that the sources have",
-            )
-        asked = {record for row in rows for record in row.records}
-    else:
-        digests = subject_digests(store, manifests, request.values[0], request.key_file)
-        if not digests:
-            raise ConfigError(
-                "no dataset version of this store has data.subject set, so rows cannot be found by subject",
-                hint="use --record or --file; data.subject applies to datasets that are prepared from now on",
-            )
-        theirs = [manifest for manifest in manifests if manifest.id in digests]
-        subjects = set(digests.values())
-        asked.update(*_everywhere(theirs, lambda manifest: index.of_subject(store, manifest, digests[manifest.id])).values())
-    near = _near(store, manifests, asked) if request.near_duplicates else set()
-    places = _everywhere(manifests, lambda manifest: _places(store, manifest, asked | near))
-    read: set[str] = set()
-    notes: list[str] = []
-    for manifest in manifests:
-        if held := places[manifest.id]:
-            ids, problems = closure.as_read(manifest, held)
-            read |= ids
-            notes += problems
-    return ReachedRecords(
-        asked=frozenset(asked),
-        near=frozenset(near),
-        read=frozenset(read),
-        subjects=frozenset(subjects),
-        places={dataset: held for dataset, held in places.items() if held},
-        notes=tuple(dict.fromkeys(notes)),
-    )
-
-
-def _everywhere(manifests: list[DatasetManifest], look: Callable[[DatasetManifest], T]) -> dict[str, T]:
-    """The result of `look` for each dataset version; raises `DataError` if one of them cannot be searched."""
-    by_dataset, broken = of_each(manifests, look)
-    if broken:
-        reason = next(iter(broken.values()))
-        raise DataError(f"a dataset version cannot be searched: {reason}", hint="restore it from a backup, then erase")
-    return by_dataset
-
-
-def _near(store: Store, manifests: list[DatasetManifest], asked: set[str]) -> set[str]:
-    """Near duplicates of the records over all dataset versions, transitively."""
-    near: set[str] = set()
-    while True:
-        reached = asked | near
-        look = partial(closure.near_duplicates, store, records=reached)
-        if not (more := set().union(*_everywhere(manifests, look).values()) - reached):
-            return near
-        near |= more
-
-
-def _places(store: Store, manifest: DatasetManifest, records: set[str]) -> list[Place]:
-    return [*index.places(store, manifest, records), *index.dropped(store, manifest, records)]
 
 
 def plan_of(catalog: Catalog, reached: ReachedRecords) -> ErasurePlan:
@@ -234,9 +126,10 @@ def plan_of(catalog: Catalog, reached: ReachedRecords) -> ErasurePlan:
         versions=versions,
         aliases=aliases,
         deployments=_deployments(catalog, withdrawn, aliases),
-        evals=_evals(catalog, datasets, {*withdrawn, *(run.id for run in runs if run.used)}, reached.records),
+        evals=_evals(catalog, datasets, {*withdrawn, *(run.id for run in runs if run.used)}, reached.records.__contains__),
         outside={name: tuple(sorted(lines)) for name, lines in sorted(outside.items())},
         notes=reached.notes,
+        variants=reached.variants,
     )
 
 
@@ -250,6 +143,46 @@ def extended(catalog: Catalog, plan: ErasurePlan, changed: set[str]) -> ErasureP
     runs = tuple(before[run.id].model_copy(update={"used": run.used}) if run.id in before else run for run in runs)
     aliases = standing_for(catalog, {version.id for version in versions})
     return plan.model_copy(update={"datasets": datasets, "runs": runs, "versions": versions, "aliases": aliases})
+
+
+def late_plan(
+    catalog: Catalog, plans: Sequence[ErasurePlan], datasets: dict[str, dict[str, int]], is_erased: Callable[[str], bool]
+) -> ErasurePlan | None:
+    """What was published from erased rows after the plans were made, by a look at the store: dataset versions with the rows
+    (`datasets`), and what was derived from these and from those of the plans. None where there is nothing."""
+    catalog.sync()
+    before = {one.id: one for plan in plans for one in plan.datasets}
+    manifests = {manifest.id: manifest for manifest in catalog.all(DatasetManifest)}
+    late = tuple(
+        AffectedDataset(id=key, name=manifests[key].name, held=held)
+        for key, held in sorted(datasets.items())
+        if key in manifests
+    )
+    everything = (*before.values(), *(one for one in late if one.id not in before))
+    runs, versions = _made_of(catalog, everything, {})
+    all_versions = {version.id for version in versions}
+    used = {run.id for run in runs if run.used}
+    planned_runs = {run.id for plan in plans for run in plan.runs}
+    planned = {version.id for plan in plans for version in plan.versions}
+    runs = tuple(run for run in runs if run.id not in planned_runs and (run.used or run.dataset in datasets))
+    versions = tuple(version for version in versions if version.id not in planned)
+    evals = _evals(catalog, everything, all_versions | used, is_erased)
+    if not (late or runs or versions or evals):
+        return None
+    ids = {version.id for version in versions}
+    aliases = standing_for(catalog, ids)
+    return ErasurePlan(
+        num_records=0,
+        num_near_duplicates=0,
+        datasets=late,
+        runs=runs,
+        versions=versions,
+        aliases=aliases,
+        deployments=_deployments(catalog, ids, aliases),
+        evals=evals,
+        outside={},
+        notes=(),
+    )
 
 
 def standing_for(catalog: Catalog, versions: set[str]) -> dict[str, tuple[str, ...]]:
@@ -267,11 +200,13 @@ def _made_of(
     runs, versions = catalog.all(RunRecord), catalog.all(ModelVersion)
     by_id = {dataset.id: dataset for dataset in datasets}
     decided = {run.id for run in runs if run.dataset in holding and by_id[run.dataset].decides(run.config["train"])}
-    unfinished = _unfinished(catalog)
-    used = {run for run, dataset in unfinished.items() if dataset in may}
+    facts = StoreUses.of(catalog)
+    unfinished = [run for run in facts.runs.values() if not catalog.has(run.run)]
+    used = {run.run for run in unfinished if run.dataset in may}
     affected: set[str] = set()
     while True:
         more = {run.id for run in runs if run.id in decided or run.base_model in affected} - used
+        more |= {run.run for run in unfinished if run.base_model in affected} - used
         used |= more
         new = {
             v.id for v in versions if v.run in used or v.base_model in affected or (not v.run and v.dataset in may)
@@ -279,13 +214,12 @@ def _made_of(
         affected |= new
         if not more and not new:
             break
-    facts = StoreUses.of(catalog)
     listed = [
         _run(catalog, facts, run, run.id in used, places.get(run.dataset, []))
         for run in runs
         if run.id in used or run.dataset in holding
     ]
-    listed += [_begun(run, dataset, dataset in may) for run, dataset in unfinished.items() if dataset in holding]
+    listed += [_begun(run, run.run in used) for run in unfinished if run.run in used or run.dataset in holding]
     return tuple(listed), tuple(
         AffectedVersion(id=v.id, name=v.name, status=v.status, weights=v.weights, run=v.run)
         for v in versions
@@ -296,7 +230,8 @@ def _made_of(
 def _run(catalog: Catalog, facts: StoreUses, run: RunRecord, used: bool, places: list[Place]) -> AffectedRun:
     settings = run.config["train"]
     manifest = catalog.get_as(DatasetManifest, run.dataset)
-    rows = sorted({row for rows in index.rows_with(catalog.store, manifest, places).values() for row in rows})
+    inside = index.rows_with(catalog.store, manifest, places) if places else {}
+    rows = sorted({row for rows in inside.values() for row in rows})
     steps = sorted({step for use in facts.runs[run.id].trained_on(manifest, "", rows) for step in use.steps}) if rows else []
     workers = max((attempt["world_size"] for attempt in run.attempts), default=1)
     hours = run.metrics.get("seconds", 0.0) / 3600 * workers
@@ -317,24 +252,20 @@ def _run(catalog: Catalog, facts: StoreUses, run: RunRecord, used: bool, places:
     )
 
 
-def _begun(run: str, dataset: str, used: bool) -> AffectedRun:
+def _begun(run: Run, used: bool) -> AffectedRun:
     nothing: dict[str, Any] = dict.fromkeys(
         ("num_steps", "steps", "first_step", "last_step", "worker_hours", "gpu_hours"), 0
     )
-    return AffectedRun(id=run, name="", dataset=dataset, base_model="", used=used, finished=False, adapter=False, **nothing)
-
-
-def _unfinished(catalog: Catalog) -> dict[str, str]:
-    """Unfinished runs that have a checkpoint → their dataset."""
-    dataset_of_run = {}
-    for run in catalog.subjects("run"):
-        if catalog.has(run):
-            continue
-        for path in catalog.store.list(paths.checkpoints(run), recursive=True):
-            if path.endswith("/" + MANIFEST):
-                dataset_of_run[run] = str(catalog.store.read_json(path)["position"]["dataset"])
-                break
-    return dataset_of_run
+    return AffectedRun(
+        id=run.run,
+        name=run.name,
+        dataset=run.dataset,
+        base_model=run.base_model,
+        used=used,
+        finished=False,
+        adapter=False,
+        **nothing,
+    )
 
 
 def _deployments(
@@ -352,7 +283,7 @@ def _deployments(
 
 
 def _evals(
-    catalog: Catalog, datasets: tuple[AffectedDataset, ...], subjects: set[str], records: set[str]
+    catalog: Catalog, datasets: tuple[AffectedDataset, ...], subjects: set[str], is_erased: Callable[[str], bool]
 ) -> tuple[AffectedEval, ...]:
     affected = []
     holding = {dataset.id: dataset.held for dataset in datasets}
@@ -361,7 +292,7 @@ def _evals(
         if not catalog.store.exists(path):
             continue
         held = holding.get(report.dataset, {})
-        quotes = closure.quoting(catalog.store.read(path), records.__contains__) if held else 0
+        quotes = closure.quoting(catalog.store.read(path), is_erased) if held else 0
         labelled = report.config.get("labels") == "from_data" and bool(held.get("train"))
         if quotes or labelled or report.subject in subjects:
             affected.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))

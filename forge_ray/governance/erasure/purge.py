@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 
-from forge_ray.data.build import tombstones as erased
-from forge_ray.errors import StoreError
-from forge_ray.governance.erasure import closure
+import pyarrow.fs as pafs
+
+from forge_ray.governance.erasure.leftovers import Accounts
 from forge_ray.governance.erasure.plan import ErasurePlan
-from forge_ray.records import EvalReport, FileEntry, files_digest
+from forge_ray.records import FileEntry
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.files import Store
+from forge_ray.store.files import Store, sha256_file
+from forge_ray.store.walk import StoredFile
 
 
 def folders(plan: ErasurePlan, weights: Iterable[str]) -> list[str]:
@@ -26,62 +28,73 @@ def folders(plan: ErasurePlan, weights: Iterable[str]) -> list[str]:
     return [*targets, *(paths.report(report.id) for report in plan.evals), *(paths.model(version) for version in weights)]
 
 
-def files(store: Store, folder: str) -> tuple[FileEntry, ...]:
-    """Every file of a folder with size and sha256, taken from its manifest where the folder is published."""
-    if store.is_published(folder):
-        return tuple(entry.model_copy(update={"path": f"{folder}/{entry.path}"}) for entry in store.files(folder))
+def used_runs(plan: ErasurePlan) -> set[str]:
+    return {run.id for run in plan.runs if run.used}
+
+
+def targets(catalog: Catalog, plan: ErasurePlan, weights: Iterable[str], accounts: Accounts) -> list[str]:
+    """What will be deleted, as folders and files of the store, without the work area: what the plan names, what no record
+    accounts for and no running process writes, and further names of these files."""
+    chosen = [*folders(plan, weights), *(one.path for one in accounts.leftovers if not one.is_written)]
+    names = {file.path for file in _inside(accounts, chosen)}
+    numbers = {file.number for file in _inside(accounts, chosen) if file.num_names > 1}
+    others = [file.path for file in accounts.files if file.number in numbers and file.path in accounts.strangers]
+    return sorted({*chosen, *(path for path in others if path not in names)})
+
+
+def names_elsewhere(accounts: Accounts, chosen: Iterable[str]) -> dict[str, int]:
+    """File → how many more names (hard links) it has outside the store, where deleting it here does not remove its bytes."""
+    inside = Counter(file.number for file in accounts.files)
+    return {
+        file.path: file.num_names - inside[file.number]
+        for file in _inside(accounts, [*chosen, paths.work()])
+        if file.num_names > inside[file.number]
+    }
+
+
+def _inside(accounts: Accounts, places: Iterable[str]) -> list[StoredFile]:
+    chosen = set(places)
+    return [file for file in accounts.files if not chosen.isdisjoint(_above(file.path))]
+
+
+def _above(path: str) -> list[str]:
+    """The path, and every folder that it lies in."""
+    parts = path.split("/")
+    return ["/".join(parts[:number]) for number in range(1, len(parts) + 1)]
+
+
+def listed(store: Store, accounts: Accounts, chosen: Iterable[str]) -> tuple[FileEntry, ...]:
+    """Every file that will be deleted, with size and sha256: from its manifest where the folder is published."""
+    published: dict[str, FileEntry] = {}
+    for place in chosen:
+        if store.is_published(place):
+            published |= {f"{place}/{entry.path}": entry for entry in store.files(place)}
     entries = []
-    for path in store.list(folder, recursive=True):
-        data = store.read(path)
-        entries.append(FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
-    return tuple(entries)
-
-
-def lone_images(catalog: Catalog, plan: ErasurePlan) -> list[str]:
-    """Images that only affected datasets contain."""
-    affected = {dataset.id for dataset in plan.datasets}
-    images = set().union(*(closure.images(catalog.store, dataset) for dataset in affected)) if affected else set()
-    for manifest in catalog.datasets() if images else []:
-        if manifest.id not in affected:
-            images -= closure.images(catalog.store, manifest.id)
-    return sorted(paths.image(name) for name in images)
-
-
-def listed(catalog: Catalog, plan: ErasurePlan, weights: Iterable[str]) -> tuple[FileEntry, ...]:
-    """Every file that will be deleted."""
-    store = catalog.store
-    entries = [entry for folder in folders(plan, weights) for entry in files(store, folder)]
-    for path in lone_images(catalog, plan):
-        if store.exists(path):
-            data = store.read(path)
-            entries.append(FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+    for file in _inside(accounts, chosen):
+        if file.link:
+            continue
+        entry = published.get(file.path)
+        if entry is None or entry.size != file.size:
+            entry = FileEntry(path="file", size=file.size, sha256=_sha256(store, file.path))
+        entries.append(entry.model_copy(update={"path": file.path}))
     return tuple(sorted(entries, key=lambda entry: entry.path))
 
 
-def purge(store: Store, plan: ErasurePlan, weights: Iterable[str], listing: tuple[FileEntry, ...]) -> str:
-    """Delete the listed files, and the work area, which may hold any row. Repeatable. Returns the digest of the list."""
-    for folder in folders(plan, weights):
-        store.delete_dir(folder)
-    for entry in listing:
-        if entry.path.startswith(paths.image("")):
-            store.delete(entry.path)
+def _sha256(store: Store, path: str) -> str:
+    return sha256_file(store.local(path)) if store.is_local else hashlib.sha256(store.read(path)).hexdigest()
+
+
+def purge(store: Store, chosen: Iterable[str]) -> None:
+    """Delete the files and folders, and the work area, which may hold any row: its marks first, by which builds that run
+    learn of it. Repeatable."""
     store.delete_dir(paths.work())  # of builds and of reproductions
-    return files_digest(listing)
+    for place in chosen:
+        remove(store, place)
 
 
-def check_gone(catalog: Catalog, erasure: str) -> None:
-    """Raise `StoreError` if a dataset version or the items of an evaluation still contain one of the rows."""
-    store, tombstones = catalog.store, erased.of_erasure(catalog.store, erasure)
-    for manifest in catalog.datasets():
-        for _, table in closure.tables(store, manifest.id, ["record"]):
-            if left := [record for record in table.column("record").to_pylist() if record and tombstones.has(record)]:
-                raise StoreError(
-                    f"{manifest.id} still holds {len(left)} of the rows of {erasure}",
-                    hint="it was built after the plan: erase again with `--record` or `--file`, which makes a new plan",
-                )
-    for report in catalog.all(EvalReport):
-        path = paths.items(report.id)
-        if store.exists(path) and closure.quoting(store.read(path), tombstones.has):
-            raise StoreError(
-                f"{path} still quotes rows of {erasure}", hint="it was written in the meantime: run the same command again"
-            )
+def remove(store: Store, place: str) -> None:
+    """Delete a file or folder, or whatever has that name."""
+    if store.filesystem.get_file_info(store.path(place)).type == pafs.FileType.Directory:
+        store.delete_dir(place)
+    else:
+        store.delete(place)

@@ -481,5 +481,17 @@ def test_examine_runs_every_check(store: Store) -> None:
             "lock",
             "base model",
         ),
-        *("version", "system", "memory", "disk", "shared memory", "open files", "GPU", "compiler", "store", "audit log"),
+        *(
+            "version",
+            "system",
+            "memory",
+            "disk",
+            "shared memory",
+            "open files",
+            "GPU",
+            "compiler",
+            "store",
+            "audit log",
+            "tombstones",
+        ),
     }

@@ -46,6 +46,21 @@ def test_the_snapshot_of_ray_train() -> None:
     assert constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME == ray_internals.RAY_SNAPSHOT
 
 
+def test_the_folders_of_spilled_objects() -> None:
+    from ray._private import ray_constants
+
+    assert ray_constants.DEFAULT_OBJECT_PREFIX == ray_internals.SPILLED
+
+
+def test_the_folder_of_a_session() -> None:
+    from ray._private import worker
+    from ray._private.node import Node
+
+    assert hasattr(worker, "_global_node")
+    assert list(inspect.signature(Node.get_session_dir_path).parameters) == ["self"]
+    assert ray_internals.session_folder() is None  # this process belongs to no cluster
+
+
 def test_the_process_for_usage_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private.node import Node
 

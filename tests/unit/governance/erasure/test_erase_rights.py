@@ -12,10 +12,13 @@ from forge_ray.config.release import AliasRoute
 from forge_ray.data.dataset import index
 from forge_ray.errors import PolicyError
 from forge_ray.governance import signers
-from forge_ray.governance.erasure import apply as erasing
-from forge_ray.governance.erasure.apply import Options, erase
+from forge_ray.governance.erasure import purging
+from forge_ray.governance.erasure.apply import erase
 from forge_ray.governance.erasure.certificate import path_of
-from forge_ray.governance.erasure.plan import ErasureRequest
+from forge_ray.governance.erasure.options import Options
+from forge_ray.governance.erasure.routes import move
+from forge_ray.governance.erasure.search import ErasureRequest
+from forge_ray.records import Erasure
 from forge_ray.release import promotion
 from forge_ray.store import signing
 from forge_ray.store.catalog import Catalog
@@ -97,11 +100,11 @@ def test_erase_requires_all_rights_before_it_starts(store: Store, keys: dict[str
 def test_resume_requires_same_roles(store: Store, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     fallback_and_alias(store, keys["edda"])
     request, options = ErasureRequest("record", (HERS,)), Options(retrain="none")
-    purge = erasing.purge
-    monkeypatch.setattr(erasing, "purge", _stopped)
+    purge = purging.purge
+    monkeypatch.setattr(purging, "purge", _stopped)
     with signing.acting(keys["edda"]), pytest.raises(InterruptedError):
         erase(store, request, options)
-    monkeypatch.setattr(erasing, "purge", purge)
+    monkeypatch.setattr(purging, "purge", purge)
     with (
         signing.acting(keys["sam"]),
         pytest.raises(PolicyError, match="alias events, deployment events are written by releaser"),
@@ -126,15 +129,15 @@ def test_protected_alias_is_archived_and_waits_for_two_releasers(store: Store, k
         done = erase(store, ErasureRequest("record", (HERS,)), Options(retrain="none"))
         with Catalog.open(store) as catalog:
             assert "letters" not in catalog.routes()  # its base, to which it would fall back, has no two releasers either
-            record = catalog.get_as(erasing.Erasure, done["predicate"]["erasure"])
+            record = catalog.get_as(Erasure, done["predicate"]["erasure"])
             was = {"letters": AliasRoute(versions={tuned: 1.0}).model_dump(mode="json") | {"versions": [(tuned, 1.0)]}}
-            moved = erasing._move(catalog, record, was, {tuned: replacement})
+            moved = move(catalog, record, was, {tuned: replacement})
         assert moved["aliases"] == {}
         assert f"{replacement}: policy.protected: 'letters' is moved by two releasers" in moved["waiting"]["letters"]
     with Catalog.open(store) as catalog, signing.acting(keys["rosa"]):
         signers.approve(catalog, replacement, "letters", False, "")
     with Catalog.open(store) as catalog, signing.acting(keys["edda"]):
-        assert erasing._move(catalog, record, was, {tuned: replacement}) == {
+        assert move(catalog, record, was, {tuned: replacement}) == {
             "aliases": {"letters": [replacement]},
             "waiting": {},
         }

@@ -15,11 +15,16 @@ from forge_ray.cli.main import cli
 from forge_ray.config.release import AliasRoute
 from forge_ray.data.build import tombstones as erased
 from forge_ray.data.record.schema import DataRecord
+from forge_ray.data.record.subject import Whose, subject_key
 from forge_ray.errors import ConfigError, PolicyError, StoreError
 from forge_ray.governance.erasure import closure
-from forge_ray.governance.erasure.apply import Options, _fate, _replaced, _without_datasets, erase
+from forge_ray.governance.erasure.apply import erase
 from forge_ray.governance.erasure.certificate import statement_of
-from forge_ray.governance.erasure.plan import AffectedDataset, AffectedRun, ErasureRequest
+from forge_ray.governance.erasure.options import Options
+from forge_ray.governance.erasure.plan import AffectedDataset, AffectedRun
+from forge_ray.governance.erasure.repeat import fate_of, without_datasets
+from forge_ray.governance.erasure.routes import replaced
+from forge_ray.governance.erasure.search import ErasureRequest
 from forge_ray.records import Event, ModelVersion
 from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
@@ -36,27 +41,28 @@ def store(tmp_path: Path) -> Store:
 def test_tombstones_do_not_reveal_rows(store: Store, tmp_path: Path) -> None:
     record = DataRecord({"messages": [{"role": "user", "content": "x"}]})
     assert erased.tombstones(store) == ""
-    assert not erased.read(store, "").holds(record, "subject")
+    assert not erased.read(store, "").holds(record, Whose("wq", (b"key",)))
     erased.write_tombstones(store, "er_1", {record.id})
     first = erased.tombstones(store)
-    erased.write_tombstones(store, "er_1", {"whose"})  # a request that is carried on adds to them
+    whose = Whose("wq", (subject_key(store, ""),))
+    erased.write_tombstones(store, "er_1", {whose.digest})  # a request that is carried on adds to them
     second = erased.tombstones(store)
     assert len({"", first, second}) == 3
     tombstones = erased.read(store, second)
     assert tombstones.holds(record, None)
-    assert tombstones.holds(DataRecord({"text": "y"}), "whose")
+    assert tombstones.holds(DataRecord({"text": "y"}), whose)
     assert not tombstones.holds(DataRecord({"text": "y"}), None)
-    listed = store.read("erasures/er_1.json").decode()
+    listed = b"".join(map(store.read, erased.files_of(store, "er_1"))).decode()
     assert record.id.removeprefix("rec_") not in listed
     kept = store.read("keys/subject.key")
     for lost in (lambda: store.delete("keys/subject.key"), lambda: store.write("keys/subject.key", b"f" * 64)):
         lost()
-        with pytest.raises(StoreError, match=r"keys/subject.key is not the key that erasures/er_1.json"):
+        with pytest.raises(StoreError, match=r"keys/subject.key is not the key that tombstones/er_1-"):
             erased.tombstones(store)
     store.write("keys/subject.key", kept)
     other = Store(str(tmp_path / "other"))  # another key: the same record has another tombstone
     erased.write_tombstones(other, "er_1", {record.id})
-    assert not set(store.read_json("erasures/er_1.json")["keys"]) & set(other.read_json("erasures/er_1.json")["keys"])
+    assert not erased.of_erasure(store, "er_1").keys & erased.of_erasure(other, "er_1").keys
 
 
 def run_of(**more: Any) -> AffectedRun:
@@ -84,19 +90,19 @@ def run_of(**more: Any) -> AffectedRun:
 def test_fate_of_a_run(
     run: AffectedRun, options: Options, datasets: dict[str, str], versions: dict[str, str], in_use: bool, fate: str
 ) -> None:
-    assert _fate(run, datasets, options, {"mv_gone"}, versions, in_use).startswith(fate)
+    assert fate_of(run, datasets, options, {"mv_gone"}, versions, in_use).startswith(fate)
 
 
 def test_route_replaces_withdrawn_versions() -> None:
     route = AliasRoute(versions={"mv_a": 90, "mv_b": 10}, shadow=("mv_a", "mv_c"), fallback="base")
-    replaced = _replaced(route, {"mv_a": "mv_a2"}, {"mv_a", "mv_c"})
-    assert replaced is not None
-    assert list(replaced.versions.items()) == [("mv_a2", 90), ("mv_b", 10)]
-    assert (replaced.shadow, replaced.fallback) == (("mv_a2",), "base")
-    assert _replaced(route, {}, {"mv_a"}) is None  # nothing may take the stable version's place
-    replaced = _replaced(route, {}, {"mv_b"})
-    assert replaced is not None
-    assert replaced.versions == {"mv_a": 90}
+    new = replaced(route, {"mv_a": "mv_a2"}, {"mv_a", "mv_c"})
+    assert new is not None
+    assert list(new.versions.items()) == [("mv_a2", 90), ("mv_b", 10)]
+    assert (new.shadow, new.fallback) == (("mv_a2",), "base")
+    assert replaced(route, {}, {"mv_a"}) is None  # nothing may take the stable version's place
+    new = replaced(route, {}, {"mv_b"})
+    assert new is not None
+    assert new.versions == {"mv_a": 90}
 
 
 def test_which_splits_affect_weights() -> None:
@@ -111,7 +117,7 @@ def test_which_splits_affect_weights() -> None:
 def test_rules_use_replacement_datasets() -> None:
     rule = {"rule": "decontaminate", "against": ["ds_old", "ds_gone", "eval.jsonl"]}
     lone = {"rule": "decontaminate", "against": ["ds_gone"]}
-    settings = _without_datasets({"curate": [rule, lone, {"rule": "length"}]}, {"ds_old": "ds_new", "ds_gone": ""})
+    settings = without_datasets({"curate": [rule, lone, {"rule": "length"}]}, {"ds_old": "ds_new", "ds_gone": ""})
     assert settings["curate"] == [{**rule, "against": ["ds_new", "eval.jsonl"]}, {"rule": "length"}]
 
 
