@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -27,6 +28,7 @@ from forge_ray.governance.erasure.options import Options
 from forge_ray.governance.erasure.plan import plan_of
 from forge_ray.governance.erasure.search import ErasureRequest, search
 from forge_ray.records import canonical_json
+from forge_ray.store import audit_log
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -96,13 +98,22 @@ def test_tombstones_that_nobody_wrote_are_refused(store: Store) -> None:
         kept_tombstones.restore(store)
 
 
+def rechained(store: Store, lines: list[dict[str, Any]]) -> None:
+    """A log of these lines with every hash right, the head too."""
+    previous, raw = audit_log.START, []
+    for number, line in enumerate(lines, start=1):
+        raw.append(canonical_json(line | {"n": number, "previous": previous}))
+        previous = audit_log.hash_of(raw[-1])
+    store.write(audit_log.LOG, b"".join(line + b"\n" for line in raw))
+    store.write(audit_log.HEAD, raw[-1])
+
+
 def test_erasure_whose_tombstones_are_nowhere_is_refused_by_name(store: Store) -> None:
     with Catalog.open(store) as catalog:
         dataset(catalog, [HERS, chat("another question")])
     er = erase(store, ErasureRequest("record", (HERS.id,)), OPTIONS)["predicate"]["erasure"]
     (path,) = erased.files_of(store, er)
-    log = store.local("audit/log.jsonl")
-    log.write_bytes(b"".join(line for line in log.read_bytes().splitlines(True) if b'"tombstones' not in line))
+    rechained(store, [line for line in audit_log.read(store) if line["path"] != path])
     store.delete(path)
     with pytest.raises(StoreError, match=f"the tombstones of {er} are missing: its rows would come back"):
         kept_tombstones.restore(store)

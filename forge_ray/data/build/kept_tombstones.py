@@ -7,6 +7,8 @@ must have tombstones.
 
 from __future__ import annotations
 
+import json
+
 from forge_ray.data.build import tombstones
 from forge_ray.errors import StoreError
 from forge_ray.records import Erasure, canonical_json

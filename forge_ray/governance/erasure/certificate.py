@@ -46,6 +46,8 @@ def certify(
             if "weights" in run:
                 subjects[run.get("version", run["new_run"])] = hex_of(run["weights"])
         predicate = {
+            "store": catalog.authority().genesis,
+            "log head": catalog.standing.reader.head,
             "erasure": record.id,
             "asked": {"by": record.asked_by, "hmac": record.asked, "records": record.num_records, "at": record.created_at},
             "near_duplicates": done.plans[0].num_near_duplicates if record.near_duplicates else None,
