@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 OUTSIDE, INSIDE = "forge-out", "forge-in"
@@ -35,7 +36,20 @@ ETH_IP, ETH_IP6 = 0x0800, 0x86DD
 # A command without any route: its first words, to be followed by the command's own
 NO_ROUTE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && test -z "$(ip route)" && exec "$@"', "sh")
 
+NOT_PERMITTED = "this user may not make network namespaces (`unshare --net`)"
 
+
+def counting(report: Path) -> tuple[str, ...]:
+    """The first words of a command whose packets are counted into `report`."""
+    return ("unshare", "--net", "--mount", sys.executable, __file__, str(report))
+
+
+def no_route() -> tuple[str, ...]:
+    """`NO_ROUTE` where this user may make network namespaces, else nothing."""
+    return NO_ROUTE if permitted() else ()
+
+
+@cache
 def permitted() -> bool:
     """Whether this user may make network namespaces."""
     if not (shutil.which("unshare") and shutil.which("ip")):
