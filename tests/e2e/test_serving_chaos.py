@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 )
 def test_no_request_is_lost_while_replicas_die_and_an_alias_moves(tmp_path: Path, front: tuple[str, ...]) -> None:
     script = Path(__file__).with_name("serving_chaos.py")
-    options = ["--kills", "1", "--swaps", "4", "--clients", "4", *front]
+    options = ["--kills", "1", "--swaps", "4", "--clients", "4", "--pause", "0.1", *front]
     words = [*no_route(), sys.executable, str(script), str(tmp_path / "store"), *options]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
