@@ -31,6 +31,7 @@ ADDRESSES = {4: ("198.51.100.1", "198.51.100.2", 24), 6: ("fd00:f0::1", "fd00:f0
 MACS = {OUTSIDE: "02:00:00:00:00:01", INSIDE: "02:00:00:00:00:02"}
 CONTROL = (("198.51.100.1", 443), ("203.0.113.9", 443), ("2001:db8::9", 443))
 ETH_IP, ETH_IP6 = 0x0800, 0x86DD
+NEIGHBOUR_DISCOVERY = range(133, 138)  # types of ICMPv6
 
 
 # A command without any route: its first words, to be followed by the command's own
@@ -72,6 +73,8 @@ def described(frame: bytes) -> str:
     elif kind == ETH_IP6:
         protocol, dst, rest = packet[6], socket.inet_ntop(socket.AF_INET6, packet[24:40]), packet[40:]
         if packet[24] == 0xFF and protocol in (0, 58):  # multicast reports and solicitations of ICMPv6
+            return ""
+        if protocol == 58 and packet[40] in NEIGHBOUR_DISCOVERY:  # which also answers the other end of the cable
             return ""
     else:
         return ""

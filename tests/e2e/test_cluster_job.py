@@ -190,8 +190,22 @@ def test_lineage_of_an_answer_ends_at_readable_rows(cluster: Cluster, outcome: d
 def test_job_scripts_reuse_existing_results_and_refuse_a_relative_store(
     cluster: Cluster, outcome: dict[str, Any], store: Store
 ) -> None:
-    scripts = (["python", "jobs/train.py", "--config", RUN, "--store", store.uri, *OVERRIDES], ["python", "jobs/prepare.py", "--config", RUN])
-    words = ["job", "submit", "--address", cluster.address, "--working-dir", ".", "--", "sh", "-c", " && ".join(map(shlex.join, scripts))]
+    scripts = (
+        ["python", "jobs/train.py", "--config", RUN, "--store", store.uri, *OVERRIDES],
+        ["python", "jobs/prepare.py", "--config", RUN],
+    )
+    words = [
+        "job",
+        "submit",
+        "--address",
+        cluster.address,
+        "--working-dir",
+        ".",
+        "--",
+        "sh",
+        "-c",
+        " && ".join(map(shlex.join, scripts)),
+    ]
     done = call(cluster, "ray", *words)
     printed = done.stdout + done.stderr
     assert f"{outcome['run']['id']}  already trained" in printed, printed[-3000:]

