@@ -257,7 +257,7 @@ def test_endpoint_forgets_an_erased_row_under_load(cluster: Cluster, outcome: di
     words = ["erase", "--record", record, "--apply", "--yes", "--store", store.uri, "--json"]
     done = call(cluster, "forge", *words, RAY_ADDRESS=cluster.gcs)
     assert done.returncode == 0, done.stderr[-4000:]
-    (new,) = json.loads(done.stdout)["predicate"]["aliases"]["colours"]
+    (new,) = json.loads(done.stdout.splitlines()[-1])["predicate"]["aliases"]["colours"]
     asking.until(lambda seen: seen[2] == new)
     deadline = time.monotonic() + 60
     while old in (loaded := engines(cluster, store)):
