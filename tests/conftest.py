@@ -30,7 +30,10 @@ LONG = (
     "test_wheel.py",
     "test_train.py",
     "test_guides.py",
+    "test_background_validation.py",
+    "test_dataset_versions.py",
     "test_serving_chaos.py",
+    "test_no_egress.py",
 )
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -129,6 +129,7 @@ def texts_of(uri: str) -> str:
     return "".join([*texts, raised.value.message])
 
 
+@pytest.mark.slow
 def test_no_uri_shows_a_secret() -> None:
     """All at once: S3 is asked for the regions of buckets, which takes seconds where there is no network."""
     with ThreadPoolExecutor(len(URIS)) as pool:
