@@ -79,7 +79,7 @@ def test_scaling_and_rollout_break_no_stream(ray_cluster: None, store: Store) ->
         assert first.status_code == 200  # it waited for a replica to start
         assert time.monotonic() - began > 1
 
-        with streams(url, 5) as ends:
+        with streams(url, 10) as ends:
             wait_for(lambda: replica_states()["RUNNING"] == 2, "up")
             time.sleep(2)
         assert set(ends) == {"whole"}

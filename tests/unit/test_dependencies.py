@@ -46,7 +46,6 @@ print(len(names), sorted({optional!r} & {{name.partition(".")[0] for name in sys
 """
 
 
-@pytest.mark.slow
 def test_every_module_imports_without_the_extras() -> None:
     code = WITHOUT.format(optional=set(OPTIONAL))
     done = subprocess.run(

@@ -539,7 +539,6 @@ COLUMN = st.sampled_from(
 ROWS = st.dictionaries(COLUMN, TURNS, max_size=4) | JSON
 
 
-@pytest.mark.slow
 @given(
     row=ROWS, shape=st.sampled_from(Shape.__args__), mapping=st.none() | st.just(Mapping(prompt="prompt", answer="label"))
 )
