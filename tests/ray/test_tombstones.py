@@ -107,8 +107,9 @@ def weights(record: RunRecord) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in record.export}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.large)])
 def test_retraining_after_erasure_equals_training_without_the_rows(kind: str, tmp_path: Path, store: Store) -> None:
+    """`large` repeats it for Parquet, whose rows the quick suite compares below: what is trained follows from them."""
     everything = rows()
     kept = [row for number, row in enumerate(everything) if number not in ERASED]
     with_all, by_hand = fresh(tmp_path / "store", store), fresh(tmp_path / "by-hand", store)
@@ -142,6 +143,22 @@ def test_retraining_after_erasure_equals_training_without_the_rows(kind: str, tm
     erased.write_tombstones(with_all, "er_other", {"rec_000000000000000000000000"})
     assert pipeline.prepare(config, with_all).id == after[0].id  # no tombstone of that one touches it
     assert audit.audit(audit.facts_of(with_all, after[1].id), lambda *_: None).problems == ()
+
+
+def test_parquet_rows_after_erasure_are_those_of_a_file_without_them(tmp_path: Path, store: Store) -> None:
+    everything = rows()
+    kept = [row for number, row in enumerate(everything) if number not in ERASED[:3]]
+    own = fresh(tmp_path / "store", store)
+    never = pipeline.prepare(
+        config_of(write(tmp_path / "kept", "parquet", kept), "parquet"), fresh(tmp_path / "by-hand", store)
+    )
+    config = config_of(write(tmp_path / "all", "parquet", everything), "parquet")
+    before = pipeline.prepare(config, own)
+    erased.write_tombstones(own, "er_test", {parse_record(everything[number]).id for number in ERASED[:3]})
+    after = pipeline.prepare(config, own)
+    digests = [{split: stats.rows_digest for split, stats in one.splits.items()} for one in (after, never, before)]
+    assert digests[0] == digests[1] != digests[2]
+    assert sorted(len(lines) for lines in after.erased.values()) == [3]
 
 
 def test_tombstones_apply_to_masked_rows_and_may_leave_none(tmp_path: Path, store: Store) -> None:
