@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, DeployConfig
-from forge_ray.serve import bodies, connections, entry, gateway
+from forge_ray.serve import bodies, connections, embeddings, entry, gateway
 from forge_ray.serve.context import Caller, Chosen, ServingContext
 from forge_ray.serve.directory import ReplicaDirectory, Snapshot
 from forge_ray.serve.http import replica_app
@@ -281,6 +281,21 @@ def test_embeddings_end_when_their_client_leaves() -> None:
         await asyncio.sleep(0.2)
         assert len(served.names.loaded.engine.batches) == batches
         assert (await Exchange(served.app, "/tokenize", 1).feed(TOKENIZE).answered()).status == 200  # its place is free
+
+    asyncio.run(check())
+
+
+def test_batches_of_embeddings_are_as_large_as_a_moment_allows() -> None:
+    """What generates waits for the end of a batch; the first tells how fast this engine is."""
+
+    async def check() -> None:
+        served = Served()
+        exchange = Exchange(served.app, "/v1/embeddings", 2).feed(body(input=["text"] * 40))
+        assert (await exchange.answered()).status == 200
+        first, *rest, _ = served.names.loaded.engine.batches
+        assert first == embeddings.MAX_BATCH
+        assert max(rest) <= embeddings.MAX_BATCH * embeddings.BATCH_S / 0.05  # seconds that this engine takes for any batch
+        assert sum(served.names.loaded.engine.batches) == 40
 
     asyncio.run(check())
 
