@@ -87,9 +87,9 @@ class Entry(asyncio.Protocol):
         except OSError:  # TLS's own errors and the time-out are among them; the transport is closed
             return
         finally:
-            if secured is None:
+            if secured is None:  # cancelled too
                 self._leave()
-        if self._is_lost:
+        if secured is None or self._is_lost:
             return
         self._admit(secured)
 
