@@ -207,6 +207,29 @@ def test_body_is_not_read_without_a_valid_key_and_the_connection_is_closed() -> 
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_large_bodies_of_one_caller_are_taken_at_a_pace(declared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and parsing what is then refused costs time of others: large bodies of one key have their turns."""
+    monkeypatch.setattr(bodies, "PACE", 1 << 20)
+    large = body(prompt="x" * (400 << 10))
+
+    async def check() -> None:
+        app = Served().app
+        headers = {"content-length": str(len(large))} if declared else {"transfer-encoding": "chunked"}
+        begun = time.monotonic()
+        for _ in range(2):
+            assert (await Exchange(app, "/tokenize", 2, headers).feed(large).answered()).status == 400
+        first = time.monotonic() - begun
+        assert (await Exchange(app, "/tokenize", 4).feed(TOKENIZE).answered()).status == 200  # another key
+        assert (await Exchange(app, "/tokenize", 2).feed(TOKENIZE).answered()).status == 200  # a small body
+        assert time.monotonic() - begun - first < 0.35
+        assert first > 0.39  # the second waits until the first had its time
+        assert (await Exchange(app, "/tokenize", 2, headers).feed(large).answered()).status == 400
+        assert time.monotonic() - begun > 0.78
+
+    asyncio.run(check())
+
+
 def test_declared_size_is_refused_before_a_byte_is_read() -> None:
     async def check() -> None:
         refused = await Exchange(Served().app, "/tokenize", 2, {"content-length": "99999999"}).feed(b"x", True).answered()
