@@ -301,7 +301,7 @@ def test_embeddings_end_when_their_client_leaves() -> None:
         exchange.leave()
         await exchange.answered(2)
         batches = len(served.names.loaded.engine.batches)
-        assert batches < 128 / 2
+        assert sum(served.names.loaded.engine.batches) < 2048 / 2
         await asyncio.sleep(0.2)
         assert len(served.names.loaded.engine.batches) == batches
         assert (await Exchange(served.app, "/tokenize", 1).feed(TOKENIZE).answered()).status == 200  # its place is free
@@ -316,9 +316,9 @@ def test_batches_of_embeddings_are_as_large_as_a_moment_allows() -> None:
         served = Served()
         exchange = Exchange(served.app, "/v1/embeddings", 2).feed(body(input=["text"] * 40))
         assert (await exchange.answered()).status == 200
-        first, *rest, _ = served.names.loaded.engine.batches
-        assert first == embeddings.MAX_BATCH
-        assert max(rest) <= embeddings.MAX_BATCH * embeddings.BATCH_S / 0.05  # seconds that this engine takes for any batch
+        first, *rest = served.names.loaded.engine.batches
+        assert first == embeddings.FIRST_BATCH_TOKENS // len("text")
+        assert max(rest) <= first * embeddings.BATCH_S / 0.05  # seconds that this engine takes for any batch
         assert sum(served.names.loaded.engine.batches) == 40
 
     asyncio.run(check())
