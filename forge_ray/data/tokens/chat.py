@@ -78,11 +78,11 @@ def end_of_turn_id(tokenizer: Any) -> int:
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> Encoded:
-    """One conversation at full length; raises `Reject`."""
-    (encoded,) = chat_tokenizer(tokenizer).encode_chats([(messages, tools)])
-    if isinstance(encoded, Reject):
-        raise encoded
-    return encoded
+    """One conversation at full length, or, of several documents, the last answer's; raises `Reject`."""
+    (documents,) = chat_tokenizer(tokenizer).encode_chats([(messages, tools)])
+    if isinstance(documents, Reject):
+        raise documents
+    return documents[-1]
 
 
 def encode(tokenizer: Any, record: DataRecord, sequence_length: int, overlong: str) -> list[Encoded]:
@@ -108,7 +108,7 @@ def encode_batch(
             results[i] = _text_documents(ids, tokenizer.end_of_turn_id, sequence_length)
     conversations: list[Chat] = [(records[i].messages, records[i].content.get("tools")) for i in chats]
     for i, encoded in zip(chats, tokenizer.encode_chats(conversations), strict=True):
-        results[i] = encoded if isinstance(encoded, Reject) else _fitted(encoded, sequence_length, overlong)
+        results[i] = encoded if isinstance(encoded, Reject) else _all_fitted(encoded, sequence_length, overlong)
     whose, documents = [], []
     for i, result in enumerate(results):
         if not isinstance(result, Reject):
@@ -117,6 +117,16 @@ def encode_batch(
     for number, reason in prove(tokenizer, documents).items():
         results[whose[number]] = Reject(reason)
     return results
+
+
+def _all_fitted(documents: list[Encoded], sequence_length: int, overlong: str) -> list[Encoded] | Reject:
+    fitted: list[Encoded] = []
+    for document in documents:
+        one = _fitted(document, sequence_length, overlong)
+        if isinstance(one, Reject):
+            return one
+        fitted += one
+    return fitted
 
 
 def _fitted(encoded: Encoded, sequence_length: int, overlong: str) -> list[Encoded] | Reject:

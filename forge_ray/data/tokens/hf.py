@@ -5,6 +5,7 @@ A batch of conversations is tokenised by one call, and an answer's tokens are fo
 
 from __future__ import annotations
 
+import contextlib
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ import numpy.typing as npt
 
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.decoding import writes_others
+from forge_ray.data.tokens.documents import ChatFormat, Document, TurnSpan
 from forge_ray.data.tokens.forged import excess, refuse_built
-from forge_ray.data.tokens.render import Rendering, TurnSpan, any_of
+from forge_ray.data.tokens.render import Rendering, any_of
 from forge_ray.data.tokens.template import BYTE_OF_CHARACTER, CallStyle, Chat, Encoded, Messages
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a single byte
@@ -35,6 +37,7 @@ class HfTokenizer:
     tokenizer: Any
     _tails: dict[str, list[int]] = field(default_factory=dict)
     _prefixes: dict[str, list[int]] = field(default_factory=dict)
+    _formats: dict[str, ChatFormat] = field(default_factory=dict)
 
     @cached_property
     def _rendering(self) -> Rendering:
@@ -158,37 +161,65 @@ class HfTokenizer:
         if excess(ids, self._is_control, expected) is not None:
             raise Reject("a message becomes a special token")
 
+    def chat_format(self, tools: list[Any] | None) -> ChatFormat:
+        """What the template for a conversation with these tools writes."""
+        source = self._rendering.source(tools)
+        if source not in self._formats:
+            self._formats[source] = ChatFormat(self._rendering.render, self._special_pattern, source)
+        return self._formats[source]
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: what the template writes behind one, and the tokenizer's end of a text."""
+        ends = {self.eos_token_id}
+        if self.has_chat:
+            with contextlib.suppress(Reject):
+                ends |= {self.marker_id(token) for token in self.chat_format(None).ends}
+        return tuple(sorted(token for token in ends if token is not None))
+
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
         """Ids up to where the assistant answers: what serving and evaluation feed the engine."""
-        messages, tools = self._rendering.checked(messages, tools)
-        text = self._rendering.render(messages, tools, True)
-        self._refuse_built(messages, tools, text, True)
-        spans = self._rendering.spans(messages, tools, text, (None,) * len(messages))
+        checked, tools = self._rendering.checked(messages, tools)
+        chat = self.chat_format(tools)
+        text = chat.prompt(messages, tools)
+        self._refuse_built(checked, tools, text, True)
+        chat.refuse_lost_of_prompt(text, messages, tools)
+        spans = chat.answers_in(text, messages, tools)
         ids = self._plain(text) if self._backend is None else self._located(text, spans, self._encode([text])[0])[0]
         self._refuse_forged(text, ids)
         return ids
 
     def _refuse_built(self, messages: Messages, tools: list[Any] | None, text: str, for_answer: bool) -> None:
+        chat = self.chat_format(tools)
+
         def render(other_messages: Messages, other_tools: list[Any] | None) -> str:
-            return self._rendering.render(other_messages, other_tools, for_answer)
+            return chat.render(other_messages, other_tools, for_answer)
 
-        refuse_built(self._special_pattern, text, messages, tools, render, writes_others(self._rendering.source(tools)))
+        refuse_built(self._special_pattern, text, messages, tools, render, writes_others(chat.source))
 
-    def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]:
-        """Each conversation tokenised once, its trained answers marked up to their end of turn."""
-        plans: list[tuple[str, list[TurnSpan]] | Reject] = []
+    def encode_chats(self, chats: Sequence[Chat]) -> list[list[Encoded] | Reject]:
+        """Each conversation as its documents, with the trained answers marked up to their end of turn."""
+        plans: list[list[Document] | Reject] = []
         for messages, tools in chats:
             try:
-                seen, tools = self._rendering.checked(messages, tools)
-                text = self._rendering.render(seen, tools, False)
-                self._refuse_built(seen, tools, text, False)
-                weights = tuple(message.get("weight", 1) for message in messages)
-                plans.append((text, self._rendering.spans(seen, tools, text, weights)))
+                checked, tools = self._rendering.checked(messages, tools)
+                chat = self.chat_format(tools)
+                documents = chat.documents(messages, tools)
+                for document in documents:
+                    if document.num_turns == len(messages):
+                        self._refuse_built(checked, tools, document.text, False)
+                    chat.refuse_lost(document, messages, tools)
+                plans.append(documents)
             except Reject as error:
                 plans.append(error)
-        sound = [plan for plan in plans if not isinstance(plan, Reject)]
-        encoded = iter(self._encoded(sound))
-        return [plan if isinstance(plan, Reject) else next(encoded) for plan in plans]
+        flat = [(one.text, list(one.spans)) for plan in plans if not isinstance(plan, Reject) for one in plan]
+        encoded = iter(self._encoded(flat))
+        results: list[list[Encoded] | Reject] = []
+        for plan in plans:
+            parts = plan if isinstance(plan, Reject) else [next(encoded) for _ in plan]
+            refused = parts if isinstance(parts, Reject) else next((one for one in parts if isinstance(one, Reject)), None)
+            results.append(refused or [one for one in parts if isinstance(one, Encoded)])
+        return results
 
     def _encoded(self, plans: list[tuple[str, list[TurnSpan]]]) -> list[Encoded | Reject]:
         """Without offsets where the special tokens tell where the answers are; offsets cost a quarter more."""
@@ -244,7 +275,7 @@ class HfTokenizer:
         tokens = list(self._special_pattern.finditer(text))
         if len(tokens) != len(places):
             return None
-        mask, end_id, after = np.zeros(len(ids), np.int8), self.end_of_turn_id, 0
+        mask, after = np.zeros(len(ids), np.int8), 0
         for span in spans:
             if not span.trained:
                 continue
@@ -258,9 +289,7 @@ class HfTokenizer:
             if token_ids[begin:first] != expected:
                 return None
             for number in range(after, len(tokens)):
-                if tokens[number].end() > span.end:
-                    break
-                if token_ids[places[number]] == end_id:
+                if tokens[number].end() == span.end:
                     last = int(places[number]) + 1
             if not last:
                 return None
@@ -326,14 +355,12 @@ class HfTokenizer:
         try:
             ids, ranges = self._located(text, spans, encoding) if encoding else self._located_slowly(text, spans)
             self._refuse_forged(text, ids)
-            mask, end_id = np.zeros(len(ids), np.int8), self.end_of_turn_id
+            mask = np.zeros(len(ids), np.int8)
             for span, (first, last) in zip(spans, ranges, strict=True):
                 if not span.trained:
                     continue
-                while last > first and ids[last - 1] != end_id:  # what follows the end of turn is not generated
-                    last -= 1
-                if last <= first:
-                    raise Reject("the template closes the answer without the end-of-turn token")
+                if last <= first or ids[last - 1] not in self._special_ids:
+                    raise Reject("the template closes the answer without an end-of-turn token")
                 mask[first:last] = 1
         except Reject as error:
             return error

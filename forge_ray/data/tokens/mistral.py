@@ -7,15 +7,17 @@ that of `forge-ray[mistral]`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.adapt import with_short_ids
 from forge_ray.data.tokens.hf import BYTE_PIECE
 from forge_ray.data.tokens.template import CallStyle, Chat, Encoded, Messages
 from forge_ray.models.model_files import mistral_file, require_mistral_common
@@ -130,14 +132,42 @@ class MistralChat:
         with _refusals():
             return [int(token) for token in self.serving.encode_chat_completion(_request(messages, tools, False)).tokens]
 
-    def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]:
-        results: list[Encoded | Reject] = []
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return (self.end_of_turn_id,)
+
+    def encode_chats(self, chats: Sequence[Chat]) -> list[list[Encoded] | Reject]:
+        """Each conversation as one document, or one per answer where serving sends another prompt before it: some versions
+        put the system prompt or the tools into the last question alone."""
+        results: list[list[Encoded] | Reject] = []
         for messages, tools in chats:
             try:
-                results.append(self._encode(messages, tools))
+                results.append(self._documents(messages, tools))
             except Reject as error:
                 results.append(error)
         return results
+
+    def _documents(self, messages: Messages, tools: list[Any] | None) -> list[Encoded]:
+        trained = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight", 1)]
+        if any(one["role"] == other["role"] == "assistant" for one, other in pairwise(messages)):
+            return [self._encode(messages, tools)]  # neighbours are one turn: no prompt ends between them
+        with contextlib.suppress(Reject):
+            whole = self._encode(messages, tools)
+            starts = np.flatnonzero(np.diff(whole.loss_mask, prepend=0) == 1).tolist()
+            prompts = [self.prompt_ids(messages[:i], tools) for i in trained]
+            if len(starts) == len(trained) and all(
+                whole.ids[:start].tolist() == prompt for start, prompt in zip(starts, prompts, strict=True)
+            ):
+                return [whole]
+        return [self._of_answer(messages[: i + 1], tools) for i in trained] or [self._encode(messages, tools)]
+
+    def _of_answer(self, messages: Messages, tools: list[Any] | None) -> Encoded:
+        """The prompt of the last turn as serving sends it, and this turn."""
+        others = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in messages[:-1]]
+        whole, prompt = self._encode([*others, messages[-1]], tools), self.prompt_ids(messages[:-1], tools)
+        answer = whole.ids[int(whole.loss_mask.argmax()) :]
+        mask = np.array([0] * len(prompt) + [1] * len(answer), np.int8)
+        return Encoded(np.array([*prompt, *answer.tolist()], np.int32), mask)
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
@@ -200,7 +230,7 @@ def _request(messages: Messages, tools: list[Any] | None, finetuning: bool) -> A
     from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-    plain = [{key: item for key, item in message.items() if key != "weight"} for message in messages]
+    plain = [_openai(message) for message in with_short_ids(messages)]
     request: Any = ChatCompletionRequest.from_openai(plain, tools or None, model="served")
     if finetuning:  # with their weights, so that turns of different weight stay apart
         for i, (message, original) in enumerate(zip(request.messages, messages, strict=True)):
@@ -208,6 +238,16 @@ def _request(messages: Messages, tools: list[Any] | None, finetuning: bool) -> A
                 fields = {name: getattr(message, name) for name in ("content", "tool_calls", "prefix")}
                 request.messages[i] = FinetuningAssistantMessage(**fields, weight=float(original.get("weight", 1)))
     return request
+
+
+def _openai(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as mistral-common reads it: reasoning as a part of the content, a name where it has a meaning there."""
+    turn = {key: item for key, item in message.items() if key not in ("weight", "reasoning_content") and item is not None}
+    if reasoning := message.get("reasoning_content"):
+        thought = {"type": "thinking", "thinking": [{"type": "text", "text": reasoning}], "closed": True}
+        texts = [{"type": "text", "text": turn["content"]}] if turn.get("content") else []
+        turn["content"] = [thought, *texts]
+    return turn
 
 
 class _refusals:

@@ -38,7 +38,7 @@ def prove(tokenizer: ChatTokenizer, documents: Sequence[Encoded]) -> dict[int, s
     last_of_document = np.zeros(len(ids), bool)
     last_of_document[ends[lengths > 0] - 1] = True
     following = np.append(mask[1:], False) & ~last_of_document
-    open_end = mask & ~following & (ids != tokenizer.end_of_turn_id)
+    open_end = mask & ~following & ~np.isin(ids, tokenizer.end_ids)
     may_be_open = np.array([document.truncated for document in documents]) | (trained == lengths - 1)
     open_end &= ~(last_of_document & may_be_open[owner])
     problems |= dict.fromkeys(owner[open_end].tolist(), OPEN_END)
