@@ -8,6 +8,7 @@ answer: then each answer has a document of its own.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.adapt import CALL, Adaptation, adaptation_of, adapted, call_turn, probe_tools
-from forge_ray.data.tokens.answers import AnswerForm, AnswerText, Render, answer_form, trained_text
+from forge_ray.data.tokens.answers import AnswerForm, AnswerText, Render, answer_form, split, trained_text
+from forge_ray.data.tokens.call_forms import CallForm, form_of
 from forge_ray.data.tokens.lost import CALLS, RESULTS, lost, undeclared
 from forge_ray.data.tokens.template import Messages
 
@@ -60,17 +62,12 @@ class ChatFormat:
         """The template's text of a conversation, in the form that the template takes."""
         return self.template(adapted(messages, self.adaptation), tools, for_answer)
 
-    def prompt(self, messages: Messages, tools: list[Any] | None) -> str:
-        """The text up to where the assistant answers."""
-        self.refuse_unplaced(messages)
-        return self.render(messages, tools, True)
-
-    def documents(self, messages: Messages, tools: list[Any] | None) -> list[Document]:
-        """The documents of a conversation. Raises `Reject` where an answer that is to be trained has no end."""
+    def documents(self, messages: Messages, tools: list[Any] | None, text: str = "") -> list[Document]:
+        """The documents of a conversation; `text`: what the template writes of the whole. Raises `Reject` where an answer
+        that is to be trained has no end."""
         answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
         trained = [number for number in answers if turn_weight(messages[number])]
-        self.refuse_unplaced(messages)
-        text = self.render(messages, tools, False)
+        text = text or self.render(messages, tools, False)
         if not trained:
             return [Document(text, (), len(messages))]
         texts = {number: self._answer_text(messages, tools, number, text) for number in trained}
@@ -86,8 +83,7 @@ class ChatFormat:
         for number in trained:
             one = texts[number]
             others = self.answers_in(one.text, messages[:number], tools)
-            spans = (*others, TurnSpan(one.start, one.end, True))
-            documents.append(Document(one.text, spans, number + 1))
+            documents.append(Document(one.text, (*others, TurnSpan(one.start, one.end, True)), number + 1))
         return documents
 
     def _answer_text(self, messages: Messages, tools: list[Any] | None, number: int, text: str) -> AnswerText:
@@ -111,10 +107,30 @@ class ChatFormat:
             raise Reject(missing)
 
     def refuse_lost_of_prompt(self, text: str, messages: Messages, tools: list[Any] | None) -> None:
-        """The same for a prompt: its answer is yet to come, and names of speakers, which ask for nothing, may be left out."""
+        """The same for a prompt: its answer is yet to come, and names of speakers, which ask for nothing, may be missing."""
         named = [{key: item for key, item in turn.items() if key != "name"} for turn in messages]
         if missing := lost(text, [*named, {"role": "assistant"}]) or undeclared(text, tools):
             raise Reject(missing)
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How the template writes calls; None where it has no place for them or for tools, or writes them in no form that
+        can be read back."""
+        if not self.adaptation.calls:
+            return None
+        arguments = {"FIRSTKEY": "FIRSTVALUE", "SECONDKEY": "SECONDVALUE"}
+        question = {"role": "user", "content": "QUESTIONWORD"}
+        turn = call_turn({"name": CALL["name"], "arguments": json.dumps(arguments)})
+        try:
+            (document,) = self.documents([question, turn], probe_tools())
+            self.refuse_lost(document, [question, turn], probe_tools())
+        except Reject:
+            return None
+        span = document.spans[-1]
+        text = document.text[span.start : span.end]
+        for end in self.ends:
+            text = text.removesuffix(end)
+        return form_of(split(text, self.answer)[1], CALL["name"], arguments)
 
     @cached_property
     def ends(self) -> frozenset[str]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.adapt import with_short_ids
+from forge_ray.data.tokens.answers import AnswerForm
 from forge_ray.data.tokens.hf import BYTE_PIECE
 from forge_ray.data.tokens.template import CallStyle, Chat, Encoded, Messages
 from forge_ray.models.model_files import mistral_file, require_mistral_common
@@ -88,6 +89,20 @@ class MistralChat:
                 return "mistral-v11"
             case _:
                 return "mistral-v13"
+
+    @property
+    def call_form(self) -> None:
+        """The styles of Mistral's versions say it."""
+
+    @property
+    def answer_form(self) -> AnswerForm | None:
+        """Reasoning is between two special tokens, where the version has them."""
+        if self.marker_id("[THINK]") is None:
+            return None
+        return AnswerForm("", "[THINK]", "[/THINK]", frozenset(), "", "", has_reasoning=True)
+
+    def written_ids(self, text: str) -> list[int]:
+        return self.piece_ids(text)
 
     def marker_id(self, token: str) -> int | None:
         """The id of a special token."""

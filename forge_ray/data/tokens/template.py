@@ -13,8 +13,9 @@ from forge_ray.data.record.schema import Reject
 
 Messages = Sequence[dict[str, Any]]
 Chat = tuple[Messages, list[Any] | None]  # messages and tools
-# How a model writes its tool calls; the numbers are those of Mistral's tokenizer versions, "" is none that is known
-CallStyle = Literal["", "hermes", "mistral-v3", "mistral-v11", "mistral-v13"]
+# How a model writes its tool calls; the numbers are those of Mistral's tokenizer versions, `template` is as `call_form`
+# says, "" is none that could be read
+CallStyle = Literal["", "hermes", "mistral-v3", "mistral-v11", "mistral-v13", "template"]
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -55,6 +56,11 @@ class ChatTokenizer(Protocol):
     def has_chat(self) -> bool: ...
     @property
     def call_style(self) -> CallStyle: ...
+    @property
+    def call_form(self) -> Any: ...  # a CallForm, or None
+    @property
+    def answer_form(self) -> Any: ...  # an AnswerForm, or None
+    def written_ids(self, text: str) -> list[int]: ...
     def marker_id(self, token: str) -> int | None: ...
     def piece_ids(self, text: str) -> list[int]: ...
     def token_bytes(self, token_id: int) -> bytes: ...

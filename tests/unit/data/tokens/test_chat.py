@@ -181,12 +181,12 @@ def test_each_turn_of_a_long_chat_continues_its_prompt(tokenizer: Any) -> None:
         (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content[-1:] }}<|im_end|>\n"
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-            "the chat template rewrites earlier turns",
+            "this model's template writes this answer behind another prompt than the one that serving sends",
         ),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}",
-            "the template closes the answer without the end-of-turn token",
+            "the chat template writes no special token behind an answer",
         ),
         ("{{ raise_exception('only system turns') }}", "the chat template refuses the conversation: only system turns"),
         ("{{ messages[9].content }}{% for m in %}", "the chat template refuses the conversation"),
