@@ -62,7 +62,7 @@ def tokenizer(name: str, template: str) -> Any:
     ends, begin = of_family(ENDS, name) or ["</s>"], of_family(BEGINS, name)
     written = {*TOKEN.findall(template), *(token for token in PLAIN if token in template), *ends}
     tokens = [AddedToken(token, special=token not in VISIBLE, normalized=False) for token in sorted(written)]
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=ends[0], pad_token="<|pad|>", bos_token=begin)
-    made.add_tokens(tokens)
-    made.chat_template = template
-    return made
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=ends[0], pad_token="<|pad|>", bos_token=begin)
+    wrapped.add_tokens(tokens)
+    wrapped.chat_template = template
+    return wrapped

@@ -122,6 +122,10 @@ class DataConfig(Config):
         description="Quarantine or cut a chat longer than `sequence_length`; plain text is always split into several rows"
         " instead",
     )
+    reasoning: Literal["train", "keep", "drop"] = Field(
+        "train",
+        description="What is done with the reasoning of answers: trained; in the context and not trained; or removed",
+    )
     subject: Subject | None = Field(
         None, description="Make the rows of a person findable, for deletion on request; null: off"
     )
@@ -135,6 +139,12 @@ class DataConfig(Config):
         le=1,
         description="Maximum share of invalid rows; above it the data stage fails, below it they are quarantined",
     )
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `reasoning` where it is the default: the ids of dataset versions from before that setting stay."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "reasoning" or value != "train"}
 
     @model_validator(mode="after")
     def _weights_on_all_or_none(self) -> Self:

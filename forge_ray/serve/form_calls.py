@@ -65,18 +65,18 @@ class FormParser:
         return [text] if text.strip() or (text and not self.inside) else []
 
     def _new_calls(self) -> list[Any]:
-        made = []
+        new_calls = []
         for parsed in list(parse(self.form, self.buffer))[len(self.calls) + self.num_refused :]:
             call = self.call(parsed.name, parsed.arguments)
             if call is None:
                 self.num_refused += 1
                 continue
-            made.append(call)
+            new_calls.append(call)
             self.calls.append(call)
             if not self.several:
                 self.finished = True
                 break
-        return made
+        return new_calls
 
 
 def beginning_texts(form: CallForm, functions: Sequence[Function]) -> list[tuple[str, dict[str, Any] | None]]:

@@ -93,8 +93,8 @@ def answer_form(render: Render, special: re.Pattern[str], source: str) -> Answer
     plain = {"role": "assistant", "content": ANSWER}
     prompt = render([question], None, True)
     written = continuation(prompt, render([question, plain], None, False), "", source)
-    opening, found, tail = written.partition(ANSWER)
-    if not found:
+    opening, is_there, tail = written.partition(ANSWER)
+    if not is_there:
         raise Reject("the chat template leaves the answer out")
     ends, next_end = _ends(render, [question, plain], tail, special)
     before, after, has_reasoning = "", "", False

@@ -33,7 +33,7 @@ class TurnSpan:
 
 
 @dataclass(frozen=True)
-class Document:
+class ChatDocument:
     """A text and, by character, the assistant turns in it."""
 
     text: str
@@ -62,14 +62,14 @@ class ChatFormat:
         """The template's text of a conversation, in the form that the template takes."""
         return self.template(adapted(messages, self.adaptation), tools, for_answer)
 
-    def documents(self, messages: Messages, tools: list[Any] | None, text: str = "") -> list[Document]:
+    def documents(self, messages: Messages, tools: list[Any] | None, text: str = "") -> list[ChatDocument]:
         """The documents of a conversation; `text`: what the template writes of the whole. Raises `Reject` where an answer
         that is to be trained has no end."""
         answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
         trained = [number for number in answers if turn_weight(messages[number])]
         text = text or self.render(messages, tools, False)
         if not trained:
-            return [Document(text, (), len(messages))]
+            return [ChatDocument(text, (), len(messages))]
         texts = {number: self._answer_text(messages, tools, number, text) for number in trained}
         together = [self._span(text, texts[number], number == trained[-1] == len(messages) - 1) for number in trained]
         if all(span is not None for span in together):
@@ -78,12 +78,12 @@ class ChatFormat:
             last = texts[trained[-1]]
             tail = last.text[len(text) :] if last.text.startswith(text) and trained[-1] == len(messages) - 1 else ""
             ordered = tuple(sorted(spans, key=lambda span: span.start))
-            return [Document(text + tail if end > len(text) else text, ordered, len(messages))]
+            return [ChatDocument(text + tail if end > len(text) else text, ordered, len(messages))]
         documents = []
         for number in trained:
             one = texts[number]
             others = self.answers_in(one.text, messages[:number], tools)
-            documents.append(Document(one.text, (*others, TurnSpan(one.start, one.end, True)), number + 1))
+            documents.append(ChatDocument(one.text, (*others, TurnSpan(one.start, one.end, True)), number + 1))
         return documents
 
     def _answer_text(self, messages: Messages, tools: list[Any] | None, number: int, text: str) -> AnswerText:
@@ -92,6 +92,18 @@ class ChatFormat:
         prompt = self.render(turns[:-1], tools, True)
         return trained_text(prompt, whole, turns[-1], self.answer, self.special, self.source)
 
+    def without_reasoning(self, document: ChatDocument, messages: Messages) -> ChatDocument:
+        """The document with answers trained from behind their reasoning on, which stays as context."""
+        thoughts = [turn.get("reasoning_content") for turn in messages[: document.num_turns] if turn["role"] == "assistant"]
+        closing = self.answer.reasoning_closing.strip()
+        if not closing or not any(thoughts):
+            return document
+        spans = []
+        for span in document.spans:
+            at = document.text.find(closing, span.start, span.end) if span.trained else -1
+            spans.append(TurnSpan(at + len(closing), span.end, True) if at >= 0 else span)
+        return ChatDocument(document.text, tuple(spans), document.num_turns)
+
     def refuse_unplaced(self, messages: Messages) -> None:
         """Raise `Reject` for calls and results of which the template has no form, before it stumbles over them."""
         if not self.adaptation.calls and any(turn.get("tool_calls") for turn in messages):
@@ -99,7 +111,7 @@ class ChatFormat:
         if not self.adaptation.results and any(turn["role"] == "tool" for turn in messages):
             raise Reject(RESULTS)
 
-    def refuse_lost(self, document: Document, messages: Messages, tools: list[Any] | None) -> None:
+    def refuse_lost(self, document: ChatDocument, messages: Messages, tools: list[Any] | None) -> None:
         """Raise `Reject` where something of a conversation is not in its document, or a tool not in front of the answers."""
         turns = messages[: document.num_turns]
         start = min((span.start for span in document.spans if span.trained), default=len(document.text))

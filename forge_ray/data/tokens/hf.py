@@ -10,7 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,10 +21,10 @@ from forge_ray.data.tokens.adapt import probe_tools
 from forge_ray.data.tokens.answers import AnswerForm
 from forge_ray.data.tokens.call_forms import CallForm, style_of
 from forge_ray.data.tokens.decoding import writes_others
-from forge_ray.data.tokens.documents import ChatFormat, Document, TurnSpan
+from forge_ray.data.tokens.documents import ChatDocument, ChatFormat, TurnSpan
 from forge_ray.data.tokens.forged import excess, refuse_built
 from forge_ray.data.tokens.render import Rendering
-from forge_ray.data.tokens.special_tokens import SpecialTokens
+from forge_ray.data.tokens.special_tokens import SpecialTokens, tokens_before
 from forge_ray.data.tokens.template import BYTE_OF_CHARACTER, CallStyle, Chat, Encoded, Messages
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a single byte
@@ -52,22 +52,21 @@ class HfTokenizer:
 
     @cached_property
     def eos_token_id(self) -> int | None:
-        return None if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
+        return None if (token := self.tokenizer.eos_token_id) is None else int(token)
 
     @cached_property
     def end_of_turn_id(self) -> int:
-        if self.eos_token_id is None:
+        if (token := self.eos_token_id) is None:
             raise Reject("the tokenizer has no end-of-sequence token")
-        return self.eos_token_id
+        return token
 
     @cached_property
     def bos_id(self) -> int | None:
-        return None if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
+        return None if (token := self.tokenizer.bos_token_id) is None else int(token)
 
     @cached_property
     def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.end_of_turn_id if pad is None else int(pad)
+        return self.end_of_turn_id if (token := self.tokenizer.pad_token_id) is None else int(token)
 
     @property
     def vocab_size(self) -> int:
@@ -89,13 +88,14 @@ class HfTokenizer:
     @cached_property
     def answer_form(self) -> AnswerForm | None:
         """How the chat template writes an answer; None without a template, or where it writes none."""
-        with contextlib.suppress(Reject):
+        try:
             return self.chat_format(None).answer if self.has_chat else None
-        return None
+        except Reject:
+            return None
 
     def written_ids(self, text: str) -> list[int]:
         """Ids of a text that the template itself writes: what names a special token is one."""
-        return list(self._plain(text)) if self._backend is None else list(self._encode([text])[0].ids)
+        return self._plain(text) if self._backend is None else list(self._encode([text])[0].ids)
 
     def marker_id(self, token: str) -> int | None:
         """The id of an added token of this very text."""
@@ -105,7 +105,7 @@ class HfTokenizer:
         """Ids of a text inside a turn, without begin and end tokens; `Reject` where it holds a special token."""
         if match := self.special.pattern.search(text):
             raise Reject(f"the text contains the special token {match[0]!r}")
-        return list(self._plain(text)) if self._backend is None else list(self._encode([text])[0].ids)
+        return self.written_ids(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text, in UTF-8; maybe a part of a character. A special token is its name."""
@@ -173,9 +173,8 @@ class HfTokenizer:
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: what the template writes behind one, and the tokenizer's end of a text."""
         ends = {self.eos_token_id}
-        if self.has_chat:
-            with contextlib.suppress(Reject):
-                ends |= {self.marker_id(token) for token in self.chat_format(None).ends}
+        with contextlib.suppress(Reject):
+            ends |= {self.marker_id(token) for token in (self.chat_format(None).ends if self.has_chat else ())}
         return tuple(sorted(token for token in ends if token is not None))
 
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
@@ -193,15 +192,12 @@ class HfTokenizer:
 
     def _refuse_built(self, messages: Messages, tools: list[Any] | None, text: str, for_answer: bool) -> None:
         chat = self.chat_format(tools)
-
-        def render(other_messages: Messages, other_tools: list[Any] | None) -> str:
-            return chat.render(other_messages, other_tools, for_answer)
-
+        render = partial(chat.render, for_answer=for_answer)
         refuse_built(self.special.pattern, text, messages, tools, render, writes_others(chat.source))
 
-    def encode_chats(self, chats: Sequence[Chat]) -> list[list[Encoded] | Reject]:
+    def encode_chats(self, chats: Sequence[Chat], train_reasoning: bool = True) -> list[list[Encoded] | Reject]:
         """Each conversation as its documents, with the trained answers marked up to their end of turn."""
-        plans: list[list[Document] | Reject] = []
+        plans: list[list[ChatDocument] | Reject] = []
         for messages, tools in chats:
             try:
                 checked, tools = self._rendering.checked(messages, tools)
@@ -210,6 +206,8 @@ class HfTokenizer:
                 text = chat.render(messages, tools, False)
                 self._refuse_built(checked, tools, text, False)
                 documents = chat.documents(messages, tools, text)
+                if not train_reasoning:
+                    documents = [chat.without_reasoning(document, messages) for document in documents]
                 for document in documents:
                     chat.refuse_lost(document, messages, tools)
                 plans.append(documents)
@@ -361,7 +359,7 @@ class HfTokenizer:
                 at = range(span.start + 1, len(text))
                 first = next((i for c in at if (i := encoding.char_to_token(c)) is not None), len(ids))
             if self._continues(text, span.start, encoding, ids, first):
-                ranges.append((first, _tokens_before(encoding, span.end, len(ids))))
+                ranges.append((first, tokens_before(encoding, span.end, len(ids))))
             else:
                 cuts.append(span.start)
         return self._cut(text, spans, cuts) if cuts else (ids, ranges)
@@ -392,8 +390,7 @@ class HfTokenizer:
         return ids, [(first, sum(a < s.end for a, _ in offsets)) for first, s in zip(firsts, spans, strict=True)]
 
     def _located_slowly(self, text: str, spans: list[TurnSpan]) -> tuple[list[int], list[tuple[int, int]]]:
-        """For tokenizers in Python, which tell no offsets: the ids of each beginning of the text must be a beginning of
-        the ids."""
+        """For tokenizers without offsets: the ids of each beginning of the text must be a beginning of the ids."""
         ids, ranges = self._plain(text), []
         for span in spans:
             before, until = self._plain(text[: span.start]), self._plain(text[: span.end])
@@ -401,11 +398,3 @@ class HfTokenizer:
                 raise Reject(JOINED)
             ranges.append((len(before), len(until)))
         return ids, ranges
-
-
-def _tokens_before(encoding: Any, end: int, count: int) -> int:
-    """The number of tokens that begin before the character `end`."""
-    for at in range(end - 1, -1, -1):
-        if (token := encoding.char_to_token(at)) is not None:
-            return int(token) + 1
-    return count

@@ -151,13 +151,14 @@ class MistralChat:
     def end_ids(self) -> tuple[int, ...]:
         return (self.end_of_turn_id,)
 
-    def encode_chats(self, chats: Sequence[Chat]) -> list[list[Encoded] | Reject]:
+    def encode_chats(self, chats: Sequence[Chat], train_reasoning: bool = True) -> list[list[Encoded] | Reject]:
         """Each conversation as one document, or one per answer where serving sends another prompt before it: some versions
         put the system prompt or the tools into the last question alone."""
         results: list[list[Encoded] | Reject] = []
         for messages, tools in chats:
             try:
-                results.append(self._documents(messages, tools))
+                documents = self._documents(messages, tools)
+                results.append(documents if train_reasoning else [self._behind_reasoning(one) for one in documents])
             except Reject as error:
                 results.append(error)
         return results
@@ -175,6 +176,16 @@ class MistralChat:
             ):
                 return [whole]
         return [self._of_answer(messages[: i + 1], tools) for i in trained] or [self._encode(messages, tools)]
+
+    def _behind_reasoning(self, document: Encoded) -> Encoded:
+        """The document with reasoning in context, not trained."""
+        closing, mask = self.marker_id("[/THINK]"), document.loss_mask.copy()
+        for place in np.flatnonzero((document.ids == closing) & (mask == 1)).tolist() if closing is not None else ():
+            start = place
+            while start >= 0 and mask[start]:
+                mask[start] = 0
+                start -= 1
+        return Encoded(document.ids, mask)
 
     def _of_answer(self, messages: Messages, tools: list[Any] | None) -> Encoded:
         """The prompt of the last turn as serving sends it, and this turn."""

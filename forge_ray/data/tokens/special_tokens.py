@@ -58,3 +58,11 @@ class SpecialTokens:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def tokens_before(encoding: Any, end: int, count: int) -> int:
+    """The number of tokens that begin before the character `end`."""
+    for at in range(end - 1, -1, -1):
+        if (token := encoding.char_to_token(at)) is not None:
+            return int(token) + 1
+    return count

@@ -33,11 +33,11 @@ def says(text: str, **more: Any) -> dict[str, Any]:
 
 
 def calls(*arguments: dict[str, Any], text: str = "") -> dict[str, Any]:
-    made = [
+    tool_calls = [
         {"id": f"call_{i}", "type": "function", "function": {"name": "add", "arguments": json.dumps(value)}}
         for i, value in enumerate(arguments)
     ]
-    return {"role": "assistant", **({"content": text} if text else {}), "tool_calls": made}
+    return {"role": "assistant", **({"content": text} if text else {}), "tool_calls": tool_calls}
 
 
 def result(number: int, text: str) -> dict[str, Any]:
