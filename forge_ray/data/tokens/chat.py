@@ -37,8 +37,9 @@ __all__ = [
 NO_DOCUMENT = Reject("neither a chat nor a text")
 
 
-def load_tokenizer_dir(folder: Path) -> ChatTokenizer:
-    """The tokenizer of a model's folder; from local files only, no remote code.
+def load_tokenizer_dir(folder: Path, date: str = "") -> ChatTokenizer:
+    """The tokenizer of a model's folder; from local files only, no remote code. `date`: the one that its template prints
+    (ISO 8601), "" for today's.
 
     Where the folder holds Mistral's own tokenizer file beside a `tokenizer.json`, Mistral's is used: mistral-common is the
     reference for these models, the chat template a copy of it.
@@ -47,7 +48,9 @@ def load_tokenizer_dir(folder: Path) -> ChatTokenizer:
 
     if (path := mistral_file(folder)) is not None:
         return load_mistral(path)
-    return HfTokenizer(_tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    return HfTokenizer(
+        _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False), date
+    )
 
 
 def _tokenizer_class(folder: Path) -> Any:

@@ -38,6 +38,7 @@ class HfTokenizer:
     """A transformers tokenizer with its chat template."""
 
     tokenizer: Any
+    date: str = ""
     _tails: dict[str, list[int]] = field(default_factory=dict)
     _prefixes: dict[str, list[int]] = field(default_factory=dict)
     _formats: dict[str, ChatFormat] = field(default_factory=dict)
@@ -48,7 +49,7 @@ class HfTokenizer:
 
     @cached_property
     def _rendering(self) -> Rendering:
-        return Rendering(self.tokenizer)
+        return Rendering(self.tokenizer, self.date)
 
     @cached_property
     def eos_token_id(self) -> int | None:
@@ -180,8 +181,7 @@ class HfTokenizer:
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
         """Ids up to where the assistant answers: what serving and evaluation feed the engine."""
         checked, tools = self._rendering.checked(messages, tools)
-        chat = self.chat_format(tools)
-        chat.refuse_unplaced(messages)
+        (chat := self.chat_format(tools)).refuse_unplaced(messages)
         text = chat.render(messages, tools, True)
         self._refuse_built(checked, tools, text, True)
         chat.refuse_lost_of_prompt(text, messages, tools)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,7 @@ class Rendering:
     """The chat template of a transformers tokenizer; what it compiles is kept."""
 
     tokenizer: Any
+    date: str = ""  # that a template prints; "": today's
     _compilations: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
     _patterns: dict[str, tuple[re.Pattern[str], re.Pattern[str]]] = field(default_factory=dict)
 
@@ -37,10 +39,9 @@ class Rendering:
             from transformers.utils.chat_template_utils import _compile_jinja_template
 
             compiled = _compile_jinja_template(template)
-            self._compilations[template] = (
-                compiled,
-                {**compiled.globals, "documents": None, **self.tokenizer.special_tokens_map},
-            )
+            fixed = {"strftime_now": datetime.fromisoformat(self.date).strftime} if self.date else {}
+            variables = {**compiled.globals, **fixed, "documents": None, **self.tokenizer.special_tokens_map}
+            self._compilations[template] = compiled, variables
         return self._compilations[template]
 
     @cached_property
