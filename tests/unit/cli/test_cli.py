@@ -27,6 +27,7 @@ SURFACE = {
     "quickstart": {"--config", "--port", "--set"},
     "init": {"--task", "--data", "--base-model", "--name", "--force"},
     "models import": {"--name", "--licence", "--alias"},
+    "models check": set(),
     "models list": set(),
     "models show": set(),
     "models promote": {"--alias"},
