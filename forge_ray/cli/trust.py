@@ -62,7 +62,6 @@ def signers_create(
     """Create a key pair and register it as a signer.
 
     The first signer is the owner. FORGE_SIGNER_PASSPHRASE encrypts the private key."""
-    from pathlib import Path
 
     from forge_ray.governance.signers import create
     from forge_ray.store.catalog import Catalog

@@ -75,11 +75,11 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
                     logging_level=logging.ERROR,
                 )
         except Exception as error:  # Ray gives up after 30 s, and says so with a bare Exception
+            load = f"{cpus()} CPUs for this process and the machine at load {os.getloadavg()[0]:.0f}"
             raise ClusterError(
                 f"Ray did not start on this machine: {error}",
-                hint=f"{cpus()} CPUs for this process, load of the machine {os.getloadavg()[0]:.0f}: where that is the reason, try"
-                f" again when it is quieter; Ray's logs are in {temp_dir}/session_latest/logs; `forge doctor` looks at the home"
-                " folder, disk and shared memory",
+                hint=f"`forge doctor` looks at the home folder, disk and shared memory; Ray's logs are in {temp_dir}"
+                f"/session_latest/logs; {load}: if that is why, try again when it is quieter",
             ) from error
     quiet_data()
 

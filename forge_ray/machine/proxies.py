@@ -1,7 +1,7 @@
 """Proxies in the environment (`http_proxy` and the like): this machine and the cluster are never asked through one.
 
-forge_ray's own HTTP clients read no proxy from the environment. Ray's do (Jobs, the dashboard's states), in this process and in
-those that it starts, so the hosts go into `no_proxy`.
+forge_ray's own HTTP clients read no proxy from the environment. Ray's do (Jobs, the dashboard's states), in this process and
+in those that it starts, so the hosts go into `no_proxy`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def bypass(*addresses: str) -> None:
-    """Ask loopback and the hosts of these addresses (`http://head:8265`, `10.0.0.1:6379`) without a proxy, in this process and
-    those that it starts from now on. Nothing changes where the environment names no proxy, or excludes every host."""
+    """Ask loopback and the hosts of these addresses (`http://head:8265`, `10.0.0.1:6379`) without a proxy, in this process
+    and those that it starts from now on. Nothing changes where the environment names no proxy, or excludes every host."""
     if not set(urllib.request.getproxies_environment()) - {"no"}:
         return
     for name in ("NO_PROXY", "no_proxy"):

@@ -123,7 +123,7 @@ def user() -> str:
 
 def settle() -> None:
     """Give this process, and those that it starts, a HOME that can be written and a name of the user: torch's compiler, Ray
-    and Hugging Face's libraries fail without. Where no folder can be made either, nothing changes; `forge doctor` says so."""
+    and Hugging Face's libraries fail without. Where no folder can be made, nothing changes; `forge doctor` says so."""
     before = os.environ.get("HOME", "")
     with contextlib.suppress(OSError):
         if not can_hold_files(before):

@@ -12,7 +12,6 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from forge_ray.config.data import DataConfig
 from forge_ray.data.record.normal import subject_form

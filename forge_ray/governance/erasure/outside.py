@@ -4,7 +4,6 @@ a killed process left, objects that Ray spilled to disk. Those of other machines
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
