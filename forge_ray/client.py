@@ -146,11 +146,10 @@ def foreign(response: httpx2.Response) -> str:
     from an endpoint of forge_ray."""
     if not (_is_page(response) or response.status_code == httpx2.codes.PROXY_AUTHENTICATION_REQUIRED):
         return ""
-    signs = "; ".join(f"{name}: {response.headers[name][:80]}" for name in ("server", "via") if name in response.headers)
-    title = re.search(r"<title>\s*(.*?)\s*</title>", response.text, re.DOTALL | re.IGNORECASE)
-    return f"a proxy or another server ({', '.join(filter(None, [signs, title[1][:80] if title else '']))})".replace(
-        " ()", ""
-    )
+    signs = [f"{name}: {response.headers[name][:80]}" for name in ("server", "via") if name in response.headers]
+    title = re.search(r"<title>(.*?)</title>", response.text, re.DOTALL | re.IGNORECASE)
+    signs += [" ".join(title[1].split())[:80]] if title else []
+    return f"a proxy or another server ({'; '.join(signs)})" if signs else "a proxy or another server"
 
 
 def _is_page(response: httpx2.Response) -> bool:
@@ -189,7 +188,7 @@ def _error(response: httpx2.Response) -> ForgeError:
             return PolicyError(text, hint="pass `api_key`, or set FORGE_API_KEY, to a key that may do this")
         case 429:
             return EngineError(text, hint=f"send the request again after {response.headers.get('retry-after', 1)} s")
-        case status if status < 500:
+        case status if 400 <= status < 500:
             return ConfigError(text, hint="change the request")
         case _:
             return EngineError(text, hint="send the request again; if it fails again, see the replica's log")

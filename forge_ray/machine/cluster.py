@@ -9,7 +9,7 @@ from pathlib import Path
 
 from forge_ray.config.train import Scaling
 from forge_ray.errors import ClusterError, ConfigError
-from forge_ray.machine.hardware import cpus, gpu_named, main_memory
+from forge_ray.machine.hardware import available_memory, cpus, gpu_named, main_memory
 from forge_ray.machine.offline import SWITCHES, set_offline_switches
 from forge_ray.machine.proxies import bypass
 from forge_ray.machine.quiet import quiet_libraries
@@ -69,7 +69,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
                 ray.init(
                     address="local",
                     _temp_dir=temp_dir,
-                    **local_resources(cpus(), main_memory(), free_shared_memory()),
+                    **local_resources(cpus(), available_memory(), free_shared_memory()),
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,

@@ -10,7 +10,7 @@ from typing import Literal
 from forge_ray.errors import ConfigError
 from forge_ray.machine import cgroup
 
-CPUINFO = Path("/proc/cpuinfo")
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,15 @@ def main_memory() -> int:
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = cgroup.memory_limit()
     return installed if limit is None else min(installed, limit)
+
+
+def available_memory(meminfo: Path = MEMINFO) -> int:
+    """Bytes of main memory that no other program holds, or the limit of this process's control groups if it is lower."""
+    try:
+        values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return min(main_memory(), int(values["MemAvailable"].split()[0]) << 10)
+    except (OSError, ValueError, LookupError):  # not Linux
+        return main_memory()
 
 
 def cpus() -> int:

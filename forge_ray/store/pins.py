@@ -84,7 +84,7 @@ def _read() -> dict[str, dict[str, str]]:
     try:
         noted = json.loads(file().read_text())
         return {uri: {"genesis": str(entry["genesis"]), "head": str(entry["head"])} for uri, entry in noted.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise PolicyError(
