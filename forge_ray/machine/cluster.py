@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from forge_ray.config.train import Scaling
 from forge_ray.errors import ClusterError, ConfigError
@@ -84,8 +85,8 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
     quiet_data()
 
 
-def local_resources(usable_cpus: int, memory: int, shared_memory: int) -> dict[str, int]:
-    """What a local Ray is told that it has. It would otherwise count the CPUs and the memory of the whole machine, or of the
+def local_resources(usable_cpus: int, memory: int, shared_memory: int) -> dict[str, Any]:
+    """Arguments of `ray.init` for what a local Ray has. It would otherwise count the CPUs and the memory of the whole machine, or of the
     root control group. `memory`, `shared_memory`: bytes.
 
     The store of objects lies in shared memory, and takes less where that is small. Below `LITTLE_SHARED_MEMORY`, as in a

@@ -28,18 +28,18 @@ def portal(method: str, path: str) -> Reply:
     return 200, {"content-type": "text/html"}, b"<html><title>Sign in\n to the network</title></html>"
 
 
-@pytest.mark.parametrize(("answer", "shown"), [
+@pytest.mark.parametrize(("answer", "answered"), [
     (corporate_proxy, "503 by a proxy or another server (server: squid/6.1; via: 1.1 proxy.corp (squid/6.1); ERROR: The"),
     (portal, "200 by a proxy or another server (Sign in to the network), not by forge_ray"),
     (lambda *_: (407, {"via": "1.1 corp"}, b""), "407 by a proxy or another server (via: 1.1 corp), not by forge_ray"),
     (lambda *_: (502, {"content-type": "text/html"}, b"bad"), "502 by a proxy or another server, not by forge_ray"),
 ])  # fmt: skip
-def test_the_answer_of_another_server_is_named_as_such(answer: object, shown: str) -> None:
+def test_the_answer_of_another_server_is_named_as_such(answer: object, answered: str) -> None:
     with scripted(answer) as server, Client(server.url) as client:  # type: ignore[arg-type]
         for ask in (client.models, lambda: client.chat("bot", ASKED), lambda: list(client.stream_chat("bot", ASKED))):
             with pytest.raises(EngineError) as caught:
                 ask()
-            assert f"was answered {shown}" in caught.value.message
+            assert f"was answered {answered}" in caught.value.message
             assert "uses no proxy of the environment" in caught.value.hint
 
 
