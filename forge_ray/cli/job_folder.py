@@ -14,7 +14,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.machine.ray_internals import ignore_file_of, package_limit, packaged_files
 
 ZIP_ENTRY = 300  # bytes around a file in Ray's archive, which is not compressed: two headers with its name
-SHARED = "put them on the folder that all nodes share, and give their whole paths or URIs"
+SHARED = "put such files on the folder that all nodes share, and give their whole paths or URIs"
 NAMED = 3  # files in a message
 
 

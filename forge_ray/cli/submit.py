@@ -51,15 +51,13 @@ def submit(
     if "://" not in store_uri and not Path(store_uri).is_absolute():
         raise ConfigError(f"store {store_uri!r} is relative", hint="use a path or URI that all nodes share")
 
-    require_complete(config, EXCLUDES, Path.cwd())
-    bypass(address)
-
     import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # no message for each file that is packed
-
+    require_complete(config, EXCLUDES, Path.cwd())
+    bypass(address)
     relative = path.resolve().relative_to(Path.cwd()).as_posix()
     words = ["python", "-m", "forge_ray.cli", "run", relative, "--store", store_uri, "--json"]
     for override in overrides:

@@ -86,8 +86,8 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
 
 
 def local_resources(usable_cpus: int, memory: int, shared_memory: int) -> dict[str, Any]:
-    """Arguments of `ray.init` for what a local Ray has. It would otherwise count the CPUs and the memory of the whole machine, or of the
-    root control group. `memory`, `shared_memory`: bytes.
+    """Arguments of `ray.init` for what a local Ray has, where Ray would count the CPUs and the memory of the whole machine,
+    or of the root control group. `memory`, `shared_memory`: bytes.
 
     The store of objects lies in shared memory, and takes less where that is small. Below `LITTLE_SHARED_MEMORY`, as in a
     container with Docker's 64 MiB, it lies on the disk, in the session's folder: slower, and nothing fails."""
