@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -82,7 +83,7 @@ class Client:
     def chat(self, model: str, messages: Messages, **options: Any) -> Answer:
         """The complete answer to `messages`."""
         response = self._send("POST", "/v1/chat/completions", {"model": model, "messages": list(messages), **options})
-        body = response.json()
+        body = _body(response)
         (choice,) = body["choices"]
         return Answer(
             text=choice["message"]["content"] or "",
@@ -102,7 +103,7 @@ class Client:
         body = {"model": model, "messages": list(messages), "stream": True, **options}
         try:
             with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-                if response.status_code != httpx2.codes.OK:
+                if response.status_code != httpx2.codes.OK or _is_page(response):
                     response.read()
                     raise _error(response)
                 yield from _pieces(response)
@@ -110,8 +111,7 @@ class Client:
             raise self._unreachable(error) from error
 
     def _json(self, method: str, path: str) -> dict[str, Any]:
-        value: dict[str, Any] = self._send(method, path).json()
-        return value
+        return _body(self._send(method, path))
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         try:
@@ -141,12 +141,44 @@ def _pieces(response: httpx2.Response) -> Iterator[str]:
     raise EngineError("the stream ended early, without its end marker", hint="send the request again")
 
 
+def foreign(response: httpx2.Response) -> str:
+    """Who answered, where that is a proxy or another server and its answer a page for people; "" where the answer may come
+    from an endpoint of forge_ray."""
+    if not (_is_page(response) or response.status_code == httpx2.codes.PROXY_AUTHENTICATION_REQUIRED):
+        return ""
+    signs = [f"{name}: {response.headers[name][:80]}" for name in ("server", "via") if name in response.headers]
+    title = re.search(r"<title>(.*?)</title>", response.text, re.DOTALL | re.IGNORECASE)
+    signs += [" ".join(title[1].split())[:80]] if title else []
+    return f"a proxy or another server ({'; '.join(signs)})" if signs else "a proxy or another server"
+
+
+def _is_page(response: httpx2.Response) -> bool:
+    """Whether a response is HTML, which neither forge_ray nor Ray's interfaces for programs write."""
+    return response.headers.get("content-type", "").startswith("text/html")
+
+
+def _body(response: httpx2.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        raise _error(response) from None
+    if not isinstance(body, dict):
+        raise EngineError(f"{response.request.url} answered {str(body)[:80]!r}, not an object", hint="check the address")
+    return body
+
+
 def _error(response: httpx2.Response) -> ForgeError:
     """The error that corresponds to the server's response."""
     try:
         body = response.json()
         message = str(body["error"]["message"] if "error" in body else body["detail"])
     except (ValueError, KeyError, TypeError):
+        if stranger := foreign(response):
+            return EngineError(
+                f"{response.request.url} was answered {response.status_code} by {stranger}, not by forge_ray",
+                hint="give the endpoint's own address: this client uses no proxy of the environment; ask whoever runs the"
+                " other server why it answers there",
+            )
         message = response.text[:200]
     text = f"{response.request.url} answered {response.status_code}: {message}"
     match response.status_code:
@@ -156,7 +188,7 @@ def _error(response: httpx2.Response) -> ForgeError:
             return PolicyError(text, hint="pass `api_key`, or set FORGE_API_KEY, to a key that may do this")
         case 429:
             return EngineError(text, hint=f"send the request again after {response.headers.get('retry-after', 1)} s")
-        case status if status < 500:
+        case status if 400 <= status < 500:
             return ConfigError(text, hint="change the request")
         case _:
             return EngineError(text, hint="send the request again; if it fails again, see the replica's log")

@@ -34,6 +34,7 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
+from forge_ray.store.home import expanded
 
 if TYPE_CHECKING:
     from forge_ray.serve.gateway_config import GatewayConfig
@@ -71,7 +72,7 @@ def import_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
     try:
         return catalog.model(config.base_model)
     except NotFound:
-        if not Path(config.base_model).expanduser().exists():
+        if not expanded(config.base_model).exists():
             raise
     from forge_ray.models.import_model import import_model
 

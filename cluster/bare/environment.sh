@@ -7,14 +7,6 @@ export RAY_USAGE_STATS_ENABLED=0
 export RAY_USAGE_STATS_REPORT_URL=http://127.0.0.1:9/
 export RAY_DATA_USAGE_DISABLED=1
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1
-if [[ ! -e "$HOME/ray_bootstrap_config.yaml" ]]; then
-    echo '{}' >"$HOME/ray_bootstrap_config.yaml"
-fi
-
-# One shared token guards every port of Ray. The file is the one truth: a token in the environment would show in `ps e`.
-unset RAY_AUTH_TOKEN
-export RAY_AUTH_MODE=token
-export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
 
 fail() {
     printf 'error: %s\nhint: %s\n' "$1" "$2" >&2
@@ -33,6 +25,32 @@ if [[ -L "$RAY_TMPDIR" || "$(stat -c %u "$RAY_TMPDIR")" != "$uid" ]]; then
         "remove it, or set RAY_TMPDIR to a folder of your own with a short path"
 fi
 chmod 700 "$RAY_TMPDIR"
+
+# A user without a home that it can write to (OpenShift's ids have HOME=/) gets one next to Ray's folder, for as long as the
+# host or container lives. A token that the old one holds still counts.
+if [[ -z "${HOME:-}" ]] || ! mkdir -p "$HOME" 2>/dev/null || [[ ! -w "$HOME" ]]; then
+    [[ ! -r "${HOME:-}/.ray/auth_token" ]] || RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
+    export FORGE_HOME_REPLACED="${HOME:-}" HOME="$RAY_TMPDIR/home"
+    (umask 077 && mkdir -p "$HOME")
+fi
+export USER="${USER:-$(id -un 2>/dev/null || echo "$uid")}" # torch's compiler asks for a name
+if [[ ! -e "$HOME/ray_bootstrap_config.yaml" ]]; then
+    echo '{}' >"$HOME/ray_bootstrap_config.yaml"
+fi
+
+# One shared token guards every port of Ray. The file is the one truth: a token in the environment would show in `ps e`.
+unset RAY_AUTH_TOKEN
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
+
+# Ray's processes ask each other over HTTP, and read proxies from the environment: never for addresses of the cluster.
+without_proxy() {
+    local hosts
+    hosts="127.0.0.1,localhost,::1$(printf ',%s' "$@")"
+    NO_PROXY="${no_proxy:-${NO_PROXY:-}}"
+    export NO_PROXY="${NO_PROXY:+$NO_PROXY,}$hosts"
+    export no_proxy="$NO_PROXY"
+}
 
 require_private_token() {
     local mode
@@ -62,4 +80,12 @@ NODE_PORTS=(
 if ! command -v ray >/dev/null; then
     PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin:$PATH"
     command -v ray >/dev/null || fail "no ray on PATH and no .venv in the project" "make venv"
+fi
+
+# Ray itself counts the CPUs of the whole machine, and reads limits of the root control group alone: under Slurm or taskset
+# the ones of this process are fewer. Options after `--` override it.
+NODE_CPUS=()
+python="$(dirname "$(command -v ray)")/python"
+if usable="$("$python" -c 'from forge_ray.machine.hardware import cpus; print(cpus())' 2>/dev/null)"; then
+    NODE_CPUS=(--num-cpus="$usable")
 fi

@@ -39,6 +39,7 @@ if [[ ! -e "$RAY_AUTH_TOKEN_PATH" ]]; then
 fi
 require_private_token
 
+without_proxy "$ip"
 ray start --head \
     --node-ip-address="$ip" \
     --port="$GCS_PORT" \
@@ -48,4 +49,5 @@ ray start --head \
     --temp-dir="$temp_dir" \
     --disable-usage-stats \
     "${NODE_PORTS[@]}" \
+    ${NODE_CPUS[@]+"${NODE_CPUS[@]}"} \
     ${options[@]+"${options[@]}"}

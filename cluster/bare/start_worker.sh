@@ -28,10 +28,12 @@ if [[ -z "$ip" ]]; then # the address from which this host reaches the head; Ray
     [[ -n "$ip" ]] || fail "cannot tell this host's own address" "give it as --ip"
 fi
 
+without_proxy "$head" "$ip"
 ray start \
     --address="$head:$GCS_PORT" \
     --node-ip-address="$ip" \
     --temp-dir="$temp_dir" \
     --disable-usage-stats \
     "${NODE_PORTS[@]}" \
+    ${NODE_CPUS[@]+"${NODE_CPUS[@]}"} \
     ${options[@]+"${options[@]}"}

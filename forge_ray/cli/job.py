@@ -19,6 +19,7 @@ from forge_ray.cli.terminal import echo
 from forge_ray.config.base import Config, load
 from forge_ray.errors import ForgeError
 from forge_ray.store.files import Store
+from forge_ray.store.home import settle
 
 C = TypeVar("C", bound=Config)
 
@@ -35,6 +36,7 @@ def main(model: type[C], step: Callable[[C, Store], Any], arguments: list[str] |
     )
     parsed = parser.parse_args(arguments)
     try:
+        settle()
         config = load(model, parsed.config, tuple(parsed.overrides))
         result = step(config, pipeline.open_store(parsed.store))
     except ForgeError as error:

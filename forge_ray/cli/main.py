@@ -355,8 +355,8 @@ def submit(store: Store, as_json: bool, file: str, address: str, overrides: tupl
     All nodes must be able to read and write the store."""
     from forge_ray.cli.submit import submit as send
 
-    load_run_file(file, overrides)  # reports a mistake here, not minutes later on the cluster
-    result = send(file, address, store.uri, overrides, wait=not no_wait)
+    config = load_run_file(file, overrides)  # reports a mistake here, not minutes later on the cluster
+    result = send(file, config, address, store.uri, overrides, wait=not no_wait)
     if not as_json:
         echo(f"job {result['job']}: {result['status']}")
     return result

@@ -10,7 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
+from forge_ray.cli.job_folder import require_complete
 from forge_ray.cli.terminal import echo, without_colours
+from forge_ray.client import foreign
+from forge_ray.config.run import RunConfig
 from forge_ray.errors import (
     EXIT_POLICY,
     EXIT_USAGE,
@@ -22,15 +27,20 @@ from forge_ray.errors import (
     first_line,
 )
 from forge_ray.machine.offline import set_offline_switches
+from forge_ray.machine.proxies import bypass
 from forge_ray.store import pins
 
 AGENT_WAIT_S = 90.0
+ANSWER_S = 10.0
 EXCLUDES = [".venv", ".git", ".forge", "**/__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", ".hypothesis"]
 
 
-def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], wait: bool) -> dict[str, Any]:
-    """Run `forge run FILE` on the cluster, with the current folder as its working directory. The token is read as Ray does
-    (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token). With `wait`, logs go to stderr until the job ends."""
+def submit(
+    file: str, config: RunConfig, address: str, store_uri: str, overrides: tuple[str, ...], wait: bool
+) -> dict[str, Any]:
+    """Run `forge run FILE`, whose settings are `config`, on the cluster, with the current folder as its working directory.
+    The token is read as Ray does (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token). With `wait`, logs go to stderr
+    until the job ends. Nothing is sent where the folder lacks a file that the run file names."""
     set_offline_switches()
     path = Path(file)
     if not path.is_file() or not path.resolve().is_relative_to(Path.cwd()):
@@ -41,11 +51,13 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
     if "://" not in store_uri and not Path(store_uri).is_absolute():
         raise ConfigError(f"store {store_uri!r} is relative", hint="use a path or URI that all nodes share")
 
+    import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # no message for each file that is packed
-
+    require_complete(config, EXCLUDES, Path.cwd())
+    bypass(address)
     relative = path.resolve().relative_to(Path.cwd()).as_posix()
     words = ["python", "-m", "forge_ray.cli", "run", relative, "--store", store_uri, "--json"]
     for override in overrides:
@@ -58,12 +70,8 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
     try:
         client = JobSubmissionClient(address)
         job = _accepted(client, shlex.join(words), environment)
-    except (ConnectionError, RuntimeError, AuthenticationError) as error:
-        reason = first_line(error)
-        raise NotFound(
-            f"the job could not be submitted to {address}: {reason}",
-            hint="check that the dashboard is reachable (http://HEAD:8265) and ~/.ray/auth_token has the cluster's token",
-        ) from error
+    except (ConnectionError, RuntimeError, AuthenticationError, requests.RequestException, ValueError, KeyError) as error:
+        raise _not_submitted(address, error) from error
     if not wait:
         return {"job": job, "status": "submitted", "address": address, "store": store_uri}
     logs = asyncio.run(_follow(client, job))
@@ -72,6 +80,26 @@ def submit(file: str, address: str, store_uri: str, overrides: tuple[str, ...], 
     if info.status != JobStatus.SUCCEEDED:
         raise _failure(job, address, info, result)
     return {"job": job, "status": "succeeded", "address": address, "store": store_uri, "result": result}
+
+
+def _not_submitted(address: str, error: Exception) -> NotFound:
+    """The error of a submission: what Ray says of it, and who answered if that was not Ray."""
+    url = address if "://" in address else f"http://{address}"
+    try:
+        response = httpx2.get(f"{url.rstrip('/')}/api/version", timeout=ANSWER_S, trust_env=False)
+        stranger = "" if "ray_version" in response.text else foreign(response)
+    except httpx2.HTTPError:
+        stranger = ""
+    if stranger:
+        return NotFound(
+            f"the job could not be submitted: {address} was answered by {stranger}, not by the dashboard of a Ray cluster",
+            hint="give the address of the head itself (http://HEAD:8265); from elsewhere forward it:"
+            " ssh -L 8265:127.0.0.1:8265 HEAD. forge uses no proxy of the environment for it",
+        )
+    return NotFound(
+        f"the job could not be submitted to {address}: {first_line(error)}",
+        hint="check that the dashboard is reachable (http://HEAD:8265) and ~/.ray/auth_token has the cluster's token",
+    )
 
 
 def _accepted(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from forge_ray.cli.audit import audit
 from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import ConfigError, PolicyError
+from forge_ray.store.home import expanded
 
 if TYPE_CHECKING:
     from forge_ray.store.authority import Signer
@@ -61,16 +62,15 @@ def signers_create(
     """Create a key pair and register it as a signer.
 
     The first signer is the owner. FORGE_SIGNER_PASSPHRASE encrypts the private key."""
-    from pathlib import Path
 
     from forge_ray.governance.signers import create
     from forge_ray.store.catalog import Catalog
 
     with Catalog.open(store) as index:
-        signer = create(index, name, roles, Path(out).expanduser(), algorithm, person)
+        signer = create(index, name, roles, expanded(out), algorithm, person)
     if not as_json:
         echo(f"{signer.id}  {signer.name}: {', '.join(signer.roles)}")
-        echo(f"export FORGE_SIGNER={Path(out).expanduser().absolute() / (name + '.key')}", err=True)
+        echo(f"export FORGE_SIGNER={expanded(out).absolute() / (name + '.key')}", err=True)
     return _with_state(signer)
 
 

@@ -14,6 +14,7 @@ from forge_ray.cli.terminal import echo, secho
 from forge_ray.errors import ForgeError
 from forge_ray.machine.offline import set_offline_switches
 from forge_ray.machine.quiet import quiet_libraries
+from forge_ray.store.home import settle
 
 if TYPE_CHECKING:
     from forge_ray.config.run import RunConfig
@@ -51,6 +52,7 @@ def verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...,
             set_offline_switches()
             quiet_libraries()
             try:
+                settle()
                 from forge_ray.machine.cluster import open_store
 
                 result = function(store=open_store(store), as_json=as_json, **arguments)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
-from forge_ray.doctor import closed, locked, machine, startup, stored
+from forge_ray.doctor import closed, hosts, locked, machine, startup, stored
 from forge_ray.doctor.finding import Finding, Surroundings
-from forge_ray.machine import supported
-from forge_ray.machine.hardware import main_memory
+from forge_ray.machine import hardware, supported
 from forge_ray.models import quickstart_base
 from forge_ray.store.files import Store
 
@@ -15,6 +15,7 @@ from forge_ray.store.files import Store
 def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[Finding]:
     """The findings of every check, with `address` those about the cluster's clocks too. Changes nothing and contacts no
     other host but the cluster's."""
+    yield hosts.home_folder(around)
     yield closed.ray_token(around)
     yield closed.session_folders(around)
     yield closed.ray_tls(around, address)
@@ -28,9 +29,11 @@ def examine(store: Store, around: Surroundings, address: str = "") -> Iterator[F
     yield locked.lock(locked.distributions())
     yield locked.base_model(quickstart_base.carried_file())
     yield machine.system(supported.this_machine())
-    yield machine.memory(machine.installed_memory(), main_memory())
+    yield machine.memory(machine.installed_memory(), hardware.main_memory())
+    yield hosts.cpus(os.cpu_count() or 1, hardware.bound_cpus(), hardware.cpus())
     yield machine.disk(store, store.free_bytes())
-    yield machine.shared_memory(around)
+    yield hosts.shared_memory(around)
+    yield hosts.proxies(around)
     yield machine.open_files()
     yield machine.gpus()
     yield machine.compiler(around.environ, supported.header_folders(), machine.has_gpu())

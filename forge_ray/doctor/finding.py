@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from forge_ray.machine.ray_private import system_temp
+from forge_ray.store.home import home, system_temp
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -34,7 +34,7 @@ class Surroundings:
     """What the checks read: the environment of this process, and the folders in which the system describes itself."""
 
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
-    home: Path = field(default_factory=Path.home)
+    home: Path = field(default_factory=home)
     proc: Path = Path("/proc")
     shm: Path = Path("/dev/shm")
     site: tuple[Path, ...] = field(default_factory=lambda: site_folders())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from forge_ray.doctor.finding import Finding, Status, Surroundings
+from forge_ray.doctor.finding import Finding, Status
 from forge_ray.errors import first_line
 from forge_ray.machine import supported
 from forge_ray.store.files import Store
@@ -22,7 +21,6 @@ CHECKED = ("ray", "torch", "transformers", "deepspeed", "peft")
 GIB = supported.GIB
 KERNEL_SHARE = 1 / 16  # of the installed memory, which Linux reserves and does not report
 FREE_DISK, LITTLE_FREE_DISK = 20 * GIB, 2 * GIB
-SHM = 2 * GIB
 OPEN_FILES, FEW_OPEN_FILES = 65536, 4096
 SKEW_S, WRONG_S = 1.0, 60.0
 
@@ -109,18 +107,6 @@ def disk(store: Store, free: int | None) -> Finding:
     status: Status = "fail" if free < LITTLE_FREE_DISK else "warn" if free < FREE_DISK else "ok"
     observed = f"{free / GIB:.1f} GiB free at {store.place}"
     return Finding("disk", status, observed, rule, "" if status == "ok" else "forge data clean")
-
-
-def shared_memory(around: Surroundings) -> Finding:
-    """Ray's object store and the workers' collectives use it; containers have 64 MiB by default."""
-    rule = f"{around.shm} of {SHM // GIB} GiB or more"
-    if not around.shm.is_dir():
-        return Finding("shared memory", "fail", f"no {around.shm}", rule, f"mount -t tmpfs -o size=4g shm {around.shm}")
-    size = shutil.disk_usage(around.shm).total
-    if size < SHM:
-        fix = f"mount -o remount,size=4g {around.shm}   # in a container: docker run --shm-size=4g"
-        return Finding("shared memory", "warn", f"{size / GIB:.2f} GiB", rule, fix)
-    return Finding("shared memory", "ok", f"{size / GIB:.1f} GiB", rule)
 
 
 def open_files(limit: int | None = None) -> Finding:

@@ -16,6 +16,7 @@ from forge_ray.store.authority import ROLES, Policy, Signer
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.exact import copy_file
 from forge_ray.store.governing import limits_of, refolded
+from forge_ray.store.home import expanded
 from forge_ray.store.protection import DECIDERS, Action
 from forge_ray.store.signatures import add_signature, record_path, roles_for
 
@@ -191,7 +192,7 @@ def export_signed(catalog: Catalog, reference: str, out: str) -> str:
         raise PolicyError("there is no key to sign with", hint=f"set {signing.SIGNER} to your private key")
     version = catalog.model(reference)
     check_files(catalog.store, version)
-    folder, target = catalog.store.fetch_dir(paths.model(version.id), verify=False), Path(out).expanduser()
+    folder, target = catalog.store.fetch_dir(paths.model(version.id), verify=False), expanded(out)
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{out} is not empty", hint="give another --out")
     target.mkdir(parents=True, exist_ok=True)

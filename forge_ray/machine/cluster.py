@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+from pathlib import Path
+from typing import Any
 
 from forge_ray.config.train import Scaling
 from forge_ray.errors import ClusterError, ConfigError
-from forge_ray.machine.hardware import gpu_named, main_memory
+from forge_ray.machine.hardware import available_memory, cpus, gpu_named, main_memory
 from forge_ray.machine.offline import SWITCHES, set_offline_switches
+from forge_ray.machine.proxies import bypass
 from forge_ray.machine.quiet import quiet_libraries
 from forge_ray.machine.ray_internals import IN_JOB, on_loopback, without_usage_reports
 from forge_ray.machine.ray_private import current_cluster, make_token_private, session_folder
 from forge_ray.store.files import Store
+from forge_ray.store.home import settle
 
-LOCAL_CPUS = 4  # logical: a laptop's workers, data tasks and replicas share the cores
+# Slots of a local Ray, at least: a training worker, the tasks that read its rows, and a replica share the cores of a laptop.
+LOCAL_CPUS = 4
+SHARED_MEMORY = Path("/dev/shm")
+LITTLE_SHARED_MEMORY = 512 << 20  # bytes; a block of rows has up to 128 MiB, and several are in work
+OBJECT_STORE_SHARE = 0.3  # of the memory, as Ray itself takes
+STORE_ON_DISK, SMALLEST_STORE = 2 << 30, 80 << 20  # bytes; Ray refuses less than 75 MiB
 
 
 def in_ray_job() -> bool:
@@ -27,6 +37,8 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
     this process."""
     set_offline_switches()
     quiet_libraries()
+    settle()
+    bypass(address or os.environ.get("RAY_ADDRESS", ""))
     import ray
 
     if ray.is_initialized():
@@ -58,18 +70,39 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
                 ray.init(
                     address="local",
                     _temp_dir=temp_dir,
-                    num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
+                    **local_resources(cpus(), available_memory(), free_shared_memory()),
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
         except Exception as error:  # Ray gives up after 30 s, and says so with a bare Exception
+            load = f"{cpus()} CPUs for this process and the machine at load {os.getloadavg()[0]:.0f}"
             raise ClusterError(
                 f"Ray did not start on this machine: {error}",
-                hint=f"its {os.cpu_count()} cores are at load {os.getloadavg()[0]:.0f}: try again when it is quieter; Ray's"
-                f" logs are in {temp_dir}/session_latest/logs; `forge doctor` looks at disk and shared memory",
+                hint=f"`forge doctor` looks at the home folder, disk and shared memory; Ray's logs are in {temp_dir}"
+                f"/session_latest/logs; {load}: if that is why, try again when it is quieter",
             ) from error
     quiet_data()
+
+
+def local_resources(usable_cpus: int, memory: int, shared_memory: int) -> dict[str, Any]:
+    """Arguments of `ray.init` for what a local Ray has, where Ray would count the CPUs and the memory of the whole machine,
+    or of the root control group. `memory`, `shared_memory`: bytes.
+
+    The store of objects lies in shared memory, and takes less where that is small. Below `LITTLE_SHARED_MEMORY`, as in a
+    container with Docker's 64 MiB, it lies on the disk, in the session's folder: slower, and nothing fails."""
+    store = int(memory * OBJECT_STORE_SHARE)
+    store = min(store, int(shared_memory * 0.9) if shared_memory >= LITTLE_SHARED_MEMORY else STORE_ON_DISK)
+    store = max(store, SMALLEST_STORE)
+    return {"num_cpus": max(LOCAL_CPUS, usable_cpus), "_memory": max(memory - store, 0), "object_store_memory": store}
+
+
+def free_shared_memory(folder: Path = SHARED_MEMORY) -> int:
+    """Bytes that are free in shared memory; 0 where the system has none as a folder (macOS)."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def quiet_data() -> None:

@@ -1,4 +1,4 @@
-"""The hardware of this machine: precision, GPUs, memory (imports no torch)."""
+"""The hardware of this machine: precision, GPUs, CPUs, memory (imports no torch)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from forge_ray.errors import ConfigError
+from forge_ray.machine import cgroup
 
-CPUINFO = Path("/proc/cpuinfo")
-MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,28 @@ def gpu_named(name: str) -> Gpu | None:
 
 
 def main_memory() -> int:
-    """Bytes of main memory, or the limit of this container if it is lower."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in MEMORY_LIMITS:
-        try:
-            limits.append(int(path.read_text()))
-        except (OSError, ValueError):  # absent, or `max`
-            continue
-    return min(limits)
+    """Bytes of main memory, or the limit of this process's control groups if it is lower."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = cgroup.memory_limit()
+    return installed if limit is None else min(installed, limit)
+
+
+def available_memory(meminfo: Path = MEMINFO) -> int:
+    """Bytes of main memory that no other program holds, or the limit of this process's control groups if it is lower."""
+    try:
+        values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return min(main_memory(), int(values["MemAvailable"].split()[0]) << 10)
+    except (OSError, ValueError, LookupError):  # not Linux
+        return main_memory()
+
+
+def cpus() -> int:
+    """CPUs that this process may use, at least 1: those that it is bound to, or the quota of its control groups if that is
+    lower. Part of a CPU does not count."""
+    limit = cgroup.cpu_limit()
+    return max(1, bound_cpus() if limit is None else min(bound_cpus(), int(limit)))
+
+
+def bound_cpus() -> int:
+    """CPUs that the scheduler may choose for this process (`taskset`, cpuset)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

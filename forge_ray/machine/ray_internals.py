@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,52 @@ def session_folder() -> Path | None:
 
     node = ray._private.worker._global_node if ray.is_initialized() else None
     return Path(node.get_session_dir_path()) if node is not None else None
+
+
+def packaged_files(folder: Path, excludes: Sequence[str]) -> dict[str, int]:
+    """The files that Ray would send as a job's working folder: path relative to it → bytes.
+
+    Upstream: the public client packs and sends in one call, and a file that it leaves out is missing on the cluster.
+    """
+    from ray._private import ray_constants
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    root, sizes = folder.absolute(), dict[str, int]()
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+
+    left_out = _get_excludes(root, [*ray_constants.get_runtime_env_default_excludes(), *excludes])
+    _dir_travel(root, [left_out], note, include_gitignore=_reads_gitignore())
+    return sizes
+
+
+def ignore_file_of(folder: Path, path: str) -> str:
+    """The .gitignore or .rayignore by which Ray leaves out one of the folder's files, relative to it; "" if none."""
+    from ray._private.runtime_env.packaging import _get_ignore_file
+
+    inside = Path(path)
+    for parent in reversed(inside.parents):
+        for name in (".gitignore", ".rayignore") if _reads_gitignore() else (".rayignore",):
+            match = _get_ignore_file(folder / parent, name)
+            between = [inside, *(part for part in inside.parents if parent in part.parents)]
+            if match and any(match(folder / part) for part in between):
+                return (parent / name).as_posix()
+    return ""
+
+
+def _reads_gitignore() -> bool:
+    from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
+
+    return os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+
+
+def package_limit() -> int:
+    """Bytes of a job's working folder that the dashboard of a cluster accepts."""
+    from ray._private import ray_constants
+
+    return int(ray_constants.DASHBOARD_CLIENT_MAX_SIZE)
 
 
 def torch_backend() -> tuple[Any, Any]:

@@ -10,43 +10,17 @@ import contextlib
 import os
 import secrets
 import stat
-import sys
 from pathlib import Path
 
-from forge_ray.errors import ClusterError
+from forge_ray.store.home import PRIVATE, home, make_private_folder, private_folder
 
-PRIVATE = 0o700
 CLUSTER_FILE = "ray_current_cluster"  # in which `ray start` leaves the address of the cluster
-
-
-def system_temp() -> Path:
-    """Where Ray would put its folder."""
-    default = os.environ.get("TMPDIR", "/tmp") if sys.platform.startswith("linux") else "/tmp"
-    return Path(os.environ.get("RAY_TMPDIR") or default)
-
-
-def private_folder() -> Path:
-    """The folder around Ray's, which `cluster/bare/environment.sh` makes under the same name; it may not exist yet."""
-    name = f"forge-{os.getuid()}"
-    base = system_temp()
-    return base if base.name == name else base / name
 
 
 def session_folder() -> str:
     """A folder for Ray's sessions that no other user can enter, made if absent. Raises `ClusterError` where another user
     owns the one of that name, or has left a link there."""
-    folder = private_folder()
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=PRIVATE, parents=True)
-    state = folder.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
-        raise ClusterError(
-            f"{folder} is not a folder of this user: Ray's sessions in it would be open to whoever made it",
-            hint=f"remove it (`ls -ld {folder}` shows whose it is), or set RAY_TMPDIR to a short folder of your own",
-        )
-    if state.st_mode & 0o077:
-        folder.chmod(PRIVATE)
-    return str(folder / "ray")
+    return str(make_private_folder() / "ray")
 
 
 def make_token_private() -> None:
@@ -54,7 +28,7 @@ def make_token_private() -> None:
     it. Nothing where the token is not in a file, or not asked for."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or home() / ".ray/auth_token")
     if path.exists():
         if path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
             path.chmod(0o600)

@@ -19,6 +19,7 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.exact import path_inside
 from forge_ray.store.files import hash_dir, sha256_file
+from forge_ray.store.home import expanded
 from forge_ray.store.owner import owner_mark
 
 __all__ = ["import_model", "refuse_unsafe"]
@@ -27,7 +28,7 @@ __all__ = ["import_model", "refuse_unsafe"]
 def import_model(catalog: Catalog, path: str | Path, name: str, licence: str = "") -> ModelVersion:
     """Import a directory (copied) or a GGUF file (converted) as a model version. Importing the same bytes again returns the
     existing version."""
-    source = Path(path).expanduser()
+    source = expanded(path)
     if not source.exists():
         raise NotFound(f"no model at {str(path)!r}", hint="give a Hugging Face directory or a .gguf file")
     origin = _origin(source)

@@ -37,6 +37,7 @@ from forge_ray.serve.metrics import Metrics, merged
 from forge_ray.serve.routing import Table
 from forge_ray.serve.watcher import StoreWatcher
 from forge_ray.store.files import Store
+from forge_ray.store.home import settle
 
 HEARTBEAT_S = 0.5
 METRICS_EVERY = 10  # heartbeats
@@ -50,6 +51,7 @@ class Replica:
     """The class that Ray Serve runs."""
 
     def __init__(self, record: dict[str, Any], store_uri: str) -> None:
+        settle()
         replica_port_on(ray.util.get_node_ip_address())
         self.name = serve.get_replica_context().replica_id.unique_id
         self.deployment = Deployment.model_validate(record)

@@ -24,6 +24,7 @@ from forge_ray.errors import ConfigError, NotFound, StoreError
 from forge_ray.records import FileEntry, canonical_json
 from forge_ray.store import modes
 from forge_ray.store.exact import copy_file, others, path_inside, refuse_others, require_same
+from forge_ray.store.home import cache_folder, expanded
 from forge_ray.store.owner import owner_mark
 from forge_ray.store.scratch import scratch_folder
 from forge_ray.store.uris import require_storage, shown, why
@@ -37,7 +38,7 @@ class Store:
     """Bytes and directories under one root URI. Holds only the URI when pickled."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        self.uri = uri if "://" in uri else str(expanded(uri).absolute())
         if "://" in uri:
             require_storage(uri, "store")
         try:
@@ -302,7 +303,7 @@ class Store:
 
     def _download(self, relative: str, files: tuple[FileEntry, ...]) -> Path:
         """The listed files of a remote folder in the user's cache, and nothing else there."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "forge_ray"
+        cache = cache_folder()
         folder = cache / hashlib.sha256(f"{self.uri}/{relative}".encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         for path in others(folder, names_in(files)):  # of a version that the folder once held

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from forge_ray.errors import PolicyError
 from forge_ray.store.files import Store
+from forge_ray.store.home import state_file
 from forge_ray.store.standing import Standing
 from forge_ray.store.uris import shown
 
@@ -76,15 +77,14 @@ def id_of(uri: str) -> str:
 
 def file() -> Path:
     """Of this user: `~/.local/state/forge_ray/stores.json`."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "forge_ray" / FILE
+    return state_file(FILE)
 
 
 def _read() -> dict[str, dict[str, str]]:
     try:
         noted = json.loads(file().read_text())
         return {uri: {"genesis": str(entry["genesis"]), "head": str(entry["head"])} for uri, entry in noted.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise PolicyError(

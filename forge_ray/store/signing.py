@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import getpass
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import FileEntry, canonical_json
+from forge_ray.store.home import expanded, user
 
 IN_TOTO = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -129,16 +129,13 @@ def private_key() -> PrivateKey | None:
     path = os.environ.get(SIGNER, "")
     if not path:
         return None
-    file = Path(path).expanduser()
+    file = expanded(path)
     return _private(str(file), file.stat().st_mtime_ns if file.is_file() else 0)
 
 
 def who() -> str:
     """user@host of this process, as the system knows it: a claim, where a key is the proof."""
-    try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    except (KeyError, OSError):  # a container's user without a name
-        return f"{os.getuid()}@{socket.gethostname()}"
+    return f"{user()}@{socket.gethostname()}"
 
 
 def sign(data: bytes, key: PrivateKey) -> bytes:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from forge_ray.errors import ConfigError
+from forge_ray.store.home import settle
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Context:
 
 def join(use_gpu: bool, num_threads: int, under_ray: bool, sp_size: int = 1) -> Context:
     """Join the process group: the one that Ray Train or torchrun prepared, else a group of one."""
+    settle()
     rank, world_size, local_rank = 0, 1, 0
     if under_ray:
         import ray.train

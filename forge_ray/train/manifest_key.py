@@ -22,6 +22,7 @@ from forge_ray.errors import ConfigError, PolicyError
 from forge_ray.records import canonical_json
 from forge_ray.store import paths
 from forge_ray.store.files import Store, fsync_dir
+from forge_ray.store.home import expanded
 
 VARIABLE = "FORGE_CHECKPOINT_KEY"
 PURPOSE = b"forge_ray: manifest of a checkpoint\n"
@@ -33,7 +34,7 @@ def manifest_key(store: Store) -> bytes:
     """The key of this store; that of a local store is made where there is none. Raises `ConfigError` where a remote store
     has none, or the file holds none; `PolicyError` where others could have read or written it."""
     if named := os.environ.get(VARIABLE, ""):
-        return _read(Path(named).expanduser(), 0o027, f"{VARIABLE} names {named}, which")
+        return _read(expanded(named), 0o027, f"{VARIABLE} names {named}, which")
     if not store.is_local:
         raise ConfigError(
             f"{store.place} is a remote store, and {VARIABLE} names no key to authenticate its checkpoints with",

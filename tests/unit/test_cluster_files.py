@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,45 @@ def test_rays_folders_lie_where_no_other_user_can_enter(host: Host, tmp_path: Pa
     assert refused.returncode == 2
     assert "is not a folder of this user" in refused.stderr
     assert not host.called
+
+
+WAYS = [
+    ("start_head.sh", ("--ip", "10.0.0.1"), "10.0.0.1"),
+    ("start_worker.sh", ("--head", "10.0.0.1", "--ip", "10.0.0.2"), "10.0.0.1,10.0.0.2"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "hosts"), WAYS, ids=["head", "worker"])
+def test_rays_processes_ask_the_cluster_without_a_proxy(
+    script: str, arguments: tuple[str, ...], hosts: str, host: Host
+) -> None:
+    assert host.run("start_head.sh", "--ip", "10.0.0.1").returncode == 0  # makes the token
+    assert host.run(script, *arguments, https_proxy="http://proxy:3128", NO_PROXY=".corp").returncode == 0
+    assert host.environment["no_proxy"] == host.environment["NO_PROXY"] == f".corp,127.0.0.1,localhost,::1,{hosts}"
+
+
+@pytest.mark.parametrize("home", ["", "/dev/null/nowhere"])
+def test_a_user_without_a_home_gets_one_next_to_rays_folder(home: str, host: Host, tmp_path: Path) -> None:
+    own = tmp_path / f"forge-{os.getuid()}/home"
+    assert host.run("start_head.sh", "--ip", "10.0.0.1", HOME=home, TMPDIR=str(tmp_path)).returncode == 0
+    assert host.environment["HOME"] == str(own)
+    assert host.environment["FORGE_HOME_REPLACED"] == home
+    assert host.environment["RAY_AUTH_TOKEN_PATH"] == str(own / ".ray/auth_token")
+    assert host.environment["USER"]
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert not host.home.joinpath(".ray").exists()
+
+
+def test_ray_is_started_with_the_cpus_of_this_process(host: Host, tmp_path: Path) -> None:
+    """Where ray's Python has forge_ray; what comes after `--` is last, and Ray takes the last."""
+    from forge_ray.machine.hardware import cpus
+
+    assert host.run("start_head.sh", "--ip", "10.0.0.1").returncode == 0
+    assert not any(argument.startswith("--num-cpus") for argument in host.called)
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+    assert host.run("start_head.sh", "--ip", "10.0.0.1", "--", "--num-cpus=3").returncode == 0
+    assert [argument for argument in host.called if "cpus" in argument] == [f"--num-cpus={cpus()}", "--num-cpus=3"]
 
 
 def test_worker_requires_private_token(host: Host) -> None:

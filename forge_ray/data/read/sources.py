@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 from forge_ray.config.data import DataConfig, Source
 from forge_ray.data.read.lines import COMPRESSIONS, filesystem_of, is_inside, open_file, without_query
 from forge_ray.errors import ConfigError, DataError, NotFound
+from forge_ray.store.home import expanded
 from forge_ray.store.uris import has_secret, require_storage, shown, why
 
 TEXT = (
@@ -98,7 +99,7 @@ def _matches(source: Source) -> tuple[list[str], str]:
 
 def _folder(path: str) -> str:
     """The folder of a local source: that of a file, or the one that a glob begins with."""
-    whole = Path(path).expanduser()
+    whole = expanded(path)
     if not whole.exists():
         fixed = list(takewhile(lambda part: not glob.has_magic(part), whole.parts))
         return str(Path(*fixed).absolute())
@@ -128,7 +129,7 @@ def _refuse_secrets(uri: str) -> None:
 
 
 def _local(path: str) -> list[str]:
-    whole = Path(path).expanduser()
+    whole = expanded(path)
     if whole.exists():  # a name that only looks like a glob
         return [str(whole.absolute())]
     matches = [Path(match).absolute() for match in glob.glob(str(whole), recursive=True)]
@@ -250,7 +251,7 @@ def _checked(source: Source, paths: list[str]) -> dict[str, str]:
         _refuse_secrets(source.checksums)
         require_storage(source.checksums, "data.sources.checksums")
     where = source.checksums.removeprefix("file://")
-    where = where if "://" in where else str(Path(where).expanduser().absolute())
+    where = where if "://" in where else str(expanded(where).absolute())
     if "://" not in where and os.path.lexists(where):
         require_regular(where, str(Path(where).parent))
     try:

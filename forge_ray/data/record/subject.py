@@ -12,13 +12,13 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from forge_ray.config.data import DataConfig
 from forge_ray.data.record.normal import subject_form
 from forge_ray.data.record.schema import DataRecord
 from forge_ray.errors import ConfigError
 from forge_ray.store.files import Store
+from forge_ray.store.home import expanded
 
 KEY = "keys/subject.key"
 HEX = 32
@@ -106,7 +106,7 @@ def _hmac(key: bytes, text: str) -> str:
 def subject_key(store: Store, key_file: str) -> bytes:
     """The key; the store's own is made, readable by its owner alone, when it is absent."""
     if key_file:
-        path = Path(key_file).expanduser()
+        path = expanded(key_file)
         if not path.is_file() or len(path.read_bytes().strip()) < 16:
             raise ConfigError(
                 f"data.subject.key_file={key_file!r} is no file of at least 16 bytes",

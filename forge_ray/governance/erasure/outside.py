@@ -4,7 +4,6 @@ a killed process left, objects that Ray spilled to disk. Those of other machines
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from forge_ray.machine import sessions
 from forge_ray.store import paths
 from forge_ray.store.files import Store
+from forge_ray.store.home import cache_folder
 from forge_ray.store.owner import is_alive
 from forge_ray.store.scratch import abandoned
 
@@ -48,7 +48,7 @@ def cached(store: Store, purged: Iterable[str]) -> list[Path]:
     """Copies of folders of a remote store in this user's cache that hold deleted files, and downloads that were cut off."""
     if store.is_local:
         return []
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "forge_ray"
+    cache = cache_folder()
     names = {hashlib.sha256(f"{store.uri}/{folder}".encode()).hexdigest()[:16] for path in purged for folder in _above(path)}
     copies = [cache / name for name in sorted(names) if (cache / name).exists()]
     partial = [path for path in cache.glob(".partial-*") if path.name.split("-")[1] in names or is_alive(path.name) is False]

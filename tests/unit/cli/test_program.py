@@ -13,6 +13,8 @@ import pytest
 
 from forge_ray import __version__ as VERSION
 from forge_ray.cli.submit import submit
+from forge_ray.config.base import parse
+from forge_ray.config.run import RunConfig
 from forge_ray.doctor.closed import ROLES
 
 pytestmark = pytest.mark.unit
@@ -63,6 +65,8 @@ def test_job_gets_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("name: x\n")
     monkeypatch.setattr(job_submission, "JobSubmissionClient", FakeClient)
-    submit("run.yaml", "http://head:8265", "/mnt/forge", (), wait=False)
+    Path("rows.jsonl").touch()
+    values = {"name": "x", "base_model": "b", "data": {"sources": [{"path": "rows.jsonl"}]}, "release": {"alias": "a"}}
+    submit("run.yaml", parse(RunConfig, values), "http://head:8265", "/mnt/forge", (), wait=False)
     assert FakeClient.sent["runtime_env"]["py_modules"] == [str(ROOT / "forge_ray")]
     assert FakeClient.sent["entrypoint"].startswith("python -m forge_ray.cli run run.yaml")

@@ -41,15 +41,6 @@ def test_a_named_precision_stays_and_an_unknown_one_is_refused() -> None:
         hardware.resolve_precision("fp16", use_gpu=False)
 
 
-def test_a_container_has_no_more_memory_than_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "none").write_text("max\n")
-    monkeypatch.setattr(hardware, "MEMORY_LIMITS", (tmp_path / "absent", tmp_path / "none"))
-    whole = hardware.main_memory()
-    (tmp_path / "some").write_text("1000000\n")
-    monkeypatch.setattr(hardware, "MEMORY_LIMITS", (tmp_path / "none", tmp_path / "some"))
-    assert hardware.main_memory() == 1_000_000 < whole
-
-
 def test_gpus_are_matched_by_part_of_their_name() -> None:
     names = {
         "NVIDIA H100 80GB HBM3": "H100",

@@ -167,3 +167,37 @@ def test_a_replica_listens_on_its_nodes_address(monkeypatch: pytest.MonkeyPatch)
     assert replica.add_port_to_grpc_server(None, "[::]:0") == 7
     replica.add_port_to_grpc_server(None, "[::]:9000")
     assert bound == ["10.0.0.2:0", "[::]:9000"]
+
+
+def test_the_files_that_a_job_takes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same that Ray puts into its archive, of which the sum of the sizes is known before."""
+    import zipfile
+
+    from ray._private import ray_constants
+    from ray._private.runtime_env.packaging import create_package
+
+    folder = tmp_path / "work"
+    for name in ("run.yaml", "rows/a.jsonl", "rows/b.txt", ".git/x", ".venv/y", "sub/deep/c.bin", "sub/keep", ".forge/z"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / ".gitignore").write_text("*.jsonl\n")
+    (folder / "sub/.rayignore").write_text("deep/\n")
+    files = ray_internals.packaged_files(folder, [".forge"])
+    assert files == {name: (folder / name).stat().st_size for name in files}
+    excludes = [*ray_constants.get_runtime_env_default_excludes(), ".forge"]
+    create_package(str(folder), tmp_path / "package.zip", include_gitignore=True, excludes=excludes)
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        assert set(files) == {"run.yaml", "rows/b.txt", ".gitignore", "sub/keep", "sub/.rayignore"}
+        assert set(files) <= set(package.namelist())
+        assert sum(item.file_size for item in package.infolist()) == sum(files.values())
+        assert all(item.compress_type == zipfile.ZIP_STORED for item in package.infolist())
+    assert ray_internals.ignore_file_of(folder, "rows/a.jsonl") == ".gitignore"
+    assert ray_internals.ignore_file_of(folder, "sub/deep/c.bin") == "sub/.rayignore"
+    assert ray_internals.ignore_file_of(folder, "run.yaml") == ""
+    monkeypatch.setenv(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "1")
+    assert "rows/a.jsonl" in ray_internals.packaged_files(folder, [])
+    assert ray_internals.ignore_file_of(folder, "rows/a.jsonl") == ""
+
+
+def test_the_largest_folder_of_a_job() -> None:
+    assert ray_internals.package_limit() == 100 << 20
