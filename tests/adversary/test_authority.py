@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rechained import rechained
 from signed_store import PEOPLE, add_people, allow, model, trained
 
 from forge_ray.config.release import AliasRoute, DeployConfig, Rule
@@ -75,16 +76,6 @@ def pem(key: Any) -> str:
 def lay(store: Store, event: Event) -> None:
     """A file in events/, and nothing else."""
     store.write(event_path(event), event.stored())
-
-
-def rewritten(store: Store, lines: list[dict[str, Any]]) -> None:
-    """The log with these lines, numbers and hashes all right, the head too."""
-    previous, raw = audit_log.START, []
-    for number, line in enumerate(lines, start=1):
-        raw.append(canonical_json(line | {"n": number, "previous": previous}))
-        previous = audit_log.hash_of(raw[-1])
-    store.write(audit_log.LOG, b"".join(line + b"\n" for line in raw))
-    store.write(audit_log.HEAD, raw[-1])
 
 
 DATES = ("2001-01-01T00:00:00.000+00:00", "9999-12-31T23:59:59.999+00:00", "no date", "")
@@ -539,7 +530,7 @@ def test_events_keep_their_order_only_in_the_log_that_was_signed(
                 del lines[place]
             case _:
                 lines.append(lines[place])
-        rewritten(catalog.store, lines)
+        rechained(catalog.store, lines)
         pins.forget(catalog.store)
         for facts in routes(catalog.store):
             assert facts.get(ALIAS, AliasRoute(versions={strict["prod"].id: 1})).versions == {strict["prod"].id: 1}

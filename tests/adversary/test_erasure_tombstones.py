@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from fabricated import dataset, store_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rechained import rechained
 
 from forge_ray.cli.main import cli
 from forge_ray.config.data import DataConfig
@@ -105,16 +106,6 @@ def test_tombstones_that_nobody_wrote_are_refused(store: Store) -> None:
     store.write("tombstones/er_1-0000000000000000.json", canonical_json({"keys": ["0" * 64], "texts": [], "made_with": ""}))
     with pytest.raises(StoreError, match=r"er_1-0000000000000000\.json is in no line of the audit log"):
         kept_tombstones.restore(store)
-
-
-def rechained(store: Store, lines: list[dict[str, Any]]) -> None:
-    """A log of these lines with every hash right, the head too."""
-    previous, raw = audit_log.START, []
-    for number, line in enumerate(lines, start=1):
-        raw.append(canonical_json(line | {"n": number, "previous": previous}))
-        previous = audit_log.hash_of(raw[-1])
-    store.write(audit_log.LOG, b"".join(line + b"\n" for line in raw))
-    store.write(audit_log.HEAD, raw[-1])
 
 
 def test_erasure_whose_tombstones_are_nowhere_is_refused_by_name(store: Store) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import PROCESSES
+from rechained import replace_content
 from reproducing import trained
 
 from forge_ray.machine import environment
@@ -70,7 +71,7 @@ def test_ten_of_ten_reproductions_are_equal(store: Store, runs: list[str]) -> No
 def test_reproduction_names_every_difference(store: Store, runs: list[str], tmp_path: Path) -> None:
     """Other threads, another package, other kernels: the weights are others, and all three are said."""
     copy = Store(str(tmp_path / "store"))
-    shutil.copytree(store.root, copy.root, ignore=shutil.ignore_patterns("catalog.sqlite*"))
+    shutil.copytree(store.root, copy.root)
     path = f"records/runs/{runs[0]}.json"
     record = RunRecord.model_validate(copy.read_json(path))
     lock = environment.read(copy, record.environment_digest)
@@ -79,7 +80,7 @@ def test_reproduction_names_every_difference(store: Store, runs: list[str], tmp_
     config = json.loads(json.dumps(record.config))
     config["train"]["scaling"]["cpus_per_worker"] = 2
     altered = record.model_copy(update={"config": config, "environment_digest": digest(lock)})
-    copy.write(path, canonical_json(altered.model_dump(mode="json")))
+    replace_content(copy, path, altered.model_dump(mode="json"))
 
     (report,) = again(copy, runs[:1], ATEN_CPU_CAPABILITY="default")
     assert report["differences"]["environment"] == {

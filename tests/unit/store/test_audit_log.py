@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+from rechained import rechained
 
 from forge_ray.errors import StoreError
 from forge_ray.governance.verify import verify_log
@@ -94,16 +95,6 @@ def test_ten_thousand_random_changes_are_all_detected(store: Store) -> None:
         kinds.add(kind)
         assert log_check.check_chain(changed, head)[1], (number, kind)
     assert len(kinds) == 6
-
-
-def rechained(store: Store, lines: list[dict[str, object]]) -> None:
-    """What somebody with write access does: every hash right again, the head too."""
-    previous, raw = audit_log.START, []
-    for number, line in enumerate(lines, start=1):
-        raw.append(canonical_json(line | {"n": number, "previous": previous}))
-        previous = audit_log.hash_of(raw[-1])
-    store.write(audit_log.LOG, b"".join(line + b"\n" for line in raw))
-    store.write(audit_log.HEAD, raw[-1])
 
 
 def test_a_rewritten_log_is_detected_by_signature_files_and_anchors(store: Store) -> None:
