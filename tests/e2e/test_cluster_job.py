@@ -74,8 +74,8 @@ def cluster() -> Iterator[Cluster]:
     start += ["--dashboard-host=127.0.0.1", "--num-cpus=4", f"--temp-dir={temp}", "--disable-usage-stats"]
     # with the default ports a second Ray on this machine would leave this one without the agent that takes jobs
     start += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
-    subprocess.run(start, env=environment, check=True, capture_output=True, timeout=180)
     try:
+        subprocess.run(start, env=environment, check=True, capture_output=True, timeout=180)
         yield Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment)
     finally:
         # by this cluster's folder: `ray stop` would take every cluster of the machine
