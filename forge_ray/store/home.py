@@ -125,6 +125,8 @@ def settle() -> None:
     """Give this process, and those that it starts, a HOME that can be written and a name of the user: torch's compiler, Ray
     and Hugging Face's libraries fail without. Where no folder can be made, nothing changes; `forge doctor` says so."""
     before = os.environ.get("HOME", "")
+    if not before and can_hold_files(_recorded()):  # a service of systemd or cron
+        before = os.environ["HOME"] = _recorded()
     with contextlib.suppress(OSError):
         if not can_hold_files(before):
             folder = home()

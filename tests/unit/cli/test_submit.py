@@ -151,6 +151,7 @@ def test_nothing_is_sent_before_the_folder_is_compared(folder: Path) -> None:
 @pytest.mark.parametrize(("answer", "message"), [
     (corporate_proxy, r"was answered by a proxy or another server \(server: squid/6.1; via: .*not by the dashboard"),
     (lambda *_: (200, {"content-type": "text/html"}, b"<html>hello</html>"), "was answered by a proxy or another server"),
+    (lambda *_: (401, {"content-type": "text/plain"}, b"Unauthorized"), "could not be submitted to http://127.0.0.1"),
     (lambda *_: as_json({"detail": "wrong"}, 500), "could not be submitted to http://127.0.0.1"),
     (lambda *_: as_json({"other": 1}), "could not be submitted to http://127.0.0.1"),
 ])  # fmt: skip

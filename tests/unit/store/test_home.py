@@ -46,6 +46,16 @@ def test_a_home_that_can_be_written_or_made_stays(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "not").exists()
 
 
+def test_without_the_variable_the_home_of_the_systems_list_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(home, "_recorded", lambda: str(tmp_path / "real"))
+    assert home.home() == tmp_path / "real"
+    home.settle()
+    assert os.environ["HOME"] == str(tmp_path / "real")
+    assert home.REPLACED not in os.environ
+    assert home.expanded("~/x") == tmp_path / "real/x"
+
+
 @pytest.mark.usefixtures("settled")
 def test_a_private_folder_replaces_a_home_that_cannot_be_written(no_home: Path, tmp_path: Path) -> None:
     assert os.environ["HOME"] == str(no_home)
