@@ -16,6 +16,7 @@ from pathlib import Path
 
 from forge_ray.machine.ray_internals import SPILLED, session_folder
 from forge_ray.store.files import Store
+from forge_ray.store.home import private_folder
 
 NOTES = "forge_ray-stores"
 
@@ -52,7 +53,7 @@ def spilled(store: Store) -> Iterator[SpillFolder]:
 def _sessions() -> list[Path]:
     current = session_folder()
     roots = {current.parent} if current else set()
-    roots |= {Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")}
+    roots |= {private_folder() / "ray", Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")}
     folders = [path for root in roots if root.is_dir() for path in root.glob("session_*") if not path.is_symlink()]
     return sorted(path for path in folders if path.is_dir() and path.stat().st_uid == os.getuid())
 

@@ -19,6 +19,7 @@ def test_spilled_objects_are_of_the_store_that_left_a_note(tmp_path: Path, monke
     spill.mkdir(parents=True)
     monkeypatch.setattr(sessions, "session_folder", lambda: session)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "other"))
+    monkeypatch.setattr(sessions, "private_folder", lambda: tmp_path / "private")
     one, other = Store(str(tmp_path / "one")), Store(str(tmp_path / "other"))
     sessions.note(one)
     assert list(sessions.spilled(one)) == []  # nothing was spilled
@@ -29,6 +30,19 @@ def test_spilled_objects_are_of_the_store_that_left_a_note(tmp_path: Path, monke
     assert not folder.is_of_store
     monkeypatch.setattr(sessions, "_commands", lambda: [f"raylet --session-name={session.name}"])
     assert next(iter(sessions.spilled(one))).is_running
+
+
+def test_spilled_objects_of_an_earlier_session_in_the_private_folder_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill = tmp_path / "private/ray/session_2025/ray_spilled_objects_0"
+    spill.mkdir(parents=True)
+    (spill / "object").write_bytes(b"tokens")
+    monkeypatch.setattr(sessions, "session_folder", lambda: None)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "other"))
+    monkeypatch.setattr(sessions, "private_folder", lambda: tmp_path / "private")
+    (folder,) = sessions.spilled(Store(str(tmp_path / "store")))
+    assert folder.folder == spill
 
 
 def test_session_on_another_machine_gets_no_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
