@@ -124,14 +124,20 @@ def _refuse_tied(model: Any, adapter: Adapter) -> None:
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
     shared = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
-    patterns = () if adapter.target_modules == "all-linear" else adapter.target_modules
+    modules = () if adapter.target_modules == "all-linear" else adapter.target_modules
     for name, module in model.named_modules():
-        if module in shared and any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns):
+        weight = f"{name}.weight"
+        for field_name, patterns, target in (
+            ("target_modules", modules, name),
+            ("target_parameters", adapter.target_parameters, weight),
+        ):
+            if module not in shared or not any(_fits(target, pattern) for pattern in patterns):
+                continue
             other = "output" if module is model.get_input_embeddings() else "embedding"
             raise ConfigError(
-                f"train.adapter.target_modules: {name} shares its weight with the model's {other} (tie_word_embeddings), so"
+                f"train.adapter.{field_name}: {target} shares its weight with the model's {other} (tie_word_embeddings), so"
                 " that a merged adapter would change both",
-                hint="leave embed_tokens and lm_head out of target_modules, or train the model in full",
+                hint=f"leave {_leaves([name])[0]} out of {field_name}, or train the model in full",
             )
 
 

@@ -94,6 +94,23 @@ def test_pattern_matching_too_few_layers_is_refused(
     assert hint in error.value.hint
 
 
+@pytest.mark.parametrize(("pattern", "other"), [("lm_head", "embedding"), ("embed_tokens", "output")])
+def test_adapter_on_one_side_of_a_tied_weight_is_refused(pattern: str, other: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.device("meta"):
+        tied, untied = (LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=one)) for one in (True, False))
+    with pytest.raises(ConfigError, match=f"{pattern} shares its weight with the model's {other}") as error:
+        reach(tied, target_modules=("q_proj", pattern))
+    assert f"leave {pattern} out of target_modules, or train the model in full" in error.value.hint
+    if pattern == "embed_tokens":
+        with pytest.raises(ConfigError, match=r"target_parameters: model\.embed_tokens\.weight shares its weight"):
+            reach(tied, target_modules=(), target_parameters=("embed_tokens.weight",))
+    assert [one.modules for one in reach(untied, target_modules=("q_proj", pattern)).patterns] == [2, 1]
+    assert "lm_head.weight" not in reach(tied).patterns[0].kinds  # all-linear leaves it out
+
+
 @pytest.mark.parametrize("name", ["text", "sees"])
 def test_coverage_counts_and_shares(name: str, models: dict[str, Any]) -> None:
     model = models[name]
