@@ -17,7 +17,7 @@ FIELDS = (KEY, "reasoning", "thinking")
 PARTS = ("thinking", "reasoning")
 BLOCK_KEYS = ("thinking", "reasoning", "text", "summary")
 COPIES = ("reasoning_details", "thinking_blocks")  # what providers send beside one of the others, in pieces
-EMPTY = (None, "", [], {})
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 BLOCK = re.compile(r"\s*<think>(.*?)</think>\n*", re.S)
 
 

@@ -16,8 +16,8 @@ PLAIN = ("user", "assistant", "system")
 MESSAGE_KEYS = {"role", "content", "reasoning_content", "weight", "name", "tool_calls", "tool_call_id"}
 # Of a message or a part, what exports say about it and no model reads
 NOTES = frozenset({
-    "id", "object", "status", "created", "created_at", "timestamp", "index", "model", "usage", "finish_reason", "stop_reason",
-    "logprobs", "markdown", "provider_specific_fields", "cache_control", "detail",
+    "id", "object", "status", "created", "created_at", "timestamp", "index", "model", "usage", "markdown", "detail",
+    "finish_reason", "stop_reason", "logprobs", "provider_specific_fields", "cache_control",
 })  # fmt: skip
 MEANINGLESS = (("type", "message"), ("prefix", False))  # a key that means something with another value
 NO_ARGUMENTS = "a tool call's arguments are not a JSON object"

@@ -61,7 +61,7 @@ REJECTED_RECORDS: list[tuple[Any, str]] = [
     ("text", "not an object: a string"),
     ({}, "no columns of a known shape: none"),
     ({"prompt": "2+2?"}, "no columns of a known shape: 'prompt'"),
-    ({name: 1 for name in "fbdcea"}, "no columns of a known shape: 'a', 'b', 'c', 'd', 'e', …"),
+    (dict.fromkeys("fbdcea", 1), "no columns of a known shape: 'a', 'b', 'c', 'd', 'e', …"),
     (CHAT | {"text": "both"}, "columns of two shapes: chat and text"),
     ({"text": 7}, "`text` is not a string: a number"),
     ({"text": " \n\t"}, "`text` is empty"),
