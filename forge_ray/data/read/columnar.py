@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from forge_ray.data.read.features import lossy_columns
 from forge_ray.data.read.lines import TOO_LONG, filesystem_of, is_outage, open_file
 
 BATCH_BYTES = 8 << 20  # decoded at a time
@@ -48,6 +49,15 @@ def parquet_rows(path: str) -> list[int]:
     with open_file(path) as stream:
         metadata = pq.ParquetFile(stream).metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def struct_notes(path: str, format: str) -> list[str]:
+    """The columns whose structs lose nulls that mean something."""
+    with open_file(path) as stream:
+        if format == "parquet":
+            return list(lossy_columns(pq.ParquetFile(stream).schema_arrow))
+        stream.seek(arrow_start(stream))
+        return list(lossy_columns(pa.ipc.open_stream(stream).schema))
 
 
 def parquet_slices(path: str, number: int, limit: int, allow: Allow) -> Iterator[pa.RecordBatch | Lost]:
@@ -214,8 +224,12 @@ def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The same values without dictionaries, which each slice would carry whole."""
     if "dictionary<" not in str(batch.schema):
         return batch
-    arrays = [column.cast(_without_dictionary(column.type)) for column in batch.columns]
-    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+    schema = pa.schema([f.with_type(_without_dictionary(f.type)) for f in batch.schema], metadata=batch.schema.metadata)
+    arrays = [
+        column if column.type == field.type else column.cast(field.type)
+        for column, field in zip(batch.columns, schema, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _without_dictionary(kind: pa.DataType) -> pa.DataType:

@@ -138,4 +138,6 @@ def test_row_with_reasoning_has_the_form_of_the_tags_too(content: str) -> None:
     record = parse_record({"messages": turns})
     assert "reasoning_content" in record.messages[1]
     assert row_digest(DataRecord({"messages": turns})) in list(row_digests(record))
-    assert list(row_digests(chat(("user", "a"), ("assistant", "b")))) == [row_digest(chat(("user", "a"), ("assistant", "b")))]
+    assert list(row_digests(chat(("user", "a"), ("assistant", "b")))) == [
+        row_digest(chat(("user", "a"), ("assistant", "b")))
+    ]

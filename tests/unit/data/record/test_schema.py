@@ -35,7 +35,8 @@ def tool(parameters: Any) -> dict[str, Any]:
 REJECTED_LINES: list[tuple[bytes, str]] = [
     (b"{", "not JSON"),
     (b"", "not JSON"),
-    (b"\x00", "not JSON"),
+    (b"\x00", "a line of NUL bytes: the file is padded, or its end was never written"),
+    (b"\x00\x00{", "not JSON"),
     (b'{"text": "a\x00b"}', "not JSON"),
     (b'{"text": "a"} {"text": "b"}', "not JSON"),
     (b'{"text": "a", "score": NaN}', "not JSON"),
