@@ -202,9 +202,11 @@ def _weight_of(array: pa.Array) -> int:
         return int(pc.sum(pc.binary_length(array.cast(pa.large_binary())).cast(pa.int64())).as_py() or 0)
     if pa.types.is_struct(kind):
         return sum(_weight_of(child) for child in array.flatten())
-    if pa.types.is_map(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        values = pa.ListArray.flatten(array) if pa.types.is_map(kind) else array.flatten()
-        return _nested(values) + 8 * len(array)
+    if pa.types.is_map(kind):  # whose children are those of the whole array, not of the slice
+        start, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return sum(_nested(child.slice(start, end - start)) for child in (array.keys, array.items)) + 8 * len(array)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _nested(array.flatten()) + 8 * len(array)
     if pa.types.is_fixed_size_list(kind):
         return _nested(array.flatten())
     return int(array.nbytes)

@@ -372,6 +372,14 @@ def test_large_values_are_read_a_few_at_a_time(tmp_path: Path) -> None:
         assert [row.value["text"][0] for row in read(tmp_path / f"rows.{name}", name)] == list("abcdefgh")
 
 
+def test_maps_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    rows = [{"n": number, "m": [(f"key {key}", "x" * 3_000) for key in range(number % 500)]} for number in range(60, 600, 9)]
+    table = pa.Table.from_pylist(rows, pa.schema([("n", pa.int64()), ("m", pa.map_(pa.string(), pa.string()))]))
+    assert table.nbytes > 32 << 20
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert values(read(tmp_path / "rows.parquet", "parquet", limit=4 << 20)) == [row | {"m": dict(row["m"])} for row in rows]
+
+
 def test_null_columns_are_omitted_from_rows(tmp_path: Path) -> None:
     rows = [{"m": [{"role": "user", "name": None}]}, {"m": [{"role": "user", "name": "x"}]}, {"m": None}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
