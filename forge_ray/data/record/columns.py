@@ -65,6 +65,21 @@ def string_of(value: Any, column: str) -> str:
     return value
 
 
+def listed(value: Any) -> Any:
+    """A column of messages as a list: from JSON text, as CSV files hold it, or from an object of lists, as older versions of
+    `datasets` do; another value stays."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return loads(value)
+        except Reject:
+            return value
+    if not isinstance(value, dict) or not all(isinstance(item, list) for item in value.values()):
+        return value
+    if len({len(item) for item in value.values()}) != 1:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+
+
 def turns_of(value: Any, column: str, role: str) -> list[Any]:
     """A text as one turn of `role`; messages in OpenAI's or ShareGPT's words as a list of OpenAI's."""
     if isinstance(value, dict):

@@ -13,6 +13,7 @@ from forge_ray.config.data import Mapping, Shape
 from forge_ray.data.read.strict_json import Reject
 from forge_ray.data.record.columns import (
     Row,
+    listed,
     lookup,
     quoted,
     role_of,
@@ -48,7 +49,7 @@ def convert(row: Row, shape: Shape, mapping: Mapping | None) -> Converted:
     """Kind and columns of the row; a mapping says it all, else `shape`, else the row's own columns."""
     if mapping is not None:
         return _mapped(row, mapping)
-    row = of_export(row)
+    row = of_export(_with_lists(row))
     name = detect(row) if shape == "auto" else shape
     if name == "chat" and row.get("messages") is not None:
         return "chat", row
@@ -86,6 +87,11 @@ def _has_answer(messages: Any) -> bool:
     return isinstance(messages, list) and any(
         isinstance(turn, dict) and role_of(turn.get("role", turn.get("from"))) == "assistant" for turn in messages
     )
+
+
+def _with_lists(row: Row) -> Row:
+    columns = [name for name in ("messages", "conversations") if isinstance(row.get(name), (str, dict))]
+    return row | {name: listed(row[name]) for name in columns} if columns else row
 
 
 def of_export(row: Row) -> Row:
@@ -264,7 +270,7 @@ def _mapped(row: Row, mapping: Mapping) -> Converted:
         return "text", {"text": string_of(column(mapping.text), mapping.text)}
     system = system_turns(lookup(row, mapping.system)) if mapping.system else []
     if mapping.messages:
-        messages = column(mapping.messages)
+        messages = listed(column(mapping.messages))
         if not isinstance(messages, list):
             raise Reject(f"`{mapping.messages}` is not a non-empty list: {type_name(messages)}")
         return "chat", {**_tools(row), "messages": [*system, *turns_of(messages, mapping.messages, "user")]}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forge_ray.config.data import Mapping
 from forge_ray.data.record.columns import SPEAKERS
 from forge_ray.data.record.normal import row_form
 from forge_ray.data.record.schema import DataRecord, Reject, parse_record, texts, with_texts
@@ -75,6 +76,21 @@ def test_loss_and_train_are_the_weight(name: str, value: Any) -> None:
         return
     row = {"messages": [USER, ANSWER | {name: value}, USER, ANSWER]}
     assert parse_record(row).messages[1].get("weight", 1) == (1 if value is None else value)
+
+
+def test_messages_as_text_and_as_an_object_of_lists() -> None:
+    messages = PLAIN.content["messages"]
+    turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    for row in (
+        {"messages": json.dumps(messages)},
+        {"messages": {"role": ["user", "assistant"], "content": ["2+2?", "4"]}},
+        {"conversations": json.dumps(turns, indent=1)},
+        {"conversations": {"from": ["human", "gpt"], "value": ["2+2?", "4"]}},
+    ):
+        assert parse_record(row) == PLAIN
+        assert parse_record({"log": next(iter(row.values()))}, mapping=Mapping(messages="log")) == PLAIN
+    assert reason_of({"messages": "[{]"}) == "`messages` is not a non-empty list: a string"
+    assert reason_of({"messages": {"role": ["user"], "content": []}}) == "`messages` is not a non-empty list: an object"
 
 
 # ---------------------------------------------------------------- keys that carry nothing
