@@ -117,11 +117,11 @@ def _is_plain_answer(content: str) -> bool:
 
 def _without_notes(value: dict[str, Any]) -> dict[str, Any]:
     """Without the keys that carry nothing: null, an empty `tool_calls` or unknown key, and notes about the message."""
-    known = MESSAGE_KEYS - {"tool_calls"}
+    read = MESSAGE_KEYS - {"tool_calls"}
     return {
         key: item
         for key, item in value.items()
-        if item is not None and (key in known or (item not in EMPTY and key not in NOTES and (key, item) not in MEANINGLESS))
+        if item is not None and (key in read or (item not in EMPTY and key not in NOTES and (key, item) not in MEANINGLESS))
     }
 
 
