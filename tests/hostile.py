@@ -366,7 +366,7 @@ DATA: dict[str, tuple[Make, str, int]] = {
     "large.docx": (lambda path, canary: docx(path, b"", b"a" * (257 << 20)), "more than 256 MiB", 0),
     "bomb.pdf": (lambda path, canary: pdf(path), "PDF", 0),
     "loop.pdf": (lambda path, canary: put(path.parent, path.name, b"%PDF-1.4\nstartxref\n0\n%%EOF"), "PDF", 0),
-    "deep.html": (lambda path, canary: put(path.parent, path.name, b"<div>" * DEPTH), "is empty", 0),
+    "deep.html": (lambda path, canary: put(path.parent, path.name, b"<div>" * DEPTH), "more than 256 deep", 0),
     "image.jsonl": (lambda path, canary: image_line(path), "leads out", 0),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -63,10 +64,14 @@ def index_sources(config: DataConfig, progress: Progress = silent) -> list[Index
         indexed.append(IndexedFile.from_json(json.loads(row["indexed"])))
         progress(len(indexed), len(files), "files read")
     indexed.sort(key=lambda file: (file.source, file.name))
-    for file in indexed:
-        for note in file.notes:
-            print(f"  {visible(file.name)}: {visible(note)}", file=sys.stderr)
+    for line in noted(indexed):
+        print(f"  {line}", file=sys.stderr)
     return indexed
+
+
+def noted(files: Iterable[IndexedFile]) -> Iterator[str]:
+    """What is to be said about source files, a line each: those without rows, and columns that lose nulls."""
+    return (f"{visible(file.name)}: {visible(note)}" for file in files for note in file.notes)
 
 
 def _index_row(row: dict[str, Any]) -> dict[str, Any]:
