@@ -14,7 +14,6 @@ from forge_ray.data.read.ingest import IndexedFile
 from forge_ray.records import ModelVersion, digest
 from forge_ray.store.files import Store
 
-READING = 2  # goes up when rows are read in another way, so that the work area of an earlier release is not used
 Progress = Callable[[float, float, str], None]
 
 
@@ -45,7 +44,7 @@ class BuildSpec:
         value = settings_of(self.config)
         for key in ("sources", "block_rows", "max_invalid_fraction"):
             value.pop(key)
-        return digest([FORMAT, READING, value, tokenizer_digest(self.base), *filter(None, [self.tombstones])])
+        return digest([FORMAT, value, tokenizer_digest(self.base), *filter(None, [self.tombstones])])
 
 
 @dataclass(frozen=True)
