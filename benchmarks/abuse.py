@@ -34,6 +34,7 @@ ADDRESS = "127.0.0.9"  # of the attacker
 MODEL = "measured"
 REQUEST_S = 60.0
 PAUSE_S = 0.02  # of an attacker whose connection was closed
+REFUSED_S = 1.0  # of one of many hundred connections
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Target:
 
 
 async def _again_and_again(
-    target: Target, act: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Any]]
+    target: Target, act: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Any]], pause_s: float
 ) -> None:
     """One connection after the other, each as long as the other side bears it."""
     while True:
@@ -64,11 +65,11 @@ async def _again_and_again(
                 await act(reader, writer)
             finally:
                 writer.close()
-        await asyncio.sleep(PAUSE_S)
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
 
 
-async def _many(count: int, target: Target, act: Callable[..., Awaitable[Any]]) -> None:
-    await asyncio.gather(*(_again_and_again(target, act) for _ in range(count)))
+async def _many(count: int, target: Target, act: Callable[..., Awaitable[Any]], pause_s: float = PAUSE_S) -> None:
+    await asyncio.gather(*(_again_and_again(target, act, pause_s) for _ in range(count)))
 
 
 async def endless_head(target: Target) -> None:
@@ -143,23 +144,23 @@ async def tokenize(target: Target) -> None:
 
 
 async def half_open(target: Target) -> None:
-    """1,500 connections with half a head."""
+    """1,500 connections with half a head; those that are closed come back after a second."""
 
     async def act(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"GET /v1/models HTTP/1.1\r\nhost:")
         await reader.read()
 
-    await _many(1500, target, act)
+    await _many(1500, target, act, REFUSED_S)
 
 
 async def handshakes(target: Target) -> None:
-    """1,500 TLS handshakes that do not go on."""
+    """1,500 TLS handshakes that do not go on; those that are closed come back after a second."""
 
     async def act(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"\x16\x03\x01\x02\x00\x01")
         await reader.read()
 
-    await _many(1500, target, act)
+    await _many(1500, target, act, REFUSED_S)
 
 
 ATTACKS: dict[str, tuple[Callable[[Target], Awaitable[None]], str]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +14,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # what a machine holds of the stores that it has seen; those of tests are not seen again
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="forge-state-")
+# The matrices are small, and two processes of tests share the cores: threads would wait for each other longest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray Train looks at its workers every 2 s, and a worker waits for that look with each checkpoint: long where there are many.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 import pytest
+
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 # Files that take long start first, so that the processes of `make test` end at about the same time
 LONG = (
@@ -29,10 +35,12 @@ LONG = (
     "test_serve_keys.py",
     "test_serve_scale.py",
     "test_wheel.py",
-    "test_kill_matrix.py",
     "test_train.py",
-    "test_no_egress.py",
+    "test_guides.py",
+    "test_background_validation.py",
+    "test_dataset_versions.py",
     "test_serving_chaos.py",
+    "test_no_egress.py",
 )
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -197,9 +197,9 @@ def erase(
         predicate = statement["predicate"]
         for name, lines in predicate["remains"]["source files"].items():
             echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
-        for name, content in predicate["remains"]["files that forge_ray did not write"].items():
+        for name, content in predicate["remains"].get("files that forge_ray did not write", {}).items():
             echo(f"not written by forge_ray, look at it yourself: {name} ({content})")
-        for name, reason in predicate["remains"]["outside the store"].items():
+        for name, reason in predicate["remains"].get("outside the store", {}).items():
             echo(f"outside the store: {name}: {reason}")
         echo(f"{store.place}/erasures/{predicate['erasure']}/certificate.json")
     return statement

@@ -22,6 +22,7 @@ from forge_ray.cli.erase import ERASE
 from forge_ray.cli.gateway import GATEWAY
 from forge_ray.cli.init import INIT
 from forge_ray.cli.keys import ACCESS
+from forge_ray.cli.model_check import print_lines, print_support, support_of_model
 from forge_ray.cli.papers import PAPERS
 from forge_ray.cli.reproduce import REPRODUCTION
 from forge_ray.cli.runs import runs
@@ -131,7 +132,23 @@ def models_import(store: Store, as_json: bool, path: str, name: str | None, lice
         if alias:
             promotion.promote(index, version.id, alias)
         it.done(f"{version.id}  {version.name}{f' ← {alias}' if alias else ''}")
-        return version
+    if not as_json:
+        print_support(store, version)
+    return version
+
+
+@verb(models, "check", "forge models check ~/models/SmolLM2-135M")
+@click.argument("reference", metavar="PATH|VERSION|ALIAS")
+def models_check(store: Store, as_json: bool, reference: str) -> Any:
+    """Show what a model's chat template supports.
+
+    Which conversations it has a place for, its ends of a turn, and one as it is trained."""
+    from dataclasses import asdict
+
+    support = support_of_model(store, reference)
+    if not as_json:
+        print_lines(support)
+    return asdict(support)
 
 
 @verb(models, "list", "forge models list")

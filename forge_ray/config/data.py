@@ -133,6 +133,16 @@ class DataConfig(Config):
         description="Quarantine or cut a chat longer than `sequence_length`; plain text is always split into several rows"
         " instead",
     )
+    reasoning: Literal["train", "keep", "drop"] = Field(
+        "train",
+        description="What is done with the reasoning of answers: trained; in the context and not trained; or removed",
+    )
+    date: str = Field(
+        "",
+        pattern=r"^(\d{4}-\d{2}-\d{2})?$",
+        description="The date that a chat template prints, such as 2026-06-01; empty: that of the build, which the dataset's"
+        " record holds, where the template prints one",
+    )
     subject: Subject | None = Field(
         None, description="Make the rows of a person findable, for deletion on request; null: off"
     )
@@ -146,6 +156,13 @@ class DataConfig(Config):
         le=1,
         description="Maximum share of invalid rows; above it the data stage fails, below it they are quarantined",
     )
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the newer settings where they are the default: the ids of dataset versions from before them stay."""
+        values: dict[str, Any] = handler(self)
+        defaults = {"reasoning": "train", "date": ""}
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     @model_validator(mode="after")
     def _weights_on_all_or_none(self) -> Self:

@@ -215,13 +215,13 @@ def findings(engine: Engine, tokenizer: Any, groups: Groups, config: LeakConfig,
 
 def _extracted(engine: Engine, tokenizer: Any, samples: Sequence[Sample]) -> list[bool]:
     """Whether the greedy continuation is the sample's own, token for token."""
-    stop, extracted = tokenizer.end_of_turn_id, []
+    stops, extracted = tokenizer.end_ids, []
     for start in range(0, len(samples), BATCH):
         batch = samples[start : start + BATCH]
-        requests = [GenerationRequest(s.prompt, len(s.answer), stop_token_ids=(stop,)) for s in batch]
+        requests = [GenerationRequest(s.prompt, len(s.answer), stop_token_ids=stops) for s in batch]
         for sample, generation in zip(batch, engine.generate(requests), strict=True):
-            answer = sample.answer[: sample.answer.index(stop)] if stop in sample.answer else sample.answer
-            extracted.append(tuple(generation.token_ids) == answer)
+            end = next((place for place, token in enumerate(sample.answer) if token in stops), len(sample.answer))
+            extracted.append(tuple(generation.token_ids) == sample.answer[:end])
     return extracted
 
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 import pyarrow.fs as pafs
 from pydantic import Field, ValidationError, model_validator
 
-from forge_ray.data.tokens.chat import chat_tokenizer, prompt_ids
+from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, prompt_ids
 from forge_ray.errors import ConfigError, DataError, NotFound
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.records import Frozen
@@ -106,7 +106,7 @@ def answer_prompts(
 ) -> Iterator[dict[str, Any]]:
     """One item per prompt, in order: the greedy answer and the patterns that it breaks."""
     tokenizer = chat_tokenizer(tokenizer)
-    stops = (tokenizer.end_of_turn_id,)
+    stops = tokenizer.end_ids
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         requests = [
@@ -114,6 +114,6 @@ def answer_prompts(
             for prompt in batch
         ]
         for prompt, generation in zip(batch, engine.generate(requests), strict=True):
-            answer = tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+            answer = answer_of(tokenizer, generation.token_ids)
             failures = prompt.failures(answer)
             yield {"place": prompt.place, "asked": prompt.asked, "answer": answer, "failures": failures}

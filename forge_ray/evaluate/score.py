@@ -19,7 +19,7 @@ from forge_ray.config.release import Contamination, EvalConfig
 from forge_ray.data.curate.canaries import is_canary
 from forge_ray.data.curate.contamination import contaminated, stream_records
 from forge_ray.data.dataset.version import read_records
-from forge_ray.data.tokens.chat import chat_tokenizer, encode_chat, prompt_ids
+from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, encode_chat, prompt_ids
 from forge_ray.errors import DataError
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
@@ -104,7 +104,7 @@ def score_examples(
 ) -> Iterator[dict[str, Any]]:
     """One item per example, in order: reference, prediction, likeliest label, log-probability of the reference."""
     tokenizer = chat_tokenizer(tokenizer)
-    stops = (tokenizer.end_of_turn_id,)
+    stops = tokenizer.end_ids
     label_ids = {label: answer_ids(tokenizer, chats[0], label) for label in labels}
     for start in range(0, len(chats), BATCH):
         batch = chats[start : start + BATCH]
@@ -120,7 +120,7 @@ def score_examples(
                 "record": example.record,
                 "source": example.source,
                 "reference": example.answer,
-                "prediction": tokenizer.decode(generation.token_ids, skip_special_tokens=True),
+                "prediction": answer_of(tokenizer, generation.token_ids),
                 "finish_reason": generation.finish_reason,
                 "likeliest": _likeliest(scores, labels),
                 "logprob": scores[reference].logprob,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,8 @@ def spilled(store: Store) -> Iterator[SpillFolder]:
     for session in _sessions():
         for folder in sorted(session.glob(f"{SPILLED}*")):
             if any(folder.iterdir()):
-                is_running = any(session.name in command for command in commands)
+                name = re.compile(re.escape(session.name) + r"(?![\w-])")  # no longer name that begins with it
+                is_running = any(map(name.search, commands))
                 yield SpillFolder(folder, is_running, (session / NOTES / _name(store)).exists())
 
 

@@ -13,6 +13,7 @@ from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError
 from forge_ray.models.dequantise import INDEX, dequantise, is_float8
 from forge_ray.models.model_files import mistral_file, refuse_unsafe, refuse_unsafe_gguf, require_mistral_common
 from forge_ray.models.sandbox import refuse_bombs
+from forge_ray.models.vocabulary import refuse_rowless_tokens
 from forge_ray.records import ModelVersion, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
@@ -76,6 +77,7 @@ def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str
                 ) from error
         refuse_unsafe(folder)  # the copy, in case the source changed in the meantime
         refuse_bombs(folder)
+        refuse_rowless_tokens(folder)
     try:
         files = store.files(staging)
         version = ModelVersion(

@@ -7,6 +7,7 @@ one byte and waits holds one of its own places for reading, and nothing of other
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,8 @@ BODY_S = 60.0  # within which a body must have arrived
 IDLE_S = 15.0  # within which its next piece must
 READ_BY_ONE = 16  # bodies of one caller that may be under way
 READ_IN_ALL = 128
+PACE = 8 << 20  # bytes a second at which one caller's large bodies are taken: what is refused afterwards was read and parsed
+PACED = 64 << 10  # bytes from which a body is large
 DISCARDED = 64 << 10  # a body of this declared size is not worth a new connection: the server reads and discards it
 
 Check = Callable[[Caller], None]
@@ -39,6 +42,7 @@ class BodyMiddleware:
         self.metrics = metrics
         self.check = check
         self._reading: Counter[str] = Counter()
+        self._next_at: dict[str, float] = {}  # when a caller's next large body is taken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -74,6 +78,8 @@ class BodyMiddleware:
         self._reading[holder] += 1
         body = bytearray()
         try:
+            expected = int(declared[:20]) if declared.isdecimal() else PACED
+            await asyncio.sleep(self._pace(holder, expected))
             async with asyncio.timeout(BODY_S):
                 while True:
                     async with asyncio.timeout(IDLE_S):
@@ -84,6 +90,7 @@ class BodyMiddleware:
                     if len(body) > self.max_bytes:
                         raise too_large
                     if not message.get("more_body", False):
+                        self._pace(holder, len(body) - expected)  # of a body that did not say its size
                         return bytes(body)
         except TimeoutError:
             rule = f"the body did not arrive within {BODY_S:.0f} s, or nothing of it did for {IDLE_S:.0f} s"
@@ -92,6 +99,15 @@ class BodyMiddleware:
             self._reading[holder] -= 1
             if not self._reading[holder]:
                 del self._reading[holder]
+
+    def _pace(self, holder: str, size: int) -> float:
+        """Seconds until a body of this size is taken; those that come after it wait until it had its time."""
+        if size < PACED:
+            return 0.0
+        now = time.monotonic()
+        begin = max(now, self._next_at.get(holder, 0.0))
+        self._next_at = {name: at for name, at in self._next_at.items() if at > now} | {holder: begin + size / PACE}
+        return begin - now
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -12,9 +12,10 @@ from forge_ray.serve.fields import ChatRequest, CompletionRequest
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import Choice, Prompt
+from forge_ray.serve.reasoning import marks_of, splitter_of
 from forge_ray.serve.reply import Part
 from forge_ray.serve.text import Piece, answer
-from forge_ray.serve.tools import Beginning, Call, CallParser, markers
+from forge_ray.serve.tools import Beginning, Call, markers, parser_of
 
 ALLOW_ONLY = 100.0  # a logit bias so large that the other tokens have no chance
 
@@ -23,33 +24,43 @@ async def answer_choice(loaded: Loaded, body: ChatRequest | CompletionRequest, c
     """Its text, its calls and its finish reason as they are generated; closing the iterator cancels the request."""
     prompt, generation = choice.prompt, choice.generation
     parser = None
-    marks = {}
+    marks: dict[int, str] = {}
     if isinstance(body, ChatRequest) and body.offered:
         functions = [tool.function for tool in body.offered]
-        parser = CallParser(loaded.tokenizer.call_style, functions, body.parallel_tool_calls is not False)
+        parser = parser_of(loaded.tokenizer, functions, body.parallel_tool_calls is not False)
         marks = markers(loaded.tokenizer)
+    splitter = splitter_of(loaded.tokenizer) if isinstance(body, ChatRequest) and not prompt.prefix else None
+    if splitter is not None:
+        marks |= marks_of(loaded.tokenizer)
     if prompt.beginnings and parser is not None:
         beginning = await _chosen_beginning(loaded.engine, generation, prompt.beginnings)
         generation = replace(generation, prompt_ids=(*prompt.ids, *beginning.ids), json_schema=beginning.json_schema)
         parser.push(beginning.text)
+        splitter = None  # the answer begins with the call
     if prompt.prefix:
         yield Part(prompt.prefix)
-    num_calls = 0
+    num_calls = num_reasoning = 0
     stream = answer(loaded.engine, loaded.tokenizer, generation, body.stops, marks)
     async with _refusals(prompt), aclosing(stream) as deltas:
         async for delta in deltas:
             pieces = tuple(Piece(piece.token, piece.offset + len(prompt.prefix)) for piece in delta.pieces)
+            reasoning, new = splitter.push(delta.text) if splitter else ("", delta.text)
+            num_reasoning += bool(splitter and splitter.is_reasoning)
+            if splitter and delta.finish_reason is not None:
+                more = splitter.flush()
+                reasoning, new = reasoning + more[0], new + more[1]
             if parser is None:
-                yield Part(delta.text, (), pieces, delta.num_tokens, delta.finish_reason)
+                yield Part(new, (), pieces, delta.num_tokens, delta.finish_reason, reasoning, num_reasoning)
                 continue
-            parsed = parser.push(delta.text)
+            parsed = parser.push(new)
             if delta.finish_reason is not None:
                 parsed += parser.flush()
             calls = tuple(part for part in parsed if isinstance(part, Call))
             num_calls += len(calls)
             ended = "stop" if parser.finished else delta.finish_reason
             text = "".join(part for part in parsed if isinstance(part, str))
-            yield Part(text, calls, pieces, delta.num_tokens, "tool_calls" if ended == "stop" and num_calls else ended)
+            finish = "tool_calls" if ended == "stop" and num_calls else ended
+            yield Part(text, calls, pieces, delta.num_tokens, finish, reasoning, num_reasoning)
             if parser.finished:
                 return
 

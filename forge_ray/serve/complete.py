@@ -65,7 +65,8 @@ async def complete(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers},
         )
     answers = [joined(of_choice) for of_choice in await unless_gone(request, _collected(parts, len(choices)))]
-    whole = reply.whole(answers, usage(num_prompt, sum(answer.num_tokens for answer in answers)))
+    num_reasoning = sum(answer.num_reasoning for answer in answers)
+    whole = reply.whole(answers, usage(num_prompt, sum(answer.num_tokens for answer in answers), num_reasoning))
     return JSONResponse(whole, headers=headers)
 
 
@@ -88,7 +89,7 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events; if the engine fails half-way, the stream ends with an error event and without `[DONE]`."""
     begun: set[int] = set()
-    num_calls, num_tokens = [0] * num_choices, [0] * num_choices
+    num_calls, num_tokens, num_reasoning = [0] * num_choices, [0] * num_choices, [0] * num_choices
     try:
         async with aclosing(parts):
             item: tuple[int, Part] | None = first
@@ -103,7 +104,7 @@ async def _events(
                     if part.has_content:
                         yield sse(reply.chunk(index, part, num_calls[index]))
                     num_calls[index] += len(part.calls)
-                    num_tokens[index] = part.num_tokens
+                    num_tokens[index], num_reasoning[index] = part.num_tokens, part.num_reasoning
                 try:
                     item = await anext(parts)
                 except StopAsyncIteration:
@@ -112,7 +113,7 @@ async def _events(
         yield sse(_failure(error).body())
         return
     if include_usage:
-        yield sse(reply.usage_chunk(usage(num_prompt, sum(num_tokens))))
+        yield sse(reply.usage_chunk(usage(num_prompt, sum(num_tokens), sum(num_reasoning))))
     yield sse("[DONE]")
 
 

@@ -22,7 +22,7 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 100
 HEAD_S = 10.0  # within which a head must have arrived
 SWEEP_S = 1.0
-ACCEPTED_AT_ONCE, MAX_QUEUED = 16, 1024  # connections
+ACCEPTED_AT_ONCE, MAX_QUEUED = 16, 4096  # connections
 log = logging.getLogger(__name__)
 
 

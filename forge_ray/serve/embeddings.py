@@ -6,7 +6,7 @@ import asyncio
 import base64
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from forge_ray.serve.statuses import CLIENT_CLOSED
 from forge_ray.serve.streams import ClientGone, unless_gone
 
 MAX_BATCH = 16  # inputs of one forward pass, and tokens with their padding
-MAX_BATCH_TOKENS = 4096
+MAX_BATCH_TOKENS, FIRST_BATCH_TOKENS = 4096, 32
+BATCH_S = 0.03  # a forward pass should take no longer: what generates meanwhile waits for its end
 LONGEST_PAUSE_S = 1.0
 
 Ids = tuple[int, ...]
@@ -44,9 +45,13 @@ async def embed(context: ServingContext, request: Request, body: EmbeddingReques
     status, num_embedded = 503, 0
     vectors: list[list[float]] = []
     try:
-        for batch in _batches(prompts):
+        limit = FIRST_BATCH_TOKENS
+        while len(vectors) < len(prompts):
+            batch = _batch(prompts[len(vectors) :], limit)
             num_embedded += sum(map(len, batch))
-            vectors += await unless_gone(request, _embedded(context, caller_of(request), loaded, batch))
+            more, seconds = await unless_gone(request, _embedded(context, caller_of(request), loaded, batch))
+            vectors += more
+            limit = int(_padded(batch) * BATCH_S / max(seconds, 1e-6))
         status = 200
     except (ClientGone, asyncio.CancelledError):
         status = CLIENT_CLOSED
@@ -70,30 +75,36 @@ async def embed(context: ServingContext, request: Request, body: EmbeddingReques
     return JSONResponse(content, headers=answered_by(chosen))
 
 
-async def _embedded(context: ServingContext, caller: Caller, loaded: Loaded, batch: list[Ids]) -> list[list[float]]:
-    """The batch's vectors. Generation stands still meanwhile, so that afterwards it has as long for itself, if it has
-    work."""
+async def _embedded(
+    context: ServingContext, caller: Caller, loaded: Loaded, batch: list[Ids]
+) -> tuple[list[list[float]], float]:
+    """The batch's vectors, and the seconds that they took. Generation stands still meanwhile, so that afterwards it has as
+    long for itself, if it has work."""
     loop = asyncio.get_running_loop()
     async with context.turns.of(f"{caller.holder} embeds"):
         started = time.monotonic()
         vectors = await loop.run_in_executor(context.embedding, loaded.engine.embed, batch, loaded.adapter)
+        seconds = time.monotonic() - started
         health = loaded.engine.health()
         if health.num_running or health.num_waiting:
-            await asyncio.sleep(min(LONGEST_PAUSE_S, time.monotonic() - started))
-        return vectors
+            await asyncio.sleep(min(LONGEST_PAUSE_S, seconds))
+        return vectors, seconds
 
 
-def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Ids]]:
-    """Consecutive inputs that one forward pass embeds; between two, other work has its turn, and a client may have left."""
+def _batch(prompts: Sequence[Prompt], limit: int) -> list[Ids]:
+    """The first inputs that one forward pass embeds, at least one, of `limit` tokens with their padding; between two passes
+    other work has its turn, and a client may have left."""
     batch: list[Ids] = []
-    for prompt in prompts:
-        longest = max(map(len, [*batch, prompt.ids]))
-        if batch and (len(batch) == MAX_BATCH or longest * (len(batch) + 1) > MAX_BATCH_TOKENS):
-            yield batch
-            batch = []
+    for prompt in prompts[:MAX_BATCH]:
+        if batch and _padded([*batch, prompt.ids]) > min(limit, MAX_BATCH_TOKENS):
+            break
         batch.append(prompt.ids)
-    if batch:
-        yield batch
+    return batch
+
+
+def _padded(batch: Sequence[Ids]) -> int:
+    """The tokens of a batch when all are as long as its longest."""
+    return len(batch) * max(map(len, batch))
 
 
 async def tokenize(context: ServingContext, request: Request, body: TokenizeRequest) -> Response:

@@ -44,8 +44,8 @@ def fetch_version(store: Store, version_id: str) -> tuple[ModelVersion, Path]:
 
 
 def end_token_ids(tokenizer: Any, model_dir: Path) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's end token and those of generation_config.json."""
-    token_ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    """Tokens that end an answer: what its template writes behind one, and those of generation_config.json."""
+    token_ids = list(tokenizer.end_ids)
     path = model_dir / "generation_config.json"
     if path.is_file():
         configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")

@@ -87,10 +87,11 @@ class Entry(asyncio.Protocol):
         except OSError:  # TLS's own errors and the time-out are among them; the transport is closed
             return
         finally:
-            if secured is None:
+            if secured is None:  # cancelled too
                 self._leave()
-        if secured is not None and not self._is_lost:
-            self._admit(secured)
+        if secured is None or self._is_lost:
+            return
+        self._admit(secured)
 
     def _admit(self, transport: asyncio.Transport) -> None:
         """Let the connection speak what it is here for, with what has come already."""

@@ -74,6 +74,11 @@ def _chat_prompt(tokenizer: ChatTokenizer, body: ChatRequest) -> Prompt:
     call_beginnings: tuple[Beginning, ...] = ()
     if body.forced:
         call_beginnings = beginnings(tokenizer, body.forced, several=body.parallel_tool_calls is not False)
+        if not call_beginnings:
+            rule = (
+                "tool_choice: this model's template writes calls in a form that cannot be required; `auto` and `none` work"
+            )
+            raise ApiError(400, rule, param="tool_choice")
     schema = body.response_format.text if body.response_format is not None else ""
     return Prompt(tuple(ids), prefix.text if prefix else "", call_beginnings, schema)
 

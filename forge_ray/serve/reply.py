@@ -21,17 +21,20 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 @dataclass(frozen=True)
 class Part:
-    """New text, calls and tokens of one choice; the last has a finish reason. `num_tokens`: generated so far."""
+    """New text, calls and tokens of one choice; the last has a finish reason. `num_tokens`: generated so far,
+    `num_reasoning` of them as reasoning."""
 
     text: str = ""
     calls: tuple[Call, ...] = ()
     pieces: tuple[Piece, ...] = ()
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
+    reasoning: str = ""
+    num_reasoning: int = 0
 
     @property
     def has_content(self) -> bool:
-        return bool(self.text or self.calls or self.pieces or self.finish_reason)
+        return bool(self.text or self.reasoning or self.calls or self.pieces or self.finish_reason)
 
 
 def joined(parts: Sequence[Part]) -> Part:
@@ -42,6 +45,8 @@ def joined(parts: Sequence[Part]) -> Part:
         tuple(piece for part in parts for piece in part.pieces),
         parts[-1].num_tokens,
         parts[-1].finish_reason or "length",
+        "".join(part.reasoning for part in parts),
+        parts[-1].num_reasoning,
     )
 
 
@@ -71,7 +76,7 @@ class Reply:
             "system_fingerprint": fingerprint,
         }
 
-    def whole(self, choices: Sequence[Part], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Part], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request that does not stream: one part per choice, in order."""
         kind = {"object": "chat.completion" if self.chat else "text_completion"}
         objects = [self._choice(index, part) for index, part in enumerate(choices)]
@@ -82,6 +87,8 @@ class Reply:
         if not self.chat:
             return choice | {"text": part.text}
         message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
+        if part.reasoning:
+            message["reasoning_content"] = part.reasoning
         if part.calls:
             message |= {"content": part.text or None, "tool_calls": [_call(call) for call in part.calls]}
         return choice | {"message": message}
@@ -96,11 +103,13 @@ class Reply:
         if not self.chat:
             return self._piece([self._choice(index, part) | {"logprobs": logprobs}])
         delta: dict[str, Any] = {"content": part.text} if part.text or part.pieces else {}
+        if part.reasoning:
+            delta["reasoning_content"] = part.reasoning
         if part.calls:
             delta["tool_calls"] = [{"index": num_calls + i} | _call(call) for i, call in enumerate(part.calls)]
         return self._chunk(index, delta, part.finish_reason, logprobs)
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._piece([]) | {"usage": usage}
 
     def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None, logprobs: Any = None) -> dict[str, Any]:
@@ -158,11 +167,14 @@ def _finite(logprob: float | None) -> float:
     return IMPOSSIBLE if logprob is None or logprob == float("-inf") else logprob
 
 
-def usage(num_prompt: int, num_completion: int) -> dict[str, int]:
+def usage(num_prompt: int, num_completion: int, num_reasoning: int = 0) -> dict[str, Any]:
+    """Tokens of a request; those of reasoning are among the completion's."""
+    details = {"completion_tokens_details": {"reasoning_tokens": num_reasoning}} if num_reasoning else {}
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
+        **details,
     }
 
 

@@ -5,6 +5,7 @@ Styles are those of `ChatTokenizer.call_style`:
 - `hermes` (Hermes, Qwen): `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, once per call
 - `mistral-v3`: `[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`
 - `mistral-v11`: `[TOOL_CALLS]name[CALL_ID]id[ARGS]{…}`, once per call; `mistral-v13` without the id
+- `template`: any other form that the model's template writes (`form_calls`)
 
 Text is a call if it is complete, names a declared function and has an object of arguments (that conforms to its schema, if
 the function is `strict`). Anything else stays text.
@@ -23,6 +24,8 @@ from typing import Any
 from forge_ray.data.tokens.template import CallStyle, ChatTokenizer
 from forge_ray.serve.conform import conforms
 from forge_ray.serve.fields import Function
+from forge_ray.serve.form_calls import FormParser, beginning_texts, object_schema
+from forge_ray.serve.reasoning import special_text
 from forge_ray.serve.text import overlap
 
 OPENING: Mapping[CallStyle, str] = {
@@ -52,7 +55,31 @@ class Call:
 
 def markers(tokenizer: ChatTokenizer) -> dict[int, str]:
     """The special tokens of calls, which are shown as text here and nowhere else."""
-    return {token_id: mark for mark in MARKS if (token_id := tokenizer.marker_id(mark)) is not None}
+    marks = {token_id: mark for mark in MARKS if (token_id := tokenizer.marker_id(mark)) is not None}
+    if form := tokenizer.call_form:
+        texts = [value for value in vars(form).values() if isinstance(value, str) and value]
+        ids = {token_id for text in texts for token_id in tokenizer.written_ids(text)}
+        marks |= {token_id: text for token_id in ids if (text := special_text(tokenizer, token_id))}
+    return marks
+
+
+def parser_of(tokenizer: ChatTokenizer, functions: Sequence[Function], several: bool) -> CallParser | FormParser:
+    """What reads the calls of an answer in the model's own form."""
+    if tokenizer.call_style != "template":
+        return CallParser(tokenizer.call_style, functions, several)
+    return FormParser(tokenizer.call_form, lambda name, arguments: _checked(functions, name, arguments), several)
+
+
+def _checked(functions: Sequence[Function], name: Any, arguments: Any, identifier: Any = None) -> Call | None:
+    """The call, if it names a declared function and has an object of arguments, which conforms where it is strict."""
+    function = next((function for function in functions if function.name == name), None)
+    if function is None or not isinstance(arguments, dict):
+        return None
+    if function.strict and not conforms(arguments, function.schema_):
+        return None
+    if not (isinstance(identifier, str) and MISTRAL_ID.fullmatch(identifier)):
+        identifier = new_id()
+    return Call(identifier, function.name, json.dumps(arguments, ensure_ascii=False))
 
 
 def new_id() -> str:
@@ -150,15 +177,7 @@ class CallParser:
         arguments = value.get("arguments", value.get("parameters"))
         if isinstance(arguments, str):
             arguments = _json(arguments)
-        function = next((function for function in self.functions if function.name == value.get("name")), None)
-        if function is None or not isinstance(arguments, dict):
-            return None
-        if function.strict and not conforms(arguments, function.schema_):
-            return None
-        identifier = value.get("id")
-        if not (isinstance(identifier, str) and MISTRAL_ID.fullmatch(identifier)):
-            identifier = new_id()
-        return Call(identifier, function.name, json.dumps(arguments, ensure_ascii=False))
+        return _checked(self.functions, value.get("name"), arguments, value.get("id"))
 
 
 def _closed(buffer: str) -> _Step | None:
@@ -223,6 +242,15 @@ def beginnings(tokenizer: ChatTokenizer, functions: Sequence[Function], several:
             _beginning(tokenizer, f"[TOOL_CALLS]{function.name}{number}[ARGS]", function.schema_) for function in functions
         )
     one = _call_schema(functions)
+    if style == "template":
+        form = tokenizer.call_form
+        texts = beginning_texts(form, functions)
+        return tuple(
+            Beginning(
+                text, tuple(tokenizer.written_ids(text)), json.dumps(schema or object_schema(form, one), ensure_ascii=False)
+            )
+            for text, schema in texts
+        )
     if style == "mistral-v3":
         definitions = one.pop("$defs")
         many = {"type": "array", "items": one, "minItems": 1, "$defs": definitions}

@@ -13,6 +13,7 @@ from pathlib import Path
 from forge_ray.store.owner import is_alive, owner_mark
 
 PREFIX = "forge-"
+KINDS = ("stage", "save", "run", "reshard", "adapter", "adapters", "merged")  # what rows or weights pass through
 
 
 def scratch_folder(kind: str) -> Path:
@@ -32,7 +33,8 @@ def scratch(kind: str) -> Iterator[Path]:
 
 def abandoned() -> tuple[list[Path], list[Path]]:
     """Scratch folders of this user whose processes have ended, and those whose process is unknown."""
-    own = [path for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*")) if _is_own(path)]
+    folder = Path(tempfile.gettempdir())
+    own = sorted(path for kind in KINDS for path in folder.glob(f"{PREFIX}{kind}-*") if _is_own(path))
     return [path for path in own if is_alive(path.name) is False], [path for path in own if is_alive(path.name) is None]
 
 

@@ -28,8 +28,8 @@ class StoredFile:
 
 
 def every_file(store: Store, relative: str = "") -> Iterator[StoredFile]:
-    """Every file below a folder of the store, by path; of the whole store without one. What is removed meanwhile is left
-    out."""
+    """Every file below a folder of the store, folder by folder; of the whole store without one. What is removed meanwhile is
+    left out."""
     if store.is_local:
         yield from _local(Path(store.root), Path(store.root, relative))
         return

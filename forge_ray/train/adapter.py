@@ -95,6 +95,7 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
         if patterns != "all-linear":
             for pattern in patterns:
                 _check(field_name, pattern, kinds)
+    _refuse_tied(model, adapter)
     lora = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
@@ -115,6 +116,23 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
             f"train.adapter does not fit this model: {first_line(error)}",
             hint=f"its linear layers are {', '.join(_leaves(_modules(model, outside)))}; or use all-linear",
         ) from error
+
+
+def _refuse_tied(model: Any, adapter: Adapter) -> None:
+    """Embedding and output share one weight: an adapter on one of the two would change both when it is merged, and the
+    merged model would not be the one that was trained."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    shared = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
+    patterns = () if adapter.target_modules == "all-linear" else adapter.target_modules
+    for name, module in model.named_modules():
+        if module in shared and any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns):
+            other = "output" if module is model.get_input_embeddings() else "embedding"
+            raise ConfigError(
+                f"train.adapter.target_modules: {name} shares its weight with the model's {other} (tie_word_embeddings), so"
+                " that a merged adapter would change both",
+                hint="leave embed_tokens and lm_head out of target_modules, or train the model in full",
+            )
 
 
 def quantised(adapter: Adapter, device: torch.device) -> dict[str, Any]:

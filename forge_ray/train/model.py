@@ -143,3 +143,18 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
     for path in base.iterdir():
         if path.name.startswith((*TOKENIZER_FILES, "generation_config")):
             shutil.copyfile(path, folder / path.name)
+    name_ends(folder)
+
+
+def name_ends(folder: Path) -> None:
+    """Name in generation_config.json every token at which a turn ends, as the chat template writes it: so that whoever
+    generates with the folder stops where the training stopped."""
+    from forge_ray.data.tokens.chat import load_tokenizer_dir
+
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    listed = settings.get("eos_token_id")
+    before = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    ends = sorted({*before, *load_tokenizer_dir(folder).end_ids})
+    if ends != sorted(before):
+        path.write_text(json.dumps(settings | {"eos_token_id": ends}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

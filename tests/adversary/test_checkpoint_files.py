@@ -82,6 +82,7 @@ def test_planted_checkpoint_of_unpartitioned_weights_runs_nothing(tmp_path: Path
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_conversion_to_other_numbers_of_workers_runs_nothing(tmp_path: Path) -> None:
     folder, canary = zero_checkpoint(tmp_path / "step"), tmp_path / "canary"
     torch.save(Plant(canary), folder / TAG / "zero_pp_rank_0_mp_rank_00_optim_states.pt")

@@ -96,9 +96,12 @@ def test_templates_that_delete_text_build_no_control_token(content: str, value: 
 
 def test_legitimate_rows_keep_their_ids() -> None:
     by = tokenizer("message['content'].split('</think>')[-1]")
-    for value in ("a < b | c_d > e", "<b>bold</b> | im_start", "</think>", "x</think>y | <z_>"):
+    for value in ("a < b | c_d > e", "<b>bold</b> | im_start"):
         (result,) = by.encode_chats([(chat(value), None)])
         rendered = by.tokenizer.apply_chat_template(chat(value), tokenize=False)
-        assert list(result.ids) == by.tokenizer(rendered, add_special_tokens=False)["input_ids"]  # type: ignore[union-attr]
+        assert not isinstance(result, Reject)
+        assert list(result[0].ids) == by.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    (result,) = by.encode_chats([(chat("x</think>y | <z_>"), None)])
+    assert str(result) == "this model's template leaves out a part of a message"
     ended = text("the end<|im_end|>", by)
     assert list(ended[0].ids) == list(text("the end", by)[0].ids)

@@ -236,6 +236,7 @@ def test_hard_links_and_files_of_others_are_found_or_named(place: tuple[Store, d
     rows_file(store, "notes/export.parquet")
     rows_file(store, "notes/clean.parquet", TRAINED[1])
     put(store, "notes/readme.txt", b"?")
+    put(store, f"models/{ids['mv_clean']}/beside.bin", b"?")  # in a version's folder, and in no list
     Path(store.root, "elsewhere").symlink_to(tmp_path)
     remains = erase(store, REQUEST, OPTIONS)["predicate"]["remains"]
     assert not inside.exists()
@@ -247,6 +248,7 @@ def test_hard_links_and_files_of_others_are_found_or_named(place: tuple[Store, d
         "notes/export.parquet": "1 of the rows",
         "notes/clean.parquet": "none of the rows",
         "notes/readme.txt": "unknown",
+        f"models/{ids['mv_clean']}/beside.bin": "unknown",
     }
     assert remains["links that were not followed"] == {"elsewhere": str(tmp_path)}
     assert "backups" in remains["not reached"]

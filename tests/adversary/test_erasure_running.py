@@ -221,6 +221,17 @@ def test_build_that_comes_to_an_erased_version_is_refused(
     assert not store.exists(f"datasets/{manifest.id}")
 
 
+def test_purged_dataset_version_is_not_called_already_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_at(tmp_path / "store")
+    monkeypatch.setattr(prepare, "input_digest", lambda *_: "")
+    monkeypatch.setattr(prepare, "tokenizer_digest", lambda _: "")
+    with Catalog.open(store) as catalog:
+        manifest = dataset(catalog, [OTHER])
+        assert prepare._version_of(None, None, catalog, []) is None  # type: ignore[arg-type]
+        store.write(f"datasets/{manifest.id}/MANIFEST.json", b"{}")
+        assert prepare._version_of(None, None, catalog, []) == manifest  # type: ignore[arg-type]
+
+
 def test_staging_folder_of_a_killed_build_goes_with_the_next_build(tmp_path: Path) -> None:
     from forge_ray.store.owner import owner_mark
 
@@ -260,6 +271,17 @@ def test_endpoint_that_holds_the_weights_is_named_until_it_let_go(
     statement = erase(store, REQUEST, OPTIONS)["predicate"]
     assert statement["unconfirmed"] == {}
     assert erase(store, REQUEST, OPTIONS)["predicate"] == statement
+
+
+def test_replica_that_does_not_report_is_not_taken_for_one_without_weights(
+    place: tuple[Store, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, ids = place
+    with Catalog.open(store) as catalog:
+        deployment(catalog, "endpoint", ids["mv_hers"])
+    monkeypatch.setattr(endpoints, "_state", lambda _: {"replicas": {"replica-1": {"held": []}}, "running": 2})
+    with pytest.raises(EngineError, match="1 of its 2 replicas have reported lately"):
+        erase(store, REQUEST, OPTIONS)
 
 
 def test_erasure_waits_for_an_endpoint_to_let_go(

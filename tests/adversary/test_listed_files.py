@@ -32,11 +32,18 @@ LEADS_OUT = (
 )
 
 
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Path, ModelVersion]:
+    """A store that holds the tiny model, to be copied."""
+    folder = tmp_path_factory.mktemp("imported") / "store"
+    with Catalog.open(Store(str(folder))) as catalog:
+        return folder, import_model(catalog, tiny_model_dir, "tiny", "apache-2.0")
+
+
 @pytest.fixture
-def place(tmp_path: Path, tiny_model_dir: Path) -> tuple[Store, ModelVersion]:
-    store = Store(str(tmp_path / "store"))
-    with Catalog.open(store) as catalog:
-        return store, import_model(catalog, tiny_model_dir, "tiny", "apache-2.0")
+def place(tmp_path: Path, imported: tuple[Path, ModelVersion]) -> tuple[Store, ModelVersion]:
+    folder, version = imported
+    return Store(str(shutil.copytree(folder, tmp_path / "store"))), version
 
 
 def remote(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

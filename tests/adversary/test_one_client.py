@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import AliasRoute, DeployConfig
-from forge_ray.serve import bodies, connections, entry, gateway
+from forge_ray.serve import bodies, connections, embeddings, entry, gateway
 from forge_ray.serve.context import Caller, Chosen, ServingContext
 from forge_ray.serve.directory import ReplicaDirectory, Snapshot
 from forge_ray.serve.http import replica_app
@@ -207,6 +207,30 @@ def test_body_is_not_read_without_a_valid_key_and_the_connection_is_closed() -> 
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_large_bodies_of_one_caller_are_taken_at_a_pace(declared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and parsing what is then refused costs time of others: large bodies of one key have their turns."""
+    monkeypatch.setattr(bodies, "PACE", 1 << 20)
+    large = body(prompt="x" * (400 << 10))
+
+    async def check() -> None:
+        app = Served().app
+        headers = {"content-length": str(len(large))} if declared else {"transfer-encoding": "chunked"}
+        begun = time.monotonic()
+        for _ in range(2):
+            assert (await Exchange(app, "/tokenize", 2, headers).feed(large).answered()).status == 400
+        first = time.monotonic() - begun
+        assert (await Exchange(app, "/tokenize", 4).feed(TOKENIZE).answered()).status == 200  # another key
+        small = {"content-length": str(len(TOKENIZE))}
+        assert (await Exchange(app, "/tokenize", 2, small).feed(TOKENIZE).answered()).status == 200
+        assert time.monotonic() - begun - first < 0.35
+        assert first > 0.39  # the second waits until the first had its time
+        assert (await Exchange(app, "/tokenize", 2, headers).feed(large).answered()).status == 400
+        assert time.monotonic() - begun > 0.78
+
+    asyncio.run(check())
+
+
 def test_declared_size_is_refused_before_a_byte_is_read() -> None:
     async def check() -> None:
         refused = await Exchange(Served().app, "/tokenize", 2, {"content-length": "99999999"}).feed(b"x", True).answered()
@@ -277,10 +301,25 @@ def test_embeddings_end_when_their_client_leaves() -> None:
         exchange.leave()
         await exchange.answered(2)
         batches = len(served.names.loaded.engine.batches)
-        assert batches < 128 / 2
+        assert sum(served.names.loaded.engine.batches) < 2048 / 2
         await asyncio.sleep(0.2)
         assert len(served.names.loaded.engine.batches) == batches
         assert (await Exchange(served.app, "/tokenize", 1).feed(TOKENIZE).answered()).status == 200  # its place is free
+
+    asyncio.run(check())
+
+
+def test_batches_of_embeddings_are_as_large_as_a_moment_allows() -> None:
+    """What generates waits for the end of a batch; the first tells how fast this engine is."""
+
+    async def check() -> None:
+        served = Served()
+        exchange = Exchange(served.app, "/v1/embeddings", 2).feed(body(input=["text"] * 40))
+        assert (await exchange.answered()).status == 200
+        first, *rest = served.names.loaded.engine.batches
+        assert first == embeddings.FIRST_BATCH_TOKENS // len("text")
+        assert max(rest) <= first * embeddings.BATCH_S / 0.05  # seconds that this engine takes for any batch
+        assert sum(served.names.loaded.engine.batches) == 40
 
     asyncio.run(check())
 

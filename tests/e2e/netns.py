@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 OUTSIDE, INSIDE = "forge-out", "forge-in"
@@ -30,12 +31,26 @@ ADDRESSES = {4: ("198.51.100.1", "198.51.100.2", 24), 6: ("fd00:f0::1", "fd00:f0
 MACS = {OUTSIDE: "02:00:00:00:00:01", INSIDE: "02:00:00:00:00:02"}
 CONTROL = (("198.51.100.1", 443), ("203.0.113.9", 443), ("2001:db8::9", 443))
 ETH_IP, ETH_IP6 = 0x0800, 0x86DD
+NEIGHBOUR_DISCOVERY = range(133, 138)  # types of ICMPv6
 
 
 # A command without any route: its first words, to be followed by the command's own
 NO_ROUTE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && test -z "$(ip route)" && exec "$@"', "sh")
 
+NOT_PERMITTED = "this user may not make network namespaces (`unshare --net`)"
 
+
+def counting(report: Path) -> tuple[str, ...]:
+    """The first words of a command whose packets are counted into `report`."""
+    return ("unshare", "--net", "--mount", sys.executable, __file__, str(report))
+
+
+def no_route() -> tuple[str, ...]:
+    """`NO_ROUTE` where this user may make network namespaces, else nothing."""
+    return NO_ROUTE if permitted() else ()
+
+
+@cache
 def permitted() -> bool:
     """Whether this user may make network namespaces."""
     if not (shutil.which("unshare") and shutil.which("ip")):
@@ -58,6 +73,8 @@ def described(frame: bytes) -> str:
     elif kind == ETH_IP6:
         protocol, dst, rest = packet[6], socket.inet_ntop(socket.AF_INET6, packet[24:40]), packet[40:]
         if packet[24] == 0xFF and protocol in (0, 58):  # multicast reports and solicitations of ICMPv6
+            return ""
+        if protocol == 58 and packet[40] in NEIGHBOUR_DISCOVERY:  # which also answers the other end of the cable
             return ""
     else:
         return ""

@@ -67,7 +67,9 @@ def prepare(store: Store) -> list[str]:
         return [register(catalog, make_adapter(model, Path(folder) / str(seed), seed), base, "a").id for seed in (1, 2)]
 
 
-async def load(url: str, clients: int, streams: int, stop: asyncio.Event) -> tuple[Counter[str], dict[str, set[str]]]:
+async def load(
+    url: str, clients: int, streams: int, pause_s: float, stop: asyncio.Event
+) -> tuple[Counter[str], dict[str, set[str]]]:
     """Clients that ask until `stop`; how their requests ended, and the texts that each version gave."""
     ends: Counter[str] = Counter()
     texts: dict[str, set[str]] = {}
@@ -81,6 +83,7 @@ async def load(url: str, clients: int, streams: int, stop: asyncio.Event) -> tup
             "stream": stream,
         }
         while not stop.is_set():
+            await asyncio.sleep(pause_s)
             try:
                 response = await client.post(f"{url}/v1/chat/completions", json=body)
             except httpx.HTTPError as error:
@@ -153,7 +156,7 @@ async def chaos(arguments: argparse.Namespace, store: Store, versions: list[str]
         url = context.enter_context(front)
         stop, random_ = asyncio.Event(), random.Random(arguments.seed)
         started = time.monotonic()
-        loading = asyncio.create_task(load(url, arguments.clients, arguments.streams, stop))
+        loading = asyncio.create_task(load(url, arguments.clients, arguments.streams, arguments.pause_s, stop))
         kills = swaps = 0
         while kills < arguments.kills or swaps < arguments.swaps:
             await asyncio.sleep(0.5)
@@ -192,6 +195,7 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--streams", type=int, default=0)
+    parser.add_argument("--pause", type=float, default=0, dest="pause_s", help="seconds between the requests of a client")
     parser.add_argument("--direct", action="store_true")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--replicas", type=int, default=2)

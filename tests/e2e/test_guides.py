@@ -1,7 +1,8 @@
 """The guides as a newcomer follows them: every command block of a page, one after the other, in a folder like a checkout
 whose store holds a tiny model under the name of the quick start's base model.
 
-`ds_…`, `run_…` and `mv_…` in a block stand for the id that an earlier command printed: the newest of its kind in the store.
+Where the user may make network namespaces, the commands run without a route to anywhere. `ds_…`, `run_…` and `mv_…` in a
+block stand for the id that an earlier command printed: the newest of its kind in the store.
 A tiny model need not be better than its base, so a release may end with the exit code of a gate that was not passed.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from guides import LARGE, ROOT, RUN, SHELL, blocks
+from netns import no_route
 
 from forge_ray.errors import EXIT_POLICY
 
@@ -42,7 +44,7 @@ def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """As a reader does in a shell, with this environment's `forge` and `python`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FORGE_"))}
     return subprocess.run(
-        ["bash", "-eu", "-c", script],
+        [*no_route(), "bash", "-eu", "-c", script],
         cwd=folder,
         env={**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,

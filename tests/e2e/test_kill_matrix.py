@@ -1,4 +1,4 @@
-"""The short kill matrix; `python tests/e2e/kill_matrix.py --kills 20` is the long one."""
+"""The kill matrix: in the quick suite, tests/ray/test_train.py kills a rank and the controller of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.large, pytest.mark.timeout(1800)]
 
 ADAPTER = ("--set", "train.adapter={dropout: 0.1}")
 
@@ -27,16 +27,6 @@ def killed(*options: str) -> dict[str, Any]:
     return report
 
 
-def test_run_with_a_killed_controller_is_bit_identical() -> None:
-    """One kill of the controller; tests/ray/test_train.py kills a rank, the long matrix everything."""
-    report = killed("--kills", "1", "--kinds", "controller", "--steps", "12", "--seed", "1", *ADAPTER)
-    assert report["steps_compared"] == 12
-    assert sum(kill["pid"] > 0 for kill in report["kills"]) == 1
-    assert len(report["starts_of_workers"]) >= 2
-    assert report["starts_of_workers"] == sorted(report["starts_of_workers"])
-
-
-@pytest.mark.large
 def test_run_with_a_killed_driver_and_controller_is_bit_identical() -> None:
     report = killed("--kills", "2", "--kinds", "driver,controller", "--steps", "30", "--seed", "1", *ADAPTER)
     assert sum(kill["pid"] > 0 for kill in report["kills"]) == 2
@@ -44,7 +34,6 @@ def test_run_with_a_killed_driver_and_controller_is_bit_identical() -> None:
     assert len(report["starts_of_workers"]) >= 3
 
 
-@pytest.mark.large
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,4 +1,5 @@
-"""Nothing leaves: the whole quick start on a machine whose only cable ends in a packet counter, which stays at 0."""
+"""Nothing leaves: a machine whose only cable ends in a packet counter, which stays at 0. tests/e2e/test_wheel.py runs the
+whole quick start on one."""
 
 from __future__ import annotations
 
@@ -11,23 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from netns import permitted
+from netns import NOT_PERMITTED, counting, permitted
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not permitted(), reason=NOT_PERMITTED)]
 
 ROOT = Path(__file__).parents[2]
-NETNS = Path(__file__).with_name("netns.py")
 START_HEAD = ROOT / "cluster/bare/start_head.sh"
-SMALL = {
-    "data.sequence_length": "128",
-    "train.max_steps": "1",
-    "train.global_batch": "1",
-    "train.micro_batch_size": "1",
-    "train.validation.max_rows": "1",
-    "eval.max_examples": "1",
-    "release.gate.thresholds.exact_match.min": "0",
-    "release.gate.better_than": "[]",
-}
 LOOK = """
 import urllib.request
 try:
@@ -35,9 +25,6 @@ try:
 except OSError:
     pass
 """
-
-
-needs_namespaces = pytest.mark.skipif(not permitted(), reason="this user may not make network namespaces (`unshare --net`)")
 
 
 def environment() -> dict[str, str]:
@@ -50,7 +37,7 @@ def counted(tmp_path: Path, *command: str, **variables: str) -> tuple[dict[str, 
     """What the counter saw of a command, and what the command said."""
     report = tmp_path / "report.json"
     done = subprocess.run(
-        ["unshare", "--net", "--mount", sys.executable, str(NETNS), str(report), *command],
+        [*counting(report), *command],
         cwd=ROOT,
         env=environment() | variables,
         capture_output=True,
@@ -62,7 +49,6 @@ def counted(tmp_path: Path, *command: str, **variables: str) -> tuple[dict[str, 
     return json.loads(report.read_text()), done.stderr
 
 
-@needs_namespaces
 def test_packet_counter_sees_connections_and_lookups_only(tmp_path: Path) -> None:
     seen, printed = counted(tmp_path, sys.executable, "-c", LOOK)
     assert {" ".join(what.split()[:2]) for what in seen["control"]} >= {
@@ -75,19 +61,6 @@ def test_packet_counter_sees_connections_and_lookups_only(tmp_path: Path) -> Non
     assert (quiet["exit"], quiet["seen"]) == (0, {})
 
 
-@needs_namespaces
-def test_quick_start_sends_no_packet(tmp_path: Path) -> None:
-    """Where packets have a way out; test_wheel.py runs it where there is none."""
-    overrides = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "forge_ray.cli", "quickstart", "--store", str(tmp_path / "store"), *overrides]
-    seen, printed = counted(tmp_path, *command)
-    assert seen["control"], "the counter is blind"
-    assert seen["exit"] == 0, printed[-4000:]
-    assert seen["seen"] == {}
-    assert "answered by mv_" in printed
-
-
-@needs_namespaces
 def test_head_node_sends_no_packet(tmp_path: Path) -> None:
     """`start_head.sh` as it stands, dashboard and usage module included; Ray's report and its question come at its start."""
     with tempfile.TemporaryDirectory(

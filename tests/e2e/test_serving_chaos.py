@@ -1,4 +1,5 @@
-"""The short form of `serving_chaos.py`: replicas are killed and an alias moves under load, and no client notices."""
+"""The short form of `serving_chaos.py`: replicas are killed and an alias moves under load, and no client notices.
+Where the user may make network namespaces, without a route to anywhere."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from netns import no_route
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -18,7 +20,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 )
 def test_no_request_is_lost_while_replicas_die_and_an_alias_moves(tmp_path: Path, front: tuple[str, ...]) -> None:
     script = Path(__file__).with_name("serving_chaos.py")
-    words = [sys.executable, str(script), str(tmp_path / "store"), "--kills", "1", "--swaps", "4", "--clients", "8", *front]
+    options = ["--kills", "1", "--swaps", "4", "--clients", "4", "--pause", "0.1", *front]
+    words = [*no_route(), sys.executable, str(script), str(tmp_path / "store"), *options]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout.splitlines()[-1])

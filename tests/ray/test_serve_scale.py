@@ -39,7 +39,7 @@ def wait_for(condition: Any, what: str) -> None:
 
 
 @contextmanager
-def streams(url: str, clients: int) -> Iterator[Counter[str]]:
+def streams(url: str, clients: int, pause_s: float = 0) -> Iterator[Counter[str]]:
     """So many clients that stream one answer after the other; how each stream ended."""
     ends: Counter[str] = Counter()
     stop = threading.Event()
@@ -53,6 +53,7 @@ def streams(url: str, clients: int) -> Iterator[Counter[str]]:
                     ends["whole" if text.rstrip().endswith("data: [DONE]") else text[-200:]] += 1
                 except httpx.HTTPError as error:
                     ends[repr(error)] += 1
+                stop.wait(pause_s)
 
     threads = [threading.Thread(target=run) for _ in range(clients)]
     for thread in threads:
@@ -83,7 +84,7 @@ def test_scaling_and_rollout_break_no_stream(ray_cluster: None, store: Store) ->
             time.sleep(2)
         assert set(ends) == {"whole"}
 
-        with streams(url, 2) as ends:  # too little for two: one leaves while it answers
+        with streams(url, 2, 0.2) as ends:  # too little for two: one leaves while it answers
             wait_for(lambda: replica_states()["RUNNING"] == 1, "down")
             changed = config(deploy_config.port, replicas=SCALING | {"min": 1}, limits={"max_new_tokens": 101})
             second = deploy(changed, catalog, wait_s=WAIT_S)  # a rollout: new replicas first

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from forge_ray.data.build import tombstones as erased
 from forge_ray.data.dataset import version as dataset
 from forge_ray.data.dataset.compare import holders
 from forge_ray.data.record.schema import parse_record
-from forge_ray.errors import NothingLeft
+from forge_ray.errors import NothingLeft, TrainingError
+from forge_ray.governance.erasure.apply import erase
+from forge_ray.governance.erasure.options import Options
+from forge_ray.governance.erasure.search import ErasureRequest
 from forge_ray.records import DatasetManifest, RunRecord
 from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
-from forge_ray.train import audit
+from forge_ray.train import audit, metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -107,8 +112,9 @@ def weights(record: RunRecord) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in record.export}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.large)])
 def test_retraining_after_erasure_equals_training_without_the_rows(kind: str, tmp_path: Path, store: Store) -> None:
+    """`large` repeats it for Parquet, whose rows the quick suite compares below: what is trained follows from them."""
     everything = rows()
     kept = [row for number, row in enumerate(everything) if number not in ERASED]
     with_all, by_hand = fresh(tmp_path / "store", store), fresh(tmp_path / "by-hand", store)
@@ -142,6 +148,22 @@ def test_retraining_after_erasure_equals_training_without_the_rows(kind: str, tm
     erased.write_tombstones(with_all, "er_other", {"rec_000000000000000000000000"})
     assert pipeline.prepare(config, with_all).id == after[0].id  # no tombstone of that one touches it
     assert audit.audit(audit.facts_of(with_all, after[1].id), lambda *_: None).problems == ()
+
+
+def test_parquet_rows_after_erasure_are_those_of_a_file_without_them(tmp_path: Path, store: Store) -> None:
+    everything = rows()
+    kept = [row for number, row in enumerate(everything) if number not in ERASED[:3]]
+    own = fresh(tmp_path / "store", store)
+    never = pipeline.prepare(
+        config_of(write(tmp_path / "kept", "parquet", kept), "parquet"), fresh(tmp_path / "by-hand", store)
+    )
+    config = config_of(write(tmp_path / "all", "parquet", everything), "parquet")
+    before = pipeline.prepare(config, own)
+    erased.write_tombstones(own, "er_test", {parse_record(everything[number]).id for number in ERASED[:3]})
+    after = pipeline.prepare(config, own)
+    digests = [{split: stats.rows_digest for split, stats in one.splits.items()} for one in (after, never, before)]
+    assert digests[0] == digests[1] != digests[2]
+    assert sorted(len(lines) for lines in after.erased.values()) == [3]
 
 
 def test_tombstones_apply_to_masked_rows_and_may_leave_none(tmp_path: Path, store: Store) -> None:
@@ -220,3 +242,38 @@ def test_build_restarts_when_its_work_area_is_emptied(tmp_path: Path, store: Sto
     with pytest.raises(ValueError, match="broken"):
         pipeline.prepare(config, fresh(tmp_path / "third", store))
     assert len(starts) == 3
+
+
+def test_training_on_rows_that_are_erased_meanwhile_stops_and_publishes_nothing(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The erasure runs in a thread of its own, and ends by itself."""
+    own = fresh(tmp_path / "store", store)
+    config = config_of(write(tmp_path / "r", "jsonl", rows()), "jsonl")
+    before = pipeline.prepare(config, own)
+    request = ErasureRequest("record", (parse_record(rows()[3]).id,))
+    statements: list[dict[str, Any]] = []
+    erasing = threading.Thread(target=lambda: statements.append(erase(own, request, Options(wait_s=120))))
+    append = metrics.append
+
+    def erased_after_the_second_step(folder: Path, line: dict[str, Any]) -> None:
+        append(folder, line)
+        if line["step"] == 2 and not erasing.is_alive():
+            erasing.start()
+            while not own.list("records/erasures"):
+                time.sleep(0.05)
+
+    monkeypatch.setattr(metrics, "append", erased_after_the_second_step)
+    with pytest.raises(TrainingError, match=f"is not published: {before.id} holds or learned from rows that er_"):
+        pipeline.train(config, own)
+    erasing.join()
+    (statement,) = statements
+    assert statement["predicate"]["unconfirmed"] == {}
+    with Catalog.open(own) as catalog:
+        assert catalog.all(RunRecord) == []
+        (run,) = catalog.subjects("run")
+        assert catalog.events("run", run)[-1].data["state"] == "failed"
+    assert not [path for path in own.list(f"runs/{run}", recursive=True) if "/checkpoints/" in path or "/export/" in path]
+    monkeypatch.setattr(metrics, "append", append)
+    after, _ = made_of(own, config)  # started again, it trains on what is left
+    assert after.id != before.id

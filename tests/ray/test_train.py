@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -67,16 +66,6 @@ def job_of(config: RunConfig, store: Store, manifest: DatasetManifest, seed: int
     return TrainJob(identifier, config.name, train, store, manifest, base, "fp32", under_ray=True)
 
 
-def rank_killed_once(values: dict[str, Any]) -> None:
-    """The real loop, whose second rank is killed at the start of the fourth step, the first time."""
-    loop_with_a_kill(values, os.getpid)
-
-
-def controller_killed_once(values: dict[str, Any]) -> None:
-    """The same, but Ray Train's controller is killed; the rank waits until Ray ends it too."""
-    loop_with_a_kill(values, controller)
-
-
 def controller() -> int:
     """Ray Train's, on this node: its raylet is the parent of all workers."""
     for folder in (path for path in Path("/proc").iterdir() if path.name.isdecimal()):
@@ -87,21 +76,26 @@ def controller() -> int:
     raise AssertionError("no controller runs")
 
 
-def loop_with_a_kill(values: dict[str, Any], victim: Callable[[], int]) -> None:
+def loop_with_two_kills(values: dict[str, Any]) -> None:
+    """The real loop, of which a process is killed at the start of an attempt's fourth step: the second rank in the first
+    attempt, Ray Train's controller in the second, whose rank waits until Ray ends it too."""
     from forge_ray.train import context, loop, step
 
     job = TrainJob.from_json(values)
-    marker = job.store.local(f"runs/{job.run}/killed")
+    folder = job.store.local(f"runs/{job.run}/killed")
+    folder.mkdir(parents=True, exist_ok=True)
+    victims = {"rank": os.getpid, "controller": controller}
+    left = [name for name in victims if not (folder / name).exists()]
     steps = 0
     real = context.sum_over_ranks
 
     def counting(numbers: list[float], at: context.Context) -> list[float]:
         nonlocal steps
         steps += len(numbers) > 5  # the counts at the head of each step
-        if steps == 4 and at.rank == 1 and not marker.exists():
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-            os.kill(victim(), signal.SIGKILL)
+        if steps == 4 and at.rank == 1 and left:
+            pid = victims[left[0]]()
+            (folder / left[0]).touch()
+            os.kill(pid, signal.SIGKILL)
             time.sleep(600)
         return real(numbers, at)
 
@@ -117,26 +111,19 @@ def exported(job: TrainJob) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in job.store.files(f"runs/{job.run}/export")}
 
 
-@pytest.mark.parametrize("loop", [rank_killed_once, pytest.param(controller_killed_once, marks=pytest.mark.large)])
-def test_run_with_a_killed_process_is_bit_identical(
-    loop: Callable[[dict[str, Any]], None],
-    config: RunConfig,
-    store: Store,
-    manifest: DatasetManifest,
-    record: RunRecord,
+def test_run_whose_rank_and_controller_are_killed_is_bit_identical(
+    config: RunConfig, store: Store, manifest: DatasetManifest, record: RunRecord
 ) -> None:
-    """Compared with the run of the pipeline, in which nobody dies. tests/e2e/test_kill_matrix.py has the controller in the
-    quick suite."""
-    job = replace(job_of(config, store, manifest, seed=0), run=f"run_{loop.__name__}", name="killed")
-    launch.fit(loop, job)
-    assert store.exists(f"runs/{job.run}/killed")
+    """Compared with the run of the pipeline, in which nobody dies."""
+    job = replace(job_of(config, store, manifest, seed=0), run="run_killed", name="killed")
+    launch.fit(loop_with_two_kills, job)
+    assert {path.name for path in store.local(f"runs/{job.run}/killed").iterdir()} == {"rank", "controller"}
     result = store.read_json(f"runs/{job.run}/result.json")
-    assert [attempt["first_step"] for attempt in result["attempts"]] == [0, 2]
+    assert [attempt["first_step"] for attempt in result["attempts"]] == [0, 2, 4]
     assert {attempt["world_size"] for attempt in result["attempts"]} == {2}
     restarted_from = [incident["step"] for incident in result["incidents"] if incident["kind"] == "restart"]
-    assert restarted_from == [2]
-    if loop is rank_killed_once:  # no row is blamed for it by the rank that lost its peer
-        assert len(result["incidents"]) == 1
+    assert restarted_from == [2, 4]
+    assert len(result["incidents"]) == 2  # no row is blamed by the rank that lost its peer
     lines = metrics.read(store.local(f"runs/{job.run}/{metrics.METRICS}"))
     order = order_of(manifest, "train", job.config.seed, job.config.global_batch)
     facts = audit.DataFacts(job.run, Rows.of(store, manifest, "train"), order, 6, result["order_digest"], lines)

@@ -88,7 +88,7 @@ def _finish(
 ) -> Callable[[list[MappedRecord]], None]:
     """What is done with the records that all rules of the segment keep."""
     barrier = None if segment.barrier is None else config.curate[segment.barrier]
-    tokenizer = load_tokenizer(store, base) if barrier is None else None
+    tokenizer = load_tokenizer(store, base, config.date) if barrier is None else None
     gc.freeze()  # what was imported lives as long as the process: no collection need walk it
 
     def finish(batch: list[MappedRecord]) -> None:
@@ -111,7 +111,9 @@ def _encoded(
 ) -> tuple[list[MappedRecord], list[list[Encoded]]]:
     """The records that have a place in a dataset, with their documents; the others go to `out`."""
     packable = [item for item in batch if item.record.kind in PACKABLE and not is_multimodal(item.record)]
-    results = encode_batch(tokenizer, [item.record for item in packable], config.sequence_length, config.overlong)
+    results = encode_batch(
+        tokenizer, [item.record for item in packable], config.sequence_length, config.overlong, config.reasoning
+    )
     by_item = {id(item): result for item, result in zip(packable, results, strict=True)}
     kept, documents = [], []
     for item in batch:

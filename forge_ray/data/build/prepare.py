@@ -15,7 +15,7 @@ from forge_ray.data.dataset.version import tokenizer_digest
 from forge_ray.data.read.ingest import IndexedFile
 from forge_ray.errors import StoreError
 from forge_ray.progress import visible
-from forge_ray.records import DatasetManifest, ModelVersion
+from forge_ray.records import DatasetManifest, ModelVersion, utc_now
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import withdrawn
@@ -46,7 +46,7 @@ class Prepared:
 def existing_version(config: DataConfig, base: ModelVersion, catalog: Catalog) -> DatasetManifest | None:
     """The version that was built from these settings and from sources with the bytes that they have now."""
     restore_tombstones(catalog.store)
-    return _version_of(config, base, catalog, index_sources(config))
+    return _version_of(dated(config, base, catalog.store), base, catalog, index_sources(config))
 
 
 def prepare_version(
@@ -54,12 +54,21 @@ def prepare_version(
 ) -> Prepared:
     """The version that was built from these inputs, or a new one with its index; needs an initialised Ray."""
     restore_tombstones(catalog.store)
+    config = dated(config, base, catalog.store)
     sources = index_sources(config, progress)
     if manifest := _version_of(config, base, catalog, sources):
         return Prepared(manifest, is_new=False)
     manifest = _build_version(name, config, base, catalog, sources, progress)
     index.build(catalog.store, manifest)
     return Prepared(manifest, is_new=True)
+
+
+def dated(config: DataConfig, base: ModelVersion, store: Store) -> DataConfig:
+    """The settings with today's date (UTC), if the base's chat template prints one and none is set: a build that crosses
+    midnight is one build, and tomorrow's reproduction is equal."""
+    names = [entry.path for entry in base.files if entry.path.endswith((".jinja", "tokenizer_config.json"))]
+    prints = any(b"strftime_now" in store.read(paths.model(base.id, name)) for name in names)
+    return config.model_copy(update={"date": utc_now()[:10]}) if prints and not config.date else config
 
 
 def restore_tombstones(store: Store) -> None:

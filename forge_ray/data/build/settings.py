@@ -21,6 +21,9 @@ def silent(done: float, total: float, text: str) -> None:
     """No one watches."""
 
 
+ENCODING = 2  # how rows become tokens: what an older one made of the same rows is made again
+
+
 @dataclass(frozen=True)
 class BuildSpec:
     """One build of a dataset version: of which files, with whose tokenizer, in which store. All its stages share it."""
@@ -44,7 +47,7 @@ class BuildSpec:
         value = settings_of(self.config)
         for key in ("sources", "block_rows", "max_invalid_fraction"):
             value.pop(key)
-        return digest([FORMAT, value, tokenizer_digest(self.base), *filter(None, [self.tombstones])])
+        return digest([FORMAT, ENCODING, value, tokenizer_digest(self.base), *filter(None, [self.tombstones])])
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def segments(config: DataConfig) -> Iterator[Segment]:
 def input_digest(config: DataConfig, sources: list[IndexedFile], tokenizer: str, tombstones: str) -> str:
     """What decides a dataset, known before it is built. `tombstones` is their name, "" where there are none."""
     files = sorted((source.source, source.sha256) for source in sources)
-    return digest([FORMAT, settings_of(config), files, tokenizer, *filter(None, [tombstones])])
+    return digest([FORMAT, ENCODING, settings_of(config), files, tokenizer, *filter(None, [tombstones])])
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:

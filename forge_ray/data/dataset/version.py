@@ -87,9 +87,9 @@ def require_tokenizer(store: Store, model: ModelVersion) -> None:
 
 
 @lru_cache(maxsize=2)
-def load_tokenizer(store: Store, model: str) -> ChatTokenizer:
-    """The tokenizer of a model version."""
-    return load_tokenizer_dir(store.fetch_dir(paths.model(model), verify=False))
+def load_tokenizer(store: Store, model: str, date: str = "") -> ChatTokenizer:
+    """The tokenizer of a model version; `date`: the one that its template prints (ISO 8601), "" for today's."""
+    return load_tokenizer_dir(store.fetch_dir(paths.model(model), verify=False), date)
 
 
 def record_bytes(content: bytes) -> bytes:

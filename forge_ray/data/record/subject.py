@@ -53,7 +53,8 @@ def subject_of(config: DataConfig, store: Store) -> Callable[[DataRecord], Whose
     if config.subject is None:
         return lambda record: None
     field, caseless = config.subject.field, config.subject.caseless
-    keys = tuple(dict.fromkeys((subject_key(store, config.subject.key_file), subject_key(store, ""))))
+    own = subject_key(store, config.subject.key_file)
+    keys = (own, subject_key(store, "")) if config.subject.key_file and store.exists(KEY) else (own,)
 
     def of(record: DataRecord) -> Whose | None:
         value = record.meta.get(field)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from forge_ray.data.record.schema import DataRecord, Reject
+from forge_ray.data.tokens.answers import split
 from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.data.tokens.proof import prove
 from forge_ray.data.tokens.template import Chat, ChatTokenizer, Encoded
@@ -22,6 +23,7 @@ from forge_ray.data.tokens.template import Chat, ChatTokenizer, Encoded
 __all__ = [
     "ChatTokenizer",
     "Encoded",
+    "answer_of",
     "chat_tokenizer",
     "encode",
     "encode_batch",
@@ -35,8 +37,9 @@ __all__ = [
 NO_DOCUMENT = Reject("neither a chat nor a text")
 
 
-def load_tokenizer_dir(folder: Path) -> ChatTokenizer:
-    """The tokenizer of a model's folder; from local files only, no remote code.
+def load_tokenizer_dir(folder: Path, date: str = "") -> ChatTokenizer:
+    """The tokenizer of a model's folder; from local files only, no remote code. `date`: the one that its template prints
+    (ISO 8601), "" for today's.
 
     Where the folder holds Mistral's own tokenizer file beside a `tokenizer.json`, Mistral's is used: mistral-common is the
     reference for these models, the chat template a copy of it.
@@ -45,7 +48,9 @@ def load_tokenizer_dir(folder: Path) -> ChatTokenizer:
 
     if (path := mistral_file(folder)) is not None:
         return load_mistral(path)
-    return HfTokenizer(_tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    return HfTokenizer(
+        _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False), date
+    )
 
 
 def _tokenizer_class(folder: Path) -> Any:
@@ -77,12 +82,24 @@ def end_of_turn_id(tokenizer: Any) -> int:
     return chat_tokenizer(tokenizer).end_of_turn_id
 
 
+def answer_of(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The answer in generated ids, without reasoning and what else the template writes around it."""
+    wrapped = chat_tokenizer(tokenizer)
+    form = wrapped.answer_form
+    if form is None or not (form.has_reasoning or form.opening.strip()):
+        return wrapped.decode(token_ids, skip_special_tokens=True)
+    ids = list(token_ids)
+    while ids and ids[-1] in wrapped.end_ids:
+        ids.pop()
+    return split(wrapped.decode(ids), form)[1]
+
+
 def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> Encoded:
-    """One conversation at full length; raises `Reject`."""
-    (encoded,) = chat_tokenizer(tokenizer).encode_chats([(messages, tools)])
-    if isinstance(encoded, Reject):
-        raise encoded
-    return encoded
+    """One conversation at full length, or, of several documents, the last answer's; raises `Reject`."""
+    (documents,) = chat_tokenizer(tokenizer).encode_chats([(messages, tools)])
+    if isinstance(documents, Reject):
+        raise documents
+    return documents[-1]
 
 
 def encode(tokenizer: Any, record: DataRecord, sequence_length: int, overlong: str) -> list[Encoded]:
@@ -94,9 +111,10 @@ def encode(tokenizer: Any, record: DataRecord, sequence_length: int, overlong: s
 
 
 def encode_batch(
-    tokenizer: Any, records: Sequence[DataRecord], sequence_length: int, overlong: str
+    tokenizer: Any, records: Sequence[DataRecord], sequence_length: int, overlong: str, reasoning: str = "train"
 ) -> list[list[Encoded] | Reject]:
-    """Per record its document, or several where a plain text is longer than the sequence, or why it cannot be used."""
+    """Per record its document, or several where a plain text is longer than the sequence or a template writes the history of
+    each answer anew, or why it cannot be used. `reasoning`: that of answers is trained, kept as context, or dropped."""
     tokenizer = chat_tokenizer(tokenizer)
     results: list[list[Encoded] | Reject] = [NO_DOCUMENT] * len(records)
     texts = [i for i, record in enumerate(records) if "text" in record.content]
@@ -106,9 +124,15 @@ def encode_batch(
             results[i] = Reject(f"the text contains the special token {token!r}")
         else:
             results[i] = _text_documents(ids, tokenizer.end_of_turn_id, sequence_length)
-    conversations: list[Chat] = [(records[i].messages, records[i].content.get("tools")) for i in chats]
-    for i, encoded in zip(chats, tokenizer.encode_chats(conversations), strict=True):
-        results[i] = encoded if isinstance(encoded, Reject) else _fitted(encoded, sequence_length, overlong)
+    conversations: list[Chat] = [
+        (
+            _without_reasoning(records[i].messages) if reasoning == "drop" else records[i].messages,
+            records[i].content.get("tools"),
+        )
+        for i in chats
+    ]
+    for i, encoded in zip(chats, tokenizer.encode_chats(conversations, reasoning != "keep"), strict=True):
+        results[i] = encoded if isinstance(encoded, Reject) else _all_fitted(encoded, sequence_length, overlong)
     whose, documents = [], []
     for i, result in enumerate(results):
         if not isinstance(result, Reject):
@@ -117,6 +141,20 @@ def encode_batch(
     for number, reason in prove(tokenizer, documents).items():
         results[whose[number]] = Reject(reason)
     return results
+
+
+def _without_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: item for key, item in turn.items() if key != "reasoning_content"} for turn in messages]
+
+
+def _all_fitted(documents: list[Encoded], sequence_length: int, overlong: str) -> list[Encoded] | Reject:
+    fitted: list[Encoded] = []
+    for document in documents:
+        one = _fitted(document, sequence_length, overlong)
+        if isinstance(one, Reject):
+            return one
+        fitted += one
+    return fitted
 
 
 def _fitted(encoded: Encoded, sequence_length: int, overlong: str) -> list[Encoded] | Reject:

@@ -5,21 +5,26 @@ A batch of conversations is tokenised by one call, and an answer's tokens are fo
 
 from __future__ import annotations
 
+import contextlib
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.adapt import probe_tools
+from forge_ray.data.tokens.answers import AnswerForm
+from forge_ray.data.tokens.call_forms import CallForm, style_of
 from forge_ray.data.tokens.decoding import writes_others
+from forge_ray.data.tokens.documents import ChatDocument, ChatFormat, TurnSpan
 from forge_ray.data.tokens.forged import excess, refuse_built
-from forge_ray.data.tokens.render import Rendering, TurnSpan, any_of
+from forge_ray.data.tokens.render import Rendering
+from forge_ray.data.tokens.special_tokens import SpecialTokens, tokens_before
 from forge_ray.data.tokens.template import BYTE_OF_CHARACTER, CallStyle, Chat, Encoded, Messages
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a single byte
@@ -33,31 +38,36 @@ class HfTokenizer:
     """A transformers tokenizer with its chat template."""
 
     tokenizer: Any
+    date: str = ""
     _tails: dict[str, list[int]] = field(default_factory=dict)
     _prefixes: dict[str, list[int]] = field(default_factory=dict)
+    _formats: dict[str, ChatFormat] = field(default_factory=dict)
+
+    @cached_property
+    def special(self) -> SpecialTokens:
+        return SpecialTokens(self.tokenizer)
 
     @cached_property
     def _rendering(self) -> Rendering:
-        return Rendering(self.tokenizer)
+        return Rendering(self.tokenizer, self.date)
 
     @cached_property
     def eos_token_id(self) -> int | None:
-        return None if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
+        return None if (token := self.tokenizer.eos_token_id) is None else int(token)
 
     @cached_property
     def end_of_turn_id(self) -> int:
-        if self.eos_token_id is None:
+        if (token := self.eos_token_id) is None:
             raise Reject("the tokenizer has no end-of-sequence token")
-        return self.eos_token_id
+        return token
 
     @cached_property
     def bos_id(self) -> int | None:
-        return None if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
+        return None if (token := self.tokenizer.bos_token_id) is None else int(token)
 
     @cached_property
     def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.end_of_turn_id if pad is None else int(pad)
+        return self.end_of_turn_id if (token := self.tokenizer.pad_token_id) is None else int(token)
 
     @property
     def vocab_size(self) -> int:
@@ -69,28 +79,39 @@ class HfTokenizer:
 
     @cached_property
     def call_style(self) -> CallStyle:
-        """Told by what the chat template writes."""
-        template = self._rendering.source([{}]) if self.has_chat else ""
-        if "tools" not in template:
-            return ""
-        if "[TOOL_CALLS]" in template:
-            return "mistral-v11" if "[CALL_ID]" in template else "mistral-v13" if "[ARGS]" in template else "mistral-v3"
-        return "hermes" if "<tool_call>" in template and "<function=" not in template else ""
+        """How the chat template writes calls, as a probe of it shows."""
+        return "" if self.call_form is None else style_of(self.call_form)
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        return self.chat_format(probe_tools()).call_form if self.has_chat else None
+
+    @cached_property
+    def answer_form(self) -> AnswerForm | None:
+        """How the chat template writes an answer; None without a template, or where it writes none."""
+        try:
+            return self.chat_format(None).answer if self.has_chat else None
+        except Reject:
+            return None
+
+    def written_ids(self, text: str) -> list[int]:
+        """Ids of a text that the template itself writes: what names a special token is one."""
+        return self._plain(text) if self._backend is None else list(self._encode([text])[0].ids)
 
     def marker_id(self, token: str) -> int | None:
         """The id of an added token of this very text."""
-        return self._added_ids.get(token)
+        return self.special.ids.get(token)
 
     def piece_ids(self, text: str) -> list[int]:
         """Ids of a text inside a turn, without begin and end tokens; `Reject` where it holds a special token."""
-        if match := self._special_pattern.search(text):
+        if match := self.special.pattern.search(text):
             raise Reject(f"the text contains the special token {match[0]!r}")
-        return list(self._plain(text)) if self._backend is None else list(self._encode([text])[0].ids)
+        return self.written_ids(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text, in UTF-8; maybe a part of a character. A special token is its name."""
-        if token_id in self._added_texts:
-            return self._added_texts[token_id].encode()
+        if token_id in self.special.texts:
+            return self.special.texts[token_id].encode()
         piece = self.tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:  # a row of the embedding that no token has
             return b""
@@ -102,14 +123,6 @@ class HfTokenizer:
     @cached_property
     def _is_byte_level(self) -> bool:
         return self._backend is not None and "ByteLevel" in repr(self._backend.decoder)
-
-    @cached_property
-    def _added_texts(self) -> dict[int, str]:
-        return {int(i): str(token.content) for i, token in self.tokenizer.added_tokens_decoder.items()}
-
-    @cached_property
-    def _added_ids(self) -> dict[str, int]:
-        return {text: i for i, text in self._added_texts.items()}
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
@@ -133,62 +146,84 @@ class HfTokenizer:
         """The special token that a part of the plain text has become in its ids; "" where none has. An end token at the
         very end is the one that would be put there anyway."""
         unknown = self.tokenizer.unk_token
-        if unknown and unknown in self._added_ids and unknown in text:  # as a letter that has no token would become it too
+        if unknown and unknown in self.special.ids and unknown in text:  # as a letter that has no token would become it too
             return str(unknown)
-        ends = self.eos_token_id is not None and text.endswith(self._added_texts.get(self.eos_token_id, "\x00"))
-        token_id = excess(ids, self._is_control, self._written + ends)
-        return "" if token_id is None else self._added_texts[token_id]
+        ends = self.eos_token_id is not None and text.endswith(self.special.texts.get(self.eos_token_id, "\x00"))
+        token_id = excess(ids, self.special.is_control, self._written + ends)
+        return "" if token_id is None else self.special.texts[token_id]
 
     @cached_property
     def _written(self) -> int:
         """How many special tokens the tokenizer itself adds to a plain text."""
-        return int(self._is_control[np.array(self.text_ids([""])[0], np.int64)].sum())
-
-    @cached_property
-    def _is_control(self) -> npt.NDArray[np.bool_]:
-        """Special ids but that of unknown letters."""
-        table = self._is_special.copy()
-        if self.tokenizer.unk_token_id is not None:
-            table[int(self.tokenizer.unk_token_id)] = False
-        return table
+        return int(self.special.is_control[np.array(self.text_ids([""])[0], np.int64)].sum())
 
     def _refuse_forged(self, text: str, ids: Sequence[int]) -> None:
         """The n special tokens of a rendered text are all that its ids may have: others come from normalised text."""
-        expected = sum(1 for _ in self._special_pattern.finditer(text))
-        if excess(ids, self._is_control, expected) is not None:
+        expected = sum(1 for _ in self.special.pattern.finditer(text))
+        if excess(ids, self.special.is_control, expected) is not None:
             raise Reject("a message becomes a special token")
+
+    def chat_format(self, tools: list[Any] | None) -> ChatFormat:
+        """What the template for a conversation with these tools writes."""
+        source = self._rendering.source(tools)
+        if source not in self._formats:
+            self._formats[source] = ChatFormat(self._rendering.render, self.special.pattern, source)
+        return self._formats[source]
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: what the template writes behind one, and the tokenizer's end of a text."""
+        ends = {self.eos_token_id}
+        with contextlib.suppress(Reject):
+            ends |= {self.marker_id(token) for token in (self.chat_format(None).ends if self.has_chat else ())}
+        return tuple(sorted(token for token in ends if token is not None))
 
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
         """Ids up to where the assistant answers: what serving and evaluation feed the engine."""
-        messages, tools = self._rendering.checked(messages, tools)
-        text = self._rendering.render(messages, tools, True)
-        self._refuse_built(messages, tools, text, True)
-        spans = self._rendering.spans(messages, tools, text, (None,) * len(messages))
+        checked, tools = self._rendering.checked(messages, tools)
+        (chat := self.chat_format(tools)).refuse_unplaced(messages)
+        text = chat.render(messages, tools, True)
+        self._refuse_built(checked, tools, text, True)
+        chat.refuse_lost_of_prompt(text, messages, tools)
+        spans = chat.answers_in(text, messages, tools)
         ids = self._plain(text) if self._backend is None else self._located(text, spans, self._encode([text])[0])[0]
         self._refuse_forged(text, ids)
         return ids
 
     def _refuse_built(self, messages: Messages, tools: list[Any] | None, text: str, for_answer: bool) -> None:
-        def render(other_messages: Messages, other_tools: list[Any] | None) -> str:
-            return self._rendering.render(other_messages, other_tools, for_answer)
+        chat = self.chat_format(tools)
+        render = partial(chat.render, for_answer=for_answer)
+        refuse_built(self.special.pattern, text, messages, tools, render, writes_others(chat.source))
 
-        refuse_built(self._special_pattern, text, messages, tools, render, writes_others(self._rendering.source(tools)))
-
-    def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]:
-        """Each conversation tokenised once, its trained answers marked up to their end of turn."""
-        plans: list[tuple[str, list[TurnSpan]] | Reject] = []
+    def encode_chats(self, chats: Sequence[Chat], train_reasoning: bool = True) -> list[list[Encoded] | Reject]:
+        """Each conversation as its documents, with the trained answers marked up to their end of turn."""
+        plans: list[list[ChatDocument] | Reject] = []
         for messages, tools in chats:
             try:
-                seen, tools = self._rendering.checked(messages, tools)
-                text = self._rendering.render(seen, tools, False)
-                self._refuse_built(seen, tools, text, False)
-                weights = tuple(message.get("weight", 1) for message in messages)
-                plans.append((text, self._rendering.spans(seen, tools, text, weights)))
+                checked, tools = self._rendering.checked(messages, tools)
+                chat = self.chat_format(tools)
+                chat.refuse_unplaced(messages)
+                text = chat.render(messages, tools, False)
+                self._refuse_built(checked, tools, text, False)
+                documents = chat.documents(messages, tools, text)
+                if not train_reasoning:
+                    documents = [chat.without_reasoning(document, messages) for document in documents]
+                for document in documents:
+                    chat.refuse_lost(document, messages, tools)
+                plans.append(documents)
             except Reject as error:
                 plans.append(error)
-        sound = [plan for plan in plans if not isinstance(plan, Reject)]
-        encoded = iter(self._encoded(sound))
-        return [plan if isinstance(plan, Reject) else next(encoded) for plan in plans]
+        flat = [(one.text, list(one.spans)) for plan in plans if not isinstance(plan, Reject) for one in plan]
+        encoded = iter(self._encoded(flat))
+        results: list[list[Encoded] | Reject] = []
+        for plan in plans:
+            if isinstance(plan, Reject):
+                results.append(plan)
+                continue
+            parts = [next(encoded) for _ in plan]
+            refused = next((one for one in parts if isinstance(one, Reject)), None)
+            results.append(refused or [one for one in parts if isinstance(one, Encoded)])
+        return results
 
     def _encoded(self, plans: list[tuple[str, list[TurnSpan]]]) -> list[Encoded | Reject]:
         """Without offsets where the special tokens tell where the answers are; offsets cost a quarter more."""
@@ -231,7 +266,9 @@ class HfTokenizer:
             return ""
         shorter = min(len(one), len(other))
         common = one[: bisect_left(range(1, shorter + 1), True, key=lambda length: one[:length] != other[:length])]
-        cuts = [match.start() for match in self._added_pattern.finditer(common) if match[0] in self._separates]
+        cuts = [
+            match.start() for match in self.special.added_pattern.finditer(common) if match[0] in self.special.separating
+        ]
         return common[: cuts[-1]] if cuts and cuts[-1] >= MIN_PREFIX else ""
 
     def _by_special_tokens(self, text: str, spans: list[TurnSpan], token_ids: list[int]) -> Encoded | None:
@@ -240,11 +277,11 @@ class HfTokenizer:
         The n-th special token of the text is the n-th special id, since no content holds one (`Rendering.checked`).
         """
         ids = np.array(token_ids, np.int32)
-        places = np.flatnonzero(self._is_special[ids])
-        tokens = list(self._special_pattern.finditer(text))
+        places = np.flatnonzero(self.special.is_special[ids])
+        tokens = list(self.special.pattern.finditer(text))
         if len(tokens) != len(places):
             return None
-        mask, end_id, after = np.zeros(len(ids), np.int8), self.end_of_turn_id, 0
+        mask, after = np.zeros(len(ids), np.int8), 0
         for span in spans:
             if not span.trained:
                 continue
@@ -258,9 +295,7 @@ class HfTokenizer:
             if token_ids[begin:first] != expected:
                 return None
             for number in range(after, len(tokens)):
-                if tokens[number].end() > span.end:
-                    break
-                if token_ids[places[number]] == end_id:
+                if tokens[number].end() == span.end:
                     last = int(places[number]) + 1
             if not last:
                 return None
@@ -275,30 +310,6 @@ class HfTokenizer:
             if len(self._tails) < MAX_TAILS and len(tail) < MAX_TAILS:
                 self._tails[tail] = expected
         return expected
-
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special})
-
-    @cached_property
-    def _added_pattern(self) -> re.Pattern[str]:
-        return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values()})
-
-    @cached_property
-    def _separates(self) -> frozenset[str]:
-        """Special tokens that are found whatever stands before them, and take nothing of it."""
-        tokens = self.tokenizer.added_tokens_decoder.values()
-        return frozenset(t.content for t in tokens if t.special and not (t.lstrip or t.normalized or t.single_word))
-
-    @cached_property
-    def _is_special(self) -> npt.NDArray[np.bool_]:
-        table = np.zeros(max(len(self.tokenizer), max(self._special_ids, default=0) + 1), bool)
-        table[list(self._special_ids)] = True
-        return table
-
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
 
     @cached_property
     def _backend(self) -> Any:
@@ -326,14 +337,12 @@ class HfTokenizer:
         try:
             ids, ranges = self._located(text, spans, encoding) if encoding else self._located_slowly(text, spans)
             self._refuse_forged(text, ids)
-            mask, end_id = np.zeros(len(ids), np.int8), self.end_of_turn_id
+            mask = np.zeros(len(ids), np.int8)
             for span, (first, last) in zip(spans, ranges, strict=True):
                 if not span.trained:
                     continue
-                while last > first and ids[last - 1] != end_id:  # what follows the end of turn is not generated
-                    last -= 1
-                if last <= first:
-                    raise Reject("the template closes the answer without the end-of-turn token")
+                if last <= first or ids[last - 1] not in self.special.special_ids:
+                    raise Reject("the template closes the answer without an end-of-turn token")
                 mask[first:last] = 1
         except Reject as error:
             return error
@@ -350,7 +359,7 @@ class HfTokenizer:
                 at = range(span.start + 1, len(text))
                 first = next((i for c in at if (i := encoding.char_to_token(c)) is not None), len(ids))
             if self._continues(text, span.start, encoding, ids, first):
-                ranges.append((first, _tokens_before(encoding, span.end, len(ids))))
+                ranges.append((first, tokens_before(encoding, span.end, len(ids))))
             else:
                 cuts.append(span.start)
         return self._cut(text, spans, cuts) if cuts else (ids, ranges)
@@ -359,7 +368,7 @@ class HfTokenizer:
         """Whether the tokens before `first` are those of the prompt alone. What stands before a special token is
         tokenised without regard to what follows it, so only the prompt's end from its last special token is compared."""
         begin = first - 1
-        while begin > 0 and ids[begin] not in self._special_ids:
+        while begin > 0 and ids[begin] not in self.special.special_ids:
             begin -= 1
         tail = text[encoding.token_to_chars(begin)[0] if begin > 0 else 0 : start]
         expected = self._expected(tail)
@@ -381,8 +390,7 @@ class HfTokenizer:
         return ids, [(first, sum(a < s.end for a, _ in offsets)) for first, s in zip(firsts, spans, strict=True)]
 
     def _located_slowly(self, text: str, spans: list[TurnSpan]) -> tuple[list[int], list[tuple[int, int]]]:
-        """For tokenizers in Python, which tell no offsets: the ids of each beginning of the text must be a beginning of
-        the ids."""
+        """For tokenizers without offsets: the ids of each beginning of the text must be a beginning of the ids."""
         ids, ranges = self._plain(text), []
         for span in spans:
             before, until = self._plain(text[: span.start]), self._plain(text[: span.end])
@@ -390,11 +398,3 @@ class HfTokenizer:
                 raise Reject(JOINED)
             ranges.append((len(before), len(until)))
         return ids, ranges
-
-
-def _tokens_before(encoding: Any, end: int, count: int) -> int:
-    """The number of tokens that begin before the character `end`."""
-    for at in range(end - 1, -1, -1):
-        if (token := encoding.char_to_token(at)) is not None:
-            return int(token) + 1
-    return count

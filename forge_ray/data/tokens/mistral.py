@@ -7,15 +7,18 @@ that of `forge-ray[mistral]`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.adapt import with_short_ids
+from forge_ray.data.tokens.answers import AnswerForm
 from forge_ray.data.tokens.hf import BYTE_PIECE
 from forge_ray.data.tokens.template import CallStyle, Chat, Encoded, Messages
 from forge_ray.models.model_files import mistral_file, require_mistral_common
@@ -87,6 +90,20 @@ class MistralChat:
             case _:
                 return "mistral-v13"
 
+    @property
+    def call_form(self) -> None:
+        """The styles of Mistral's versions say it."""
+
+    @property
+    def answer_form(self) -> AnswerForm | None:
+        """Reasoning is between two special tokens, where the version has them."""
+        if self.marker_id("[THINK]") is None:
+            return None
+        return AnswerForm("", "[THINK]", "[/THINK]", frozenset(), "", "", has_reasoning=True)
+
+    def written_ids(self, text: str) -> list[int]:
+        return self.piece_ids(text)
+
     def marker_id(self, token: str) -> int | None:
         """The id of a special token."""
         try:
@@ -130,14 +147,53 @@ class MistralChat:
         with _refusals():
             return [int(token) for token in self.serving.encode_chat_completion(_request(messages, tools, False)).tokens]
 
-    def encode_chats(self, chats: Sequence[Chat]) -> list[Encoded | Reject]:
-        results: list[Encoded | Reject] = []
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return (self.end_of_turn_id,)
+
+    def encode_chats(self, chats: Sequence[Chat], train_reasoning: bool = True) -> list[list[Encoded] | Reject]:
+        """Each conversation as one document, or one per answer where serving sends another prompt before it: some versions
+        put the system prompt or the tools into the last question alone."""
+        results: list[list[Encoded] | Reject] = []
         for messages, tools in chats:
             try:
-                results.append(self._encode(messages, tools))
+                documents = self._documents(messages, tools)
+                results.append(documents if train_reasoning else [self._behind_reasoning(one) for one in documents])
             except Reject as error:
                 results.append(error)
         return results
+
+    def _documents(self, messages: Messages, tools: list[Any] | None) -> list[Encoded]:
+        trained = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight", 1)]
+        if any(one["role"] == other["role"] == "assistant" for one, other in pairwise(messages)):
+            return [self._encode(messages, tools)]  # neighbours are one turn: no prompt ends between them
+        with contextlib.suppress(Reject):
+            whole = self._encode(messages, tools)
+            starts = np.flatnonzero(np.diff(whole.loss_mask, prepend=0) == 1).tolist()
+            prompts = [self.prompt_ids(messages[:i], tools) for i in trained]
+            if len(starts) == len(trained) and all(
+                whole.ids[:start].tolist() == prompt for start, prompt in zip(starts, prompts, strict=True)
+            ):
+                return [whole]
+        return [self._of_answer(messages[: i + 1], tools) for i in trained] or [self._encode(messages, tools)]
+
+    def _behind_reasoning(self, document: Encoded) -> Encoded:
+        """The document with reasoning in context, not trained."""
+        closing, mask = self.marker_id("[/THINK]"), document.loss_mask.copy()
+        for place in np.flatnonzero((document.ids == closing) & (mask == 1)).tolist() if closing is not None else ():
+            start = place
+            while start >= 0 and mask[start]:
+                mask[start] = 0
+                start -= 1
+        return Encoded(document.ids, mask)
+
+    def _of_answer(self, messages: Messages, tools: list[Any] | None) -> Encoded:
+        """The prompt of the last turn as serving sends it, and this turn."""
+        others = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in messages[:-1]]
+        whole, prompt = self._encode([*others, messages[-1]], tools), self.prompt_ids(messages[:-1], tools)
+        answer = whole.ids[int(whole.loss_mask.argmax()) :]
+        mask = np.array([0] * len(prompt) + [1] * len(answer), np.int8)
+        return Encoded(np.array([*prompt, *answer.tolist()], np.int32), mask)
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
@@ -200,7 +256,7 @@ def _request(messages: Messages, tools: list[Any] | None, finetuning: bool) -> A
     from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-    plain = [{key: item for key, item in message.items() if key != "weight"} for message in messages]
+    plain = [_openai(message) for message in with_short_ids(messages)]
     request: Any = ChatCompletionRequest.from_openai(plain, tools or None, model="served")
     if finetuning:  # with their weights, so that turns of different weight stay apart
         for i, (message, original) in enumerate(zip(request.messages, messages, strict=True)):
@@ -208,6 +264,16 @@ def _request(messages: Messages, tools: list[Any] | None, finetuning: bool) -> A
                 fields = {name: getattr(message, name) for name in ("content", "tool_calls", "prefix")}
                 request.messages[i] = FinetuningAssistantMessage(**fields, weight=float(original.get("weight", 1)))
     return request
+
+
+def _openai(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as mistral-common reads it: reasoning as a part of the content, a name where it has a meaning there."""
+    turn = {key: item for key, item in message.items() if key not in ("weight", "reasoning_content") and item is not None}
+    if reasoning := message.get("reasoning_content"):
+        thought = {"type": "thinking", "thinking": [{"type": "text", "text": reasoning}], "closed": True}
+        texts = [{"type": "text", "text": turn["content"]}] if turn.get("content") else []
+        turn["content"] = [thought, *texts]
+    return turn
 
 
 class _refusals:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from forge_ray.data.tokens.template import ChatTokenizer, Encoded
 
 NOTHING = "no trained token"
+END_ALONE = "of a trained answer only the end token is trained"
 OPEN_END = "the end token of a trained answer is not trained"
 TWO_BEGINS = "the begin token is doubled"
 
@@ -38,10 +39,14 @@ def prove(tokenizer: ChatTokenizer, documents: Sequence[Encoded]) -> dict[int, s
     last_of_document = np.zeros(len(ids), bool)
     last_of_document[ends[lengths > 0] - 1] = True
     following = np.append(mask[1:], False) & ~last_of_document
-    open_end = mask & ~following & (ids != tokenizer.end_of_turn_id)
+    open_end = mask & ~following & ~np.isin(ids, tokenizer.end_ids)
     may_be_open = np.array([document.truncated for document in documents]) | (trained == lengths - 1)
     open_end &= ~(last_of_document & may_be_open[owner])
     problems |= dict.fromkeys(owner[open_end].tolist(), OPEN_END)
+    preceding = np.insert(mask[:-1], 0, False)
+    preceding[starts[lengths > 0]] = False
+    end_alone = mask & ~preceding & ~following & np.isin(ids, tokenizer.end_ids) & (trained[owner] != lengths[owner] - 1)
+    problems |= dict.fromkeys(owner[end_alone].tolist(), END_ALONE)
     first_trained = np.zeros(len(documents), bool)
     first_trained[lengths > 0] = mask[starts[lengths > 0]]
     problems |= dict.fromkeys(np.flatnonzero(trained - first_trained == 0).tolist(), NOTHING)

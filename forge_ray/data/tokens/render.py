@@ -1,4 +1,4 @@
-"""Chat template → text, and where in it the answers stand.
+"""Chat template → text.
 
 The template comes from the model's folder alone, never from a row or a request. It is compiled once, by transformers' own
 sandbox.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -17,20 +18,12 @@ from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.template import Chat, Messages
 
 
-@dataclass(frozen=True)
-class TurnSpan:
-    """An assistant turn in the rendered text: from where generation would start to where the next turn would."""
-
-    start: int
-    end: int
-    trained: bool
-
-
 @dataclass(frozen=True, eq=False)
 class Rendering:
     """The chat template of a transformers tokenizer; what it compiles is kept."""
 
     tokenizer: Any
+    date: str = ""  # that a template prints; "": today's
     _compilations: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
     _patterns: dict[str, tuple[re.Pattern[str], re.Pattern[str]]] = field(default_factory=dict)
 
@@ -46,10 +39,9 @@ class Rendering:
             from transformers.utils.chat_template_utils import _compile_jinja_template
 
             compiled = _compile_jinja_template(template)
-            self._compilations[template] = (
-                compiled,
-                {**compiled.globals, "documents": None, **self.tokenizer.special_tokens_map},
-            )
+            fixed = {"strftime_now": datetime.fromisoformat(self.date).strftime} if self.date else {}
+            variables = {**compiled.globals, **fixed, "documents": None, **self.tokenizer.special_tokens_map}
+            self._compilations[template] = compiled, variables
         return self._compilations[template]
 
     @cached_property
@@ -105,27 +97,6 @@ class Rendering:
             return "".join(compiled.root_render_func(context))
         except Exception as error:  # jinja errors of many kinds: the template refuses these roles
             raise _refused(error) from error
-
-    def spans(self, messages: Messages, tools: list[Any] | None, text: str, weights: Sequence[Any]) -> list[TurnSpan]:
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            trained = bool(weights[number])
-            try:
-                prefix = self.render(messages[:number], tools, True)
-                last = number + 1 == len(messages)
-                whole = text if last or not trained else self.render(messages[: number + 1], tools, False)
-                same = text.startswith(prefix) and (not trained or (whole.startswith(prefix) and text.startswith(whole)))
-            except Reject:
-                if trained:
-                    raise
-                continue  # an assistant turn that opens the conversation; nothing was generated there
-            if same:
-                spans.append(TurnSpan(len(prefix), len(whole), trained))
-            elif trained:
-                raise Reject("the chat template rewrites earlier turns")
-        return spans
 
 
 def _refused(error: Exception) -> Reject:

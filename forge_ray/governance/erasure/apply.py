@@ -24,7 +24,7 @@ from forge_ray.governance.erasure.repeat import rebuild, retrain
 from forge_ray.governance.erasure.routes import move, withdraw
 from forge_ray.governance.erasure.search import ErasureRequest, search
 from forge_ray.progress import stage
-from forge_ray.records import Erasure, Event
+from forge_ray.records import Deployment, Erasure, Event
 from forge_ray.store import signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -37,11 +37,13 @@ def erase(store: Store, request: ErasureRequest, options: Options, why: str = ""
     holds such a row, and `EngineError`, after it has written the certificate, where an endpoint or another process may
     still hold something."""
     with Catalog.open(store) as catalog:
+        for deployment in options.stopped:
+            catalog.get_as(Deployment, deployment)
         restore_tombstones(store)
         record = _begun(catalog, request, options, why)
         done = Done()
         checked = _rounds(catalog, record, options, done)
-        places = outside.clear(store, outside.purged_files(store))
+        places = outside.clear(store, () if store.is_local else outside.purged_files(store))
         with stage("endpoints") as it:
             routed = standing_for(catalog, done.versions).values()
             blocked = done.versions - {version for hit in routed for version in hit}
@@ -71,13 +73,14 @@ def _rounds(catalog: Catalog, record: Erasure, options: Options, done: Done) -> 
     """Every round; the last one leaves a store in which nothing is found any more."""
     plan = ErasurePlan.model_validate(record.plan)
     for number in range(1, ROUNDS + 1):
-        running = wait_for_trainings(catalog, options.wait_s)
+        wait_for_trainings(catalog, options.wait_s)
         _round(catalog, record, plan, options, _suffix(number), done)
         state = f"late{_suffix(number + 1)}"
         late = next(
             (event.data["plan"] for event in catalog.events("erasure", record.id) if event.data["state"] == state), None
         )
         if late is None:
+            running = wait_for_trainings(catalog, options.wait_s)
             checked = check(catalog, record.id, done.plans, options.wait_s, running)
             late_found = late_plan(catalog, done.plans, checked.datasets, erased.of_erasure(catalog.store, record.id).has)
             if late_found is None:

@@ -64,8 +64,10 @@ def _trouble(catalog: Catalog, deployment: Deployment, versions: Collection[str]
     """Why it is not confirmed that the deployment holds none of the versions; "" where it is."""
     state = _state(deployment)
     if state is not None:
-        held = sorted({version for replica in state["replicas"].values() for version in replica["held"]} & set(versions))
-        return f"its replicas hold {', '.join(held)}" if held else ""
+        replicas, running = state["replicas"].values(), state.get("running", 0)
+        if held := sorted({version for replica in replicas for version in replica["held"]} & set(versions)):
+            return f"its replicas hold {', '.join(held)}"
+        return f"{len(replicas)} of its {running} replicas have reported lately" if len(replicas) < running else ""
     running = next((e for e in reversed(catalog.events("deployment", deployment.id)) if e.data.get("url")), None)
     url = running.data["url"] if running else ""
     if url and (answering := _answering(url)):
@@ -76,7 +78,8 @@ def _trouble(catalog: Catalog, deployment: Deployment, versions: Collection[str]
 
 
 def _state(deployment: Deployment) -> dict[str, Any] | None:
-    """What the replicas reported to the coordinator; None where no cluster that is in reach has one."""
+    """What the replicas reported to the coordinator, and how many there are (`running`); None where no cluster that is in
+    reach has one."""
     import ray
 
     from forge_ray.serve.coordinator import find_coordinator
@@ -86,10 +89,22 @@ def _state(deployment: Deployment) -> dict[str, Any] | None:
             return None
         connect(show_logs=False)
     coordinator = find_coordinator(deployment.id)
+    if coordinator is None:
+        return None
     try:
-        return ray.get(coordinator.state.remote(), timeout=30) if coordinator else None
+        return {**ray.get(coordinator.state.remote(), timeout=30), "running": _num_replicas(deployment.name)}
     except (ray.exceptions.RayError, TimeoutError):
         return None
+
+
+def _num_replicas(name: str) -> int:
+    """Replicas of an application of Ray Serve that may have weights in memory, those that are stopping too."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    states = [one.replica_states for one in application.deployments.values()] if application else []
+    without = ("STARTING", "STOPPED")
+    return sum(n for counts in states for state, n in counts.items() if getattr(state, "value", state) not in without)
 
 
 def _answering(url: str) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.impact import StoreUses
-from forge_ray.records import DatasetManifest, Erasure, EvalReport, ModelVersion
+from forge_ray.records import DatasetManifest, Erasure, EvalReport, FileEntry, ModelVersion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import withdrawn
+from forge_ray.store.files import names_in
 from forge_ray.store.owner import MARK, is_alive
 from forge_ray.store.walk import StoredFile, every_file, folders
 from forge_ray.train import attempts, metrics, run_folder
@@ -32,6 +33,7 @@ KEPT_OF_RUN = {
     *("attempts", "incidents", "validations", "stacks", "tensorboard"),
 }
 IMPORTS = (".importing-", ".tmp-.importing-")  # they come from outside the store
+Registered = dict[str, dict[str, frozenset[str]]]
 LATELY_S = 10.0  # between the last byte of a folder and its record
 QUIET_S = 60.0  # a process of another machine that has written nothing for so long has ended
 
@@ -78,15 +80,23 @@ def accounts_of(catalog: Catalog, used_runs: Iterable[str] = ()) -> Accounts:
     return Accounts(files, tuple(one for one in leftovers if one.path not in imports), tuple(strangers), imports, links)
 
 
-def _registered(catalog: Catalog) -> dict[str, set[str]]:
-    """Folder → the names in it that records account for. Dataset versions that an erasure withdrew are none of them."""
-    datasets = {manifest.id for manifest in catalog.all(DatasetManifest)} - withdrawn(catalog.store).datasets.keys()
-    of_dataset = dict.fromkeys(("datasets", "index", "cards"), datasets)
+def _registered(catalog: Catalog) -> Registered:
+    """Folder → the names in it that records account for, with the files that each lists, none where it lists none. Dataset
+    versions that an erasure withdrew are not accounted for."""
+    erased = withdrawn(catalog.store).datasets
+    datasets = {one.id: _names(one.files) for one in catalog.all(DatasetManifest) if one.id not in erased}
+    derived = dict.fromkeys(datasets, frozenset[str]())
     return {
-        **of_dataset,
-        "models": {version.id for version in catalog.all(ModelVersion)},
-        "evals": {report.id for report in catalog.all(EvalReport)},
+        "datasets": datasets,
+        "index": derived,
+        "cards": derived,
+        "models": {version.id: _names(version.files) for version in catalog.all(ModelVersion)},
+        "evals": {report.id: frozenset() for report in catalog.all(EvalReport)},
     }
+
+
+def _names(files: tuple[FileEntry, ...]) -> frozenset[str]:
+    return frozenset(names_in(files)) if files else frozenset()
 
 
 def _used_runs(catalog: Catalog) -> set[str]:
@@ -104,7 +114,7 @@ def _used_runs(catalog: Catalog) -> set[str]:
     return runs | {run for run in unfinished if paths.run(run) not in living}
 
 
-def _place(path: str, registered: dict[str, set[str]], runs: set[str]) -> str | None:
+def _place(path: str, registered: Registered, runs: set[str]) -> str | None:
     """The file or folder that is left over with this file; "" where a record accounts for it; None for a stranger's file."""
     parts = path.split("/")
     top, hidden = parts[0], next((n for n, part in enumerate(parts) if part.startswith(".")), None)
@@ -121,7 +131,10 @@ def _place(path: str, registered: dict[str, set[str]], runs: set[str]) -> str | 
         return "" if is_kept else "/".join(parts[:3])
     if parts[1] not in registered[top]:
         return "/".join(parts[:2])
-    return "/".join(parts[: hidden + 1]) if hidden else ""
+    if hidden:
+        return "/".join(parts[: hidden + 1])
+    names = registered[top][parts[1]]
+    return None if names and "/".join(parts[2:]) not in names else ""
 
 
 def _unseen_images(catalog: Catalog, files: Iterable[StoredFile]) -> Iterator[str]:

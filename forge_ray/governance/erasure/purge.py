@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterable
 
@@ -15,6 +16,8 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store, sha256_file
 from forge_ray.store.walk import StoredFile
+
+TRIES = 10
 
 
 def folders(plan: ErasurePlan, weights: Iterable[str]) -> list[str]:
@@ -87,9 +90,20 @@ def _sha256(store: Store, path: str) -> str:
 def purge(store: Store, chosen: Iterable[str]) -> None:
     """Delete the files and folders, and the work area, which may hold any row: its marks first, by which builds that run
     learn of it. Repeatable."""
-    store.delete_dir(paths.work())  # of builds and of reproductions
+    empty_work_area(store)
     for place in chosen:
         remove(store, place)
+
+
+def empty_work_area(store: Store) -> None:
+    """Delete what builds and reproductions have written. One that is writing may put a file into a folder that is being
+    deleted, so it is tried more than once."""
+    for _ in range(TRIES - 1):
+        try:
+            return store.delete_dir(paths.work())
+        except OSError:
+            time.sleep(0.2)
+    store.delete_dir(paths.work())
 
 
 def remove(store: Store, place: str) -> None:

@@ -11,17 +11,18 @@ from forge_ray.governance.erasure.examine import Examined, examine
 from forge_ray.governance.erasure.leftovers import Accounts, Leftover, accounts_of
 from forge_ray.governance.erasure.options import Facts
 from forge_ray.governance.erasure.plan import ErasurePlan, standing_for
-from forge_ray.governance.erasure.purge import listed, names_elsewhere, purge, remove, targets, used_runs
+from forge_ray.governance.erasure.purge import empty_work_area, listed, names_elsewhere, purge, remove, targets, used_runs
 from forge_ray.governance.impact import StoreUses
 from forge_ray.progress import stage
-from forge_ray.records import Event, canonical_json, files_digest
+from forge_ray.records import Event, FileEntry, canonical_json, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import withdrawn
 from forge_ray.store.placed import WITHDRAWN
 from forge_ray.train import attempts
 
-POLL_S = 0.5
+POLL_S, MAX_POLL_S = 0.2, 5.0
+LOOKS = 2  # at least, so that what was removed is known to be gone
 SEARCHED = (
     "datasets/",
     "index/",
@@ -70,13 +71,15 @@ def purge_listed(catalog: Catalog, erasure: str, plan: ErasurePlan, keep_weights
     """Delete files. All of them are listed with their digests first, so that the list survives an interruption."""
     store, path = catalog.store, paths.erasure(erasure, f"purged{suffix.replace(' ', '-')}.json")
     with stage("purge") as it:
-        if not store.exists(path):
+        before = store.read_json(path) if store.exists(path) else {}
+        if "places" not in before:  # also of an earlier version, which listed less
             standing = standing_for(catalog, {version.id for version in plan.versions}).values()
             left = {version for hit in standing for version in hit}
             weights = [one.id for one in plan.versions if one.id not in left and not keep_weights]
             accounts = accounts_of(catalog, used_runs(plan))
             places = targets(catalog, plan, weights, accounts)
-            files = listed(store, accounts, places)
+            files = tuple(FileEntry.model_validate(entry) for entry in before.get("files", ()))
+            files += tuple(entry for entry in listed(store, accounts, places) if entry not in files)
             value: Facts = {
                 "weights": weights,
                 "places": places,
@@ -106,8 +109,8 @@ def purge_listed(catalog: Catalog, erasure: str, plan: ErasurePlan, keep_weights
 def check(
     catalog: Catalog, erasure: str, plans: Iterable[ErasurePlan], wait_s: float, running: dict[str, str]
 ) -> StoreCheck:
-    """Look at every file of the store until nothing of the rows is left, or until `wait_s` is over for what other processes
-    are writing. What processes that ended have left is deleted. `running`: trainings that have not ended."""
+    """Look at every file of the store once nothing of the rows is being written any more, or after `wait_s` seconds. What
+    processes that ended have left is deleted. `running`: trainings that have not ended."""
     store = catalog.store
     runs = set().union(*(used_runs(plan) for plan in plans))
     tombstones = erased.of_erasure(store, erasure)
@@ -115,26 +118,45 @@ def check(
     deadline = time.monotonic() + wait_s
     with stage("check") as it:
         while True:
-            accounts = accounts_of(catalog, runs)
+            accounts, waiting = _settled(catalog, runs, tombstones, deadline, removed)
             files = [(file.path, file.size) for file in accounts.files if not file.link]
             examined = examine(store, files, tombstones)
-            waiting = [one for one in accounts.leftovers if one.is_written and not _is_clean(one, examined)]
-            ended = [one.path for one in accounts.leftovers if not one.is_written]
-            for place in ended:
-                remove(store, place)
-            in_work = [path for path in (*examined.holding, *examined.unreadable) if path.startswith(paths.work(""))]
-            if holding := [path for path in in_work if path in examined.holding]:  # of a build that had read them before
-                store.delete_dir(paths.work())
-            removed += [*ended, *holding]
-            if not (waiting or ended or in_work):
-                break
-            if time.monotonic() > deadline:
-                running = running | {one.path: "a process that runs is writing it" for one in waiting}
-                running |= dict.fromkeys(in_work, "a build that runs is writing it")
-                break
-            time.sleep(POLL_S)
+            in_work = [path for path in examined.holding if path.startswith(paths.work(""))]
+            if not in_work or time.monotonic() > deadline:
+                break  # else a build has written them between the two looks
+        running = running | dict.fromkeys(waiting, "a process that runs is writing it")
+        running |= dict.fromkeys(in_work, "a build that runs has written it")
         it.done(f"{examined.num_files} of {len(accounts.files)} files searched, {len(removed)} leftovers removed")
     return StoreCheck(examined, accounts, _datasets(examined), tuple(dict.fromkeys(removed)), running)
+
+
+def _settled(
+    catalog: Catalog, runs: set[str], tombstones: erased.Erased, deadline: float, removed: list[str]
+) -> tuple[Accounts, list[str]]:
+    """The files of the store when no process writes any that may be of the rows, and what is still being written when the
+    time is over. Adds to `removed` what was deleted."""
+    store, pause = catalog.store, POLL_S
+    looks = 0
+    while True:
+        looks += 1
+        accounts = accounts_of(catalog, runs)
+        written = [one for one in accounts.leftovers if one.is_written]
+        places = (paths.work(""), *(f"{one.path}/" for one in written if one.path.startswith(SEARCHED)))
+        files = [(file.path, file.size) for file in accounts.files if not file.link and file.path.startswith(places)]
+        examined = examine(store, files, tombstones)
+        ended = [one.path for one in accounts.leftovers if not one.is_written]
+        for place in ended:
+            remove(store, place)
+        if holding := [path for path in examined.holding if path.startswith(paths.work(""))]:
+            empty_work_area(store)  # of a build that had read them before
+        removed += [*ended, *holding]
+        waiting = [one.path for one in written if not _is_clean(one, examined)]
+        if not (ended or holding or waiting):
+            return accounts, []
+        if looks > LOOKS and time.monotonic() > deadline:
+            return accounts, [*waiting, *ended]  # what comes back each time it is removed is being written too
+        time.sleep(pause)
+        pause = min(2 * pause, MAX_POLL_S)
 
 
 def _is_clean(leftover: Leftover, examined: Examined) -> bool:

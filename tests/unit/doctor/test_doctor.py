@@ -187,7 +187,7 @@ OWN_FINDER = "__editable___forge_ray_0_1_0_finder"
     ("distutils-precedence.pth", "import os; os.system('curl x')", "fail"),
     ("__editable__.forge.pth", "import __editable___forge_finder; __editable___forge_finder.install()", "fail"),
     ("__editable__.x.pth", "import __editable___x_finder; __editable___x_finder.install(); import evil", "fail"),
-    ("__editable__.forge_ray.pth", f"import {OWN_FINDER}; {OWN_FINDER}.install()", "fail"),  # whose module is not there
+    ("__editable__.forge_ray-1.pth", f"import {OWN_FINDER}; {OWN_FINDER}.install()", "fail"),  # whose module is not there
     ("litellm_init.pth", "import os, subprocess, sys; subprocess.Popen([sys.executable])", "fail"),
     ("sitecustomize.py", "", "fail"),
     ("usercustomize.pyc", "", "fail"),

@@ -39,6 +39,10 @@ TEMPLATE = (
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+NAMED = TEMPLATE.replace(
+    "<tool_call>{{ c.function | tojson }}</tool_call>",
+    "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}",
+)
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"a": {}}}}}
     for name in ("add", "addition", "multiply")
@@ -369,10 +373,16 @@ def test_forced_call_starts_with_its_opening_and_follows_the_schema(api: Api, ch
     assert names == (["multiply"] if isinstance(choice, dict) else ["add", "addition", "multiply"])
 
 
+def forget_template(api: Api) -> None:
+    """What was read off the chat template before it was replaced."""
+    for name in ("call_style", "call_form", "answer_form", "end_ids"):
+        api.tokenizer.__dict__.pop(name, None)
+
+
 def test_model_chooses_a_function_name_outside_the_json(api: Api) -> None:
     """Mistral's newer style: at each token where the names part, one is generated among the next tokens."""
-    api.tokenizer.tokenizer.chat_template = TEMPLATE.replace("<tool_call>", "[TOOL_CALLS][ARGS]", 1)
-    api.tokenizer.__dict__.pop("call_style", None)
+    api.tokenizer.tokenizer.chat_template = NAMED
+    forget_template(api)
     taught = api.tokenizer.piece_ids("[TOOL_CALLS]addition[ARGS]")
     steps = []
 
@@ -389,7 +399,7 @@ def test_model_chooses_a_function_name_outside_the_json(api: Api) -> None:
         (answer,) = api.chat(tools=TOOLS, tool_choice="required")["choices"]
     finally:
         api.tokenizer.tokenizer.chat_template = TEMPLATE
-        api.tokenizer.__dict__.pop("call_style", None)
+        forget_template(api)
     assert answer["message"]["tool_calls"][0]["function"] == {"name": "addition", "arguments": '{"a": 3}'}
     assert steps
     assert min(steps) > 1
@@ -411,12 +421,12 @@ def test_a_conversation_with_calls_and_results_reaches_the_template(api: Api) ->
 
 def test_tools_of_a_model_that_has_none_are_refused(api: Api) -> None:
     api.tokenizer.tokenizer.chat_template = "{{ messages[0].content }}"
-    api.tokenizer.__dict__.pop("call_style", None)
+    forget_template(api)
     try:
         assert api.refused(tools=TOOLS)["param"] == "tools"
     finally:
         api.tokenizer.tokenizer.chat_template = TEMPLATE
-        api.tokenizer.__dict__.pop("call_style", None)
+        forget_template(api)
 
 
 # ---------------------------------------------------------------- streams

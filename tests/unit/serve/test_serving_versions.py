@@ -83,7 +83,7 @@ class FakeEngine:
 @pytest.fixture
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EnginePool:
     """Engines that only note what happens to them; room for two adapters; nothing counts as just used."""
-    tokenizer = SimpleNamespace(eos_token_id=2, text_ids=lambda texts: [[1]])
+    tokenizer = SimpleNamespace(eos_token_id=2, end_ids=(2,), text_ids=lambda texts: [[1]])
     monkeypatch.setattr(engines_module, "load_tokenizer_dir", lambda folder: tokenizer)
     monkeypatch.setattr(engines_module, "open_engine", lambda *arguments, **more: FakeEngine())
     monkeypatch.setattr(engines_module, "RECENT_USE_S", 0.0)
@@ -210,4 +210,4 @@ def test_missing_version_is_named_in_the_error(tmp_path: Path) -> None:
 def test_end_tokens(tokenizer_end: int | None, config: object, expected: tuple[int, ...], tmp_path: Path) -> None:
     if config is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert end_token_ids(SimpleNamespace(eos_token_id=tokenizer_end), tmp_path) == expected
+    assert end_token_ids(SimpleNamespace(end_ids=() if tokenizer_end is None else (tokenizer_end,)), tmp_path) == expected

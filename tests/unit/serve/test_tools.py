@@ -35,6 +35,27 @@ FUNCTIONS = [ADD, DRAW, BARE]
 ONE, TWO = ("add", {"a": 1}), ("draw-it", {"p": {"text": 'a "}] </b>é', "next": {}}})
 
 
+HERMES = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content or '' }}{% for call in m.tool_calls or [] %}CALL{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OBJECT = "<tool_call>\n{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}\n</tool_call>"
+WRITTEN = {
+    "hermes": OBJECT,
+    "mistral-v3": "[TOOL_CALLS][{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}]",
+    "mistral-v11": "[TOOL_CALLS]{{ call.function.name }}[CALL_ID]{{ call.id }}[ARGS]{{ call.function.arguments | tojson }}",
+    "mistral-v13": "[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}",
+    "template": "<|tool|>{{ [{'function': call.function.name, 'parameters': call.function.arguments}] | tojson }}",
+}
+
+
+def calling(written_call: str) -> str:
+    """A template that declares tools and writes calls so."""
+    return HERMES.replace("CALL", written_call)
+
+
 def written(style: str, *calls: tuple[str, Any]) -> str:
     """As the model writes them."""
     match style:
@@ -193,7 +214,7 @@ def newer_tekken(folder: Path, version: str) -> Path:
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, ChatTokenizer]:
     folder = tmp_path_factory.mktemp("tekken")
-    hermes = with_template(tiny_model_dir, "{{ messages }}{{ tools }}<tool_call></tool_call>")
+    hermes = with_template(tiny_model_dir, calling(OBJECT))
     hermes.tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     return {
         "hermes": hermes,
@@ -203,25 +224,26 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -
     }
 
 
+@pytest.mark.parametrize("style", WRITTEN)
+def test_call_style_is_what_the_template_writes_of_a_probe(style: str, tiny_model_dir: Path) -> None:
+    assert with_template(tiny_model_dir, calling(WRITTEN[style])).call_style == style
+
+
 @pytest.mark.parametrize(
-    ("template", "style"),
+    "template",
     [
-        (None, ""),
-        ("{{ messages }}<tool_call>", ""),
-        ("{{ tools }}<tool_call>{{ messages }}", "hermes"),
-        ("{{ tools }}<tool_call><function={{ messages }}>", ""),
-        ("{{ tools }}[TOOL_CALLS][{{ messages }}]", "mistral-v3"),
-        ("{{ tools }}[TOOL_CALLS]{{ messages }}[CALL_ID][ARGS]", "mistral-v11"),
-        ("{{ tools }}[TOOL_CALLS]{{ messages }}[ARGS]", "mistral-v13"),
-        ("{{ tools }}{{ messages }}<|python_tag|>", ""),
+        None,
+        HERMES.replace("CALL", ""),  # calls are left out
+        calling(OBJECT).replace("{{ tools | tojson }}", "<tool_call>"),  # tools are
+        calling("{{ call.function.arguments | tojson }}"),  # the function's name is
     ],
 )
-def test_call_style_is_read_from_the_template(template: str | None, style: str, tiny_model_dir: Path) -> None:
-    assert with_template(tiny_model_dir, template).call_style == style
+def test_a_template_that_leaves_calls_or_tools_out_has_no_style(template: str | None, tiny_model_dir: Path) -> None:
+    assert with_template(tiny_model_dir, template).call_style == ""
 
 
 def test_a_template_of_its_own_for_tools_is_looked_at(tiny_model_dir: Path) -> None:
-    both = {"default": "{{ messages }}", "tool_use": "{{ tools }}<tool_call>{{ messages }}"}
+    both = {"default": HERMES.replace("CALL", ""), "tool_use": calling(OBJECT)}
     assert with_template(tiny_model_dir, both).call_style == "hermes"
 
 
@@ -244,7 +266,8 @@ def test_calls_as_mistral_common_encodes_them_are_read_back(style: Any, tokenize
     tokenizer = tokenizers[style]
     (encoded,) = tokenizer.encode_chats([(as_messages(ONE, TWO), None)])
     assert not isinstance(encoded, Reject)
-    answer = encoded.ids[encoded.loss_mask.nonzero()[0]][:-1]  # without the end of turn
+    (document,) = encoded
+    answer = document.ids[document.loss_mask.nonzero()[0]][:-1]  # without the end of turn
     detokenizer = Detokenizer(tokenizer, markers(tokenizer))
     text = "".join(detokenizer.push(int(token_id)) for token_id in answer) + detokenizer.flush()
     assert parsed(CallParser(style, FUNCTIONS), text) == ("", [ONE, TWO])
@@ -266,7 +289,8 @@ def test_begun_call_matches_the_training_format(style: Any, tokenizers: dict[str
     assert begun.text.startswith(taught_text)
     (encoded,) = tokenizer.encode_chats([(as_messages(ONE), None)])
     assert not isinstance(encoded, Reject)
-    answer = encoded.ids[encoded.loss_mask.nonzero()[0]]
+    (document,) = encoded
+    answer = document.ids[document.loss_mask.nonzero()[0]]
     assert tuple(answer[: len(begun_ids)]) == begun_ids
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forge_ray.data.record.normal import folded, plain, row_digest, row_digests, row_form, subject_form
@@ -57,6 +57,7 @@ def test_case_counts_unless_the_column_ignores_it() -> None:
     assert subject_form("Straße", caseless=True) == subject_form("STRASSE", caseless=True)
 
 
+@settings(deadline=None)
 @given(TEXTS, st.sampled_from(INVISIBLE), st.integers(0, 40), st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]))
 def test_form_does_not_depend_on_bytes(text: str, mark: str, place: int, form: str) -> None:
     other = unicodedata.normalize(form, text[:place] + mark + text[place:])
@@ -65,6 +66,7 @@ def test_form_does_not_depend_on_bytes(text: str, mark: str, place: int, form: s
     assert plain(other) == plain(text)
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_forms_are_their_own_forms(text: str) -> None:
     assert folded(folded(text)) == folded(text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forge_ray.data.record.schema import Reject, parse_record
-from forge_ray.data.tokens.chat import Encoded, encode, prompt_ids
+from forge_ray.data.tokens.chat import Encoded, encode, encode_chat, load_tokenizer_dir, prompt_ids
 
 pytestmark = pytest.mark.unit
 CHATML = (
@@ -181,12 +183,12 @@ def test_each_turn_of_a_long_chat_continues_its_prompt(tokenizer: Any) -> None:
         (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content[-1:] }}<|im_end|>\n"
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-            "the chat template rewrites earlier turns",
+            "this model's template writes this answer behind another prompt than the one that serving sends",
         ),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}",
-            "the template closes the answer without the end-of-turn token",
+            "the chat template writes no special token behind an answer",
         ),
         ("{{ raise_exception('only system turns') }}", "the chat template refuses the conversation: only system turns"),
         ("{{ messages[9].content }}{% for m in %}", "the chat template refuses the conversation"),
@@ -245,3 +247,17 @@ def test_text_that_ends_with_the_end_token_gets_no_second_one(tokenizer: Any) ->
 def test_text_without_a_second_token_is_rejected(tokenizer: Any) -> None:
     with pytest.raises(Reject, match=r"^no trained token$"):
         encode(tokenizer, parse_record({"text": END}), 100, "reject")
+
+
+def test_a_template_prints_the_date_of_the_build(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """However often the day changes while it is built, and in a reproduction."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "dated")
+    printed = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHATML
+    (folder / "chat_template.jinja").write_text(printed)
+    messages = [user("2+2?"), assistant("four")]
+    texts = [
+        load_tokenizer_dir(folder, date).decode(encode_chat(load_tokenizer_dir(folder, date), messages, None).ids)
+        for date in ("2026-06-01", "2026-06-01", "2026-06-02")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert "Today is 01 Jun 2026" in texts[0]

@@ -176,17 +176,17 @@ def test_no_text_becomes_a_special_token(tokenizer: Any, text: str) -> None:
 
 @pytest.mark.parametrize("identifier", ["1", "call_abc123", "abcdef12-"])
 def test_ids_of_calls_have_nine_letters_or_digits(tokenizer: Any, identifier: str) -> None:
-    with pytest.raises(Reject, match=rf"Tool call id was {identifier} but must be a-z, A-Z, 0-9, with a length of 9\.$"):
-        encode_chat(tokenizer, calling(identifier), None)
-    with pytest.raises(Reject, match="with a length of 9"):
-        tokenizer.prompt_ids(calling(identifier)[:3])
+    """Others are mapped: the same call has the same tokens in rows and in requests."""
+    encoded = encode_chat(tokenizer, calling(identifier), None)
+    assert encoded.loss_mask.any()
+    prompt = tokenizer.prompt_ids(calling(identifier)[:3])
+    assert encoded.ids[: len(prompt)].tolist() == prompt
     assert encode_chat(tokenizer, calling("abcdef123"), None).loss_mask.any()
 
 
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([user("a"), says("b"), user("c")], "Expected last role Assistant"),
         ([says("b")], "Conversation must start with a user message or system message"),
         ([user("a"), {"role": "tool", "content": "4", "tool_call_id": "abcdef123"}, says("b")], "Unexpected role 'tool'"),
         ([*calling("abcdef123")[:2], says("b")], "Not the same number of function calls and responses"),

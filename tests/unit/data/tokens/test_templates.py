@@ -34,7 +34,7 @@ LLAMA3 = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 INST = (
-    "{{ bos_token }}{% for m in messages %}"
+    "{{ bos_token }}{% if tools %}[SYS] {{ tools | tojson }}[/SYS]{% endif %}{% for m in messages %}"
     "{% if m.role == 'user' or m.role == 'tool' %}[INST] {{ m.content }}[/INST]"
     "{% elif m.role == 'system' %}[SYS] {{ m.content }}[/SYS]"
     "{% else %} {{ m.content or '' }}"
@@ -276,37 +276,34 @@ def reference(tokenizer: Any, messages: Messages, tools: list[Any] | None, finet
 
 @pytest.mark.parametrize("name", [*CORPUS, *EDGES])
 def test_ids_are_those_of_mistral_common(mistral: Any, name: str) -> None:
+    """One document where its finetuning and its serving mode agree, else one per answer behind serving's prompt."""
     messages, tools = CORPUS[name] if name in CORPUS else (EDGES[name], None)
+    (documents,) = mistral.encode_chats([(messages, tools)])
     try:
         expected = reference(mistral, messages, tools, finetuning=True)
     except Exception:  # v1 knows no tools, v2 no parallel results
-        with pytest.raises(Reject, match=r"^mistral-common refuses the conversation: "):
-            encode_chat(mistral, messages, tools)
+        assert str(documents).startswith("mistral-common refuses the conversation: ")
         return
-    if name == "turn after tools" and mistral.finetuning.version == "v2":
-        with pytest.raises(Reject, match=r"^this tokenizer version leaves out tool calls before the last user turn$"):
-            encode_chat(mistral, messages, tools)
-        return
-    encoded = encode_chat(mistral, messages, tools)
-    assert encoded.ids.tolist() == expected
-    spans, turns = list(runs(encoded)), trained_turns(messages)
+    assert not isinstance(documents, Reject)
+    turns = trained_turns(messages)
+    spans = [(document, *run) for document in documents for run in runs(document)]
     assert len(spans) == len(turns)
-    for turn, (first, last) in zip(turns, spans, strict=True):
-        assert encoded.ids[last - 1] == mistral.end_of_turn_id
-        text = mistral.decode(encoded.ids[first : last - 1], skip_special_tokens=True)
+    for turn, (document, first, last) in zip(turns, spans, strict=True):
+        prompt = prompt_ids(mistral, messages[:turn], tools)
+        assert document.ids[:first].tolist() == prompt == reference(mistral, messages[:turn], tools, finetuning=False)
+        assert document.ids[last - 1] == mistral.end_of_turn_id
+        assert document.ids.tolist().count(mistral.bos_id) == 1
+        text = mistral.decode(document.ids[first : last - 1], skip_special_tokens=True)
         if "tool_calls" not in messages[turn]:
             content = messages[turn]["content"]
             assert text in (content, content.rstrip(" "))
         for call in messages[turn].get("tool_calls", []):
             assert call["function"]["name"] in text
             assert json.dumps(json.loads(call["function"]["arguments"]), ensure_ascii=False) in text
-    last_turn = len(messages) - 1
-    prompt = prompt_ids(mistral, messages[:last_turn], tools)
-    assert prompt == reference(mistral, messages[:last_turn], tools, finetuning=False)
-    assert encoded.ids[: len(prompt)].tolist() == prompt
-    if turns[-1] == last_turn:
-        assert spans[-1] == (len(prompt), len(expected))
-    assert encoded.ids.tolist().count(mistral.bos_id) == 1
+    if len(documents) == 1:
+        assert documents[0].ids.tolist() == expected
+    else:
+        assert name in ("turns with system", "turn after tools")
 
 
 def test_batch_encoding_equals_single_encoding(template: HfTokenizer) -> None:
@@ -381,13 +378,8 @@ def test_masks_from_special_tokens_equal_masks_from_offsets(template: HfTokenize
     """The fast way gives what the one with offsets does, or nothing; and it is the one that is mostly taken."""
     num_fast = 0
     for messages, tools in [*CORPUS.values(), *((edge, None) for edge in EDGES.values())]:
-        seen, tools = template._rendering.checked(messages, tools)
-        text = template._rendering.render(seen, tools, False)
-        weights = tuple(message.get("weight", 1) for message in messages)
-        try:
-            spans = template._rendering.spans(seen, tools, text, weights)
-        except Reject:
-            continue
+        (document,) = template.chat_format(tools).documents(messages, tools)
+        text, spans = document.text, list(document.spans)
         (encoding,) = template._encode([text])
         fast, slow = template._by_special_tokens(text, spans, encoding.ids), template._marked(text, spans, encoding)
         if fast is not None:

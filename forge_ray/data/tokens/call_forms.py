@@ -1,0 +1,296 @@
+"""How a model's template writes tool calls, read off what it writes for two probes: no list of families (pure).
+
+Five kinds cover what templates do: a JSON object (or a list of them) with name and arguments; a name, something between,
+and the arguments as JSON, or as JSON with other quotes; a name and a tag for each argument; a call as Python writes it.
+What is around and between is taken as
+it stands. A form counts only if it reads the probe back.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from forge_ray.data.tokens.answers import common_start
+from forge_ray.data.tokens.template import CallStyle
+
+Kind = Literal["object", "named", "tagged", "python", "braced"]
+JSON = json.JSONDecoder()
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True)
+class ParsedCall:
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """`opening`: what stands before the first call, `closing`: behind the last. `before_name`, `after_name` enclose a name
+    that is text; `name_key`, `arguments_key` are those of an object. Of tags: `before_key`, `after_key`, `after_value`."""
+
+    kind: Kind
+    opening: str
+    closing: str
+    name_key: str = ""
+    arguments_key: str = ""
+    before_name: str = ""
+    after_name: str = ""
+    after_call: str = ""
+    before_key: str = ""
+    after_key: str = ""
+    after_value: str = ""
+
+    @property
+    def begins_with(self) -> str:
+        """The text by which an answer is known to call; "" where a call begins with its JSON, at the answer's start."""
+        return self.opening.strip("[ \n") or self.before_name.strip()
+
+
+def form_of(once: str, name: str, arguments: dict[str, str]) -> CallForm | None:
+    """The form of `once`, an answer that calls `name` with two arguments, less its end token; None where it has none of
+    the four kinds."""
+    for find in (_object_form, _named_form, _python_form, _braced_form, _tagged_form):
+        form = find(once, name, arguments)
+        if form is not None and name in form.opening:
+            form = replace(form, opening="")
+        if form is not None and list(parse(form, once)) == [ParsedCall(name, dict(arguments))]:
+            return form
+    return None
+
+
+def style_of(form: CallForm) -> CallStyle:
+    """The style by which serving reads calls while they are generated; `template`: by the form itself."""
+    if form.kind == "object" and (form.name_key, form.arguments_key) == ("name", "arguments"):
+        if form.opening.strip() == "<tool_call>":
+            return "hermes"
+        if form.opening.strip() == "[TOOL_CALLS]":
+            return "mistral-v3"
+    if form.kind == "named" and form.before_name.strip() == "[TOOL_CALLS]" and form.after_name.endswith("[ARGS]"):
+        return "mistral-v11" if "[CALL_ID]" in form.after_name else "mistral-v13"
+    return "template"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def parse(form: CallForm, text: str) -> Iterator[ParsedCall]:
+    """The calls of a text, as far as they are whole."""
+    match form.kind:
+        case "object":
+            yield from _objects(form, text)
+        case "named":
+            yield from _named(form, text)
+        case "tagged":
+            yield from _tagged(form, text)
+        case "braced":
+            yield from _braced(form, text)
+        case _:
+            yield from _python(text)
+
+
+def _objects(form: CallForm, text: str) -> Iterator[ParsedCall]:
+    opening = form.opening.strip()
+    at = text.find(opening)
+    at += len(opening) if at >= 0 else 0
+    while 0 <= at < len(text):
+        start = re.compile(r"[\[{]").search(text, at)
+        if start is None:
+            return
+        try:
+            value, at = JSON.raw_decode(text, start.start())
+        except (ValueError, RecursionError):
+            return
+        for item in value if isinstance(value, list) else [value]:
+            call = _of_object(form, item)
+            if call is None:
+                return
+            yield call
+
+
+def _of_object(form: CallForm, value: Any) -> ParsedCall | None:
+    if not isinstance(value, dict) or not isinstance(value.get(form.name_key), str):
+        return None
+    arguments = _json(value.get(form.arguments_key, {}))
+    return ParsedCall(value[form.name_key], arguments) if isinstance(arguments, dict) else None
+
+
+def _json(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return None
+
+
+def _named(form: CallForm, text: str) -> Iterator[ParsedCall]:
+    at = 0
+    while (place := text.find(form.before_name, at)) >= 0:
+        name = NAME.match(text, place + len(form.before_name))
+        if name is None:
+            return
+        start = text.find("{", name.end())
+        if start < 0 or len(text[name.end() : start]) > len(form.after_name) + 40:
+            return
+        try:
+            arguments, at = JSON.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(arguments, dict):
+            yield ParsedCall(name[0], arguments)
+
+
+def _braced(form: CallForm, text: str) -> Iterator[ParsedCall]:
+    """`after_key` is the mark that stands for a quotation mark; keys have none."""
+    for head in re.finditer(re.escape(form.before_name) + f"({NAME.pattern})" + re.escape(form.after_name), text):
+        segments, written = text[head.end() :].split(form.after_key), "{"
+        for number, segment in enumerate(segments):
+            keyed = re.sub(r"([{,]\s*|^\s*)([A-Za-z_][\w.-]*):", r'\1"\2":', segment)
+            written += json.dumps(segment, ensure_ascii=False) if number % 2 else keyed
+        try:
+            arguments, _ = JSON.raw_decode(written)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(arguments, dict):
+            yield ParsedCall(head[1], arguments)
+
+
+def _tagged(form: CallForm, text: str) -> Iterator[ParsedCall]:
+    at = 0
+    while (place := text.find(form.before_name, at)) >= 0:
+        name = NAME.match(text, place + len(form.before_name))
+        if name is None:
+            return
+        end = text.find(form.after_call.strip(), name.end()) if form.after_call.strip() else len(text)
+        if end < 0:
+            return
+        yield ParsedCall(name[0], _tags(form, text[name.end() : end]))
+        at = max(end, name.end() + 1)
+
+
+def _tags(form: CallForm, body: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    opening, middle, closing = form.before_key.strip(), form.after_key.strip(), form.after_value.strip()
+    pattern = re.compile(f"{re.escape(opening)}(.*?){re.escape(middle)}(.*?){re.escape(closing)}", re.DOTALL)
+    for key, value in pattern.findall(body):
+        arguments[key.strip()] = _value(value.removeprefix("\n").removesuffix("\n"))
+    return arguments
+
+
+def _value(text: str) -> Any:
+    """A tag's text: a number, a list, an object, true, false or null as JSON, anything else the text itself."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text if isinstance(value, str) else value
+
+
+def _python(text: str) -> Iterator[ParsedCall]:
+    for start in (match.start() for match in re.finditer(r"\[?\s*[A-Za-z_][\w.-]*\(", text)):
+        for end in (match.end() for match in reversed(list(re.finditer(r"\)\s*\]?", text)))):
+            calls = _python_calls(text[start:end].strip())
+            if calls:
+                yield from calls
+                return
+
+
+def _python_calls(source: str) -> list[ParsedCall]:
+    try:
+        tree = ast.parse(source, mode="eval").body
+        nodes = tree.elts if isinstance(tree, ast.List) else [tree]
+        return [
+            ParsedCall(ast.unparse(node.func), {str(word.arg): ast.literal_eval(word.value) for word in node.keywords})
+            for node in nodes
+            if isinstance(node, ast.Call) and not node.args
+        ]
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+
+
+# ---------------------------------------------------------------- reading forms off
+
+
+def _object_form(once: str, name: str, arguments: dict[str, str]) -> CallForm | None:
+    for start in (match.start() for match in re.finditer(r"[\[{]", once)):
+        try:
+            value, end = JSON.raw_decode(once, start)
+        except (ValueError, RecursionError):
+            continue
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if not isinstance(value, dict):
+            continue
+        names = [key for key, item in value.items() if item == name]
+        others = [key for key, item in value.items() if _json(item) == arguments]
+        if names and others:
+            return CallForm("object", once[:start], once[end:], names[0], others[0])
+    return None
+
+
+def _named_form(once: str, name: str, arguments: dict[str, str]) -> CallForm | None:
+    at = once.rfind(name)
+    if at < 0:
+        return None
+    for start in (match.start() for match in re.finditer(r"\{", once[at:])):
+        try:
+            value, end = JSON.raw_decode(once, at + start)
+        except (ValueError, RecursionError):
+            continue
+        if value == arguments:
+            opening, before = _split(once[:at])
+            after = once[at + len(name) : at + start]
+            return CallForm("named", opening, once[end:], before_name=before, after_name=after, after_call=once[end:])
+    return None
+
+
+def _python_form(once: str, name: str, arguments: dict[str, str]) -> CallForm | None:
+    at = once.find(f"{name}(")
+    if at < 0 or list(_python(once)) != [ParsedCall(name, dict(arguments))]:
+        return None
+    return CallForm("python", once[:at], once[once.rindex(")") + 1 :])
+
+
+def _braced_form(once: str, name: str, arguments: dict[str, str]) -> CallForm | None:
+    (key, value), *_ = arguments.items()
+    at = once.rfind(name)
+    match = re.match(rf"(\{{){re.escape(key)}:(\S+?){re.escape(value)}(\S+?),", once[at + len(name) :]) if at >= 0 else None
+    if match is None or match[2] != match[3]:
+        return None
+    opening, before = _split(once[:at])
+    return CallForm("braced", opening, "", before_name=before, after_name="{", after_key=match[2])
+
+
+def _tagged_form(once: str, name: str, arguments: dict[str, str]) -> CallForm | None:
+    (first_key, first), (second_key, second) = arguments.items()
+    places = [once.find(word) for word in (name, first_key, first, second_key, second)]
+    name_at = once.rfind(name, 0, places[1]) if places[1] > 0 else -1
+    if name_at < 0 or sorted(places[1:]) != places[1:]:
+        return None
+    key_at, value_at, next_key, next_value = places[1:]
+    after_key = once[key_at + len(first_key) : value_at]
+    between, tail = once[value_at + len(first) : next_key], once[next_value + len(second) :]
+    after_value = common_start(between, tail)
+    before_key = between[len(after_value) :]
+    opening, before = _split(once[:name_at])
+    after_name = once[name_at + len(name) : key_at].removesuffix(before_key)
+    return CallForm(
+        "tagged",
+        opening,
+        tail,
+        before_name=before,
+        after_name=after_name,
+        after_call=tail[len(after_value) :],
+        before_key=before_key,
+        after_key=after_key,
+        after_value=after_value,
+    )
+
+
+def _split(before: str) -> tuple[str, str]:
+    """What stands before a name: what opens all calls, and, from its last mark on, what opens this one."""
+    mark = max(before.rfind("<"), before.rfind("["), 0)
+    return before[:mark], before[mark:]

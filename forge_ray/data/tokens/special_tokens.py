@@ -1,0 +1,68 @@
+"""The added and special tokens of a transformers tokenizer, as texts, ids and patterns."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from forge_ray.data.tokens.render import any_of
+
+
+@dataclass(frozen=True, eq=False)
+class SpecialTokens:
+    """Added tokens; the special ones among them are left out where text is shown."""
+
+    tokenizer: Any
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        return {int(i): str(token.content) for i, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return {text: i for i, text in self.texts.items()}
+
+    @cached_property
+    def is_control(self) -> npt.NDArray[np.bool_]:
+        """Special ids but that of unknown letters."""
+        table = self.is_special.copy()
+        if self.tokenizer.unk_token_id is not None:
+            table[int(self.tokenizer.unk_token_id)] = False
+        return table
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special})
+
+    @cached_property
+    def added_pattern(self) -> re.Pattern[str]:
+        return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values()})
+
+    @cached_property
+    def separating(self) -> frozenset[str]:
+        """Special tokens that are found whatever stands before them, and take nothing of it."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        return frozenset(t.content for t in tokens if t.special and not (t.lstrip or t.normalized or t.single_word))
+
+    @cached_property
+    def is_special(self) -> npt.NDArray[np.bool_]:
+        table = np.zeros(max(len(self.tokenizer), max(self.special_ids, default=0) + 1), bool)
+        table[list(self.special_ids)] = True
+        return table
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def tokens_before(encoding: Any, end: int, count: int) -> int:
+    """The number of tokens that begin before the character `end`."""
+    for at in range(end - 1, -1, -1):
+        if (token := encoding.char_to_token(at)) is not None:
+            return int(token) + 1
+    return count
