@@ -352,7 +352,7 @@ DATA: dict[str, tuple[Make, str, int]] = {
     "digits.jsonl": (lambda path, canary: good_line(path, b'{"text": ' + b"9" * 100_000 + b"}"), "not JSON", 1),
     "nul.jsonl": (lambda path, canary: good_line(path, b'{"text": "a\\u0000b"}'), "NUL", 1),
     "pickle.jsonl": (lambda path, canary: put(path.parent, path.name, pickle.dumps(Bomb(canary))), "not", 0),
-    "zip.jsonl": (lambda path, canary: zipped(path, {"../../evil": b"x" * 99}), "not", 0),
+    "zip.jsonl": (lambda path, canary: zipped(path, {"../../evil": b"x" * 99}), "zip archive", 0),
     "bomb.jsonl.gz": (lambda path, canary: zeros(path, "gzip"), "max_line_bytes", 0),
     "bomb.jsonl.zst": (lambda path, canary: zeros(path, "zstd"), "max_line_bytes", 0),
     "bomb.csv": (lambda path, canary: sparse_csv(path), "max_line_bytes", 0),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_ray.cli.terminal import echo
 from forge_ray.errors import ConfigError
+from forge_ray.store.home import expanded
 
 if TYPE_CHECKING:
     from forge_ray.data.tokens.support import Support
@@ -23,7 +23,7 @@ def support_of_model(store: Store, reference: str) -> Support:
     from forge_ray.store import paths
     from forge_ray.store.catalog import Catalog
 
-    folder = Path(reference).expanduser()
+    folder = expanded(reference)
     if folder.is_dir():
         refuse_unsafe(folder)
         refuse_bombs(folder)

@@ -73,6 +73,17 @@ class Source(Config):
         "", description="File in sha256sum's format that lists every file of the source; any difference is an error"
     )
     licence: str = Field("", description="Licence tag of the rows that have no `licence` column")
+    split: str = Field(
+        "",
+        description="Split to read where the files are those of several, as in a saved DatasetDict or a folder of the hub:"
+        " its name, or `all`; empty: such files are refused",
+    )
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `split` where it is not set: the ids of dataset versions from before that setting stay."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "split" or value}
 
 
 class Splits(Config):

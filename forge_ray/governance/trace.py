@@ -227,7 +227,7 @@ def rows_of_file(catalog: Catalog, path: str) -> Iterator[ReadRow]:
     readings = _readings(manifests)
     unsearched = tuple(manifest.id for manifest in manifests if not manifest.config.get("sources"))
     limit = max((config.max_line_bytes for config, _, _ in readings), default=16 << 20)
-    for file in expand(parse(DataConfig, {"sources": [{"path": path}]})):
+    for file in expand(parse(DataConfig, {"sources": [{"path": path}]}), any_split=True):
         for chunk in index_file(file.path, file.name, file.format, max_line_bytes=limit, folder=file.folder).chunks:
             images = image_reader(chunk)
             for raw in read_raw(chunk, limit):

@@ -9,9 +9,11 @@ build that was killed goes on where it stopped, and one with more files does onl
 from __future__ import annotations
 
 import json
+import sys
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 from forge_ray.config.data import DataConfig
 from forge_ray.data.build import mixture
 from forge_ray.data.build.barrier import find_duplicates
-from forge_ray.data.build.manifest import check_invalid, kinds_of, manifest_of
+from forge_ray.data.build.manifest import check_invalid, kinds_of, manifest_of, no_rows
 from forge_ray.data.build.map import Job, job_key, run_job
 from forge_ray.data.build.parts import INVALID
 from forge_ray.data.build.plan import PartitionTask, PlannedPart, ReducePlan, SourceChunk, UnusedRows
@@ -36,6 +38,7 @@ from forge_ray.data.read.ingest import IndexedFile, index_file
 from forge_ray.data.read.readers import Chunk
 from forge_ray.data.read.sources import ListedFile, expand
 from forge_ray.errors import DataError, NothingLeft
+from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest, hex_of
 from forge_ray.store import paths
 from forge_ray.store.files import MANIFEST, Store
@@ -60,7 +63,15 @@ def index_sources(config: DataConfig, progress: Progress = silent) -> list[Index
     for row in ray.data.from_items(files, override_num_blocks=blocks).map(_index_row).iter_rows():
         indexed.append(IndexedFile.from_json(json.loads(row["indexed"])))
         progress(len(indexed), len(files), "files read")
-    return sorted(indexed, key=lambda file: (file.source, file.name))
+    indexed.sort(key=lambda file: (file.source, file.name))
+    for line in noted(indexed):
+        print(f"  {line}", file=sys.stderr)
+    return indexed
+
+
+def noted(files: Iterable[IndexedFile]) -> Iterator[str]:
+    """What is to be said about source files, a line each: those without rows, and columns that lose nulls."""
+    return (f"{visible(file.name)}: {visible(note)}" for file in files for note in file.notes)
 
 
 def _index_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +97,7 @@ def build(
     started = time.monotonic()
     jobs = _jobs(config, sources)
     if not jobs:
-        raise DataError(f"none of {len(sources)} files has a row", hint="check data.sources")
+        raise no_rows(len(sources))
     spec = BuildSpec(name, config, base, store, sources, tombstones(store), progress, mark)
     history = []
     for segment in segments(config):
@@ -95,7 +106,7 @@ def build(
         jobs = [replace(job, key=job_key(segment, spec.row_settings, [job.key, job.dropped, *inputs])) for job in jobs]
         summaries = _map(spec, jobs, segment)
         history.append(summaries)
-        check_invalid(config, history, partial(_first_invalid, store, jobs, summaries))
+        check_invalid(config, history, len(sources), partial(_first_invalid, store, jobs, summaries))
         if segment.barrier is not None:
             jobs = _without_duplicates(spec, jobs, segment.barrier, summaries)
     return _assemble(spec, jobs, history, started)

@@ -15,7 +15,13 @@ from forge_ray.errors import DataError, NothingLeft
 from forge_ray.records import CurationStep, DatasetManifest, SourceFile, SourceStats, SplitStats
 
 
-def check_invalid(config: DataConfig, history: History, places: Callable[[], str]) -> None:
+def no_rows(num_files: int) -> DataError:
+    return DataError(
+        f"data.sources: none of {num_files} files has a row", hint="name files that hold rows, or write these again"
+    )
+
+
+def check_invalid(config: DataConfig, history: History, num_files: int, places: Callable[[], str]) -> None:
     """Raise `DataError` when too many rows cannot be used; `places` names the first of them."""
     reasons = reject_reasons(history)
     dropped = sum(summary.tally.dropped.total() for summaries in history for summary in summaries)
@@ -25,6 +31,8 @@ def check_invalid(config: DataConfig, history: History, places: Callable[[], str
         raise NothingLeft(
             "no row is left: the others are erased, dropped or invalid", hint="add rows, or remove what was made of them"
         )
+    if not num_rows:
+        raise no_rows(num_files)
     table = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(8))
     if not kept and not dropped:
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from forge_ray.store.files import Store
 BATCH_ROWS = 128  # rows of a part that can be read alone: a partition reads little that it does not want
 PART_BYTES = 64 << 20
 INVALID = -1  # the number of the rule of a row that never became a record
+MAX_REASONS, QUOTED = 100, re.compile(r"'[^']*'")
 LENGTHS = tuple(2**n for n in range(3, 21))
 NOTHING = DataRecord({})  # of a row that never became a record
 
@@ -95,7 +97,9 @@ class Parts:
     def reject(self, chunk: int, line: int, offset: int, sha256: str, reason: str) -> None:
         """A row that never became a record, or whose record cannot be trained."""
         self.tally.rejected[chunk] += 1
-        self.tally.reasons[reason] += 1
+        reasons = self.tally.reasons
+        is_counted_alone = reason in reasons or len(reasons) < MAX_REASONS  # quoted values may be as many as the rows
+        reasons[reason if is_counted_alone else QUOTED.sub("'…'", reason)] += 1
         self._unused(MappedRecord(chunk, line, offset, sha256, NOTHING), reason, INVALID)
 
     def erase(self, chunk: int, line: int) -> None:
@@ -252,16 +256,15 @@ def is_multimodal(record: DataRecord) -> bool:
 
 
 def _placed(batch: Sequence[MappedRecord]) -> dict[str, pa.Array]:
-    contents = [item.record.canonical for item in batch]
     return {
         "chunk": pa.array([item.chunk for item in batch], pa.int32()),
         "line": pa.array([item.line for item in batch], pa.int64()),
         "offset": pa.array([item.offset for item in batch], pa.int64()),
         "kind": pa.array([item.record.kind for item in batch], pa.string()),
-        "record": pa.array([record_bytes(content) for content in contents], pa.binary(12)),
+        "record": pa.array([record_bytes(item.record.canonical) for item in batch], pa.binary(12)),
         "subject": pa.array([item.subject for item in batch], pa.string()),
         "flags": pa.array([item.flags for item in batch], pa.string()),
-        "content": pa.array(contents, pa.binary()).cast(pa.string()),
+        "content": pa.array([item.record.json for item in batch], pa.string()),
     }
 
 

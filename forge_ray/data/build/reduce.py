@@ -109,6 +109,8 @@ def _key(table: pa.Table, copies: npt.NDArray[Any], settings: str) -> str:
     if table.num_rows:
         for name in ("record", "rank", "line", "source"):
             hasher.update(np.ascontiguousarray(_fixed(table.column(name))).tobytes())
+        for content in table.column("content").to_pylist():  # equal records may be written differently (`DataRecord.json`)
+            hasher.update(content.encode())
         for name in ("subject", "flags"):
             hasher.update(json.dumps(table.column(name).dictionary_encode().combine_chunks().to_pylist()).encode())
         hasher.update(copies.tobytes())

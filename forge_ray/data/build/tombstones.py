@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 from forge_ray.data.build.work import WORK
-from forge_ray.data.record.normal import row_digest
+from forge_ray.data.record.normal import row_digests
 from forge_ray.data.record.schema import DataRecord
 from forge_ray.data.record.subject import KEY, Whose, subject_key
 from forge_ray.errors import StoreError
@@ -117,7 +117,7 @@ class Erased:
 
     def has_text(self, record: DataRecord) -> bool:
         """Whether a row with the same normal form is."""
-        return bool(self.texts) and key_of(self.key, TEXT + row_digest(record)) in self.texts
+        return bool(self.texts) and any(key_of(self.key, TEXT + form) in self.texts for form in row_digests(record))
 
     def holds(self, record: DataRecord, whose: Whose | None) -> bool:
         if not self.keys and not self.texts:

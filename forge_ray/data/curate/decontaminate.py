@@ -62,7 +62,7 @@ def evaluation_texts(against: tuple[str, ...], store: Store) -> Iterator[str]:
                         yield from texts(DataRecord(json.loads(row["content"]), row["kind"]))
             continue
         config = DataConfig.model_validate({"sources": [{"path": place}]})
-        for file in expand(config):
+        for file in expand(config, any_split=True):
             for chunk in index_file(file.path, file.name, file.format).chunks:
                 for raw in read_raw(chunk, config.max_line_bytes):
                     try:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from forge_ray.data.read.features import lossy_columns
 from forge_ray.data.read.lines import TOO_LONG, filesystem_of, is_outage, open_file
 
 BATCH_BYTES = 8 << 20  # decoded at a time
@@ -48,6 +49,15 @@ def parquet_rows(path: str) -> list[int]:
     with open_file(path) as stream:
         metadata = pq.ParquetFile(stream).metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def struct_notes(path: str, format: str) -> list[str]:
+    """The columns whose structs lose nulls that mean something."""
+    with open_file(path) as stream:
+        if format == "parquet":
+            return list(lossy_columns(pq.ParquetFile(stream).schema_arrow))
+        stream.seek(arrow_start(stream))
+        return list(lossy_columns(pa.ipc.open_stream(stream).schema))
 
 
 def parquet_slices(path: str, number: int, limit: int, allow: Allow) -> Iterator[pa.RecordBatch | Lost]:
@@ -192,9 +202,11 @@ def _weight_of(array: pa.Array) -> int:
         return int(pc.sum(pc.binary_length(array.cast(pa.large_binary())).cast(pa.int64())).as_py() or 0)
     if pa.types.is_struct(kind):
         return sum(_weight_of(child) for child in array.flatten())
-    if pa.types.is_map(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        values = pa.ListArray.flatten(array) if pa.types.is_map(kind) else array.flatten()
-        return _nested(values) + 8 * len(array)
+    if pa.types.is_map(kind):  # whose children are those of the whole array, not of the slice
+        start, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return sum(_nested(child.slice(start, end - start)) for child in (array.keys, array.items)) + 8 * len(array)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _nested(array.flatten()) + 8 * len(array)
     if pa.types.is_fixed_size_list(kind):
         return _nested(array.flatten())
     return int(array.nbytes)
@@ -214,8 +226,12 @@ def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The same values without dictionaries, which each slice would carry whole."""
     if "dictionary<" not in str(batch.schema):
         return batch
-    arrays = [column.cast(_without_dictionary(column.type)) for column in batch.columns]
-    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+    schema = pa.schema([f.with_type(_without_dictionary(f.type)) for f in batch.schema], metadata=batch.schema.metadata)
+    arrays = [
+        column if column.type == field.type else column.cast(field.type)
+        for column, field in zip(batch.columns, schema, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _without_dictionary(kind: pa.DataType) -> pa.DataType:

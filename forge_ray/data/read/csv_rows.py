@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections import deque
 from collections.abc import Iterator
 
 from forge_ray.data.read.lines import TOO_LONG, Raw, blocks, lines
+from forge_ray.data.read.strict_json import PADDING
 
 DELIMITERS = ",;\t"
+SEPARATOR = re.compile(r'"?sep=(.)"?[,;\t]*', re.IGNORECASE)
 
 
 class _Stop(Exception):
@@ -29,8 +32,17 @@ def read_csv(path: str, limit: int) -> Iterator[Raw]:
     if header.reason:
         yield Raw(header.line, header.offset, None, None, header.sha256, f"the header: {header.reason}")
         return
+    delimiter = ""
+    if named := SEPARATOR.fullmatch(feed.header_text):  # Excel's own line
+        delimiter = named[1]
+        header = feed.row(",", is_header=True)
+        if header is None:
+            return
+        if header.reason:
+            yield Raw(header.line, header.offset, None, None, header.sha256, f"the header: {header.reason}")
+            return
     first = feed.header_text
-    delimiter = max(DELIMITERS, key=first.count)  # without any, the comma: a single column
+    delimiter = delimiter or max(DELIMITERS, key=first.count)  # without any, the comma: a single column
     names = next(csv.reader([first], delimiter=delimiter))
     if len(set(names)) < len(names):
         yield Raw(header.line, header.offset, None, None, header.sha256, "the header names a column twice")
@@ -62,6 +74,8 @@ class _Feed:
         if first is None or first.reason:
             return first
         self.taken = [first]
+        if not (first.raw or b"").strip(b"\0\r"):
+            return self._bad(PADDING)
         if is_header:  # before its delimiter is known; a header in one line
             return self._header(first)
         if csv.field_size_limit() < self.limit:

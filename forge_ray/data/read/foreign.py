@@ -113,6 +113,9 @@ def _columnar(request: dict[str, Any]) -> Iterator[Frame]:
             case "arrow_cuts":
                 yield VALUE, json.dumps(columnar.arrow_cuts(path, request["size"], request["chunk_bytes"])).encode()
                 return
+            case "struct_notes":
+                yield VALUE, json.dumps(columnar.struct_notes(path, request["format"])).encode()
+                return
             case "parquet":
                 parts = columnar.parquet_slices(path, request["start"], request["limit"], limits.allow)
             case _:

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from forge_ray.data.read.documents import DOCUMENTS, require_library
+from forge_ray.data.read.first_bytes import HEAD_BYTES, why_not, why_not_text
 from forge_ray.data.read.limited import NotRead, OverLimit, read_value
-from forge_ray.data.read.lines import compression_of, is_outage, open_file
+from forge_ray.data.read.lines import Damaged, blocks, compression_of, is_outage, open_file
 from forge_ray.data.read.readers import Chunk, read_raw
 from forge_ray.data.read.sources import expand
 from forge_ray.errors import DataError
@@ -26,6 +27,8 @@ __all__ = ["CHUNK_BYTES", "Chunk", "IndexedFile", "expand", "index_file"]
 CHUNK_BYTES = 4 << 20
 MAX_LINE_BYTES = 16 << 20
 READ_BYTES = 4 << 20
+EMPTY = "the file is empty (0 bytes): remove it, or copy it again if it should hold rows"
+NO_ROWS = "the file holds no row: remove it, or write it again if it should hold some"
 SAMPLE_BYTES = 4 << 20  # from which rows are estimated where only reading them all would count them
 
 
@@ -40,13 +43,15 @@ class IndexedFile:
     num_lines: int
     chunks: tuple[Chunk, ...]
     source: int
+    notes: tuple[str, ...] = ()  # what whoever builds from it should know; whole sentences without the file's name
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        return cls(**value | {"chunks": tuple(Chunk(**chunk) for chunk in value["chunks"])})
+        chunks = tuple(Chunk(**chunk) for chunk in value["chunks"])
+        return cls(**value | {"chunks": chunks, "notes": tuple(value["notes"])})
 
 
 @dataclass(frozen=True)
@@ -71,43 +76,76 @@ def index_file(
     require_library(format, name)
     kind = compression_of(path) or ""
     by_line = format == "jsonl" and not kind
-    size, sha256, cuts = _scan(path, chunk_bytes if by_line else 0)
+    size, sha256, cuts, head = _scan(path, chunk_bytes if by_line else 0)
     if expected and sha256 != expected:
         raise DataError(
             f"data.sources: {name} has sha256 {sha256}, but its checksums file says {expected}",
             hint="restore the file, or write the checksums again if the change is meant",
         )
+    if size == 0:
+        return IndexedFile(name, 0, 0, sha256, 0, (), source, (EMPTY,))
+    if reason := why_not(format, kind, head) or (kind and why_not_text(format, _unpacked(path))) or "":
+        key = _key(sha256, format, kind, reason)
+        return IndexedFile(
+            name, size, size, sha256, 1, (Chunk(path, name, format, 0, size, 1, source, key, folder, reason),), source
+        )
+    notes: list[str] = []
     if format == "parquet":
         cuts = _parquet_cuts(path, size)
     elif format == "arrow":
         cuts = _arrow_cuts(path, size, chunk_bytes)
     elif not by_line:
         cuts = [_Cut(0, 1), _Cut(size, 1)]
-    if size == 0 and format in ("jsonl", "json", "csv", *DOCUMENTS):
-        cuts = cuts[:1]
     chunks = tuple(
         Chunk(path, name, format, a.start, b.start, a.line, source, _key(sha256, format, kind, a.start, b.start), folder)
         for a, b in pairwise(cuts)
     )
     text_bytes = _uncompressed_size(path, kind, size) if kind else size
     num_lines = cuts[-1].line - 1
+    is_counted = num_lines > 0 and (not by_line or size > len(head) or bool(head.strip()))
     if chunks and num_lines <= 0:
         num_lines = 1 if format in DOCUMENTS else _estimate(chunks[0], text_bytes, max_line_bytes)
-    return IndexedFile(name, size, text_bytes, sha256, num_lines, chunks, source)
+        is_counted = num_lines > 0
+    if not is_counted:
+        notes.append(NO_ROWS)
+    if format in ("parquet", "arrow"):
+        notes += _lost_nulls(path, format, size)
+    return IndexedFile(name, size, text_bytes, sha256, max(num_lines, bool(chunks)), chunks, source, tuple(notes))
+
+
+def _unpacked(path: str) -> bytes:
+    """The first bytes that a compressed file stands for; those before the damage where it is damaged."""
+    try:
+        return next(blocks(path), b"")[:HEAD_BYTES]
+    except Damaged:
+        return b""
+
+
+def _lost_nulls(path: str, format: str, size: int) -> list[str]:
+    try:
+        columns = read_value({"kind": "struct_notes", "path": path, "format": format, "size": size})
+    except (NotRead, OverLimit):
+        return []
+    return [
+        f"`{column}` is a struct, in which a null cannot be told from an absent key: nulls in it are left out; a column of"
+        " JSON text keeps them"
+        for column in columns
+    ]
 
 
 def _key(*parts: str | int) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _scan(path: str, chunk_bytes: int) -> tuple[int, str, list[_Cut]]:
-    """Size, digest and (unless `chunk_bytes` is 0) the cuts between lines, the end of the file included."""
+def _scan(path: str, chunk_bytes: int) -> tuple[int, str, list[_Cut], bytes]:
+    """Size, digest, the cuts between lines (unless `chunk_bytes` is 0), the file's end included, and its first bytes."""
     hasher = hashlib.sha256()
-    size, newlines, last = 0, 0, b"\n"
+    size, newlines, last, head = 0, 0, b"\n", b""
     cuts = [_Cut(0, 1)]
     with open_file(path) as stream:
         while data := stream.read(READ_BYTES):
             hasher.update(data)
+            head = head or data[:HEAD_BYTES]
             if chunk_bytes:
                 counted = 0
                 while (at := data.find(b"\n", max(0, cuts[-1].start + chunk_bytes - 1 - size))) >= 0:
@@ -119,7 +157,7 @@ def _scan(path: str, chunk_bytes: int) -> tuple[int, str, list[_Cut]]:
             size += len(data)
     if cuts[-1].start < size:
         cuts.append(_Cut(size, newlines + 1 + (last != b"\n")))
-    return size, hasher.hexdigest(), cuts
+    return size, hasher.hexdigest(), cuts, head
 
 
 def _newlines(data: bytes, start: int, end: int) -> int:
@@ -159,10 +197,10 @@ def _uncompressed_size(path: str, kind: str, size: int) -> int:
 
 
 def _estimate(chunk: Chunk, text_bytes: int, max_line_bytes: int) -> int:
-    """Rows of a file, by reading the first of them; exact in a small one, and never 0."""
+    """Rows of a file, by reading the first of them; exact in a small one."""
     rows = 0
     for raw in read_raw(chunk, max_line_bytes):
         rows += 1
         if raw.offset >= SAMPLE_BYTES:
             return max(rows, rows * text_bytes // raw.offset)
-    return max(rows, 1)
+    return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,27 @@ def _decompressed(path: str, kind: str) -> Iterator[bytes]:
         while data := _read(stream, 1):
             last += data
     yield bytes(last)
-    raise Damaged(kind)
+    if kind != "gzip" or not _is_padded(path):
+        raise Damaged(kind)
+
+
+def _is_padded(path: str) -> bool:
+    """Whether nothing but zero bytes is behind the last gzip stream of a file, as tapes and block devices leave them."""
+    decoder, data = None, b""
+    with open_file(path) as file:
+        while data := data or file.read(BLOCK):
+            if decoder is None or decoder.eof:
+                if not data.startswith(b"\x1f"):
+                    break
+                decoder = zlib.decompressobj(wbits=31)
+            try:
+                decoder.decompress(data, BLOCK)
+            except zlib.error:
+                return False
+            data = decoder.unconsumed_tail or decoder.unused_data
+        while data and not data.strip(b"\0"):
+            data = file.read(BLOCK)
+    return decoder is not None and decoder.eof and not data
 
 
 def _read(stream: Any, size: int) -> bytes | None:

@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 
 from forge_ray.data.read.csv_rows import read_csv
 from forge_ray.data.read.documents import DOCUMENTS, MAX_FILE_BYTES, Unreadable, document_text, require_library
+from forge_ray.data.read.features import Decode, row_decoder
 from forge_ray.data.read.json_rows import read_json
 from forge_ray.data.read.limited import NotRead, OverLimit, read_document, read_slices
 from forge_ray.data.read.lines import TOO_LONG, Damaged, Raw, blocks, filesystem_of, is_inside, lines
@@ -45,11 +46,14 @@ class Chunk:
     source: int
     key: str  # digest of the bytes and of how they are read
     folder: str = ""  # of the source, on a local file system: images lie in it; "" for the folder of the file
+    reason: str = ""  # why no row of the file can be read, for the file as a whole
 
 
 def read_raw(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
     """Every row of the chunk, readable or not; empty lines are skipped."""
-    if chunk.format == "jsonl":
+    if chunk.reason:
+        yield Raw(1, 0, None, None, "", chunk.reason)
+    elif chunk.format == "jsonl":
         # without an end if compressed: the size on disk says nothing about the lines
         yield from lines(blocks(chunk.path, chunk.start, chunk.end), chunk.first_line, chunk.start, max_line_bytes)
     elif chunk.format == "json":
@@ -130,17 +134,18 @@ def _unreadable(chunk: Chunk, error: str) -> str:
 
 
 def _rows(batch: pa.RecordBatch, line: int) -> Iterator[Raw]:
+    decode = row_decoder(batch.schema)
     try:
         values = batch.to_pylist(maps_as_pydicts="strict")
     except (ValueError, OverflowError, KeyError):  # one value of one row, most likely
         for number in range(batch.num_rows):
-            yield _single(batch.slice(number, 1), line + number)
+            yield _single(batch.slice(number, 1), line + number, decode)
         return
     for number, value in enumerate(values):
-        yield Raw(line + number, -1, None, _without_nulls(value), "")
+        yield _decoded(value, line + number, decode)
 
 
-def _single(batch: pa.RecordBatch, line: int) -> Raw:
+def _single(batch: pa.RecordBatch, line: int, decode: Decode) -> Raw:
     value = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
@@ -149,16 +154,14 @@ def _single(batch: pa.RecordBatch, line: int) -> Raw:
             return Raw(line, -1, None, None, "", "not UTF-8")
         except (ValueError, OverflowError, KeyError):
             value[name] = column[0]  # such as a date that Python cannot hold: no JSON value, if the record should need it
-    return Raw(line, -1, None, _without_nulls(value), "")
+    return _decoded(value, line, decode)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Parquet gives every struct every key: a null there is a key that the row does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+def _decoded(value: dict[str, Any], line: int, decode: Decode) -> Raw:
+    try:
+        return Raw(line, -1, None, decode(value), "")
+    except Reject as reason:
+        return Raw(line, -1, None, None, "", str(reason))
 
 
 def image_reader(chunk: Chunk) -> Callable[[str], bytes]:

@@ -12,6 +12,9 @@ MAX_DEPTH = 64  # of nested lists and objects; Python's own limit depends on the
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # a NUL as JSON escapes it; `\\u0000` is a backslash and five letters
 
 
+PADDING = "a line of NUL bytes: the file is padded, or its end was never written"
+
+
 class Reject(ValueError):
     """A row that cannot be used; the text is the reason that the quarantine counts."""
 
@@ -32,6 +35,8 @@ _DECODE = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constan
 
 def decode(raw: bytes) -> Any:
     """The value of one line; a byte order mark is skipped."""
+    if raw[:1] == b"\0" and not raw.strip(b"\0 \t\r\n"):
+        raise Reject(PADDING)
     try:
         text = raw.decode()
     except UnicodeDecodeError:

@@ -15,9 +15,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from forge_ray.data.record.schema import LABELS, DataRecord
+from forge_ray.data.record.schema import LABELS, TURNS, DataRecord
 
 IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
@@ -75,6 +76,25 @@ def row_digest(record: DataRecord) -> str:
     """sha256 of `row_form`; "" where that is empty: rows without a word have nothing in common."""
     form = row_form(record)
     return hashlib.sha256(form.encode()).hexdigest() if form else ""
+
+
+def row_digests(record: DataRecord) -> Iterator[str]:
+    """`row_digest`, and for a row with reasoning those that it had while its reasoning stood in the content, as tags."""
+    yield row_digest(record)
+    if any("reasoning_content" in turn for column in TURNS for turn in record.content.get(column, ())):
+        for space in ("", "\n"):
+            yield row_digest(replace(record, content=record.content | _with_tags(record.content, space)))
+
+
+def _with_tags(content: dict[str, Any], space: str) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for column in TURNS:
+        for turn in content.get(column, ()):
+            if reasoning := turn.get("reasoning_content"):
+                text = f"<think>{space}{reasoning}{space}</think>{space}{turn.get('content') or ''}"
+                turn = {key: item for key, item in turn.items() if key != "reasoning_content"} | {"content": text}
+            columns.setdefault(column, []).append(turn)
+    return columns
 
 
 def _pieces(value: Any) -> Iterator[str]:

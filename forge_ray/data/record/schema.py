@@ -11,10 +11,10 @@ from typing import Any
 
 from forge_ray.config.data import Mapping, Shape
 from forge_ray.data.read.strict_json import MAX_DEPTH, Reject, checked, decode
-from forge_ray.data.record.columns import lookup
+from forge_ray.data.record.columns import lookup, type_name
 from forge_ray.data.record.images import Images, ReadImage
 from forge_ray.data.record.shapes import convert
-from forge_ray.data.record.turns import ROLES, content_of
+from forge_ray.data.record.turns import ROLES, content_of, same_arguments
 from forge_ray.records import canonical_json
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
 KINDS = ("chat", "text", "preference", "feedback")
 LABELS = {"role", "id", "type", "tool_call_id", "name", "tools", "image", "weight"}  # never free text
 RECORD_HEX = 24
+TURNS = ("messages", "chosen", "rejected", "answer")  # columns of messages
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,25 @@ class DataRecord:
 
     @cached_property
     def canonical(self) -> bytes:
-        """Canonical JSON of the content: checked, hashed and written, so made once. Contents are replaced, never changed."""
-        return canonical_json(self.content)
+        """Canonical JSON of the content, arguments of calls in their one form: checked and hashed, so made once.
+        Contents are replaced, never changed."""
+        return canonical_json(_identity(self.content))
 
     @property
     def id(self) -> str:
         """`rec_<24 hex>`: a hash of the content, the same wherever the row is found."""
         return "rec_" + hashlib.sha256(self.canonical).hexdigest()[:RECORD_HEX]
 
-    @property
+    @cached_property
     def json(self) -> str:
+        """The content as it is stored. Where a template may print keys in their order (tools, arguments), in that of the
+        source; else canonical."""
+        if any("tool_calls" in turn for turn in self._turns()) or "tools" in self.content:
+            return json.dumps(self.content, separators=(",", ":"), ensure_ascii=False)
         return self.canonical.decode()
+
+    def _turns(self) -> list[dict[str, Any]]:
+        return [turn for column in TURNS for turn in self.content.get(column, [])]
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -87,7 +96,7 @@ def parse_record(
     """A decoded row to a record; columns that its shape does not name are metadata, kept only where `keep` says so.
     `read_image` reads a path relative to the rows' own file."""
     if not isinstance(value, dict):
-        raise Reject("not an object")
+        raise Reject(f"not an object: {type_name(value)}")
     images: dict[str, bytes] = {}
     try:
         kind, row = convert(value, shape, mapping)
@@ -95,8 +104,25 @@ def parse_record(
     except RecursionError:  # comparing or printing what the row holds besides its turns
         raise Reject("nested too deeply") from None
     record = DataRecord(content, kind, _meta(value, keep) if keep else {}, images)
-    record.__dict__["canonical"] = checked(content)  # the property's own place: what was checked is what is hashed
+    record.__dict__["canonical"] = checked(
+        _identity(content)
+    )  # the property's own place: what was checked is what is hashed
     return record
+
+
+def _identity(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with each call's arguments in the one form of all that mean the same; the content itself without calls."""
+    columns = [column for column in TURNS if any("tool_calls" in turn for turn in content.get(column, ()))]
+    return content | {column: [_same_calls(turn) for turn in content[column]] for column in columns} if columns else content
+
+
+def _same_calls(turn: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in turn:
+        return turn
+    functions = [call["function"] for call in turn["tool_calls"]]
+    functions = [f | {"arguments": same_arguments(f["arguments"])} if "arguments" in f else f for f in functions]
+    pairs = zip(turn["tool_calls"], functions, strict=True)
+    return turn | {"tool_calls": [call | {"function": function} for call, function in pairs]}
 
 
 def _meta(value: dict[str, Any], keep: tuple[str, ...]) -> dict[str, str]:
@@ -172,7 +198,7 @@ def _leaves(value: Any, change: Callable[[str], str]) -> Any:
 
 def require_mistral_ids(record: DataRecord) -> None:
     """Mistral's tokenizers take calls only with ids of nine letters and digits; other templates do not care."""
-    turns = [*record.messages, *(turn for key in ("chosen", "rejected", "answer") for turn in record.content.get(key, []))]
+    turns = [turn for column in TURNS for turn in record.content.get(column, [])]
     for turn in turns:
         names = [call.get("id", "") for call in turn.get("tool_calls", [])]
         if turn["role"] == "tool":

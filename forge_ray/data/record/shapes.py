@@ -11,7 +11,19 @@ from typing import Any
 
 from forge_ray.config.data import Mapping, Shape
 from forge_ray.data.read.strict_json import Reject
-from forge_ray.data.record.columns import Row, lookup, scalar_text, string_of, system_turns, turns_of, untrained
+from forge_ray.data.record.columns import (
+    Row,
+    listed,
+    lookup,
+    quoted,
+    role_of,
+    scalar_text,
+    string_of,
+    system_turns,
+    turns_of,
+    type_name,
+    untrained,
+)
 from forge_ray.data.record.turns import tools_list
 
 Converted = tuple[str, Row]  # kind, and a row whose columns have the canonical names
@@ -29,6 +41,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "classification": (),
 }
 MAIN = frozenset(column for columns in COLUMNS.values() for column in columns) - {"label"}
+COLUMNS_SHOWN = 5
 VERDICTS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 equal True and False
 
 
@@ -36,6 +49,7 @@ def convert(row: Row, shape: Shape, mapping: Mapping | None) -> Converted:
     """Kind and columns of the row; a mapping says it all, else `shape`, else the row's own columns."""
     if mapping is not None:
         return _mapped(row, mapping)
+    row = of_export(_with_lists(row))
     name = detect(row) if shape == "auto" else shape
     if name == "chat" and row.get("messages") is not None:
         return "chat", row
@@ -52,7 +66,10 @@ def detect(row: Row) -> str:
     if "preference" in names:  # whose prompt may be a conversation
         names = [name for name in names if name not in ("chat", "sharegpt")]
     if len(names) != 1:
-        raise Reject(f"columns of two shapes: {names[0]} and {names[1]}" if names else "no columns of a known shape")
+        if names:
+            raise Reject(f"columns of two shapes: {names[0]} and {names[1]}")
+        columns = ", ".join(repr(str(column)[:30]) for column in sorted(row, key=str)[:COLUMNS_SHOWN])
+        raise Reject(f"no columns of a known shape: {columns or 'none'}{', …' if len(row) > COLUMNS_SHOWN else ''}")
     (name,) = names
     label = row.get("label")
     if name == "prompt_completion" and _verdict(label) is not None:
@@ -67,7 +84,31 @@ def detect(row: Row) -> str:
 
 
 def _has_answer(messages: Any) -> bool:
-    return isinstance(messages, list) and any(isinstance(m, dict) and m.get("role") == "assistant" for m in messages)
+    return isinstance(messages, list) and any(
+        isinstance(turn, dict) and role_of(turn.get("role", turn.get("from"))) == "assistant" for turn in messages
+    )
+
+
+def _with_lists(row: Row) -> Row:
+    columns = [name for name in ("messages", "conversations") if isinstance(row.get(name), (str, dict))]
+    return row | {name: listed(row[name]) for name in columns} if columns else row
+
+
+def of_export(row: Row) -> Row:
+    """The conversation of an exported exchange, the answer behind its request: OpenAI's stored completions and batches, logs
+    of vLLM. Other rows are themselves."""
+    request, response = row.get("request"), row.get("response", row)
+    if not isinstance(response, dict) or ("response" in row and not isinstance(request, dict) and "messages" not in row):
+        return row
+    asked = request if isinstance(request, dict) else row
+    asked, response = (part["body"] if isinstance(part.get("body"), dict) else part for part in (asked, response))
+    choices = response.get("choices")
+    if not isinstance(choices, list) or not isinstance(asked.get("messages"), list):
+        return row
+    if len(choices) != 1 or not isinstance(choices[0], dict) or not isinstance(choices[0].get("message"), dict):
+        raise Reject(f"`choices` is not one answer with a `message`: {len(choices)} of them")
+    messages = [*untrained(turns_of(asked["messages"], "messages", "user")), choices[0]["message"]]
+    return {**row, "tools": asked.get("tools"), "messages": messages}
 
 
 # ---------------------------------------------------------------- shapes
@@ -79,7 +120,7 @@ def _text(row: Row) -> Converted:
 
 def _sharegpt(row: Row) -> Converted:
     if not isinstance(row["conversations"], list):
-        raise Reject("`conversations` is not a list")
+        raise Reject(f"`conversations` is not a list: {type_name(row['conversations'])}")
     turns = turns_of(row["conversations"], "conversations", "user")
     return "chat", {"messages": [*system_turns(row.get("system")), *turns], "tools": _bare_tools(row.get("tools"))}
 
@@ -132,7 +173,7 @@ def _classification(row: Row) -> Converted:
     if row.get("text") is not None:
         asked = _user(string_of(row["text"], "text"))
     elif isinstance(row.get("messages"), list):
-        asked = untrained(row["messages"])
+        asked = untrained(turns_of(row["messages"], "messages", "user"))
     else:
         raise Reject("no column `text`, which shape classification needs")
     return "chat", {"messages": [*asked, *_said(_label(row[column], column))]}
@@ -185,7 +226,7 @@ def _openai_preference(row: Row) -> Converted:
 def _feedback(row: Row) -> Converted:
     label = _verdict(row["label"])
     if label is None:
-        raise Reject("`label` is not true or false")
+        raise Reject(f"`label` is not true or false: {quoted(row['label'])}")
     answer = row["completion"] if row.get("completion") is not None else row.get("answer")
     asked = row["prompt"] if row.get("prompt") is not None else row.get("messages")
     if asked is None:
@@ -229,9 +270,9 @@ def _mapped(row: Row, mapping: Mapping) -> Converted:
         return "text", {"text": string_of(column(mapping.text), mapping.text)}
     system = system_turns(lookup(row, mapping.system)) if mapping.system else []
     if mapping.messages:
-        messages = column(mapping.messages)
+        messages = listed(column(mapping.messages))
         if not isinstance(messages, list):
-            raise Reject(f"`{mapping.messages}` is not a non-empty list")
+            raise Reject(f"`{mapping.messages}` is not a non-empty list: {type_name(messages)}")
         return "chat", {**_tools(row), "messages": [*system, *turns_of(messages, mapping.messages, "user")]}
     asked = {"prompt": [*system, *turns_of(column(mapping.prompt), mapping.prompt, "user")]} if mapping.prompt else {}
     if mapping.chosen and mapping.rejected:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from forge_ray.data.record.schema import DataRecord
+from forge_ray.data.record.schema import TURNS, DataRecord
 from forge_ray.records import canonical_json
 
 CALL = pa.struct(
@@ -24,6 +24,7 @@ MESSAGE = pa.struct(
         ("role", pa.string()),
         ("content", pa.string()),
         ("parts", pa.list_(PART)),  # a content with images; an Arrow column cannot be text here and a list there
+        ("reasoning_content", pa.string()),
         ("name", pa.string()),
         ("tool_calls", pa.list_(CALL)),
         ("tool_call_id", pa.string()),
@@ -38,7 +39,6 @@ ARROW: dict[str, pa.Schema] = {
     "preference": pa.schema([*PROMPT, ("chosen", pa.list_(MESSAGE)), ("rejected", pa.list_(MESSAGE))]),
     "feedback": pa.schema([*PROMPT, ("answer", pa.list_(MESSAGE)), ("label", pa.bool_())]),
 }
-TURNS = ("messages", "chosen", "rejected", "answer")
 
 
 def to_arrow(records: Sequence[DataRecord]) -> pa.Table:

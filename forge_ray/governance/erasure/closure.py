@@ -64,7 +64,7 @@ def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[list[Da
         records_by_file.setdefault(place.file, {})[place.line] = place.record
     records: list[DataRecord] = []
     try:
-        files = {file.name: file for file in expand(config)}
+        files = {file.name: file for file in expand(config, any_split=True)}
     except ForgeError as error:
         return records, [f"{manifest.id}: {error.message}"]
     for name, lines in records_by_file.items():

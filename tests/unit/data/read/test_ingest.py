@@ -193,14 +193,12 @@ def test_parquet_gives_the_records_of_jsonl(tmp_path: Path, group_rows: int) -> 
     assert index_file(str(tmp_path / "rows.parquet"), "rows.parquet", "parquet").num_lines == 13
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "footer"])
+@pytest.mark.parametrize("damage", ["text", "cut", "footer"])
 def test_an_unreadable_parquet_file_is_one_rejected_row(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "rows.parquet"
     write_parquet(path, [good(i) for i in range(20)], 5)
     whole = path.read_bytes()
-    path.write_bytes(
-        {"empty": b"", "text": line(1), "cut": whole[: len(whole) // 2], "footer": whole[:-40] + bytes(40)}[damage]
-    )
+    path.write_bytes({"text": line(1), "cut": whole[: len(whole) // 2], "footer": whole[:-40] + bytes(40)}[damage])
     rows = read(path, 1, "parquet")
     assert [(row.line, row.record, row.reason) for row in rows] == [(1, None, "unreadable Parquet file")]
 
@@ -344,7 +342,7 @@ def test_globs_in_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     }
     for pattern, files in expected.items():
         assert found(pattern, f"file://{tmp_path}/data") == [f"{tmp_path}/data/{file}".lstrip("/") for file in files]
-    for module in ("sources", "lines"):
+    for module in ("sources", "lines", "table_formats"):
         monkeypatch.setattr(f"forge_ray.data.read.{module}.filesystem_of", bucket)
     for pattern, files in expected.items():
         assert found(pattern, "box://data") == [file.replace(" ", "%20") for file in files]
@@ -363,7 +361,13 @@ def test_folders_of_saved_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     DatasetDict({"train": one, "test": two}).save_to_disk("both")
     assert names({"path": "alone"}) == [(f"alone/data-0000{n}-of-00002.arrow", "arrow", 0) for n in (0, 1)]
     assert names({"path": f"file://{tmp_path}/alone"}) == names({"path": "alone"})
-    files = names({"path": "both"})
+    with pytest.raises(DataError, match=r"'both' holds several splits \(train, test\)") as error:
+        names({"path": "both"})
+    assert error.value.hint == "choose one with `split: train`, or take all of them with `split: all`"
+    assert [name for name, _, _ in names({"path": "both", "split": "test"})] == ["both/test/data-00000-of-00001.arrow"]
+    with pytest.raises(DataError, match=r"has no split 'dev'\nhint: its splits are: train, test"):
+        names({"path": "both", "split": "dev"})
+    files = names({"path": "both", "split": "all"})
     assert [name for name, _, _ in files] == [f"both/{split}/data-00000-of-00001.arrow" for split in ("test", "train")]
     records = [row.record.content["text"] for row in read(tmp_path / files[0][0], 1, "arrow") if row.record]
     assert records == [f"two {n}" for n in range(100)]

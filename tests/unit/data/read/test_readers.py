@@ -98,9 +98,8 @@ def test_corrupt_gzip_is_detected(tmp_path: Path) -> None:
     rows = read(path, "jsonl")
     assert rows[-1].reason == "the gzip stream is damaged or cut off here"
     assert values(rows[:20_000]) == ROWS[:20_000]
-    for data in (b"no gzip", b"\x1f\x8b"):
-        path.write_bytes(data)
-        assert [row.reason for row in read(path, "jsonl")] == ["the gzip stream is damaged or cut off here"]
+    path.write_bytes(b"\x1f\x8b")
+    assert [row.reason for row in read(path, "jsonl")] == ["the gzip stream is damaged or cut off here"]
 
 
 # ---------------------------------------------------------------- long lines
@@ -265,14 +264,14 @@ def test_invalid_csv_row_is_rejected_alone(tmp_path: Path) -> None:
     ("data", "reason"),
     [
         (b"a,b,a\n1,2,3\n", "the header names a column twice"),
-        (b"caf\xe9,b\n1,2\n", "the header: not UTF-8"),
+        (b"sep=;\na;b;a\n1;2;3\n", "the header names a column twice"),
         (b'"a,b\n1,2\n', "the header: malformed CSV: unexpected end of data"),
     ],
 )
 def test_csv_without_a_usable_header_is_one_rejected_row(tmp_path: Path, data: bytes, reason: str) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(data)
-    assert [(row.line, row.reason) for row in read(path, "csv")] == [(1, reason)]
+    assert [(row.line, row.reason) for row in read(path, "csv")] == [(data.count(b"sep") + 1, reason)]
 
 
 def test_unclosed_quote_costs_one_row_and_bounded_memory(tmp_path: Path) -> None:
@@ -327,7 +326,7 @@ def test_a_cut_arrow_file_gives_the_batches_before_the_cut(tmp_path: Path, chunk
     *good, bad = read(path, "arrow", chunk_bytes)
     assert values(good) == TABLE.to_pylist()[:1000]
     assert (bad.line, bad.reason.split(":")[0]) == (1001, "unreadable record batch")
-    for data in (b"", b"ARROW1", b"no arrow at all"):
+    for data in (b"ARROW1", b"no arrow at all"):
         path.write_bytes(data)
         assert [(row.line, row.reason) for row in read(path, "arrow")] == [(1, "unreadable Arrow file")]
 
@@ -371,6 +370,14 @@ def test_large_values_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     write_arrow(tmp_path / "rows.arrow", table, 8)
     for name in ("parquet", "arrow"):
         assert [row.value["text"][0] for row in read(tmp_path / f"rows.{name}", name)] == list("abcdefgh")
+
+
+def test_maps_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    rows = [{"n": number, "m": [(f"key {key}", "x" * 3_000) for key in range(number % 500)]} for number in range(60, 600, 9)]
+    table = pa.Table.from_pylist(rows, pa.schema([("n", pa.int64()), ("m", pa.map_(pa.string(), pa.string()))]))
+    assert table.nbytes > 32 << 20
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert values(read(tmp_path / "rows.parquet", "parquet", limit=4 << 20)) == [row | {"m": dict(row["m"])} for row in rows]
 
 
 def test_null_columns_are_omitted_from_rows(tmp_path: Path) -> None:

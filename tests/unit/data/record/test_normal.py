@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forge_ray.data.record.normal import folded, plain, row_digest, row_form, subject_form
+from forge_ray.data.record.normal import folded, plain, row_digest, row_digests, row_form, subject_form
 from forge_ray.data.record.schema import DataRecord, parse_record
 
 pytestmark = pytest.mark.unit
@@ -131,3 +131,15 @@ def test_order_of_keys_and_json_of_arguments_do_not_count() -> None:
     assert row_form(called('{"b": "2", "a": "1"}')) == row_form(called('{"a":"1","b":"2"}')) == "x 1 2"
     pair = {"chosen": [{"role": "assistant", "content": "yes"}], "rejected": [{"role": "assistant", "content": "no"}]}
     assert row_form(DataRecord(pair)) == row_form(DataRecord(dict(reversed(pair.items()))))
+
+
+@pytest.mark.parametrize("content", ["<think>two and two</think>4", "<think>\ntwo and two\n</think>\n\n4"])
+def test_row_with_reasoning_has_the_form_of_the_tags_too(content: str) -> None:
+    """Tombstones of versions that knew no reasoning hold that form."""
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": content}]
+    record = parse_record({"messages": turns})
+    assert "reasoning_content" in record.messages[1]
+    assert row_digest(DataRecord({"messages": turns})) in list(row_digests(record))
+    assert list(row_digests(chat(("user", "a"), ("assistant", "b")))) == [
+        row_digest(chat(("user", "a"), ("assistant", "b")))
+    ]

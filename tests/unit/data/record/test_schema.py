@@ -35,7 +35,8 @@ def tool(parameters: Any) -> dict[str, Any]:
 REJECTED_LINES: list[tuple[bytes, str]] = [
     (b"{", "not JSON"),
     (b"", "not JSON"),
-    (b"\x00", "not JSON"),
+    (b"\x00", "a line of NUL bytes: the file is padded, or its end was never written"),
+    (b"\x00\x00{", "not JSON"),
     (b'{"text": "a\x00b"}', "not JSON"),
     (b'{"text": "a"} {"text": "b"}', "not JSON"),
     (b'{"text": "a", "score": NaN}', "not JSON"),
@@ -56,35 +57,51 @@ REJECTED_LINES: list[tuple[bytes, str]] = [
 ]
 
 REJECTED_RECORDS: list[tuple[Any, str]] = [
-    (None, "not an object"),
-    ([CHAT], "not an object"),
-    ("text", "not an object"),
-    ({}, "no columns of a known shape"),
-    ({"prompt": "2+2?"}, "no columns of a known shape"),
+    (None, "not an object: null"),
+    ([CHAT], "not an object: a list"),
+    ("text", "not an object: a string"),
+    ({}, "no columns of a known shape: none"),
+    ({"prompt": "2+2?"}, "no columns of a known shape: 'prompt'"),
+    (dict.fromkeys("fbdcea", 1), "no columns of a known shape: 'a', 'b', 'c', 'd', 'e', …"),
     (CHAT | {"text": "both"}, "columns of two shapes: chat and text"),
-    ({"text": 7}, "`text` is not a string"),
+    ({"text": 7}, "`text` is not a string: a number"),
     ({"text": " \n\t"}, "`text` is empty"),
     ({"messages": []}, "`messages` is not a non-empty list"),
-    ({"messages": "2+2?"}, "`messages` is not a non-empty list"),
-    ({"messages": {"role": "user"}}, "`messages` is not a non-empty list"),
-    (CHAT | {"tools": {"add": 1}}, "`tools` is not a list"),
+    ({"messages": "2+2?"}, "`messages` is not a non-empty list: a string"),
+    ({"messages": {"role": "user"}}, "`messages` is not a non-empty list: an object"),
+    (CHAT | {"tools": {"add": 1}}, "`tools` is not a list: an object"),
     ({"messages": [USER]}, "no assistant turn to train on"),
     ({"messages": [USER, ANSWER | {"weight": 0}]}, "no assistant turn to train on"),
-    ({"messages": [USER, "4"]}, "a message is not an object"),
-    ({"messages": [USER, None]}, "a message is not an object"),
-    ({"messages": [USER, ANSWER | {"train": True}]}, "a message has an unknown key 'train'"),
-    ({"messages": [USER, {"content": "4"}]}, "a message has no known role"),
-    ({"messages": [USER | {"role": "human"}, ANSWER]}, "a message has no known role"),
-    ({"messages": [USER | {"role": ["user"]}, ANSWER]}, "a message has no known role"),
+    ({"messages": [USER, "4"]}, "a message is not an object: a string"),
+    ({"messages": [USER, None]}, "a message is not an object: null"),
+    ({"messages": [USER, ANSWER | {"trian": False}]}, "a message has an unknown key 'trian'"),
+    ({"messages": [USER, ANSWER | {"refusal": "No."}]}, "a message has an unknown key 'refusal'"),
+    ({"messages": [USER, ANSWER | {"train": "no"}]}, "a message's `train` is not 0 or 1: 'no'"),
+    (
+        {"messages": [USER, ANSWER | {"train": True, "weight": 0}]},
+        "a message's `weight` and `train` contradict each other",
+    ),
+    ({"messages": [USER, {"content": "4"}]}, "a message has no role"),
+    ({"messages": [USER | {"role": "narrator"}, ANSWER]}, "a message has no known role: 'narrator'"),
+    ({"messages": [USER | {"role": ["user"]}, ANSWER]}, "a message has no known role: a list"),
     ({"messages": [USER, {"role": "assistant"}]}, "a message has no content"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "a message has no content"),
-    ({"messages": [USER | {"content": {"text": "2+2?"}}, ANSWER]}, "a message's content is not a string"),
+    ({"messages": [USER | {"content": {"text": "2+2?"}}, ANSWER]}, "a message's content is not a string: an object"),
     ({"messages": [USER, ANSWER | {"content": " "}]}, "an assistant turn is empty"),
     ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, "`tool_calls` is not a list of an assistant turn"),
     ({"messages": [USER, ANSWER | {"tool_calls": "add"}]}, "`tool_calls` is not a list of an assistant turn"),
     *[
-        ({"messages": [USER, ANSWER | {"weight": weight}]}, "a message's weight is not 0 or 1")
-        for weight in (2, -1, 0.5, True, False, "1", [1], float("inf"))
+        ({"messages": [USER, ANSWER | {"weight": weight}]}, f"a message's `weight` is not 0 or 1: {value}")
+        for weight, value in (
+            (2, "2"),
+            (-1, "-1"),
+            (0.5, "0.5"),
+            (True, "True"),
+            (False, "False"),
+            ("1", "'1'"),
+            ([1], "a list"),
+            (float("inf"), "inf"),
+        )
     ],
     (CHAT | {"tools": [{"limit": float("nan")}]}, "a number is not finite"),
     (CHAT | {"tools": [{"data": b"bytes"}]}, "a value is of a type that JSON lacks"),
@@ -185,10 +202,13 @@ def general(reason: str) -> str:
     """The reason as the page has it: without the names of this row."""
     for pattern, instead in (
         (r"^columns of two shapes: \w+ and \w+", "columns of two shapes: X and Y"),
+        (r"^(no columns of a known shape): .*", r"\1: …"),
         (r"no column `[\w.]+`, which shape \w+", "no column `C`, which shape S"),
         (r"no column `[\w.]+`, which the", "no column `C`, which the"),
-        (r"^`[\w.]+` (is not a string|is empty|is not a non-empty list|is not an assistant's answer)$", r"`C` \1"),
-        (r"'.*'$", "'…'"),
+        (r"^`[\w.]+` (is not a string|is empty|is not a non-empty list|is not an assistant's answer)", r"`C` \1"),
+        (r": (an? (string|number|list|object)|null|'[^']*'|-?[\d.]+|True|False|inf)$", ": V"),
+        (r"'[^']*'$", "'…'"),
+        (r"^a message's `(weight|train)` (is not|and `\w+`)", r"a message's `weight` \2"),
     ):
         reason = re.sub(pattern, instead, reason)
     return reason

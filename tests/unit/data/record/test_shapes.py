@@ -307,20 +307,20 @@ PAIR = {"chosen": [user(), said()], "rejected": [user(), said("5")]}
 OPENAI = {"input": chat(user()), "preferred_output": [said()], "non_preferred_output": [said("5")]}
 
 REJECTED: list[tuple[Any, str]] = [
-    ({"question": "2+2?"}, "no columns of a known shape"),
+    ({"question": "2+2?"}, "no columns of a known shape: 'question'"),
     (chat(user(), said(), text="both"), "columns of two shapes: chat and text"),
     ({"instruction": "a", "output": "b", "text": "ab"}, "columns of two shapes: alpaca and text"),
     # turns
-    (chat({"role": "system", "content": "x"}, said()), "the first turn is not the user's"),
-    (chat(said(), user()), "the first turn is not the user's"),
-    (chat(user(), {"role": "system", "content": "x"}, said()), "a system message is not the first"),
+    (chat({"role": "system", "content": "x"}, said()), "no turn is the user's"),
+    (chat(said(), user()), "no assistant turn to train on"),
+    (chat(user(), calls(call()), {"role": "system", "content": "x"}, result(), said()), "a tool call is not answered"),
     (chat(user(), said(function_call={"name": "add"})), "`function_call` is not read: use `tool_calls`"),
     (chat(user(), {"role": "function", "content": "4"}, said()), "`function_call` is not read: use `tool_calls`"),
-    (chat(user(name=7), said()), "a message's `name` is not a string"),
-    (chat(user(), result(tool_call_id=7), said()), "a message's `tool_call_id` is not a string"),
-    (chat(user(7), said()), "a message's content is not a string"),
+    (chat(user(name=7), said()), "a message's `name` is not a string: a number"),
+    (chat(user(), result(tool_call_id=7), said()), "a message's `tool_call_id` is not a string: a number"),
+    (chat(user(7), said()), "a message's content is not a string: a number"),
     (chat(user([]), said()), "a message has no content"),
-    (chat(user(["2+2?"]), said()), "a content part is not an object"),
+    (chat(user(["2+2?"]), said()), "a content part is not an object: a string"),
     (chat(user([{"type": "text"}]), said()), "a content part has no text"),
     (chat(user([{"type": "image"}]), said()), "a content part has no image"),
     (chat(user([{"type": "input_audio"}]), said()), "a content part is of an unknown type 'input_audio'"),
@@ -330,23 +330,24 @@ REJECTED: list[tuple[Any, str]] = [
     ({"text": "a\u0000b"}, "a NUL character"),
     (chat(user("\\\u0000"), said()), "a NUL character"),
     # tools
-    (chat(user(), said(), tools="add"), "`tools` is not a list"),
+    (chat(user(), said(), tools="add"), "`tools` is not a list: a string"),
     (chat(user(), said(), tools=["add"]), "a tool is not of type `function` with a name"),
     (chat(user(), said(), tools=[{"name": "add"}]), "a tool is not of type `function` with a name"),
-    (chat(user(), said(), tools=[ADD, ADD]), "two tools have the same name"),
-    (chat(user(), calls(call("sub")), tools=[ADD]), "a tool is called that `tools` does not declare"),
+    (chat(user(), said(), tools=[ADD, ADD]), "two tools have the same name: 'add'"),
+    (chat(user(), calls(call("sub")), tools=[ADD]), "a tool is called that `tools` does not declare: 'sub'"),
     (chat(user(), calls({"name": "add"})), "a tool call has no `function`"),
     (chat(user(), calls("add")), "a tool call has no `function`"),
     (chat(user(), calls(call(score=1))), "a tool call has an unknown key 'score'"),
-    (chat(user(), calls(call() | {"type": "code"})), "a tool call is not of type `function`"),
-    (chat(user(), calls(call(id=7))), "a tool call's id is not a string"),
-    (chat(user(), calls(call(id=""))), "a tool call's id is not a string"),
+    (chat(user(), calls(call() | {"type": "code"})), "a tool call is not of type `function`: 'code'"),
+    (chat(user(), calls(call(id=7))), "a tool call's id is not a string: a number"),
+    (chat(user(), calls(call(id=""))), "a tool call's id is empty"),
     (chat(user(), calls(call(""))), "a tool call has no function name"),
     (chat(user(), calls(call(id="a"), call())), "a tool call has no id, others of its turn do"),
     (chat(user(), calls(call(id="a"), call(id="a"))), "two tool calls of a turn have the same id"),
     *[
-        (chat(user(), calls(call(arguments=arguments))), "a tool call's arguments are not a JSON object")
-        for arguments in ("", "{", "[1]", "2", '{"a": NaN}', [1], 7)
+        (chat(user(), calls(call(arguments=arguments))), f"a tool call's arguments are not a JSON object: {value}")
+        for value, values in (("a string", ("{", '{"a": NaN}', '"add"')), ("a list", ("[1]", [1])), ("a number", ("2", 7)))
+        for arguments in values
     ],
     (chat(user(), calls(call(arguments='{"a": 1, "a": 2}'))), "a key is written twice"),
     (chat(user(), calls(call(arguments='{"a": "\\ud800"}'))), "lone surrogate"),
@@ -361,42 +362,42 @@ REJECTED: list[tuple[Any, str]] = [
     (chat(user(), calls(call()), said()), "a tool call is not answered"),
     (chat(user(), calls(call(id="a"), call(id="b")), result(tool_call_id="b"), user()), "a tool call is not answered"),
     # ShareGPT
-    ({"conversations": "hi"}, "`conversations` is not a list"),
+    ({"conversations": "hi"}, "`conversations` is not a list: a string"),
     ({"conversations": []}, "`messages` is not a non-empty list"),
-    ({"conversations": [{"from": "narrator", "value": "x"}]}, "a message has no known role"),
+    ({"conversations": [{"from": "narrator", "value": "x"}]}, "a message has no known role: 'narrator'"),
     ({"conversations": [{"from": "human", "value": "x"}]}, "no assistant turn to train on"),
-    ({"conversations": [{"from": "human", "value": "x", "train": False}]}, "a message has an unknown key 'train'"),
+    ({"conversations": [{"from": "human", "value": "x", "mask": False}]}, "a message has an unknown key 'mask'"),
     (
         {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "add(2)"}]},
         "a `function_call` turn is not a JSON call",
     ),
     # Alpaca
     ({"instruction": "", "output": "b"}, "`instruction` is empty"),
-    ({"instruction": ["a"], "output": "b"}, "`instruction` is not a string"),
+    ({"instruction": ["a"], "output": "b"}, "`instruction` is not a string: a list"),
     ({"instruction": "a", "output": " "}, "`output` is empty"),
-    ({"instruction": "a", "output": "b", "input": 7}, "`input` is not a string"),
+    ({"instruction": "a", "output": "b", "input": 7}, "`input` is not a string: a number"),
     ({"instruction": "a", "output": "b", "history": [["a"]]}, "`history` is not a list of pairs"),
-    ({"instruction": "a", "output": "b", "history": [["a", None]]}, "`history` is not a string"),
-    ({"instruction": "a", "output": "b", "system": 7}, "`system` is not a string"),
+    ({"instruction": "a", "output": "b", "history": [["a", None]]}, "`history` is not a string: null"),
+    ({"instruction": "a", "output": "b", "system": 7}, "`system` is not a string: a number"),
     # prompt and completion
     ({"prompt": "", "completion": "b"}, "`prompt` is empty"),
-    ({"prompt": "a", "completion": 7}, "`completion` is not a string"),
+    ({"prompt": "a", "completion": 7}, "`completion` is not a string: a number"),
     ({"prompt": [user()], "completion": []}, "no assistant turn to train on"),
     # classification
     ({"text": "a", "label": ""}, "`label` is empty"),
-    ({"text": "a", "labels": {}}, "`labels` is not a string"),
-    ({"text": "a", "labels": {"x": [1, ["b"]]}}, "`labels` is not a string"),
+    ({"text": "a", "labels": {}}, "`labels` is not a string: an object"),
+    ({"text": "a", "labels": {"x": [1, ["b"]]}}, "`labels` is not a string: a list"),
     ({"text": " ", "label": "b"}, "`text` is empty"),
     # preference
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "`chosen` and `rejected` are the same"),
-    ({"prompt": "a", "chosen": "b", "rejected": 7}, "`rejected` is not a string"),
+    ({"prompt": "a", "chosen": "b", "rejected": 7}, "`rejected` is not a string: a number"),
     ({"prompt": "a", "chosen": [], "rejected": "b"}, "`chosen` is not a non-empty list"),
     ({"chosen": "b", "rejected": "c"}, "`chosen` and `rejected` share no prompt"),
     (PAIR | {"rejected": [user("3+3?"), said("6")]}, "`chosen` and `rejected` share no prompt"),
     (PAIR | {"prompt": "3+3?"}, "`prompt` differs from the start of `chosen`"),
     ({"prompt": "a", "chosen": [said(), user(), said()], "rejected": "c"}, "`chosen` is not an assistant's answer"),
     (OPENAI | {"input": "2+2?"}, "`input` is not an object with `messages`"),
-    (OPENAI | {"input": {}}, "`messages` is not a non-empty list"),
+    (OPENAI | {"input": {}}, "`messages` is not a non-empty list: null"),
     (OPENAI | {"non_preferred_output": [user()]}, "`rejected` is not an assistant's answer"),
     # feedback
     ({"prompt": "a", "completion": [user()], "label": True}, "`answer` is not an assistant's answer"),
@@ -404,7 +405,7 @@ REJECTED: list[tuple[Any, str]] = [
 ]
 
 FORCED: list[tuple[Shape, Any, str]] = [
-    ("feedback", {"prompt": "a", "completion": "b", "label": "maybe"}, "`label` is not true or false"),
+    ("feedback", {"prompt": "a", "completion": "b", "label": "maybe"}, "`label` is not true or false: 'maybe'"),
     ("feedback", {"completion": "b", "label": True}, "no column `prompt`, which shape feedback needs"),
     ("classification", {"label": "b"}, "no column `text`, which shape classification needs"),
     ("alpaca", {"instruction": "a"}, "no column `output`, which shape alpaca needs"),
@@ -414,8 +415,8 @@ FORCED: list[tuple[Shape, Any, str]] = [
 MAPPED: list[tuple[Mapping, Any, str]] = [
     (MAPPING, {"customer": {"question": "a"}}, "no column `reply`, which the mapping names"),
     (MAPPING, {"customer": "a", "reply": "b"}, "no column `customer.question`, which the mapping names"),
-    (MAPPING, {"customer": {"question": 7}, "reply": "b"}, "`customer.question` is not a string"),
-    (Mapping(messages="log"), {"log": "hi"}, "`log` is not a non-empty list"),
+    (MAPPING, {"customer": {"question": 7}, "reply": "b"}, "`customer.question` is not a string: a number"),
+    (Mapping(messages="log"), {"log": "hi"}, "`log` is not a non-empty list: a string"),
 ]
 
 
@@ -459,7 +460,7 @@ def test_content_that_templates_distinguish_is_preserved(row: Row) -> None:
 
 
 def test_arguments_are_json_text() -> None:
-    for arguments, text in (('{"b":1,"a":2}', '{"b":1,"a":2}'), ({"b": 1, "a": "é"}, '{"a": "é", "b": 1}'), (None, "{}")):
+    for arguments, text in (('{"b":1,"a":2}', '{"b":1,"a":2}'), ({"b": 1, "a": "é"}, '{"b": 1, "a": "é"}'), (None, "{}")):
         record = parse_record(chat(user(), calls(call(arguments=arguments))))
         assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == text
 

@@ -1,0 +1,110 @@
+"""What a columnar file says of its columns: the names of classes, JSON in a column, which nulls mean something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from forge_ray.data.read.ingest import index_file
+from forge_ray.data.read.readers import read_raw
+from forge_ray.data.record.schema import parse_record
+
+pytestmark = pytest.mark.unit
+
+
+def read(path: Path, format: str) -> list[Any]:
+    indexed = index_file(str(path), path.name, format)
+    return [raw.reason or raw.value for chunk in indexed.chunks for raw in read_raw(chunk, 1 << 20)]
+
+
+def written(dataset: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    dataset.to_parquet(folder / "rows.parquet")
+    dataset.save_to_disk(folder / "saved")
+    return [(folder / "rows.parquet", "parquet"), *((path, "arrow") for path in (folder / "saved").glob("*.arrow"))]
+
+
+def test_classes_are_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    features = Features(
+        {
+            "text": Value("string"),
+            "label": ClassLabel(names=["billing", "shipping"]),
+            "labels": {"mood": ClassLabel(names=["calm", "angry"])},
+            "tags": List(ClassLabel(names=["late", "lost"])),
+            "number": Value("int64"),
+        }
+    )
+    rows = {"text": ["a", "b"], "label": [1, -1], "labels": [{"mood": 0}, None], "tags": [[0, 1], []], "number": [0, 1]}
+    files = written(Dataset.from_dict(rows, features=features), tmp_path, monkeypatch)
+    assert len(files) == 2
+    for path, format in files:
+        first, second = read(path, format)
+        expected = {"text": "a", "label": "shipping", "labels": {"mood": "calm"}, "tags": ["late", "lost"], "number": 0}
+        assert first == expected
+        assert second == {"text": "b", "tags": [], "number": 1}
+        assert parse_record({"text": "a", "label": first["label"]}).messages[1]["content"] == "shipping"
+
+
+def test_a_class_without_a_name_is_refused(tmp_path: Path) -> None:
+    metadata = {"huggingface": '{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a", "b"]}}}}'}
+    table = pa.table({"text": ["x", "y"], "label": [1, 2]}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet", "parquet") == [
+        {"text": "x", "label": "b"},
+        "`label` has 2 classes, and the row is of class 2",
+    ]
+
+
+@pytest.mark.parametrize("metadata", [b"", b"{", b"[1]", b'{"info": null}', b'{"info": {"features": [[[1]]]}}'])
+def test_metadata_of_any_form_harms_no_row(tmp_path: Path, metadata: bytes) -> None:
+    rows = [{"text": "x", "label": 1, "deep": {"a": [1]}}]
+    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": metadata}), tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet", "parquet") == rows
+
+
+def test_columns_of_json_are_their_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset, Features, Json, List, Value
+
+    call = {"name": Value("string"), "arguments": Json()}
+    features = Features({"n": Value("int64"), "calls": List(call), "free": Json()})
+    rows = [
+        {"n": 1, "calls": [{"name": "a", "arguments": {"b": None, "a": [1, None]}}], "free": {"x": None}},
+        {"n": 2, "calls": [{"name": "b", "arguments": {}}], "free": None},
+    ]
+    for path, format in written(Dataset.from_list(rows, features=features), tmp_path, monkeypatch):
+        assert read(path, format) == [rows[0], {key: item for key, item in rows[1].items() if item is not None}]
+    bad = pa.table({"free": pa.array(["{}", "{", None]).cast(pa.json_())})
+    pq.write_table(bad, tmp_path / "bad.parquet")
+    assert read(tmp_path / "bad.parquet", "parquet") == [{"free": {}}, "not JSON", {}]
+
+
+def test_nulls_survive_where_they_can_and_are_said_to_be_lost_elsewhere(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "map": pa.array([[("a", None), ("b", 1)]], pa.map_(pa.string(), pa.int64())),
+            "calls": pa.array([[{"arguments": {"a": None, "b": 1}}]]),
+            "text": pa.array(['{"a": null}']),
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("parquet", "arrow"):
+        path = tmp_path / f"rows.{name}"
+        assert read(path, name) == [{"map": {"a": None, "b": 1}, "calls": [{"arguments": {"b": 1}}], "text": '{"a": null}'}]
+        (note,) = index_file(str(path), path.name, name).notes
+        assert note.startswith("`calls.arguments` is a struct, in which a null cannot be told from an absent key")
+
+
+def test_dictionaries_keep_the_names_of_other_columns(tmp_path: Path) -> None:
+    metadata = {"huggingface": '{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a", "b"]}}}}'}
+    table = pa.table({"text": pa.array(["x", "y"]).dictionary_encode(), "label": [0, 1]}).replace_schema_metadata(metadata)
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    assert read(tmp_path / "rows.arrow", "arrow") == [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]

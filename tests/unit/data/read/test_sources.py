@@ -1,0 +1,208 @@
+"""Which files a source names: splits, tables of versions, markers of other programs, names in any letters."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from forge_ray.config.base import resolved
+from forge_ray.config.data import DataConfig
+from forge_ray.data.read.sources import expand
+from forge_ray.data.read.splits import split_named
+from forge_ray.errors import DataError, NotFound
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(path: str, any_split: bool = False, **source: str) -> list[str]:
+    config = DataConfig.model_validate({"sources": [{"path": path, **source}]})
+    return [file.name for file in expand(config, any_split)]
+
+
+def fill(*files: str) -> None:
+    for name in files:
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_bytes(b"x")
+
+
+# ---------------------------------------------------------------- splits
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data/train-00000-of-00002.parquet", "train"),
+        ("data/test_sft-00000-of-00001.parquet", "test_sft"),
+        ("default/validation/0000.parquet", "validation"),
+        ("train.jsonl.gz", "train"),
+        ("chats_test.csv", "test"),
+        ("dev-2.json", "dev"),
+        ("s3://bucket/Test/a.jsonl?region=x", "Test"),
+        ("rows.jsonl", ""),
+        ("latest.jsonl", ""),
+        ("data-00000-of-00002.arrow", ""),
+        ("part-00000-of-00002.parquet", ""),
+        ("a_test_of_words.jsonl", ""),
+    ],
+)
+def test_split_by_name(path: str, split: str) -> None:
+    assert split_named(path) == split
+
+
+HUB = [
+    "hub/data/test-00000-of-00001.parquet",
+    "hub/data/train-00000-of-00002.parquet",
+    "hub/data/train-00001-of-00002.parquet",
+]
+
+
+@pytest.mark.parametrize("path", ["hub", "hub/data/*.parquet", "hub/**/*.parquet"])
+def test_files_of_several_splits_are_refused_or_chosen(path: str) -> None:
+    fill(*HUB, "hub/README.md")
+    with pytest.raises(DataError, match=rf"'{path.replace('*', '.')[:3]}.* holds several splits \(test, train\)") as error:
+        names(path)
+    assert error.value.hint == "choose one with `split: train`, or take all of them with `split: all`"
+    assert names(path, split="train") == HUB[1:]
+    assert names(path, split="test") == HUB[:1]
+    assert names(path, split="all") == names(path, any_split=True) == HUB
+    with pytest.raises(DataError, match=r"has no split 'dev'\nhint: its splits are: test, train"):
+        names(path, split="dev")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["train-1.jsonl", "train-2.jsonl"],
+        ["test-00000-of-00001.parquet", "test-00001-of-00002.parquet"],
+        ["faq.jsonl", "test.jsonl"],
+        ["train.md", "test.md"],
+        ["train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001.parquet"],
+    ],
+)
+def test_files_of_one_split_or_none_are_taken(files: list[str]) -> None:
+    fill(*(f"rows/{file}" for file in files))
+    assert names("rows/*") == [f"rows/{file}" for file in sorted(files)]
+
+
+def test_an_unset_split_is_not_one_of_the_settings() -> None:
+    """The ids of dataset versions are hashes of the settings."""
+    sources = [
+        resolved(DataConfig.model_validate({"sources": [s]}))["sources"][0]
+        for s in ({"path": "a"}, {"path": "a", "split": "b"})
+    ]
+    assert ["split" in source for source in sources] == [False, True]
+
+
+# ---------------------------------------------------------------- tables and markers
+
+
+@pytest.mark.parametrize(
+    ("mark", "what"),
+    [
+        ("_delta_log/00000000000000000000.json", "a Delta table"),
+        ("metadata/v1.metadata.json", "an Iceberg table"),
+        (".hoodie/hoodie.properties", "a Hudi table"),
+    ],
+)
+@pytest.mark.parametrize(
+    "path", ["table", "table/*.parquet", "table/**/*.parquet", "table/day=1/b.parquet", "table/day=*/*"]
+)
+def test_tables_of_versions_are_refused_by_name(mark: str, what: str, path: str) -> None:
+    fill("table/a.parquet", "table/day=1/b.parquet", f"table/{mark}")
+    with pytest.raises(DataError, match=rf"'table' is {what}, whose files also hold rows that were deleted") as error:
+        names(path)
+    assert error.value.hint.startswith("export the version that you mean as Parquet")
+
+
+def test_the_metadata_of_an_iceberg_table_is_refused_by_name() -> None:
+    fill("table/metadata/v3.metadata.json")
+    with pytest.raises(DataError, match=r"v3\.metadata\.json' is the metadata of an Iceberg table"):
+        names("table/metadata/v3.metadata.json")
+
+
+def test_a_folder_named_metadata_is_no_table() -> None:
+    fill("rows/a.jsonl", "rows/metadata/about.json")
+    assert names("rows/*.jsonl") == ["rows/a.jsonl"]
+
+
+def test_what_other_programs_leave_is_skipped() -> None:
+    rows = ["out/part-00000.parquet", "out/part-00001.parquet"]
+    fill(
+        *rows,
+        "out/_SUCCESS",
+        "out/.part-00000.parquet.crc",
+        "out/x.crc",
+        "out/_metadata",
+        "out/_committed_12",
+        "out/Thumbs.db",
+    )
+    fill("out/_temporary/0/part-00002.parquet")
+    assert names("out/*") == names("out/**/*") == rows
+    assert names("out/*", split="all") == rows
+    with pytest.raises(DataError, match="no known format"):  # asked for by its name
+        names("out/_SUCCESS")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("a.xlsx", "save each of its sheets as CSV UTF-8"),
+        ("a.XLS", "save each of its sheets as CSV UTF-8"),
+        ("a.avro", "convert it to Parquet"),
+        ("a.jsonl.bz2", "unpack it"),
+        ("a.pkl", "reading it could run code"),
+        ("a.data", "say which with `format:`"),
+    ],
+)
+def test_formats_that_are_not_read_come_with_the_remedy(name: str, hint: str) -> None:
+    fill(name)
+    with pytest.raises(DataError, match="is that of no known format") as error:
+        names(name)
+    assert error.value.hint.startswith(hint)
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_names_match_in_any_unicode_form() -> None:
+    composed, split = (unicodedata.normalize(form, "Über") for form in ("NFC", "NFD"))
+    assert composed != split
+    fill(f"{split}.jsonl", f"{composed}-2.jsonl", f"{split}/a.jsonl")
+    for form in (composed, split):
+        assert names(f"{form}.jsonl") == [f"{split}.jsonl"]
+        assert names(f"{form}-2.jsonl") == [f"{composed}-2.jsonl"]
+        assert names(f"{form}/*.jsonl") == [f"{split}/a.jsonl"]
+    digest = hashlib.sha256(b"x").hexdigest()
+    Path("SHA256SUMS").write_text(f"{digest}  {composed}.jsonl\n", encoding="utf-8")
+    assert names(f"{composed}.jsonl", checksums="SHA256SUMS") == [f"{split}.jsonl"]
+
+
+def test_what_nearly_matches_is_named() -> None:
+    fill("chat [final] 1.jsonl", "tickets.jsonl")
+    assert names("chat [final] 1.jsonl") == ["chat [final] 1.jsonl"]
+    assert names("chat [[]final]*.jsonl") == ["chat [final] 1.jsonl"]
+    for path, hint in (
+        ("chat [final]*.jsonl", "[…] stands for one of the letters in it; write [[] for a bracket: 'chat [[]final]*.jsonl'"),
+        ("tickts.jsonl", "did you mean 'tickets.jsonl'?"),
+        ("none/*.jsonl", "globs are relative to the current folder"),
+    ):
+        with pytest.raises(NotFound, match="no file matches") as error:
+            names(path)
+        assert error.value.hint == hint
+
+
+def test_checksums_of_names_with_any_line_end() -> None:
+    odd = "a\u2028b\x85c.jsonl"
+    fill(odd)
+    digest = hashlib.sha256(b"x").hexdigest()
+    Path("SHA256SUMS").write_bytes(f"\ufeff{digest}  {odd}\r\n".encode())
+    assert names("*.jsonl", checksums="SHA256SUMS") == [odd]
