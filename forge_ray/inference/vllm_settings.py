@@ -151,6 +151,8 @@ def sampling_params(request: GenerationRequest) -> Any:
             ignore_eos=schema is None,  # the request lists what ends it; a grammar ends with the tokenizer's own token
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            min_p=request.min_p,
             logit_bias=dict(request.logit_bias) or None,
             logprobs=request.num_logprobs,
             structured_outputs=StructuredOutputsParams(json=schema) if schema else None,

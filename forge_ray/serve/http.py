@@ -30,6 +30,8 @@ from forge_ray.serve.metrics import CONTENT_TYPE
 from forge_ray.serve.middleware import AdmissionMiddleware, AuthMiddleware, RequestMetricsMiddleware
 from forge_ray.serve.openai import ApiError, R, parse_request
 from forge_ray.serve.prologue import caller_of
+from forge_ray.serve.response_fields import ResponsesRequest
+from forge_ray.serve.responses import respond
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.statuses import CLIENT_CLOSED
 from forge_ray.serve.streams import ClientGone
@@ -77,6 +79,10 @@ def build_http(context: ServingContext) -> ASGIApp:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await complete(context, shadows, request, await read(CompletionRequest, request))
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await respond(context, shadows, request, await read(ResponsesRequest, request))
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:

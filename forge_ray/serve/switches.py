@@ -1,0 +1,116 @@
+"""Switches of a chat template (`reasoning_effort`, `enable_thinking`), set by a request (no ray, no torch).
+
+A template's switches are the variables that it reads and that a conversation does not fill. The template with a switch set is
+a template of its own: asked anew how it writes answers and calls, and kept with the tokenizer that it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+from forge_ray.data.tokens.chat import ChatTokenizer
+from forge_ray.data.tokens.hf import HfTokenizer
+from forge_ray.serve.fields import ChatRequest
+from forge_ray.serve.openai import ApiError
+
+Value = bool | int | float | str | None
+Switches = tuple[tuple[str, Value], ...]
+
+MAX_SETTINGS = 16  # templates kept per tokenizer; each has been compiled and probed
+CONVERSATION = frozenset({"messages", "tools", "documents", "add_generation_prompt"})  # what a request says otherwise
+ON_OFF = ("enable_thinking", "thinking")
+TEXT = re.compile(r"[\w .,:+/-]{0,64}", re.ASCII)
+_KEPT: WeakKeyDictionary[HfTokenizer, dict[Switches, HfTokenizer]] = WeakKeyDictionary()
+
+
+def switched(tokenizer: ChatTokenizer, body: ChatRequest) -> ChatTokenizer:
+    """The tokenizer with its template's switches as the request sets them. `ApiError` 400 for a switch that the template
+    does not have, unless the request switches off what is not there."""
+    if body.reasoning_effort is None and not body.chat_template_kwargs:
+        return tokenizer
+    names = switches_of(tokenizer)
+    values = dict(_effort(body.reasoning_effort, names))
+    for name, value in (body.chat_template_kwargs or {}).items():
+        param = f"chat_template_kwargs.{name}"
+        if name in names:
+            if isinstance(value, str) and not TEXT.fullmatch(value):
+                raise ApiError(400, f"{param}: a switch takes up to 64 letters, digits, blanks and .,:+/-", param=param)
+            if values.get(name, value) != value:
+                rule = f"{param}: {json.dumps(value)} contradicts reasoning_effort {body.reasoning_effort!r}; send one"
+                raise ApiError(400, rule, param=param)
+            values[name] = value
+        elif value not in (None, False):
+            raise _no_switch(param, name, names)
+    chosen = {name: value for name, value in values.items() if value is not None}
+    return _set(tokenizer, chosen) if chosen and isinstance(tokenizer, HfTokenizer) else tokenizer
+
+
+def switches_of(tokenizer: ChatTokenizer) -> frozenset[str]:
+    """The variables of the chat template that a request may set; none of Mistral's own tokenizers."""
+    if not isinstance(tokenizer, HfTokenizer) or not tokenizer.has_chat:
+        return frozenset()
+    filled = CONVERSATION.union(tokenizer.tokenizer.special_tokens_map)
+    return frozenset().union(*map(_variables, _sources(tokenizer).values())) - filled
+
+
+def _effort(effort: str | None, names: frozenset[str]) -> Mapping[str, Value]:
+    """The switch that `reasoning_effort` sets. One that only turns reasoning on and off is turned off by `none`."""
+    if effort is None:
+        return {}
+    if "reasoning_effort" in names:
+        return {"reasoning_effort": effort}
+    if effort == "none":
+        return {name: False for name in ON_OFF if name in names}
+    raise _no_switch("reasoning_effort", "reasoning_effort", names)
+
+
+def _no_switch(param: str, name: str, names: frozenset[str]) -> ApiError:
+    others = f"; it has {', '.join(sorted(names))}, which `chat_template_kwargs` sets" if names else ""
+    rule = f"{param}: this model's chat template has no switch {name[:80]!r}{others}"
+    return ApiError(400, rule, param=param[:100], code="unsupported_parameter")
+
+
+def _sources(tokenizer: HfTokenizer) -> dict[str, str]:
+    """The templates of a tokenizer by name; "" where it has one."""
+    template = tokenizer.tokenizer.chat_template
+    return {"": template} if isinstance(template, str) else dict(template or {})
+
+
+@lru_cache(maxsize=64)
+def _variables(source: str) -> frozenset[str]:
+    """Variables that a template reads and neither sets before nor has from its surroundings."""
+    from jinja2 import TemplateError, meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        environment = _compile_jinja_template(source).environment
+        return frozenset(meta.find_undeclared_variables(environment.parse(source))) - environment.globals.keys()
+    except TemplateError:
+        return frozenset()  # what is wrong with it is said when a conversation is rendered
+
+
+def _set(tokenizer: HfTokenizer, values: Mapping[str, Value]) -> HfTokenizer:
+    """The tokenizer whose template begins by setting the switches."""
+    import copy
+
+    key = tuple(sorted(values.items()))
+    kept = _KEPT.setdefault(tokenizer, {})
+    if key not in kept:
+        head = "".join(f"{{% set {name} = {_literal(value)} %}}\n" for name, value in key)  # the line's end is trimmed
+        own = copy.copy(tokenizer.tokenizer)
+        sources = {name: head + source for name, source in _sources(tokenizer).items()}
+        own.chat_template = sources[""] if sources.keys() == {""} else sources
+        if len(kept) >= MAX_SETTINGS:
+            kept.clear()
+        kept[key] = replace(tokenizer, tokenizer=own, _tails={}, _prefixes={}, _formats={})
+    return kept[key]
+
+
+def _literal(value: Value) -> str:
+    """As jinja reads it; texts hold nothing that needs an escape (`TEXT`)."""
+    return f'"{value}"' if isinstance(value, str) else json.dumps(value)
