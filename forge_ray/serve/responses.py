@@ -224,13 +224,13 @@ class Output:
     def _item_event(self, what: str, item: dict[str, Any]) -> Event:
         return self._event(f"response.output_item.{what}", output_index=len(self._items) - 1, item=dict(item))
 
-    def _part_event(self, name: str, **more: Any) -> Event:
+    def _part_event(self, name: str, /, **more: Any) -> Event:
         """An event of the one part that the open item has."""
         item_id = self._items[-1]["id"]
         at = {"item_id": item_id, "output_index": len(self._items) - 1, "content_index": 0}
         return self._event(f"response.{name}", **at, **more)
 
-    def _event(self, name: str, **more: Any) -> Event:
+    def _event(self, name: str, /, **more: Any) -> Event:
         self._number += 1
         return {"type": name, "sequence_number": self._number, **more}
 

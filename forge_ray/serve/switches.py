@@ -1,11 +1,12 @@
 """Switches of a chat template (`reasoning_effort`, `enable_thinking`), set by a request (no ray, no torch).
 
-A template's switches are the variables that it reads and that a conversation does not fill. The template with a switch set is
-a template of its own: asked anew how it writes answers and calls, and kept with the tokenizer that it belongs to.
+A template's switches are the variables that it reads and that a conversation does not fill. The template with a switch set
+is a template of its own: asked anew how it writes answers and calls, and kept with the tokenizer that it belongs to.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -19,13 +20,12 @@ from forge_ray.serve.fields import ChatRequest
 from forge_ray.serve.openai import ApiError
 
 Value = bool | int | float | str | None
-Switches = tuple[tuple[str, Value], ...]
 
 MAX_SETTINGS = 16  # templates kept per tokenizer; each has been compiled and probed
 CONVERSATION = frozenset({"messages", "tools", "documents", "add_generation_prompt"})  # what a request says otherwise
 ON_OFF = ("enable_thinking", "thinking")
 TEXT = re.compile(r"[\w .,:+/-]{0,64}", re.ASCII)
-_KEPT: WeakKeyDictionary[HfTokenizer, dict[Switches, HfTokenizer]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[HfTokenizer, dict[str, HfTokenizer]] = WeakKeyDictionary()
 
 
 def switched(tokenizer: ChatTokenizer, body: ChatRequest) -> ChatTokenizer:
@@ -96,19 +96,17 @@ def _variables(source: str) -> frozenset[str]:
 
 def _set(tokenizer: HfTokenizer, values: Mapping[str, Value]) -> HfTokenizer:
     """The tokenizer whose template begins by setting the switches."""
-    import copy
-
-    key = tuple(sorted(values.items()))
+    # Each line ends with its tag, and jinja trims the line's end
+    head = "".join(f"{{% set {name} = {_literal(value)} %}}\n" for name, value in sorted(values.items()))
     kept = _KEPT.setdefault(tokenizer, {})
-    if key not in kept:
-        head = "".join(f"{{% set {name} = {_literal(value)} %}}\n" for name, value in key)  # the line's end is trimmed
+    if head not in kept:
         own = copy.copy(tokenizer.tokenizer)
         sources = {name: head + source for name, source in _sources(tokenizer).items()}
         own.chat_template = sources[""] if sources.keys() == {""} else sources
         if len(kept) >= MAX_SETTINGS:
             kept.clear()
-        kept[key] = replace(tokenizer, tokenizer=own, _tails={}, _prefixes={}, _formats={})
-    return kept[key]
+        kept[head] = replace(tokenizer, tokenizer=own, _tails={}, _prefixes={}, _formats={})
+    return kept[head]
 
 
 def _literal(value: Value) -> str:
