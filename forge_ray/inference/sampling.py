@@ -115,8 +115,8 @@ def draw_one(logits: torch.Tensor, drawing: Drawing, position: int) -> int:
         scores = scores.index_add(0, _ids(ids, scores), scores.new_tensor(values))
     if request.repetition_penalty != 1:
         seen = _ids(drawing.prompt_tokens.union(drawing.counts), scores)
-        values = scores[seen]
-        penalised = torch.where(values > 0, values / request.repetition_penalty, values * request.repetition_penalty)
+        old = scores[seen]
+        penalised = torch.where(old > 0, old / request.repetition_penalty, old * request.repetition_penalty)
         scores = scores.index_copy(0, seen, penalised)
     if (request.presence_penalty or request.frequency_penalty) and drawing.counts:
         times = scores.new_tensor(list(drawing.counts.values()))

@@ -186,21 +186,21 @@ class Output:
     def _grown(self, kind: Kind, text: str) -> Iterator[Event]:
         if self._open is None or self._open["type"] != kind:
             yield from self._closed("completed")
-            role = {"role": "assistant"} if kind == "message" else {"summary": []}
+            role: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
             self._open = self._added({"type": kind, **role, "content": []})
             yield self._item_event("added", self._open)
             yield self._part_event("content_part.added", part=_part(kind, ""))
             self._open["content"] = [_part(kind, "")]
         part = self._open["content"][0]
         part["text"] += text
-        logprobs = {"logprobs": []} if kind == "message" else {}
+        logprobs: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         yield self._part_event(f"{TEXT_EVENT[kind]}.delta", delta=text, **logprobs)
 
     def _closed(self, status: str) -> Iterator[Event]:
         if self._open is None:
             return
         kind, part = self._open["type"], self._open["content"][0]
-        logprobs = {"logprobs": []} if kind == "message" else {}
+        logprobs: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         yield self._part_event(f"{TEXT_EVENT[kind]}.done", text=part["text"], **logprobs)
         yield self._part_event("content_part.done", part=dict(part))
         self._open["status"] = status

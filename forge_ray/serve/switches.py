@@ -89,7 +89,8 @@ def _variables(source: str) -> frozenset[str]:
 
     try:
         environment = _compile_jinja_template(source).environment
-        return frozenset(meta.find_undeclared_variables(environment.parse(source))) - environment.globals.keys()
+        variables: set[str] = meta.find_undeclared_variables(environment.parse(source))
+        return frozenset(variables - environment.globals.keys())
     except TemplateError:
         return frozenset()  # what is wrong with it is said when a conversation is rendered
 
