@@ -67,8 +67,9 @@ def url(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     caller = loaded(tokenizer, Scripted(saying(tokenizer, CALL)))
     newer_tokenizer = load_tokenizer_dir(folder)  # the same model, as if it had been taught Mistral's newer calls
     assert isinstance(newer_tokenizer, HfTokenizer)
-    newer_tokenizer.tokenizer.chat_template = TEMPLATE.replace("<tool_call>", "[TOOL_CALLS]").replace(
-        "</tool_call>", "[ARGS]"
+    newer_tokenizer.tokenizer.chat_template = TEMPLATE.replace(
+        "<tool_call>{{ c.function | tojson }}</tool_call>",
+        "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}",
     )
     newer = Loaded("mv_1", "sha256:" + "1" * 64, engine, "", newer_tokenizer, (tokenizer.end_of_turn_id,))
     tiny = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", tokenizer, (tokenizer.end_of_turn_id,))
