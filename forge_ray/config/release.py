@@ -239,12 +239,12 @@ class Replicas(Config):
 
 
 class Limits(Config):
-    """Limits of one request. What exceeds one is answered 400 with the field's name (413 for the body)."""
+    """Limits of one request. What exceeds one is answered 400 with the field's name (413 for the body); `max_tokens` is cut."""
 
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Maximum bytes of the request body")
     max_messages: int = Field(1024, ge=1, description="Maximum messages per request")
     max_prompt_tokens: int = Field(0, ge=0, description="Maximum tokens of the prompt; 0: what the context holds")
-    max_new_tokens: int = Field(1024, ge=1, description="Maximum value of `max_tokens`")
+    max_new_tokens: int = Field(1024, ge=1, description="Maximum tokens of an answer; a larger `max_tokens` is cut to it")
     max_n: int = Field(8, ge=1, description="Maximum number of answers per request, `n`")
     max_logprobs: int = Field(20, ge=0, description="Maximum value of `logprobs` and `top_logprobs`")
     max_stops: int = Field(4, ge=0, description="Maximum stop sequences per request")

@@ -98,7 +98,9 @@ def chat_ids(tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Seque
         raise ApiError(400, "messages: the prefix must follow at least one other message", param="messages")
     try:
         turns = _with_ids([message.for_template() for message in messages])
-        if (form := tokenizer.answer_form) and form.has_reasoning:
+        if (form := tokenizer.answer_form) is None:  # the model has no place for reasoning of earlier turns
+            turns = [{key: item for key, item in turn.items() if key != "reasoning_content"} for turn in turns]
+        elif form.has_reasoning:
             turns = [without_thought(turn, form.reasoning_closing.strip()) for turn in turns]
         return tokenizer.prompt_ids(turns, [tool.for_template() for tool in tools] or None)
     except Reject as error:

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mistral_common
 import pytest
 from scripted_api import TEMPLATE, TOOLS, USER, Api, reset, running_with
 
+from forge_ray.data.tokens.mistral import load_mistral
+from forge_ray.serve.fields import Message, Tool
+from forge_ray.serve.prompt import chat_ids
 from forge_ray.serve.replayed import as_ours, is_empty
 
 pytestmark = pytest.mark.unit
@@ -190,3 +194,23 @@ def test_an_answer_is_replayed_as_it_was_sent(api: Api) -> None:
     api.chat(messages=[*USER, message, {"role": "user", "content": "Sure?"}])
     expected = api.tokenizer.prompt_ids(conversation(reasoning_content="First add."))
     assert list(api.asked().prompt_ids) == expected
+
+
+@pytest.mark.parametrize("file", ["tekken_240911.json", "mistral_instruct_tokenizer_241114.model.v7"])
+@pytest.mark.parametrize("ids", [("call_1", "call_2"), ("toolu_01A", "toolu_01B"), (None, None)])
+def test_mistral_s_own_tokenizers_take_turns_of_other_servers(file: str, ids: tuple[str | None, str | None]) -> None:
+    tokenizer = load_mistral(Path(mistral_common.__file__).parent / "data" / file)
+    calls = [{"id": name, "function": {"name": "add", "arguments": "{}"}} for name in ids]
+    results = [{"role": "tool", "tool_call_id": name, "content": text} for name, text in zip(ids, ("r1", "r2"), strict=True)]
+    more = {"name": "ops bot", "reasoning_content": "Hm.", "refusal": None}
+    messages = [
+        {"role": "user", "content": "hi", "name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": calls, **more},
+        *results,
+        {"role": "assistant", "content": "Three.", **more},
+        {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+    ]
+    tools = [Tool.model_validate(tool) for tool in TOOLS]
+    text = tokenizer.decode(chat_ids(tokenizer, [Message.model_validate(message) for message in messages], tools))
+    assert text.index("r1") < text.index("r2") < text.index("Three.") < text.index("Sure?")
+    assert "Hm." not in text  # these have no place for it

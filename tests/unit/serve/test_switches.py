@@ -28,6 +28,10 @@ EFFORT = (
 )
 
 
+of_effort = pytest.mark.parametrize("running_api", ["effort"], indirect=True)
+of_on_off = pytest.mark.parametrize("running_api", ["on_off"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=["plain", "on_off", "effort"])
 def running_api(tiny_model_dir: Path, request: pytest.FixtureRequest) -> Iterator[Api]:
     with running_with(tiny_model_dir, {"plain": TEMPLATE, "on_off": ON_OFF, "effort": EFFORT}[request.param]) as api:
@@ -42,11 +46,6 @@ def api(running_api: Api) -> Api:
 
 def prompt_text(api: Api) -> str:
     return api.tokenizer.decode(api.asked().prompt_ids)
-
-
-def only(api: Api, template: str) -> None:
-    if api.template != template:
-        pytest.skip(f"it is about the template {template}")
 
 
 def test_the_switches_of_a_template(api: Api) -> None:
@@ -104,8 +103,8 @@ def test_a_switch_reaches_the_template_or_is_refused_by_name(api: Api) -> None:
         assert api.refused(chat_template_kwargs={name: "x"})["param"] == f"chat_template_kwargs.{name}"
 
 
+@of_effort
 def test_a_switch_is_a_value_and_no_template(api: Api) -> None:
-    only(api, "effort")
     for value in ('" %}{{ 7 * 7 }}', "{{ messages }}", "a" * 65, "\n", "é"):
         assert api.refused(chat_template_kwargs={"style": value})["param"] == "chat_template_kwargs.style"
     assert (api.refused(chat_template_kwargs={"style": ["a"]})["param"] or "").startswith("chat_template_kwargs")
@@ -114,22 +113,22 @@ def test_a_switch_is_a_value_and_no_template(api: Api) -> None:
         assert f"Reasoning: medium{written}<|im_end|>" in prompt_text(api)
 
 
+@of_effort
 def test_two_names_of_one_switch_must_agree(api: Api) -> None:
-    only(api, "effort")
     api.chat(reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "low"})
     error = api.refused(reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"})
     assert "contradicts" in error["message"]
 
 
+@of_effort
 def test_settings_that_are_kept_are_few(api: Api) -> None:
-    only(api, "effort")
     for number in (*range(2 * MAX_SETTINGS), True, 1):
         api.chat(chat_template_kwargs={"style": number})
         assert f"medium{number}<|im_end|>" in prompt_text(api)
 
 
+@of_on_off
 def test_reasoning_is_split_from_an_answer_with_the_switch_that_it_was_asked_with(api: Api) -> None:
-    only(api, "on_off")
     api.says("<think>\nHm.\n</think>\n\nYes.")
     message = api.chat(chat_template_kwargs={"enable_thinking": True})["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
