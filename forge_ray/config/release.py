@@ -239,7 +239,8 @@ class Replicas(Config):
 
 
 class Limits(Config):
-    """Limits of one request. What exceeds one is answered 400 with the field's name (413 for the body); `max_tokens` is cut."""
+    """Limits of one request. What exceeds one is answered 400 with the field's name (413 for the body), but a larger
+    `max_tokens` is cut."""
 
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Maximum bytes of the request body")
     max_messages: int = Field(1024, ge=1, description="Maximum messages per request")

@@ -79,10 +79,12 @@ def read_schema(text: str) -> dict[str, Any]:
     return dict(_with_ascii_references(parsed))
 
 
-def _item_bounds(schema: Any) -> Iterator[int]:
+def _item_bounds(schema: Any) -> Iterator[float]:
     """The number of items that each array is bounded by: a grammar has a rule for each of them."""
     if isinstance(schema, dict):
-        yield max((value for key in ("minItems", "maxItems") if isinstance(value := schema.get(key), int)), default=0)
+        yield max(
+            (value for key in ("minItems", "maxItems") if isinstance(value := schema.get(key), int | float)), default=0
+        )
     for item in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
         yield from _item_bounds(item)
 

@@ -66,7 +66,7 @@ def renamed(error: ApiError) -> ApiError:
     name, dot, rest = (error.param or "").partition(".")
     if name not in NAMES:
         return error
-    param = NAMES[name] + ("" if name == "messages" else dot + rest)
+    param = NAMES[name] + ("" if name == "messages" else dot + rest.removeprefix("json_schema."))
     message = error.message
     if message.startswith(f"{error.param}:"):
         message = param + message.removeprefix(error.param or "")

@@ -146,6 +146,7 @@ def test_a_schema_is_compiled_in_time_and_kept(grammars: Grammars, tokenizer: To
         ({"type": "string", "pattern": "(?=a)b"}, "pattern"),
         ({"type": "string", "format": "phone"}, "format"),
         ({"type": "array", "maxItems": 100_000}, "maxItems"),
+        ({"type": "array", "maxItems": 100_000.0}, "maxItems"),
         ({"type": "array", "items": {"type": "array", "minItems": MAX_ITEMS}, "maxItems": 1}, "minItems"),
         ({"$ref": "#/$defs/none"}, "/$defs/none"),
         ({"$ref": "https://example.com/schema.json"}, "https://example.com/schema.json"),

@@ -188,6 +188,7 @@ def test_what_asks_for_nothing_is_accepted(api: Api, sent: dict[str, Any]) -> No
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}, "verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
         ({"text": {"format": {"type": "json_object"}}, "tools": [ADD]}, "text.format"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"temperature": 3}, "temperature"),
