@@ -22,7 +22,10 @@ from forge_ray.serve.openai import ApiError
 Value = bool | int | float | str | None
 
 MAX_SETTINGS = 16  # templates kept per tokenizer; each has been compiled and probed
-CONVERSATION = frozenset({"messages", "tools", "documents", "add_generation_prompt"})  # what a request says otherwise
+# What a template has from the conversation and from its tokenizer
+CONVERSATION = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
+OPTIONAL = ("defined", "undefined", "default", "d")  # tests and filters by which a template asks whether a switch is set
 ON_OFF = ("enable_thinking", "thinking")
 TEXT = re.compile(r"[\w .,:+/-]{0,64}", re.ASCII)
 _KEPT: WeakKeyDictionary[HfTokenizer, dict[str, HfTokenizer]] = WeakKeyDictionary()
@@ -54,7 +57,7 @@ def switches_of(tokenizer: ChatTokenizer) -> frozenset[str]:
     """The variables of the chat template that a request may set; none of Mistral's own tokenizers."""
     if not isinstance(tokenizer, HfTokenizer) or not tokenizer.has_chat:
         return frozenset()
-    filled = CONVERSATION.union(tokenizer.tokenizer.special_tokens_map)
+    filled = {*CONVERSATION, *TOKENS, *tokenizer.tokenizer.special_tokens_map}
     return frozenset().union(*map(_variables, _sources(tokenizer).values())) - filled
 
 
@@ -83,14 +86,20 @@ def _sources(tokenizer: HfTokenizer) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def _variables(source: str) -> frozenset[str]:
-    """Variables that a template reads and neither sets before nor has from its surroundings."""
-    from jinja2 import TemplateError, meta
+    """Variables that a template reads and does not bind itself, other than as the default of one that is not defined."""
+    from jinja2 import TemplateError, meta, nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
         environment = _compile_jinja_template(source).environment
-        variables: set[str] = meta.find_undeclared_variables(environment.parse(source))
-        return frozenset(variables - environment.globals.keys())
+        tree = environment.parse(source)
+        variables: set[str] = meta.find_undeclared_variables(tree) - environment.globals.keys()
+        names = list(tree.find_all(nodes.Name))
+        variables -= {name.name for name in names if name.ctx == "param"}
+        bound = {name.name for name in names if name.ctx == "store"}
+        checks = (*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter))
+        optional = {check.node.name for check in checks if check.name in OPTIONAL and isinstance(check.node, nodes.Name)}
+        return frozenset(variables - (bound - optional))
     except TemplateError:
         return frozenset()  # what is wrong with it is said when a conversation is rendered
 

@@ -24,7 +24,8 @@ ON_OFF = THINKS + (
 EFFORT = (
     "{% if reasoning_effort is not defined %}{% set reasoning_effort = 'medium' %}{% endif %}"
     "{% macro level(name) %}{{ name }}: {{ reasoning_effort }}{% endmacro %}"
-    "<|im_start|>system\n{{ level('Reasoning') }}{{ style }}<|im_end|>\n" + TEMPLATE
+    "{% if messages | length > 1 %}{% set first = bos_token %}{% endif %}"
+    "<|im_start|>system\n{{ level('Reasoning') }}{{ style }}{{ first }}<|im_end|>\n" + TEMPLATE
 )
 
 
@@ -99,7 +100,7 @@ def test_a_switch_reaches_the_template_or_is_refused_by_name(api: Api) -> None:
         api.chat(chat_template_kwargs={"enable_thinking": False})
         error = api.refused(chat_template_kwargs={"enable_thinking": True})
         assert error["param"] == "chat_template_kwargs.enable_thinking"
-    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "raise_exception"):
+    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "raise_exception", "first", "m"):
         assert api.refused(chat_template_kwargs={name: "x"})["param"] == f"chat_template_kwargs.{name}"
 
 
