@@ -126,8 +126,16 @@ class Client:
         return EngineError(f"{self._http.base_url} does not answer: {error}", hint="check that a model is deployed there")
 
 
+def _lines(response: httpx2.Response) -> Iterator[str]:
+    """Lines of a stream, which end with LF alone: the texts in it may hold other characters that Python takes for ends."""
+    rest = b""
+    for data in response.iter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.decode().removesuffix("\r") for line in lines)
+
+
 def _pieces(response: httpx2.Response) -> Iterator[str]:
-    for line in response.iter_lines():
+    for line in _lines(response):
         if not line.startswith("data: "):
             continue
         if line == "data: [DONE]":

@@ -11,6 +11,7 @@ from forge_ray.config.base import Config, SettingError
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$"  # as clients send it: support@prod, ft:base:org:suffix:id
+ORIGIN = r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"  # as browsers write it
 
 
 class EngineConfig(Config):
@@ -238,12 +239,13 @@ class Replicas(Config):
 
 
 class Limits(Config):
-    """Limits of one request. What exceeds one is answered 400 with the field's name (413 for the body)."""
+    """Limits of one request. What exceeds one is answered 400 with the field's name (413 for the body), but a larger
+    `max_tokens` is cut."""
 
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Maximum bytes of the request body")
     max_messages: int = Field(1024, ge=1, description="Maximum messages per request")
     max_prompt_tokens: int = Field(0, ge=0, description="Maximum tokens of the prompt; 0: what the context holds")
-    max_new_tokens: int = Field(1024, ge=1, description="Maximum value of `max_tokens`")
+    max_new_tokens: int = Field(1024, ge=1, description="Maximum tokens of an answer; a larger `max_tokens` is cut to it")
     max_n: int = Field(8, ge=1, description="Maximum number of answers per request, `n`")
     max_logprobs: int = Field(20, ge=0, description="Maximum value of `logprobs` and `top_logprobs`")
     max_stops: int = Field(4, ge=0, description="Maximum stop sequences per request")
@@ -347,6 +349,11 @@ class DeployConfig(Config):
         description="Without API keys: further names, besides this machine's loopback ones, that requests may have in `Host`"
         " and `Origin`",
     )
+    cors: tuple[str, ...] = Field(
+        (),
+        description="Origins whose web pages may call the endpoint from a browser, such as https://app.example.com; none by"
+        " default",
+    )
     auth: Literal["auto", "keys", "none"] = Field(
         "auto", description="API keys: `keys` requires one, `none` does not, `auto` does unless `host` is a loopback address"
     )
@@ -364,6 +371,15 @@ class DeployConfig(Config):
     def is_loopback(self) -> bool:
         """Whether only this machine reaches `host`."""
         return self.host in ("127.0.0.1", "localhost", "::1")
+
+    @model_validator(mode="after")
+    def _origins_are_origins(self) -> Self:
+        if wrong := [origin for origin in self.cors if not re.fullmatch(ORIGIN, origin)]:
+            raise SettingError(
+                f"cors: {wrong[0]!r} is not an origin: a scheme, a host and maybe a port, in lower case and without a path",
+                "name each one, for example https://app.example.com or http://localhost:3000",
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_are_names(self) -> Self:

@@ -19,7 +19,9 @@ class GenerationRequest:
 
     `temperature` 0 is greedy. With `seed` the same request gives the same tokens, whatever else is in the batch.
     Generation ends at one of `stop_token_ids` (not part of the output) or after `max_new_tokens`. The order in which logits
-    are changed is vLLM's: grammar, `logit_bias`, penalties (over generated tokens only), temperature, top-k, top-p.
+    are changed is vLLM's: grammar, `logit_bias`, penalties, temperature, min-p, top-k, top-p. `repetition_penalty` divides
+    (what is below zero: multiplies) the logit of every token of the prompt or the answer so far, 1 changes nothing; the
+    other penalties count generated tokens only. `min_p`: the least probability of a token, as a share of the largest.
     `num_logprobs` None gives no log-probabilities; k gives that of each token and of the k most probable ones, of the
     model's own distribution before all of that. `json_schema` is the text of a schema that the answer follows ("": none).
     `adapter` is a name given to `load_adapter` ("" for the weights that the engine was started with).
@@ -34,6 +36,8 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
     json_schema: str = ""

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
 
-from forge_ray.errors import RequestError, first_line
+from forge_ray.errors import RequestError
 
 MAX_GRAMMARS = 64  # compiled schemas kept; a product has a handful
 MAX_SCHEMA_CHARS = 1 << 16
-WHITESPACE = r"[ \n\r\t]{0,32}"  # between two marks; without a bound a model may generate blanks forever
+MAX_ITEMS = 20_000  # of all arrays of a schema; some 0.4 s
+URI = "".join(chr(code) for code in range(ord("!"), 127))  # characters of references that stay as they are
+BLANKS = r"[ \n\r\t]{0,32}"
+# Blanks around commas and colons alone, and few of them: a model may generate others forever. The compiler's own pattern of
+# blanks bounds one match, and any number of matches may follow each other
+SPACING: Any = {
+    "whitespace_flexible": False,
+    "item_separator": f"{BLANKS},{BLANKS}",
+    "key_separator": f"{BLANKS}:{BLANKS}",
+}
 
 
 class Grammars:
@@ -37,10 +48,11 @@ class Grammars:
     def _compile(self, schema: str) -> Any:
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(read_schema(schema), defaults={"whitespace_pattern": WHITESPACE})
+        grammar = LLMatcher.grammar_from_json_schema(read_schema(schema), defaults=SPACING)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            reason = first_line(matcher.get_error())
+            reason = " ".join(str(matcher.get_error()).split())[:300]
+            reason = f"pattern: {reason}" if reason.startswith("regex") else reason
             raise RequestError(
                 f"json_schema cannot be compiled: {reason}", hint="leave the named keyword out, or say it in another way"
             )
@@ -60,7 +72,33 @@ def read_schema(text: str) -> dict[str, Any]:
             f"json_schema: a schema is an object, this is {type(parsed).__name__}", hint='for example {"type": "object"}'
         )
     parsed.pop("x-guidance", None)  # settings of the compiler, which are not the sender's to choose
-    return parsed
+    num_items = sum(_item_bounds(parsed))
+    if num_items > MAX_ITEMS:
+        rule = f"json_schema: minItems and maxItems are {num_items} in all; at most {MAX_ITEMS}"
+        raise RequestError(rule, hint="lower them, or leave them out")
+    return dict(_with_ascii_references(parsed))
+
+
+def _item_bounds(schema: Any) -> Iterator[float]:
+    """The number of items that each array is bounded by: a grammar has a rule for each of them."""
+    if isinstance(schema, dict):
+        yield max(
+            (value for key in ("minItems", "maxItems") if isinstance(value := schema.get(key), int | float)), default=0
+        )
+    for item in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _item_bounds(item)
+
+
+def _with_ascii_references(schema: Any) -> Any:
+    """The schema with its references as URIs: names of other alphabets are written as they are by most senders."""
+    if isinstance(schema, list):
+        return [_with_ascii_references(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: quote(item, safe=URI) if key == "$ref" and isinstance(item, str) else _with_ascii_references(item)
+        for key, item in schema.items()
+    }
 
 
 class Matcher:

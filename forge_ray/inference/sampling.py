@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,11 +41,16 @@ class Drawing:
         """Shared with the copy: a preempted request is copied and continues with the same state."""
         return self
 
+    @cached_property
+    def prompt_tokens(self) -> frozenset[int]:
+        return frozenset(self.request.prompt_ids)
+
     @property
     def is_argmax(self) -> bool:
         """Whether the request only needs the most probable token: then the whole batch shares one argmax."""
         request = self.request
-        changed = request.logit_bias or request.presence_penalty or request.frequency_penalty or self.grammar
+        penalised = request.presence_penalty or request.frequency_penalty or request.repetition_penalty != 1
+        changed = request.logit_bias or penalised or self.grammar
         return request.temperature == 0 and request.num_logprobs is None and not changed
 
 
@@ -56,7 +62,14 @@ def check_drawing(request: GenerationRequest) -> None:
             " top_p in 0..1 and top_k >= 0",
             hint="temperature 0 is greedy, top_p 1 and top_k 0 keep every token",
         )
-    numbers = (request.temperature, request.presence_penalty, request.frequency_penalty)
+    if not 0 <= request.min_p <= 1 or not request.repetition_penalty > 0:
+        raise EngineError(
+            f"min_p={request.min_p}, repetition_penalty={request.repetition_penalty}: want min_p in 0..1 and"
+            " repetition_penalty > 0",
+            hint="min_p 0 keeps every token, repetition_penalty 1 changes nothing",
+        )
+    penalties = (request.presence_penalty, request.frequency_penalty, request.repetition_penalty)
+    numbers = (request.temperature, *penalties)
     if not all(map(math.isfinite, (*numbers, *(value for _, value in request.logit_bias)))):
         raise EngineError(
             f"temperature, penalties {numbers} and the values of logit_bias must be finite", hint="-100 keeps a token out"
@@ -100,6 +113,11 @@ def draw_one(logits: torch.Tensor, drawing: Drawing, position: int) -> int:
     if request.logit_bias:
         ids, values = zip(*request.logit_bias, strict=True)
         scores = scores.index_add(0, _ids(ids, scores), scores.new_tensor(values))
+    if request.repetition_penalty != 1:
+        seen = _ids(drawing.prompt_tokens.union(drawing.counts), scores)
+        old = scores[seen]
+        penalised = torch.where(old > 0, old / request.repetition_penalty, old * request.repetition_penalty)
+        scores = scores.index_copy(0, seen, penalised)
     if (request.presence_penalty or request.frequency_penalty) and drawing.counts:
         times = scores.new_tensor(list(drawing.counts.values()))
         penalty = request.presence_penalty + request.frequency_penalty * times
@@ -125,6 +143,8 @@ def with_logprobs(logits: torch.Tensor, token: int, num: int) -> Token:
 def sample(logits: torch.Tensor, request: GenerationRequest, seed: int, position: int) -> int:
     """One row of fp32 logits [vocab_size] → the sampled token of `position`."""
     scores = logits / request.temperature
+    if request.min_p > 0:  # as a share of the largest probability, so the softmax's sum cancels out
+        scores = scores.masked_fill(scores < scores.max() + math.log(request.min_p), float("-inf"))
     noise = gumbel_noise(seed, position, scores.shape[-1], scores.device)
     kept = candidates(scores, request.top_k, request.top_p)
     if kept is None:

@@ -15,7 +15,7 @@ from typing import Any
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, RequestError
 from forge_ray.inference.engine import GenerationRequest
-from forge_ray.inference.grammar import WHITESPACE, read_schema
+from forge_ray.inference.grammar import SPACING, read_schema
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.machine.offline import set_offline_switches
 from forge_ray.models.architecture import empty_model
@@ -151,6 +151,8 @@ def sampling_params(request: GenerationRequest) -> Any:
             ignore_eos=schema is None,  # the request lists what ends it; a grammar ends with the tokenizer's own token
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            min_p=request.min_p,
             logit_bias=dict(request.logit_bias) or None,
             logprobs=request.num_logprobs,
             structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
@@ -163,7 +165,7 @@ def sampling_params(request: GenerationRequest) -> Any:
 
 def _bounded(json_schema: str) -> str:
     """The schema with a bound on the blanks between two marks: without it a model may generate blanks forever."""
-    return json.dumps({**read_schema(json_schema), "x-guidance": {"whitespace_pattern": WHITESPACE}})
+    return json.dumps({**read_schema(json_schema), "x-guidance": SPACING})
 
 
 def refused(error: Exception) -> RequestError:

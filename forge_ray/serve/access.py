@@ -50,11 +50,12 @@ class Site:
     """What requests to an endpoint without keys must name, so that no web page works with it from a user's browser.
 
     `names`: those allowed besides this machine's loopback names, with any port. `check_host`: whether `Host` is checked
-    too; only where nothing but loopback reaches the endpoint.
+    too; only where nothing but loopback reaches the endpoint. `origins`: of pages that may call it.
     """
 
     names: tuple[str, ...] = ()
     check_host: bool = True
+    origins: tuple[str, ...] = ()
 
     def allows(self, authority: str) -> bool:
         """Whether `authority` (`name` or `name:port`) is one of them."""
@@ -69,8 +70,9 @@ def check_site(scope: Mapping[str, Any], site: Site) -> None:
     headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
     remedy = "; add the name to the deployment's `hosts`, or require keys (`auth: keys`)"
     for name, value in headers:
-        if name == "origin" and not site.allows(value.partition("://")[2]):
-            raise ApiError(403, f"the origin {value[:100]!r} may not use this endpoint{remedy}", code="foreign_origin")
+        if name == "origin" and value not in site.origins and not site.allows(value.partition("://")[2]):
+            rule = f"the origin {value[:100]!r} may not use this endpoint; add it to the deployment's `cors`, or its name to"
+            raise ApiError(403, f"{rule} `hosts`", code="foreign_origin")
         if site.check_host and name in ("host", "x-forwarded-host"):
             foreign = [part for part in value.split(",") if not site.allows(part)]
             if foreign:

@@ -14,6 +14,7 @@ from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import Choice, Prompt
 from forge_ray.serve.reasoning import marks_of, splitter_of
 from forge_ray.serve.reply import Part
+from forge_ray.serve.switches import switched
 from forge_ray.serve.text import Piece, answer
 from forge_ray.serve.tools import Beginning, Call, markers, parser_of
 
@@ -23,15 +24,17 @@ ALLOW_ONLY = 100.0  # a logit bias so large that the other tokens have no chance
 async def answer_choice(loaded: Loaded, body: ChatRequest | CompletionRequest, choice: Choice) -> AsyncGenerator[Part, None]:
     """Its text, its calls and its finish reason as they are generated; closing the iterator cancels the request."""
     prompt, generation = choice.prompt, choice.generation
-    parser = None
+    parser = splitter = None
     marks: dict[int, str] = {}
-    if isinstance(body, ChatRequest) and body.offered:
-        functions = [tool.function for tool in body.offered]
-        parser = parser_of(loaded.tokenizer, functions, body.parallel_tool_calls is not False)
-        marks = markers(loaded.tokenizer)
-    splitter = splitter_of(loaded.tokenizer) if isinstance(body, ChatRequest) and not prompt.prefix else None
-    if splitter is not None:
-        marks |= marks_of(loaded.tokenizer)
+    if isinstance(body, ChatRequest):
+        tokenizer = switched(loaded.tokenizer, body)
+        if body.offered:
+            functions = [tool.function for tool in body.offered]
+            parser = parser_of(tokenizer, functions, body.parallel_tool_calls is not False)
+            marks = markers(tokenizer)
+        splitter = None if prompt.prefix else splitter_of(tokenizer)
+        if splitter is not None:
+            marks |= marks_of(tokenizer)
     if prompt.beginnings and parser is not None:
         beginning = await _chosen_beginning(loaded.engine, generation, prompt.beginnings)
         generation = replace(generation, prompt_ids=(*prompt.ids, *beginning.ids), json_schema=beginning.json_schema)

@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -19,7 +21,7 @@ from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prologue import admitted, caller_of, routed
-from forge_ray.serve.prompt import choices_of
+from forge_ray.serve.prompt import choices_of, clamped
 from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, answered_by, joined, sse, usage
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.statuses import CLIENT_CLOSED
@@ -32,42 +34,63 @@ Parts = AsyncGenerator[tuple[int, Part] | None, None]
 log = logging.getLogger(__name__)
 
 
-async def complete(
+@dataclass(frozen=True)
+class Answering:
+    """A request that was admitted: its version, its choices as they are generated, and the headers of the response."""
+
+    chosen: Chosen
+    parts: Parts
+    num_choices: int
+    num_prompt: int
+    headers: dict[str, str]
+
+    async def first(self, request: Request) -> tuple[int, Part] | None:
+        """The first part of a stream. Headers are sent with it or with the first keep-alive: a failure before that has its
+        own status."""
+        return await unless_gone(request, anext(self.parts))
+
+    async def whole(self, request: Request) -> list[Part]:
+        """Each choice as one part."""
+        return [joined(parts) for parts in await unless_gone(request, _collected(self.parts, self.num_choices))]
+
+    def stream(self, events: AsyncGenerator[bytes, None]) -> Response:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **self.headers}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def answering(
     context: ServingContext, shadows: Shadows, request: Request, body: ChatRequest | CompletionRequest
-) -> Response:
-    """Both endpoints: the whole answer, or a stream of it."""
+) -> Answering:
+    """Choose a version, tokenise, admit, begin to generate."""
     started = time.monotonic()
     caller = caller_of(request)
     chosen, prompts = await routed(context, request, body)
-    loaded = chosen.loaded
-    choices = choices_of(context.config.limits, loaded, body, prompts)
+    limits = context.config.limits
+    choices = choices_of(limits, chosen.loaded, body, prompts)
     num_prompt = sum(len(prompt.ids) for prompt in prompts)
     max_new_tokens = sum(choice.generation.max_new_tokens for choice in choices)
     admission = await admitted(context, caller, chosen, num_prompt, max_new_tokens, started)
     shadows.start(body, chosen)
-    reply = Reply(
-        "chat" if isinstance(body, ChatRequest) else "text",
-        body.model,
-        loaded.fingerprint,
-        loaded.tokenizer,
-        body.num_logprobs,
-        body.metadata,
-    )
-    streams = [answer_choice(loaded, body, choice) for choice in choices]
+    streams = [answer_choice(chosen.loaded, body, choice) for choice in choices]
     parts = _measured(context, chosen, merged(streams, KEEP_ALIVE_S), started, caller, admission, num_prompt)
-    headers = answered_by(chosen)
+    return Answering(chosen, parts, len(choices), num_prompt, answered_by(chosen) | clamped(limits, body))
+
+
+async def complete(
+    context: ServingContext, shadows: Shadows, request: Request, body: ChatRequest | CompletionRequest
+) -> Response:
+    """A chat or a text: the whole answer, or a stream of it."""
+    begun = await answering(context, shadows, request, body)
+    loaded, num_prompt = begun.chosen.loaded, begun.num_prompt
+    kind: Literal["chat", "text"] = "chat" if isinstance(body, ChatRequest) else "text"
+    reply = Reply(kind, body.model, loaded.fingerprint, loaded.tokenizer, body.num_logprobs, body.metadata)
     if body.stream:
-        # Headers are sent with the first token or the first keep-alive: a failure before that has its own status
-        first = await unless_gone(request, anext(parts))
-        return StreamingResponse(
-            _events(reply, first, parts, len(choices), num_prompt, body.include_usage),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers},
-        )
-    answers = [joined(of_choice) for of_choice in await unless_gone(request, _collected(parts, len(choices)))]
+        first = await begun.first(request)
+        return begun.stream(_events(reply, first, begun.parts, begun.num_choices, num_prompt, body.include_usage))
+    answers = await begun.whole(request)
     num_reasoning = sum(answer.num_reasoning for answer in answers)
     whole = reply.whole(answers, usage(num_prompt, sum(answer.num_tokens for answer in answers), num_reasoning))
-    return JSONResponse(whole, headers=headers)
+    return JSONResponse(whole, headers=begun.headers)
 
 
 async def _collected(parts: Parts, num_choices: int) -> list[list[Part]]:
@@ -110,14 +133,14 @@ async def _events(
                 except StopAsyncIteration:
                     break
     except Exception as error:
-        yield sse(_failure(error).body())
+        yield sse(failure(error).body())
         return
     if include_usage:
         yield sse(reply.usage_chunk(usage(num_prompt, sum(num_tokens), sum(num_reasoning))))
     yield sse("[DONE]")
 
 
-def _failure(error: Exception) -> ApiError:
+def failure(error: Exception) -> ApiError:
     """The error as a client sees it after the status was sent already."""
     if isinstance(error, ApiError):
         return error

@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from forge_ray.serve.replayed import as_ours
+
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
@@ -21,46 +23,53 @@ class TextPart(Wire):
 
 
 class CalledFunction(Wire):
-    """`arguments`: JSON text, or (Mistral's client) the object itself."""
+    """`arguments`: JSON text."""
 
     name: str
-    arguments: str | dict[str, Any]
+    arguments: str
 
 
-class SaidCall(Wire):
-    id: str
+class ReplayedCall(Wire):
+    """A call of an earlier answer; one without an id is followed by its result."""
+
+    id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None  # a part of a stream that was sent back
 
     def for_template(self) -> dict[str, Any]:
-        arguments = self.function.arguments
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        named = {} if self.id is None else {"id": self.id}
+        return named | {"type": "function", "function": self.function.model_dump()}
 
 
 class Message(Wire):
-    """One turn. `tool_call_id` and `name` belong to a tool's answer, `tool_calls` and `prefix` to the assistant."""
+    """One turn. `tool_call_id` belongs to a tool's answer, `tool_calls`, `reasoning_content` and `prefix` to the
+    assistant."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
-    name: str | None = None
+    name: str | None = Field(None, max_length=64)
     tool_call_id: str | None = None
-    tool_calls: list[SaidCall] | None = None
+    tool_calls: list[ReplayedCall] | None = None
+    reasoning_content: str | None = None
     prefix: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_any_client(cls, message: Any) -> Any:
+        return as_ours(message)
 
     @model_validator(mode="after")
     def _of_its_role(self) -> Self:
         for field, role in (
-            ("name", "tool"),
             ("tool_call_id", "tool"),
             ("tool_calls", "assistant"),
+            ("reasoning_content", "assistant"),
             ("prefix", "assistant"),
         ):
             if getattr(self, field) and self.role != role:
                 raise ValueError(f"{field}: only allowed in messages of role {role}, not {self.role}")
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not (self.tool_calls or self.reasoning_content or self.role == "tool"):
             raise ValueError("content: missing")
         return self
 
@@ -70,11 +79,12 @@ class Message(Wire):
 
     def for_template(self) -> dict[str, Any]:
         turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
-        if self.content is not None:
+        if self.content is not None or not self.tool_calls:
             turn["content"] = self.text
         if self.tool_calls:
             turn["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        return turn | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
+        others = ("reasoning_content", "tool_call_id", "name")
+        return turn | {key: value for key in others if (value := getattr(self, key)) is not None}
 
 
 class Function(Wire):
@@ -138,24 +148,31 @@ class StreamOptions(Wire):
 
 
 class CompletionOptions(Wire):
-    """The fields of both endpoints. `random_seed` is Mistral's name for `seed`; `top_k` 0 or -1 keeps every token."""
+    """The fields of both endpoints. `random_seed` is Mistral's name for `seed`; `top_k` 0 or -1 keeps every token. The last
+    four have no meaning here: no answer depends on them."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=1 << 31)
+    min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     random_seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: str | list[str] | None = None
     n: int | None = Field(None, ge=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512)
     metadata: dict[str, str] | None = Field(None, max_length=16)
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -198,6 +215,8 @@ class ChatRequest(CompletionOptions):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required", "any"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(None, max_length=16)
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:

@@ -6,12 +6,13 @@ logged.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
@@ -30,9 +31,21 @@ from forge_ray.serve.metrics import CONTENT_TYPE
 from forge_ray.serve.middleware import AdmissionMiddleware, AuthMiddleware, RequestMetricsMiddleware
 from forge_ray.serve.openai import ApiError, R, parse_request
 from forge_ray.serve.prologue import caller_of
+from forge_ray.serve.response_fields import ResponsesRequest
+from forge_ray.serve.responses import respond
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.statuses import CLIENT_CLOSED
 from forge_ray.serve.streams import ClientGone
+
+# What a page may read of an answer besides its body
+PAGE_HEADERS = (
+    "retry-after",
+    "x-forge-max-tokens",
+    "x-forge-model-digest",
+    "x-forge-model-version",
+    "x-forge-route",
+    "x-request-id",
+)
 
 
 def replica_app(
@@ -55,10 +68,24 @@ def replica_app(
     directory = context.directory if keys is None else GrantedDirectory(context.directory)
     count = counting(take, settle, replica, context.metrics)
     app = build_http(replace(context, directory=directory, admit=admit, count=count))
-    limits, site = context.config.limits, Site(context.config.hosts, context.config.is_loopback and not is_public)
+    config, limits = context.config, context.config.limits
+    site = Site(config.hosts, config.is_loopback and not is_public, config.cors)
     admitting = AdmissionMiddleware(app, health, limits.max_queued_requests, context.metrics)
     app = BodyMiddleware(admitting, limits.max_body_bytes, context.metrics, admitting.check)
-    return AuthMiddleware(app, keys, context.metrics, {"x-forge-deployment": context.deployment}, site)
+    app = AuthMiddleware(app, keys, context.metrics, {"x-forge-deployment": context.deployment}, site)
+    return for_pages(app, config.cors) if config.cors else app
+
+
+def for_pages(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """`app` for web pages of `origins` too: a browser asks before each request, without a key, whether it may send it."""
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=PAGE_HEADERS,
+        max_age=600,
+    )
 
 
 def build_http(context: ServingContext) -> ASGIApp:
@@ -77,6 +104,10 @@ def build_http(context: ServingContext) -> ASGIApp:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await complete(context, shadows, request, await read(CompletionRequest, request))
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await respond(context, shadows, request, await read(ResponsesRequest, request))
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:

@@ -24,6 +24,8 @@ from forge_ray.serve.fields import (
     TokenizeRequest,
     Wire,
 )
+from forge_ray.serve.replayed import REASONING_NAMES
+from forge_ray.serve.response_fields import STATELESS, ResponsesRequest
 
 MAX_PROMPTS = 64  # per request to /v1/completions
 MAX_INPUTS = 2048  # per request to /v1/embeddings, as OpenAI's
@@ -42,13 +44,10 @@ NO_OP: dict[str, tuple[Any, ...]] = {
     "output_dimension": (),
     "output_dtype": ("float",),
     "prediction": (),
-    "prompt_cache_key": (),
     "prompt_mode": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "safe_prompt": (False,),
-    "safety_identifier": (),
-    "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -57,21 +56,24 @@ NO_OP: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+RESPONSES_NO_OP: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "include": ([], ["reasoning.encrypted_content"]),  # reasoning comes in the clear
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "truncation": ("disabled",),
+}
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 REASONS = {
     "safe_prompt": "it would prepend a text of Mistral's to the messages; send your own system message",
     "suffix": "a suffix needs a model that was trained to fill in the middle",
+    "store": STATELESS,
+    "previous_response_id": STATELESS,
+    "conversation": STATELESS,
     "best_of": "choose among `n` choices by their log-probabilities",
-}
-MESSAGE_NO_OP: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "prefix": (False,),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 
@@ -98,21 +100,20 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-R = TypeVar("R", ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
+R = TypeVar("R", ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, ResponsesRequest)
 
 
 def parse_request(model: type[R], raw: bytes, limits: Limits) -> R:
     """The body as `model`; an `ApiError` 400 names the first field that is wrong."""
     body = _object(raw)
     own = model.model_fields.keys()
-    body = {key: value for key, value in body.items() if key in own or not _is_no_op(NO_OP, key, value)}
-    if isinstance(body.get("messages"), list):
-        body["messages"] = [_without_no_ops(message) for message in body["messages"]]
+    no_op = NO_OP | RESPONSES_NO_OP if model is ResponsesRequest else NO_OP
+    body = {key: value for key, value in body.items() if key in own or not _is_no_op(no_op, key, value)}
     for key in body:
         if key not in own:
             reason = f": {REASONS[key]}" if key in REASONS else ""
             rule = f"{key}={json.dumps(body[key])[:80]} is not supported here" + reason
-            unsupported = key in NO_OP
+            unsupported = key in no_op
             raise ApiError(
                 400,
                 rule if unsupported else f"unknown field {key[:80]}",
@@ -173,25 +174,18 @@ def _types_of(value: Any) -> tuple[type, ...]:
     return (int, float) if type(value) is int else (type(value),)
 
 
-def _without_no_ops(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
-    return {key: value for key, value in message.items() if not _is_no_op(MESSAGE_NO_OP, key, value)}
-
-
 def _bad_field(error: ValidationError) -> ApiError:
     items = error.errors(include_url=False, include_context=False)
     # A union reports an error for every member; the one with the deepest path is most likely the intended one
     item = max((other for other in items if other["loc"][:1] == items[0]["loc"][:1]), key=lambda other: len(other["loc"]))
     # The path names the union's members, which a client does not know: keep the fields alone
+    last = len(item["loc"]) - 1 if item["type"] == "extra_forbidden" else None
     path = [
-        str(part)
-        for part in item["loc"]
-        if isinstance(part, int) or part in KNOWN_FIELDS or item["type"] == "extra_forbidden"
+        str(part) for place, part in enumerate(item["loc"]) if isinstance(part, int) or part in KNOWN_FIELDS or place == last
     ]
     rule = item["msg"].removeprefix("Value error, ")
     named, colon, rest = rule.partition(":")
-    if item["type"] == "value_error" and colon and named in KNOWN_FIELDS:
+    if item["type"] == "value_error" and colon and named.partition(".")[0] in KNOWN_FIELDS:
         path, rule = [*path, named], rest.strip()
     param = ".".join(path) or None
     return ApiError(400, f"{param}: {rule[:1].lower()}{rule[1:]}", param=param)
@@ -206,5 +200,5 @@ def _fields_of(annotation: Any) -> set[str]:
     return own.union(*(_fields_of(field.annotation) for field in fields.values()))
 
 
-REQUESTS = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
-KNOWN_FIELDS = set[str]().union(*map(_fields_of, REQUESTS))
+REQUESTS = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, ResponsesRequest)
+KNOWN_FIELDS = set[str](REASONING_NAMES).union(*map(_fields_of, REQUESTS))

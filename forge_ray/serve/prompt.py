@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from forge_ray.config.release import Limits
 from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.adapt import with_short_ids
 from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.inference.engine import GenerationRequest
 from forge_ray.serve.conform import check_strict
 from forge_ray.serve.fields import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest, EmbeddingRequest, Message, Tool
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
+from forge_ray.serve.replayed import without_thought
+from forge_ray.serve.switches import switched
 from forge_ray.serve.tools import Beginning, beginnings
 
 DEFAULTS = {field.name: field.default for field in fields(GenerationRequest)}
@@ -60,6 +64,7 @@ def prompts_of(tokenizer: ChatTokenizer, body: ChatRequest | CompletionRequest |
 
 
 def _chat_prompt(tokenizer: ChatTokenizer, body: ChatRequest) -> Prompt:
+    tokenizer = switched(tokenizer, body)
     messages = list(body.messages)
     prefix = messages.pop() if messages[-1].prefix else None
     ids = chat_ids(tokenizer, messages, body.offered)
@@ -92,10 +97,22 @@ def chat_ids(tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Seque
     if not messages:
         raise ApiError(400, "messages: the prefix must follow at least one other message", param="messages")
     try:
-        turns = [message.for_template() for message in messages]
+        turns = _with_ids([message.for_template() for message in messages])
+        if (form := tokenizer.answer_form) is None:  # the model has no place for reasoning of earlier turns
+            turns = [{key: item for key, item in turn.items() if key != "reasoning_content"} for turn in turns]
+        elif form.has_reasoning:
+            turns = [without_thought(turn, form.reasoning_closing.strip()) for turn in turns]
         return tokenizer.prompt_ids(turns, [tool.for_template() for tool in tools] or None)
     except Reject as error:
         raise ApiError(400, str(error), param="messages") from None
+
+
+def _with_ids(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns as they are; where a call or a result has no id, each gets one."""
+    calls = [call for turn in turns for call in turn.get("tool_calls", ())]
+    results = [turn for turn in turns if turn["role"] == "tool"]
+    is_named = all(call.get("id") for call in calls) and all(result.get("tool_call_id") for result in results)
+    return turns if is_named or not calls else with_short_ids(turns)
 
 
 def ids_of(tokenizer: ChatTokenizer, text: str | Sequence[int], param: str) -> tuple[int, ...]:
@@ -128,6 +145,8 @@ def choices_of(
                 top_k=max(body.top_k or 0, 0),
                 seed=None if seed is None else _signed_64(seed + number),
                 stop_token_ids=loaded.stop_token_ids,
+                min_p=body.min_p or 0.0,
+                repetition_penalty=body.repetition_penalty or 1.0,
                 presence_penalty=body.presence_penalty or 0.0,
                 frequency_penalty=body.frequency_penalty or 0.0,
                 logit_bias=bias,
@@ -167,8 +186,16 @@ def _unsupported(param: str, engine: str) -> ApiError:
     return ApiError(400, rule, param=param, code="unsupported_parameter")
 
 
+def clamped(limits: Limits, body: ChatRequest | CompletionRequest) -> dict[str, str]:
+    """The header that says how many tokens an answer may have where the request asked for more; none where it did not."""
+    _, requested = body.token_limit
+    limit = limits.max_new_tokens
+    return {"x-forge-max-tokens": str(limit)} if requested is not None and requested > limit else {}
+
+
 def _max_new_tokens(limits: Limits, loaded: Loaded, body: ChatRequest | CompletionRequest, prompt: Prompt) -> int:
-    """The request's limit, or as many as the deployment and the context length allow."""
+    """The request's limit, or as many as the deployment and the context length allow. More than the deployment allows is cut
+    to what it does; `ApiError` 400 for more than the context holds."""
     name, requested = body.token_limit
     context_length, num_prompt = loaded.engine.max_request_tokens, len(prompt.ids)
     limit, remaining = limits.max_new_tokens, context_length - num_prompt - prompt.num_beginning
@@ -178,15 +205,16 @@ def _max_new_tokens(limits: Limits, loaded: Loaded, body: ChatRequest | Completi
     if limits.max_prompt_tokens and num_prompt > limits.max_prompt_tokens:
         rule = f"{param}: {num_prompt} tokens exceed this deployment's limit of {limits.max_prompt_tokens}"
         raise ApiError(400, rule, param=param, code="context_length_exceeded")
-    if requested is not None and requested > limit:
-        raise ApiError(400, f"{name}: {requested} exceeds this deployment's limit of {limit}", param=name)
-    if remaining < (requested or 1):
+    if requested is not None and requested > context_length:
+        rule = f"{name}: {requested} tokens are requested; the context length is {context_length}"
+        raise ApiError(400, rule, param=name, code="context_length_exceeded")
+    num_new = min(requested or 1, limit)
+    if remaining < num_new:
         raise ApiError(
             400,
-            f"the prompt has {num_prompt} tokens and {requested or 1} more are requested; the context length is "
-            f"{context_length}",
+            f"the prompt has {num_prompt} tokens and {num_new} more are requested; the context length is {context_length}",
             param=param,
             code="context_length_exceeded",
         )
     default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionRequest) else limit
-    return requested or min(default, limit, remaining)
+    return min(requested or default, limit, remaining)

@@ -22,6 +22,7 @@ class AnswerSplitter:
     form: AnswerForm
     state: State = "start"
     buffer: str = ""
+    has_begun: bool = False  # line ends around a reasoning are the template's
 
     @property
     def is_reasoning(self) -> bool:
@@ -55,13 +56,15 @@ class AnswerSplitter:
             self.state = "text"
 
     def _reason(self) -> str:
+        if not self.has_begun:
+            self.buffer = self.buffer.lstrip("\n")
+            self.has_begun = bool(self.buffer)
         closing = self.form.reasoning_closing.strip()
         at = self.buffer.find(closing)
         if at >= 0:
             reasoning, self.buffer, self.state = self.buffer[:at].rstrip("\n"), self.buffer[at + len(closing) :], "after"
             return reasoning
-        keep = max(overlap(self.buffer, closing), len(self.buffer) - len(self.buffer.rstrip("\n")))
-        end = len(self.buffer) - keep
+        end = len(self.buffer[: len(self.buffer) - overlap(self.buffer, closing)].rstrip("\n"))
         reasoning, self.buffer = self.buffer[:end], self.buffer[end:]
         return reasoning
 

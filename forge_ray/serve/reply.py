@@ -16,6 +16,7 @@ from forge_ray.serve.tools import Call
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 IMPOSSIBLE = -9999.0
+LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
@@ -185,7 +186,9 @@ def answered_by(chosen: Chosen) -> dict[str, str]:
     return {"x-forge-model-version": loaded.version, "x-forge-model-digest": loaded.digest, **route}
 
 
-def sse(payload: dict[str, Any] | Literal["[DONE]"]) -> bytes:
-    """One server-sent event."""
+def sse(payload: dict[str, Any] | Literal["[DONE]"], event: str = "") -> bytes:
+    """One server-sent event, with a name or without. Characters that some clients take for the end of a line are escaped;
+    JSON has them in strings alone."""
     text = payload if isinstance(payload, str) else json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {text.translate(LINE_ENDS)}\n\n".encode()

@@ -238,6 +238,8 @@ def test_each_field_changes_the_answer(url: str) -> None:
         {"temperature": 0},
         {"temperature": 1.9},
         {"top_p": 0.01},
+        {"min_p": 0.9},
+        {"repetition_penalty": 0.2},
         {"seed": 2},
         {"seed": None, "random_seed": 2},
         {"max_tokens": 3},
@@ -254,7 +256,8 @@ def test_each_field_changes_the_answer(url: str) -> None:
     for penalty in ("presence_penalty", "frequency_penalty"):
         assert text(temperature=0, max_tokens=100, **{penalty: 2}) != long
     assert text(top_k=1) == greedy != usual
-    assert text(top_p=0.01) == greedy
+    assert text(top_p=0.01) == text(min_p=1) == greedy
+    assert text(temperature=0, max_tokens=100, repetition_penalty=5) != long
     assert text(tools=[PAINT], tool_choice="none") == usual
     assert ask(logprobs=True)["logprobs"]["content"]
     assert {len(entry["top_logprobs"]) for entry in ask(logprobs=True, top_logprobs=3)["logprobs"]["content"]} == {3}

@@ -270,7 +270,7 @@ def _openai(message: dict[str, Any]) -> dict[str, Any]:
     """A message as mistral-common reads it: reasoning as a part of the content, a name where it has a meaning there."""
     turn = {key: item for key, item in message.items() if key not in ("weight", "reasoning_content") and item is not None}
     if reasoning := message.get("reasoning_content"):
-        thought = {"type": "thinking", "thinking": [{"type": "text", "text": reasoning}], "closed": True}
+        thought = {"type": "thinking", "thinking": reasoning, "closed": True}
         texts = [{"type": "text", "text": turn["content"]}] if turn.get("content") else []
         turn["content"] = [thought, *texts]
     return turn

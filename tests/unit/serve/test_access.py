@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
+from forge_ray.errors import ConfigError
 from forge_ray.serve import middleware
 from forge_ray.serve.access import GrantedDirectory, authenticated, scope_of
 from forge_ray.serve.access_log import LOG, write_access_log
@@ -306,3 +308,65 @@ def test_no_log_line_is_built_when_logging_is_off(served: ServingContext, caplog
     with caplog.at_level(logging.WARNING, LOG.name):
         ask(app_of(served), "GET", "/health", BEARER["chat"])
     assert not caplog.records
+
+
+# ---------------------------------------------------------------- web pages
+
+PAGE = "https://app.example.com"
+PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, x-stainless-lang"}
+
+
+def for_page(served: ServingContext, *origins: str) -> ServingContext:
+    config = parse(DeployConfig, {"name": "bot", "models": ["support@prod"], "cors": list(origins)})
+    return replace(served, config=config)
+
+
+def test_pages_of_listed_origins_may_ask_and_read(served: ServingContext) -> None:
+    app = app_of(for_page(served, PAGE, "http://localhost:3000"))
+    asked = ask(app, "OPTIONS", "/v1/chat/completions", PREFLIGHT | {"origin": PAGE})
+    assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, PAGE)
+    assert "authorization" in asked.headers["access-control-allow-headers"]
+    assert "access-control-allow-credentials" not in asked.headers
+    answer = ask(app, "GET", "/v1/models", BEARER["chat"] | {"origin": PAGE})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, PAGE)
+    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    assert answer.headers["vary"] == "Origin"
+    refused = ask(app, "GET", "/v1/models", {"origin": PAGE})  # a page must be able to read why
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, PAGE)
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", PAGE + ".evil.example", PAGE + ":8443", PAGE.upper()])
+def test_pages_of_other_origins_may_not(served: ServingContext, origin: str) -> None:
+    app = app_of(for_page(served, PAGE))
+    asked = ask(app, "OPTIONS", "/v1/chat/completions", PREFLIGHT | {"origin": origin})
+    assert (asked.status_code, asked.headers.get("access-control-allow-origin")) == (400, None)
+    answer = ask(app, "GET", "/v1/models", BEARER["chat"] | {"origin": origin})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_no_page_may_by_default(served: ServingContext) -> None:
+    asked = ask(app_of(served), "OPTIONS", "/v1/chat/completions", PREFLIGHT | {"origin": PAGE})
+    assert (asked.status_code, asked.headers.get("access-control-allow-origin")) == (401, None)
+    assert (
+        "access-control-allow-origin"
+        not in ask(app_of(served), "GET", "/v1/models", BEARER["chat"] | {"origin": PAGE}).headers
+    )
+
+
+def test_a_listed_page_uses_an_endpoint_without_keys_and_no_other_does(served: ServingContext) -> None:
+    app = app_of(for_page(served, PAGE), keys=None)
+    assert ask(app, "GET", "/health", {"origin": PAGE}).status_code == 200
+    refused = ask(app, "GET", "/health", {"origin": "https://evil.example"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "foreign_origin")
+    assert "`cors`" in refused.json()["error"]["message"]
+    simple = {"origin": PAGE, "content-type": "text/plain"}
+    assert ask(app, "POST", "/v1/chat/completions", simple, content="{}").status_code == 415
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "https://*.example.com", "app.example.com", PAGE + "/", "https://App.example.com", "null"]
+)
+def test_an_origin_is_written_as_browsers_write_it(origin: str) -> None:
+    with pytest.raises(ConfigError, match="is not an origin") as caught:
+        parse(DeployConfig, {"name": "bot", "models": ["support@prod"], "cors": [origin]})
+    assert "https://app.example.com" in caught.value.hint

@@ -12,148 +12,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from http_server import Fixed, deployment, running
-from scripted import Scripted, ids_of, loaded, saying
+from http_server import deployment, running
+from scripted import ids_of
+from scripted_api import CALL, NAMED, TEMPLATE, TOOLS, USER, Api, reset, running_with
 
-from forge_ray.data.tokens.chat import load_tokenizer_dir
-from forge_ray.data.tokens.hf import HfTokenizer
+from forge_ray.client import Client
 from forge_ray.errors import EngineError, RequestError
 from forge_ray.inference.engine import GenerationRequest, Token
 from forge_ray.serve import complete
-from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext
+from forge_ray.serve.context import Admission
 from forge_ray.serve.http import build_http
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.routing import RoutingInputs
 
 pytestmark = pytest.mark.unit
-
-CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools {{ tools | tojson }} as <tool_call><|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-NAMED = TEMPLATE.replace(
-    "<tool_call>{{ c.function | tojson }}</tool_call>",
-    "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}",
-)
-TOOLS: list[Any] = [
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"a": {}}}}}
-    for name in ("add", "addition", "multiply")
-]
-USER = [{"role": "user", "content": "hi"}]
 
 
 def strict(schema: Any) -> Any:
     return {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
 
 
-class Tally:
-    """An admission that notes how it ended."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int]] = []
-        self.closed: list[tuple[int, int, int]] = []
-
-    async def admit(self, caller: Any, chosen: Chosen, prompt_tokens: int, most_new_tokens: int) -> Admission:
-        self.asked.append((prompt_tokens, most_new_tokens))
-        return self
-
-    def close(self, prompt_tokens: int, completion_tokens: int, status: int) -> None:
-        self.closed.append((prompt_tokens, completion_tokens, status))
-
-
-class ByUser(Fixed):
-    """Two versions: `second` answers the user `b`; `shadow` answers too."""
-
-    async def choose(self, name: str, caller: Caller, inputs: RoutingInputs) -> Chosen:
-        if name == "shadowed":
-            return Chosen(name, self.stable(name, caller), "", (self.names["shadow"],) * 2)
-        if inputs.user == "b":
-            return Chosen(name, self.names["second"], "rule 1")
-        return Chosen(name, self.stable(name, caller))
-
-
-class Api(SimpleNamespace):
-    url: str
-    engine: Scripted
-    shadow: Scripted
-    tokenizer: HfTokenizer
-    tally: Tally
-    served: ServingContext
-    client: httpx.Client
-
-    def says(self, text: str) -> None:
-        self.engine.script = saying(self.tokenizer, text)
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.client.post(path, json={"model": "tiny", **body})
-
-    def chat(self, **body: Any) -> Any:
-        response = self.post("/v1/chat/completions", **{"messages": USER, **body})
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def text(self, **body: Any) -> Any:
-        response = self.post("/v1/completions", **{"prompt": "hi", "max_tokens": 100, **body})
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def refused(self, path: str = "/v1/chat/completions", status: int = 400, **body: Any) -> Any:
-        body = {"messages": USER, **body} if path == "/v1/chat/completions" else body
-        response = self.post(path, **body)
-        assert response.status_code == status, response.text
-        return response.json()["error"]
-
-    def asked(self) -> GenerationRequest:
-        """What reached the engine last."""
-        return self.engine.requests[-1]
-
-    def events(self, path: str = "/v1/chat/completions", **body: Any) -> list[Any]:
-        body = {"messages": USER, **body} if path == "/v1/chat/completions" else body
-        response = self.post(path, stream=True, **body)
-        assert response.headers["content-type"].startswith("text/event-stream")
-        blocks = response.text.split("\n\n")
-        assert blocks.pop() == ""
-        return [
-            block if block.startswith(":") or block == "data: [DONE]" else json.loads(block.removeprefix("data: "))
-            for block in blocks
-        ]
-
-
 @pytest.fixture(scope="module")
 def running_api(tiny_model_dir: Path) -> Iterator[Api]:
-    tokenizer = load_tokenizer_dir(tiny_model_dir)
-    assert isinstance(tokenizer, HfTokenizer)
-    tokenizer.tokenizer.chat_template = TEMPLATE
-    engine, shadow, tally = Scripted(saying(tokenizer, "hello")), Scripted(saying(tokenizer, "unseen")), Tally()
-    names = {
-        "tiny": loaded(tokenizer, engine),
-        "second": loaded(tokenizer, engine, "mv_2", "adapter-2"),
-        "shadow": loaded(tokenizer, shadow, "mv_shadow"),
-        "shadowed": loaded(tokenizer, engine),
-        "ft:base:org/x:1": loaded(tokenizer, engine),
-    }
-    served = replace(deployment(ByUser(**names), limits={"max_body_bytes": 1 << 17}), admit=tally.admit)
-    with running(build_http(served)) as url, httpx.Client(base_url=url, timeout=60) as client:
-        yield Api(url=url, engine=engine, shadow=shadow, tokenizer=tokenizer, tally=tally, served=served, client=client)
+    with running_with(tiny_model_dir) as api:
+        yield api
 
 
 @pytest.fixture
 def api(running_api: Api) -> Api:
-    running_api.says("hello")
-    running_api.engine.lacks = {}
-    running_api.shadow.script = saying(running_api.tokenizer, "unseen")
-    running_api.engine.requests.clear()
-    running_api.tally.asked.clear()
-    running_api.tally.closed.clear()
-    return running_api
+    return reset(running_api)
 
 
 # ---------------------------------------------------------------- fields
@@ -310,7 +200,7 @@ def test_unsupported_fields_name_the_engine_that_supports_them(
     ("sent", "param"),
     [
         ({"logit_bias": {"100000": 1}}, "logit_bias"),
-        ({"max_tokens": 1025}, "max_tokens"),
+        ({"max_tokens": 5000}, "max_tokens"),
         ({"messages": [{"role": "user", "content": "<|im_start|>"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x " * 5000}]}, "messages"),
         ({"tools": [strict({"type": 5})]}, "tools"),
@@ -674,3 +564,31 @@ def test_tokenize_and_detokenize(api: Api, path: str) -> None:
     assert api.post(back, tokens=[1, *ids]).json() == {"prompt": "<|im_start|>one two"}
     assert api.refused(back, tokens=[100000])["param"] == "tokens"
     assert api.refused(path, prompt="<|im_end|>", add_special_tokens=False)["param"] == "prompt"
+
+
+def test_a_stream_holds_characters_that_are_line_ends_elsewhere(api: Api) -> None:
+    text = "one\u2028two\u2029three\x85four\x0bfive\x1csix\r\nseven"
+    api.says(text)
+    response = api.post("/v1/chat/completions", messages=USER, stream=True)
+    assert not {"\u2028", "\u2029", "\x85"} & set(response.text)
+    deltas = [event["choices"][0]["delta"].get("content", "") for event in api.events()[:-1]]
+    assert "".join(deltas) == text
+    with Client(api.url) as client:
+        assert "".join(client.stream_chat("tiny", USER)) == text
+
+
+def test_the_client_reads_streams_that_do_not_escape_them() -> None:
+    text = "one\u2028two\u2029three\x85four"
+    chunk = json.dumps({"choices": [{"delta": {"content": text}}]}, ensure_ascii=False)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for piece in (f"data: {chunk}\r\n".encode(), b"\r\ndata: [DONE]\n\n"):
+            for number in range(len(piece)):  # no character and no line end arrives whole
+                await send({"type": "http.response.body", "body": piece[number : number + 1], "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    with running(app) as url, Client(url) as client:
+        assert list(client.stream_chat("tiny", USER)) == [text]

@@ -118,7 +118,14 @@ def test_turns_reach_the_template_with_their_calls() -> None:
     ]
 
 
-OFFERED = {"logprobs", "response_format", "tools", "tool_choice", "top_logprobs"}  # by one endpoint and not by the other
+OFFERED = {
+    "logprobs",
+    "reasoning_effort",
+    "response_format",
+    "tools",
+    "tool_choice",
+    "top_logprobs",
+}  # by one endpoint and not by the other
 
 
 @pytest.mark.parametrize(
@@ -146,9 +153,7 @@ def test_null_is_the_default(field: str) -> None:
         ("modalities", ["audio"]),
         ("prediction", {"type": "content", "content": "x"}),
         ("prompt_mode", "reasoning"),
-        ("reasoning_effort", "high"),
         ("safe_prompt", True),
-        ("service_tier", "flex"),
         ("store", True),
         ("suffix", "end"),
         ("verbosity", "low"),
@@ -207,7 +212,7 @@ def test_limits_of_completions() -> None:
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages.0.tool_calls.0.function"),
-        ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages.0.name"),
+        ({"messages": [{"role": "user", "content": "x", "name": "n" * 65}]}, "messages.0.name"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "messages.0"),
         ({"messages": [{"role": "user", "content": "x", "prefix": True}]}, "messages.0.prefix"),
@@ -365,3 +370,10 @@ def test_calls_in_an_answer_and_in_a_stream() -> None:
 def test_server_sent_events_keep_characters_and_lines() -> None:
     assert sse("[DONE]") == b"data: [DONE]\n\n"
     assert sse({"a": "é\n"}) == 'data: {"a":"é\\n"}\n\n'.encode()
+
+
+def test_characters_that_some_clients_take_for_line_ends_are_escaped() -> None:
+    text = "a\u2028b\u2029c\x85d\r\ne"
+    event = sse({"text": text}, "response.created")
+    assert event.decode().splitlines() == ["event: response.created", event.decode().splitlines()[1], ""]
+    assert json.loads(event.decode().splitlines()[1].removeprefix("data: ")) == {"text": text}

@@ -184,6 +184,39 @@ def test_ids_of_calls_have_nine_letters_or_digits(tokenizer: Any, identifier: st
     assert encode_chat(tokenizer, calling("abcdef123"), None).loss_mask.any()
 
 
+@pytest.fixture(scope="module")
+def thinking_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of version 13, with tokens for reasoning: those that the package carries have none."""
+    from mistral_common.tokens.tokenizers.base import SpecialTokens
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    model = json.loads((DATA / "tekken_240911.json").read_bytes())
+    first = [one["token_str"] for one in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    names = [*first, *(one.value for one in SpecialTokens if one.value not in first)]
+    model["config"]["version"] = "v13"
+    model["special_tokens"] = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)]
+    folder = tmp_path_factory.mktemp("thinking")
+    put_json(folder, "tekken.json", model)
+    return folder
+
+
+def test_reasoning_is_between_the_tokenizers_own_tokens(thinking_dir: Path) -> None:
+    tokenizer = load_tokenizer_dir(thinking_dir)
+    chat = [user("q"), says("a", reasoning_content="because"), user("r"), says("b", reasoning_content="so")]
+    (document,) = encode(tokenizer, parse_record({"messages": chat}, "chat"), 512, "reject")
+    assert tokenizer.decode(document.ids) == (
+        "<s>[INST]q[/INST][THINK]because[/THINK]a</s>[INST]r[/INST][THINK]so[/THINK]b</s>"
+    )
+    trained = [tokenizer.decode([token]) for token in document.ids[document.loss_mask == 1].tolist()]
+    assert "".join(trained) == "[THINK]because[/THINK]a</s>[THINK]so[/THINK]b</s>"
+    ((context,),) = encode_batch(tokenizer, [parse_record({"messages": chat}, "chat")], 512, "reject", "keep")
+    assert context.ids.tolist() == document.ids.tolist()
+    assert tokenizer.decode(context.ids[context.loss_mask == 1]) == "a</s>b</s>"
+    ((dropped,),) = encode_batch(tokenizer, [parse_record({"messages": chat}, "chat")], 512, "reject", "drop")
+    assert tokenizer.decode(dropped.ids) == "<s>[INST]q[/INST]a</s>[INST]r[/INST]b</s>"
+    assert document.ids[: len(prompt := tokenizer.prompt_ids(chat[:3], None))].tolist() == prompt
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
