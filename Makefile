@@ -27,7 +27,7 @@ quickstart: $(STAMP)
 	@$(BIN)/forge quickstart
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -q tests/unit tests/adversary -n 2
+	@$(BIN)/python -m pytest -q tests/unit tests/adversary -m "not large" -n 2
 	@$(BIN)/python -m pytest -q tests/numerics -m "not gpu and not large" -n 2 --dist loadfile --no-loadscope-reorder
 	@$(BIN)/python -m pytest -q tests/ray tests/e2e -m "not gpu and not large" -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -40,7 +40,7 @@ lint: $(DEV) $(CHECKED)
 	@$(BIN)/mypy
 
 check: lint
-	@$(BIN)/python -m pytest -q tests/unit tests/adversary -m "not slow" -n 2
+	@$(BIN)/python -m pytest -q tests/unit tests/adversary -m "not slow and not large" -n 2
 
 format: $(DEV)
 	@$(BIN)/ruff check --fix .

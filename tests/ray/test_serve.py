@@ -124,8 +124,8 @@ def test_forge_client(endpoint: Endpoint, offline: Any) -> None:
         assert "".join(own.stream_chat("tiny", MESSAGES, temperature=0, max_tokens=12)) == text
         with pytest.raises(NotFound):
             own.chat("nobody", MESSAGES)
-        with pytest.raises(ConfigError, match="repetition_penalty"):
-            list(own.stream_chat("tiny", MESSAGES, repetition_penalty=1.1))
+        with pytest.raises(ConfigError, match="typical_p"):
+            list(own.stream_chat("tiny", MESSAGES, typical_p=0.5))
 
 
 NAMES = ("forge_prompt_tokens_total", "forge_completion_tokens_total", "forge_requests_running")

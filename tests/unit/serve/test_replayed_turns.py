@@ -214,3 +214,28 @@ def test_mistral_s_own_tokenizers_take_turns_of_other_servers(file: str, ids: tu
     text = tokenizer.decode(chat_ids(tokenizer, [Message.model_validate(message) for message in messages], tools))
     assert text.index("r1") < text.index("r2") < text.index("Three.") < text.index("Sure?")
     assert "Hm." not in text  # these have no place for it
+
+
+def test_requests_of_open_webui(api: Api) -> None:
+    """What its router for OpenAI's API sends: the list of models, a chat with a tool's result, a title in one piece."""
+    who = {"X-OpenWebUI-User-Name": "M%C3%BCller", "X-OpenWebUI-User-Id": "7", "X-OpenWebUI-Chat-Id": "c1"}
+    listed = api.client.get("/v1/models", headers=who).json()["data"]
+    assert "tiny" in [model["id"] for model in listed]
+    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        *USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "2"},
+    ]
+    settings = {"temperature": 0.8, "top_p": 0.9, "min_p": 0.05, "seed": 0, "stop": ["<END>"], "frequency_penalty": 0.1}
+    body = {"stream_options": {"include_usage": True}, "tools": TOOLS, **settings, "messages": turns}
+    *pieces, usage, done = api.events(**body)
+    assert done == "data: [DONE]"
+    assert usage["usage"]["completion_tokens"] > 0
+    text = "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces if piece["choices"])
+    assert text == "hello"
+    assert "Be brief." in prompt_text(api)
+    assert '"a": 1' in prompt_text(api)
+    title = api.chat(messages=[{"role": "user", "content": "A title?"}], stream=False, max_completion_tokens=1000)
+    assert title["choices"][0]["message"]["content"] == "hello"
