@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 Commands = dict[str, Callable[..., Any]]
@@ -169,7 +170,8 @@ def endpoint(store: str, deploy: dict[str, Any], keys: dict[str, dict[str, Any]]
     auth = "keys" if keys else "none"
     config = parse(DeployConfig, {"name": "bench", "port": free_port(), "auth": auth, **deploy})
     with Catalog.open(Store(store)) as catalog:
-        texts = {name: create(catalog, name, models=("*",), **limits)[1] for name, limits in keys.items()}
+        mark = token_hex(4)  # the store is kept from call to call, and its keys
+        texts = {name: create(catalog, f"{name}-{mark}", models=("*",), **limits)[1] for name, limits in keys.items()}
         run(config, catalog)
 
     def alias(name: str, version: str) -> dict[str, float]:
