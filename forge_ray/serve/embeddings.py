@@ -28,7 +28,7 @@ from forge_ray.serve.streams import ClientGone, unless_gone
 
 MAX_BATCH = 16  # inputs of one forward pass, and tokens with their padding
 MAX_BATCH_TOKENS, FIRST_BATCH_TOKENS = 4096, 32
-BATCH_S = 0.03  # a forward pass should take no longer: what generates meanwhile waits for its end
+BATCH_S = 0.015  # a forward pass should take no longer: what generates meanwhile waits for its end
 LONGEST_PAUSE_S = 1.0
 
 Ids = tuple[int, ...]
