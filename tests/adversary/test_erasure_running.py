@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import ray
 from fabricated import dataset, deployment, record_of, run, store_at, version
 
 from forge_ray.config.train import TrainConfig
@@ -110,7 +112,7 @@ def test_version_that_learned_from_the_rows_is_no_base_of_a_training(place: tupl
     erase(store, REQUEST, OPTIONS)
     with pytest.raises(TrainingError, match=f"{ids['mv_hers']} holds or learned from rows"):
         attempts.check_may_publish(store, "run_x", ids["ds_clean"], ids["mv_hers"])
-    scratch = Store(f"{store.root}/work/reproduce/0123456789ab")  # where a reproduction of the run would write
+    scratch = Store(f"{store.root}/{paths.work('reproduce')}/0123456789ab")  # where a reproduction of the run would write
     with pytest.raises(TrainingError, match="is not published"):
         attempts.check_may_publish(scratch, "run_hers", ids["ds_hers"], "")
 
@@ -281,6 +283,24 @@ def test_replica_that_does_not_report_is_not_taken_for_one_without_weights(
         deployment(catalog, "endpoint", ids["mv_hers"])
     monkeypatch.setattr(endpoints, "_state", lambda _: {"replicas": {"replica-1": {"held": []}}, "running": 2})
     with pytest.raises(EngineError, match="1 of its 2 replicas have reported lately"):
+        erase(store, REQUEST, OPTIONS)
+
+
+def test_coordinator_that_does_not_answer_is_not_taken_for_an_endpoint_that_ended(
+    place: tuple[Store, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it was started on this machine, and nothing answers at its address."""
+    store, ids = place
+    with Catalog.open(store) as catalog:
+        deployment(catalog, "endpoint", ids["mv_hers"])
+
+    def silent(*_: object, **__: object) -> None:
+        raise ray.exceptions.GetTimeoutError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get", silent)
+    monkeypatch.setattr("forge_ray.serve.coordinator.find_coordinator", lambda _: MagicMock())
+    with pytest.raises(EngineError, match=r"its coordinator does not answer \(GetTimeoutError\)"):
         erase(store, REQUEST, OPTIONS)
 
 

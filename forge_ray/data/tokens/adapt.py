@@ -193,12 +193,14 @@ def _short_ids(messages: Messages) -> dict[str, str]:
         if isinstance(name, str)
     ]
     ids: dict[str, str] = {name: name for name in names if len(name) == ID_LENGTH and name.isalnum() and name.isascii()}
+    taken = set(ids)
     for name in names:
         salt = 0
         while name not in ids:
             number = int.from_bytes(hashlib.sha256(f"{salt}/{name}".encode()).digest()[:8], "big")
             short = "".join(ALPHABET[number // len(ALPHABET) ** place % len(ALPHABET)] for place in range(ID_LENGTH))
             salt += 1
-            if short not in ids.values():
+            if short not in taken:
                 ids[name] = short
+                taken.add(short)
     return ids

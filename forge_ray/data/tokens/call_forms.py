@@ -2,8 +2,8 @@
 
 Five kinds cover what templates do: a JSON object (or a list of them) with name and arguments; a name, something between,
 and the arguments as JSON, or as JSON with other quotes; a name and a tag for each argument; a call as Python writes it.
-What is around and between is taken as
-it stands. A form counts only if it reads the probe back.
+What is around and between is taken as it stands. A form counts only if it reads the probe back. Answers are read again with
+each token, so no reading may take more than a few looks at each character.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from forge_ray.data.tokens.template import CallStyle
 Kind = Literal["object", "named", "tagged", "python", "braced"]
 JSON = json.JSONDecoder()
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+PYTHON_START = re.compile(r"\[?\s*\b[A-Za-z_][\w.-]{0,63}\(")
+PYTHON_MARK = re.compile(r"\\.|['\"()\[\]{}]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class CallForm:
 
 def form_of(once: str, name: str, arguments: dict[str, str]) -> CallForm | None:
     """The form of `once`, an answer that calls `name` with two arguments, less its end token; None where it has none of
-    the four kinds."""
+    the five kinds."""
     for find in (_object_form, _named_form, _python_form, _braced_form, _tagged_form):
         form = find(once, name, arguments)
         if form is not None and name in form.opening:
@@ -175,9 +177,14 @@ def _tagged(form: CallForm, text: str) -> Iterator[ParsedCall]:
 def _tags(form: CallForm, body: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     opening, middle, closing = form.before_key.strip(), form.after_key.strip(), form.after_value.strip()
-    pattern = re.compile(f"{re.escape(opening)}(.*?){re.escape(middle)}(.*?){re.escape(closing)}", re.DOTALL)
-    for key, value in pattern.findall(body):
-        arguments[key.strip()] = _value(value.removeprefix("\n").removesuffix("\n"))
+    at = 0
+    while (start := body.find(opening, at)) >= 0:
+        start += len(opening)
+        if (between := body.find(middle, start)) < 0 or (end := body.find(closing, between + len(middle))) < 0:
+            break
+        value = body[between + len(middle) : end]
+        arguments[body[start:between].strip()] = _value(value.removeprefix("\n").removesuffix("\n"))
+        at = end + len(closing)
     return arguments
 
 
@@ -191,12 +198,30 @@ def _value(text: str) -> Any:
 
 
 def _python(text: str) -> Iterator[ParsedCall]:
-    for start in (match.start() for match in re.finditer(r"\[?\s*[A-Za-z_][\w.-]*\(", text)):
-        for end in (match.end() for match in reversed(list(re.finditer(r"\)\s*\]?", text)))):
-            calls = _python_calls(text[start:end].strip())
-            if calls:
-                yield from calls
-                return
+    at = 0
+    while begun := PYTHON_START.search(text, at):
+        end = _closed_at(text, begun.start())
+        if end < 0:
+            return
+        if calls := _python_calls(text[begun.start() : end].strip()):
+            yield from calls
+            return
+        at = end
+
+
+def _closed_at(text: str, start: int) -> int:
+    """Behind the bracket that closes the first one from `start` on, but for those in quotation marks; -1 where none does."""
+    depth, quote = 0, ""
+    for mark in PYTHON_MARK.finditer(text, start):
+        if quote or mark[0] in "'\"":
+            quote = ("" if mark[0] == quote else quote) if quote else mark[0]
+        elif mark[0] in "([{":
+            depth += 1
+        elif mark[0] in ")]}":
+            depth -= 1
+            if not depth:
+                return mark.end()
+    return -1
 
 
 def _python_calls(source: str) -> list[ParsedCall]:

@@ -64,6 +64,8 @@ def _trouble(catalog: Catalog, deployment: Deployment, versions: Collection[str]
     """Why it is not confirmed that the deployment holds none of the versions; "" where it is."""
     state = _state(deployment)
     if state is not None:
+        if silent := state.get("silent"):
+            return f"its coordinator does not answer ({silent})"
         replicas, running = state["replicas"].values(), state.get("running", 0)
         if held := sorted({version for replica in replicas for version in replica["held"]} & set(versions)):
             return f"its replicas hold {', '.join(held)}"
@@ -78,8 +80,8 @@ def _trouble(catalog: Catalog, deployment: Deployment, versions: Collection[str]
 
 
 def _state(deployment: Deployment) -> dict[str, Any] | None:
-    """What the replicas reported to the coordinator, and how many there are (`running`); None where no cluster that is in
-    reach has one."""
+    """What the replicas reported to the coordinator, and how many there are (`running`); why it does not answer (`silent`);
+    None where no cluster that is in reach has a coordinator."""
     import ray
 
     from forge_ray.serve.coordinator import find_coordinator
@@ -93,8 +95,8 @@ def _state(deployment: Deployment) -> dict[str, Any] | None:
         return None
     try:
         return {**ray.get(coordinator.state.remote(), timeout=30), "running": _num_replicas(deployment.name)}
-    except (ray.exceptions.RayError, TimeoutError):
-        return None
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        return {"silent": type(error).__name__}
 
 
 def _num_replicas(name: str) -> int:
