@@ -1,6 +1,6 @@
 """The audit log: one line per record and event, each holding the hash of the line before it.
 
-    audit/log.jsonl     the lines; on object stores, which cannot append, audit/lines/<n>.json, one object each
+    audit/log.jsonl     the lines; on object stores, which cannot append, one object each (`log_objects.py`)
     audit/head.json     the last line once more, written first: what was cut off the end of the log is still there
 
 A line is written before the file that it tells of, and holds its content: a crash between the two is made good when the
@@ -22,12 +22,13 @@ from typing import Any
 
 from forge_ray.errors import StoreError
 from forge_ray.records import canonical_json, utc_now
-from forge_ray.store import paths, signing
+from forge_ray.store import log_objects, paths, signing
 from forge_ray.store.files import Store
-from forge_ray.store.log_reader import FORMAT, HEAD, LINES, LOG, START, Line, hash_of, previous_of
+from forge_ray.store.log_reader import FORMAT, HEAD, LOG, START, Line, hash_of, previous_of
 
 FOLDER = paths.AUDIT
 LOGGED = (paths.RECORDS, paths.EVENTS, paths.TOMBSTONES)  # folders of which every file has its line
+TRIES = 100  # for a line of its own, where other hosts write too; of writers at once one succeeds each time
 REDONE = 8  # lines of the end whose files are looked for; writers that were killed at once leave no more
 
 
@@ -47,11 +48,16 @@ def enter(store: Store, path: str, action: str, subject: str) -> None:
 
 def _append(store: Store, path: str, content: bytes, action: str, subject: str, why: str) -> None:
     with _alone(store):
-        before = _healed(store)
-        if not before and (earlier := digests_of(store)):
-            body = {"files": len(earlier), "digest": digest_of(earlier)}
-            before = _write(store, _line(before, "", canonical_json(body), "begin", "", "there were files before the log"))
-        _write(store, _line(before, path, content, action, subject, why))
+        for _ in range(TRIES):
+            before = _healed(store)
+            if not before and (earlier := digests_of(store)):
+                body = canonical_json({"files": len(earlier), "digest": digest_of(earlier)})
+                _written(store, _line(before, "", body, "begin", "", "there were files before the log"))
+            elif _written(store, _line(before, path, content, action, subject, why)):
+                return
+    raise StoreError(
+        f"{TRIES} times another host wrote the next line of the audit log of {store.place} first", hint="try again"
+    )
 
 
 def _line(before: bytes, path: str, content: bytes, action: str, subject: str, why: str) -> bytes:
@@ -75,26 +81,25 @@ def _line(before: bytes, path: str, content: bytes, action: str, subject: str, w
     return canonical_json(line)
 
 
-def _write(store: Store, line: bytes) -> bytes:
+def _written(store: Store, line: bytes) -> bool:
+    """Write a line behind the last one; False where another host was faster."""
+    if not store.is_local:
+        return log_objects.add(store, line)
     store.write(HEAD, line)
     _extend(store, line)
-    return line
+    return True
 
 
 def _extend(store: Store, line: bytes) -> None:
-    if store.is_local:
-        with open(store.path(LOG), "ab") as stream:
-            stream.write(line + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-    else:
-        store.write(f"{LINES}/{json.loads(line)['n']:012d}.json", line)
+    with open(store.path(LOG), "ab") as stream:
+        stream.write(line + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager
 def _alone(store: Store) -> Iterator[None]:
-    """One writer at a time on a file system. Object stores give no such promise: two at once can take the same number there,
-    which `verify` then reports."""
+    """One writer at a time on a file system; on object stores a line is created, which only one of two can."""
     if not store.is_local:
         yield
         return
@@ -107,13 +112,15 @@ def _alone(store: Store) -> Iterator[None]:
 
 def _healed(store: Store) -> bytes:
     """The last line, after the end of the log is whole again: a writer may have been killed between head and log."""
+    if not store.is_local:
+        return log_objects.whole(store)
     if not store.exists(HEAD):
-        if _has_lines(store):
+        if store.exists(LOG):
             raise StoreError(
                 f"{HEAD} is missing in {store.place}", hint="`forge audit verify` says what else is; restore it"
             )
         return b""
-    head = store.read(HEAD)
+    head = store.read_json_bytes(HEAD)
     last = _last_line(store)
     if last != head and previous_of(head) == (hash_of(last) if last else START):
         _extend(store, head)
@@ -128,8 +135,6 @@ def _healed(store: Store) -> bytes:
 def _cleared(store: Store, head: bytes) -> bool:
     """Take what is no line away from behind the head, into audit/refused/: it costs itself and nothing else. False where
     the log does not hold the head, or what stands behind it is a line: then the head was changed."""
-    if not store.is_local:
-        return False
     before, is_there, behind = (b"\n" + store.read(LOG)).partition(b"\n" + head + b"\n")
     if not is_there or any(previous_of(line) == hash_of(head) for line in behind.split(b"\n")):
         return False
@@ -138,14 +143,7 @@ def _cleared(store: Store, head: bytes) -> bool:
     return True
 
 
-def _has_lines(store: Store) -> bool:
-    return store.exists(LOG) if store.is_local else bool(store.list(LINES))
-
-
 def _last_line(store: Store) -> bytes:
-    if not store.is_local:
-        names = store.list(LINES)
-        return store.read(names[-1]) if names else b""
     if not store.exists(LOG):
         return b""
     with open(store.path(LOG), "r+b") as stream:
@@ -164,7 +162,7 @@ def _last_line(store: Store) -> bytes:
 def lines(store: Store) -> list[bytes]:
     """Every line as it is stored, oldest first."""
     if not store.is_local:
-        return [store.read(name) for name in store.list(LINES)]
+        return log_objects.lines(store)
     return store.read(LOG).removesuffix(b"\n").split(b"\n") if store.exists(LOG) else []
 
 
@@ -176,29 +174,35 @@ def head(store: Store) -> str:
     """`<n>:<hash>` of the last line; "" where there is no log."""
     if not store.exists(HEAD):
         return ""
-    last = store.read(HEAD)
+    last = store.read_json_bytes(HEAD)
     return f"{json.loads(last)['n']}:{hash_of(last)}"
 
 
 def redo(store: Store) -> None:
     """Make the end of the log whole, and write the files of the last lines that a killed writer left unwritten."""
-    if _has_lines(store) or store.exists(HEAD):
+    if not store.is_local or store.exists(LOG) or store.exists(HEAD):
         with _alone(store):
             _healed(store)
     for path, content in unwritten(store).items():
         store.write_once(path, content)
 
 
-def unwritten(store: Store) -> dict[str, bytes]:
-    """Path → content of the files of the last lines that are not there."""
+def _recent(store: Store) -> list[bytes]:
+    """The head, and the last lines before it."""
     if not store.exists(HEAD):
-        return {}
+        return []
     recent = [store.read(HEAD)]
-    if store.is_local and store.exists(LOG):
+    if store.exists(LOG):
         with open(store.path(LOG), "rb") as stream:
             size = stream.seek(0, 2)
             stream.seek(max(0, size - (1 << 16)))
             recent += [line for line in stream.read().split(b"\n")[1:] if line][-REDONE:]
+    return recent
+
+
+def unwritten(store: Store) -> dict[str, bytes]:
+    """Path → content of the files of the last lines that are not there."""
+    recent = log_objects.recent(store, REDONE) if not store.is_local else _recent(store)
     missing = {}
     for raw in recent:
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, StoreError):

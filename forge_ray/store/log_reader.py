@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from forge_ray.errors import NotFound, StoreError
@@ -86,6 +87,22 @@ def previous_of(line: bytes) -> str:
         return ""
 
 
+def object_name(number: int) -> str:
+    return f"{LINES}/{number:012d}.json"
+
+
+def object_of(store: Store, number: int) -> bytes | None:
+    """Line `number` on an object store; None where there is none."""
+    try:
+        return store.read(object_name(number))
+    except NotFound:
+        return None
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"line {number} of the log cannot be read: {error}", hint="check the connection") from None
+
+
 def _broken(what: str) -> StoreError:
     return StoreError(what, hint="`forge audit verify` says what else differs; restore audit/ from a backup")
 
@@ -128,12 +145,18 @@ class LogReader:
             while more := self.new():
                 lines += more
             head = self.store.read(HEAD) if self.store.exists(HEAD) else b""
-            if head and self.hash in (hash_of(head), previous_of(head)):  # the line that is being written is there first
-                return lines
-            if not (head or self.number):
+            if self._is_whole(head):
                 return lines
         where = f"not at line {self.number}, where the log ends" if head else "missing"
         raise _broken(f"the head of the audit log of {self.store.place} is {where}: its end was cut off or changed")
+
+    def _is_whole(self, head: bytes) -> bool:
+        """Whether the lines end where the head says. A file's head is written before its line, an object's behind it, where
+        two hosts that write at once may leave it behind."""
+        if not head:
+            return self.number <= (0 if self.store.is_local else 1)
+        is_behind = not self.store.is_local and hash_of(head) in self.hashes
+        return is_behind or self.hash in (hash_of(head), previous_of(head))
 
     def _take(self, line: Line) -> None:
         if self.number:
@@ -169,27 +192,17 @@ class LogReader:
 
     def _appended_objects(self) -> Iterator[bytes]:
         """Object by object: listing thousands of names each time would take longer than the look itself."""
-        if self.number and self._object(self.number) != self._last_raw:
+        if self.number and object_of(self.store, self.number) != self._last_raw:
             raise self._cut()
         if not self.number:
             count = len(self.store.list(LINES))
             with ThreadPoolExecutor(REMOTE_READERS) as pool:
-                for raw in pool.map(self._object, range(1, count + 1)):
+                for raw in pool.map(partial(object_of, self.store), range(1, count + 1)):
                     if raw is None:
                         raise _broken(f"line {self.number + 1} is missing")
                     yield raw
-        while (raw := self._object(self.number + 1)) is not None:
+        while (raw := object_of(self.store, self.number + 1)) is not None:
             yield raw
-
-    def _object(self, number: int) -> bytes | None:
-        try:
-            return self.store.read(f"{LINES}/{number:012d}.json")
-        except NotFound:
-            return None
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(f"line {number} of the log cannot be read: {error}", hint="check the connection") from None
 
     def _cut(self) -> StoreError:
         return StoreError(

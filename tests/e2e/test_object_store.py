@@ -27,16 +27,26 @@ from forge_ray.data.dataset.order import order_of
 from forge_ray.data.dataset.stream import Feed, Rows, local_batches, ray_batches
 from forge_ray.data.read.ingest import expand, index_file
 from forge_ray.data.read.readers import read_raw
-from forge_ray.errors import DataError, NotFound, StoreError
+from forge_ray.errors import ConfigError, DataError, NotFound, StoreError
 from forge_ray.models.import_model import import_model
-from forge_ray.records import ModelVersion
+from forge_ray.records import ModelVersion, canonical_json
 from forge_ray.release import promotion
-from forge_ray.store import log_check
+from forge_ray.store import audit_log, conditional, log_check
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store
+from forge_ray.store.log_reader import HEAD, LogReader, object_name
 
 pytest.importorskip("moto")
 pytestmark = pytest.mark.e2e
+
+
+# One request at a time: it looks whether an object exists before it reads the body, so that of two both might succeed
+SERVER = """
+import moto.server as server
+from werkzeug.serving import run_simple
+server.run_simple = lambda *args, **settings: run_simple(*args, **settings | {"threaded": False})
+server.main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = (tmp_path_factory.mktemp("s3") / "server.log").open("wb")
-    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", SERVER, "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
@@ -222,3 +232,122 @@ def test_dataset_is_built_and_read_in_the_bucket(bucket: Store, store: Store, ti
         for name, values in disk.items():
             assert np.array_equal(near[name], values)
             assert np.array_equal(far[name], values)
+
+
+WRITER = """
+import sys
+from forge_ray.records import canonical_json
+from forge_ray.store import audit_log
+from forge_ray.store.files import Store
+store = Store(sys.argv[1])
+for number in range(int(sys.argv[3])):
+    name = f"{sys.argv[2]}-{number}"
+    audit_log.publish(store, f"events/{name}.json", canonical_json({"name": name}), "test.put", name)
+"""
+HOSTS, EVENTS = 4, 8
+
+
+def test_hosts_that_write_at_once_lose_no_line(bucket: Store) -> None:
+    """As many processes as hosts, without a lock between them: every event has one line, and the chain holds."""
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, bucket.uri, f"host{n}", str(EVENTS)]) for n in range(HOSTS)]
+    assert [writer.wait(120) for writer in writers] == [0] * HOSTS
+    report = log_check.verify(bucket)
+    assert (report.num_lines, report.problems) == (HOSTS * EVENTS, ())
+    assert sorted(line.subject for line in LogReader(bucket).all()) == sorted(
+        f"host{host}-{number}" for host in range(HOSTS) for number in range(EVENTS)
+    )
+
+
+def test_of_two_that_create_one_succeeds(bucket: Store) -> None:
+    assert bucket.create("runs/a.json", b"1")
+    assert not bucket.create("runs/a.json", b"2")
+    assert not conditional.create(bucket.uri, bucket.path("runs/a.json"), b"2")  # also behind the look whether it exists
+    assert bucket.read("runs/a.json") == b"1"
+
+
+@pytest.mark.parametrize("killed_before", ["head", "line of an earlier version"])
+def test_a_writer_killed_between_line_and_head_costs_nothing(bucket: Store, killed_before: str) -> None:
+    def publish(name: str) -> None:
+        audit_log.publish(bucket, f"events/{name}.json", canonical_json({"name": name}), "test.put", name)
+
+    for before in ((), ("a",), ("b", "c")):
+        for name in before:
+            publish(name)
+        head = bucket.read(HEAD) if bucket.exists(HEAD) else None
+        publish(f"killed-{len(before)}")
+        if killed_before != "head":
+            bucket.delete(object_name(json.loads(bucket.read(HEAD))["n"]))
+        elif head:
+            bucket.write(HEAD, head)
+        else:
+            bucket.delete(HEAD)
+        bucket.delete(f"events/killed-{len(before)}.json")
+        assert len(LogReader(bucket).all()) >= len(before)
+        audit_log.redo(bucket)
+        assert bucket.exists(f"events/killed-{len(before)}.json")
+        publish(f"next-{len(before)}")
+        assert log_check.verify(bucket).problems == ()
+    assert log_check.verify(bucket).num_lines == 9
+
+
+def test_lines_that_were_cut_or_changed_stop_writers(bucket: Store) -> None:
+    for name in "abc":
+        audit_log.publish(bucket, f"events/{name}.json", canonical_json({"name": name}), "test.put", name)
+    second, third = (bucket.read(object_name(number)) for number in (2, 3))
+    cut: dict[int, bytes | None] = {2: None, 3: None}  # the last line alone would be written again, from the head
+    for changes in (cut, {3: third.replace(b'"c"', b'"d"')}, {4: b"no line"}, {4: second}):
+        for number, content in changes.items():
+            bucket.delete(object_name(number)) if content is None else bucket.write(object_name(number), content)
+        with pytest.raises(StoreError, match="does not go on from its head"):
+            audit_log.publish(bucket, "events/e.json", b"{}", "test.put", "e")
+        assert log_check.verify(bucket).problems
+        assert not bucket.exists("events/e.json")
+        bucket.write(object_name(2), second)
+        bucket.write(object_name(3), third)
+    bucket.delete(object_name(4))
+    bucket.delete(HEAD)
+    with pytest.raises(StoreError, match=r"head\.json is missing"):
+        audit_log.publish(bucket, "events/e.json", b"{}", "test.put", "e")
+
+
+def test_a_server_that_overwrites_all_the_same_is_refused(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditional, "put", lambda store, key, data, mode: None)
+    monkeypatch.setattr(conditional, "_require_honoured", conditional._require_honoured.__wrapped__)
+    with pytest.raises(StoreError, match=r"overwrites an object though the request forbids it") as error:
+        bucket.create("runs/b.json", b"1")
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv("FORGE_SINGLE_WRITER", "1")
+    assert bucket.create("runs/b.json", b"1")
+    assert not bucket.create("runs/b.json", b"2")
+    monkeypatch.setenv("FORGE_SINGLE_WRITER", "yes")
+    with pytest.raises(ConfigError, match=r"FORGE_SINGLE_WRITER is 'yes'"):
+        bucket.create("runs/c.json", b"1")
+
+
+def test_credentials_of_the_environment_and_of_a_profile(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uri = bucket.uri.replace("user:secret@", "")
+    name = bucket.root.partition("/")[0]
+    for variable in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_PROFILE",
+        *conditional.ELSEWHERE,
+    ):
+        monkeypatch.delenv(variable, raising=False)
+    profiles = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profiles))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"no credentials for the object store: .* under \[default\] of .*credentials"):
+        conditional.create(uri, f"{name}/one", b"1")
+    profiles.write_text("[default]\naws_access_key_id = user\naws_secret_access_key = a%b\n")
+    assert conditional.create(uri, f"{name}/one", b"1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    conditional._bucket.cache_clear()
+    assert not conditional.create(uri, f"{name}/one", b"2")
+    with pytest.raises(StoreError, match=r"the store gs://other/x is on gs://.*") as error:
+        conditional.create("gs://other/x", "other/x/one", b"1")
+    assert "FORGE_SINGLE_WRITER=1" in error.value.hint
