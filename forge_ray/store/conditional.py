@@ -116,5 +116,5 @@ def _credentials(user: str | None, secret: str | None) -> dict[str, str]:
             hint="name them in one of the three, or give a web identity (AWS_WEB_IDENTITY_TOKEN_FILE)",
         )
     token = values.get("aws_session_token")
-    found = {"access_key_id": values["aws_access_key_id"], "secret_access_key": values["aws_secret_access_key"]}
-    return found | ({"session_token": token} if token else {})
+    credentials = {"access_key_id": values["aws_access_key_id"], "secret_access_key": values["aws_secret_access_key"]}
+    return credentials | ({"session_token": token} if token else {})

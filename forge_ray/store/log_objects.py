@@ -61,11 +61,13 @@ def whole(store: Store) -> bytes:
 def recent(store: Store, count: int) -> list[bytes]:
     """The last `count` lines up to the head, and those behind it."""
     number = _number_of(store.read_json_bytes(HEAD)) if store.exists(HEAD) else 0
-    found = [line for n in range(max(1, number - count + 1), number + 1) if (line := object_of(store, n)) is not None]
+    lines_to_head = [
+        line for n in range(max(1, number - count + 1), number + 1) if (line := object_of(store, n)) is not None
+    ]
     while (line := object_of(store, number + 1)) is not None:
         number += 1
-        found.append(line)
-    return found
+        lines_to_head.append(line)
+    return lines_to_head
 
 
 def _goes_on(store: Store, number: int, head: bytes) -> bool:
