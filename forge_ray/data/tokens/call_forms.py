@@ -148,9 +148,14 @@ def _named(form: CallForm, text: str) -> Iterator[ParsedCall]:
 
 def _braced(form: CallForm, text: str) -> Iterator[ParsedCall]:
     """`after_key` is the mark that stands for a quotation mark; keys have none."""
-    for head in re.finditer(re.escape(form.before_name) + f"({NAME.pattern})" + re.escape(form.after_name), text):
-        segments, written = text[head.end() :].split(form.after_key), "{"
-        for number, segment in enumerate(segments):
+    begins = re.compile(re.escape(form.before_name) + f"({NAME.pattern})" + re.escape(form.after_name))
+    at = 0
+    while head := begins.search(text, at):
+        at = _braces_end(text, head.end(), form.after_key)
+        if at < 0:
+            return
+        written = "{"
+        for number, segment in enumerate(text[head.end() : at].split(form.after_key)):
             keyed = re.sub(r"([{,]\s*|^\s*)([A-Za-z_][\w.-]*):", r'\1"\2":', segment)
             written += json.dumps(segment, ensure_ascii=False) if number % 2 else keyed
         try:
@@ -159,6 +164,19 @@ def _braced(form: CallForm, text: str) -> Iterator[ParsedCall]:
             return
         if isinstance(arguments, dict):
             yield ParsedCall(head[1], arguments)
+
+
+def _braces_end(text: str, start: int, quote: str) -> int:
+    """Behind the bracket that closes the one before `start`, but for those between two `quote`; -1 where none does."""
+    depth, is_quoted = 1, False
+    for mark in re.compile(re.escape(quote) + r"|[\[\]{}]").finditer(text, start):
+        if mark[0] == quote:
+            is_quoted = not is_quoted
+        elif not is_quoted:
+            depth += 1 if mark[0] in "[{" else -1
+            if not depth:
+                return mark.end()
+    return -1
 
 
 def _tagged(form: CallForm, text: str) -> Iterator[ParsedCall]:
