@@ -28,6 +28,11 @@ BRACED = CallForm("braced", "", "", before_name="<c>call:", after_name="{", afte
             [ParsedCall("foo", {"a": "it's :)", "b": [1, 2], "c": {"k": "]"}})],
         ),
         ("As print(this) shows: [foo(a=1)] and so on", [ParsedCall("foo", {"a": 1})]),
+        (
+            '[foo(a={"b": [null, true, {"c": false}]}, d=null)]',
+            [ParsedCall("foo", {"a": {"b": [None, True, {"c": False}]}, "d": None})],
+        ),
+        ("[foo(a=nil)]", []),
         ("[foo(a=1), bar(", []),  # not whole yet
         ("[foo(a=')", []),
     ],
@@ -67,6 +72,10 @@ def test_tags_that_are_not_whole_are_left_out() -> None:
             [ParsedCall("foo", {"a": "x, {b:", "n": -1.5, "o": {"k": [True, "]"]}}), ParsedCall("bar", {"a": ""})],
         ),
         ("<c>call:foo{a:<q><c>call:bar{}<q>}", [ParsedCall("foo", {"a": "<c>call:bar{}"})]),  # a call in a text is a text
+        (
+            "<c>call:foo{a:[1,None,True,<q>None<q>],None:False}",
+            [ParsedCall("foo", {"a": [1, None, True, "None"], "None": False})],
+        ),
         ("<c>call:foo{a:1}<c>call:bar{a:<q>}", [ParsedCall("foo", {"a": 1})]),  # not whole yet
         ("<c>call:foo{a:1}<c>call:bar{a 1}<c>call:foo{}", [ParsedCall("foo", {"a": 1})]),  # no arguments
         ("<c>call:foo{a:[1}]", []),

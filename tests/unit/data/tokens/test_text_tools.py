@@ -302,3 +302,19 @@ def test_a_folder_says_how_its_model_was_trained(tiny_model_dir: Path, tmp_path:
         with pytest.raises(ConfigError, match=f'{FORM_FILE} of model is not {{"tools": "text"}}') as caught:
             load_tokenizer_dir(folder)
         assert "take the file as `forge train` wrote it" in caught.value.hint
+
+
+OWN_CALLS = ("gemma4_v5", "glm4moe", "gptoss", "lfm2_v2", "llama3_1", "nemotron_3_nano", "qwen3", "qwen3_5_nothink")
+
+
+@pytest.mark.parametrize("name", OWN_CALLS)
+def test_calls_of_a_templates_own_form_are_read_in_single_tokens(name: str) -> None:
+    own = HfTokenizer(tokenizer(name, templates()[name]))
+    assert own.call_style
+    asks = calls(("c1", "weather", {"place": "東京 {x}", "n": "1.5"}))
+    (documents,) = own.encode_chats([([user("a?"), asks], TOOLS)])
+    assert not isinstance(documents, Reject), str(documents)
+    answer = documents[-1].ids[documents[-1].loss_mask > 0].tolist()
+    read = served(own, answer, [one.function for one in requested([user("a?")]).offered])
+    assert (read["content"].strip("\n"), [name for name, _ in read["calls"]]) == ("", ["weather"])
+    assert read["calls"][0][1]["place"] == "東京 {x}"
