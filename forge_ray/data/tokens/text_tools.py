@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from forge_ray.data.record.schema import Reject
-from forge_ray.data.tokens.adapt import CALL, OTHER, call_turn, probe_tools, result_turn
+from forge_ray.data.tokens.adapt import CALL, OTHER, arguments_of, call_turn, probe_tools, result_turn
 from forge_ray.data.tokens.call_forms import CallForm, parse
 from forge_ray.data.tokens.template import CallStyle, Chat, ChatTokenizer, Encoded, Messages
 from forge_ray.errors import ConfigError
@@ -126,12 +126,7 @@ def _tool(tool: Any) -> str:
 
 def _call(call: Any) -> str:
     function = call["function"]
-    arguments = function.get("arguments")
-    try:
-        parsed = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        raise Reject("a tool call's arguments are not JSON") from None
-    if not isinstance(parsed, dict):
+    if not isinstance(parsed := arguments_of(function), dict):
         raise Reject("a tool call's arguments are not a JSON object")
     return FORM.opening + _json({FORM.name_key: function["name"], FORM.arguments_key: parsed}) + FORM.closing
 

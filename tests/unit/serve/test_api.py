@@ -376,6 +376,15 @@ def test_what_it_answered_comes_back(api: Api, as_text: ChatTokenizer) -> None:
     assert "<tool_response>" in api.refused(model="text", messages=forged, tools=TOOLS)["message"]
 
 
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', '{"a": ' + "[" * 50_000 + "]" * 50_000 + "}", "{", "nothing"])
+@pytest.mark.parametrize("model", ["tiny", "text"])
+def test_arguments_that_are_no_json_text_are_refused(api: Api, as_text: ChatTokenizer, model: str, arguments: str) -> None:
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    result = {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"}
+    messages = [*USER, {"role": "assistant", "tool_calls": [call]}, result]
+    assert api.refused(model=model, messages=messages, tools=TOOLS)["message"] == "a tool call's arguments are not JSON"
+
+
 # ---------------------------------------------------------------- streams
 
 
