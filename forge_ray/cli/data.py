@@ -31,6 +31,7 @@ def data_prepare(store: Store, as_json: bool, config: RunConfig) -> Any:
     manifest = pipeline.prepare(config, store)
     if not as_json:
         from forge_ray.cli.show import print_table
+        from forge_ray.data.tokens.lost import remedy
 
         header = ("split", "records", "packed rows", "tokens", "trained tokens", "fill")
         rows = []
@@ -41,6 +42,8 @@ def data_prepare(store: Store, as_json: bool, config: RunConfig) -> Any:
         print_table(manifest.id, header, rows)
         for reason, count in manifest.rejects.items():
             echo(f"  {count} × {reason}")
+        if hint := remedy(manifest.rejects):
+            echo(f"  {hint}")
     return manifest
 
 

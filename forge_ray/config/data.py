@@ -137,6 +137,11 @@ class DataConfig(Config):
         "train",
         description="What is done with the reasoning of answers: trained; in the context and not trained; or removed",
     )
+    tools: Literal["template", "text"] = Field(
+        "template",
+        description="How tools, tool calls and tool results are written: by the model's chat template; or as text, for"
+        " models whose template has no place for them. The trained model is evaluated and served likewise",
+    )
     date: str = Field(
         "",
         pattern=r"^(\d{4}-\d{2}-\d{2})?$",
@@ -161,7 +166,7 @@ class DataConfig(Config):
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the newer settings where they are the default: the ids of dataset versions from before them stay."""
         values: dict[str, Any] = handler(self)
-        defaults = {"reasoning": "train", "date": ""}
+        defaults = {"reasoning": "train", "tools": "template", "date": ""}
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     @model_validator(mode="after")

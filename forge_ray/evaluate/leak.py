@@ -29,7 +29,7 @@ from forge_ray.data.dataset.stream import Rows
 from forge_ray.data.dataset.version import find_record
 from forge_ray.data.tokens.chat import chat_tokenizer, prompt_ids
 from forge_ray.errors import DataError
-from forge_ray.evaluate.score import EvaluatedModel, Example, answer_ids, json_lines
+from forge_ray.evaluate.score import EvaluatedModel, Example, answer_ids, json_lines, tokenizer_for
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import paths
@@ -301,7 +301,6 @@ def audit(
     end. `settings` is what the report says of its config, of which `config.leak` is a part."""
     import torch
 
-    from forge_ray.data.tokens.chat import load_tokenizer_dir
     from forge_ray.inference.choose import open_engine
 
     assert config.leak is not None
@@ -314,7 +313,9 @@ def audit(
         folder, adapter = which.fetch(store)
         engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
         try:
-            for step in findings(engine, load_tokenizer_dir(folder), groups, config.leak, extract=which is subject):
+            for step in findings(
+                engine, tokenizer_for(manifest, folder, adapter), groups, config.leak, extract=which is subject
+            ):
                 if isinstance(step, Findings):
                     measured.append(step)
                 else:

@@ -19,7 +19,9 @@ from forge_ray.config.release import Contamination, EvalConfig
 from forge_ray.data.curate.canaries import is_canary
 from forge_ray.data.curate.contamination import contaminated, stream_records
 from forge_ray.data.dataset.version import read_records
-from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, encode_chat, prompt_ids
+from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, encode_chat, load_tokenizer_dir, prompt_ids
+from forge_ray.data.tokens.template import ChatTokenizer
+from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.errors import DataError
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
@@ -228,6 +230,13 @@ def size_bytes(store: Store, subject: EvaluatedModel) -> int:
     return sum(e.size for folder in folders for e in store.files(folder) if e.path.endswith(".safetensors"))
 
 
+def tokenizer_for(manifest: DatasetManifest, folder: Path, adapter: Path | None) -> ChatTokenizer:
+    """The tokenizer of an evaluated model. It is given tools as the dataset's rows are, the base model too, or as the
+    adapter was trained to be given them."""
+    tools = manifest.config.get("tools") or (tools_of(adapter) if adapter else "template")
+    return load_tokenizer_dir(folder, tools=tools)
+
+
 def find_contamination(
     store: Store, manifest: DatasetManifest, chats: Sequence[Example], config: EvalConfig, rule: Contamination
 ) -> list[dict[str, Any]]:
@@ -249,13 +258,12 @@ def evaluate(
     `prompts` are those of the files that `config.safety` names; `settings` is what the report says of its config."""
     import torch
 
-    from forge_ray.data.tokens.chat import load_tokenizer_dir
     from forge_ray.inference.choose import open_engine
 
     started = time.monotonic()
     torch.set_num_threads(max(1, int(config.cpus)))
     folder, adapter = subject.fetch(store)
-    tokenizer = load_tokenizer_dir(folder)
+    tokenizer = tokenizer_for(manifest, folder, adapter)
     chats, labels = examples(store, manifest, config), label_set(store, manifest, config)
     shared = find_contamination(store, manifest, chats, config, config.contamination) if config.contamination else []
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)

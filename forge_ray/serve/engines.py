@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from forge_ray.config.release import DeployConfig
 from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
+from forge_ray.data.tokens.text_tools import tools_of, with_tools
 from forge_ray.errors import EngineError, ForgeError, StoreError
 from forge_ray.inference.choose import open_engine
 from forge_ray.inference.engine import Engine, EngineHealth, GenerationRequest
@@ -150,7 +151,8 @@ class EnginePool:
             raise EngineError(
                 f"{version.id} is an adapter and engine.max_adapters is 0", hint="raise it, or list the version in `merged`"
             )
-        return Loaded(version.id, version.digest, engine.engine, adapter, engine.tokenizer, engine.stop_token_ids)
+        tokenizer = with_tools(engine.tokenizer, tools_of(folder))  # adapters of one base may have been trained with either
+        return Loaded(version.id, version.digest, engine.engine, adapter, tokenizer, engine.stop_token_ids)
 
     def _open(self, version: ServedVersion, folder: Path) -> LoadedEngine:
         model_dir = folder if version.weights == "full" else fetch_version(self.store, version.base)[1]

@@ -60,8 +60,11 @@ class FormParser:
             text, self.buffer = self.buffer, ""
             return [text]
         at = self.buffer.find(begins)
-        end = at if at >= 0 else len(self.buffer) - overlap(self.buffer, begins)
+        in_front = self.form.in_front
+        held = max(overlap(self.buffer, mark) for mark in (begins, in_front + begins))
+        end = at if at >= 0 else len(self.buffer) - held
         text, self.buffer, self.inside = self.buffer[:end], self.buffer[end:], at >= 0
+        text = text.removesuffix(in_front) if self.inside else text
         return [text] if text.strip() or (text and not self.inside) else []
 
     def _new_calls(self) -> list[Any]:

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.data.tokens.hf import HfTokenizer
+from forge_ray.data.tokens.text_tools import TextTools
 from forge_ray.serve.fields import ChatRequest
 from forge_ray.serve.openai import ApiError
 
@@ -36,6 +37,8 @@ def switched(tokenizer: ChatTokenizer, body: ChatRequest) -> ChatTokenizer:
     does not have, unless the request switches off what is not there."""
     if body.reasoning_effort is None and not body.chat_template_kwargs:
         return tokenizer
+    if isinstance(tokenizer, TextTools):
+        return replace(tokenizer, inner=switched(tokenizer.inner, body))
     names = switches_of(tokenizer)
     values = dict(_effort(body.reasoning_effort, names))
     for name, value in (body.chat_template_kwargs or {}).items():

@@ -111,6 +111,7 @@ class CallParser:
     inside: bool = False
     in_list: bool = False
     after_call: bool = False  # blanks between two calls are dropped
+    line_end: str = ""  # in front of what may be a call; the form's if it is one, else of the text
 
     def push(self, text: str) -> list[str | Call]:
         """Text that belongs to no call, and calls that `text` completes, in order."""
@@ -127,8 +128,9 @@ class CallParser:
             return parts
         if self.inside and self.style == "hermes":
             self._consume(parts, _Step(len(self.buffer), _json(self.buffer.removeprefix(OPENING["hermes"]))))
-        if self.buffer and not (self.after_call and self.buffer.isspace()):
-            parts.append(self.buffer)
+        rest = self.line_end + self.buffer if self.inside else self.buffer
+        if rest and not (self.after_call and rest.isspace()):
+            parts.append(rest)
         self.buffer = ""
         return parts
 
@@ -137,13 +139,16 @@ class CallParser:
         opening = OPENING[self.style]
         at = self.buffer.find(opening)
         end = at if at >= 0 else len(self.buffer) - overlap(self.buffer, opening)
+        if self.style == "hermes" and self.buffer[:end].endswith("\n"):
+            end -= 1
         text = self.buffer[:end]
         if self.after_call and at < 0 and not text.strip():
             return False  # it depends on what follows
         if text and not (self.after_call and text.isspace()):
             parts.append(text)
             self.after_call = False
-        self.buffer, self.inside = self.buffer[end:], at >= 0
+        self.line_end = self.buffer[end:at] if at >= 0 else ""
+        self.buffer, self.inside = self.buffer[max(end, at) :], at >= 0
         return self.inside
 
     def _read(self, parts: list[str | Call]) -> bool:
@@ -166,7 +171,7 @@ class CallParser:
         call = self._call(step.value)
         if call is None:
             self.inside = self.in_list = False
-            parts.append(text)
+            parts.append(self.line_end + text)
         else:
             parts.append(call)
             self.after_call, self.finished = True, not self.several

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.order import Order
+from forge_ray.data.tokens.text_tools import write_form
 from forge_ray.models.architecture import Head
 from forge_ray.records import canonical_json
 from forge_ray.store import paths
@@ -32,6 +33,7 @@ def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path, he
             with scratch("adapter") as adapter:
                 export_adapter(model, weights, job.base.id, adapter)
                 merge_adapter(base, adapter, target, head)
+        write_form(target, job.dataset.config.get("tools", "template"))
         job.check_may_publish()
     return export_kind(job.config)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Jobs, Run, export_digest, exported, largest_difference, losses
 
+from forge_ray.data.tokens.chat import load_tokenizer_dir
 from forge_ray.errors import TrainingError
 from forge_ray.train import loop
 
@@ -140,11 +141,14 @@ def test_loop_runs_in_process(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> No
     """Without workers, Ray or DeepSpeed: for a debugger. The error names the step, the values and the remedy."""
     monkeypatch.delenv("RANK", raising=False)
     good = jobs("in-process", max_steps=2, scaling={"num_workers": 0}, **TORCH)
+    good = replace(good, dataset=good.dataset.model_copy(update={"config": {"tools": "text"}}))
     loop.train_loop(good.to_json())
     assert len(losses(good)) == 2
     result = good.store.read_json(f"runs/{good.run}/result.json")
     assert (result["num_steps"], result["samples_seen"], result["export_kind"]) == (2, 8, "full")
     assert good.store.exists(f"runs/{good.run}/loss.png")
+    # the export says how its dataset writes tools
+    assert load_tokenizer_dir(good.store.fetch_dir(f"runs/{good.run}/export")).call_style == "hermes"
 
     bad = replace(good, run="in-process-bad", config=good.config.model_copy(update={"max_grad_norm": 0.0, "max_steps": 6}))
     bad = replace(

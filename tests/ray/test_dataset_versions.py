@@ -21,12 +21,14 @@ import pytest
 from forge_ray.config.data import DataConfig
 from forge_ray.data.build import build as building
 from forge_ray.data.build.build import build, index_sources
+from forge_ray.data.build.prepare import prepare_version
 from forge_ray.data.build.work import WORK
 from forge_ray.data.dataset import version as dataset
 from forge_ray.data.dataset.compare import diff, holders
 from forge_ray.data.dataset.export import export
 from forge_ray.data.record.schema import parse_record
 from forge_ray.data.record.subject import subject_digest, subject_key
+from forge_ray.data.tokens.lost import AS_TEXT, CALLS
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.governance.trace import of_file, of_subject_value, trace
 from forge_ray.records import DatasetManifest, ModelVersion
@@ -459,3 +461,36 @@ def test_marked_and_contaminated_records(tmp_path: Path, base: ModelVersion, own
     assert (clean.after, clean.reasons) == (31, {"shares 13 words with an evaluation set": 1})
     flagged = [row for split in dataset.SPLITS for row in dataset.read_records(own, manifest, split) if row["flags"]]
     assert [row["flags"] for row in flagged] == ["personal_data:email"]
+
+
+@pytest.mark.large
+def test_rows_with_tools_are_set_aside_or_written_as_text(own: Store, tmp_path: Path) -> None:
+    """The tiny model's template has no place for tools."""
+    function = {"name": "add", "arguments": {"a": 1}}
+    asks = {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": function}]}
+    results = {"role": "tool", "tool_call_id": "c1", "content": "2"}
+    turns = [[question, asks, results, answer] for question, answer in (chat(number)["messages"] for number in range(40))]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    write(tmp_path / "a.jsonl", [chat(number) for number in range(40)])
+    write(tmp_path / "b.jsonl", [{"messages": messages, "tools": tools} for messages in turns])
+    config = config_of(tmp_path, sequence_length=1024, max_invalid_fraction=0.5)
+    with Catalog.open(own) as catalog:
+        base = catalog.model("tiny")
+        without = prepare_version("rows", config, base, catalog)
+        text = prepare_version("rows", config.model_copy(update={"tools": "text"}), base, catalog)
+        with pytest.raises(DataError, match="this model's template has no place for tool calls") as caught:
+            prepare_version("rows", config.model_copy(update={"max_invalid_fraction": 0.1}), base, catalog)
+    assert without.manifest.rejects == {CALLS: 40}
+    assert without.summary.endswith(f"40 quarantined ({AS_TEXT})")
+    assert "tools" not in without.manifest.config
+    assert text.manifest.rejects == {}
+    assert "quarantined" not in text.summary
+    assert text.manifest.config["tools"] == "text"
+    assert caught.value.hint.startswith(AS_TEXT)
+    row = next(row for row in dataset.read_records(own, text.manifest, "train") if "tools" in row["content"])
+    (holder,) = (one for one in packed(own, text.manifest) if row["record"] in one["records"])
+    tokenizer = dataset.load_tokenizer(own, base.id, tools="text")
+    place = holder["records"].index(row["record"]) + 1
+    ids = [i for i, segment in zip(holder["input_ids"], holder["segment_ids"], strict=True) if segment == place]
+    prompt = tokenizer.prompt_ids(row["content"]["messages"][:3], row["content"]["tools"])
+    assert ids[: len(prompt)] == prompt

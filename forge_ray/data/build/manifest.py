@@ -11,8 +11,11 @@ from forge_ray.data.build.map import Job
 from forge_ray.data.build.settings import BuildSpec, segments
 from forge_ray.data.build.summaries import History, Partition, SourceCounts, source_counts, total
 from forge_ray.data.dataset.version import FORMAT, SPLITS, tokenizer_digest
+from forge_ray.data.tokens.lost import remedy
 from forge_ray.errors import DataError, NothingLeft
 from forge_ray.records import CurationStep, DatasetManifest, SourceFile, SourceStats, SplitStats
+
+REPAIR = "repair the rows, or raise data.max_invalid_fraction if these may be left out"
 
 
 def no_rows(num_files: int) -> DataError:
@@ -37,13 +40,13 @@ def check_invalid(config: DataConfig, history: History, num_files: int, places: 
     if not kept and not dropped:
         raise DataError(
             f"none of {num_rows} rows can be used: {table} ({places()})",
-            hint="see docs/guides/data.md for the accepted shapes",
+            hint=remedy(reasons) or "see docs/guides/data.md for the accepted shapes",
         )
     if reasons.total() > config.max_invalid_fraction * num_rows:
         raise DataError(
             f"{reasons.total()} of {num_rows} rows are invalid, more than"
             f" data.max_invalid_fraction={config.max_invalid_fraction}: {table} ({places()})",
-            hint="repair the rows, or raise data.max_invalid_fraction if these may be left out",
+            hint="; ".join(filter(None, [remedy(reasons), REPAIR])),
         )
     if not kept:
         raise DataError(

@@ -88,7 +88,7 @@ def _finish(
 ) -> Callable[[list[MappedRecord]], None]:
     """What is done with the records that all rules of the segment keep."""
     barrier = None if segment.barrier is None else config.curate[segment.barrier]
-    tokenizer = load_tokenizer(store, base, config.date) if barrier is None else None
+    tokenizer = load_tokenizer(store, base, config.date, config.tools) if barrier is None else None
     gc.freeze()  # what was imported lives as long as the process: no collection need walk it
 
     def finish(batch: list[MappedRecord]) -> None:

@@ -11,8 +11,10 @@ from forge_ray.data.build.build import build, index_sources
 from forge_ray.data.build.settings import Progress, input_digest, silent
 from forge_ray.data.build.tombstones import tombstones
 from forge_ray.data.dataset import index
-from forge_ray.data.dataset.version import tokenizer_digest
+from forge_ray.data.dataset.version import load_tokenizer, tokenizer_digest
 from forge_ray.data.read.ingest import IndexedFile
+from forge_ray.data.tokens.lost import remedy
+from forge_ray.data.tokens.text_tools import refuse_unwritable
 from forge_ray.errors import StoreError
 from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, ModelVersion, utc_now
@@ -37,6 +39,7 @@ class Prepared:
         counts = ", ".join(f"{name} {stats.num_records}" for name, stats in self.manifest.splits.items())
         num_rejected = sum(self.manifest.rejects.values())
         counts += f", {num_rejected} quarantined" if num_rejected else ""
+        counts += f" ({hint})" if (hint := remedy(self.manifest.rejects)) else ""
         num_dropped = sum(step.before - step.after for step in self.manifest.curation)
         counts += f", {num_dropped} dropped by rules" if num_dropped else ""
         num_erased = sum(map(len, self.manifest.erased.values()))
@@ -58,6 +61,8 @@ def prepare_version(
     sources = index_sources(config, progress)
     if manifest := _version_of(config, base, catalog, sources):
         return Prepared(manifest, is_new=False)
+    if config.tools == "text":
+        refuse_unwritable(load_tokenizer(catalog.store, base.id), base.id)
     manifest = _build_version(name, config, base, catalog, sources, progress)
     index.build(catalog.store, manifest)
     return Prepared(manifest, is_new=True)

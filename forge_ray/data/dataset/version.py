@@ -26,6 +26,7 @@ from forge_ray.config.data import DataConfig, Splits
 from forge_ray.data.record.schema import RECORD_HEX
 from forge_ray.data.tokens.chat import load_tokenizer_dir
 from forge_ray.data.tokens.template import ChatTokenizer
+from forge_ray.data.tokens.text_tools import FORM_FILE, Tools
 from forge_ray.errors import NotFound, StoreError
 from forge_ray.models.model_files import mistral_tokenizer, require_mistral_common
 from forge_ray.records import DatasetManifest, ModelVersion, digest
@@ -34,7 +35,16 @@ from forge_ray.store.files import Store
 
 FORMAT = 2
 SPLITS = ("train", "validation", "test")
-TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "tekken")
+TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "tekken",
+    FORM_FILE,
+)
 
 PACKED = pa.schema(
     [
@@ -87,9 +97,9 @@ def require_tokenizer(store: Store, model: ModelVersion) -> None:
 
 
 @lru_cache(maxsize=2)
-def load_tokenizer(store: Store, model: str, date: str = "") -> ChatTokenizer:
-    """The tokenizer of a model version; `date`: the one that its template prints (ISO 8601), "" for today's."""
-    return load_tokenizer_dir(store.fetch_dir(paths.model(model), verify=False), date)
+def load_tokenizer(store: Store, model: str, date: str = "", tools: Tools = "template") -> ChatTokenizer:
+    """The tokenizer of a model version; `date` and `tools` as in `load_tokenizer_dir`."""
+    return load_tokenizer_dir(store.fetch_dir(paths.model(model), verify=False), date, tools)
 
 
 def record_bytes(content: bytes) -> bytes:

@@ -142,14 +142,25 @@ def _call(call: Any, form: Adaptation, ids: dict[str, str]) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return call
-    arguments = function.get("arguments")
-    try:
-        parsed = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
-    except ValueError:
-        raise Reject("a tool call's arguments are not JSON") from None
+    parsed = arguments_of(function)
     written = json.dumps(parsed, ensure_ascii=False) if form.arguments_as_text else parsed
     named = {"id": ids.get(call["id"], call["id"])} if isinstance(call.get("id"), str) else {}
     return {**call, **named, "function": {**function, "arguments": written}}
+
+
+def arguments_of(function: dict[str, Any]) -> Any:
+    """The arguments of a call, which records and requests hold as JSON text. Raises `Reject` for any other text, and for one
+    whose escapes are halves of characters: no tokenizer takes them."""
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        parsed = json.loads(arguments or "{}")
+        if "\\u" in arguments:
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise Reject("a tool call's arguments are not JSON") from None
+    return parsed
 
 
 def with_short_ids(messages: Messages) -> list[dict[str, Any]]:

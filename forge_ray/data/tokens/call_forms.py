@@ -22,6 +22,8 @@ Kind = Literal["object", "named", "tagged", "python", "braced"]
 JSON = json.JSONDecoder()
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 PYTHON_START = re.compile(r"\[?\s*\b[A-Za-z_][\w.-]{0,63}\(")
+CONSTANTS = {"None": None, "True": True, "False": False, "null": None, "true": True, "false": False}
+PYTHON_WORD = re.compile(r"(?<![\w.-])(None|True|False)(?![\w.:-])")  # a value that a template wrote as Python does
 PYTHON_MARK = re.compile(r"\\.|['\"()\[\]{}]", re.DOTALL)
 
 
@@ -52,6 +54,16 @@ class CallForm:
     def begins_with(self) -> str:
         """The text by which an answer is known to call; "" where a call begins with its JSON, at the answer's start."""
         return self.opening.strip("[ \n") or self.before_name.strip()
+
+    @property
+    def in_front(self) -> str:
+        """What the template writes in front of `begins_with`: blanks or line ends."""
+        return (self.opening + self.before_name).partition(self.begins_with)[0] if self.begins_with else ""
+
+    @property
+    def name_mark(self) -> str:
+        """`before_name` as it is looked for: without white space in front, which is no part of `begins_with`."""
+        return self.before_name.lstrip() or self.before_name
 
 
 def form_of(once: str, name: str, arguments: dict[str, str]) -> CallForm | None:
@@ -131,8 +143,8 @@ def _json(value: Any) -> Any:
 
 def _named(form: CallForm, text: str) -> Iterator[ParsedCall]:
     at = 0
-    while (place := text.find(form.before_name, at)) >= 0:
-        name = NAME.match(text, place + len(form.before_name))
+    while (place := text.find(form.name_mark, at)) >= 0:
+        name = NAME.match(text, place + len(form.name_mark))
         if name is None:
             return
         start = text.find("{", name.end())
@@ -148,10 +160,16 @@ def _named(form: CallForm, text: str) -> Iterator[ParsedCall]:
 
 def _braced(form: CallForm, text: str) -> Iterator[ParsedCall]:
     """`after_key` is the mark that stands for a quotation mark; keys have none."""
-    for head in re.finditer(re.escape(form.before_name) + f"({NAME.pattern})" + re.escape(form.after_name), text):
-        segments, written = text[head.end() :].split(form.after_key), "{"
-        for number, segment in enumerate(segments):
-            keyed = re.sub(r"([{,]\s*|^\s*)([A-Za-z_][\w.-]*):", r'\1"\2":', segment)
+    begins = re.compile(re.escape(form.name_mark) + f"({NAME.pattern})" + re.escape(form.after_name))
+    at = 0
+    while head := begins.search(text, at):
+        at = _braces_end(text, head.end(), form.after_key)
+        if at < 0:
+            return
+        written = "{"
+        for number, segment in enumerate(text[head.end() : at].split(form.after_key)):
+            keyed = PYTHON_WORD.sub(lambda word: json.dumps(CONSTANTS[word[1]]), segment)
+            keyed = re.sub(r"([{,]\s*|^\s*)([A-Za-z_][\w.-]*):", r'\1"\2":', keyed)
             written += json.dumps(segment, ensure_ascii=False) if number % 2 else keyed
         try:
             arguments, _ = JSON.raw_decode(written)
@@ -161,10 +179,23 @@ def _braced(form: CallForm, text: str) -> Iterator[ParsedCall]:
             yield ParsedCall(head[1], arguments)
 
 
+def _braces_end(text: str, start: int, quote: str) -> int:
+    """Behind the bracket that closes the one before `start`, but for those between two `quote`; -1 where none does."""
+    depth, is_quoted = 1, False
+    for mark in re.compile(re.escape(quote) + r"|[\[\]{}]").finditer(text, start):
+        if mark[0] == quote:
+            is_quoted = not is_quoted
+        elif not is_quoted:
+            depth += 1 if mark[0] in "[{" else -1
+            if not depth:
+                return mark.end()
+    return -1
+
+
 def _tagged(form: CallForm, text: str) -> Iterator[ParsedCall]:
     at = 0
-    while (place := text.find(form.before_name, at)) >= 0:
-        name = NAME.match(text, place + len(form.before_name))
+    while (place := text.find(form.name_mark, at)) >= 0:
+        name = NAME.match(text, place + len(form.name_mark))
         if name is None:
             return
         end = text.find(form.after_call.strip(), name.end()) if form.after_call.strip() else len(text)
@@ -229,12 +260,26 @@ def _python_calls(source: str) -> list[ParsedCall]:
         tree = ast.parse(source, mode="eval").body
         nodes = tree.elts if isinstance(tree, ast.List) else [tree]
         return [
-            ParsedCall(ast.unparse(node.func), {str(word.arg): ast.literal_eval(word.value) for word in node.keywords})
+            ParsedCall(ast.unparse(node.func), {str(word.arg): _literal(word.value) for word in node.keywords})
             for node in nodes
             if isinstance(node, ast.Call) and not node.args
         ]
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
+
+
+def _literal(node: ast.expr) -> Any:
+    """A value as Python or, inside lists and objects, as JSON writes it."""
+    for name in ast.walk(node):
+        for field, item in ast.iter_fields(name):
+            if isinstance(item, list):
+                setattr(name, field, [_constant(one) for one in item])
+    return ast.literal_eval(_constant(node))
+
+
+def _constant(node: Any) -> Any:
+    is_word = isinstance(node, ast.Name) and node.id in CONSTANTS
+    return ast.copy_location(ast.Constant(CONSTANTS[node.id]), node) if is_word else node
 
 
 # ---------------------------------------------------------------- reading forms off

@@ -19,6 +19,7 @@ from forge_ray.data.tokens.answers import split
 from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.data.tokens.proof import prove
 from forge_ray.data.tokens.template import Chat, ChatTokenizer, Encoded
+from forge_ray.data.tokens.text_tools import Tools, tools_of, with_tools
 
 __all__ = [
     "ChatTokenizer",
@@ -37,20 +38,22 @@ __all__ = [
 NO_DOCUMENT = Reject("neither a chat nor a text")
 
 
-def load_tokenizer_dir(folder: Path, date: str = "") -> ChatTokenizer:
+def load_tokenizer_dir(folder: Path, date: str = "", tools: Tools = "template") -> ChatTokenizer:
     """The tokenizer of a model's folder; from local files only, no remote code. `date`: the one that its template prints
-    (ISO 8601), "" for today's.
+    (ISO 8601), "" for today's. `tools`: `text` writes tools as text, as it is done for a model that was trained so.
 
     Where the folder holds Mistral's own tokenizer file beside a `tokenizer.json`, Mistral's is used: mistral-common is the
     reference for these models, the chat template a copy of it.
     """
     from forge_ray.data.tokens.mistral import load_mistral, mistral_file
 
+    own: ChatTokenizer
     if (path := mistral_file(folder)) is not None:
-        return load_mistral(path)
-    return HfTokenizer(
-        _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False), date
-    )
+        own = load_mistral(path)
+    else:
+        loaded = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        own = HfTokenizer(loaded, date)
+    return with_tools(with_tools(own, tools), tools_of(folder))
 
 
 def _tokenizer_class(folder: Path) -> Any:

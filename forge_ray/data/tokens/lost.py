@@ -7,13 +7,14 @@ is never seen. Each text, call, argument, result, name and reasoning is looked f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 PLACE = "this model's template has no place for {}"
 CALLS, RESULTS, TOOLS = PLACE.format("tool calls"), PLACE.format("tool results"), PLACE.format("declared tools")
 SYSTEM, REASONING, NAMES = PLACE.format("a system prompt"), PLACE.format("reasoning"), PLACE.format("names of speakers")
 PART = "this model's template leaves out a part of a message"
+AS_TEXT = "`data.tools: text` in the run file has tools, calls and results written as text (docs/guides/tool-calls.md)"
 
 
 def lost(text: str, messages: Sequence[dict[str, Any]]) -> str:
@@ -25,6 +26,11 @@ def lost(text: str, messages: Sequence[dict[str, Any]]) -> str:
             if not _holds(text, value):
                 return what
     return ""
+
+
+def remedy(reasons: Iterable[str]) -> str:
+    """What takes rows that were rejected for these reasons; "" where the reasons say it themselves."""
+    return AS_TEXT if {CALLS, RESULTS, TOOLS}.intersection(reasons) else ""
 
 
 def undeclared(prompt: str, tools: list[Any] | None) -> str:

@@ -284,7 +284,7 @@ class _refusals:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from mistral_common.exceptions import MistralCommonException
 
-        if isinstance(error, (MistralCommonException, ValueError, AssertionError, TypeError, KeyError)):
+        if isinstance(error, (MistralCommonException, ValueError, AssertionError, TypeError, KeyError, RecursionError)):
             if isinstance(error, Reject):
                 return
             reason = " ".join(str(error).split())[:120] or type(error).__name__

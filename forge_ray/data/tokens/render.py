@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.adapt import arguments_of
 from forge_ray.data.tokens.template import Chat, Messages
 
 
@@ -116,7 +117,4 @@ def _with_object(call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
-    except ValueError:
-        raise Reject("a tool call's arguments are not JSON") from None
+    return {**call, "function": {**function, "arguments": arguments_of(function)}}

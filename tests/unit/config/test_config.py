@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from forge_ray.config.base import apply_overrides, config_digest, load, parse, resolved
+from forge_ray.config.data import DataConfig
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
+from forge_ray.data.build.settings import input_digest
 from forge_ray.errors import ConfigError, NotFound
 
 pytestmark = pytest.mark.unit
@@ -356,6 +358,17 @@ def test_resolved_is_complete_and_reads_back(overrides: tuple[str, ...]) -> None
     config = parse(RunConfig, apply_overrides(MINIMAL, overrides))
     assert parse(RunConfig, resolved(config)) == config
     assert parse(RunConfig, yaml.safe_load(yaml.safe_dump(resolved(config)))) == config
+
+
+def test_tools_are_a_setting_of_a_dataset_only_where_they_are_text() -> None:
+    data = {"sources": [{"path": "a.jsonl"}]}
+    plain, text = parse(DataConfig, data), parse(DataConfig, data | {"tools": "text"})
+    assert "tools" not in resolved(plain)  # the ids of versions from before the setting stay
+    assert parse(DataConfig, data | {"tools": "template"}) == plain
+    assert resolved(text)["tools"] == "text"
+    assert input_digest(plain, [], "", "") != input_digest(text, [], "", "")
+    with pytest.raises(ConfigError, match=r"tools"):
+        parse(DataConfig, data | {"tools": "json"})
 
 
 def test_a_config_is_frozen() -> None:

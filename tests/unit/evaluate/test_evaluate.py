@@ -10,10 +10,11 @@ import pytest
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import EvalConfig, Gate
+from forge_ray.data.tokens.text_tools import Tools, write_form
 from forge_ray.errors import ConfigError
-from forge_ray.evaluate.score import Example, normalise, plot_confusion, score_examples, summarise
+from forge_ray.evaluate.score import Example, normalise, plot_confusion, score_examples, summarise, tokenizer_for
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
-from forge_ray.records import EvalReport
+from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.release.gate import judge
 
 pytestmark = pytest.mark.unit
@@ -149,3 +150,17 @@ def test_prompts_equal_those_of_training_and_labels_end_with_the_turn(tiny_model
 def test_the_confusion_matrix_is_a_picture(tmp_path: Path) -> None:
     plot_confusion([item("a", "b"), item("b", "b"), item("a", "?")], ("a", "b"), tmp_path / "c.png", "t")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_are_given_tools_as_the_dataset_or_as_they_were_trained(tiny_model_dir: Path, tmp_path: Path) -> None:
+    def style(tools: dict[str, str], adapter: Path | None) -> str:
+        manifest = DatasetManifest.model_construct(config=tools)
+        return tokenizer_for(manifest, tiny_model_dir, adapter).call_style
+
+    plain, text = tmp_path / "plain", tmp_path / "text"
+    forms: list[tuple[Path, Tools]] = [(plain, "template"), (text, "text")]
+    for folder, tools in forms:
+        folder.mkdir()
+        write_form(folder, tools)
+    assert [style({}, adapter) for adapter in (None, plain, text)] == ["", "", "hermes"]
+    assert [style({"tools": "text"}, adapter) for adapter in (None, plain, text)] == ["hermes"] * 3

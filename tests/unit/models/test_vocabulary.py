@@ -10,6 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from forge_ray.cli.main import cli
+from forge_ray.data.tokens.lost import AS_TEXT
+from forge_ray.data.tokens.text_tools import write_form
 from forge_ray.errors import PolicyError
 from forge_ray.models.import_model import import_model
 from forge_ray.store.catalog import Catalog
@@ -51,3 +53,12 @@ def test_check_says_what_a_template_supports(tiny_model_dir: Path, tmp_path: Pat
     assert "tool calls           no: this model's template has no place for tool calls" in printed.stdout
     imported = CliRunner().invoke(cli, ["models", "import", str(tiny_model_dir), "--name", "tiny", "--store", store])
     assert "its template has no place for: reasoning, tools" in imported.output
+    assert AS_TEXT in printed.stdout
+    assert AS_TEXT in imported.output
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "as-text")
+    write_form(folder, "text")
+    printed = CliRunner().invoke(cli, ["models", "check", str(folder), "--store", store])
+    assert "parallel calls       yes" in printed.stdout
+    assert "tool calls: hermes" in printed.stdout
+    assert "⟦<tool_call>" in printed.stdout
+    assert AS_TEXT not in printed.stdout

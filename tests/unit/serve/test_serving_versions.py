@@ -12,6 +12,7 @@ pytest.importorskip("ray")
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
+from forge_ray.data.tokens.text_tools import TextTools, Tools, write_form
 from forge_ray.errors import EngineError, NotFound, StoreError
 from forge_ray.inference.engine import EngineHealth
 from forge_ray.records import ModelVersion, files_digest
@@ -27,9 +28,10 @@ from forge_ray.store.files import Store
 pytestmark = pytest.mark.unit
 
 
-def publish(store: Store, weights: str, content: bytes, base_model: str = "") -> ModelVersion:
+def publish(store: Store, weights: str, content: bytes, base_model: str = "", form: Tools = "template") -> ModelVersion:
     with store.staged_dir("models/.new") as folder:
         (folder / "weights.safetensors").write_bytes(content)
+        write_form(folder, form)
     files = store.files("models/.new")
     version = ModelVersion(
         name="m",
@@ -127,6 +129,19 @@ def test_least_recently_used_adapter_is_evicted(pool: EnginePool) -> None:
     with pytest.raises(EngineError, match="all 2 adapters in memory are in use"):
         pool.ensure_adapter(versions[2], loaded[2])
     assert pool.workload() == {"running": 2, "waiting": 0, "tokens": 14}
+
+
+def test_adapters_of_one_base_are_given_tools_as_each_was_trained(pool: EnginePool) -> None:
+    base = publish(pool.store, "full", b"base")
+    versions = [publish(pool.store, "adapter", bytes([n]), base.id, form) for n, form in enumerate(("template", "text"))]
+    (own, text), merged = (
+        [pool.load_version(served(version)).tokenizer for version in versions],
+        pool.load_version(served(versions[1], "merged")).tokenizer,
+    )
+    assert not isinstance(own, TextTools)
+    assert isinstance(text, TextTools)
+    assert text.inner is own
+    assert isinstance(merged, TextTools)
 
 
 def test_unused_engines_and_adapters_are_unloaded(pool: EnginePool) -> None:
