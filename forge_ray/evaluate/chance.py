@@ -1,7 +1,7 @@
 """What chance may have done to a score: intervals, and paired intervals of differences on the same rows (pure).
 
-- Shares: Wilson's interval (E. B. Wilson, JASA 22, 1927); differences of paired shares: method 10 of R. G. Newcombe, Statistics
-  in Medicine 17 (1998) 2635, which holds for few rows and for shares of 0 and 1.
+- Shares: Wilson's interval (E. B. Wilson, JASA 22, 1927); differences of paired shares: method 10 of R. G. Newcombe,
+  Statistics in Medicine 17 (1998) 2635, which holds for few rows and for shares of 0 and 1.
 - Everything else: the percentile bootstrap over rows (B. Efron, 1979), `RESAMPLES` draws with a fixed seed, of at least
   `MIN_ROWS` rows, for it is too narrow below. Of a difference, both sides are drawn the same rows.
 """
@@ -119,11 +119,11 @@ def newcombe(ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_], confide
     return one - two - math.sqrt(max(0.0, below)), one - two + math.sqrt(max(0.0, above))
 
 
-def rows_to_show(found: Difference, margin: float, num_rows: int) -> int | None:
+def rows_to_show(change: Difference, margin: float, num_rows: int) -> int | None:
     """About how many rows would show a difference as large as this one to be above `margin`; None where it is not."""
-    if found.value <= margin or found.value <= found.low:
+    if change.value <= margin or change.value <= change.low:
         return None
-    return math.ceil(num_rows * ((found.value - found.low) / (found.value - margin)) ** 2)
+    return math.ceil(num_rows * ((change.value - change.low) / (change.value - margin)) ** 2)
 
 
 def rows_for_margin(margin: float, confidence: float, differing: float) -> int:

@@ -2,7 +2,7 @@
 
 - a chat that ends in a text: exact match and loss; with labels: likeliest label and macro F1; where every reference is a
   JSON object (extraction): the object, and precision and recall of its fields
-- a chat that ends in calls: the calls as a whole, their names, their arguments; and calls where a text was wanted
+- a chat that ends in calls: the calls as a whole, their names, their arguments; and calls where a text was expected
 - a plain text: loss, perplexity, and bits per byte, which can be compared over tokenizers
 """
 
@@ -37,30 +37,30 @@ def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
     chats = [item for item in items if "kind" not in item]
     calls = [item for item in items if item.get("kind") == CALL]
     texts = [item for item in items if item.get("kind") == TEXT]
-    found: dict[str, Statistic] = {}
+    by_metric: dict[str, Statistic] = {}
     if chats:
-        found["exact_match"] = share([is_right(item) for item in chats])
+        by_metric["exact_match"] = share([is_right(item) for item in chats])
     if chats or calls:
-        found |= _losses("", [*chats, *calls])
+        by_metric |= _losses("", [*chats, *calls])
     if chats and labels:
-        found["label_likelihood"] = share([item["likeliest"] == normalise(item["reference"]) for item in chats])
-        found["macro_f1"] = _macro_f1(chats, labels)
+        by_metric["label_likelihood"] = share([item["likeliest"] == normalise(item["reference"]) for item in chats])
+        by_metric["macro_f1"] = _macro_f1(chats, labels)
     if chats and not labels and (references := objects(chats)):
-        found |= _extraction(references, [_object(item["prediction"]) for item in chats])
+        by_metric |= _extraction(references, [_object(item["prediction"]) for item in chats])
     if calls:
-        found |= {name: share([rule(item) for item in calls]) for name, rule in CALL_RULES.items()}
+        by_metric |= {name: share([rule(item) for item in calls]) for name, rule in CALL_RULES.items()}
     if offered := [item for item in chats if "called" in item]:
-        found["needless_calls"] = share([bool(item["called"]) for item in offered])
+        by_metric["needless_calls"] = share([bool(item["called"]) for item in offered])
     if texts:
-        found |= _losses("text_", texts)
-        found["bits_per_byte"] = ratio(_nats(texts), [item["num_bytes"] * math.log(2) for item in texts])
-    return found
+        by_metric |= _losses("text_", texts)
+        by_metric["bits_per_byte"] = ratio(_nats(texts), [item["num_bytes"] * math.log(2) for item in texts])
+    return by_metric
 
 
 def intervals(items: Items, labels: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Metric → its interval, where there are rows enough."""
-    found = {name: interval(statistic) for name, statistic in statistics(items, labels).items()}
-    return {name: bounds for name, bounds in found.items() if bounds is not None}
+    by_metric = {name: interval(statistic) for name, statistic in statistics(items, labels).items()}
+    return {name: bounds for name, bounds in by_metric.items() if bounds is not None}
 
 
 def differences(ours: Items, theirs: Items, labels: Sequence[str], confidence: float) -> dict[str, Difference | None]:
@@ -142,16 +142,16 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _extraction(references: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any] | None]) -> dict[str, Statistic]:
-    wanted = [Counter(leaves(reference)) for reference in references]
-    given = [Counter(leaves(answer)) if answer is not None else Counter() for answer in answers]
-    right = [float((w & g).total()) for w, g in zip(wanted, given, strict=True)]
-    num_wanted, num_given = ([float(each.total()) for each in side] for side in (wanted, given))
+    expected = [Counter(leaves(reference)) for reference in references]
+    answered = [Counter(leaves(answer)) if answer is not None else Counter() for answer in answers]
+    right = [float((w & g).total()) for w, g in zip(expected, answered, strict=True)]
+    num_expected, num_answered = ([float(each.total()) for each in side] for side in (expected, answered))
     return {
         "json_valid": share([answer is not None for answer in answers]),
         "json_match": share([answer == reference for answer, reference in zip(answers, references, strict=True)]),
-        "field_precision": ratio(right, num_given),
-        "field_recall": ratio(right, num_wanted),
-        "field_f1": ratio([2 * count for count in right], [w + g for w, g in zip(num_wanted, num_given, strict=True)]),
+        "field_precision": ratio(right, num_answered),
+        "field_recall": ratio(right, num_expected),
+        "field_f1": ratio([2 * count for count in right], [w + g for w, g in zip(num_expected, num_answered, strict=True)]),
     }
 
 
@@ -160,17 +160,17 @@ def field_scores(chats: Items) -> dict[str, dict[str, float]]:
     references = objects(chats)
     totals: dict[str, Counter[str]] = {}
     for reference, item in zip(references, chats if references else [], strict=True):
-        wanted, given = Counter(leaves(reference)), Counter(leaves(_object(item["prediction"]) or {}))
-        given.pop(("", "{}"), None)
-        for name, side in (("wanted", wanted), ("given", given), ("right", wanted & given)):
+        expected, answered = Counter(leaves(reference)), Counter(leaves(_object(item["prediction"]) or {}))
+        answered.pop(("", "{}"), None)
+        for name, side in (("expected", expected), ("answered", answered), ("right", expected & answered)):
             for (path, _), count in side.items():
                 totals.setdefault(path, Counter())[name] += count
     scores = {}
     for path, counts in sorted(totals.items()):
-        precision = counts["right"] / counts["given"] if counts["given"] else 0.0
-        recall = counts["right"] / counts["wanted"] if counts["wanted"] else 0.0
-        f1 = 2 * counts["right"] / (counts["wanted"] + counts["given"])
-        scores[path] = {"precision": precision, "recall": recall, "f1": f1, "support": float(counts["wanted"])}
+        precision = counts["right"] / counts["answered"] if counts["answered"] else 0.0
+        recall = counts["right"] / counts["expected"] if counts["expected"] else 0.0
+        f1 = 2 * counts["right"] / (counts["expected"] + counts["answered"])
+        scores[path] = {"precision": precision, "recall": recall, "f1": f1, "support": float(counts["expected"])}
     return scores
 
 
@@ -189,18 +189,18 @@ def _names(item: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _are_right(item: dict[str, Any]) -> bool:
-    wanted, given = _calls(item)
-    return wanted == given
+    expected, answered = _calls(item)
+    return expected == answered
 
 
 def _are_right_in_any_order(item: dict[str, Any]) -> bool:
-    wanted, given = _calls(item)
-    return sorted(wanted) == sorted(given)
+    expected, answered = _calls(item)
+    return sorted(expected) == sorted(answered)
 
 
 def _have_right_names(item: dict[str, Any]) -> bool:
-    wanted, given = _names(item)
-    return wanted == given
+    expected, answered = _names(item)
+    return expected == answered
 
 
 CALL_RULES: dict[str, Callable[[dict[str, Any]], bool]] = {

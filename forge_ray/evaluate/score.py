@@ -106,8 +106,8 @@ def _calls(example: Example, called: list[dict[str, Any]]) -> dict[str, Any]:
     """The fields of an item about calls: none without tools."""
     if not example.calls:
         return {"called": called} if example.tools else {}
-    wanted = [{"name": call["function"]["name"], "arguments": arguments_of(call)} for call in example.calls]
-    return {"kind": CALL, "calls": wanted, "called": called}
+    expected = [{"name": call["function"]["name"], "arguments": arguments_of(call)} for call in example.calls]
+    return {"kind": CALL, "calls": expected, "called": called}
 
 
 def answer_ids(tokenizer: Any, example: Example, turn: dict[str, Any]) -> list[int]:

@@ -13,8 +13,8 @@ from typing import Any
 from forge_ray.data.dataset import compare
 from forge_ray.data.dataset.version import SPLITS
 from forge_ray.errors import ForgeError
+from forge_ray.evaluate.items import items_of
 from forge_ray.evaluate.measures import is_right
-from forge_ray.governance.verify import read_items
 from forge_ray.machine import environment
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord
 from forge_ray.store import paths
@@ -296,8 +296,7 @@ def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any
 
 def _items(store: Store, report: EvalReport) -> dict[str, dict[str, Any]]:
     """Those that end in a text: right or wrong."""
-    items = map(json.loads, read_items(store, report).splitlines())
-    return {item["record"]: item for item in items if "kind" not in item}
+    return {item["record"]: item for item in items_of(store, report) if "kind" not in item}
 
 
 # ---------------------------------------------------------------- for a terminal
