@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from forge_ray.config.release import DeployConfig
+from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import NotFound, TrainingError
 from forge_ray.evaluate import reports
+from forge_ray.evaluate.items import items_of
 from forge_ray.machine import sessions
 from forge_ray.machine.cluster import connect, open_store
 from forge_ray.machine.hardware import resolve_precision
@@ -200,6 +202,34 @@ def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
         return both
 
 
+def evaluate_base(config: RunConfig, store: Store) -> EvalReport:
+    """The base model on the rows that a run of this file would be judged on; nothing is trained."""
+    with Catalog.open(store) as catalog:
+        base = import_base(config, catalog)
+        promotion.refuse_withdrawn(catalog, base.id)
+        manifest = _prepare(config, catalog, quiet=True)
+        return reports.evaluate(catalog, reports.model_subject(catalog, base), manifest, config.eval, "base")
+
+
+def evaluate_models(names: tuple[str, ...], data: RunConfig | str, config: EvalConfig, store: Store) -> list[EvalReport]:
+    """Models of the store, or runs, side by side; `data`: a run file's dataset, a dataset version, or a file of rows."""
+    from forge_ray.evaluate import standalone
+
+    with Catalog.open(store) as catalog:
+        rows = _prepare(data, catalog, quiet=True) if isinstance(data, RunConfig) else data
+        return standalone.evaluate_models(catalog, names, rows, config)
+
+
+def has_trained(config: RunConfig, store: Store) -> bool:
+    """Whether the run of this file is finished."""
+    with Catalog.open(store) as catalog:
+        try:
+            train_record(config, catalog)
+        except NotFound:
+            return False
+        return True
+
+
 def train_record(config: RunConfig, catalog: Catalog) -> RunRecord:
     """The finished run of this run file, without starting one."""
     from forge_ray.train.job import run_id
@@ -225,7 +255,7 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
             if name not in incumbents:
                 incumbents[name] = reports.incumbent(catalog, name, record, manifest, config.eval)
         with stage("release") as it:
-            checks = gate.checks(config.release.gate, report, incumbents, leak)
+            checks = gate.checks(config.release.gate, report, incumbents, leak, partial(items_of, store))
             reasons = gate.reasons(checks)
             version = ModelVersion(
                 name=config.name,

@@ -240,7 +240,7 @@ class EvalReport(Record):
 
     kind: ClassVar[str] = "evals"
     prefix: ClassVar[str] = "ev"
-    volatile: ClassVar[frozenset[str]] = frozenset({"seconds", "costs"})
+    volatile: ClassVar[frozenset[str]] = frozenset({"seconds", "costs", "intervals"})
 
     subject: str = Field(description="id of the run or model version that was evaluated")
     subject_digest: str
@@ -254,13 +254,15 @@ class EvalReport(Record):
     undefined: tuple[str, ...] = Field((), description="metrics that are not a finite number: a model that diverged")
     items_sha256: str
     costs: dict[str, float] = Field({}, description="what answering takes: latency_ms_per_token, size_bytes")
+    intervals: dict[str, tuple[float, float]] = Field({}, description="of 95 %, by metric; they follow from the items")
+    left_out: dict[str, int] = Field({}, description="rows of the split that were not evaluated, by the reason")
     seconds: float = 0.0
 
     def parents(self) -> tuple[str, ...]:
         return self.subject, self.dataset
 
     def identity(self) -> dict[str, Any]:
-        return _without_empty(super().identity(), "per_slice", "undefined")
+        return _without_empty(super().identity(), "per_slice", "undefined", "left_out")
 
 
 class Check(Frozen):

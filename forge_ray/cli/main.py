@@ -19,6 +19,7 @@ from forge_ray.cli.catalog import catalog
 from forge_ray.cli.data import data
 from forge_ray.cli.doctor import DOCTOR
 from forge_ray.cli.erase import ERASE
+from forge_ray.cli.evaluate import EVALUATE
 from forge_ray.cli.gateway import GATEWAY
 from forge_ray.cli.init import INIT
 from forge_ray.cli.keys import ACCESS
@@ -78,6 +79,7 @@ COMMANDS = (
     *TRUST,
     *DOCTOR,
     *REPRODUCTION,
+    EVALUATE,
     *PAPERS,
     catalog,
 )
@@ -292,21 +294,6 @@ def train(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
 def _forced(config: RunConfig) -> RunConfig:
     guards = config.train.guards.model_copy(update={"refuse_impossible": False})
     return config.model_copy(update={"train": config.train.model_copy(update={"guards": guards})})
-
-
-@verb(cli, "eval", "forge eval RUN.yaml")
-@run_file
-def evaluate(store: Store, as_json: bool, config: RunConfig) -> Any:
-    """Score the base and the trained model on held-out rows."""
-    from forge_ray import pipeline
-
-    base, tuned = pipeline.evaluate(config, store)
-    if not as_json:
-        from forge_ray.cli.show import comparison, print_table
-
-        print_table(f"Held-out {tuned.split} rows: {tuned.num_examples}", ("", "base", "tuned", ""), comparison(base, tuned))
-        echo(f"items and confusion matrix: {store.place}/{paths.report(tuned.id)}")
-    return {"base": base, "tuned": tuned}
 
 
 @verb(cli, "release", "forge release RUN.yaml")

@@ -13,7 +13,7 @@ from forge_ray.config.data import Source
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError
-from forge_ray.evaluate.score import examples
+from forge_ray.evaluate.examples import examples
 from forge_ray.machine.shipped import here_or_shipped
 from forge_ray.models.import_model import import_model
 from forge_ray.models.quickstart_base import base_model_file

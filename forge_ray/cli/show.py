@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from forge_ray.store.files import Store
 
 if TYPE_CHECKING:
     from forge_ray.cli.quickstart import QuickstartResult
+    from forge_ray.evaluate.chance import Difference
     from forge_ray.train.preflight import Estimate
 
 
@@ -67,17 +68,55 @@ def print_packed_rows(rows: list[dict[str, Any]]) -> None:
             console.print(text, soft_wrap=True)
 
 
-def comparison(base: EvalReport, tuned: EvalReport) -> list[tuple[str, str, str, str]]:
-    """(metric, base, tuned, change), shares in percent."""
+def scores(store: Store, names: Sequence[str], reports: Sequence[EvalReport]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """(header, rows) of a table: a column of each report, with its interval of 95 %, and behind each but the first the
+    change from the first on the rows that both have, with its interval, or that it is within chance."""
+    from forge_ray.evaluate.items import compared
+    from forge_ray.evaluate.measures import is_share
+
+    first, *others = reports
+    changes = [compared(store, other, first, 0.95) for other in others]
+    header = ["", names[0]]
+    for name in names[1:]:
+        header += [name, "change"]
     rows = []
-    for name in base.metrics:
-        if name in tuned.metrics:
-            before, after = base.metrics[name], tuned.metrics[name]
-            if name in ("loss", "perplexity"):
-                rows.append((name, f"{before:.3g}", f"{after:.3g}", f"{after - before:+.3g}"))
-            else:
-                rows.append((name, f"{before:.1%}", f"{after:.1%}", f"{(after - before) * 100:+.1f} points"))
-    return rows
+    for metric in dict.fromkeys(metric for report in reports for metric in report.metrics):
+        number = _share if is_share(metric) else _number
+        row = [metric, _with_interval(first, metric, number)]
+        for other, by_metric in zip(others, changes, strict=True):
+            row += [_with_interval(other, metric, number), _change(metric, first, other, by_metric.get(metric))]
+        rows.append(row)
+    return tuple(header), rows
+
+
+def _with_interval(report: EvalReport, metric: str, number: Callable[[float], str]) -> str:
+    if metric not in report.metrics:
+        return "not a finite number" if metric in report.undefined else ""
+    bounds = report.intervals.get(metric)
+    cell = number(report.metrics[metric])
+    return f"{cell}  [{number(bounds[0])}, {number(bounds[1])}]" if bounds else cell
+
+
+def _change(metric: str, before: EvalReport, after: EvalReport, change: Difference | None) -> str:
+    from forge_ray.evaluate.measures import is_share
+
+    if metric not in before.metrics or metric not in after.metrics:
+        return ""
+    scale, form = (100, "+.1f") if is_share(metric) else (1, "+.3g")
+    cell = f"{(after.metrics[metric] - before.metrics[metric]) * scale:{form}}" + (" points" if is_share(metric) else "")
+    if change is None:
+        return cell
+    return f"{cell}  [{change.low * scale:{form}}, {change.high * scale:{form}}]" + (
+        "  within chance" if change.is_chance else ""
+    )
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def print_table(title: str, header: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
@@ -156,7 +195,7 @@ def print_quickstart(result: QuickstartResult, store: Store) -> None:
     outcome = result.outcome
     console.print()
     title = f"base vs tuned: {outcome.report.num_examples} held-out rows"
-    print_table(title, ("", "base", "tuned", "change"), comparison(outcome.base_report, outcome.report))
+    print_table(title, *scores(store, ("base", "tuned"), (outcome.base_report, outcome.report)))
     if outcome.version.status == "rejected":
         console.print(f"[red]rejected[/red]: {escape(visible('; '.join(outcome.version.reasons)))}")
     if result.answer and outcome.deployment:

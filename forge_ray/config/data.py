@@ -90,14 +90,14 @@ class Splits(Config):
     """Shares of the records held out from training. A record's content alone decides its split, so it never changes."""
 
     validation: float = Field(0.05, ge=0, lt=1, description="Share of the records held out for validation during training")
-    test: float = Field(0.1, ge=0, lt=1, description="Share of the records held out for evaluation after training")
+    test: float = Field(0.1, ge=0, le=1, description="Share of the records held out for evaluation after training")
 
     @model_validator(mode="after")
-    def _leaves_training_rows(self) -> Self:
-        if self.validation + self.test >= 1:
+    def _are_shares(self) -> Self:
+        if self.validation + self.test > 1:
             raise SettingError(
-                f"splits.validation={self.validation} + splits.test={self.test} leave nothing to train on",
-                "keep their sum below 1",
+                f"splits.validation={self.validation} + splits.test={self.test} are more than all records",
+                "keep their sum below 1, or at 1 for a dataset that is only evaluated",
             )
         return self
 

@@ -134,6 +134,12 @@ class Threshold(Config):
         return self
 
 
+CONFIDENCE = (
+    "Judge the lower bound of the gain on the same rows at this confidence, such as 0.95, and not the measured gain, which"
+    " may be chance; null: the measured one"
+)
+
+
 class BetterThan(Config):
     """Compares the version with another model on the same examples."""
 
@@ -142,6 +148,7 @@ class BetterThan(Config):
     )
     metric: str = Field("exact_match", description="Metric to compare, such as exact_match, macro_f1 or loss")
     margin: float = Field(0.0, ge=0, description="Minimum improvement in the metric's own unit")
+    confidence: float | None = Field(None, gt=0.5, lt=1, description=CONFIDENCE)
 
 
 class NoWorseThan(Config):
@@ -156,6 +163,7 @@ class NoWorseThan(Config):
     )
     tolerance: float = Field(0.0, ge=0, description="Maximum regression in the metric's own unit")
     min_examples: int = Field(1, ge=1, description="Slices with fewer examples are not compared")
+    confidence: float | None = Field(None, gt=0.5, lt=1, description=CONFIDENCE)
 
 
 class Budgets(Config):

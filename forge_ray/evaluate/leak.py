@@ -29,7 +29,8 @@ from forge_ray.data.dataset.stream import Rows
 from forge_ray.data.dataset.version import find_record
 from forge_ray.data.tokens.chat import chat_tokenizer, prompt_ids
 from forge_ray.errors import DataError
-from forge_ray.evaluate.score import EvaluatedModel, Example, answer_ids, json_lines, tokenizer_for
+from forge_ray.evaluate.examples import Example
+from forge_ray.evaluate.score import EvaluatedModel, answer_ids, json_lines, tokenizer_for
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import paths
@@ -176,7 +177,7 @@ def sample_of(tokenizer: Any, row: dict[str, Any], most: int) -> Sample:
     context = tuple({**message, "weight": 0} for message in content["messages"][:-1])
     example = Example(row["record"], context, content.get("tools"), content["messages"][-1]["content"])
     prompt = prompt_ids(tokenizer, list(context), example.tools)[: most - 1]
-    return Sample(row["record"], tuple(prompt), tuple(answer_ids(tokenizer, example, example.answer)[: most - len(prompt)]))
+    return Sample(row["record"], tuple(prompt), tuple(answer_ids(tokenizer, example, example.turn)[: most - len(prompt)]))
 
 
 # ---------------------------------------------------------------- what a model says
@@ -230,7 +231,7 @@ def exposure(engine: Engine, tokenizer: Any, canary: Canary, config: LeakConfig)
     that does not know it has 1.44 bits on average."""
     codes = [canary.code, *canaries.candidates(canary, config.candidates, config.seed)]
     example = Example(canary.record, ({"role": "user", "content": canary.prompt, "weight": 0},), None, canary.code)
-    answers = [answer_ids(tokenizer, example, code) for code in codes]
+    answers = [answer_ids(tokenizer, example, {"role": "assistant", "content": code}) for code in codes]
     own, *others = [score.logprob for score in engine.score(prompt_ids(tokenizer, list(example.messages)), answers)]
     if not math.isfinite(own):
         return math.nan

@@ -1,49 +1,47 @@
-"""Evaluation sets through an Engine → scores; `gate` judges them.
+"""Held-out rows through an Engine → scores; `gate` judges them.
 
-The same prompts, engine and scoring for every model. Three views of the same held-out rows, because a small chat model can
-fail the first on format alone: the generated answer (exact match), the likeliest of a label set, and the loss.
+The same prompts, engine and scoring for every model. Three views of the same held-out answers, because a small chat model
+can fail the first on format alone: the generated answer (exact match), the likeliest of a label set, and the loss.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forge_ray.config.release import Contamination, EvalConfig
-from forge_ray.data.curate.canaries import is_canary
 from forge_ray.data.curate.contamination import contaminated, stream_records
-from forge_ray.data.dataset.version import read_records
+from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.adapt import arguments_of
 from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, encode_chat, load_tokenizer_dir, prompt_ids
 from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.errors import DataError
+from forge_ray.evaluate.calls import call_form, calls_in
+from forge_ray.evaluate.chance import wilson
+from forge_ray.evaluate.examples import Example, HeldOut, held_out, label_set, normalise
+from forge_ray.evaluate.measures import CALL, intervals
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
+from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
+from forge_ray.evaluate.texts import score_texts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
 from forge_ray.records import DatasetManifest, EvalReport, FileEntry
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 
-OTHER = "(other)"
 BATCH = 64
 TIMED_PROMPTS = 5
 TIMED_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Example:
-    """One held-out chat: everything before its last answer, and that answer."""
-
-    record: str
-    messages: tuple[dict[str, Any], ...]
-    tools: list[Any] | None
-    answer: str
-    source: str = ""
+UNPOSED = "its conversation cannot be put to this model: "
 
 
 @dataclass(frozen=True)
@@ -64,59 +62,34 @@ class EvaluatedModel:
         return store.fetch_dir(self.folder, files=self.files), adapter
 
 
-def examples(store: Store, manifest: DatasetManifest, config: EvalConfig) -> list[Example]:
-    """The chat rows of the split by record id, canaries left out; raises `DataError` when there is none."""
-    chats = []
-    for row in read_records(store, manifest, config.split):
-        if is_canary(row["content"]):
-            continue
-        messages = row["content"].get("messages", [])
-        if messages and messages[-1]["role"] == "assistant" and messages[-1].get("content"):
-            context = tuple({**message, "weight": 0} for message in messages[:-1])
-            tools, answer = row["content"].get("tools"), messages[-1]["content"]
-            chats.append(Example(row["record"], context, tools, answer, source_name(manifest, row)))
-    if not chats:
-        raise DataError(
-            f"{manifest.id} has no chat row that ends in an answer in its {config.split} split",
-            hint="raise data.splits, or evaluate the other split with eval.split",
-        )
-    return chats[: config.max_examples or None]
-
-
-def source_name(manifest: DatasetManifest, row: dict[str, Any]) -> str:
-    """The mixture's name of the source that a record came from; its file, in versions that have no mixture."""
-    number = row.get("source")
-    return manifest.mixture[number].name if number is not None and number < len(manifest.mixture) else str(row["file"])
-
-
-def label_set(store: Store, manifest: DatasetManifest, config: EvalConfig) -> tuple[str, ...]:
-    if config.labels != "from_data":
-        return config.labels or ()
-    train = EvalConfig(split="validation").model_copy(update={"split": "train"})
-    return tuple(sorted({normalise(example.answer) for example in examples(store, manifest, train)}))
-
-
-def normalise(text: str) -> str:
-    """Case, surrounding white space and a final full stop do not decide whether an answer is right."""
-    return " ".join(text.split()).removesuffix(".").casefold()
-
-
 def score_examples(
     engine: Engine, tokenizer: Any, chats: Sequence[Example], labels: Sequence[str], config: EvalConfig
 ) -> Iterator[dict[str, Any]]:
-    """One item per example, in order: reference, prediction, likeliest label, log-probability of the reference."""
+    """One item per example, in order: reference, prediction, likeliest label, log-probability of the reference; and calls,
+    where tools are offered. An example that the model's template has no place for is an item with `left_out`, the reason."""
     tokenizer = chat_tokenizer(tokenizer)
-    stops = tokenizer.end_ids
-    label_ids = {label: answer_ids(tokenizer, chats[0], label) for label in labels}
+    form = call_form(tokenizer) if any(example.tools for example in chats) else None
+    label_ids: dict[str, list[int]] = {}
     for start in range(0, len(chats), BATCH):
-        batch = chats[start : start + BATCH]
-        prompts = [tuple(prompt_ids(tokenizer, list(example.messages), example.tools)) for example in batch]
-        requests = [GenerationRequest(prompt, config.max_new_tokens, stop_token_ids=stops) for prompt in prompts]
-        for example, prompt, generation in zip(batch, prompts, engine.generate(requests), strict=True):
-            candidates = dict(label_ids)
-            reference = normalise(example.answer) if labels else example.answer
-            if reference not in candidates:
-                candidates[reference] = answer_ids(tokenizer, example, example.answer)
+        posed: list[tuple[Example, tuple[int, ...], list[int]]] = []
+        for example in chats[start : start + BATCH]:
+            try:
+                prompt = tuple(prompt_ids(tokenizer, list(example.messages), example.tools))
+                posed.append((example, prompt, answer_ids(tokenizer, example, example.turn)))
+            except Reject as reason:
+                yield {"record": example.record, "left_out": f"{UNPOSED}{reason}"}
+        requests = [
+            GenerationRequest(prompt, config.max_new_tokens, stop_token_ids=tokenizer.end_ids) for _, prompt, _ in posed
+        ]
+        for (example, prompt, answer), generation in zip(posed, engine.generate(requests), strict=True):
+            is_labelled = bool(labels) and not example.calls
+            if is_labelled and not label_ids:
+                label_ids = {
+                    label: answer_ids(tokenizer, example, {"role": "assistant", "content": label}) for label in labels
+                }
+            candidates = dict(label_ids) if is_labelled else {}
+            reference = normalise(example.answer) if is_labelled else example.answer
+            candidates.setdefault(reference, answer)
             scores = dict(zip(candidates, engine.score(prompt, list(candidates.values())), strict=True))
             yield {
                 "record": example.record,
@@ -124,16 +97,24 @@ def score_examples(
                 "reference": example.answer,
                 "prediction": answer_of(tokenizer, generation.token_ids),
                 "finish_reason": generation.finish_reason,
-                "likeliest": _likeliest(scores, labels),
+                "likeliest": _likeliest(scores, labels) if is_labelled else "",
                 "logprob": scores[reference].logprob,
                 "num_tokens": scores[reference].num_tokens,
+                **_calls(example, calls_in(tokenizer, form, generation.token_ids)),
             }
 
 
-def answer_ids(tokenizer: Any, example: Example, answer: str) -> list[int]:
-    """The ids that training would have as targets for this answer: its text and the end of the turn."""
-    messages = [*example.messages, {"role": "assistant", "content": answer}]
-    encoded = encode_chat(tokenizer, messages, example.tools)
+def _calls(example: Example, called: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of an item about calls: none without tools."""
+    if not example.calls:
+        return {"called": called} if example.tools else {}
+    expected = [{"name": call["function"]["name"], "arguments": arguments_of(call["function"])} for call in example.calls]
+    return {"kind": CALL, "calls": expected, "called": called}
+
+
+def answer_ids(tokenizer: Any, example: Example, turn: dict[str, Any]) -> list[int]:
+    """The ids that training would have as targets for this answer: what it says and the end of the turn."""
+    encoded = encode_chat(tokenizer, [*example.messages, turn], example.tools)
     ids: list[int] = encoded.ids[encoded.loss_mask > 0].tolist()
     return ids
 
@@ -142,86 +123,26 @@ def _likeliest(scores: dict[str, Score], labels: Sequence[str]) -> str:
     return max(labels, key=lambda label: scores[label].logprob) if labels else ""
 
 
-def summarise(
-    items: Sequence[dict[str, Any]], labels: Sequence[str]
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """(metrics, per class). Loss is per trained token; F1 is of the generated answers."""
-    right = [normalise(item["prediction"]) == normalise(item["reference"]) for item in items]
-    tokens = sum(item["num_tokens"] for item in items)
-    loss = -sum(item["logprob"] for item in items) / tokens
-    metrics = {"exact_match": sum(right) / len(items), "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-    if not labels:
-        return metrics, {}
-    likeliest = [item["likeliest"] == normalise(item["reference"]) for item in items]
-    per_class = {label: _class_scores(items, label) for label in labels}
-    present = [scores["f1"] for scores in per_class.values() if scores["support"]]
-    metrics["label_likelihood"] = sum(likeliest) / len(items)
-    metrics["macro_f1"] = sum(present) / max(1, len(present))
-    return metrics, per_class
-
-
-def _class_scores(items: Sequence[dict[str, Any]], label: str) -> dict[str, float]:
-    predicted = [normalise(item["prediction"]) == label for item in items]
-    actual = [normalise(item["reference"]) == label for item in items]
-    both = sum(p and a for p, a in zip(predicted, actual, strict=True))
-    precision = both / sum(predicted) if any(predicted) else 0.0
-    recall = both / sum(actual) if any(actual) else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if both else 0.0
-    return {"precision": precision, "recall": recall, "f1": f1, "support": float(sum(actual))}
-
-
-def slice_scores(
-    items: Sequence[dict[str, Any]], labels: Sequence[str], slices: Sequence[str]
-) -> dict[str, dict[str, dict[str, float]]]:
-    """kind of slice → its value → scores of the items there and their `count`. A reference outside the label set is in the
-    slice `(other)`."""
-
-    def value(item: dict[str, Any], kind: str) -> str:
-        if kind == "source":
-            return str(item["source"])
-        reference = normalise(item["reference"])
-        return reference if reference in labels else OTHER
-
-    per_slice: dict[str, dict[str, dict[str, float]]] = {}
-    for kind in slices:
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for item in items:
-            groups.setdefault(value(item, kind), []).append(item)
-        per_slice[kind] = {}
-        for of, group in sorted(groups.items()):
-            scores = {name: score for name, score in summarise(group, labels)[0].items() if name != "macro_f1"}
-            per_slice[kind][of] = scores | {"count": float(len(group))}
-    return per_slice
-
-
-def only_finite(
-    metrics: dict[str, float], per_slice: dict[str, dict[str, dict[str, float]]]
-) -> tuple[dict[str, float], dict[str, dict[str, dict[str, float]]], tuple[str, ...]]:
-    """(metrics, per slice, names of what was left out): NaN has no JSON, and a model that diverged has a report too."""
-    undefined = [name for name, value in metrics.items() if not math.isfinite(value)]
-    kept: dict[str, dict[str, dict[str, float]]] = {}
-    for kind, values in per_slice.items():
-        kept[kind] = {}
-        for of, scores in values.items():
-            undefined += [f"{kind}:{of}:{name}" for name, value in scores.items() if not math.isfinite(value)]
-            kept[kind][of] = {name: value for name, value in scores.items() if math.isfinite(value)}
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}, kept, tuple(undefined)
-
-
-def latency_ms_per_token(engine: Engine, tokenizer: Any, chats: Sequence[Example]) -> float | None:
+def latency_ms_per_token(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> float | None:
     """Median over a few single requests of `TIMED_TOKENS` tokens each, prompt included. No stop token, so that every model
     says as many; None where no prompt leaves space for them."""
     times = []
-    for example in chats:
-        prompt = tuple(prompt_ids(tokenizer, list(example.messages), example.tools))
-        if len(prompt) + TIMED_TOKENS > engine.max_request_tokens:
-            continue
+    fitting = [prompt for prompt in prompts if len(prompt) + TIMED_TOKENS <= engine.max_request_tokens]
+    for prompt in fitting[:TIMED_PROMPTS]:
         started = time.perf_counter()
         engine.generate([GenerationRequest(prompt, TIMED_TOKENS)])
         times.append((time.perf_counter() - started) * 1000 / TIMED_TOKENS)
-        if len(times) == TIMED_PROMPTS:
-            break
     return sorted(times)[len(times) // 2] if times else None
+
+
+def timed_prompts(tokenizer: ChatTokenizer, rows: HeldOut) -> Iterator[tuple[int, ...]]:
+    """What is generated from to measure the time: questions, or the first tokens of texts."""
+    for example in rows.chats:
+        with contextlib.suppress(Reject):
+            yield tuple(tokenizer.prompt_ids(list(example.messages), example.tools))
+    if not rows.chats:
+        for ids in tokenizer.text_ids([text.text for text in rows.texts[:TIMED_PROMPTS]]):
+            yield tuple(ids[:TIMED_TOKENS])
 
 
 def size_bytes(store: Store, subject: EvaluatedModel) -> int:
@@ -238,10 +159,10 @@ def tokenizer_for(manifest: DatasetManifest, folder: Path, adapter: Path | None)
 
 
 def find_contamination(
-    store: Store, manifest: DatasetManifest, chats: Sequence[Example], config: EvalConfig, rule: Contamination
+    store: Store, manifest: DatasetManifest, held: HeldOut, config: EvalConfig, rule: Contamination
 ) -> list[dict[str, Any]]:
     """See `data.contamination`; of the rows that are evaluated, and no others."""
-    evaluated = {example.record for example in chats}
+    evaluated = {*(chat.record for chat in held.chats), *(text.record for text in held.texts)}
     rows = (row for row in stream_records(store, manifest, config.split) if row["record"] in evaluated)
     return contaminated(rows, stream_records(store, manifest, "train"), rule)
 
@@ -264,23 +185,38 @@ def evaluate(
     torch.set_num_threads(max(1, int(config.cpus)))
     folder, adapter = subject.fetch(store)
     tokenizer = tokenizer_for(manifest, folder, adapter)
-    chats, labels = examples(store, manifest, config), label_set(store, manifest, config)
-    shared = find_contamination(store, manifest, chats, config, config.contamination) if config.contamination else []
+    held, labels = held_out(store, manifest, config), label_set(store, manifest, config)
+    shared = find_contamination(store, manifest, held, config, config.contamination) if config.contamination else []
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
-    items, answers, total = [], [], len(chats) + len(prompts)
+    items, answers, total = [], [], len(held.chats) + len(held.texts) + len(prompts)
+    left_out = Counter(held.left_out)
     try:
-        for item in score_examples(engine, tokenizer, chats, labels, config):
+        for item in itertools.chain(
+            score_examples(engine, tokenizer, held.chats, labels, config),
+            score_texts(engine, tokenizer, held.texts, manifest.sequence_length),
+        ):
+            if "left_out" in item:
+                left_out[item["left_out"]] += 1
+                continue
             items.append(item)
             yield {"done": len(items), "total": total}
         for answer in answer_prompts(engine, tokenizer, prompts, config.safety_max_new_tokens):
             answers.append(answer)
             yield {"done": len(items) + len(answers), "total": total}
-        latency = latency_ms_per_token(engine, tokenizer, chats)
+        latency = latency_ms_per_token(engine, list(itertools.islice(timed_prompts(tokenizer, held), 4 * TIMED_PROMPTS)))
     finally:
         engine.close()
+    if not items:
+        raise DataError(
+            f"none of the {left_out.total()} held-out rows can be put to {subject.id}: {left_out.most_common(1)[0][0]}",
+            hint="`forge models check` says what the model's chat template has a place for",
+        )
     metrics, per_class = summarise(items, labels)
+    bounds = intervals(items, labels)
     if prompts:
-        metrics["safety_pass_rate"] = sum(not answer["failures"] for answer in answers) / len(answers)
+        passed = [not answer["failures"] for answer in answers]
+        metrics["safety_pass_rate"] = sum(passed) / len(answers)
+        bounds["safety_pass_rate"] = wilson(sum(passed), len(passed))
     if config.contamination:
         metrics["contamination"] = len(shared) / len(items)
     metrics, per_slice, undefined = only_finite(metrics, slice_scores(items, labels, config.slices))
@@ -300,6 +236,8 @@ def evaluate(
         per_class=per_class,
         per_slice=per_slice,
         undefined=undefined,
+        intervals={name: limits for name, limits in bounds.items() if name in metrics},
+        left_out=dict(left_out),
         items_sha256=hashlib.sha256(b"".join(written.values())).hexdigest(),
         costs=costs,
         seconds=round(time.monotonic() - started, 3),

@@ -13,8 +13,8 @@ from typing import Any
 from forge_ray.data.dataset import compare
 from forge_ray.data.dataset.version import SPLITS
 from forge_ray.errors import ForgeError
-from forge_ray.evaluate.score import normalise
-from forge_ray.governance.verify import read_items
+from forge_ray.evaluate.items import items_of
+from forge_ray.evaluate.measures import is_right
 from forge_ray.machine import environment
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord
 from forge_ray.store import paths
@@ -282,24 +282,21 @@ def _evaluation(store: Store, old: EvalReport, new: EvalReport) -> dict[str, Any
     flips: dict[str, list[dict[str, Any]]] = {"right_to_wrong": [], "wrong_to_right": []}
     for record in shared:
         one, two = before[record], after[record]
-        if _is_right(one) != _is_right(two):
+        if is_right(one) != is_right(two):
             flip = {"record": record, "reference": one["reference"], "was": one["prediction"], "is": two["prediction"]}
-            flips["right_to_wrong" if _is_right(one) else "wrong_to_right"].append(flip)
+            flips["right_to_wrong" if is_right(one) else "wrong_to_right"].append(flip)
     if len(shared) < max(len(before), len(after)):
         comparison["problem"] = (
             f"not the same items: {len(before)} and {len(after)}, of which {len(shared)} are common; metrics are of all,"
             " flips of the common ones"
         )
-    right = [sum(_is_right(items[record]) for record in shared) for items in (before, after)]
+    right = [sum(is_right(items[record]) for record in shared) for items in (before, after)]
     return comparison | {"num_common": len(shared), "right": right, **flips}
 
 
 def _items(store: Store, report: EvalReport) -> dict[str, dict[str, Any]]:
-    return {item["record"]: item for item in map(json.loads, read_items(store, report).splitlines())}
-
-
-def _is_right(item: dict[str, Any]) -> bool:
-    return normalise(item["prediction"]) == normalise(item["reference"])
+    """Those that end in a text: right or wrong."""
+    return {item["record"]: item for item in items_of(store, report) if "kind" not in item}
 
 
 # ---------------------------------------------------------------- for a terminal

@@ -11,14 +11,13 @@ from typing import Any
 
 from forge_ray.data.build import kept_tombstones
 from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError, StoreError
+from forge_ray.evaluate.items import read_items
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, ModelVersion, Record, RunRecord, files_digest
 from forge_ray.store import log_check, paths, pins, signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store, hash_dir, verify_files
 from forge_ray.store.signatures import envelope_holds, record_path, signers_of, valid_signers
 from forge_ray.store.standing import Standing
-
-ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's digest is over those that are there
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,6 @@ def check_files(store: Store, record: Record) -> str:
         read_items(store, record)
         return "its items"
     return "the record"
-
-
-def read_items(store: Store, report: EvalReport) -> bytes:
-    """`items.jsonl` of a report, verified together with its other files. Raises `StoreError` if one was changed."""
-    folder = paths.report(report.id)
-    items = store.read(f"{folder}/{ITEMS[0]}")
-    more = [store.read(f"{folder}/{name}") for name in ITEMS[1:] if store.exists(f"{folder}/{name}")]
-    if hashlib.sha256(b"".join([items, *more])).hexdigest() != report.items_sha256:
-        raise StoreError(f"{folder}/{ITEMS[0]} does not match the report's digest", hint="restore it from a backup")
-    return items
 
 
 def verify_record(catalog: Catalog, record_id: str, keys: Iterable[signing.PublicKey] = ()) -> list[Checked]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from forge_ray.config.release import Gate, LeakBounds, NoWorseThan
 from forge_ray.errors import ConfigError
 from forge_ray.records import Check, EvalReport
+from forge_ray.release.bounds import Rows, shown
 
 LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "contamination", "size_bytes", "latency_ms_per_token", "leak_auc", "leak_auc_gain", "leak_gap"}
+    {"loss", "perplexity", "text_loss", "text_perplexity", "bits_per_byte", "needless_calls"}
+    | {"contamination", "size_bytes", "latency_ms_per_token", "leak_auc", "leak_auc_gain", "leak_gap"}
     | {"extraction_rate", "extraction_gain", "exposure_mean", "exposure_max"}
 )
 Incumbents = dict[str, EvalReport | None]
@@ -22,22 +25,32 @@ def incumbents_of(gate: Gate) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def judge(gate: Gate, report: EvalReport, incumbents: Incumbents, leak: EvalReport | None = None) -> tuple[str, ...]:
+def no_rows(report: EvalReport) -> Sequence[dict[str, Any]]:
+    """For gates without a rule of a confidence."""
+    raise AssertionError(f"the items of {report.id} are needed")
+
+
+def judge(
+    gate: Gate, report: EvalReport, incumbents: Incumbents, leak: EvalReport | None = None, rows: Rows = no_rows
+) -> tuple[str, ...]:
     """Reasons why `report` does not pass; empty when it does."""
-    return reasons(checks(gate, report, incumbents, leak))
+    return reasons(checks(gate, report, incumbents, leak, rows))
 
 
 def reasons(judged: tuple[Check, ...]) -> tuple[str, ...]:
     return tuple(check.reason for check in judged if not check.passed)
 
 
-def checks(gate: Gate, report: EvalReport, incumbents: Incumbents, leak: EvalReport | None = None) -> tuple[Check, ...]:
+def checks(
+    gate: Gate, report: EvalReport, incumbents: Incumbents, leak: EvalReport | None = None, rows: Rows = no_rows
+) -> tuple[Check, ...]:
     """Everything that `gate` looks at, in the order of the run file. `incumbents` maps the names in the gate to their
-    reports, None for an alias that points nowhere yet; `leak` is the report of the leak audit."""
+    reports, None for an alias that points nowhere yet; `leak` is the report of the leak audit; `rows` gives the items of a
+    report, for rules with a confidence."""
     return (
         *_thresholds(gate, report, leak),
-        *_better_than(gate, report, incumbents),
-        *(check for rule in gate.no_worse_than for check in _no_worse_than(rule, report, incumbents)),
+        *_better_than(gate, report, incumbents, rows),
+        *(check for rule in gate.no_worse_than for check in _no_worse_than(rule, report, incumbents, rows)),
         *_budgets(gate, report),
         *_leak(gate.leak, leak),
     )
@@ -54,27 +67,34 @@ def _thresholds(gate: Gate, report: EvalReport, leak: EvalReport | None) -> Iter
             yield _check(name, value, threshold.max, value <= threshold.max, reason)
 
 
-def _better_than(gate: Gate, report: EvalReport, incumbents: Incumbents) -> Iterator[Check]:
+def _better_than(gate: Gate, report: EvalReport, incumbents: Incumbents, rows: Rows) -> Iterator[Check]:
     for rule in gate.better_than:
         other = incumbents[rule.incumbent]
         if other is None:
             yield _unset(rule.metric, rule.incumbent)
             continue
         value, rival = _metric(report, rule.metric), _metric(other, rule.metric)
+        if rule.confidence is not None:
+            yield shown(rule, report, other, rows, rule.metric in LOWER_IS_BETTER)
+            continue
         gain = _gain(rule.metric, value, rival)
         reason = f"{rule.metric}={value:.4g} is not better than {rule.incumbent} ({rival:.4g}) by {rule.margin:g}"
         bound = rival - rule.margin if rule.metric in LOWER_IS_BETTER else rival + rule.margin
         yield _check(f"{rule.metric} better than {rule.incumbent}", value, bound, gain >= rule.margin and gain > 0, reason)
 
 
-def _no_worse_than(rule: NoWorseThan, report: EvalReport, incumbents: Incumbents) -> Iterator[Check]:
+def _no_worse_than(rule: NoWorseThan, report: EvalReport, incumbents: Incumbents, rows: Rows) -> Iterator[Check]:
     other = incumbents[rule.incumbent]
     if other is None:
         yield _unset(rule.metric, rule.incumbent)
         return
     if rule.slices == "none":
         name = f"{rule.metric} no worse than {rule.incumbent}"
-        yield _regression(rule, name, rule.metric, _metric(report, rule.metric), _metric(other, rule.metric))
+        value, rival = _metric(report, rule.metric), _metric(other, rule.metric)
+        if rule.confidence is None:
+            yield _regression(rule, name, rule.metric, value, rival)
+        else:
+            yield shown(rule, report, other, rows, rule.metric in LOWER_IS_BETTER)
         return
     ours, theirs = _slices(report, rule), _slices(other, rule)
     for of in sorted(ours.keys() | theirs.keys()):
@@ -87,6 +107,9 @@ def _no_worse_than(rule: NoWorseThan, report: EvalReport, incumbents: Incumbents
         if count < rule.min_examples:
             reason = f"{place} has {count:.0f} examples, fewer than min_examples={rule.min_examples}: not judged"
             yield Check(name=name, value=None, bound=None, passed=True, reason=reason)
+            continue
+        if rule.confidence is not None:
+            yield shown(rule, report, other, rows, rule.metric in LOWER_IS_BETTER, of)
             continue
         values = [_of_slice(scores[of], rule.metric) for scores in (ours, theirs)]
         yield _regression(rule, name, f"{rule.metric} of {place}", *values)

@@ -98,7 +98,7 @@ SURFACE = {
     "keys revoke": {"--reason"},
     "usage": {"--by", "--since"},
     "train": {"--set", "--force"},
-    "eval": {"--set"},
+    "eval": {"--set", "--data", "--model"},
     "release": {"--set"},
     "run": {"--set", "--force"},
     "submit": {"--address", "--set", "--no-wait"},

@@ -11,7 +11,7 @@ from forge_ray.config.base import apply_overrides, parse
 from forge_ray.config.release import Gate
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError
-from forge_ray.evaluate.score import only_finite, slice_scores
+from forge_ray.evaluate.summary import only_finite, slice_scores
 from forge_ray.records import Check, EvalReport, ModelVersion
 from forge_ray.release.gate import checks, incumbents_of, judge
 

@@ -1,0 +1,115 @@
+"""Held-out rows as examples: chats that end in an answer (a text or calls), and plain texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from forge_ray.config.release import EvalConfig
+from forge_ray.data.curate.canaries import is_canary
+from forge_ray.data.dataset.version import read_records
+from forge_ray.errors import DataError
+from forge_ray.records import DatasetManifest
+from forge_ray.store.files import Store
+
+
+@dataclass(frozen=True)
+class Example:
+    """One held-out chat: everything before its last answer, and that answer: a text, calls, or both."""
+
+    record: str
+    messages: tuple[dict[str, Any], ...]
+    tools: list[Any] | None
+    answer: str
+    source: str = ""
+    calls: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The answer as the last turn of the conversation."""
+        return {"role": "assistant", "content": self.answer} | ({"tool_calls": list(self.calls)} if self.calls else {})
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """One held-out text or document."""
+
+    record: str
+    text: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is evaluated, by record id, and how many rows of the split are not, by the reason."""
+
+    chats: tuple[Example, ...]
+    texts: tuple[TextExample, ...]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+NO_ANSWER = "a chat that does not end in an answer"
+OTHER_ROW = "a row that is neither chat nor text"
+
+
+def held_out(store: Store, manifest: DatasetManifest, config: EvalConfig) -> HeldOut:
+    """The examples of the split, the first `max_examples` of either kind, canaries left out; `DataError` without any."""
+    chats: list[Example] = []
+    texts: list[TextExample] = []
+    left_out: Counter[str] = Counter()
+    for row in read_records(store, manifest, config.split):
+        content = row["content"]
+        if is_canary(content):
+            continue
+        source = source_name(manifest, row)
+        messages = content.get("messages", [])
+        if "text" in content:
+            texts.append(TextExample(row["record"], content["text"], source))
+        elif messages and messages[-1]["role"] == "assistant" and (messages[-1].get("content") or _calls(messages[-1])):
+            context = tuple({**message, "weight": 0} for message in messages[:-1])
+            answer = messages[-1].get("content") or ""
+            chats.append(Example(row["record"], context, content.get("tools"), answer, source, _calls(messages[-1])))
+        else:
+            left_out[NO_ANSWER if messages else OTHER_ROW] += 1
+    if not (chats or texts):
+        raise DataError(
+            f"{manifest.id} has no text and no chat that ends in an answer in its {config.split} split"
+            + "".join(f"; {count} × {reason}" for reason, count in sorted(left_out.items())),
+            hint="raise data.splits, or evaluate the other split with eval.split",
+        )
+    count = config.max_examples or None
+    return HeldOut(tuple(chats[:count]), tuple(texts[:count]), dict(left_out))
+
+
+def _calls(turn: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    return tuple(turn.get("tool_calls") or ())
+
+
+def examples(store: Store, manifest: DatasetManifest, config: EvalConfig) -> tuple[Example, ...]:
+    """The chats of the split that end in a text; raises `DataError` when there is none."""
+    chats = tuple(example for example in held_out(store, manifest, config).chats if example.answer and not example.calls)
+    if not chats:
+        raise DataError(
+            f"{manifest.id} has no chat that ends in a text in its {config.split} split",
+            hint="raise data.splits, or evaluate the other split with eval.split",
+        )
+    return chats
+
+
+def source_name(manifest: DatasetManifest, row: dict[str, Any]) -> str:
+    """The mixture's name of the source that a record came from; its file, in versions that have no mixture."""
+    number = row.get("source")
+    return manifest.mixture[number].name if number is not None and number < len(manifest.mixture) else str(row["file"])
+
+
+def label_set(store: Store, manifest: DatasetManifest, config: EvalConfig) -> tuple[str, ...]:
+    if config.labels != "from_data":
+        return config.labels or ()
+    train = EvalConfig(split="validation").model_copy(update={"split": "train"})
+    return tuple(sorted({normalise(example.answer) for example in examples(store, manifest, train)}))
+
+
+def normalise(text: str) -> str:
+    """Case, surrounding white space and a final full stop do not decide whether an answer is right."""
+    return " ".join(text.split()).removesuffix(".").casefold()

@@ -1,0 +1,41 @@
+"""The items of a report, as they were written: verified against its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from forge_ray.errors import StoreError
+from forge_ray.evaluate.chance import Difference
+from forge_ray.evaluate.measures import differences
+from forge_ray.records import EvalReport
+from forge_ray.store import paths
+from forge_ray.store.files import Store
+
+ITEMS = ("items.jsonl", "safety.jsonl", "contaminated.jsonl")  # a report's digest is over those that are there
+
+
+def read_items(store: Store, report: EvalReport) -> bytes:
+    """`items.jsonl` of a report, verified together with its other files. Raises `StoreError` if one was changed."""
+    folder = paths.report(report.id)
+    items = store.read(f"{folder}/{ITEMS[0]}")
+    more = [store.read(f"{folder}/{name}") for name in ITEMS[1:] if store.exists(f"{folder}/{name}")]
+    if hashlib.sha256(b"".join([items, *more])).hexdigest() != report.items_sha256:
+        raise StoreError(f"{folder}/{ITEMS[0]} does not match the report's digest", hint="restore it from a backup")
+    return items
+
+
+def items_of(store: Store, report: EvalReport) -> list[dict[str, Any]]:
+    """One per evaluated row."""
+    return [json.loads(line) for line in read_items(store, report).splitlines()]
+
+
+def labels_of(report: EvalReport) -> tuple[str, ...]:
+    """The label set that a report was made with."""
+    return tuple(report.per_class) if report.config.get("labels") else ()
+
+
+def compared(store: Store, ours: EvalReport, theirs: EvalReport, confidence: float) -> dict[str, Difference | None]:
+    """Metric → ours minus theirs on the rows that both have."""
+    return differences(items_of(store, ours), items_of(store, theirs), labels_of(ours), confidence)

@@ -1,0 +1,210 @@
+"""Items of an evaluation → scores (pure); the rows say which.
+
+- a chat that ends in a text: exact match and loss; with labels: likeliest label and macro F1; where every reference is a
+  JSON object (extraction): the object, and precision and recall of its fields
+- a chat that ends in calls: the calls as a whole, their names, their arguments; and calls where a text was expected
+- a plain text: loss, perplexity, and bits per byte, which can be compared over tokenizers
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from forge_ray.evaluate.chance import Difference, Floats, Statistic, difference, interval, mapped, ratio, share
+from forge_ray.evaluate.examples import normalise
+
+Items = Sequence[dict[str, Any]]
+CALL, TEXT = "call", "text"
+NUMBERS = ("loss", "perplexity", "bits_per_byte")  # what is no share: names end so
+
+
+def is_share(metric: str) -> bool:
+    return not metric.endswith(NUMBERS)
+
+
+def is_right(item: dict[str, Any]) -> bool:
+    return normalise(item["prediction"]) == normalise(item["reference"])
+
+
+def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
+    """Metric → its statistic over the items that have it, in their order."""
+    chats = [item for item in items if "kind" not in item]
+    calls = [item for item in items if item.get("kind") == CALL]
+    texts = [item for item in items if item.get("kind") == TEXT]
+    by_metric: dict[str, Statistic] = {}
+    if chats:
+        by_metric["exact_match"] = share([is_right(item) for item in chats])
+    if chats or calls:
+        by_metric |= _losses("", [*chats, *calls])
+    if chats and labels:
+        by_metric["label_likelihood"] = share([item["likeliest"] == normalise(item["reference"]) for item in chats])
+        by_metric["macro_f1"] = _macro_f1(chats, labels)
+    if chats and not labels and (references := objects(chats)):
+        by_metric |= _extraction(references, [_object(item["prediction"]) for item in chats])
+    if calls:
+        by_metric |= {name: share([rule(item) for item in calls]) for name, rule in CALL_RULES.items()}
+    if offered := [item for item in chats if "called" in item]:
+        by_metric["needless_calls"] = share([bool(item["called"]) for item in offered])
+    if texts:
+        by_metric |= _losses("text_", texts)
+        by_metric["bits_per_byte"] = ratio(_nats(texts), [item["num_bytes"] * math.log(2) for item in texts])
+    return by_metric
+
+
+def intervals(items: Items, labels: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Metric → its interval, where there are rows enough."""
+    by_metric = {name: interval(statistic) for name, statistic in statistics(items, labels).items()}
+    return {name: bounds for name, bounds in by_metric.items() if bounds is not None}
+
+
+def differences(ours: Items, theirs: Items, labels: Sequence[str], confidence: float) -> dict[str, Difference | None]:
+    """Metric → ours minus theirs on the rows that both have, two-sided; None where there are too few rows to say."""
+    others = {item["record"]: item for item in theirs}
+    common = [item for item in ours if item["record"] in others]
+    if not common:
+        return {}
+    one, two = statistics(common, labels), statistics([others[item["record"]] for item in common], labels)
+    shared = [name for name in one if name in two and one[name].num_rows == two[name].num_rows]
+    return {name: difference(one[name], two[name], confidence) for name in shared}
+
+
+def _losses(prefix: str, items: Items) -> dict[str, Statistic]:
+    """Per token, natural logarithm."""
+    loss = ratio(_nats(items), [item["num_tokens"] for item in items])
+    return {f"{prefix}loss": loss, f"{prefix}perplexity": mapped(loss, lambda nats: math.exp(min(nats, 700.0)))}
+
+
+def _nats(items: Items) -> list[float]:
+    return [-item["logprob"] for item in items]
+
+
+def _macro_f1(chats: Items, labels: Sequence[str]) -> Statistic:
+    """Of the classes that occur, of the generated answers."""
+    actual = np.array([[normalise(item["reference"]) == label for label in labels] for item in chats], np.float64)
+    predicted = np.array([[normalise(item["prediction"]) == label for label in labels] for item in chats], np.float64)
+
+    def of(counts: Floats) -> Floats:
+        support = counts @ actual
+        total = support + counts @ predicted
+        f1 = np.divide(2 * (counts @ (actual * predicted)), total, out=np.zeros_like(total), where=total > 0)
+        mean: Floats = (f1 * (support > 0)).sum(axis=1) / np.maximum(1, (support > 0).sum(axis=1))
+        return mean
+
+    scores = [class_scores(chats, label) for label in labels]
+    present = [one["f1"] for one in scores if one["support"]]
+    return Statistic(sum(present) / max(1, len(present)), len(chats), of)
+
+
+def class_scores(chats: Items, label: str) -> dict[str, float]:
+    """Precision, recall, F1 and support of one class."""
+    predicted = [normalise(item["prediction"]) == label for item in chats]
+    actual = [normalise(item["reference"]) == label for item in chats]
+    both = sum(p and a for p, a in zip(predicted, actual, strict=True))
+    precision = both / sum(predicted) if any(predicted) else 0.0
+    recall = both / sum(actual) if any(actual) else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if both else 0.0
+    return {"precision": precision, "recall": recall, "f1": f1, "support": float(sum(actual))}
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def objects(chats: Items) -> list[dict[str, Any]]:
+    """The references, where every one is a JSON object; else none."""
+    references = [_object(item["reference"]) for item in chats]
+    return [reference for reference in references if reference is not None] if None not in references else []
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, JSON of the value) of every value that holds no other; elements of a list have the path of the list."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and value:
+        for item in value:
+            yield from leaves(item, f"{path}[]")
+    else:
+        yield path, json.dumps(value, sort_keys=True)
+
+
+def _extraction(references: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any] | None]) -> dict[str, Statistic]:
+    expected = [Counter(leaves(reference)) for reference in references]
+    answered = [Counter(leaves(answer)) if answer is not None else Counter() for answer in answers]
+    right = [float((w & g).total()) for w, g in zip(expected, answered, strict=True)]
+    num_expected, num_answered = ([float(each.total()) for each in side] for side in (expected, answered))
+    return {
+        "json_valid": share([answer is not None for answer in answers]),
+        "json_match": share([answer == reference for answer, reference in zip(answers, references, strict=True)]),
+        "field_precision": ratio(right, num_answered),
+        "field_recall": ratio(right, num_expected),
+        "field_f1": ratio([2 * count for count in right], [w + g for w, g in zip(num_expected, num_answered, strict=True)]),
+    }
+
+
+def field_scores(chats: Items) -> dict[str, dict[str, float]]:
+    """Path of a field → precision, recall, F1 and support; {} where the rows are no extraction."""
+    references = objects(chats)
+    totals: dict[str, Counter[str]] = {}
+    for reference, item in zip(references, chats if references else [], strict=True):
+        expected, answered = Counter(leaves(reference)), Counter(leaves(_object(item["prediction"]) or {}))
+        answered.pop(("", "{}"), None)
+        for name, side in (("expected", expected), ("answered", answered), ("right", expected & answered)):
+            for (path, _), count in side.items():
+                totals.setdefault(path, Counter())[name] += count
+    scores = {}
+    for path, counts in sorted(totals.items()):
+        precision = counts["right"] / counts["answered"] if counts["answered"] else 0.0
+        recall = counts["right"] / counts["expected"] if counts["expected"] else 0.0
+        f1 = 2 * counts["right"] / (counts["expected"] + counts["answered"])
+        scores[path] = {"precision": precision, "recall": recall, "f1": f1, "support": float(counts["expected"])}
+    return scores
+
+
+# ---------------------------------------------------------------- calls
+
+
+def _calls(item: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Calls of reference and prediction as JSON, in order."""
+    return [json.dumps(call, sort_keys=True) for call in item["calls"]], [
+        json.dumps(call, sort_keys=True) for call in item["called"]
+    ]
+
+
+def _names(item: dict[str, Any]) -> tuple[list[str], list[str]]:
+    return [call["name"] for call in item["calls"]], [call["name"] for call in item["called"]]
+
+
+def _are_right(item: dict[str, Any]) -> bool:
+    expected, answered = _calls(item)
+    return expected == answered
+
+
+def _are_right_in_any_order(item: dict[str, Any]) -> bool:
+    expected, answered = _calls(item)
+    return sorted(expected) == sorted(answered)
+
+
+def _have_right_names(item: dict[str, Any]) -> bool:
+    expected, answered = _names(item)
+    return expected == answered
+
+
+CALL_RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "calls_match": _are_right,
+    "calls_match_any_order": _are_right_in_any_order,
+    "call_names_match": _have_right_names,
+}
