@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
@@ -211,13 +211,16 @@ def evaluate_base(config: RunConfig, store: Store) -> EvalReport:
         return reports.evaluate(catalog, reports.model_subject(catalog, base), manifest, config.eval, "base")
 
 
-def evaluate_models(names: tuple[str, ...], data: RunConfig | str, config: EvalConfig, store: Store) -> list[EvalReport]:
-    """Models of the store, or runs, side by side; `data`: a run file's dataset, a dataset version, or a file of rows."""
+def evaluate_models(
+    names: tuple[str, ...], data: RunConfig | str, config: EvalConfig, store: Store, settings: dict[str, Any]
+) -> list[EvalReport]:
+    """Models of the store, or runs, side by side; `data`: a run file's dataset, a dataset version, or a file of rows, for
+    which `settings` are those of `data.…`."""
     from forge_ray.evaluate import standalone
 
     with Catalog.open(store) as catalog:
         rows = _prepare(data, catalog, quiet=True) if isinstance(data, RunConfig) else data
-        return standalone.evaluate_models(catalog, names, rows, config)
+        return standalone.evaluate_models(catalog, names, rows, config, settings)
 
 
 def has_trained(config: RunConfig, store: Store) -> bool:

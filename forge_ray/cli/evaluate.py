@@ -68,25 +68,27 @@ def _side_by_side(store: Store, as_json: bool, data: str, models: tuple[str, ...
     if not data:
         raise ConfigError("--model needs rows", hint="add --data with a run file, a dataset (ds_…) or a file of rows")
     if Path(data).suffix in (".yaml", ".yml"):
-        config = load_run_file(data, overrides)
-        reports = pipeline.evaluate_models(models, config, config.eval, store)
+        run = load_run_file(data, overrides)
+        reports = pipeline.evaluate_models(models, run, run.eval, store, {})
     else:
-        reports = pipeline.evaluate_models(models, data, _settings(overrides), store)
+        config, rows = _settings(overrides)
+        reports = pipeline.evaluate_models(models, data, config, store, rows)
     if not as_json:
         _print(store, models, reports)
     return {"reports": dict(zip(models, reports, strict=True))}
 
 
-def _settings(overrides: tuple[str, ...]) -> EvalConfig:
-    """The settings of `eval.…` that --set gives, without a run file."""
+def _settings(overrides: tuple[str, ...]) -> tuple[EvalConfig, dict[str, Any]]:
+    """The settings of `eval.…` that --set gives without a run file, and those of `data.…` for a file of rows."""
     from forge_ray.config.base import apply_overrides, parse
     from forge_ray.config.release import EvalConfig
 
-    if wrong := [text for text in overrides if not text.startswith("eval.")]:
+    if others := [text for text in overrides if not text.startswith(("eval.", "data."))]:
         raise ConfigError(
-            f"--set {wrong[0]}: without a run file only eval.… is a setting", hint="--set eval.max_examples=50"
+            f"--set {others[0]}: without a run file only eval.… and data.… are settings", hint="--set eval.max_examples=50"
         )
-    return parse(EvalConfig, apply_overrides({"eval": {}}, overrides)["eval"], where="eval")
+    values = apply_overrides({"eval": {}, "data": {}}, overrides)
+    return parse(EvalConfig, values["eval"], where="eval"), values["data"]
 
 
 def _print(store: Store, names: tuple[str, ...], reports: list[EvalReport]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from forge_ray.config.base import parse
 from forge_ray.config.data import DataConfig
@@ -33,11 +34,11 @@ def subject_of(catalog: Catalog, name: str) -> tuple[EvaluatedModel, ModelVersio
     return model_subject(catalog, record), base
 
 
-def rows_of_file(catalog: Catalog, file: str, base: ModelVersion) -> DataConfig:
-    """The settings of a dataset that holds every row of `file` out."""
+def rows_of_file(catalog: Catalog, file: str, base: ModelVersion, settings: dict[str, Any]) -> DataConfig:
+    """The settings of a dataset that holds every row of `file` out; `settings` go before the defaults of this use."""
     length = min(LONGEST, _positions(catalog, base))
-    values = {"sources": [{"path": file}], "sequence_length": length, "splits": {"validation": 0.0, "test": 1.0}}
-    return parse(DataConfig, values)
+    defaults = {"sequence_length": length, "splits": {"validation": 0.0, "test": 1.0}}
+    return parse(DataConfig, {"sources": [{"path": file}]} | defaults | settings, where="data")
 
 
 def _positions(catalog: Catalog, base: ModelVersion) -> int:
@@ -45,7 +46,7 @@ def _positions(catalog: Catalog, base: ModelVersion) -> int:
     return int(config.get("text_config", config).get("max_position_embeddings") or LONGEST)
 
 
-def dataset_of(catalog: Catalog, data: str, base: ModelVersion) -> DatasetManifest:
+def dataset_of(catalog: Catalog, data: str, base: ModelVersion, settings: dict[str, Any]) -> DatasetManifest:
     """`data`: the id of a dataset version, or a file of rows, all of which are held out; a version of it is built once."""
     if data.startswith("ds_"):
         return catalog.get_as(DatasetManifest, data)
@@ -56,17 +57,17 @@ def dataset_of(catalog: Catalog, data: str, base: ModelVersion) -> DatasetManife
     sessions.note(catalog.store)
     require_tokenizer(catalog.store, base)
     with stage("prepare") as it:
-        prepared = prepare_version(name_of(data), rows_of_file(catalog, data, base), base, catalog, it.update)
+        prepared = prepare_version(name_of(data), rows_of_file(catalog, data, base, settings), base, catalog, it.update)
         it.done(f"{prepared.manifest.id}  {prepared.summary}")
     return prepared.manifest
 
 
 def evaluate_models(
-    catalog: Catalog, names: Sequence[str], data: str | DatasetManifest, config: EvalConfig
+    catalog: Catalog, names: Sequence[str], data: str | DatasetManifest, config: EvalConfig, settings: dict[str, Any]
 ) -> list[EvalReport]:
     """A report of each named model, in order, on the rows that `data` holds out."""
     subjects = [subject_of(catalog, name) for name in names]
-    manifest = data if isinstance(data, DatasetManifest) else dataset_of(catalog, data, subjects[0][1])
+    manifest = data if isinstance(data, DatasetManifest) else dataset_of(catalog, data, subjects[0][1], settings)
     return [evaluate(catalog, subject, manifest, config, name) for name, (subject, _) in zip(names, subjects, strict=True)]
 
 
