@@ -34,7 +34,7 @@ from forge_ray.data.build.work import read_batches, require, write_array, write_
 from forge_ray.data.curate.decontaminate import build_index, evaluation_texts
 from forge_ray.data.curate.rules import require_packages
 from forge_ray.data.dataset.version import SPLITS, require_tokenizer
-from forge_ray.data.read.ingest import IndexedFile, index_file
+from forge_ray.data.read.ingest import IndexedFile, index_listed
 from forge_ray.data.read.readers import Chunk
 from forge_ray.data.read.sources import ListedFile, expand
 from forge_ray.errors import DataError, NothingLeft
@@ -75,10 +75,7 @@ def noted(files: Iterable[IndexedFile]) -> Iterator[str]:
 
 
 def _index_row(row: dict[str, Any]) -> dict[str, Any]:
-    file = ListedFile(**json.loads(row["file"]))
-    indexed = index_file(
-        file.path, file.name, file.format, file.source, file.sha256, max_line_bytes=row["limit"], folder=file.folder
-    )
+    indexed = index_listed(ListedFile(**json.loads(row["file"])), row["limit"])
     return {"indexed": json.dumps(indexed.to_json())}
 
 

@@ -21,7 +21,7 @@ def silent(done: float, total: float, text: str) -> None:
     """No one watches."""
 
 
-ENCODING = 2  # how rows become tokens: what an older one made of the same rows is made again
+ENCODING = 3  # how files become rows and rows tokens: what an older one made of the same files is made again
 
 
 @dataclass(frozen=True)

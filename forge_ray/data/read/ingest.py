@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
+from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.documents import DOCUMENTS, require_library
-from forge_ray.data.read.first_bytes import HEAD_BYTES, why_not, why_not_text
+from forge_ray.data.read.first_bytes import ENCODED, HEAD_BYTES, TextForm, text_form, why_not
 from forge_ray.data.read.limited import NotRead, OverLimit, read_value
 from forge_ray.data.read.lines import Damaged, blocks, compression_of, is_outage, open_file
 from forge_ray.data.read.readers import Chunk, read_raw
-from forge_ray.data.read.sources import expand
+from forge_ray.data.read.sources import ListedFile, expand
 from forge_ray.errors import DataError
 
-__all__ = ["CHUNK_BYTES", "Chunk", "IndexedFile", "expand", "index_file"]
+__all__ = ["CHUNK_BYTES", "Chunk", "IndexedFile", "expand", "index_file", "index_listed"]
 
 CHUNK_BYTES = 4 << 20
 MAX_LINE_BYTES = 16 << 20
@@ -62,6 +63,21 @@ class _Cut:
     line: int
 
 
+def index_listed(file: ListedFile, max_line_bytes: int = MAX_LINE_BYTES) -> IndexedFile:
+    """`index_file` of a file as its source says that it is read."""
+    return index_file(
+        file.path,
+        file.name,
+        file.format,
+        file.source,
+        file.sha256,
+        max_line_bytes=max_line_bytes,
+        folder=file.folder,
+        encoding=file.encoding,
+        sheet=file.sheet,
+    )
+
+
 def index_file(
     path: str,
     name: str,
@@ -71,6 +87,8 @@ def index_file(
     chunk_bytes: int = CHUNK_BYTES,
     max_line_bytes: int = MAX_LINE_BYTES,
     folder: str = "",
+    encoding: str = UTF_8,
+    sheet: str = "",
 ) -> IndexedFile:
     """One sequential read: digest (which must be `expected`, if given), lines, and where the chunks begin."""
     require_library(format, name)
@@ -84,20 +102,29 @@ def index_file(
         )
     if size == 0:
         return IndexedFile(name, 0, 0, sha256, 0, (), source, (EMPTY,))
-    if reason := why_not(format, kind, head) or (kind and why_not_text(format, _unpacked(path))) or "":
-        key = _key(sha256, format, kind, reason)
-        return IndexedFile(
-            name, size, size, sha256, 1, (Chunk(path, name, format, 0, size, 1, source, key, folder, reason),), source
-        )
+    form = TextForm(format, reason=why_not(format, kind, head))
+    if not form.reason and format in ENCODED:
+        form = text_form(format, encoding, _unpacked(path) if kind else head)
+    if form.reason:
+        key = _key(sha256, format, kind, form.reason)
+        chunk = Chunk(path, name, format, 0, size, 1, source, key, folder, form.reason)
+        return IndexedFile(name, size, size, sha256, 1, (chunk,), source)
+    by_line = by_line and form == TextForm(format)
+    how = (form.format, kind) if form == TextForm(form.format) else (form.format, kind, form.encoding, form.cr_ends)
     notes: list[str] = []
     if format == "parquet":
         cuts = _parquet_cuts(path, size)
     elif format == "arrow":
         cuts = _arrow_cuts(path, size, chunk_bytes)
+    elif format == "xlsx":
+        cuts, sheet = _sheet_cuts(path, name, size, sheet)
     elif not by_line:
         cuts = [_Cut(0, 1), _Cut(size, 1)]
+    if format == "xlsx":
+        how = (*how, sheet)
+    whole = Chunk(path, name, form.format, 0, size, 1, source, "", folder, "", form.encoding, form.cr_ends, sheet)
     chunks = tuple(
-        Chunk(path, name, format, a.start, b.start, a.line, source, _key(sha256, format, kind, a.start, b.start), folder)
+        replace(whole, start=a.start, end=b.start, first_line=a.line, key=_key(sha256, *how, a.start, b.start))
         for a, b in pairwise(cuts)
     )
     text_bytes = _uncompressed_size(path, kind, size) if kind else size
@@ -182,6 +209,25 @@ def _arrow_cuts(path: str, size: int, chunk_bytes: int) -> list[_Cut]:
     except (NotRead, OverLimit):
         return [_Cut(0, 1), _Cut(0, 2)]
     return [_Cut(start, line) for start, line in cuts]
+
+
+def _sheet_cuts(path: str, name: str, size: int, sheet: str) -> tuple[list[_Cut], str]:
+    """One chunk of about as many rows as the sheet has, and its name; `DataError` where it has to be chosen."""
+    try:
+        answer = read_value({"kind": "sheets", "path": path, "size": size})
+    except (NotRead, OverLimit):
+        return [_Cut(0, 1), _Cut(size, 2)], sheet  # reading it says so
+    names, shown = answer["names"], answer["shown"]
+    listed = ", ".join(repr(item) for item in names[:20]) + (", …" if len(names) > 20 else "")
+    if sheet and sheet not in names:
+        raise DataError(f"data.sources: {name!r} has no sheet {sheet!r}", hint=f"its sheets are: {listed}")
+    if not sheet and len(shown) > 1:
+        raise DataError(
+            f"data.sources: {name!r} holds several sheets with rows ({listed})",
+            hint=f"choose one with `sheet: {shown[0]}`; a source of its own reads another one",
+        )
+    sheet = sheet or next(iter(shown or names), "")
+    return [_Cut(0, 1), _Cut(size, 1 + answer["num_rows"].get(sheet, 0))], sheet
 
 
 def _uncompressed_size(path: str, kind: str, size: int) -> int:

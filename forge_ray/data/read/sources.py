@@ -13,7 +13,9 @@ from urllib.parse import quote, unquote
 import pyarrow.fs as pafs
 
 from forge_ray.config.data import DataConfig, Source
+from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.checksums import checksums_of
+from forge_ray.data.read.first_bytes import ENCODED
 from forge_ray.data.read.lines import COMPRESSIONS, filesystem_of, without_query
 from forge_ray.data.read.places import display_name, refuse_secrets, require_regular
 from forge_ray.data.read.saved import dataset_files
@@ -40,19 +42,20 @@ ENDINGS = {
     **dict.fromkeys(("html", "htm", "xhtml"), "html"),
     "pdf": "pdf",
     "docx": "docx",
+    **dict.fromkeys(("xlsx", "xlsm"), "xlsx"),
 }
 # What people bring that is not read, and what to do about it
 REMEDIES = {
     **dict.fromkeys(
-        ("xlsx", "xls", "xlsm", "xlsb", "ods", "numbers"), "save each of its sheets as CSV UTF-8, and name those"
+        ("xls", "xlsb", "ods", "numbers"), "save it as XLSX, or each of its sheets as CSV UTF-8, and name those"
     ),
     **dict.fromkeys(("avro", "orc"), "convert it to Parquet"),
     **dict.fromkeys(("zip", "tar", "tgz", "7z", "rar", "bz2", "xz", "lz4", "br"), "unpack it, and name the files in it"),
     **dict.fromkeys(("pkl", "pickle", "pt", "npy", "npz"), "reading it could run code: export it as JSONL or Parquet"),
     **dict.fromkeys(("db", "sqlite", "sqlite3", "mdb"), "export its tables as CSV or JSONL"),
 }
-ROWS = ("jsonl", "json", "csv", "parquet", "arrow")
-UNCOMPRESSED = ("parquet", "arrow", "pdf", "docx")  # compressed inside, and read from several places at once
+ROWS = ("jsonl", "json", "csv", "parquet", "arrow", "xlsx")
+UNCOMPRESSED = ("parquet", "arrow", "pdf", "docx", "xlsx")  # compressed inside, and read from several places at once
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class ListedFile:
     source: int
     sha256: str = ""
     folder: str = ""  # of the source, on a local file system
+    encoding: str = UTF_8
+    sheet: str = ""  # of a workbook
 
 
 def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
@@ -77,7 +82,11 @@ def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
         for path in paths:
             if folder:
                 require_regular(path, folder)
-            item = ListedFile(path, display_name(path), _format(path, source), number, sums.get(path, ""), folder)
+            format = _format(path, source)
+            _refuse_unused(source, format, path)
+            item = ListedFile(
+                path, display_name(path), format, number, sums.get(path, ""), folder, source.encoding, source.sheet
+            )
             first = listed.setdefault(path, item)
             if not first.sha256:
                 listed[path] = replace(first, sha256=item.sha256)
@@ -106,6 +115,19 @@ def _matches(source: Source, any_split: bool) -> tuple[list[str], str]:
     rows = [file for file in paths if _ending(file)[0] in ROWS] if source.format == "auto" else paths
     kept = set(of_split(rows, source.split or (ALL if any_split else ""), path))
     return [file for file in paths if file in kept or file not in rows], folder
+
+
+def _refuse_unused(source: Source, format: str, path: str) -> None:
+    """`DataError` where the source has a setting that a file of it cannot follow."""
+    for setting, is_unused in (
+        ("encoding", source.encoding != UTF_8 and format not in ENCODED),
+        ("sheet", bool(source.sheet) and format != "xlsx"),
+    ):
+        if is_unused:
+            raise DataError(
+                f"data.sources: {display_name(path)!r} is {format}, which has no `{setting}`",
+                hint=f"give the files that have one a source of their own, with `{setting}`",
+            )
 
 
 def _folder(path: str) -> str:

@@ -155,8 +155,7 @@ def test_what_other_programs_leave_is_skipped() -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("a.xlsx", "save each of its sheets as CSV UTF-8"),
-        ("a.XLS", "save each of its sheets as CSV UTF-8"),
+        ("a.XLS", "save it as XLSX, or each of its sheets as CSV UTF-8"),
         ("a.avro", "convert it to Parquet"),
         ("a.jsonl.bz2", "unpack it"),
         ("a.pkl", "reading it could run code"),
