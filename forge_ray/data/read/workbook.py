@@ -1,7 +1,7 @@
 """XLSX → rows of one sheet, whose first row is the header; runs in a reader's own process (`foreign`).
 
-openpyxl reads the cells. Rows are taken from its parser of a sheet: its sheet would make an object for each cell of the rectangle
-that the file claims to fill.
+openpyxl reads the cells. Rows are taken from its parser of a sheet: its sheet would make an object for each cell of the
+rectangle that the file claims to fill.
 """
 
 from __future__ import annotations
