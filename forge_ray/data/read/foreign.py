@@ -114,8 +114,8 @@ def _columnar(request: dict[str, Any]) -> Iterator[Frame]:
             case "arrow_cuts":
                 yield VALUE, json.dumps(columnar.arrow_cuts(path, request["size"], request["chunk_bytes"])).encode()
                 return
-            case "struct_notes":
-                yield VALUE, json.dumps(columnar.struct_notes(path, request["format"])).encode()
+            case "schema_notes":
+                yield VALUE, json.dumps(columnar.schema_notes(path, request["format"])).encode()
                 return
             case "parquet":
                 parts = columnar.parquet_slices(path, request["start"], request["limit"], limits.allow)

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.documents import DOCUMENTS, require_library
+from forge_ray.data.read.features import conflict
 from forge_ray.data.read.first_bytes import ENCODED, HEAD_BYTES, TextForm, text_form, why_not
 from forge_ray.data.read.limited import NotRead, OverLimit, read_value
 from forge_ray.data.read.lines import Damaged, blocks, compression_of, is_outage, open_file
@@ -45,6 +46,7 @@ class IndexedFile:
     chunks: tuple[Chunk, ...]
     source: int
     notes: tuple[str, ...] = ()  # what whoever builds from it should know; whole sentences without the file's name
+    columns: str = ""  # JSON of what is known of its columns from elsewhere, and decides its rows too
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,6 +77,7 @@ def index_listed(file: ListedFile, max_line_bytes: int = MAX_LINE_BYTES) -> Inde
         folder=file.folder,
         encoding=file.encoding,
         sheet=file.sheet,
+        columns=file.columns,
     )
 
 
@@ -89,6 +92,7 @@ def index_file(
     folder: str = "",
     encoding: str = UTF_8,
     sheet: str = "",
+    columns: str = "",
 ) -> IndexedFile:
     """One sequential read: digest (which must be `expected`, if given), lines, and where the chunks begin."""
     require_library(format, name)
@@ -120,9 +124,8 @@ def index_file(
         cuts, sheet = _sheet_cuts(path, name, size, sheet)
     elif not by_line:
         cuts = [_Cut(0, 1), _Cut(size, 1)]
-    if format == "xlsx":
-        how = (*how, sheet)
-    whole = Chunk(path, name, form.format, 0, size, 1, source, "", folder, "", form.encoding, form.cr_ends, sheet)
+    how = (*how, *filter(None, (sheet, columns)))
+    whole = Chunk(path, name, form.format, 0, size, 1, source, "", folder, "", form.encoding, form.cr_ends, sheet, columns)
     chunks = tuple(
         replace(whole, start=a.start, end=b.start, first_line=a.line, key=_key(sha256, *how, a.start, b.start))
         for a, b in pairwise(cuts)
@@ -136,8 +139,15 @@ def index_file(
     if not is_counted:
         notes.append(NO_ROWS)
     if format in ("parquet", "arrow"):
-        notes += _lost_nulls(path, format, size)
-    return IndexedFile(name, size, text_bytes, sha256, max(num_lines, bool(chunks)), chunks, source, tuple(notes))
+        lossy, features = _schema_notes(path, format, size)
+        notes += lossy
+        if column := conflict(features, json.loads(columns or "{}").get("labels", {})):
+            raise DataError(
+                f"data.sources: the classes of `{column}` have other names in {name} than in the README.md of its dataset",
+                hint="remove the names from one of them",
+            )
+    num_lines = max(num_lines, bool(chunks))
+    return IndexedFile(name, size, text_bytes, sha256, num_lines, chunks, source, tuple(notes), columns)
 
 
 def _unpacked(path: str) -> bytes:
@@ -148,16 +158,18 @@ def _unpacked(path: str) -> bytes:
         return b""
 
 
-def _lost_nulls(path: str, format: str, size: int) -> list[str]:
+def _schema_notes(path: str, format: str, size: int) -> tuple[list[str], dict[str, Any]]:
+    """Notes on columns that lose nulls, and what `datasets` noted of the columns."""
     try:
-        columns = read_value({"kind": "struct_notes", "path": path, "format": format, "size": size})
+        columns, features = read_value({"kind": "schema_notes", "path": path, "format": format, "size": size})
     except (NotRead, OverLimit):
-        return []
-    return [
+        return [], {}
+    notes = [
         f"`{column}` is a struct, in which a null cannot be told from an absent key: nulls in it are left out; a column of"
         " JSON text keeps them"
         for column in columns
     ]
+    return notes, features
 
 
 def _key(*parts: str | int) -> str:

@@ -52,6 +52,7 @@ class Chunk:
     encoding: str = UTF_8  # of its bytes; of another one the file is one chunk
     cr_ends: bool = False  # whether its lines end in CR alone; such a file is one chunk
     sheet: str = ""  # of a workbook
+    columns: str = ""  # JSON of what is known of its columns from elsewhere: `features.row_decoder`
 
 
 def read_raw(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
@@ -129,7 +130,7 @@ def _columnar(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
                 yield Raw(line, -1, None, None, "", reason or _unreadable(chunk, "ArrowInvalid"))
             else:
                 num_rows = part.num_rows
-                yield from _rows(part, line)
+                yield from _rows(part, line, chunk.columns)
             line += num_rows
     except NotRead as reason:
         why = str(reason)
@@ -166,8 +167,8 @@ def _unreadable(chunk: Chunk, error: str) -> str:
     return f"unreadable {_part(chunk)}: {error}"
 
 
-def _rows(batch: pa.RecordBatch, line: int) -> Iterator[Raw]:
-    decode = row_decoder(batch.schema)
+def _rows(batch: pa.RecordBatch, line: int, columns: str) -> Iterator[Raw]:
+    decode = row_decoder(batch.schema, columns)
     try:
         values = batch.to_pylist(maps_as_pydicts="strict")
     except (ValueError, OverflowError, KeyError):  # one value of one row, most likely

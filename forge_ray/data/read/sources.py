@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import pyarrow.fs as pafs
@@ -15,6 +17,7 @@ import pyarrow.fs as pafs
 from forge_ray.config.data import DataConfig, Source
 from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.checksums import checksums_of
+from forge_ray.data.read.dataset_card import class_labels
 from forge_ray.data.read.first_bytes import ENCODED
 from forge_ray.data.read.lines import COMPRESSIONS, filesystem_of, without_query
 from forge_ray.data.read.places import display_name, refuse_secrets, require_regular
@@ -70,12 +73,14 @@ class ListedFile:
     folder: str = ""  # of the source, on a local file system
     encoding: str = UTF_8
     sheet: str = ""  # of a workbook
+    columns: str = ""  # JSON of what is known of its columns from elsewhere: `features.row_decoder`
 
 
 def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
     """Every source file once, sorted; a file of two sources belongs to the first. With `any_split` files of several splits
     are taken together where the source chooses none."""
     listed: dict[str, ListedFile] = {}
+    cards: dict[str, Any] = {}
     for number, source in enumerate(config.sources):
         paths, folder = _matches(source, any_split)
         sums = checksums_of(source, paths) if source.checksums else {}
@@ -84,8 +89,10 @@ def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
                 require_regular(path, folder)
             format = _format(path, source)
             _refuse_unused(source, format, path)
+            labels = class_labels(path, cards) if format == "parquet" else {}
+            columns = json.dumps({"labels": labels}, sort_keys=True) if labels else ""
             item = ListedFile(
-                path, display_name(path), format, number, sums.get(path, ""), folder, source.encoding, source.sheet
+                path, display_name(path), format, number, sums.get(path, ""), folder, source.encoding, source.sheet, columns
             )
             first = listed.setdefault(path, item)
             if not first.sha256:
