@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def test_names_of_classes_that_stand_in_the_readme_alone_are_read(tmp_path: Path
         assert listed(hub(tmp_path / "d", card)) == [LABELLED]  # the nearest head counts
     for card in ("# no head", ""):
         assert listed(hub(tmp_path / "d", card)) == [NAMED]
-        assert listed(hub(tmp_path / "d" / "e", card, "f")) == [LABELLED]
+        assert listed(hub(tmp_path / "d" / "e" / "f" / "g", card)) == [LABELLED]
+        shutil.rmtree(tmp_path / "d" / "e")
 
 
 def test_names_in_the_readme_decide_the_version(tmp_path: Path) -> None:
