@@ -28,11 +28,15 @@ class Unreadable(Exception):
 
 def require_library(format: str, path: str) -> None:
     """`DataError` that says what to install, before a thousand rows are rejected for it."""
-    name = LIBRARIES.get(format)
-    if name and importlib.util.find_spec(name) is None:
+    if name := LIBRARIES.get(format):
+        require_package(name, f"{path!r} is {format}", "docs")
+
+
+def require_package(name: str, what: str, extra: str) -> None:
+    if importlib.util.find_spec(name) is None:
         raise DataError(
-            f"data.sources: {path!r} is {format}, which needs the package {name!r}",
-            hint="pip install 'forge-ray[docs]' on every node",
+            f"data.sources: {what}, which needs the package {name!r}",
+            hint=f"pip install 'forge-ray[{extra}]' on every node",
         )
 
 

@@ -25,6 +25,7 @@ MEMORY_PER_BYTE = 16
 CPU_S, CPU_S_PER_MIB, HTML_CPU_S_PER_MIB = 1.2, 20.0, 3.0  # of a page nothing is compressed
 CPU_S_PER_MIB_OUT = 0.5  # ten times what a quiet core needs: a slow or busy machine must lose no row
 ZIP_MEMORY_PER_BYTE, ZIP_MEMORY_PER_UNPACKED_BYTE = 256, 8  # of DOCX and XLSX
+TABLE_MEMORY, TABLE_MEMORY_PER_BYTE = 512 << 20, 64  # of the log of a Delta table; its library has threads with stacks
 ROWS_BYTES = 64 << 10  # of rows that are handed out at once
 
 Frame = tuple[bytes, bytes]
@@ -173,6 +174,23 @@ def _workbook(request: dict[str, Any]) -> Iterator[Frame]:
         limits.lift()
 
 
+def _table(request: dict[str, Any]) -> Iterator[Frame]:
+    import deltalake  # noqa: F401 (before the limits, which are for the log)
+
+    from forge_ray.data.read.delta import snapshot
+
+    limits = ReaderLimits()
+    try:
+        limits.allow(request["size"], TABLE_MEMORY + TABLE_MEMORY_PER_BYTE * request["size"])
+        yield VALUE, json.dumps(snapshot(request["path"])).encode()
+    except MemoryError:
+        raise
+    except Exception as error:  # its library has errors of many kinds
+        yield REASON, f"{type(error).__name__}: {str(error)[:300]}".encode("utf-8", "replace")
+    finally:
+        limits.lift()
+
+
 def _handed(rows: Iterator[Any], stored: int, limit: int, limits: ReaderLimits) -> Iterator[Frame]:
     """Rows in frames, those before an error too."""
     from forge_ray.data.read.columnar import EXPANSION, Budget
@@ -199,7 +217,8 @@ def _answers(request: dict[str, Any], data: bytes) -> Iterator[Frame]:
         if request["kind"] == "document":
             yield from _document(request, data)
         else:
-            yield from _workbook(request) if request["kind"] in ("sheets", "sheet") else _columnar(request)
+            readers = {"sheets": _workbook, "sheet": _workbook, "delta": _table}
+            yield from readers.get(request["kind"], _columnar)(request)
     except MemoryError:
         yield LIMIT, b""
         return

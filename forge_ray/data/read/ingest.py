@@ -47,6 +47,7 @@ class IndexedFile:
     source: int
     notes: tuple[str, ...] = ()  # what whoever builds from it should know; whole sentences without the file's name
     columns: str = ""  # JSON of what is known of its columns from elsewhere, and decides its rows too
+    version: str = ""  # of the table that it is of
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,7 +68,7 @@ class _Cut:
 
 def index_listed(file: ListedFile, max_line_bytes: int = MAX_LINE_BYTES) -> IndexedFile:
     """`index_file` of a file as its source says that it is read."""
-    return index_file(
+    indexed = index_file(
         file.path,
         file.name,
         file.format,
@@ -79,6 +80,7 @@ def index_listed(file: ListedFile, max_line_bytes: int = MAX_LINE_BYTES) -> Inde
         sheet=file.sheet,
         columns=file.columns,
     )
+    return replace(indexed, version=file.version)
 
 
 def index_file(

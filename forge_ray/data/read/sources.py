@@ -23,7 +23,7 @@ from forge_ray.data.read.lines import COMPRESSIONS, filesystem_of, without_query
 from forge_ray.data.read.places import display_name, refuse_secrets, require_regular
 from forge_ray.data.read.saved import dataset_files
 from forge_ray.data.read.splits import ALL, of_split
-from forge_ray.data.read.table_formats import refuse_tables, without_markers
+from forge_ray.data.read.table_formats import DeltaFiles, delta_table, is_delta_table, refuse_tables, without_markers
 from forge_ray.data.read.unmatched import hint_for, in_other_form
 from forge_ray.errors import ConfigError, DataError, NotFound
 from forge_ray.store.home import expanded
@@ -61,6 +61,9 @@ ROWS = ("jsonl", "json", "csv", "parquet", "arrow", "xlsx")
 UNCOMPRESSED = ("parquet", "arrow", "pdf", "docx", "xlsx")  # compressed inside, and read from several places at once
 
 
+NO_TABLE = DeltaFiles("", {})
+
+
 @dataclass(frozen=True)
 class ListedFile:
     """One file of a source. `name` is what the user wrote, for the record; `sha256` is from its checksums file, or ""."""
@@ -74,6 +77,7 @@ class ListedFile:
     encoding: str = UTF_8
     sheet: str = ""  # of a workbook
     columns: str = ""  # JSON of what is known of its columns from elsewhere: `features.row_decoder`
+    version: str = ""  # of the table that it is of
 
 
 def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
@@ -82,7 +86,7 @@ def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
     listed: dict[str, ListedFile] = {}
     cards: dict[str, Any] = {}
     for number, source in enumerate(config.sources):
-        paths, folder = _matches(source, any_split)
+        paths, folder, table = _matches(source, any_split)
         sums = checksums_of(source, paths) if source.checksums else {}
         for path in paths:
             if folder:
@@ -90,9 +94,20 @@ def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
             format = _format(path, source)
             _refuse_unused(source, format, path)
             labels = class_labels(path, cards) if format == "parquet" else {}
-            columns = json.dumps({"labels": labels}, sort_keys=True) if labels else ""
+            known = {"labels": labels, "constants": table.constants.get(path, {})}
             item = ListedFile(
-                path, display_name(path), format, number, sums.get(path, ""), folder, source.encoding, source.sheet, columns
+                path,
+                display_name(path),
+                format,
+                number,
+                sums.get(path, ""),
+                folder,
+                source.encoding,
+                source.sheet,
+                json.dumps({key: value for key, value in known.items() if value}, sort_keys=True)
+                if any(known.values())
+                else "",
+                table.version,
             )
             first = listed.setdefault(path, item)
             if not first.sha256:
@@ -100,8 +115,8 @@ def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
     return [listed[path] for path in sorted(listed)]
 
 
-def _matches(source: Source, any_split: bool) -> tuple[list[str], str]:
-    """The files of a source, and its folder on a local file system, out of which no link may lead."""
+def _matches(source: Source, any_split: bool) -> tuple[list[str], str, DeltaFiles]:
+    """The files of a source; its folder on a local file system, out of which no link may lead; and the table that it is."""
     path = source.path
     if "://" in path:
         refuse_secrets(path)
@@ -112,7 +127,18 @@ def _matches(source: Source, any_split: bool) -> tuple[list[str], str]:
     if not paths:
         hint = "globs are relative to the bucket or server" if "://" in path else hint_for(path)
         raise NotFound(f"data.sources: no file matches {shown(source.path)!r}", hint=hint)
+    if len(paths) == 1 and is_delta_table(paths[0]):
+        if source.split:
+            raise DataError(
+                f"data.sources: {display_name(paths[0])!r} is a Delta table, which has no splits", hint="remove `split`"
+            )
+        table = delta_table(paths[0])
+        return list(table.constants), paths[0], table
     refuse_tables(paths)
+    return *_files_of(source, path, paths, any_split), NO_TABLE
+
+
+def _files_of(source: Source, path: str, paths: list[str], any_split: bool) -> tuple[list[str], str]:
     filesystem, inner = filesystem_of(paths[0])
     folder = "" if "://" in path else _folder(path)
     if len(paths) == 1 and filesystem.get_file_info(inner).type == pafs.FileType.Directory:  # globs match files only
