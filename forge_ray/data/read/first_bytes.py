@@ -16,14 +16,16 @@ HEAD_BYTES = 256 << 10
 LINES = ("jsonl", "json", "csv")
 TEXTS = (*LINES, "text")
 ENCODED = (*TEXTS, "html")  # which of its own accord declares its encoding
-GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+STREAMS = {
+    "gzip": (".gz", b"\x1f\x8b"),
+    "zstd": (".zst", b"\x28\xb5\x2f\xfd"),
+    "bz2": (".bz2", b"BZh"),
+    "xz": (".xz", b"\xfd7zXZ\0"),
+}  # by compression: the ending of its name, its first bytes
 POINTER = b"version https://git-lfs.github.com/spec/"
 # first bytes, the formats that begin so, what the file is and what to do
 SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
-    (GZIP, "", "a gzip stream without the ending .gz: add it to the name"),
-    (ZSTD, "", "a zstd stream without the ending .zst: add it to the name"),
-    (b"BZh", "", "a bzip2 stream: unpack it"),
-    (b"\xfd7zXZ\0", "", "an xz stream: unpack it"),
+    *((start, "", f"a stream of {kind} without the ending {ending}: add it") for kind, (ending, start) in STREAMS.items()),
     (b"PK\x03\x04", "docx xlsx", "a zip archive or an Excel workbook: unpack it, or give it the ending .xlsx"),
     (b"\xd0\xcf\x11\xe0", "docx", "an Office file with a password or from before 2007: save it as XLSX, CSV UTF-8 or DOCX"),
     (b"PAR1", "parquet", "a Parquet file: set `format: parquet`, or give it the ending .parquet"),
@@ -60,9 +62,13 @@ def why_not(format: str, compression: str, head: bytes) -> str:
     if head.startswith(POINTER):
         return "the file is a pointer of Git LFS, not what it points at: fetch that (git lfs pull)"
     if compression:
-        name, ending, start = ("gzip", ".gz", GZIP) if compression == "gzip" else ("zstd", ".zst", ZSTD)
+        ending, start = STREAMS[compression]
         is_other = len(head) >= len(start) and not head.startswith(start)
-        return f"the file is not a {name} stream, though its name ends in {ending}: remove the ending" if is_other else ""
+        return (
+            f"the file is not a {compression} stream, though its name ends in {ending}: remove the ending"
+            if is_other
+            else ""
+        )
     if format != "text" or b"\0" in head:
         for start, own, what in SIGNATURES:
             if head.startswith(start) and format not in own.split():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from forge_ray.data.read.documents import DOCUMENTS, require_library
 from forge_ray.data.read.features import conflict
 from forge_ray.data.read.first_bytes import ENCODED, HEAD_BYTES, TextForm, text_form, why_not
 from forge_ray.data.read.limited import NotRead, OverLimit, read_value
-from forge_ray.data.read.lines import Damaged, blocks, compression_of, is_outage, open_file
+from forge_ray.data.read.lines import Damaged, blocks, compression_of, is_outage, open_file, unpacked
 from forge_ray.data.read.readers import Chunk, read_raw
 from forge_ray.data.read.sources import ListedFile, expand
 from forge_ray.errors import DataError
@@ -246,6 +247,14 @@ def _sheet_cuts(path: str, name: str, size: int, sheet: str) -> tuple[list[_Cut]
 
 def _uncompressed_size(path: str, kind: str, size: int) -> int:
     """From how far the first bytes spread."""
+    if kind in ("bz2", "xz"):
+        sample = 0
+        with open_file(path) as file, contextlib.suppress(Damaged):
+            for block in unpacked(file, kind):
+                sample += len(block)
+                if sample >= SAMPLE_BYTES:
+                    return max(size, sample * size // max(1, int(file.tell())))
+        return sample or size
     with open_file(path) as file, pa.CompressedInputStream(file, kind) as stream:
         try:
             sample = len(stream.read(SAMPLE_BYTES))

@@ -53,7 +53,7 @@ REMEDIES = {
         ("xls", "xlsb", "ods", "numbers"), "save it as XLSX, or each of its sheets as CSV UTF-8, and name those"
     ),
     **dict.fromkeys(("avro", "orc"), "convert it to Parquet"),
-    **dict.fromkeys(("zip", "tar", "tgz", "7z", "rar", "bz2", "xz", "lz4", "br"), "unpack it, and name the files in it"),
+    **dict.fromkeys(("zip", "tar", "tgz", "7z", "rar", "lz4", "br"), "unpack it, and name the files in it"),
     **dict.fromkeys(("pkl", "pickle", "pt", "npy", "npz"), "reading it could run code: export it as JSONL or Parquet"),
     **dict.fromkeys(("db", "sqlite", "sqlite3", "mdb"), "export its tables as CSV or JSONL"),
 }

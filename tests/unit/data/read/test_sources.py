@@ -162,7 +162,7 @@ def test_what_other_programs_leave_is_skipped() -> None:
     [
         ("a.XLS", "save it as XLSX, or each of its sheets as CSV UTF-8"),
         ("a.avro", "convert it to Parquet"),
-        ("a.jsonl.bz2", "unpack it"),
+        ("a.tar.bz2", "unpack it"),
         ("a.pkl", "reading it could run code"),
         ("a.data", "say which with `format:`"),
     ],
