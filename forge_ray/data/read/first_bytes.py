@@ -63,12 +63,9 @@ def why_not(format: str, compression: str, head: bytes) -> str:
         return "the file is a pointer of Git LFS, not what it points at: fetch that (git lfs pull)"
     if compression:
         ending, start = STREAMS[compression]
-        is_other = len(head) >= len(start) and not head.startswith(start)
-        return (
-            f"the file is not a {compression} stream, though its name ends in {ending}: remove the ending"
-            if is_other
-            else ""
-        )
+        if len(head) < len(start) or head.startswith(start):
+            return ""
+        return f"the file is not a {compression} stream, though its name ends in {ending}: remove the ending"
     if format != "text" or b"\0" in head:
         for start, own, what in SIGNATURES:
             if head.startswith(start) and format not in own.split():

@@ -123,13 +123,16 @@ def _decompressed(path: str, kind: str) -> Iterator[bytes]:
 
 def unpacked(file: Any, kind: str) -> Iterator[bytes]:
     """What the bz2 or xz streams of a file stand for, one behind the other, at most `BLOCK` bytes at a time."""
-    decoder = _decoder(kind)
+    decoder, start, handed = _decoder(kind), 0, 0  # of the stream: its first byte, and how many bytes of it were handed out
     data = file.read(BLOCK)
+    piece = 0  # where `data` begins
     while True:
         try:
             block = decoder.decompress(data, BLOCK)
         except (OSError, lzma.LZMAError, EOFError):
+            yield from _before_damage(file, kind, start, piece, handed)
             raise Damaged(kind) from None
+        handed += len(block)
         if block:
             yield block
         if decoder.eof:
@@ -138,11 +141,29 @@ def unpacked(file: Any, kind: str) -> Iterator[bytes]:
                 if not (data := file.read(BLOCK)):
                     return
                 data = data.lstrip(b"\0")
-            decoder = _decoder(kind)
-        else:
-            data = file.read(BLOCK) if decoder.needs_input else b""
-            if decoder.needs_input and not data:
+            decoder, handed = _decoder(kind), 0
+            start = piece = file.tell() - len(data)
+        elif decoder.needs_input:
+            piece = file.tell()
+            if not (data := file.read(BLOCK)):
                 raise Damaged(kind)
+        else:
+            data = b""
+
+
+def _before_damage(file: Any, kind: str, start: int, piece: int, handed: int) -> Iterator[bytes]:
+    """The rest of a stream up to the byte that cannot be read: a call fails as a whole, so the last piece goes in by bytes."""
+    decoder = _decoder(kind)
+    file.seek(start)
+    while True:
+        size = min(BLOCK, max(1, piece - file.tell()))
+        try:
+            block = decoder.decompress(file.read(size) if decoder.needs_input else b"", BLOCK)
+        except (OSError, lzma.LZMAError, EOFError):
+            return
+        if len(block) > handed:
+            yield block[handed:]
+        handed = max(0, handed - len(block))
 
 
 def _decoder(kind: str) -> Any:
