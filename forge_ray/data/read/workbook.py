@@ -29,7 +29,8 @@ def sheets(path: str) -> dict[str, Any]:
         for sheet in book.worksheets:
             most = entries.get(sheet._worksheet_path.lstrip("/"), 0) // BYTES_PER_ROW
             filled = len(list(islice(_filled(book, sheet), 2)))
-            num_rows[sheet.title] = filled and max(filled - 1, min(most, (sheet.max_row or 1) - 1))
+            claimed = sheet.max_row - 1 if sheet.max_row else most // 5
+            num_rows[sheet.title] = filled and max(filled - 1, min(most, claimed))
             shown += [sheet.title] if filled and sheet.sheet_state == "visible" else []
         return {"names": list(num_rows), "shown": shown, "num_rows": num_rows}
 

@@ -210,3 +210,19 @@ def test_checksums_of_names_with_any_line_end() -> None:
     digest = hashlib.sha256(b"x").hexdigest()
     Path("SHA256SUMS").write_bytes(f"\ufeff{digest}  {odd}\r\n".encode())
     assert names("*.jsonl", checksums="SHA256SUMS") == [odd]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "format"),
+    [
+        ("a.parquet", "encoding", "windows-1252", "parquet"),
+        ("a.docx", "encoding", "utf-16-le", "docx"),
+        ("a.xlsx", "encoding", "windows-1252", "xlsx"),
+        ("a.csv", "sheet", "One", "csv"),
+    ],
+)
+def test_settings_that_a_file_cannot_follow_are_refused(name: str, setting: str, value: str, format: str) -> None:
+    fill(name, "b.csv")
+    with pytest.raises(DataError, match=f"'{name}' is {format}, which has no `{setting}`") as error:
+        names("[ab].*" if format != "csv" else name, **{setting: value})
+    assert error.value.hint == f"give the files that have one a source of their own, with `{setting}`"

@@ -166,7 +166,9 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.large] if "million" in name else []) for name in HOSTILE]
+)
 def test_a_hostile_sheet_costs_one_row(tmp_path: Path, name: str) -> None:
     data, rows = HOSTILE[name]
     path = edited(book(tmp_path / "a.xlsx", [HEADER]), FIRST, sheet(TOP + GOOD + data))
@@ -224,6 +226,7 @@ def test_texts_of_the_table_of_strings_are_read(tmp_path: Path) -> None:
     assert rows_of(path) == [(2, {"text": "Two fonts"})]
 
 
+@pytest.mark.large
 def test_a_bomb_costs_one_row_and_bounded_time(tmp_path: Path) -> None:
     strings = [b"<si><t>text</t></si>", b"<si><t>", *[b"a" * (1 << 20)] * 256, b"</t></si>"]
     path = with_strings(book(tmp_path / "a.xlsx", [HEADER]), strings, SHARED)
