@@ -152,7 +152,7 @@ def unpacked(file: Any, kind: str) -> Iterator[bytes]:
 
 
 def _before_damage(file: Any, kind: str, start: int, piece: int, handed: int) -> Iterator[bytes]:
-    """The rest of a stream up to the byte that cannot be read: a call fails as a whole, so the last piece goes in by byte."""
+    """The rest of a stream up to the byte that cannot be read. A call fails as a whole: the last piece goes in by bytes."""
     decoder = _decoder(kind)
     file.seek(start)
     while True:
