@@ -111,6 +111,7 @@ class SourceFile(Frozen):
     num_records: int
     num_rejected: int
     num_dropped: int = 0
+    version: str = Field("", description="version of the table that the file is of, such as `delta 12`")
 
 
 class SplitStats(Frozen):

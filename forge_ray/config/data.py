@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from forge_ray.config.base import Config, SettingError
 from forge_ray.config.curate import Rule
+from forge_ray.config.encodings import UTF_8, encoding_named
 
-Format = Literal["auto", "jsonl", "json", "parquet", "csv", "arrow", "text", "html", "pdf", "docx"]
+Format = Literal["auto", "jsonl", "json", "parquet", "csv", "arrow", "text", "html", "pdf", "docx", "xlsx"]
 Shape = Literal[
     "auto",
     "chat",
@@ -56,6 +57,12 @@ class Source(Config):
     )
     name: str = Field("", description="Name of the source in counts and cards; empty: its path")
     format: Format = Field("auto", description="File format; `auto` goes by the ending of the file's name")
+    encoding: str = Field(
+        UTF_8,
+        description="Encoding of JSONL, JSON, CSV, text and HTML files that begin with no byte order mark, for example"
+        " `windows-1252`, `utf-16-le` or `shift_jis`",
+    )
+    sheet: str = Field("", description="Sheet of a workbook with several; empty: the only visible one that holds rows")
     shape: Shape = Field("auto", description="Shape of the rows; `auto` goes by the columns of each row")
     mapping: Mapping | None = Field(None, description="Column names, for rows of no known shape; null: none")
     epochs: float = Field(
@@ -81,9 +88,20 @@ class Source(Config):
 
     @model_serializer(mode="wrap")
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `split` where it is not set: the ids of dataset versions from before that setting stay."""
+        """Without the newer settings where they are the default: the ids of dataset versions from before them stay."""
         values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name != "split" or value}
+        defaults = {"split": "", "encoding": UTF_8, "sheet": ""}
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, name: str) -> str:
+        if own := encoding_named(name):
+            return own
+        raise SettingError(
+            f"{name[:40]!r} is not an encoding of text that is read here",
+            "write for example windows-1252, iso-8859-15, utf-16-le, shift_jis or gb18030, or convert the files to UTF-8",
+        )
 
 
 class Splits(Config):

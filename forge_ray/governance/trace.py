@@ -8,16 +8,20 @@ would have read it. A use that cannot be determined exactly (of a run whose sett
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from forge_ray.config.base import parse
 from forge_ray.config.data import DataConfig
+from forge_ray.config.encodings import UTF_8
 from forge_ray.data.curate.rules import compile_rule
 from forge_ray.data.dataset.index import Place, dropped, duplicates, is_record_id, of_subject, places, rows_with
-from forge_ray.data.read.ingest import index_file
+from forge_ray.data.read.ingest import IndexedFile, index_listed
 from forge_ray.data.read.readers import image_reader, read_raw
 from forge_ray.data.read.sources import expand
 from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record
@@ -32,6 +36,7 @@ from forge_ray.store.files import Store
 __all__ = ["Affected", "Query", "Traced", "of_file", "of_record", "of_subject_value", "trace"]
 
 T = TypeVar("T")
+Reading = tuple[DataConfig, int, tuple[Any, ...]]  # settings of a dataset version, number of a source, rules that mask
 LOOKERS = 8  # dataset versions that are searched at once: a look-up mostly waits for the disk
 
 
@@ -227,37 +232,73 @@ def rows_of_file(catalog: Catalog, path: str) -> Iterator[ReadRow]:
     readings = _readings(manifests)
     unsearched = tuple(manifest.id for manifest in manifests if not manifest.config.get("sources"))
     limit = max((config.max_line_bytes for config, _, _ in readings), default=16 << 20)
-    for file in expand(parse(DataConfig, {"sources": [{"path": path}]}), any_split=True):
-        for chunk in index_file(file.path, file.name, file.format, max_line_bytes=limit, folder=file.folder).chunks:
-            images = image_reader(chunk)
-            for raw in read_raw(chunk, limit):
-                records: list[DataRecord] = []
-                reasons = [raw.reason] if raw.reason else []
-                for config, source, masks in readings if not raw.reason else ():
-                    shape, mapping = config.sources[source].shape, config.sources[source].mapping
-                    try:
-                        if raw.raw is not None:
-                            record = parse_line(raw.raw, shape, mapping, (), images)
-                        else:
-                            record = parse_record(raw.value, shape, mapping, (), images)
-                    except Reject as reason:
-                        reasons.append(str(reason))
-                        continue
-                    records += _stages(record, masks)
-                note = "" if records else f"no record: {'; '.join(dict.fromkeys(reasons)) or 'no dataset version reads it'}"
-                yield ReadRow(f"{file.name}:{raw.line}", tuple(records), note, unsearched)
+    for read_files in _as_each_reads_it(path, readings, limit):
+        by_line = heapq.merge(*(_rows_of(file, own, limit) for file, own in read_files), key=itemgetter(0))
+        for line, found in groupby(by_line, key=itemgetter(0)):
+            rows = list(found)
+            records = tuple(record for row in rows for record in row[1])
+            reasons = [reason for row in rows for reason in row[2]]
+            note = "" if records else f"no record: {'; '.join(dict.fromkeys(reasons)) or 'no dataset version reads it'}"
+            yield ReadRow(f"{read_files[0][0].name}:{line}", records, note, unsearched)
 
 
-def _readings(manifests: Sequence[DatasetManifest]) -> list[tuple[DataConfig, int, tuple[Any, ...]]]:
-    """The distinct ways in which dataset versions read rows: (settings, number of the source, masking rules)."""
-    readings: dict[str, tuple[DataConfig, int, tuple[Any, ...]]] = {}
+def _as_each_reads_it(
+    path: str, readings: Sequence[Reading], limit: int
+) -> Iterator[list[tuple[IndexedFile, list[Reading]]]]:
+    """Each file of the path in every way in which dataset versions read its bytes, with the readings of that way. A way that
+    cannot read it is left out where another one can."""
+    by_way: dict[tuple[str, str], list[Reading]] = {(UTF_8, ""): []}
+    for reading in readings:
+        source = reading[0].sources[reading[1]]
+        by_way.setdefault((source.encoding, source.sheet), []).append(reading)
+    indexed: dict[str, list[tuple[IndexedFile, list[Reading]]]] = {}
+    errors: list[DataError] = []
+    for (encoding, sheet), own in by_way.items():
+        try:
+            config = parse(DataConfig, {"sources": [{"path": path, "encoding": encoding, "sheet": sheet}]})
+            for file in expand(config, any_split=True):
+                indexed.setdefault(file.path, []).append((index_listed(file, limit), own))
+        except DataError as error:  # the file has no such sheet, or no encoding
+            errors.append(error)
+    if errors and not indexed:
+        raise errors[0]
+    for ways in indexed.values():
+        yield [way for way in ways if not any(chunk.reason for chunk in way[0].chunks)] or ways[:1]
+
+
+def _rows_of(
+    file: IndexedFile, readings: Sequence[Reading], limit: int
+) -> Iterator[tuple[int, list[DataRecord], list[str]]]:
+    """Line, records and reasons against one of each row."""
+    for chunk in file.chunks:
+        images = image_reader(chunk)
+        for raw in read_raw(chunk, limit):
+            records: list[DataRecord] = []
+            reasons = [raw.reason] if raw.reason else []
+            for config, source, masks in readings if not raw.reason else ():
+                shape, mapping = config.sources[source].shape, config.sources[source].mapping
+                try:
+                    if raw.raw is not None:
+                        record = parse_line(raw.raw, shape, mapping, (), images)
+                    else:
+                        record = parse_record(raw.value, shape, mapping, (), images)
+                except Reject as reason:
+                    reasons.append(str(reason))
+                    continue
+                records += _stages(record, masks)
+            yield raw.line, records, reasons
+
+
+def _readings(manifests: Sequence[DatasetManifest]) -> list[Reading]:
+    """The distinct ways in which dataset versions read rows."""
+    readings: dict[str, Reading] = {}
     for manifest in manifests:
         if not manifest.config.get("sources"):
             continue  # reported as unsearched
         config = parse(DataConfig, manifest.config)
         masks = tuple(rule for rule in config.curate if getattr(rule, "action", "") == "mask")
         for number, source in enumerate(config.sources):
-            key = repr((source.shape, source.mapping, masks))
+            key = repr((source.encoding, source.sheet, source.shape, source.mapping, masks))
             readings.setdefault(key, (config, number, masks))
     return list(readings.values())
 

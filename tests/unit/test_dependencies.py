@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 OPTIONAL = (
     *("mistral_common", "sentencepiece", "tiktoken", "pycountry", "pydantic_extra_types"),
     "py3langid",
-    *("inscriptis", "lxml", "pypdf", "docx"),
+    *("inscriptis", "lxml", "pypdf", "docx", "openpyxl", "deltalake"),
     *("tensorboard", "mlflow", "sqlalchemy", "alembic", "bitsandbytes", "vllm"),
     *("httpx", "httpcore"),
 )

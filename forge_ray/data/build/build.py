@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.data import DataConfig
+from forge_ray.config.data import DataConfig, Splits
 from forge_ray.data.build import mixture
 from forge_ray.data.build.barrier import find_duplicates
 from forge_ray.data.build.manifest import check_invalid, kinds_of, manifest_of, no_rows
@@ -34,7 +34,7 @@ from forge_ray.data.build.work import read_batches, require, write_array, write_
 from forge_ray.data.curate.decontaminate import build_index, evaluation_texts
 from forge_ray.data.curate.rules import require_packages
 from forge_ray.data.dataset.version import SPLITS, require_tokenizer
-from forge_ray.data.read.ingest import IndexedFile, index_file
+from forge_ray.data.read.ingest import IndexedFile, index_listed
 from forge_ray.data.read.readers import Chunk
 from forge_ray.data.read.sources import ListedFile, expand
 from forge_ray.errors import DataError, NothingLeft
@@ -75,10 +75,7 @@ def noted(files: Iterable[IndexedFile]) -> Iterator[str]:
 
 
 def _index_row(row: dict[str, Any]) -> dict[str, Any]:
-    file = ListedFile(**json.loads(row["file"]))
-    indexed = index_file(
-        file.path, file.name, file.format, file.source, file.sha256, max_line_bytes=row["limit"], folder=file.folder
-    )
+    indexed = index_listed(ListedFile(**json.loads(row["file"])), row["limit"])
     return {"indexed": json.dumps(indexed.to_json())}
 
 
@@ -245,7 +242,7 @@ def _epochs(config: DataConfig, history: History) -> tuple[float, ...]:
 def _reduce(spec: BuildSpec, plan: str, history: History) -> list[Partition]:
     import ray.data
 
-    tasks = _partition_tasks(plan, history)
+    tasks = _partition_tasks(plan, history, is_only_evaluated(spec.config.splits))
     work = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=len(tasks)).map(
         partial(run_partition, config=spec.config, base=spec.base.id, store=spec.store, mark=spec.mark)
     )
@@ -256,13 +253,18 @@ def _reduce(spec: BuildSpec, plan: str, history: History) -> list[Partition]:
     return sorted(partitions, key=lambda partition: (partition.split, partition.number))
 
 
-def _partition_tasks(plan: str, history: History) -> list[PartitionTask]:
-    """The partitions of every split that has records; `DataError` where none falls into the train split."""
+def is_only_evaluated(splits: Splits) -> bool:
+    """Whether the splits leave nothing to train on, as whoever set them wants it."""
+    return splits.validation + splits.test == 1
+
+
+def _partition_tasks(plan: str, history: History, may_lack_train: bool) -> list[PartitionTask]:
+    """The partitions of every split that has records; `DataError` where none falls into the train split, unless it may."""
     totals: dict[int, SplitCounts] = {}
     for summary in history[-1]:
         for split, counts in summary.tally.by_split.items():
             totals.setdefault(split, SplitCounts()).add(counts)
-    if SPLITS.index("train") not in totals:
+    if not totals or (SPLITS.index("train") not in totals and not may_lack_train):
         used = sum(counts.records for counts in totals.values())
         kind = NothingLeft if any(summary.erased for summary in history[0]) else DataError
         raise kind(f"no row of {used} falls into the train split", hint="add rows, or lower data.splits")

@@ -100,6 +100,7 @@ def manifest_of(
                 num_records=files.get((file.source, file.name), Counter())["accepted"],
                 num_rejected=files.get((file.source, file.name), Counter())["rejected"],
                 num_dropped=files.get((file.source, file.name), Counter())["dropped"],
+                version=file.version,
             )
             for file in spec.sources
         ),

@@ -21,7 +21,7 @@ def silent(done: float, total: float, text: str) -> None:
     """No one watches."""
 
 
-ENCODING = 2  # how rows become tokens: what an older one made of the same rows is made again
+ENCODING = 3  # how files become rows and rows tokens: what an older one made of the same files is made again
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def segments(config: DataConfig) -> Iterator[Segment]:
 
 def input_digest(config: DataConfig, sources: list[IndexedFile], tokenizer: str, tombstones: str) -> str:
     """What decides a dataset, known before it is built. `tombstones` is their name, "" where there are none."""
-    files = sorted((source.source, source.sha256) for source in sources)
+    files = sorted((source.source, source.sha256, *filter(None, [source.columns])) for source in sources)
     return digest([FORMAT, ENCODING, settings_of(config), files, tokenizer, *filter(None, [tombstones])])
 
 

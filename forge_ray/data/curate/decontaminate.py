@@ -16,9 +16,10 @@ import numpy.typing as npt
 from forge_ray.config.data import DataConfig
 from forge_ray.data.curate.words import hashes, mixed, runs, words
 from forge_ray.data.dataset.version import SPLITS, records
-from forge_ray.data.read.ingest import expand, index_file
+from forge_ray.data.read.ingest import expand, index_listed
 from forge_ray.data.read.readers import read_raw
 from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record, texts
+from forge_ray.errors import DataError
 from forge_ray.records import DatasetManifest
 from forge_ray.store import paths
 from forge_ray.store.files import Store
@@ -63,7 +64,12 @@ def evaluation_texts(against: tuple[str, ...], store: Store) -> Iterator[str]:
             continue
         config = DataConfig.model_validate({"sources": [{"path": place}]})
         for file in expand(config, any_split=True):
-            for chunk in index_file(file.path, file.name, file.format).chunks:
+            for chunk in index_listed(file).chunks:
+                if chunk.reason:  # nothing of it would be looked for
+                    raise DataError(
+                        f"data.curate: {file.name!r} of decontaminate cannot be read: {chunk.reason}",
+                        hint="convert it to JSONL in UTF-8, and name that",
+                    )
                 for raw in read_raw(chunk, config.max_line_bytes):
                     try:
                         yield from texts(parse_line(raw.raw) if raw.raw is not None else parse_record(raw.value))

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from forge_ray.data.read.features import lossy_columns
+from forge_ray.data.read.features import features_of, lossy_columns
 from forge_ray.data.read.lines import TOO_LONG, filesystem_of, is_outage, open_file
 
 BATCH_BYTES = 8 << 20  # decoded at a time
@@ -51,13 +51,15 @@ def parquet_rows(path: str) -> list[int]:
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
-def struct_notes(path: str, format: str) -> list[str]:
-    """The columns whose structs lose nulls that mean something."""
+def schema_notes(path: str, format: str) -> tuple[list[str], dict[str, Any]]:
+    """The columns whose structs lose nulls that mean something; and what `datasets` noted of the columns."""
     with open_file(path) as stream:
         if format == "parquet":
-            return list(lossy_columns(pq.ParquetFile(stream).schema_arrow))
-        stream.seek(arrow_start(stream))
-        return list(lossy_columns(pa.ipc.open_stream(stream).schema))
+            schema = pq.ParquetFile(stream).schema_arrow
+        else:
+            stream.seek(arrow_start(stream))
+            schema = pa.ipc.open_stream(stream).schema
+        return list(lossy_columns(schema)), features_of(schema.metadata or {})
 
 
 def parquet_slices(path: str, number: int, limit: int, allow: Allow) -> Iterator[pa.RecordBatch | Lost]:

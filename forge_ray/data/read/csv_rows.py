@@ -10,9 +10,9 @@ import csv
 import hashlib
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from forge_ray.data.read.lines import TOO_LONG, Raw, blocks, lines
+from forge_ray.data.read.lines import TOO_LONG, Raw, lines
 from forge_ray.data.read.strict_json import PADDING
 
 DELIMITERS = ",;\t"
@@ -23,9 +23,9 @@ class _Stop(Exception):
     """The row reaches a line that cannot be part of it; the text is the reason."""
 
 
-def read_csv(path: str, limit: int) -> Iterator[Raw]:
-    """Every row as a dict of strings; the first is the header. `line` is that of the row's first line in the file."""
-    feed = _Feed(lines(blocks(path), 1, 0, limit, blank=True), limit)
+def read_csv(source: Iterable[bytes], limit: int) -> Iterator[Raw]:
+    """Every row of a file as a dict of strings; the first is the header. `line` is that of the row's first line."""
+    feed = _Feed(lines(source, 1, 0, limit, blank=True), limit)
     header = feed.row(",", is_header=True)
     if header is None:
         return

@@ -15,7 +15,7 @@ from typing import Any
 from forge_ray.errors import DataError
 
 DOCUMENTS = ("text", "html", "pdf", "docx")
-LIBRARIES = {"html": "inscriptis", "pdf": "pypdf", "docx": "docx"}
+LIBRARIES = {"html": "inscriptis", "pdf": "pypdf", "docx": "docx", "xlsx": "openpyxl"}
 MAX_FILE_BYTES = 256 << 20  # of a PDF or DOCX, most of which is images; a DOCX also unpacked
 CHARSET = re.compile(rb"""<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_.:-]{1,40})""", re.I)
 # Menus and code that a page carries beside its text
@@ -27,12 +27,16 @@ class Unreadable(Exception):
 
 
 def require_library(format: str, path: str) -> None:
-    """Says what to install before a thousand rows are rejected for it."""
-    name = LIBRARIES.get(format)
-    if name and importlib.util.find_spec(name) is None:
+    """`DataError` that says what to install, before a thousand rows are rejected for it."""
+    if name := LIBRARIES.get(format):
+        require_package(name, f"{path!r} is {format}", "docs")
+
+
+def require_package(name: str, what: str, extra: str) -> None:
+    if importlib.util.find_spec(name) is None:
         raise DataError(
-            f"data.sources: {path!r} is {format}, which needs the package {name!r}",
-            hint="pip install 'forge-ray[docs]' on every node",
+            f"data.sources: {what}, which needs the package {name!r}",
+            hint=f"pip install 'forge-ray[{extra}]' on every node",
         )
 
 
@@ -103,8 +107,6 @@ def _html(data: bytes) -> str:
 def _decoded_html(data: bytes) -> str:
     """UTF-8 unless it is not; then what the page declares. Nothing is guessed."""
     try:
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            return data.decode("utf-16")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         declared = CHARSET.search(data[:2048])

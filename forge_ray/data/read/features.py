@@ -19,16 +19,45 @@ Decode = Callable[[Any], Any]
 OPAQUE = ("arguments", "parameters")  # objects of any form, in which a null has a meaning
 
 
-def row_decoder(schema: pa.Schema) -> Decode:
-    """From a row as Arrow gives it (`to_pylist`) to what it means; the function raises `Reject`."""
-    return _struct(list(schema), _features(schema.metadata or {}))
+def row_decoder(schema: pa.Schema, columns: str = "") -> Decode:
+    """From a row as Arrow gives it (`to_pylist`) to what it means; the function raises `Reject`.
+
+    `columns` is JSON of what is known of the columns from elsewhere: `labels`, features of columns that hold classes, used
+    where the schema names none; `constants`, values that all rows have.
+    """
+    known = json.loads(columns) if columns else {}
+    own, labels = features_of(schema.metadata or {}), known.get("labels", {})
+    decode = _struct(list(schema), own | {name: label for name, label in labels.items() if not _classes(own.get(name))})
+    if constants := known.get("constants"):
+        return lambda row: constants | decode(row)
+    return decode
 
 
-def _features(metadata: dict[bytes, bytes]) -> Any:
+def conflict(own: dict[str, Any], labels: dict[str, Any]) -> str:
+    """The column whose classes have other names in a file than elsewhere; "" for none."""
+    both = ((name, _classes(own.get(name)), _classes(label)) for name, label in labels.items())
+    return next((name for name, first, second in both if first and first != second), "")
+
+
+def features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:
     try:
-        return json.loads(metadata[b"huggingface"])["info"]["features"]
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _classes(feature: Any, place: str = "") -> dict[str, Any]:
+    """Names of classes by the place of their column in a feature."""
+    if isinstance(feature, list):
+        return _classes(feature[0], place) if feature else {}
+    if not isinstance(feature, dict):
+        return {}
+    if feature.get("_type") == "ClassLabel":
+        return {place: feature["names"]} if feature.get("names") else {}
+    if "_type" in feature:
+        return _classes(feature.get("feature"), place)
+    return {key: names for name, inner in feature.items() for key, names in _classes(inner, f"{place}.{name}").items()}
 
 
 def _decoder(name: str, kind: pa.DataType, feature: Any) -> Decode | None:

@@ -1,35 +1,60 @@
-"""Files that are not what their names say: found by their first bytes, named once, with what to do about it.
+"""What the first bytes of a file tell: its encoding and line ends, or that it is not what its name says.
 
-Without this every line of such a file would be a bad row with a reason that names no remedy.
+Such a file is named once, with what to do about it: else every line of it would be a bad row without a remedy.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
+from dataclasses import dataclass
+
+from forge_ray.config.encodings import UTF_8, WIDE
 
 HEAD_BYTES = 256 << 10
 LINES = ("jsonl", "json", "csv")
 TEXTS = (*LINES, "text")
-GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+ENCODED = (*TEXTS, "html")  # which of its own accord declares its encoding
+STREAMS = {
+    "gzip": (".gz", b"\x1f\x8b"),
+    "zstd": (".zst", b"\x28\xb5\x2f\xfd"),
+    "bz2": (".bz2", b"BZh"),
+    "xz": (".xz", b"\xfd7zXZ\0"),
+}  # by compression: the ending of its name, its first bytes
 POINTER = b"version https://git-lfs.github.com/spec/"
-# first bytes, the format that begins so, what the file is and what to do
+# first bytes, the formats that begin so, what the file is and what to do
 SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
-    (GZIP, "", "a gzip stream without the ending .gz: add it to the name"),
-    (ZSTD, "", "a zstd stream without the ending .zst: add it to the name"),
-    (b"BZh", "", "a bzip2 stream: unpack it"),
-    (b"\xfd7zXZ\0", "", "an xz stream: unpack it"),
-    (b"PK\x03\x04", "docx", "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV UTF-8"),
-    (b"\xd0\xcf\x11\xe0", "docx", "an Office file from before 2007: save it as CSV UTF-8 or DOCX"),
+    *((start, "", f"a stream of {kind} without the ending {ending}: add it") for kind, (ending, start) in STREAMS.items()),
+    (b"PK\x03\x04", "docx xlsx", "a zip archive or an Excel workbook: unpack it, or give it the ending .xlsx"),
+    (b"\xd0\xcf\x11\xe0", "docx", "an Office file with a password or from before 2007: save it as XLSX, CSV UTF-8 or DOCX"),
     (b"PAR1", "parquet", "a Parquet file: set `format: parquet`, or give it the ending .parquet"),
     (b"ARROW1", "arrow", "an Arrow file: set `format: arrow`, or give it the ending .arrow"),
     (b"%PDF-", "pdf", "a PDF: set `format: pdf`, or give it the ending .pdf"),
     (b"SQLite format 3\0", "", "an SQLite database: export its tables as CSV or JSONL"),
 )
-UTF_16 = "the file is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)"
-OLD_MAC = "the lines of the file end in CR alone: convert them (tr '\\r' '\\n')"
-NOT_UTF_8 = (
-    "the file is not UTF-8, most likely Windows-1252: save it as CSV UTF-8, or convert it (iconv -f WINDOWS-1252 -t UTF-8)"
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # which begins as the mark of UTF-16 does
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (codecs.BOM_UTF8, UTF_8),
 )
+PAGE = "the file is an HTML page, such as a login or an error: download it again"
+NOT_UTF_8 = (
+    "the file is not UTF-8, most likely Windows-1252: set `encoding: windows-1252` for its source if it is, else save it as"
+    " UTF-8"
+)
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """How the bytes of a text file are read; `reason`: why they are not."""
+
+    format: str
+    encoding: str = UTF_8
+    cr_ends: bool = False
+    reason: str = ""
 
 
 def why_not(format: str, compression: str, head: bytes) -> str:
@@ -37,49 +62,101 @@ def why_not(format: str, compression: str, head: bytes) -> str:
     if head.startswith(POINTER):
         return "the file is a pointer of Git LFS, not what it points at: fetch that (git lfs pull)"
     if compression:
-        name, ending, start = ("gzip", ".gz", GZIP) if compression == "gzip" else ("zstd", ".zst", ZSTD)
-        is_other = len(head) >= len(start) and not head.startswith(start)
-        return f"the file is not a {name} stream, though its name ends in {ending}: remove the ending" if is_other else ""
+        ending, start = STREAMS[compression]
+        if len(head) < len(start) or head.startswith(start):
+            return ""
+        return f"the file is not a {compression} stream, though its name ends in {ending}: remove the ending"
     if format != "text" or b"\0" in head:
         for start, own, what in SIGNATURES:
-            if head.startswith(start) and format != own:
+            if head.startswith(start) and format not in own.split():
                 return f"the file is {what}"
-    return why_not_text(format, head)
+    return PAGE if format in ("parquet", "arrow", "xlsx") and _is_page(head) else ""
 
 
-def why_not_text(format: str, head: bytes) -> str:
-    """The same of an unpacked file: its encoding and the ends of its lines."""
-    if format in TEXTS and _is_utf_16(head):
-        return UTF_16
-    if format in (*LINES, "parquet", "arrow") and head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-        return "the file is an HTML page, such as a login or an error: download it again"
-    if format in LINES and _is_old_mac(format, head):
-        return OLD_MAC
-    return NOT_UTF_8 if format == "csv" and _is_other_encoding(head) else ""
+def text_form(format: str, encoding: str, head: bytes) -> TextForm:
+    """How a text file is read that begins, unpacked, with `head`: a byte order mark tells its encoding, else the source."""
+    marked = next((own for mark, own in MARKS if head.startswith(mark)), "")
+    own = marked or encoding
+    if reason := "" if marked else _contradiction(format, encoding, head):
+        return TextForm(format, encoding, reason=reason)
+    text = head
+    if own != UTF_8:
+        text = codecs.getincrementaldecoder(own)("replace").decode(head).encode("utf-8", "replace")
+    if format == "jsonl" and _is_list(text):
+        format = "json"
+    if format in LINES and _is_page(text):
+        return TextForm(format, own, reason=PAGE)
+    if own == UTF_8 and format in ("csv", "text") and _is_other_encoding(format, head):
+        return TextForm(format, own, reason=NOT_UTF_8)
+    return TextForm(format, own, format in LINES and _has_cr_ends(format, text))
 
 
-def _is_utf_16(head: bytes) -> bool:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return True
+def _is_page(head: bytes) -> bool:
+    return head.removeprefix(codecs.BOM_UTF8).lstrip()[:14].lower().startswith((b"<!doctype html", b"<html"))
+
+
+def _contradiction(format: str, encoding: str, head: bytes) -> str:
+    """Why a file without a byte order mark is not of the encoding that its source names."""
+    order = _order_of_utf_16(head) if format in TEXTS else ""
+    if order and encoding != f"utf-16-{order}":
+        return f"the file is UTF-16 without a byte order mark: set `encoding: utf-16-{order}` for its source"
+    if encoding in ("utf-16", "utf-32"):
+        return (
+            f"the file has no byte order mark, so the order of its bytes is not known: set `encoding: {encoding}-le`"
+            f" or `{encoding}-be` for its source"
+        )
+    if encoding != UTF_8 and _is_utf_8(head, is_wide=encoding in WIDE):
+        return f"the file is UTF-8, not {encoding}: give it a source without `encoding`"
+    return ""
+
+
+def _is_utf_8(head: bytes, is_wide: bool) -> bool:
+    """Whether text of another encoding is UTF-8 all the same, which it is only by name: with letters beyond ASCII, or, where
+    that encoding has at least two bytes a letter, with any."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return "\0" not in text and (is_wide or not text.isascii()) and bool(text)
+
+
+def _is_list(head: bytes) -> bool:
+    """Whether the file is one JSON list of objects: it begins as one, and its first line does not end it before others."""
+    body = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not re.match(rb"\[\s*\{", body):
+        return False
+    first, _, rest = (part.strip() for part in body.partition(b"\n"))
+    try:
+        return isinstance(json.loads(first), list) and not rest
+    except (ValueError, RecursionError):
+        return first.endswith((b"[", b",", b"{")) or not rest.startswith((b"{", b"["))
+
+
+def _order_of_utf_16(head: bytes) -> str:
+    """`le` or `be` where every other byte is zero, as of Latin text in UTF-16; else ""."""
     sample = head[:1024]
-    zeros = sorted((sample[0::2].count(0), sample[1::2].count(0)))
-    return zeros[0] == 0 and zeros[1] * 5 > len(sample)  # no mark: every other byte of Latin text is zero
+    even, odd = sample[0::2].count(0), sample[1::2].count(0)
+    if min(even, odd) or max(even, odd) * 5 <= len(sample):
+        return ""
+    return "le" if odd else "be"
 
 
-def _is_old_mac(format: str, head: bytes) -> bool:
-    first, mark, rest = head.partition(b"\r")
-    if b"\n" in head or not mark or not rest.strip():
+def _has_cr_ends(format: str, head: bytes) -> bool:
+    """Whether CR alone ends the first line. Cells of a table may hold line feeds then; in JSON a CR may be white space."""
+    first, mark, rest = head.removeprefix(codecs.BOM_UTF8).partition(b"\r")
+    if not mark or rest.startswith(b"\n") or not rest.strip():
         return False
     if format == "csv":
-        return True
+        return b"\n" not in first and first.count(b'"') % 2 == 0
     try:
-        return isinstance(json.loads(first), dict)
+        return b"\n" not in head and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _is_other_encoding(head: bytes) -> bool:
-    """Whether no letter beyond ASCII is written in UTF-8: in the header, or in two lines. One alone may be damaged."""
+def _is_other_encoding(format: str, head: bytes) -> bool:
+    """Whether no letter beyond ASCII is written in UTF-8: in a text, or in the header or two lines of a table. One alone
+    may be damaged."""
     lines = head.split(b"\n")
     lines = lines[:-1] if len(lines) > 1 and len(head) >= HEAD_BYTES else lines  # the last one may be cut
     bad = []
@@ -89,4 +166,4 @@ def _is_other_encoding(head: bytes) -> bool:
                 return False
         except UnicodeDecodeError:
             bad.append(number)
-    return bad[:1] == [0] or len(bad) > 1
+    return bad[:1] == [0] or len(bad) > (format != "text")

@@ -19,12 +19,14 @@ from typing import Any, BinaryIO
 
 HEAD = struct.Struct(">cQ")
 REQUEST, PAYLOAD, READY = b"Q", b"P", b"R"
-BATCH, LOST, TEXT, VALUE, REASON, OUTAGE, LIMIT, DONE = (b"B", b"N", b"T", b"J", b"E", b"X", b"L", b"D")
+BATCH, LOST, TEXT, VALUE, ROWS, REASON, OUTAGE, LIMIT, DONE = (b"B", b"N", b"T", b"J", b"S", b"E", b"X", b"L", b"D")
 MEMORY = 104 << 20  # bytes above what the process has when the request comes, and so many more per stored byte
 MEMORY_PER_BYTE = 16
 CPU_S, CPU_S_PER_MIB, HTML_CPU_S_PER_MIB = 1.2, 20.0, 3.0  # of a page nothing is compressed
 CPU_S_PER_MIB_OUT = 0.5  # ten times what a quiet core needs: a slow or busy machine must lose no row
-DOCX_MEMORY_PER_BYTE, DOCX_MEMORY_PER_UNPACKED_BYTE = 256, 8
+ZIP_MEMORY_PER_BYTE, ZIP_MEMORY_PER_UNPACKED_BYTE = 256, 8  # of DOCX and XLSX
+TABLE_MEMORY, TABLE_MEMORY_PER_BYTE = 512 << 20, 64  # of the log of a Delta table; its library has threads with stacks
+ROWS_BYTES = 64 << 10  # of rows that are handed out at once
 
 Frame = tuple[bytes, bytes]
 
@@ -83,8 +85,8 @@ def _document(request: dict[str, Any], data: bytes) -> Iterator[Frame]:
     try:
         memory = None
         if request["format"] == "docx":
-            unpacked = DOCX_MEMORY_PER_UNPACKED_BYTE * unpacked_bytes(data)
-            memory = min(unpacked, DOCX_MEMORY_PER_BYTE * len(data))
+            unpacked = ZIP_MEMORY_PER_UNPACKED_BYTE * unpacked_bytes(data)
+            memory = min(unpacked, ZIP_MEMORY_PER_BYTE * len(data))
         limits.allow(len(data), memory, HTML_CPU_S_PER_MIB if request["format"] == "html" else CPU_S_PER_MIB)
         text = document_text(data, request["format"])
         limits.lift()
@@ -113,8 +115,8 @@ def _columnar(request: dict[str, Any]) -> Iterator[Frame]:
             case "arrow_cuts":
                 yield VALUE, json.dumps(columnar.arrow_cuts(path, request["size"], request["chunk_bytes"])).encode()
                 return
-            case "struct_notes":
-                yield VALUE, json.dumps(columnar.struct_notes(path, request["format"])).encode()
+            case "schema_notes":
+                yield VALUE, json.dumps(columnar.schema_notes(path, request["format"])).encode()
                 return
             case "parquet":
                 parts = columnar.parquet_slices(path, request["start"], request["limit"], limits.allow)
@@ -143,9 +145,80 @@ def _columnar(request: dict[str, Any]) -> Iterator[Frame]:
         limits.lift()
 
 
+def _workbook(request: dict[str, Any]) -> Iterator[Frame]:
+    import openpyxl  # noqa: F401 (before the limits, which are for the file)
+
+    from forge_ray.data.read import columnar, workbook
+    from forge_ray.data.read.lines import is_outage
+
+    limits = ReaderLimits()
+    path, stored = request["path"], request["size"]
+    try:
+        limits.allow(stored)
+        unpacked = ZIP_MEMORY_PER_UNPACKED_BYTE * workbook.unpacked_bytes(path)
+        limits.allow(stored, min(unpacked, ZIP_MEMORY_PER_BYTE * stored))
+        if request["kind"] == "sheets":
+            yield VALUE, json.dumps(workbook.sheets(path)).encode()
+            return
+        yield from _handed(workbook.sheet_rows(path, request["sheet"], request["limit"]), stored, request["limit"], limits)
+    except columnar.Bomb as error:
+        yield REASON, str(error).encode()
+    except MemoryError:
+        raise
+    except Exception as error:  # a parser of another's format fails in many ways, and one file must not stop the rest
+        if is_outage(error):
+            yield OUTAGE, json.dumps([getattr(error, "errno", None), str(error)]).encode()
+        else:
+            yield REASON, ("!" + type(error).__name__).encode()
+    finally:
+        limits.lift()
+
+
+def _table(request: dict[str, Any]) -> Iterator[Frame]:
+    import deltalake  # noqa: F401 (before the limits, which are for the log)
+
+    from forge_ray.data.read.delta import snapshot
+
+    limits = ReaderLimits()
+    try:
+        limits.allow(request["size"], TABLE_MEMORY + TABLE_MEMORY_PER_BYTE * request["size"])
+        yield VALUE, json.dumps(snapshot(request["path"])).encode()
+    except MemoryError:
+        raise
+    except Exception as error:  # its library has errors of many kinds
+        yield REASON, f"{type(error).__name__}: {str(error)[:300]}".encode("utf-8", "replace")
+    finally:
+        limits.lift()
+
+
+def _handed(rows: Iterator[Any], stored: int, limit: int, limits: ReaderLimits) -> Iterator[Frame]:
+    """Rows in frames, those before an error too."""
+    from forge_ray.data.read.columnar import EXPANSION, Budget
+
+    budget, waiting, size = Budget(max(limit, EXPANSION * stored)), [], 0
+    try:
+        for row in rows:
+            num_bytes = len(json.dumps(row))
+            budget.take(num_bytes)
+            waiting.append(row)
+            size += num_bytes
+            if size > ROWS_BYTES:
+                limits.extend(size)
+                yield ROWS, json.dumps(waiting).encode()
+                waiting, size = [], 0
+    except Exception:
+        yield ROWS, json.dumps(waiting).encode()
+        raise
+    yield ROWS, json.dumps(waiting).encode()
+
+
 def _answers(request: dict[str, Any], data: bytes) -> Iterator[Frame]:
     try:
-        yield from _document(request, data) if request["kind"] == "document" else _columnar(request)
+        if request["kind"] == "document":
+            yield from _document(request, data)
+        else:
+            readers = {"sheets": _workbook, "sheet": _workbook, "delta": _table}
+            yield from readers.get(request["kind"], _columnar)(request)
     except MemoryError:
         yield LIMIT, b""
         return

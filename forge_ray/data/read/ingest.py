@@ -5,24 +5,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
+from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.documents import DOCUMENTS, require_library
-from forge_ray.data.read.first_bytes import HEAD_BYTES, why_not, why_not_text
+from forge_ray.data.read.features import conflict
+from forge_ray.data.read.first_bytes import ENCODED, HEAD_BYTES, TextForm, text_form, why_not
 from forge_ray.data.read.limited import NotRead, OverLimit, read_value
-from forge_ray.data.read.lines import Damaged, blocks, compression_of, is_outage, open_file
+from forge_ray.data.read.lines import Damaged, blocks, compression_of, is_outage, open_file, unpacked
 from forge_ray.data.read.readers import Chunk, read_raw
-from forge_ray.data.read.sources import expand
+from forge_ray.data.read.sources import ListedFile, expand
 from forge_ray.errors import DataError
 
-__all__ = ["CHUNK_BYTES", "Chunk", "IndexedFile", "expand", "index_file"]
+__all__ = ["CHUNK_BYTES", "Chunk", "IndexedFile", "expand", "index_file", "index_listed"]
 
 CHUNK_BYTES = 4 << 20
 MAX_LINE_BYTES = 16 << 20
@@ -44,6 +47,8 @@ class IndexedFile:
     chunks: tuple[Chunk, ...]
     source: int
     notes: tuple[str, ...] = ()  # what whoever builds from it should know; whole sentences without the file's name
+    columns: str = ""  # JSON of what is known of its columns from elsewhere, and decides its rows too
+    version: str = ""  # of the table that it is of
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +67,23 @@ class _Cut:
     line: int
 
 
+def index_listed(file: ListedFile, max_line_bytes: int = MAX_LINE_BYTES) -> IndexedFile:
+    """`index_file` of a file as its source says that it is read."""
+    indexed = index_file(
+        file.path,
+        file.name,
+        file.format,
+        file.source,
+        file.sha256,
+        max_line_bytes=max_line_bytes,
+        folder=file.folder,
+        encoding=file.encoding,
+        sheet=file.sheet,
+        columns=file.columns,
+    )
+    return replace(indexed, version=file.version)
+
+
 def index_file(
     path: str,
     name: str,
@@ -71,6 +93,9 @@ def index_file(
     chunk_bytes: int = CHUNK_BYTES,
     max_line_bytes: int = MAX_LINE_BYTES,
     folder: str = "",
+    encoding: str = UTF_8,
+    sheet: str = "",
+    columns: str = "",
 ) -> IndexedFile:
     """One sequential read: digest (which must be `expected`, if given), lines, and where the chunks begin."""
     require_library(format, name)
@@ -84,20 +109,28 @@ def index_file(
         )
     if size == 0:
         return IndexedFile(name, 0, 0, sha256, 0, (), source, (EMPTY,))
-    if reason := why_not(format, kind, head) or (kind and why_not_text(format, _unpacked(path))) or "":
-        key = _key(sha256, format, kind, reason)
-        return IndexedFile(
-            name, size, size, sha256, 1, (Chunk(path, name, format, 0, size, 1, source, key, folder, reason),), source
-        )
+    form = TextForm(format, reason=why_not(format, kind, head))
+    if not form.reason and format in ENCODED:
+        form = text_form(format, encoding, _unpacked(path) if kind else head)
+    if form.reason:
+        key = _key(sha256, format, kind, form.reason)
+        chunk = Chunk(path, name, format, 0, size, 1, source, key, folder, form.reason)
+        return IndexedFile(name, size, size, sha256, 1, (chunk,), source)
+    by_line = by_line and form == TextForm(format)
+    how = (form.format, kind) if form == TextForm(form.format) else (form.format, kind, form.encoding, form.cr_ends)
     notes: list[str] = []
     if format == "parquet":
         cuts = _parquet_cuts(path, size)
     elif format == "arrow":
         cuts = _arrow_cuts(path, size, chunk_bytes)
+    elif format == "xlsx":
+        cuts, sheet = _sheet_cuts(path, name, size, sheet)
     elif not by_line:
         cuts = [_Cut(0, 1), _Cut(size, 1)]
+    how = (*how, *filter(None, (sheet, columns)))
+    whole = Chunk(path, name, form.format, 0, size, 1, source, "", folder, "", form.encoding, form.cr_ends, sheet, columns)
     chunks = tuple(
-        Chunk(path, name, format, a.start, b.start, a.line, source, _key(sha256, format, kind, a.start, b.start), folder)
+        replace(whole, start=a.start, end=b.start, first_line=a.line, key=_key(sha256, *how, a.start, b.start))
         for a, b in pairwise(cuts)
     )
     text_bytes = _uncompressed_size(path, kind, size) if kind else size
@@ -109,8 +142,15 @@ def index_file(
     if not is_counted:
         notes.append(NO_ROWS)
     if format in ("parquet", "arrow"):
-        notes += _lost_nulls(path, format, size)
-    return IndexedFile(name, size, text_bytes, sha256, max(num_lines, bool(chunks)), chunks, source, tuple(notes))
+        lossy, features = _schema_notes(path, format, size)
+        notes += lossy
+        if column := conflict(features, json.loads(columns or "{}").get("labels", {})):
+            raise DataError(
+                f"data.sources: the classes of `{column}` have other names in {name} than in the README.md of its dataset",
+                hint="remove the names from one of them",
+            )
+    num_lines = max(num_lines, bool(chunks))
+    return IndexedFile(name, size, text_bytes, sha256, num_lines, chunks, source, tuple(notes), columns)
 
 
 def _unpacked(path: str) -> bytes:
@@ -121,16 +161,18 @@ def _unpacked(path: str) -> bytes:
         return b""
 
 
-def _lost_nulls(path: str, format: str, size: int) -> list[str]:
+def _schema_notes(path: str, format: str, size: int) -> tuple[list[str], dict[str, Any]]:
+    """Notes on columns that lose nulls, and what `datasets` noted of the columns."""
     try:
-        columns = read_value({"kind": "struct_notes", "path": path, "format": format, "size": size})
+        columns, features = read_value({"kind": "schema_notes", "path": path, "format": format, "size": size})
     except (NotRead, OverLimit):
-        return []
-    return [
+        return [], {}
+    notes = [
         f"`{column}` is a struct, in which a null cannot be told from an absent key: nulls in it are left out; a column of"
         " JSON text keeps them"
         for column in columns
     ]
+    return notes, features
 
 
 def _key(*parts: str | int) -> str:
@@ -184,8 +226,35 @@ def _arrow_cuts(path: str, size: int, chunk_bytes: int) -> list[_Cut]:
     return [_Cut(start, line) for start, line in cuts]
 
 
+def _sheet_cuts(path: str, name: str, size: int, sheet: str) -> tuple[list[_Cut], str]:
+    """One chunk of about as many rows as the sheet has, and its name; `DataError` where it has to be chosen."""
+    try:
+        answer = read_value({"kind": "sheets", "path": path, "size": size})
+    except (NotRead, OverLimit):
+        return [_Cut(0, 1), _Cut(size, 2)], sheet  # reading it says so
+    names, shown = answer["names"], answer["shown"]
+    listed = ", ".join(repr(item) for item in names[:20]) + (", …" if len(names) > 20 else "")
+    if sheet and sheet not in names:
+        raise DataError(f"data.sources: {name!r} has no sheet {sheet!r}", hint=f"its sheets are: {listed}")
+    if not sheet and len(shown) > 1:
+        raise DataError(
+            f"data.sources: {name!r} holds several sheets with rows ({listed})",
+            hint=f"choose one with `sheet: {shown[0]}`; a source of its own reads another one",
+        )
+    sheet = sheet or next(iter(shown or names), "")
+    return [_Cut(0, 1), _Cut(size, 1 + answer["num_rows"].get(sheet, 0))], sheet
+
+
 def _uncompressed_size(path: str, kind: str, size: int) -> int:
     """From how far the first bytes spread."""
+    if kind in ("bz2", "xz"):
+        sample = 0
+        with open_file(path) as file, contextlib.suppress(Damaged):
+            for block in unpacked(file, kind):
+                sample += len(block)
+                if sample >= SAMPLE_BYTES:
+                    return max(size, sample * size // max(1, int(file.tell())))
+        return sample or size
     with open_file(path) as file, pa.CompressedInputStream(file, kind) as stream:
         try:
             sample = len(stream.read(SAMPLE_BYTES))

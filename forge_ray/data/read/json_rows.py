@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 
-from forge_ray.data.read.lines import Damaged, HeldBytes, Raw, blocks, lines
+from forge_ray.data.read.lines import Damaged, HeldBytes, Raw, lines
 
 BOM = b"\xef\xbb\xbf"
 STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|"'  # a whole one, or the start of one that goes on in the next block
@@ -15,9 +15,8 @@ OWN_LEVEL, DEEPER = re.compile(rb"[\[\]{},]|" + STRING, re.S), re.compile(rb"[\[
 INSIDE = re.compile(rb'["\\]')
 
 
-def read_json(path: str, limit: int) -> Iterator[Raw]:
-    """The bytes of each row, for the same parser that reads JSONL; `line` counts rows, but in lines."""
-    source = blocks(path)
+def read_json(source: Iterator[bytes], limit: int) -> Iterator[Raw]:
+    """The bytes of each row of the file's blocks, for the same parser that reads JSONL; `line` counts rows, but in lines."""
     try:
         first = next(source, b"")
     except Damaged as kind:

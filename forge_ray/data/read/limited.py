@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from forge_ray.data.read import foreign
 from forge_ray.data.read.columnar import Lost
+from forge_ray.data.read.workbook import Row
 from forge_ray.errors import DataError
 
 WALL_S = 120.0  # without an answer, and several times the processor time allowed; a busy machine is slow
@@ -179,6 +180,12 @@ def read_slices(request: dict[str, Any], stored: int) -> Iterator[pa.RecordBatch
                 yield from reader
     if reason:
         raise NotRead(reason)
+
+
+def read_rows(request: dict[str, Any]) -> Iterator[Row]:
+    """Rows of a sheet; raises as `read_value` does, behind the rows before."""
+    for frame in _frames(request, stored=request["size"]):
+        yield from json.loads(_sound(frame)[1])
 
 
 def _sound(frame: foreign.Frame) -> foreign.Frame:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import hashlib
+import lzma
 import os
 import stat
 import zlib
@@ -17,7 +19,8 @@ from forge_ray.errors import DataError
 
 BLOCK = 1 << 20
 TOO_LONG = "longer than max_line_bytes"
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+XZ_MEMORY = 256 << 20  # of a stream's dictionary, which its head may ask for at will; `xz -9` needs 65 MiB
 # How Arrow words a compressed stream that is wrong. Any other OSError is the disk's or the network's.
 DAMAGE = ("zlib inflate", "ZSTD decompress", "ZSTD init", "Truncated compressed")
 
@@ -95,6 +98,10 @@ def blocks(path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]
 
 
 def _decompressed(path: str, kind: str) -> Iterator[bytes]:
+    if kind in ("bz2", "xz"):
+        with open_file(path) as file:
+            yield from unpacked(file, kind)
+        return
     position = 0
     with open_file(path) as file, pa.CompressedInputStream(file, kind) as stream:
         while (data := _read(stream, BLOCK)) is not None:
@@ -112,6 +119,55 @@ def _decompressed(path: str, kind: str) -> Iterator[bytes]:
     yield bytes(last)
     if kind != "gzip" or not _is_padded(path):
         raise Damaged(kind)
+
+
+def unpacked(file: Any, kind: str) -> Iterator[bytes]:
+    """What the bz2 or xz streams of a file stand for, one behind the other, at most `BLOCK` bytes at a time."""
+    decoder, start, handed = _decoder(kind), 0, 0  # of the stream: its first byte, and how many bytes of it were handed out
+    data = file.read(BLOCK)
+    piece = 0  # where `data` begins
+    while True:
+        try:
+            block = decoder.decompress(data, BLOCK)
+        except (OSError, lzma.LZMAError, EOFError):
+            yield from _before_damage(file, kind, start, piece, handed)
+            raise Damaged(kind) from None
+        handed += len(block)
+        if block:
+            yield block
+        if decoder.eof:
+            data = decoder.unused_data.lstrip(b"\0")  # padding
+            while not data:
+                if not (data := file.read(BLOCK)):
+                    return
+                data = data.lstrip(b"\0")
+            decoder, handed = _decoder(kind), 0
+            start = piece = file.tell() - len(data)
+        elif decoder.needs_input:
+            piece = file.tell()
+            if not (data := file.read(BLOCK)):
+                raise Damaged(kind)
+        else:
+            data = b""
+
+
+def _before_damage(file: Any, kind: str, start: int, piece: int, handed: int) -> Iterator[bytes]:
+    """The rest of a stream up to the byte that cannot be read. A call fails as a whole: the last piece goes in by bytes."""
+    decoder = _decoder(kind)
+    file.seek(start)
+    while True:
+        size = min(BLOCK, max(1, piece - file.tell()))
+        try:
+            block = decoder.decompress(file.read(size) if decoder.needs_input else b"", BLOCK)
+        except (OSError, lzma.LZMAError, EOFError):
+            return
+        if len(block) > handed:
+            yield block[handed:]
+        handed = max(0, handed - len(block))
+
+
+def _decoder(kind: str) -> Any:
+    return bz2.BZ2Decompressor() if kind == "bz2" else lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
 
 
 def _is_padded(path: str) -> bool:

@@ -16,12 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.csv_rows import read_csv
 from forge_ray.data.read.documents import DOCUMENTS, MAX_FILE_BYTES, Unreadable, document_text, require_library
 from forge_ray.data.read.features import Decode, row_decoder
 from forge_ray.data.read.json_rows import read_json
-from forge_ray.data.read.limited import NotRead, OverLimit, read_document, read_slices
+from forge_ray.data.read.limited import NotRead, OverLimit, read_document, read_rows, read_slices
 from forge_ray.data.read.lines import TOO_LONG, Damaged, Raw, blocks, filesystem_of, is_inside, lines
+from forge_ray.data.read.recode import Recoded, line_feeds
 from forge_ray.data.read.strict_json import Reject
 
 __all__ = ["Chunk", "Raw", "image_reader", "read_raw"]
@@ -33,8 +35,8 @@ IMAGE_BYTES = 64 << 20
 class Chunk:
     """A part of a file that is read alone.
 
-    `start` and `end` are bytes of a plain JSONL file (whole lines) or of an Arrow file (whole record batches), or the number
-    of a Parquet row group. Files of other formats, and compressed ones, are one chunk.
+    `start` and `end` are bytes of a plain JSONL file in UTF-8 (whole lines) or of an Arrow file (whole record batches), or
+    the number of a Parquet row group. Files of other formats, and compressed ones, are one chunk.
     """
 
     path: str
@@ -47,34 +49,50 @@ class Chunk:
     key: str  # digest of the bytes and of how they are read
     folder: str = ""  # of the source, on a local file system: images lie in it; "" for the folder of the file
     reason: str = ""  # why no row of the file can be read, for the file as a whole
+    encoding: str = UTF_8  # of its bytes; of another one the file is one chunk
+    cr_ends: bool = False  # whether its lines end in CR alone; such a file is one chunk
+    sheet: str = ""  # of a workbook
+    columns: str = ""  # JSON of what is known of its columns from elsewhere: `features.row_decoder`
 
 
 def read_raw(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
     """Every row of the chunk, readable or not; empty lines are skipped."""
     if chunk.reason:
         yield Raw(1, 0, None, None, "", chunk.reason)
-    elif chunk.format == "jsonl":
-        # without an end if compressed: the size on disk says nothing about the lines
-        yield from lines(blocks(chunk.path, chunk.start, chunk.end), chunk.first_line, chunk.start, max_line_bytes)
-    elif chunk.format == "json":
-        yield from read_json(chunk.path, max_line_bytes)
-    elif chunk.format == "csv":
-        yield from read_csv(chunk.path, max_line_bytes)
-    elif chunk.format in DOCUMENTS:
-        yield _document(chunk, max_line_bytes)
     elif chunk.format in ("parquet", "arrow"):
         yield from _columnar(chunk, max_line_bytes)
+    elif chunk.format == "xlsx":
+        yield from _sheet(chunk, max_line_bytes)
+    else:
+        source = blocks(chunk.path, chunk.start, chunk.end)
+        if chunk.encoding == UTF_8:
+            yield from _rows_of_bytes(chunk, source, max_line_bytes)
+        else:
+            recoded = Recoded(source, chunk.encoding)
+            yield from map(recoded.placed, _rows_of_bytes(chunk, iter(recoded), max_line_bytes))
+
+
+def _rows_of_bytes(chunk: Chunk, source: Iterator[bytes], max_line_bytes: int) -> Iterator[Raw]:
+    source = line_feeds(source) if chunk.cr_ends else source
+    if chunk.format == "jsonl":
+        yield from lines(source, chunk.first_line, chunk.start, max_line_bytes)
+    elif chunk.format == "json":
+        yield from read_json(source, max_line_bytes)
+    elif chunk.format == "csv":
+        yield from read_csv(source, max_line_bytes)
+    elif chunk.format in DOCUMENTS:
+        yield _document(chunk, source, max_line_bytes)
     else:
         raise AssertionError(chunk.format)
 
 
-def _document(chunk: Chunk, max_line_bytes: int) -> Raw:
+def _document(chunk: Chunk, source: Iterator[bytes], max_line_bytes: int) -> Raw:
     require_library(chunk.format, chunk.name)
     limit = MAX_FILE_BYTES if chunk.format in ("pdf", "docx") else max_line_bytes
     hasher, size, reason = hashlib.sha256(), 0, ""
     parts: list[bytes] = []
     try:
-        for block in blocks(chunk.path):
+        for block in source:
             hasher.update(block)
             size += len(block)
             parts.append(block)
@@ -112,7 +130,7 @@ def _columnar(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
                 yield Raw(line, -1, None, None, "", reason or _unreadable(chunk, "ArrowInvalid"))
             else:
                 num_rows = part.num_rows
-                yield from _rows(part, line)
+                yield from _rows(part, line, chunk.columns)
             line += num_rows
     except NotRead as reason:
         why = str(reason)
@@ -121,6 +139,22 @@ def _columnar(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
         error = f"{_part(chunk)} {reason}"
     if error:
         yield Raw(line, -1, None, None, "", error)
+
+
+def _sheet(chunk: Chunk, max_line_bytes: int) -> Iterator[Raw]:
+    """Rows of a workbook have the number of their row, and no bytes of their own."""
+    require_library(chunk.format, chunk.name)
+    line, error = 0, ""
+    request = {"kind": "sheet", "path": chunk.path, "sheet": chunk.sheet, "size": chunk.end, "limit": max_line_bytes}
+    try:
+        for line, value, reason in read_rows(request):
+            yield Raw(line, -1, None, value, "", reason)
+    except NotRead as reason:
+        error = f"unreadable XLSX: {str(reason).removeprefix('!')}"
+    except OverLimit as reason:
+        error = f"unreadable XLSX: {reason}"
+    if error:
+        yield Raw(line + 1, -1, None, None, "", error)
 
 
 def _part(chunk: Chunk) -> str:
@@ -133,8 +167,8 @@ def _unreadable(chunk: Chunk, error: str) -> str:
     return f"unreadable {_part(chunk)}: {error}"
 
 
-def _rows(batch: pa.RecordBatch, line: int) -> Iterator[Raw]:
-    decode = row_decoder(batch.schema)
+def _rows(batch: pa.RecordBatch, line: int, columns: str) -> Iterator[Raw]:
+    decode = row_decoder(batch.schema, columns)
     try:
         values = batch.to_pylist(maps_as_pydicts="strict")
     except (ValueError, OverflowError, KeyError):  # one value of one row, most likely

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import pyarrow.fs as pafs
 
 from forge_ray.config.data import DataConfig, Source
+from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.checksums import checksums_of
+from forge_ray.data.read.dataset_card import class_labels
+from forge_ray.data.read.first_bytes import ENCODED
 from forge_ray.data.read.lines import COMPRESSIONS, filesystem_of, without_query
 from forge_ray.data.read.places import display_name, refuse_secrets, require_regular
 from forge_ray.data.read.saved import dataset_files
 from forge_ray.data.read.splits import ALL, of_split
-from forge_ray.data.read.table_formats import refuse_tables, without_markers
+from forge_ray.data.read.table_formats import DeltaFiles, delta_table, is_delta_table, refuse_tables, without_markers
 from forge_ray.data.read.unmatched import hint_for, in_other_form
 from forge_ray.errors import ConfigError, DataError, NotFound
 from forge_ray.store.home import expanded
@@ -40,19 +45,23 @@ ENDINGS = {
     **dict.fromkeys(("html", "htm", "xhtml"), "html"),
     "pdf": "pdf",
     "docx": "docx",
+    **dict.fromkeys(("xlsx", "xlsm"), "xlsx"),
 }
 # What people bring that is not read, and what to do about it
 REMEDIES = {
     **dict.fromkeys(
-        ("xlsx", "xls", "xlsm", "xlsb", "ods", "numbers"), "save each of its sheets as CSV UTF-8, and name those"
+        ("xls", "xlsb", "ods", "numbers"), "save it as XLSX, or each of its sheets as CSV UTF-8, and name those"
     ),
     **dict.fromkeys(("avro", "orc"), "convert it to Parquet"),
-    **dict.fromkeys(("zip", "tar", "tgz", "7z", "rar", "bz2", "xz", "lz4", "br"), "unpack it, and name the files in it"),
+    **dict.fromkeys(("zip", "tar", "tgz", "7z", "rar", "lz4", "br"), "unpack it, and name the files in it"),
     **dict.fromkeys(("pkl", "pickle", "pt", "npy", "npz"), "reading it could run code: export it as JSONL or Parquet"),
     **dict.fromkeys(("db", "sqlite", "sqlite3", "mdb"), "export its tables as CSV or JSONL"),
 }
-ROWS = ("jsonl", "json", "csv", "parquet", "arrow")
-UNCOMPRESSED = ("parquet", "arrow", "pdf", "docx")  # compressed inside, and read from several places at once
+ROWS = ("jsonl", "json", "csv", "parquet", "arrow", "xlsx")
+UNCOMPRESSED = ("parquet", "arrow", "pdf", "docx", "xlsx")  # compressed inside, and read from several places at once
+
+
+NO_TABLE = DeltaFiles("", {})
 
 
 @dataclass(frozen=True)
@@ -65,27 +74,49 @@ class ListedFile:
     source: int
     sha256: str = ""
     folder: str = ""  # of the source, on a local file system
+    encoding: str = UTF_8
+    sheet: str = ""  # of a workbook
+    columns: str = ""  # JSON of what is known of its columns from elsewhere: `features.row_decoder`
+    version: str = ""  # of the table that it is of
 
 
 def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
     """Every source file once, sorted; a file of two sources belongs to the first. With `any_split` files of several splits
     are taken together where the source chooses none."""
     listed: dict[str, ListedFile] = {}
+    cards: dict[str, Any] = {}
     for number, source in enumerate(config.sources):
-        paths, folder = _matches(source, any_split)
+        paths, folder, table = _matches(source, any_split)
         sums = checksums_of(source, paths) if source.checksums else {}
         for path in paths:
             if folder:
                 require_regular(path, folder)
-            item = ListedFile(path, display_name(path), _format(path, source), number, sums.get(path, ""), folder)
+            format = _format(path, source)
+            _refuse_unused(source, format, path)
+            labels = class_labels(path, cards) if format == "parquet" else {}
+            known = {"labels": labels, "constants": table.constants.get(path, {})}
+            item = ListedFile(
+                path,
+                display_name(path),
+                format,
+                number,
+                sums.get(path, ""),
+                folder,
+                source.encoding,
+                source.sheet,
+                json.dumps({key: value for key, value in known.items() if value}, sort_keys=True)
+                if any(known.values())
+                else "",
+                table.version,
+            )
             first = listed.setdefault(path, item)
             if not first.sha256:
                 listed[path] = replace(first, sha256=item.sha256)
     return [listed[path] for path in sorted(listed)]
 
 
-def _matches(source: Source, any_split: bool) -> tuple[list[str], str]:
-    """The files of a source, and its folder on a local file system, out of which no link may lead."""
+def _matches(source: Source, any_split: bool) -> tuple[list[str], str, DeltaFiles]:
+    """The files of a source; its folder on a local file system, out of which no link may lead; and the table that it is."""
     path = source.path
     if "://" in path:
         refuse_secrets(path)
@@ -96,7 +127,18 @@ def _matches(source: Source, any_split: bool) -> tuple[list[str], str]:
     if not paths:
         hint = "globs are relative to the bucket or server" if "://" in path else hint_for(path)
         raise NotFound(f"data.sources: no file matches {shown(source.path)!r}", hint=hint)
+    if len(paths) == 1 and is_delta_table(paths[0]):
+        if source.split:
+            raise DataError(
+                f"data.sources: {display_name(paths[0])!r} is a Delta table, which has no splits", hint="remove `split`"
+            )
+        table = delta_table(paths[0])
+        return list(table.constants), paths[0], table
     refuse_tables(paths)
+    return *_files_of(source, path, paths, any_split), NO_TABLE
+
+
+def _files_of(source: Source, path: str, paths: list[str], any_split: bool) -> tuple[list[str], str]:
     filesystem, inner = filesystem_of(paths[0])
     folder = "" if "://" in path else _folder(path)
     if len(paths) == 1 and filesystem.get_file_info(inner).type == pafs.FileType.Directory:  # globs match files only
@@ -106,6 +148,19 @@ def _matches(source: Source, any_split: bool) -> tuple[list[str], str]:
     rows = [file for file in paths if _ending(file)[0] in ROWS] if source.format == "auto" else paths
     kept = set(of_split(rows, source.split or (ALL if any_split else ""), path))
     return [file for file in paths if file in kept or file not in rows], folder
+
+
+def _refuse_unused(source: Source, format: str, path: str) -> None:
+    """`DataError` where the source has a setting that a file of it cannot follow."""
+    for setting, is_unused in (
+        ("encoding", source.encoding != UTF_8 and format not in ENCODED),
+        ("sheet", bool(source.sheet) and format != "xlsx"),
+    ):
+        if is_unused:
+            raise DataError(
+                f"data.sources: {display_name(path)!r} is {format}, which has no `{setting}`",
+                hint=f"give the files that have one a source of their own, with `{setting}`",
+            )
 
 
 def _folder(path: str) -> str:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 
+from forge_ray.data.read.documents import require_package
+from forge_ray.data.read.limited import NotRead, OverLimit, read_value
 from forge_ray.data.read.lines import filesystem_of, without_query
 from forge_ray.data.read.places import display_name
-from forge_ray.errors import DataError
+from forge_ray.errors import DataError, NotFound
 
-LOGS = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
+DELTA = "_delta_log"
+LOGS = {DELTA: "a Delta table", ".hoodie": "a Hudi table"}
+EXPORT = "export the version that you mean as Parquet (Spark: spark.read.table(…).write.parquet(…)), and name its files"
 ICEBERG = "metadata"
 # left by Spark, Databricks, Hadoop, macOS and Windows: never rows
 MARKERS = (
@@ -22,6 +29,14 @@ MARKERS = (
 )  # fmt: skip
 WORK_FOLDERS = ("_temporary", "_delta_log", ".hoodie", "__MACOSX")
 PARENTS = 3  # above the folder of a file, in which the log of its table may lie
+
+
+@dataclass(frozen=True)
+class DeltaFiles:
+    """One version of a table: its name, and for each of its files the values of the columns that it is partitioned by."""
+
+    version: str
+    constants: dict[str, dict[str, Any]]
 
 
 def without_markers(paths: Iterable[str]) -> list[str]:
@@ -66,7 +81,37 @@ def refuse_tables(paths: Sequence[str]) -> None:
 
 
 def _refuse(path: str, what: str) -> None:
+    place = display_name(unquote(path))
+    by_folder = f"name the folder {place!r} itself, or " if what == LOGS[DELTA] and "://" not in path else ""
     raise DataError(
-        f"data.sources: {display_name(unquote(path))!r} is {what}, whose files also hold rows that were deleted or replaced",
-        hint="export the version that you mean as Parquet (Spark: spark.read.table(…).write.parquet(…)), and name its files",
+        f"data.sources: {place!r} is {what}, whose files also hold rows that were deleted or replaced",
+        hint=f"{by_folder}{EXPORT}",
     )
+
+
+def is_delta_table(path: str) -> bool:
+    """Whether a path is the folder of a Delta table on a local file system."""
+    return "://" not in path and PurePosixPath(path).name != DELTA and os.path.isdir(os.path.join(path, DELTA))
+
+
+def delta_table(folder: str) -> DeltaFiles:
+    """The files of the current version of a Delta table; raises `DataError` where they alone are not its rows."""
+    place = display_name(folder)
+    require_package("deltalake", f"{place!r} is a Delta table", "tables")
+    log = os.path.join(folder, DELTA)
+    size = sum(
+        entry.stat(follow_symlinks=False).st_size for entry in os.scandir(log) if entry.is_file(follow_symlinks=False)
+    )
+    try:
+        answer = read_value({"kind": "delta", "path": folder, "size": size})
+    except (NotRead, OverLimit) as error:
+        raise DataError(f"data.sources: the log of the Delta table {place!r} cannot be read: {error}", hint=EXPORT) from None
+    if problem := answer.get("problem"):
+        raise DataError(f"data.sources: the Delta table {place!r} {problem}", hint=EXPORT)
+    files = {os.path.join(folder, path): values for path, values in answer["files"]}
+    if missing := next((path for path in files if not os.path.lexists(path)), ""):
+        raise NotFound(
+            f"data.sources: {display_name(missing)!r} is missing, which the log of the Delta table {place!r} lists",
+            hint="copy the whole folder of the table again",
+        )
+    return DeltaFiles(f"delta {answer['version']}", files)

@@ -24,6 +24,7 @@ from forge_ray.data.record.columns import (
     type_name,
     untrained,
 )
+from forge_ray.data.record.older_calls import declared_tools
 from forge_ray.data.record.turns import tools_list
 
 Converted = tuple[str, Row]  # kind, and a row whose columns have the canonical names
@@ -52,7 +53,7 @@ def convert(row: Row, shape: Shape, mapping: Mapping | None) -> Converted:
     row = of_export(_with_lists(row))
     name = detect(row) if shape == "auto" else shape
     if name == "chat" and row.get("messages") is not None:
-        return "chat", row
+        return "chat", row | _tools(row) if row.get("functions") else row
     for column in COLUMNS[name]:
         if row.get(column) is None:
             raise Reject(f"no column `{column}`, which shape {name} needs")
@@ -108,7 +109,7 @@ def of_export(row: Row) -> Row:
     if len(choices) != 1 or not isinstance(choices[0], dict) or not isinstance(choices[0].get("message"), dict):
         raise Reject(f"`choices` is not one answer with a `message`: {len(choices)} of them")
     messages = [*untrained(turns_of(asked["messages"], "messages", "user")), choices[0]["message"]]
-    return {**row, "tools": asked.get("tools"), "messages": messages}
+    return {**row, **_tools(asked), "functions": None, "messages": messages}
 
 
 # ---------------------------------------------------------------- shapes
@@ -122,7 +123,7 @@ def _sharegpt(row: Row) -> Converted:
     if not isinstance(row["conversations"], list):
         raise Reject(f"`conversations` is not a list: {type_name(row['conversations'])}")
     turns = turns_of(row["conversations"], "conversations", "user")
-    return "chat", {"messages": [*system_turns(row.get("system")), *turns], "tools": _bare_tools(row.get("tools"))}
+    return "chat", {"messages": [*system_turns(row.get("system")), *turns], "tools": _bare_tools(declared_tools(row))}
 
 
 def _bare_tools(value: Any) -> Any:
@@ -163,7 +164,7 @@ def _prompt_completion(row: Row) -> Converted:
 
 
 def _tools(row: Row) -> Row:
-    return {"tools": row.get("tools")}
+    return {"tools": declared_tools(row)}
 
 
 def _classification(row: Row) -> Converted:

@@ -9,6 +9,7 @@ from typing import Any
 from forge_ray.data.read.strict_json import Reject, checked, loads, reject_deep
 from forge_ray.data.record.columns import quoted, turn_of, type_name
 from forge_ray.data.record.images import Images, image_digest
+from forge_ray.data.record.older_calls import has_older_calls, with_tool_calls
 from forge_ray.data.record.reasoning import EMPTY, PARTS, named_once, text_of
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -67,7 +68,8 @@ def _with_untrained_greeting(messages: list[Message]) -> list[Message]:
 def messages_of(value: Any, column: str, images: Images) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise Reject(f"`{column}` is not a non-empty list{'' if value == [] else f': {type_name(value)}'}")
-    return [_message(message, images) for message in value]
+    turns = with_tool_calls(value) if has_older_calls(value) else value
+    return [_message(message, images) for message in turns]
 
 
 def _message(value: Any, images: Images) -> Message:
@@ -82,8 +84,6 @@ def _message(value: Any, images: Images) -> Message:
     if parts := message.pop("parts", None):  # as a table of ours has them
         message["content"] = parts
     role = message.get("role")
-    if "function_call" in message or role == "function":
-        raise Reject("`function_call` is not read: use `tool_calls`")
     if role is None:
         raise Reject("a message has no role")
     if role not in ROLES:

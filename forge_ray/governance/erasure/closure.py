@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,10 +21,10 @@ from forge_ray.data.curate.rules import compile_rule
 from forge_ray.data.dataset import index
 from forge_ray.data.dataset.index import Place
 from forge_ray.data.dataset.version import SPLITS
-from forge_ray.data.read.ingest import index_file
+from forge_ray.data.read.ingest import index_listed
 from forge_ray.data.read.lines import Raw
 from forge_ray.data.read.readers import Chunk, image_reader, read_raw
-from forge_ray.data.read.sources import expand
+from forge_ray.data.read.sources import ListedFile, expand
 from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record
 from forge_ray.errors import ForgeError
 from forge_ray.records import DatasetManifest
@@ -70,7 +71,7 @@ def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[list[Da
     for name, lines in records_by_file.items():
         if name not in files:
             continue
-        for chunk, raw in _rows(config, files[name].path, name, files[name].format, files[name].source):
+        for chunk, raw in _rows(config, files[name]):
             if raw.line not in lines or (record := _parsed(config, chunk, raw)) is None:
                 continue
             after = record
@@ -81,8 +82,8 @@ def as_read(manifest: DatasetManifest, places: Iterable[Place]) -> tuple[list[Da
     return records, [f"{name}: not found" for name in records_by_file if name not in files]
 
 
-def _rows(config: DataConfig, path: str, name: str, format: str, source: int) -> Iterator[tuple[Chunk, Raw]]:
-    for chunk in index_file(path, name, format, source, max_line_bytes=config.max_line_bytes).chunks:
+def _rows(config: DataConfig, file: ListedFile) -> Iterator[tuple[Chunk, Raw]]:
+    for chunk in index_listed(replace(file, sha256=""), config.max_line_bytes).chunks:  # which may have changed since
         for raw in read_raw(chunk, config.max_line_bytes):
             yield chunk, raw
 

@@ -349,6 +349,23 @@ def test_rows_of_a_file_are_read_as_each_version_read_them(catalog: Catalog, tmp
     assert all("no record: " in query.note for query in of_file(catalog, str(bad)))
 
 
+def test_rows_of_a_file_are_read_in_the_encoding_of_the_versions(catalog: Catalog, tmp_path: Path) -> None:
+    row = {"prompt": "Wie groß?", "completion": "Sehr groß."}
+    source = {"path": "x.csv", "encoding": "windows-1252"}
+    data = {"sources": [source], "splits": {"test": 0, "validation": 0}}
+    kept = dataset(catalog, [parse_record(row)], data=data)
+    dataset(catalog, [record_of(1)], data=data | {"sources": [{"path": "y.jsonl"}]}, name="b")
+    file = tmp_path / "asked.csv"
+    for encoding in ("cp1252", "utf-8", "utf-16"):
+        file.write_bytes("prompt,completion\nWie groß?,Sehr groß.\nplain,ascii\n".encode(encoding))
+        queries = of_file(catalog, str(file))
+        assert [query.asked for query in queries] == [f"{file}:2", f"{file}:3"]
+        assert {held.dataset for one in trace(catalog, queries).records for held in one.held} == {kept.id}
+    file.write_bytes("prompt,completion\nprompt,completion\n".encode("utf-16-le"))  # which none of them would read
+    (query,) = of_file(catalog, str(file))
+    assert "the file is UTF-16 without a byte order mark" in query.note
+
+
 def test_a_person_is_found_under_each_key(catalog: Catalog, tmp_path: Path) -> None:
     other = tmp_path / "own.key"
     other.write_text("0123456789abcdef0123")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.data.curate.decontaminate import build_index, contaminated, evaluation_texts
+from forge_ray.errors import DataError
 from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.unit
@@ -57,3 +58,13 @@ def test_evaluation_sets_are_rows_of_any_shape_or_strings(tmp_path: Path) -> Non
     pq.write_table(pa.table({"stem": ["six"]}), tmp_path / "b.parquet")
     against = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet"))
     assert list(evaluation_texts(against, Store(str(tmp_path / "store")))) == ["one", "two", "three", "four", "five", "six"]
+
+
+def test_an_evaluation_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("prompt,completion\n".encode("utf-16-le") * 9)
+    with pytest.raises(
+        DataError, match=r"of decontaminate cannot be read: the file is UTF-16 without a byte order mark"
+    ) as error:
+        list(evaluation_texts((str(path),), Store(str(tmp_path / "store"))))
+    assert error.value.hint == "convert it to JSONL in UTF-8, and name that"

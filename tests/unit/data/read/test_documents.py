@@ -46,7 +46,7 @@ def test_html_is_what_a_reader_sees() -> None:
         assert part not in text
 
 
-@pytest.mark.parametrize("charset", ["utf-8", "windows-1252", "utf-16", "shift_jis"])
+@pytest.mark.parametrize("charset", ["utf-8", "windows-1252", "shift_jis"])
 def test_html_of_any_declared_charset(charset: str) -> None:
     pytest.importorskip("inscriptis")
     word = "日本" if charset == "shift_jis" else "Müller"

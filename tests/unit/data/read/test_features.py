@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forge_ray.data.read.ingest import index_file
+from forge_ray.config.base import parse
+from forge_ray.config.data import DataConfig
+from forge_ray.data.build.settings import input_digest
+from forge_ray.data.read.ingest import expand, index_file, index_listed
 from forge_ray.data.read.readers import read_raw
 from forge_ray.data.record.schema import parse_record
+from forge_ray.errors import DataError
 
 pytestmark = pytest.mark.unit
 
@@ -108,3 +114,106 @@ def test_dictionaries_keep_the_names_of_other_columns(tmp_path: Path) -> None:
     with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
         writer.write_table(table)
     assert read(tmp_path / "rows.arrow", "arrow") == [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: mood
+  data_files:
+  - {split: train, path: mood/train-*}
+dataset_info:
+- config_name: mood
+  features:
+  - {name: text, dtype: string}
+  - name: label
+    dtype: {class_label: {names: {'0': calm, '1': angry}}}
+  - {name: tags, sequence: {class_label: {names: {'0': late, '1': lost}}}}
+  - name: more
+    struct:
+    - {name: topic, dtype: {class_label: {names: [billing, shipping]}}}
+- config_name: other
+  features:
+  - name: label
+    dtype: {class_label: {names: {'0': good, '1': bad}}}
+---
+# A dataset
+"""
+LABELLED = {"text": "a", "label": 1, "tags": [1, 0], "more": {"topic": 0}}
+NAMED = {"text": "a", "label": "angry", "tags": ["lost", "late"], "more": {"topic": "billing"}}
+
+
+def hub(folder: Path, card: str, place: str = "mood", metadata: dict[str, str] | None = None) -> Path:
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(card)
+    table = pa.Table.from_pylist([LABELLED]).replace_schema_metadata(metadata or {})
+    pq.write_table(table, folder / place / "train-00000-of-00001.parquet")
+    return folder
+
+
+def listed(path: Path) -> list[Any]:
+    (file,) = expand(parse(DataConfig, {"sources": [{"path": str(path)}]}))
+    return [raw.reason or raw.value for chunk in index_listed(file).chunks for raw in read_raw(chunk, 1 << 20)]
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {"huggingface": '{"info": {"features": {"label": {"_type": "Value", "dtype": "int64"}}}}'}]
+)
+def test_names_of_classes_that_stand_in_the_readme_alone_are_read(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    folder = hub(tmp_path, CARD, metadata=metadata)
+    for path in (folder, folder / "mood", folder / "mood" / "train-00000-of-00001.parquet", folder / "*" / "*.parquet"):
+        assert listed(path) == [NAMED]
+    by_folder = hub(tmp_path / "b", CARD.replace("path: mood/train-*", "path: elsewhere/*"))
+    assert listed(by_folder) == [NAMED]
+    one = hub(tmp_path / "c", CARD.partition("- config_name: other")[0] + "---\n", "data")
+    assert listed(one) == [NAMED]
+    for card in ("---\nlicense: mit\n---\n", "---\ndataset_info: {features: []}\n---\n", "---\nclass_label: x\n---\n"):
+        assert listed(hub(tmp_path / "d", card)) == [LABELLED]  # the nearest head counts
+    for card in ("# no head", ""):
+        assert listed(hub(tmp_path / "d", card)) == [NAMED]
+        assert listed(hub(tmp_path / "d" / "e" / "f" / "g", card)) == [LABELLED]
+        shutil.rmtree(tmp_path / "d" / "e")
+
+
+def test_names_in_the_readme_decide_the_version(tmp_path: Path) -> None:
+    folder = hub(tmp_path, CARD)
+    config = parse(DataConfig, {"sources": [{"path": str(folder)}]})
+    digests, keys = set(), set()
+    for card in (CARD, CARD.replace("angry", "furious"), "# none"):
+        (folder / "README.md").write_text(card)
+        indexed = [index_listed(file) for file in expand(config)]
+        digests.add(input_digest(config, indexed, "tokenizer", ""))
+        keys.add(indexed[0].chunks[0].key)
+    assert (len(digests), len(keys)) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("card", "place", "error"),
+    [
+        (
+            CARD,
+            "data",
+            "has configurations with other classes, and does not say which one 'data/train-00000-of-00001.parquet' is of",
+        ),
+        (CARD.replace("'1': angry", "'2': angry"), "mood", "are not clear: its numbers are not 0, 1, 2 and so on"),
+        (CARD.replace("calm", "no"), "mood", "are not clear: a name is not text: write it in quotes"),
+        (CARD.replace("license: mit", "license: [mit"), "mood", "names classes and cannot be read"),
+        (
+            CARD.replace("license: mit", "a: &a [x]\n" + "b: [" + "*a, " * 40 + "]"),
+            "mood",
+            "names classes and cannot be read",
+        ),
+    ],
+    ids=range(5),
+)
+def test_names_that_are_not_clear_are_refused(tmp_path: Path, card: str, place: str, error: str) -> None:
+    with pytest.raises(DataError, match=re.escape(error)) as refused:
+        listed(hub(tmp_path, card, place))
+    assert refused.value.hint
+
+
+def test_names_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
+    names = '{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["calm", "%s"]}}}}'
+    assert listed(hub(tmp_path / "a", CARD, metadata={"huggingface": names % "angry"})) == [NAMED]
+    with pytest.raises(DataError, match=r"the classes of `label` have other names in .* than in the README\.md"):
+        listed(hub(tmp_path / "b", CARD, metadata={"huggingface": names % "furious"}))

@@ -118,9 +118,14 @@ def test_an_unset_split_is_not_one_of_the_settings() -> None:
 )
 def test_tables_of_versions_are_refused_by_name(mark: str, what: str, path: str) -> None:
     fill("table/a.parquet", "table/day=1/b.parquet", f"table/{mark}")
-    with pytest.raises(DataError, match=rf"'table' is {what}, whose files also hold rows that were deleted") as error:
+    is_delta = what == "a Delta table"
+    reason = rf"'table' is {what}, whose files also hold rows that were deleted"
+    if is_delta and path == "table":  # which is read, if it can be
+        reason = "the log of the Delta table 'table' cannot be read"
+    with pytest.raises(DataError, match=reason) as error:
         names(path)
-    assert error.value.hint.startswith("export the version that you mean as Parquet")
+    assert "export the version that you mean as Parquet" in error.value.hint
+    assert error.value.hint.startswith("name the folder 'table' itself, or ") == (is_delta and path != "table")
 
 
 def test_the_metadata_of_an_iceberg_table_is_refused_by_name() -> None:
@@ -155,10 +160,9 @@ def test_what_other_programs_leave_is_skipped() -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("a.xlsx", "save each of its sheets as CSV UTF-8"),
-        ("a.XLS", "save each of its sheets as CSV UTF-8"),
+        ("a.XLS", "save it as XLSX, or each of its sheets as CSV UTF-8"),
         ("a.avro", "convert it to Parquet"),
-        ("a.jsonl.bz2", "unpack it"),
+        ("a.tar.bz2", "unpack it"),
         ("a.pkl", "reading it could run code"),
         ("a.data", "say which with `format:`"),
     ],
@@ -206,3 +210,19 @@ def test_checksums_of_names_with_any_line_end() -> None:
     digest = hashlib.sha256(b"x").hexdigest()
     Path("SHA256SUMS").write_bytes(f"\ufeff{digest}  {odd}\r\n".encode())
     assert names("*.jsonl", checksums="SHA256SUMS") == [odd]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "format"),
+    [
+        ("a.parquet", "encoding", "windows-1252", "parquet"),
+        ("a.docx", "encoding", "utf-16-le", "docx"),
+        ("a.xlsx", "encoding", "windows-1252", "xlsx"),
+        ("a.csv", "sheet", "One", "csv"),
+    ],
+)
+def test_settings_that_a_file_cannot_follow_are_refused(name: str, setting: str, value: str, format: str) -> None:
+    fill(name, "b.csv")
+    with pytest.raises(DataError, match=f"'{name}' is {format}, which has no `{setting}`") as error:
+        names("[ab].*" if format != "csv" else name, **{setting: value})
+    assert error.value.hint == f"give the files that have one a source of their own, with `{setting}`"

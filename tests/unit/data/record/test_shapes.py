@@ -48,6 +48,14 @@ def result(content: str = "4", **more: Any) -> Row:
     return {"role": "tool", "content": content, **more}
 
 
+def older(name: str, arguments: Any = '{"a": 2}') -> Row:
+    return {"role": "assistant", "content": None, "function_call": {"name": name, "arguments": arguments}}
+
+
+def answered(name: str | None, content: str = "4") -> Row:
+    return {"role": "function", "content": content} | ({"name": name} if name else {})
+
+
 def chat(*messages: Any, **more: Any) -> Row:
     return {"messages": list(messages), **more}
 
@@ -57,6 +65,7 @@ def picture(source: Any, **more: Any) -> Row:
 
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+SUB = {"type": "function", "function": {"name": "sub", "description": "Minus."}}
 
 
 def fixture(name: str) -> list[bytes]:
@@ -301,6 +310,34 @@ def test_image_formats_are_detected_by_magic_bytes(head: bytes) -> None:
     assert list(record.images.values()) == [head + b"..."]
 
 
+def test_the_older_form_of_calls_is_the_same_record() -> None:
+    newer = chat(user(), calls(call()), result(), calls(call("sub")), result("3"), said(), tools=[ADD, SUB])
+    turns = [user(), older("add"), answered("add"), older("sub"), answered("sub", "3"), said()]
+    functions = [ADD["function"], SUB["function"]]
+    expected = parse_record(newer)
+    for row in (
+        chat(*turns, functions=functions),
+        chat(*turns, functions=json.dumps(functions)),
+        chat(*turns, functions=functions, tools=newer["tools"], function_call="auto"),
+        chat(*turns[:2], turns[2] | {"name": None}, *turns[3:], functions=functions, tools=[]),
+        chat(*turns[:1], older("add", {"a": 2}), turns[2] | {"role": "Function"}, *turns[3:], tools=newer["tools"]),
+        {"prompt": turns[:3], "completion": turns[3:], "functions": functions},
+        {"request": chat(*turns[:-1], functions=functions), "response": {"choices": [{"message": turns[-1]}]}},
+    ):
+        record = parse_record(row)
+        trained = [{key: item for key, item in turn.items() if key != "weight"} for turn in record.messages]
+        assert (trained, record.content["tools"]) == (expected.messages, expected.content["tools"])
+    assert parse_record(chat(*turns, functions=functions)).id == expected.id
+    assert parse_record(chat(*turns)) == parse_record({**newer, "tools": None})
+    pair = {"prompt": turns[:1], "chosen": turns[1:], "rejected": [said("5")]}
+    assert parse_record(pair).content["chosen"] == expected.messages[1:]
+
+
+def test_other_columns_of_the_name_functions_are_metadata() -> None:
+    for functions in ("def f(): ...", [{"name": "f", "code": "…"}], ["f"], [], {}, 3, "[", [{"description": "x"}]):
+        assert parse_record(chat(user(), said(), functions=functions)) == parse_record(chat(user(), said()))
+
+
 # ---------------------------------------------------------------- bad rows
 
 PAIR = {"chosen": [user(), said()], "rejected": [user(), said("5")]}
@@ -314,8 +351,29 @@ REJECTED: list[tuple[Any, str]] = [
     (chat({"role": "system", "content": "x"}, said()), "no turn is the user's"),
     (chat(said(), user()), "no assistant turn to train on"),
     (chat(user(), calls(call()), {"role": "system", "content": "x"}, result(), said()), "a tool call is not answered"),
-    (chat(user(), said(function_call={"name": "add"})), "`function_call` is not read: use `tool_calls`"),
-    (chat(user(), {"role": "function", "content": "4"}, said()), "`function_call` is not read: use `tool_calls`"),
+    (chat(user(), {"role": "function", "content": "4"}, said()), "a tool's message answers no call"),
+    (chat(user(), older("add"), user()), "a tool call is not answered"),
+    (chat(user(), older("add"), answered("add"), answered("add"), said()), "a tool's message answers no call"),
+    (
+        chat(user(), older("add"), answered("sum"), said()),
+        "a function's result is not of the function that was called: 'sum'",
+    ),
+    (chat(user(), older("add", "{2"), answered("add"), said()), "a tool call's arguments are not a JSON object: a string"),
+    (chat(user(), said(None, function_call="add")), "a tool call has no `function`"),
+    (chat(user(), said(None, function_call={"arguments": "{}"})), "a tool call has no function name"),
+    (chat(user(function_call={"name": "add"}), said()), "`tool_calls` is not a list of an assistant turn"),
+    (
+        chat(user(), calls(call()) | {"function_call": {"name": "add"}}, result(), said()),
+        "a message has `tool_calls` and `function_call`",
+    ),
+    (
+        chat(user(), older("sub"), answered("sub"), said(), functions=[ADD["function"]]),
+        "a tool is called that `tools` does not declare: 'sub'",
+    ),
+    (
+        chat(user(), said(), functions=[ADD["function"]], tools=[ADD | {"strict": True}]),
+        "`tools` and `functions` are not the same",
+    ),
     (chat(user(name=7), said()), "a message's `name` is not a string: a number"),
     (chat(user(), result(tool_call_id=7), said()), "a message's `tool_call_id` is not a string: a number"),
     (chat(user(7), said()), "a message's content is not a string: a number"),
