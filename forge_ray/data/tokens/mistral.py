@@ -55,7 +55,7 @@ class MistralChat:
         """Values of `reasoning_effort` that the file knows; none before version 15."""
         builder = self._tokenizer.model_settings_builder
         effort = builder.reasoning_effort if builder is not None else None
-        return tuple(value.value for value in effort.values) if effort is not None else ()
+        return tuple(map(str, effort.values)) if effort is not None else ()
 
     @property
     def shows_formats(self) -> bool:
