@@ -22,7 +22,10 @@ DATA = Path(mistral_common.__file__).parent / "data"
 EFFORT = {"type": "enum", "accepts_none": True, "default": "none", "values": ["none", "high"]}
 FORMAT = {"type": "json_schema", "accepts_none": False, "default": None}
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
-JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "description": "x", "strict": True}}
+JSON_SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {"name": "answer", "schema": SCHEMA, "description": "x", "strict": True},
+}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
