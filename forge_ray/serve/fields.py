@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from forge_ray.serve.replayed import as_ours, without_what_is_empty
+from forge_ray.serve.replayed import as_ours
+from forge_ray.serve.tool_fields import AllowedChoice, AllowedTools, Function, NamedChoice, Tool, ToolChoice
+from forge_ray.serve.wire import NAME, Wire
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
-NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-
-
-class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-
-class Sparse(Wire):
-    """An object in which what is empty asks for nothing, except for the fields in `KEPT`."""
-
-    KEPT: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_what_is_empty(cls, value: Any) -> Any:
-        return without_what_is_empty(value, cls.KEPT)
 
 
 class TextPart(Wire):
@@ -97,61 +83,6 @@ class Message(Wire):
             turn["tool_calls"] = [call.for_template() for call in self.tool_calls]
         others = ("reasoning_content", "tool_call_id", "name")
         return turn | {key: value for key in others if (value := getattr(self, key)) is not None}
-
-
-class Function(Sparse):
-    KEPT = ("parameters",)
-
-    name: str = Field(pattern=NAME)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    @property
-    def schema_(self) -> dict[str, Any]:
-        """The schema of a call's arguments; without `parameters`, an empty object."""
-        return self.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-class Tool(Sparse):
-    type: Literal["function"] = "function"
-    function: Function
-
-    def for_template(self) -> dict[str, Any]:
-        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
-
-
-class NamedFunction(Wire):
-    name: str
-
-
-class NamedChoice(Wire):
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class AllowedTools(Wire):
-    mode: Literal["auto", "required"]
-    tools: list[NamedChoice] = Field(min_length=1)
-
-
-class AllowedChoice(Wire):
-    """The tools that may be called, among those that were sent."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
-
-
-def _choice_tag(choice: Any) -> str:
-    """No field has this name: the path of an error shows fields alone."""
-    kind = choice.get("type") if isinstance(choice, dict) else ""
-    return f"{kind} choice"
-
-
-BY_TYPE = Discriminator(_choice_tag, "choice_type", "A choice is an object of type function or allowed_tools")
-Choice = Annotated[
-    Annotated[NamedChoice, Tag("function choice")] | Annotated[AllowedChoice, Tag("allowed_tools choice")], BY_TYPE
-]
 
 
 class JsonSchema(Wire):
@@ -264,7 +195,7 @@ class ChatRequest(CompletionOptions):
     top_logprobs: int | None = Field(None, ge=0)
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required", "any"] | Choice | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(None, max_length=16)
@@ -326,7 +257,7 @@ class ChatRequest(CompletionOptions):
         match self.tool_choice:
             case "required" | "any" | AllowedChoice(allowed_tools=AllowedTools(mode="required")):
                 return [tool.function for tool in self.offered]
-            case _ if isinstance(self.tool_choice, NamedChoice):
+            case NamedChoice():
                 return [tool.function for tool in self.offered if tool.function.name in self._chosen]
             case _:
                 return []

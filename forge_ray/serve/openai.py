@@ -22,10 +22,10 @@ from forge_ray.serve.fields import (
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    Wire,
 )
 from forge_ray.serve.replayed import REASONING_NAMES
 from forge_ray.serve.response_fields import STATELESS, ResponsesRequest
+from forge_ray.serve.wire import Wire
 
 MAX_PROMPTS = 64  # per request to /v1/completions
 MAX_INPUTS = 2048  # per request to /v1/embeddings, as OpenAI's

@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from forge_ray.serve.fields import BY_TYPE, NAME, Effort, GeneratingRequest, Sparse, Wire
+from forge_ray.serve.fields import Effort, GeneratingRequest
 from forge_ray.serve.replayed import UNREADABLE, is_empty
+from forge_ray.serve.tool_fields import BY_TYPE
+from forge_ray.serve.wire import NAME, Sparse, Wire
 
 KINDS = "message, function_call, function_call_output or reasoning"
-STATELESS = "answers are not stored here; send the whole conversation as `input`"
+STATELESS = "answers are not stored here; send the whole conversation with each request"
 
 
 class Item(Sparse):
@@ -143,7 +145,7 @@ class AllowedFunctions(Wire):
     tools: list[ForcedFunction] = Field(min_length=1)
 
 
-Choice = Annotated[
+FunctionChoice = Annotated[
     Annotated[ForcedFunction, Tag("function choice")] | Annotated[AllowedFunctions, Tag("allowed_tools choice")], BY_TYPE
 ]
 
@@ -179,7 +181,7 @@ class ResponsesRequest(GeneratingRequest):
     max_output_tokens: int | None = Field(None, ge=1)
     include: list[Included] | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | Choice | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None

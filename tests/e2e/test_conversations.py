@@ -150,6 +150,7 @@ def test_pydantic_ai(url: str, conversed: Conversed, api: str) -> None:
     asyncio.run(converse())
 
 
+@pytest.mark.large
 def test_schemas_as_agents_send_them(url: str) -> None:
     """Each answer conforms if it ended by itself; the tiny model ends most of them."""
     ended = 0

@@ -100,9 +100,9 @@ def check(conversed: Conversed, answers: Any, recorded: str, folder: Path) -> No
     lines = [json.dumps(request, ensure_ascii=False) for request in conversed.sent]
     (folder / recorded).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     kept = RECORDED / recorded
-    known = recorded_in(kept) if kept.is_file() else []
+    before = recorded_in(kept) if kept.is_file() else []
     rule = f"it sends other requests now: look at {folder / recorded}, then copy it to tests/fixtures/clients"
-    assert [shape(request) for request in conversed.sent] == [shape(request) for request in known], rule
+    assert [shape(request) for request in conversed.sent] == [shape(request) for request in before], rule
 
 
 @pytest.mark.parametrize("kind", ["openai-compatible", "mistral", "openai-chat", "openai-responses"])

@@ -167,7 +167,7 @@ def grammars(tiny_model_dir: Path, tokenizer: Tokenizer) -> Grammars:
 
 @pytest.mark.parametrize("num_schemas", [60, pytest.param(2000, marks=pytest.mark.large)])
 def test_what_may_be_written_conforms(grammars: Grammars, tokenizer: Tokenizer, num_schemas: int) -> None:
-    ended = refused = 0
+    ended = refused = endless = 0
     for seed in range(num_schemas):
         schema = Maker(seed).whole()
         matcher = compiled(grammars, schema)
@@ -177,7 +177,12 @@ def test_what_may_be_written_conforms(grammars: Grammars, tokenizer: Tokenizer, 
         text = walked(matcher, tokenizer, seed)
         if text is not None:
             ended += 1
-            jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
+            value = json.loads(text)
+            try:
+                jsonschema.validate(value, schema, jsonschema.Draft202012Validator)
+            except RecursionError:  # of a reference to itself without a step into the value, which the validator follows
+                endless += 1
+    assert endless <= num_schemas / 100
     assert refused < num_schemas / 3
     assert ended > (num_schemas - refused) * 0.8
 

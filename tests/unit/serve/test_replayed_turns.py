@@ -11,9 +11,10 @@ import pytest
 from scripted_api import TEMPLATE, TOOLS, USER, Api, reset, running_with
 
 from forge_ray.data.tokens.mistral import load_mistral
-from forge_ray.serve.fields import Message, Tool
+from forge_ray.serve.fields import Message
 from forge_ray.serve.prompt import chat_ids
 from forge_ray.serve.replayed import as_ours, is_empty
+from forge_ray.serve.tool_fields import Tool
 
 pytestmark = pytest.mark.unit
 
