@@ -45,16 +45,13 @@ class BodyMiddleware:
         self._next_at: dict[str, float] = {}  # when a caller's next large body is taken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self.app(scope, receive, send)
+        if (caller := await sender_of_post(self.app, scope, receive, send)) is None:
             return
-        caller: Caller = scope["state"]["caller"]
         try:
             self.check(caller)
             body = await self._body(caller, Headers(scope=scope), receive)
         except ApiError as error:
-            self.metrics.refused({408: "timeout", 413: "size"}.get(error.status, "queue"))
-            self.metrics.request("refused", error.status)
+            count_refusal(self.metrics, error)
             raise
         if body is None:  # the client left
             self.metrics.request("refused", CLIENT_CLOSED)
@@ -108,6 +105,21 @@ class BodyMiddleware:
         begin = max(now, self._next_at.get(holder, 0.0))
         self._next_at = {name: at for name, at in self._next_at.items() if at > now} | {holder: begin + size / PACE}
         return begin - now
+
+
+async def sender_of_post(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Caller | None:
+    """Who sent a POST; any other request is passed on to `app`, and None returned."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        await app(scope, receive, send)
+        return None
+    caller: Caller = scope["state"]["caller"]
+    return caller
+
+
+def count_refusal(metrics: Metrics, error: ApiError) -> None:
+    """Counts a request that is refused before it reaches a route."""
+    metrics.refused({408: "timeout", 413: "size"}.get(error.status, "queue"))
+    metrics.request("refused", error.status)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

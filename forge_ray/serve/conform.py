@@ -15,8 +15,8 @@ import jsonschema
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from forge_ray.serve.fields import Function
 from forge_ray.serve.openai import ApiError
+from forge_ray.serve.tool_fields import Function
 
 MAX_STEPS = 20_000  # keywords that are evaluated for one call; some 50 ms
 MAX_SCHEMA_CHARS = 1 << 16

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from forge_ray.serve.replayed import as_ours
+from forge_ray.serve.tool_fields import AllowedChoice, AllowedTools, Function, NamedChoice, Tool, ToolChoice
+from forge_ray.serve.wire import NAME, Wire
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
-NAME = r"^[a-zA-Z0-9_-]{1,64}$"
-
-
-class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class TextPart(Wire):
@@ -87,35 +85,6 @@ class Message(Wire):
         return turn | {key: value for key in others if (value := getattr(self, key)) is not None}
 
 
-class Function(Wire):
-    name: str = Field(pattern=NAME)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    @property
-    def schema_(self) -> dict[str, Any]:
-        """The schema of a call's arguments; without `parameters`, an empty object."""
-        return self.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-class Tool(Wire):
-    type: Literal["function"] = "function"
-    function: Function
-
-    def for_template(self) -> dict[str, Any]:
-        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
-
-
-class NamedFunction(Wire):
-    name: str
-
-
-class NamedChoice(Wire):
-    type: Literal["function"]
-    function: NamedFunction
-
-
 class JsonSchema(Wire):
     name: str = Field(pattern=NAME)
     description: str | None = None
@@ -147,14 +116,35 @@ class StreamOptions(Wire):
     include_obfuscation: Literal[False] = False
 
 
-class CompletionOptions(Wire):
-    """The fields of both endpoints. `random_seed` is Mistral's name for `seed`; `top_k` 0 or -1 keeps every token. The last
-    four have no meaning here: no answer depends on them."""
+class PromptCache(Wire):
+    """Where and how long a cache keeps the prompt: no answer depends on it, unless none is to be generated."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: str | None = None
+    prewarm: Literal[False] | None = None
+
+
+class GeneratingRequest(Wire):
+    """The fields of every request that generates. The last five have no meaning here: no answer depends on them."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=512)
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+    prompt_cache_key: str | None = None
+    prompt_cache_options: PromptCache | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+
+
+class CompletionOptions(GeneratingRequest):
+    """The fields of chats and completions. `random_seed` is Mistral's name for `seed`; `top_k` 0 or -1 keeps every token."""
+
+    max_tokens: int | None = Field(None, ge=1)
     top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
@@ -165,14 +155,6 @@ class CompletionOptions(Wire):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     logit_bias: dict[str, float] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=512)
-    metadata: dict[str, str] | None = Field(None, max_length=16)
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -213,9 +195,9 @@ class ChatRequest(CompletionOptions):
     top_logprobs: int | None = Field(None, ge=0)
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required", "any"] | NamedChoice | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(None, max_length=16)
 
     @model_validator(mode="after")
@@ -233,8 +215,8 @@ class ChatRequest(CompletionOptions):
             raise ValueError("tools: two of them have the same name")
         if self.tool_choice not in (None, "none", "auto") and not names:
             raise ValueError("tool_choice: a call requires `tools`")
-        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice: {self.tool_choice.function.name!r} is not one of `tools`")
+        if unknown := sorted(self._chosen - set(names)):
+            raise ValueError(f"tool_choice: {unknown[0]!r} is not one of `tools`")
         if self.offered and self.response_format and self.response_format.type != "text":
             raise ValueError("response_format: not supported with tools that may be called; set tool_choice to none")
         if self.offered and self.messages[-1].prefix:
@@ -252,16 +234,33 @@ class ChatRequest(CompletionOptions):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def _chosen(self) -> set[str]:
+        """Functions that `tool_choice` names."""
+        match self.tool_choice:
+            case NamedChoice():
+                return {self.tool_choice.function.name}
+            case AllowedChoice():
+                return {tool.function.name for tool in self.tool_choice.allowed_tools.tools}
+            case _:
+                return set()
+
+    @property
     def offered(self) -> list[Tool]:
         """Tools that the model sees and may call."""
+        if isinstance(self.tool_choice, AllowedChoice):
+            return [tool for tool in self.tools or [] if tool.function.name in self._chosen]
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def forced(self) -> list[Function]:
         """Functions of which one must be called; empty where the model may answer with text."""
-        if isinstance(self.tool_choice, NamedChoice):
-            return [tool.function for tool in self.offered if tool.function.name == self.tool_choice.function.name]
-        return [tool.function for tool in self.offered] if self.tool_choice in ("required", "any") else []
+        match self.tool_choice:
+            case "required" | "any" | AllowedChoice(allowed_tools=AllowedTools(mode="required")):
+                return [tool.function for tool in self.offered]
+            case NamedChoice():
+                return [tool.function for tool in self.offered if tool.function.name in self._chosen]
+            case _:
+                return []
 
 
 class CompletionRequest(CompletionOptions):

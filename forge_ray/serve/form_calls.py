@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forge_ray.data.tokens.call_forms import CallForm, parse
-from forge_ray.serve.fields import Function
 from forge_ray.serve.text import overlap
+from forge_ray.serve.tool_fields import Function
 
 LONGEST = 1 << 16  # characters of calls that are read again with each token
 

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from forge_ray.inference.engine import EngineHealth
 from forge_ray.serve.access import Site, authenticated, check_scope, check_single_key, check_site
 from forge_ray.serve.access_log import LOG, access_line
-from forge_ray.serve.bodies import closing
+from forge_ray.serve.bodies import closing, count_refusal, sender_of_post
 from forge_ray.serve.context import Caller
 from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.limits import BUSY_RETRY_S, end_counting, retry_after
@@ -134,15 +134,12 @@ class AdmissionMiddleware:
         self._callers: dict[int, Caller] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self.app(scope, receive, send)
+        if (caller := await sender_of_post(self.app, scope, receive, send)) is None:
             return
-        caller: Caller = scope["state"]["caller"]
         try:
             self.check(caller)
         except ApiError as error:
-            self.metrics.refused("queue")
-            self.metrics.request("refused", 429)
+            count_refusal(self.metrics, error)
             await send_error(error, send, {"x-request-id": caller.request_id})
             return
         self._callers[id(caller)] = caller

@@ -22,10 +22,10 @@ from forge_ray.serve.fields import (
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    Wire,
 )
 from forge_ray.serve.replayed import REASONING_NAMES
 from forge_ray.serve.response_fields import STATELESS, ResponsesRequest
+from forge_ray.serve.wire import Wire
 
 MAX_PROMPTS = 64  # per request to /v1/completions
 MAX_INPUTS = 2048  # per request to /v1/embeddings, as OpenAI's
@@ -36,11 +36,12 @@ NO_OP: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "dimensions": (),
     "echo": (False,),
-    "function_call": ("none",),
+    "function_call": ("none", "auto"),
     "functions": ([],),
     "logprobs": (False,),
     "min_tokens": (0,),
-    "modalities": (["text"],),
+    "modalities": ([], ["text"]),
+    "moderation": (),
     "output_dimension": (),
     "output_dtype": ("float",),
     "prediction": (),
@@ -57,10 +58,12 @@ NO_OP: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 RESPONSES_NO_OP: dict[str, tuple[Any, ...]] = {
+    "access_programs": ({}, {"cyber": "standard"}),
     "background": (False,),
+    "background_options": ({}, {"completion_window": "soonest"}),
     "context_management": ([],),
     "conversation": (),
-    "include": ([], ["reasoning.encrypted_content"]),  # reasoning comes in the clear
+    "image": ({}, {"context_compression": "auto"}),
     "max_tool_calls": (),
     "previous_response_id": (),
     "prompt": (),

@@ -19,13 +19,13 @@ from forge_ray.serve.fields import (
     EmbeddingRequest,
     Message,
     TokenizeRequest,
-    Tool,
 )
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import Prompt, prompts_of
 from forge_ray.serve.routing import RoutingInputs
 from forge_ray.serve.streams import unless_gone
+from forge_ray.serve.tool_fields import Tool
 
 A = TypeVar("A")
 T = TypeVar("T")

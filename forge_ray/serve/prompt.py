@@ -15,11 +15,12 @@ from forge_ray.data.tokens.adapt import with_short_ids
 from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.inference.engine import GenerationRequest
 from forge_ray.serve.conform import check_strict
-from forge_ray.serve.fields import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest, EmbeddingRequest, Message, Tool
+from forge_ray.serve.fields import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest, EmbeddingRequest, Message
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.replayed import without_thought
 from forge_ray.serve.switches import switched
+from forge_ray.serve.tool_fields import Tool
 from forge_ray.serve.tools import Beginning, beginnings
 
 DEFAULTS = {field.name: field.default for field in fields(GenerationRequest)}

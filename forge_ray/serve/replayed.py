@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 KEPT = ("role", "content")  # of a message, also where they are empty
+CACHE_MARKS = ("cache_control", "prompt_cache_breakpoint")  # there is no cache here that a client marks
 TEXT_NAMES = ("reasoning_content", "reasoning", "thinking")
 LIST_NAMES = ("thinking_blocks", "reasoning_details")
 PROVIDER = "provider_specific_fields"
@@ -24,7 +25,9 @@ def as_ours(message: Any) -> Any:
     cannot be read, or that is not the same under two names."""
     if not isinstance(message, dict):
         return message
-    turn = {key: value for key, value in message.items() if key in KEPT or (key != "cache_control" and not is_empty(value))}
+    turn = dict(without_what_is_empty(message, KEPT))
+    if isinstance(turn.get("refusal"), str) and is_empty(turn.get("content")):
+        turn["content"] = turn.pop("refusal")  # the text of that answer
     thoughts = list(_thoughts(turn))
     if isinstance(turn.get("content"), list):
         thoughts.append(("content", "".join(_of_list(turn["content"], "content", ("thinking",)))))
@@ -44,6 +47,13 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(is_empty, value))
     return value is None or value is False or value == ""
+
+
+def without_what_is_empty(value: Any, kept: tuple[str, ...]) -> Any:
+    """An object without fields that ask for nothing, except for those in `kept`; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {key: item for key, item in value.items() if key in kept or (key not in CACHE_MARKS and not is_empty(item))}
 
 
 def _thoughts(turn: dict[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
@@ -93,10 +103,10 @@ def _is_thought(part: Any) -> bool:
 
 
 def _part(part: Any) -> Any:
-    """A part of a content; a text may be empty, a mark for a cache means nothing here."""
-    if not isinstance(part, dict):
-        return part
-    return {key: item for key, item in part.items() if key == "text" or (key != "cache_control" and not is_empty(item))}
+    """A part of a content; a text may be empty, and a refusal is one."""
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        part = {"type": "text", "text": part.get("refusal")}
+    return without_what_is_empty(part, ("text",))
 
 
 def _call(call: Any) -> Any:

@@ -10,30 +10,35 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from forge_ray.serve.fields import NAME, StreamOptions, Wire
+from forge_ray.serve.fields import Effort, GeneratingRequest
 from forge_ray.serve.replayed import UNREADABLE, is_empty
+from forge_ray.serve.tool_fields import BY_TYPE
+from forge_ray.serve.wire import NAME, Sparse, Wire
 
-KEPT = ("content", "output", "text", "summary")  # of an item, also where they are empty
 KINDS = "message, function_call, function_call_output or reasoning"
-STATELESS = "answers are not stored here; send the whole conversation as `input`"
+STATELESS = "answers are not stored here; send the whole conversation with each request"
 
 
-class Item(Wire):
-    """One item of an input; what is empty in it asks for nothing. An id or a status of an earlier answer has no meaning."""
+class Item(Sparse):
+    """One item of an input. An id or a status of an earlier answer has no meaning."""
+
+    KEPT = ("content", "output", "text", "summary")
 
     id: str | None = None
     status: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_what_is_empty(cls, item: Any) -> Any:
-        if not isinstance(item, dict):
-            return item
-        return {key: value for key, value in item.items() if key in KEPT or not is_empty(value)}
-
 
 class TextItem(Item):
-    """A part of a content."""
+    """A part of a content. The log-probabilities of an earlier answer are not part of it; a refusal is its text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_answer(cls, part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        if part.get("type") == "refusal":
+            return {"type": "output_text", "text": part.get("refusal")}
+        return {key: value for key, value in part.items() if key != "logprobs"}
 
     type: Literal["input_text", "output_text", "summary_text", "reasoning_text", "text"]
     text: str
@@ -46,9 +51,16 @@ class MessageItem(Item):
     phase: str | None = None
 
 
+class Direct(Wire):
+    """A call by the model itself, and not by a program that it wrote."""
+
+    type: Literal["direct"]
+
+
 class CallItem(Item):
     type: Literal["function_call"]
     call_id: str | None = None
+    caller: Direct | None = None
     name: str
     arguments: str = "{}"
 
@@ -56,6 +68,7 @@ class CallItem(Item):
 class OutputItem(Item):
     type: Literal["function_call_output"]
     call_id: str | None = None
+    caller: Direct | None = None
     name: str | None = None
     output: str | list[TextItem]
 
@@ -76,6 +89,15 @@ class ReasoningItem(Item):
         return text
 
 
+class ReferenceItem(Wire):
+    """An item of an earlier answer by its id, which nothing here knows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused(cls, item: Any) -> Any:
+        raise ValueError(f"an item_reference: {STATELESS}, as most clients do with `store: false`")
+
+
 def _kind(item: Any) -> str | None:
     if not isinstance(item, dict):
         return None
@@ -83,11 +105,22 @@ def _kind(item: Any) -> str | None:
     return f"{kind} item"
 
 
+InputItem = MessageItem | CallItem | OutputItem | ReasoningItem | ReferenceItem
+Included = Literal[
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+]
 AnyItem = Annotated[
     Annotated[MessageItem, Tag("message item")]
     | Annotated[CallItem, Tag("function_call item")]
     | Annotated[OutputItem, Tag("function_call_output item")]
-    | Annotated[ReasoningItem, Tag("reasoning item")],
+    | Annotated[ReasoningItem, Tag("reasoning item")]
+    | Annotated[ReferenceItem, Tag("item_reference item")],
     Discriminator(_kind, "item_kind", f"An item is an object of type {KINDS}"),
 ]
 
@@ -98,11 +131,23 @@ class FunctionTool(Item):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
 
 
 class ForcedFunction(Wire):
     type: Literal["function"]
     name: str
+
+
+class AllowedFunctions(Wire):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[ForcedFunction] = Field(min_length=1)
+
+
+FunctionChoice = Annotated[
+    Annotated[ForcedFunction, Tag("function choice")] | Annotated[AllowedFunctions, Tag("allowed_tools choice")], BY_TYPE
+]
 
 
 class TextFormat(Wire):
@@ -121,31 +166,25 @@ class TextSettings(Wire):
 class ReasoningSettings(Wire):
     """A summary is what is asked for where the reasoning itself is secret; here it comes as it is."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Effort | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class ResponsesRequest(Wire):
-    model: str
+class ResponsesRequest(GeneratingRequest):
+    """`include` may name what only tools of a server would add to an answer; reasoning comes in the clear."""
+
     input: str | list[AnyItem] = Field(min_length=1)
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
+    include: list[Included] | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ForcedFunction | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=512)
-    metadata: dict[str, str] | None = Field(None, max_length=16)
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
 
     def chat(self) -> dict[str, Any]:
         """The body of the same request to `/v1/chat/completions`."""
@@ -171,7 +210,7 @@ class ResponsesRequest(Wire):
         return first + turns_of(self.input)
 
 
-def turns_of(items: Sequence[MessageItem | CallItem | OutputItem | ReasoningItem]) -> list[dict[str, Any]]:
+def turns_of(items: Sequence[InputItem]) -> list[dict[str, Any]]:
     """Turns of a chat, in order. An answer begins with its reasoning, or with its text where it has none."""
     turns: list[dict[str, Any]] = []
     for item in items:
@@ -195,7 +234,7 @@ def turns_of(items: Sequence[MessageItem | CallItem | OutputItem | ReasoningItem
     return [turn for turn in turns if turn["role"] != "assistant" or not is_empty({**turn, "role": ""})]
 
 
-def _of_answer(item: MessageItem | CallItem | ReasoningItem | OutputItem) -> tuple[str, Any]:
+def _of_answer(item: InputItem) -> tuple[str, Any]:
     """(field of the assistant's turn, what it holds)."""
     if isinstance(item, CallItem):
         return "tool_calls", {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
@@ -216,11 +255,18 @@ def _text(content: str | Sequence[TextItem]) -> str:
 
 
 def _function(tool: FunctionTool) -> dict[str, Any]:
-    return {"type": "function", "function": tool.model_dump(exclude={"type", "id", "status"}, exclude_none=True)}
+    function = tool.model_dump(include={"name", "description", "parameters", "strict"}, exclude_none=True)
+    return {"type": "function", "function": function}
 
 
-def _choice(choice: str | ForcedFunction | None) -> Any:
-    return {"type": "function", "function": {"name": choice.name}} if isinstance(choice, ForcedFunction) else choice
+def _choice(choice: str | ForcedFunction | AllowedFunctions | None) -> Any:
+    match choice:
+        case ForcedFunction():
+            return {"type": "function", "function": {"name": choice.name}}
+        case AllowedFunctions():
+            return {"type": choice.type, choice.type: {"mode": choice.mode, "tools": [_choice(one) for one in choice.tools]}}
+        case _:
+            return choice
 
 
 def _format(form: TextFormat | None) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Switches of a chat template (`reasoning_effort`, `enable_thinking`), set by a request (no ray, no torch).
+"""Switches of a chat template or a tokenizer (`reasoning_effort`, `enable_thinking`), set by a request (no ray, no torch).
 
 A template's switches are the variables that it reads and that a conversation does not fill. The template with a switch set
 is a template of its own: asked anew how it writes answers and calls, and kept with the tokenizer that it belongs to.
@@ -14,10 +14,13 @@ from dataclasses import replace
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
+import jsonschema
+
 from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.data.tokens.hf import HfTokenizer
+from forge_ray.data.tokens.mistral import MistralChat
 from forge_ray.data.tokens.text_tools import TextTools
-from forge_ray.serve.fields import ChatRequest
+from forge_ray.serve.fields import ChatRequest, ResponseFormat
 from forge_ray.serve.openai import ApiError
 
 Value = bool | int | float | str | None
@@ -35,10 +38,13 @@ _KEPT: WeakKeyDictionary[HfTokenizer, dict[str, HfTokenizer]] = WeakKeyDictionar
 def switched(tokenizer: ChatTokenizer, body: ChatRequest) -> ChatTokenizer:
     """The tokenizer with its template's switches as the request sets them. `ApiError` 400 for a switch that the template
     does not have, unless the request switches off what is not there."""
+    if isinstance(tokenizer, TextTools):
+        inner = switched(tokenizer.inner, body)
+        return tokenizer if inner is tokenizer.inner else replace(tokenizer, inner=inner)
+    if isinstance(tokenizer, MistralChat):
+        tokenizer = _with_format(tokenizer, body.response_format)
     if body.reasoning_effort is None and not body.chat_template_kwargs:
         return tokenizer
-    if isinstance(tokenizer, TextTools):
-        return replace(tokenizer, inner=switched(tokenizer.inner, body))
     names = switches_of(tokenizer)
     values = dict(_effort(body.reasoning_effort, names))
     for name, value in (body.chat_template_kwargs or {}).items():
@@ -53,11 +59,41 @@ def switched(tokenizer: ChatTokenizer, body: ChatRequest) -> ChatTokenizer:
         elif value not in (None, False):
             raise _no_switch(param, name, names)
     chosen = {name: value for name, value in values.items() if value is not None}
-    return _set(tokenizer, chosen) if chosen and isinstance(tokenizer, HfTokenizer) else tokenizer
+    if not chosen:
+        return tokenizer
+    if isinstance(tokenizer, MistralChat):
+        return _with_effort(tokenizer, chosen["reasoning_effort"], "" if body.reasoning_effort else "chat_template_kwargs.")
+    return _set(tokenizer, chosen) if isinstance(tokenizer, HfTokenizer) else tokenizer
+
+
+def _with_effort(tokenizer: MistralChat, effort: Value, place: str) -> MistralChat:
+    if effort not in tokenizer.efforts:
+        param = f"{place}reasoning_effort"
+        rule = f"{param}: {json.dumps(effort)} is not one of this model's: {', '.join(tokenizer.efforts)}"
+        raise ApiError(400, rule, param=param)
+    return replace(tokenizer, settings={**tokenizer.settings, "reasoning_effort": effort})
+
+
+def _with_format(tokenizer: MistralChat, form: ResponseFormat | None) -> MistralChat:
+    """The tokenizer that shows the model the schema of its answer, where its file has a place for it."""
+    if form is None or form.type == "text" or not tokenizer.shows_formats:
+        return tokenizer
+    sent: dict[str, object] = {"type": form.type}
+    if form.json_schema is not None:
+        schema = json.loads(form.text)
+        try:
+            jsonschema.Draft7Validator.check_schema(schema)
+        except jsonschema.SchemaError as error:
+            rule = f"response_format: not a JSON schema of draft 7, as this model is shown it: {error.message[:200]}"
+            raise ApiError(400, rule, param="response_format") from None
+        sent["json_schema"] = {"name": form.json_schema.name, "schema": schema}
+    return replace(tokenizer, settings={**tokenizer.settings, "response_format": sent})
 
 
 def switches_of(tokenizer: ChatTokenizer) -> frozenset[str]:
-    """The variables of the chat template that a request may set; none of Mistral's own tokenizers."""
+    """The variables of the chat template that a request may set; of Mistral's own tokenizers, the effort of the newer."""
+    if isinstance(tokenizer, MistralChat):
+        return frozenset({"reasoning_effort"} if tokenizer.efforts else ())
     if not isinstance(tokenizer, HfTokenizer) or not tokenizer.has_chat:
         return frozenset()
     filled = {*CONVERSATION, *TOKENS, *tokenizer.tokenizer.special_tokens_map}

@@ -23,10 +23,10 @@ from typing import Any
 
 from forge_ray.data.tokens.template import CallStyle, ChatTokenizer
 from forge_ray.serve.conform import conforms
-from forge_ray.serve.fields import Function
 from forge_ray.serve.form_calls import FormParser, beginning_texts, object_schema
 from forge_ray.serve.reasoning import special_text
 from forge_ray.serve.text import overlap
+from forge_ray.serve.tool_fields import Function
 
 OPENING: Mapping[CallStyle, str] = {
     "hermes": "<tool_call>",

@@ -1,13 +1,9 @@
-"""Conversations of several turns by other clients, offline: reasoning, a call, its result, an answer, another question.
-
-`agent` reasons and calls `paint`, then answers; `tiny` is the tiny model, which follows a schema.
-"""
+"""Conversations of several turns by other clients, offline: reasoning, a call, its result, an answer, another question."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,77 +13,22 @@ import httpx2
 import jsonschema
 import openai
 import pytest
-from http_server import ENGINE, Fixed, deployment, running
-from pydantic import BaseModel, ConfigDict
-from scripted import Scripted, ids_of, loaded
+from conversations import AGAIN, FIRST, PAINT, QUESTION, SECOND, Conversed, Verdict, conversing
 
-from forge_ray.config.base import parse
-from forge_ray.config.release import EngineConfig
-from forge_ray.data.tokens.chat import load_tokenizer_dir
-from forge_ray.inference.choose import open_engine
-from forge_ray.inference.engine import GenerationRequest
-from forge_ray.serve.http import build_http
-from forge_ray.serve.loaded import Loaded
 from tests.unit.inference.test_schemas import SCHEMAS
 
 pytestmark = pytest.mark.e2e
 
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }} <tool_call><|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-THOUGHT = "<think>\nPaint it.\n</think>\n\n"
-CALL = THOUGHT + '<tool_call>\n{"name": "paint", "arguments": {"colour": "red", "sure": true}}\n</tool_call>'
-FIRST, SECOND = "It is red\u2028now.", "Still red."
-QUESTION, AGAIN = "Which colour?", "And now?"
 
-
-class Verdict(BaseModel):
-    """An answer that even a model of random weights can finish."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    colour: Literal["red", "blue"]
-    sure: bool
-
-
-SCHEMA = Verdict.model_json_schema()
-PAINT: Any = {"type": "function", "function": {"name": "paint", "description": "Paints.", "parameters": SCHEMA}}
+@pytest.fixture(scope="module")
+def conversed(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Conversed]:
+    with conversing(tiny_model_dir, tmp_path_factory.mktemp("conversations") / "model") as conversed:
+        yield conversed
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[str]:
-    """What reached the model `agent`."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def url(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, prompts: list[str]) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("conversations") / "model"
-    shutil.copytree(tiny_model_dir, folder)
-    config = folder / "config.json"  # tools and their schemas are long in a vocabulary of 400
-    longer = json.loads(config.read_text(encoding="utf-8")) | {"max_position_embeddings": 2048}
-    config.write_text(json.dumps(longer), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    tokenizer = load_tokenizer_dir(folder)
-
-    def script(request: GenerationRequest) -> list[int]:
-        prompts.append(tokenizer.decode(request.prompt_ids))
-        if AGAIN in prompts[-1]:
-            return ids_of(tokenizer, SECOND)
-        return ids_of(tokenizer, THOUGHT + FIRST if "painted" in prompts[-1] else CALL)
-
-    engine = open_engine(folder, None, parse(EngineConfig, ENGINE), use_gpu=False)
-    tiny = Loaded("mv_0", "sha256:" + "0" * 64, engine, "", tokenizer, (tokenizer.end_of_turn_id,))
-    try:
-        names = Fixed(tiny=tiny, agent=loaded(tokenizer, Scripted(script)))
-        with running(build_http(deployment(names))) as url:
-            yield url
-    finally:
-        engine.close()
+def url(conversed: Conversed) -> str:
+    return conversed.url
 
 
 @pytest.fixture
@@ -96,13 +37,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def holds_the_conversation(prompt: str) -> None:
-    """The last prompt has every turn in order: question, call, result, answer, question."""
-    places = [prompt.index(text) for text in (QUESTION, '"colour": "red"', "painted", FIRST, AGAIN)]
-    assert places == sorted(places)
-
-
-def test_openai_chat(client: openai.OpenAI, prompts: list[str]) -> None:
+def test_openai_chat(client: openai.OpenAI, conversed: Conversed) -> None:
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     asked: Any = {"model": "agent", "tools": [PAINT]}
     called = client.chat.completions.create(**asked, messages=messages).choices[0].message
@@ -114,11 +49,11 @@ def test_openai_chat(client: openai.OpenAI, prompts: list[str]) -> None:
     assert answered.content == FIRST
     messages += [answered.model_dump(), {"role": "user", "content": AGAIN}]
     assert client.chat.completions.create(**asked, messages=messages).choices[0].message.content == SECOND
-    holds_the_conversation(prompts[-1])
-    assert prompts[-1].count("<think>\nPaint it.\n</think>") == 2
+    conversed.holds_the_conversation()
+    assert conversed.prompts[-1].count("<think>\nPaint it.\n</think>") == 2
 
 
-def test_openai_responses(client: openai.OpenAI, prompts: list[str]) -> None:
+def test_openai_responses(client: openai.OpenAI, conversed: Conversed) -> None:
     items: list[Any] = [{"role": "user", "content": QUESTION}]
     tool: Any = {"type": "function", "strict": False} | PAINT["function"]
     asked: Any = {"model": "agent", "tools": [tool], "store": False, "include": ["reasoning.encrypted_content"]}
@@ -132,8 +67,8 @@ def test_openai_responses(client: openai.OpenAI, prompts: list[str]) -> None:
     assert deltas == answered.output_text == FIRST
     items += [*answered.output, {"role": "user", "content": AGAIN}]
     assert client.responses.create(**asked, input=items).output_text == SECOND
-    holds_the_conversation(prompts[-1])
-    assert prompts[-1].count("<think>\nPaint it.\n</think>") == 2
+    conversed.holds_the_conversation()
+    assert conversed.prompts[-1].count("<think>\nPaint it.\n</think>") == 2
     parsed = client.responses.parse(model="tiny", input=QUESTION, text_format=Verdict, max_output_tokens=900)
     assert isinstance(parsed.output_parsed, Verdict)
     with pytest.raises(openai.BadRequestError) as refused:
@@ -141,7 +76,7 @@ def test_openai_responses(client: openai.OpenAI, prompts: list[str]) -> None:
     assert refused.value.param == "previous_response_id"
 
 
-def test_mistral(url: str, prompts: list[str]) -> None:
+def test_mistral(url: str, conversed: Conversed) -> None:
     from mistralai.client import Mistral
 
     with Mistral(api_key="none", server_url=url) as mistral:
@@ -157,17 +92,17 @@ def test_mistral(url: str, prompts: list[str]) -> None:
         assert text == FIRST
         messages += [{"role": "assistant", "content": text}, {"role": "user", "content": AGAIN}]
         assert mistral.chat.complete(**asked, messages=messages).choices[0].message.content == SECOND  # type: ignore[union-attr]
-        holds_the_conversation(prompts[-1])
+        conversed.holds_the_conversation()
         thought = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": FIRST}]
         replayed: Any = [*messages[:1], {"role": "assistant", "content": thought}, {"role": "user", "content": AGAIN}]
         mistral.chat.complete(model="agent", messages=replayed)
-        assert f"<think>\nHm.\n</think>\n\n{FIRST}" in prompts[-1]
+        assert f"<think>\nHm.\n</think>\n\n{FIRST}" in conversed.prompts[-1]
         parsed = mistral.chat.parse(response_format=Verdict, model="tiny", messages=messages[:1], max_tokens=900)
         assert isinstance(parsed.choices[0].message.parsed, Verdict)  # type: ignore[index,union-attr]
 
 
 @pytest.mark.parametrize("api", ["chat", "responses"])
-def test_langchain(url: str, prompts: list[str], api: str) -> None:
+def test_langchain(url: str, conversed: Conversed, api: str) -> None:
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_openai import ChatOpenAI
 
@@ -183,13 +118,13 @@ def test_langchain(url: str, prompts: list[str], api: str) -> None:
     assert answered.text == FIRST
     messages += [answered, HumanMessage(AGAIN)]
     assert agent.invoke(messages).text == SECOND
-    holds_the_conversation(prompts[-1])
+    conversed.holds_the_conversation()
     structured = ChatOpenAI(model="tiny", max_tokens=900, **more).with_structured_output(Verdict, method="json_schema")  # type: ignore[call-arg]
     assert isinstance(structured.invoke(QUESTION), Verdict)
 
 
 @pytest.mark.parametrize("api", ["chat", "responses"])
-def test_pydantic_ai(url: str, prompts: list[str], api: str) -> None:
+def test_pydantic_ai(url: str, conversed: Conversed, api: str) -> None:
     from pydantic_ai import Agent, NativeOutput
     from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
     from pydantic_ai.providers.openai import OpenAIProvider
@@ -207,7 +142,7 @@ def test_pydantic_ai(url: str, prompts: list[str], api: str) -> None:
         assert first.output == FIRST
         async with agent.run_stream(AGAIN, message_history=first.all_messages()) as second:
             assert await second.get_output() == SECOND
-        holds_the_conversation(prompts[-1])
+        conversed.holds_the_conversation()
         judge: Any = Agent(kind("tiny", provider=provider), output_type=NativeOutput(Verdict))
         verdict = await judge.run(QUESTION, model_settings={"max_tokens": 900})
         assert isinstance(verdict.output, Verdict)
@@ -215,6 +150,7 @@ def test_pydantic_ai(url: str, prompts: list[str], api: str) -> None:
     asyncio.run(converse())
 
 
+@pytest.mark.large
 def test_schemas_as_agents_send_them(url: str) -> None:
     """Each answer conforms if it ended by itself; the tiny model ends most of them."""
     ended = 0

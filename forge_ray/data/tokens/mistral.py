@@ -8,10 +8,11 @@ that of `forge-ray[mistral]`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,25 @@ def load_mistral(path: Path) -> MistralChat:
 
 @dataclass(frozen=True, eq=False)
 class MistralChat:
-    """A `ChatTokenizer` on one tokenizer file, with its two validations."""
+    """A `ChatTokenizer` on one tokenizer file, with its two validations. `settings` are written into prompts: a
+    `reasoning_effort` of `efforts`, and a `response_format` where the file `shows_formats`; else the file's defaults are."""
 
     finetuning: Any
     serving: Any
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def efforts(self) -> tuple[str, ...]:
+        """Values of `reasoning_effort` that the file knows; none before version 15."""
+        builder = self._tokenizer.model_settings_builder
+        effort = builder.reasoning_effort if builder is not None else None
+        return tuple(map(str, effort.values)) if effort is not None else ()
+
+    @property
+    def shows_formats(self) -> bool:
+        """Whether a prompt shows the model the schema that its answer must follow."""
+        builder = self._tokenizer.model_settings_builder
+        return builder is not None and builder.json_schema is not None
 
     @property
     def _tokenizer(self) -> Any:
@@ -145,7 +161,8 @@ class MistralChat:
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
         """Ids up to where the assistant answers, exactly those of `encode_chat_completion` in serving mode."""
         with _refusals():
-            return [int(token) for token in self.serving.encode_chat_completion(_request(messages, tools, False)).tokens]
+            request = _request(messages, tools, False, self.settings)
+            return [int(token) for token in self.serving.encode_chat_completion(request).tokens]
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -251,13 +268,15 @@ def _weights(messages: Messages) -> list[int]:
     return [int(weight) for (role, weight), _ in runs if role == "assistant"]
 
 
-def _request(messages: Messages, tools: list[Any] | None, finetuning: bool) -> Any:
+def _request(
+    messages: Messages, tools: list[Any] | None, finetuning: bool, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
     """A request of mistral-common; OpenAI's form is read by its own converters."""
     from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
     plain = [_openai(message) for message in with_short_ids(messages)]
-    request: Any = ChatCompletionRequest.from_openai(plain, tools or None, model="served")
+    request: Any = ChatCompletionRequest.from_openai(plain, tools or None, model="served", **settings)
     if finetuning:  # with their weights, so that turns of different weight stay apart
         for i, (message, original) in enumerate(zip(request.messages, messages, strict=True)):
             if original["role"] == "assistant":

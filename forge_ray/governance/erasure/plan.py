@@ -214,12 +214,12 @@ def _made_of(
         affected |= new
         if not more and not new:
             break
+    records = {run.id: run for run in runs}
     listed = [
-        _run(catalog, facts, run, run.id in used, places.get(run.dataset, []))
-        for run in runs
-        if run.id in used or run.dataset in holding
+        _run(catalog, run, records.get(run.run), run.run in used, places.get(run.dataset, []))
+        for run in (*(facts.runs[run.id] for run in runs), *unfinished)
+        if run.run in used or run.dataset in holding
     ]
-    listed += [_begun(run, run.run in used) for run in unfinished if run.run in used or run.dataset in holding]
     return tuple(listed), tuple(
         AffectedVersion(id=v.id, name=v.name, status=v.status, weights=v.weights, run=v.run)
         for v in versions
@@ -227,44 +227,32 @@ def _made_of(
     )
 
 
-def _run(catalog: Catalog, facts: StoreUses, run: RunRecord, used: bool, places: list[Place]) -> AffectedRun:
-    settings = run.config["train"]
-    manifest = catalog.get_as(DatasetManifest, run.dataset)
-    inside = index.rows_with(catalog.store, manifest, places) if places else {}
-    rows = sorted({row for rows in inside.values() for row in rows})
-    steps = sorted({step for use in facts.runs[run.id].trained_on(manifest, "", rows) for step in use.steps}) if rows else []
-    workers = max((attempt["world_size"] for attempt in run.attempts), default=1)
-    hours = run.metrics.get("seconds", 0.0) / 3600 * workers
-    return AffectedRun(
-        id=run.id,
-        name=run.name,
-        dataset=run.dataset,
-        base_model=run.base_model,
-        used=used,
-        finished=True,
-        adapter=run.export_kind == "adapter",
-        num_steps=run.num_steps,
-        steps=len(steps),
-        first_step=steps[0] if steps else 0,
-        last_step=steps[-1] if steps else 0,
-        worker_hours=hours,
-        gpu_hours=hours * settings.get("scaling", {}).get("gpus_per_worker", 0),
-    )
-
-
-def _begun(run: Run, used: bool) -> AffectedRun:
-    nothing: dict[str, Any] = dict.fromkeys(
-        ("num_steps", "steps", "first_step", "last_step", "worker_hours", "gpu_hours"), 0
-    )
+def _run(catalog: Catalog, run: Run, record: RunRecord | None, used: bool, places: list[Place]) -> AffectedRun:
+    """`record` is None for a run that has not finished: what it did is not known, and it may go on."""
+    steps: list[int] = []
+    hours = gpus = 0.0
+    if record is not None:
+        manifest = catalog.get_as(DatasetManifest, record.dataset)
+        inside = index.rows_with(catalog.store, manifest, places) if places else {}
+        rows = sorted({row for rows in inside.values() for row in rows})
+        steps = sorted({step for use in run.trained_on(manifest, "", rows) for step in use.steps}) if rows else []
+        workers = max((attempt["world_size"] for attempt in record.attempts), default=1)
+        hours = record.metrics.get("seconds", 0.0) / 3600 * workers
+        gpus = record.config["train"].get("scaling", {}).get("gpus_per_worker", 0)
     return AffectedRun(
         id=run.run,
         name=run.name,
         dataset=run.dataset,
         base_model=run.base_model,
         used=used,
-        finished=False,
-        adapter=False,
-        **nothing,
+        finished=record is not None,
+        adapter=record is not None and record.export_kind == "adapter",
+        num_steps=record.num_steps if record is not None else 0,
+        steps=len(steps),
+        first_step=steps[0] if steps else 0,
+        last_step=steps[-1] if steps else 0,
+        worker_hours=hours,
+        gpu_hours=hours * gpus,
     )
 
 

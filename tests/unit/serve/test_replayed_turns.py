@@ -11,9 +11,10 @@ import pytest
 from scripted_api import TEMPLATE, TOOLS, USER, Api, reset, running_with
 
 from forge_ray.data.tokens.mistral import load_mistral
-from forge_ray.serve.fields import Message, Tool
+from forge_ray.serve.fields import Message
 from forge_ray.serve.prompt import chat_ids
 from forge_ray.serve.replayed import as_ours, is_empty
+from forge_ray.serve.tool_fields import Tool
 
 pytestmark = pytest.mark.unit
 
@@ -89,6 +90,9 @@ def test_reasoning_is_one_thing_under_every_name(api: Api, answer: Any) -> None:
         {"content": [{"type": "text", "text": "Three.", "cache_control": {"type": "ephemeral"}, "annotations": []}]},
         {"content": [{"type": "text", "text": "Thr", "id": None}, {"type": "text", "text": "ee."}]},
         {"content": "<think>\n\n</think>\n\nThree."},
+        {"content": [{"type": "text", "text": "Three.", "prompt_cache_breakpoint": {"mode": "explicit"}}]},
+        {"content": None, "refusal": "Three."},
+        {"content": [{"type": "refusal", "refusal": "Three."}]},
     ],
 )
 def test_what_is_empty_asks_for_nothing(api: Api, answer: Any) -> None:
@@ -102,6 +106,8 @@ def test_what_is_empty_asks_for_nothing(api: Api, answer: Any) -> None:
         ({"refusal": "No."}, "messages.1.refusal"),
         ({"annotations": [{"type": "url_citation", "url_citation": {"url": "x"}}]}, "messages.1.annotations"),
         ({"audio": {"id": "audio_1"}}, "messages.1.audio"),
+        ({"content": None, "refusal": 5}, "messages.1.refusal"),
+        ({"content": [{"type": "refusal", "refusal": 5}]}, "messages.1.content.0.text"),
         ({"function_call": {"name": "f", "arguments": "{}"}}, "messages.1.function_call"),
         ({"provider_specific_fields": {"citations": ["x"]}}, "messages.1.provider_specific_fields"),
         ({"reasoning": "a", "reasoning_content": "b"}, "messages.1.reasoning"),

@@ -27,6 +27,7 @@ THINKING = (
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"a": {}}}, "strict": False}
 PATH = "/v1/responses"
+ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,9 @@ def test_formats_reach_the_engine(api: Api, sent: Any, schema: str) -> None:
         {"reasoning": {"effort": "none", "summary": "auto"}, "include": [], "top_logprobs": 0},
         {"prompt_cache_key": "k", "safety_identifier": "s", "service_tier": "auto", "prompt_cache_retention": "24h"},
         {"tool_choice": "auto", "tools": [], "parallel_tool_calls": True},
+        {"include": ["web_search_call.results", "reasoning.encrypted_content"], "moderation": None},
+        {"prompt_cache_options": {"mode": "explicit", "ttl": "12h"}, "reasoning": {"context": "auto", "mode": "standard"}},
+        {"access_programs": None, "background_options": {}, "image": {}, "moderation": None},
     ],
 )
 def test_what_asks_for_nothing_is_accepted(api: Api, sent: dict[str, Any]) -> None:
@@ -164,7 +168,10 @@ def test_what_asks_for_nothing_is_accepted(api: Api, sent: dict[str, Any]) -> No
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
-        ({"include": ["file_search_call.results"]}, "include"),
+        ({"include": ["message.output_text.logprobs"]}, "include.0"),
+        ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm"),
+        ({"reasoning": {"context": "all_turns"}}, "reasoning.context"),
+        ({"moderation": {"model": "x"}}, "moderation"),
         ({"max_tool_calls": 3}, "max_tool_calls"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"no_such_field": 1}, "no_such_field"),
@@ -185,6 +192,8 @@ def test_what_asks_for_nothing_is_accepted(api: Api, sent: dict[str, Any]) -> No
         ({"tools": [{"type": "function", "name": "has blanks"}]}, "tools.0.name"),
         ({"tools": [ADD, ADD]}, "tools"),
         ({"tools": [ADD], "tool_choice": {"type": "function", "name": "divide"}}, "tool_choice"),
+        ({"tools": [ADD], "tool_choice": {**ALLOWED, "tools": [{"type": "function", "name": "divide"}]}}, "tool_choice"),
+        ({"tools": [ADD], "tool_choice": {**ALLOWED, "tools": []}}, "tool_choice.tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}, "verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
@@ -200,6 +209,29 @@ def test_what_cannot_be_honoured_is_refused_by_name(api: Api, sent: dict[str, An
         assert error["param"] == param
         assert param in error["message"] or param == "input"
     assert not api.engine.requests
+
+
+def test_an_item_by_its_id_is_refused_with_the_remedy(api: Api) -> None:
+    error = refused(api, input=[{"role": "user", "content": "hi"}, {"type": "item_reference", "id": "msg_1"}])
+    assert error["param"] == "input.1"
+    assert "send the whole conversation" in error["message"]
+    assert "`store: false`" in error["message"]
+
+
+def test_a_refusal_and_marks_of_another_server_come_back(api: Api) -> None:
+    breakpoint_ = {"type": "input_text", "text": "hi", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    direct = {"caller": {"type": "direct"}, "namespace": None}
+    logprob = {"token": "N", "bytes": [78], "logprob": -0.5, "top_logprobs": []}
+    items = [
+        {"role": "user", "content": [breakpoint_]},
+        {"type": "function_call", "call_id": "call_1", "name": "add", "arguments": "{}", **direct},
+        {"type": "function_call_output", "call_id": "call_1", "output": "3", **direct},
+        {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}], "phase": "commentary"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "N", "logprobs": [logprob], "annotations": []}]},
+        {"role": "user", "content": "Sure?"},
+    ]
+    respond(api, input=items, tools=[ADD | {"allowed_callers": ["direct"], "defer_loading": False}])
+    assert "assistant\nNo.<|im_end|>\n<|im_start|>assistant\nN<|im_end|>" in prompt_text(api)
 
 
 def test_a_schema_that_the_engine_refuses(api: Api) -> None:
@@ -249,6 +281,18 @@ def test_a_call_that_is_required(api: Api) -> None:
         (call,) = respond(api, tools=[ADD], tool_choice=choice).output
         assert call.type == "function_call"
         assert api.asked().json_schema
+
+
+def test_the_tools_that_may_be_called_are_those_allowed(api: Api) -> None:
+    tools = [ADD, ADD | {"name": "divide"}]
+    api.engine.script = lambda request: ids_of(api.tokenizer, '{"name": "add", "arguments": {"a": 1}}\n</tool_call>')
+    for mode in ("required", "auto"):
+        response = respond(api, tools=tools, tool_choice={**ALLOWED, "mode": mode})
+        assert "divide" not in prompt_text(api) + api.asked().json_schema
+        assert '"name": "add"' in prompt_text(api)
+        assert bool(api.asked().json_schema) == (mode == "required")
+        assert [tool.name for tool in response.tools] == ["add", "divide"]  # type: ignore[union-attr]
+        assert response.tool_choice.type == "allowed_tools"  # type: ignore[union-attr]
 
 
 def test_an_answer_that_is_cut(api: Api) -> None:

@@ -20,8 +20,8 @@ from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.data.tokens.mistral import load_mistral
 from forge_ray.serve.conform import conforms
-from forge_ray.serve.fields import Function
 from forge_ray.serve.text import Detokenizer
+from forge_ray.serve.tool_fields import Function
 from forge_ray.serve.tools import Call, CallParser, beginnings, markers
 
 pytestmark = pytest.mark.unit
