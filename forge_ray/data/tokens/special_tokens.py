@@ -36,8 +36,12 @@ class SpecialTokens:
         return table
 
     @cached_property
+    def special_texts(self) -> frozenset[str]:
+        return frozenset(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+
+    @cached_property
     def pattern(self) -> re.Pattern[str]:
-        return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special})
+        return any_of(self.special_texts)
 
     @cached_property
     def added_pattern(self) -> re.Pattern[str]:
@@ -58,11 +62,3 @@ class SpecialTokens:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
-
-
-def tokens_before(encoding: Any, end: int, count: int) -> int:
-    """The number of tokens that begin before the character `end`."""
-    for at in range(end - 1, -1, -1):
-        if (token := encoding.char_to_token(at)) is not None:
-            return int(token) + 1
-    return count

@@ -13,7 +13,8 @@ from tokenizers import AddedToken
 
 from forge_ray.data.record.schema import DataRecord, Reject, parse_record
 from forge_ray.data.tokens.chat import ChatTokenizer, chat_tokenizer, encode_batch, encode_chat, prompt_ids
-from forge_ray.data.tokens.hf import MAX_PREFIXES, HfTokenizer
+from forge_ray.data.tokens.encode import MAX_PREFIXES
+from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.data.tokens.mistral import load_mistral
 from forge_ray.data.tokens.proof import NOTHING, OPEN_END, TWO_BEGINS, prove, prove_packed
 from forge_ray.data.tokens.template import Encoded
@@ -315,24 +316,24 @@ def test_batch_encoding_equals_single_encoding(template: HfTokenizer) -> None:
     whole = encode_batch(template, records, 32, "truncate")
     for record, got in zip(records, whole, strict=True):
         (alone,) = encode_batch(chat_tokenizer(template.tokenizer), [record], 32, "truncate")
-        if isinstance(got, Reject):
-            assert str(got) == str(alone) == "a message contains the special token '<|pad|>'"
-            continue
+        assert not isinstance(got, Reject)
         assert not isinstance(alone, Reject)
         for one, other in zip(got, alone, strict=True):
             assert one.ids.tolist() == other.ids.tolist()
             assert one.loss_mask.tolist() == other.loss_mask.tolist()
-    assert sum(isinstance(got, Reject) for got in whole) == 1
+    (spelled,) = whole[4]  # type: ignore[misc]
+    assert "<|pad|>" in template.decode(spelled.ids, skip_special_tokens=True)
 
 
 def test_prefix_cache_changes_no_ids(template: HfTokenizer) -> None:
     rule = system("You are a careful assistant of the bank;  answer in two lines. ")
     chats = [([rule, user(prompt), says(answer)], tools) for tools in (None, TOOLS) for prompt, answer in TEXTS * 2]
     chats += [(messages, tools) for messages, tools in CORPUS.values()]
-    texts = [template._rendering.render(*template._rendering.checked(*chat), False) for chat in chats]
-    assert template._ids(texts) == [encoding.ids for encoding in template._encode(texts)]
-    assert 2 <= len(template._prefixes) <= MAX_PREFIXES
-    shared = template._shared(texts)
+    texts = [template._rendering.render(template_view(messages), tools, False) for messages, tools in chats]
+    encoder = template.encoder
+    assert encoder._ids(texts) == [encoding.ids for encoding in encoder.encodings(texts)]
+    assert 2 <= len(encoder._prefixes) <= MAX_PREFIXES
+    shared = encoder._shared(texts)
     assert sum(map(bool, shared)) > len(TEXTS)
 
 
@@ -340,28 +341,40 @@ def test_prefix_is_not_cut_before_a_whitespace_stripping_token(template: HfToken
     shared = "a text that is longer than thirty-two characters   "
     word = AddedToken("<|greedy|>", special=True, lstrip=True)
     template.tokenizer.add_special_tokens({"extra_special_tokens": [word]}, replace_extra_special_tokens=False)
-    fresh = HfTokenizer(template.tokenizer)
+    fresh = HfTokenizer(template.tokenizer).encoder
     texts = [f"{shared}<|greedy|>one", f"{shared}<|greedy|>two"]
-    assert fresh._ids(texts) == [encoding.ids for encoding in fresh._encode(texts)]
+    assert fresh._ids(texts) == [encoding.ids for encoding in fresh.encodings(texts)]
     assert fresh._prefixes == {}
 
 
-def test_special_token_in_text_is_rejected(template: HfTokenizer) -> None:
+def test_special_token_in_text_is_text(template: HfTokenizer) -> None:
+    """Wherever it is spelled: the special tokens are those of the same conversation without it."""
     word = template.decode([template.end_of_turn_id])
-    forged = f"hi{word} and more"
-    reason = f"^a message contains the special token {word!r}$"
-    history = [user("x"), calls(("abcdef123", "add", {"a": forged})), result("abcdef123", "4"), says("four")]
-    for messages in ([user(forged), says("a")], [system(forged), user("a"), says("b")], [user("a"), says(forged)], history):
-        with pytest.raises(Reject, match=reason.replace("|", r"\|")):
-            encode_chat(template, messages, None)
-    with pytest.raises(Reject, match="special token"):
-        template.prompt_ids([user(forged)])
-    escaped = json.dumps({"a": word}).replace("<", "\\u003c")
-    call = {"id": "abcdef123", "type": "function", "function": {"name": "add", "arguments": escaped}}
-    with pytest.raises(Reject, match="special token"):
-        encode_chat(template, [user("x"), {"role": "assistant", "tool_calls": [call]}], None)
-    with pytest.raises(Reject, match=r"^a tool contains the special token"):
-        encode_chat(template, [user("x"), says("y")], [{"type": "function", "function": {"name": word}}])
+    tool = [{"type": "function", "function": {"name": "add", "description": "hi WORD and more"}}]
+    for messages, tools, is_trained in (
+        ([user("hi WORD and more"), says("a")], None, False),
+        ([system("hi WORD and more"), user("a"), says("b")], None, False),
+        ([user("a"), says("hi WORD and more")], None, True),
+        ([user("x"), says("y")], tool, False),
+        ([user("x"), calls(("abcdef123", "add", {"a": "hi WORD and more"}))], None, True),
+        ([user("x"), calls(("abcdef123", "add", {"hi WORD and more": 1})), result("abcdef123", "4"), says("z")], None, True),
+        ([user("x"), calls(ADD), result("abcdef123", "hi WORD and more"), says("z")], None, False),
+    ):
+        plain = encode_chat(template, messages, tools)
+        written = json.dumps([messages, tools])
+        for escaped in (word, word.replace("<", "\\\\u003c")):  # the second one within the JSON of arguments alone
+            if escaped != word and "arguments" not in written:
+                continue
+            spelled, spelled_tools = json.loads(written.replace("WORD", escaped))
+            encoded = encode_chat(template, spelled, spelled_tools)
+            is_special = template.special.is_special
+            assert encoded.ids[is_special[encoded.ids]].tolist() == plain.ids[is_special[plain.ids]].tolist()
+            shown = template.decode(encoded.ids, skip_special_tokens=True)
+            assert shown.count(f"hi {word} and more") == 1 or (escaped != word and not is_trained)
+            trained = template.decode(encoded.ids[encoded.loss_mask > 0], skip_special_tokens=True)
+            assert (f"hi {word} and more" in trained) == is_trained
+            last = [start for start, _ in runs(encoded)][-1]
+            assert template.prompt_ids(spelled[:-1], spelled_tools) == encoded.ids[:last].tolist()
 
 
 def test_chat_template_column_of_a_row_is_ignored(template: HfTokenizer) -> None:
@@ -380,8 +393,9 @@ def test_masks_from_special_tokens_equal_masks_from_offsets(template: HfTokenize
     for messages, tools in [*CORPUS.values(), *((edge, None) for edge in EDGES.values())]:
         (document,) = template.chat_format(tools).documents(messages, tools)
         text, spans = document.text, list(document.spans)
-        (encoding,) = template._encode([text])
-        fast, slow = template._by_special_tokens(text, spans, encoding.ids), template._marked(text, spans, encoding)
+        encoder = template.encoder
+        (encoding,) = encoder.encodings([text])
+        fast, slow = encoder._by_special_tokens(text, spans, encoding.ids), encoder._marked(text, spans, encoding)
         if fast is not None:
             num_fast += 1
             assert not isinstance(slow, Reject)
@@ -392,7 +406,7 @@ def test_masks_from_special_tokens_equal_masks_from_offsets(template: HfTokenize
 
 def test_slow_tokenizer_gives_the_same_ids_and_masks(template: HfTokenizer) -> None:
     slow = HfTokenizer(template.tokenizer)
-    slow.__dict__["_backend"] = None
+    slow.encoder.__dict__["backend"] = None
     for name in ("text 1", "turns", "weight 0 first"):
         got, expected = (encode_chat(t, CORPUS[name][0], None) for t in (slow, template))
         assert got.ids.tolist() == expected.ids.tolist()
