@@ -167,12 +167,16 @@ class ChatFormat:
 
     @cached_property
     def opening(self) -> str:
-        """What ends a prompt, such as `<|im_start|>assistant\n`: from its last special token behind the question on, or all
-        that stands there where it has none."""
+        """What ends a prompt, such as `<|im_start|>assistant\n`: what the template writes there for an answer alone; where
+        that is nothing, all from the last special token behind the question on, or all behind the question."""
+        question = [{"role": "user", "content": "QUESTIONWORD"}]
         try:
-            tail = self.render([{"role": "user", "content": "QUESTIONWORD"}], None, True).rpartition("QUESTIONWORD")[2]
+            asked, prompt = (self.render(question, None, for_answer) for for_answer in (False, True))
         except Reject:
             return ""
+        if prompt.startswith(asked) and prompt != asked:
+            return prompt[len(asked) :]
+        tail = prompt.rpartition("QUESTIONWORD")[2]
         tokens = list(self.special.finditer(tail))
         return tail[tokens[-1].start() :] if tokens else tail
 

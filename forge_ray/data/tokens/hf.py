@@ -266,7 +266,7 @@ class HfTokenizer:
     def _refuse_forged_by_template(self, chat: _WrittenChat) -> None:
         """Raise `Reject` where a normaliser makes tokens of what the template writes, not of the messages alone: text they
         would be in the template's place too."""
-        if self.encoder.backend is not None:
+        if self.special.may_come_of_a_normaliser:
             of_messages = self.encoder.num_special(strings_of([*chat.messages, *(chat.tools or ())]))
             written = sum(1 for _ in self.special.pattern.finditer(chat.text))
             if self.encoder.num_special([chat.text]) != written + of_messages:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.answers import common_start
 from forge_ray.data.tokens.template import Messages
 
 
@@ -118,7 +120,25 @@ def _refused(error: Exception) -> Reject:
 
 
 def any_of(words: Collection[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or r"(?!)")
+    """The longest of the words at a place. Words that begin alike share a branch, so that thousands of them are looked for
+    in hardly more time than one."""
+    ordered = sorted(set(words) - {""})
+    try:
+        return re.compile(_branches(ordered) or r"(?!)")
+    except RecursionError:  # hundreds of words, each the beginning of the next
+        return re.compile("|".join(map(re.escape, reversed(ordered))))
+
+
+def _branches(words: list[str]) -> str:
+    """A pattern of sorted words, none of them twice; what follows the first character is a pattern of its own."""
+    if len(words) == 1:
+        return re.escape(words[0])
+    shared = len(common_start(words[0], words[-1])) if words else 0
+    if shared:
+        rests = [word[shared:] for word in words]
+        ends = not rests[0]  # one of the words is the beginning of the others
+        return re.escape(words[0][:shared]) + f"(?:{_branches(rests[ends:])}){'?' * ends}"
+    return "|".join(_branches(list(group)) for _, group in groupby(words, key=lambda word: word[0]))
 
 
 def _quoted(tokens: frozenset[str]) -> frozenset[str]:

@@ -54,6 +54,13 @@ class SpecialTokens:
         return frozenset(t.content for t in tokens if t.special and not (t.lstrip or t.normalized or t.single_word))
 
     @cached_property
+    def may_come_of_a_normaliser(self) -> bool:
+        """Whether a special token may be found in a text that does not spell it."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        normalises = self.tokenizer.is_fast and self.tokenizer.backend_tokenizer.normalizer is not None
+        return normalises and any(token.special and token.normalized for token in tokens)
+
+    @cached_property
     def is_special(self) -> npt.NDArray[np.bool_]:
         table = np.zeros(max(len(self.tokenizer), max(self.special_ids, default=0) + 1), bool)
         table[list(self.special_ids)] = True

@@ -217,7 +217,6 @@ def test_unsupported_fields_name_the_engine_that_supports_them(
     [
         ({"logit_bias": {"100000": 1}}, "logit_bias"),
         ({"max_tokens": 5000}, "max_tokens"),
-        ({"messages": [{"role": "user", "content": "<|im_start|>"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x " * 5000}]}, "messages"),
         ({"tools": [strict({"type": 5})]}, "tools"),
         ({"tools": [strict({"patternProperties": {"a": {}}})]}, "tools"),
@@ -579,7 +578,9 @@ def test_tokenize_and_detokenize(api: Api, path: str) -> None:
     back = path.replace("tokenize", "detokenize")
     assert api.post(back, tokens=[1, *ids]).json() == {"prompt": "<|im_start|>one two"}
     assert api.refused(back, tokens=[100000])["param"] == "tokens"
-    assert api.refused(path, prompt="<|im_end|>", add_special_tokens=False)["param"] == "prompt"
+    spelled = api.post(path, prompt="<|im_end|>", add_special_tokens=False).json()["tokens"]
+    assert spelled == api.tokenizer.piece_ids("<|im_end|>") != [api.tokenizer.end_of_turn_id]
+    assert api.post(path, prompt="<|im_end|>").json()["tokens"] == spelled
 
 
 def test_a_stream_holds_characters_that_are_line_ends_elsewhere(api: Api) -> None:

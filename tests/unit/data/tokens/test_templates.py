@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from tokenizers import AddedToken
 
 from forge_ray.data.record.schema import DataRecord, Reject, parse_record
 from forge_ray.data.tokens.chat import ChatTokenizer, chat_tokenizer, encode_batch, encode_chat, prompt_ids
+from forge_ray.data.tokens.documents import MAX_RENDERED, ChatFormat
 from forge_ray.data.tokens.encode import MAX_PREFIXES
 from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.data.tokens.mistral import load_mistral
 from forge_ray.data.tokens.proof import NOTHING, OPEN_END, TWO_BEGINS, prove, prove_packed
+from forge_ray.data.tokens.render import any_of
 from forge_ray.data.tokens.template import Encoded
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
@@ -244,13 +248,16 @@ def test_trained_spans_follow_the_generation_prompt(template: HfTokenizer, name:
     )
 
 
+MERGING = CHATML.replace("<|im_start|>{{ message.role }}\n", "<|im_start|>{{ message.role }}\n\n").replace(
+    "<|im_start|>assistant\n", "<|im_start|>assistant\n\n"
+)
+
+
 def test_template_end_that_merges_with_the_answer() -> None:
     """GPT-2's pattern takes the last of several white spaces apart only where a word follows: no token straddles the
     answer's start, and still the prompt alone has other tokens."""
     tokenizer = hf("chatml")
-    tokenizer.tokenizer.chat_template = CHATML.replace(
-        "<|im_start|>{{ message.role }}\n", "<|im_start|>{{ message.role }}\n\n"
-    ).replace("<|im_start|>assistant\n", "<|im_start|>assistant\n\n")
+    tokenizer.tokenizer.chat_template = MERGING
     messages = [user("a"), says("four"), user("b"), says("five")]
     whole = tokenizer.tokenizer.apply_chat_template(messages)["input_ids"]
     encoded = encode_chat(tokenizer, messages, None)
@@ -258,6 +265,57 @@ def test_template_end_that_merges_with_the_answer() -> None:
     assert tokenizer.decode(encoded.ids) == tokenizer.decode(whole)
     for turn, (first, _) in zip((1, 3), runs(encoded), strict=True):
         assert encoded.ids[:first].tolist() == tokenizer.prompt_ids(messages[:turn])
+
+
+@pytest.mark.parametrize("content", ["message.content or ''", "(message.content or '') if not loop.last else ''"])
+def test_work_of_a_prompt_grows_with_its_length_alone(content: str) -> None:
+    """Where a prompt is the beginning of the next one, and where the template writes history anew."""
+    tokenizer = hf("chatml")
+    tokenizer.tokenizer.chat_template = CHATML.replace("message.content or ''", content)
+    turns = [turn for i in range(150) for turn in (user(f"question {i}?"), says(f"\n\nanswer {i}"))]
+    num_turns, rendering = [0], type(tokenizer._rendering).render
+
+    def counted(messages: Messages, tools: list[Any] | None, for_answer: bool) -> str:
+        num_turns[0] += len(messages)
+        return rendering(tokenizer._rendering, messages, tools, for_answer)
+
+    tokenizer._formats[tokenizer._rendering.source(None)] = ChatFormat(counted, tokenizer.special.pattern, "")
+    chat = tokenizer.chat_format(None)
+    assert chat.opening == "<|im_start|>assistant\n"
+    text = chat.render(turns[:-1], None, True)
+    num_turns[0] = 0
+    spans = chat.answers_in(text, turns[:-1], None)
+    assert num_turns[0] <= MAX_RENDERED * len(turns)
+    if content == "message.content or ''":
+        assert num_turns[0] < len(turns)
+    assert all(text[: span.start].endswith(chat.opening) for span in spans)
+
+
+def test_every_earlier_answer_of_a_prompt_is_found() -> None:
+    tokenizer = hf("chatml")
+    tokenizer.tokenizer.chat_template = MERGING
+    turns = [turn for i in range(40) for turn in (user(f"question {i}?"), says(f"answer {i}"))]
+    turns = [system("s"), *turns, user("and?")]
+    chat = tokenizer.chat_format(None)
+    text = chat.render(turns, None, True)
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    expected = [len(chat.render(turns[:number], None, True)) for number in answers]
+    assert [span.start for span in chat.answers_in(text, turns, None)] == expected
+    assert [span.start for span in chat.answers_in(text, turns, None, answers[1::2])] == expected[::2]
+    whole = tokenizer.encoder.encodings([text])[0].ids
+    bounds = [0, *expected, len(text)]
+    pieces = tokenizer.encoder.encodings([text[a:b] for a, b in pairwise(bounds)])
+    assert tokenizer.prompt_ids(turns) == [token for piece in pieces for token in piece.ids] != whole
+
+
+def test_a_pattern_of_words_finds_the_longest_at_each_place() -> None:
+    words = {f"<unused{number}>" for number in range(600)} | {"<s>", "<s>>", "<", "  ", "   ", "[a]", "a|b", "é"}
+    text = "<s>>x<unused599><unused<s>     é[a]a|b<unused1"
+    flat = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+    assert any_of(words).findall(text) == flat.findall(text)
+    assert any_of([]).search("") is None
+    nested = any_of({"x" * length for length in range(1, 500)})
+    assert nested.findall("x" * 600) == ["x" * 499, "x" * 101]
 
 
 def reference(tokenizer: Any, messages: Messages, tools: list[Any] | None, finetuning: bool) -> list[int]:
