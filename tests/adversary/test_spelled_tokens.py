@@ -73,8 +73,8 @@ def conversation(draw: random.Random, control: list[str], special: list[str]) ->
         middle += [{"role": "tool", "tool_call_id": "abcdef123", "name": "add", "content": result[at]}]
         return [*head, *middle, end], [{"type": "function", "function": tool}]
 
-    wanted = texts if with_tools else [system[0], question[0], answer[0]]
-    return build(0), build(1), wanted, answer[0]
+    values = texts if with_tools else [system[0], question[0], answer[0]]
+    return build(0), build(1), values, answer[0]
 
 
 def written_in(text: str, value: str) -> bool:
@@ -105,8 +105,8 @@ def test_spelled_tokens_are_text_in_every_template(name: str) -> None:
             continue
         assert not isinstance(documents, Reject), (str(documents), spelling)
         assert [num_control(one.ids) for one in documents] == [num_control(one.ids) for one in expected]
-        shown = model.decode(documents[-1].ids, skip_special_tokens=True)
-        assert [text for text in texts if not written_in(shown, text)] == []
+        decoded = model.decode(documents[-1].ids, skip_special_tokens=True)
+        assert [text for text in texts if not written_in(decoded, text)] == []
         trained = model.decode(documents[-1].ids[documents[-1].loss_mask > 0], skip_special_tokens=True)
         assert answer in trained
         prompts = [model.prompt_ids(m[:-1], t) for m, t in (spelling, plain)]

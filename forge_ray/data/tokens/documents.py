@@ -192,9 +192,9 @@ class ChatFormat:
         """
         answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
         skipped = set(trained)
-        wanted = [number for number in answers if number not in skipped]
+        untrained = [number for number in answers if number not in skipped]
         starts: dict[int, int] = {}
-        for number in reversed(wanted[-MAX_RENDERED:]):
+        for number in reversed(untrained[-MAX_RENDERED:]):
             try:
                 prompt = self.render(messages[:number], tools, True)
             except Reject:  # an assistant turn that opens the conversation; nothing was generated there
@@ -202,20 +202,21 @@ class ChatFormat:
             if not text.startswith(prompt):
                 continue
             starts[number] = len(prompt)
-            if number == wanted[-1] and (found := self._openings(text, answers, number, len(prompt))):
-                starts = {number: found[number] for number in wanted if number}
+            if number == untrained[-1] and (places := self._openings(text, answers, number, len(prompt))):
+                starts = {number: places[number] for number in untrained if number}
                 break
         return [TurnSpan(start, len(text), False) for _, start in sorted(starts.items())]
 
-    def _openings(self, text: str, answers: list[int], known: int, start: int) -> dict[int, int]:
-        """Where each answer begins, by what ends its prompt; empty where that does not tell. One start is known."""
+    def _openings(self, text: str, answers: list[int], number: int, start: int) -> dict[int, int]:
+        """Where each answer begins, by what ends its prompt; empty where that does not tell.
+        `start`: that of the answer `number`."""
         if not self.opening:
             return {}
         ends = [match.end() for match in re.finditer(re.escape(self.opening), text)]
         if len(ends) - len(answers) not in (0, 1):  # 1: an answer is yet to come
             return {}
-        found = dict(zip(answers, ends, strict=False))
-        return found if found[known] == start else {}
+        places = dict(zip(answers, ends, strict=False))
+        return places if places[number] == start else {}
 
 
 def turn_weight(turn: dict[str, Any]) -> int:

@@ -44,8 +44,8 @@ class _Renamed:
     def check(self, text: str, guard: SpellingGuard, ids: Sequence[int] | npt.NDArray[Any]) -> None:
         """Raise `Reject` unless the tokens among the ids are those of the guarded text, one by one."""
         expected = [self.ids[match[0]] for match in self.added.finditer(text) if match[0] in self.ids]
-        known = set(self.ids.values()) - {self.unknown}
-        if [i for i in np.asarray(ids).tolist() if i in known] != [i for i in expected if i in known]:
+        token_ids = set(self.ids.values()) - {self.unknown}
+        if [i for i in np.asarray(ids).tolist() if i in token_ids] != [i for i in expected if i in token_ids]:
             raise guard.refusal
 
 

@@ -427,8 +427,8 @@ def test_special_token_in_text_is_text(template: HfTokenizer) -> None:
             encoded = encode_chat(template, spelled, spelled_tools)
             is_special = template.special.is_special
             assert encoded.ids[is_special[encoded.ids]].tolist() == plain.ids[is_special[plain.ids]].tolist()
-            shown = template.decode(encoded.ids, skip_special_tokens=True)
-            assert shown.count(f"hi {word} and more") == 1 or (escaped != word and not is_trained)
+            decoded = template.decode(encoded.ids, skip_special_tokens=True)
+            assert decoded.count(f"hi {word} and more") == 1 or (escaped != word and not is_trained)
             trained = template.decode(encoded.ids[encoded.loss_mask > 0], skip_special_tokens=True)
             assert (f"hi {word} and more" in trained) == is_trained
             last = [start for start, _ in runs(encoded)][-1]
