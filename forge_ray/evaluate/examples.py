@@ -50,6 +50,7 @@ class HeldOut:
 
 
 NO_ANSWER = "a chat that does not end in an answer"
+UNPOSED = "it cannot be put to this model: "
 OTHER_ROW = "a row that is neither chat nor text"
 
 

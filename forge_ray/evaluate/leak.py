@@ -27,6 +27,7 @@ from forge_ray.data.curate.contamination import stream_records
 from forge_ray.data.dataset.order import Order
 from forge_ray.data.dataset.stream import Rows
 from forge_ray.data.dataset.version import find_record
+from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import chat_tokenizer, prompt_ids
 from forge_ray.errors import DataError
 from forge_ray.evaluate.examples import Example
@@ -172,6 +173,8 @@ def sample_of(tokenizer: Any, row: dict[str, Any], most: int) -> Sample:
     content = row["content"]
     if "text" in content:
         (ids,) = tokenizer.text_ids([content["text"]])
+        if isinstance(ids, Reject):
+            raise ids
         ids = ids[:most]
         return Sample(row["record"], tuple(ids[: len(ids) // 2]), tuple(ids[len(ids) // 2 :]))
     context = tuple({**message, "weight": 0} for message in content["messages"][:-1])

@@ -28,7 +28,7 @@ from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.errors import DataError
 from forge_ray.evaluate.calls import call_form, calls_in
 from forge_ray.evaluate.chance import wilson
-from forge_ray.evaluate.examples import Example, HeldOut, held_out, label_set, normalise
+from forge_ray.evaluate.examples import UNPOSED, Example, HeldOut, held_out, label_set, normalise
 from forge_ray.evaluate.measures import CALL, intervals
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
@@ -41,7 +41,6 @@ from forge_ray.store.files import Store
 BATCH = 64
 TIMED_PROMPTS = 5
 TIMED_TOKENS = 16
-UNPOSED = "its conversation cannot be put to this model: "
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,8 @@ def timed_prompts(tokenizer: ChatTokenizer, rows: HeldOut) -> Iterator[tuple[int
             yield tuple(tokenizer.prompt_ids(list(example.messages), example.tools))
     if not rows.chats:
         for ids in tokenizer.text_ids([text.text for text in rows.texts[:TIMED_PROMPTS]]):
-            yield tuple(ids[:TIMED_TOKENS])
+            if not isinstance(ids, Reject):
+                yield tuple(ids[:TIMED_TOKENS])
 
 
 def size_bytes(store: Store, subject: EvaluatedModel) -> int:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.template import ChatTokenizer
-from forge_ray.evaluate.examples import TextExample
+from forge_ray.evaluate.examples import UNPOSED, TextExample
 from forge_ray.inference.engine import Engine
 
 MIN_WINDOW = 4
@@ -21,9 +22,13 @@ MIN_WINDOW = 4
 def score_texts(
     engine: Engine, tokenizer: ChatTokenizer, texts: Sequence[TextExample], window: int
 ) -> Iterator[dict[str, Any]]:
-    """One item per text, in order: log-probability in nats, tokens, and bytes of its UTF-8. `window`: tokens per pass."""
+    """One item per text, in order: log-probability in nats, tokens, and bytes of its UTF-8. `window`: tokens per pass. A text
+    that the tokenizer cannot encode is an item with `left_out`, the reason."""
     size = max(MIN_WINDOW, min(window, engine.max_request_tokens))
     for example, ids in zip(texts, tokenizer.text_ids([example.text for example in texts]), strict=True):
+        if isinstance(ids, Reject):
+            yield {"record": example.record, "left_out": f"{UNPOSED}{ids}"}
+            continue
         logprob = sum(engine.score(prompt, [scored])[0].logprob for prompt, scored in windows(tokenizer, ids, size))
         yield {
             "kind": "text",

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from forge_ray.config.release import DeployConfig
+from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.data.tokens.text_tools import tools_of, with_tools
 from forge_ray.errors import EngineError, ForgeError, StoreError
@@ -85,7 +86,8 @@ class LoadedEngine:
             self.last_used[adapter] = time.monotonic()
 
     def warm_up(self, adapter: str) -> None:
-        prompt = tuple(self.tokenizer.text_ids(["Hello"])[0]) or (0,)
+        (ids,) = self.tokenizer.text_ids(["Hello"])
+        prompt = (0,) if isinstance(ids, Reject) else tuple(ids) or (0,)
         self.engine.generate([GenerationRequest(prompt, 1, adapter=adapter)])
 
     def unload(self, adapter: str) -> bool:

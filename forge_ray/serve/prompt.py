@@ -117,9 +117,12 @@ def _with_ids(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ids_of(tokenizer: ChatTokenizer, text: str | Sequence[int], param: str) -> tuple[int, ...]:
-    """Ids of a plain text, or the ids themselves if the vocabulary has them."""
+    """Ids of a plain text, no part of which becomes a special token, or the ids themselves if the vocabulary has them."""
     if isinstance(text, str):
-        return tuple(tokenizer.text_ids([text])[0])
+        (ids,) = tokenizer.text_ids([text])
+        if isinstance(ids, Reject):
+            raise ApiError(400, f"{param}: {ids}", param=param)
+        return tuple(ids)
     outside = [token_id for token_id in text if not 0 <= token_id < tokenizer.vocab_size]
     if outside:
         raise ApiError(400, f"{param}: token id {outside[0]} is not in 0..{tokenizer.vocab_size - 1}", param=param)

@@ -154,7 +154,7 @@ def _set(tokenizer: HfTokenizer, values: Mapping[str, Value]) -> HfTokenizer:
         own.chat_template = sources[""] if sources.keys() == {""} else sources
         if len(kept) >= MAX_SETTINGS:
             kept.clear()
-        kept[head] = replace(tokenizer, tokenizer=own, _tails={}, _prefixes={}, _formats={})
+        kept[head] = replace(tokenizer, tokenizer=own, _formats={})
     return kept[head]
 
 

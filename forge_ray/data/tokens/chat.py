@@ -122,11 +122,9 @@ def encode_batch(
     results: list[list[Encoded] | Reject] = [NO_DOCUMENT] * len(records)
     texts = [i for i, record in enumerate(records) if "text" in record.content]
     chats = [i for i, record in enumerate(records) if "messages" in record.content]
-    for i, ids in zip(texts, tokenizer.text_ids([records[i].content["text"] for i in texts]), strict=True):
-        if token := tokenizer.forged_token(records[i].content["text"], ids):
-            results[i] = Reject(f"the text contains the special token {token!r}")
-        else:
-            results[i] = _text_documents(ids, tokenizer.end_of_turn_id, sequence_length)
+    bodies = _without_ends(tokenizer, [records[i].content["text"] for i in texts])
+    for i, ids in zip(texts, tokenizer.text_ids(bodies), strict=True):
+        results[i] = ids if isinstance(ids, Reject) else _text_documents(ids, tokenizer.end_of_turn_id, sequence_length)
     conversations: list[Chat] = [
         (
             _without_reasoning(records[i].messages) if reasoning == "drop" else records[i].messages,
@@ -144,6 +142,15 @@ def encode_batch(
     for number, reason in prove(tokenizer, documents).items():
         results[whose[number]] = Reject(reason)
     return results
+
+
+def _without_ends(tokenizer: ChatTokenizer, texts: list[str]) -> list[str]:
+    """The texts without an end token that each is written with, since one is put behind every text. Where a text spells
+    another special token too (`<s>old price</s>`), its end is text as well."""
+    if not texts:
+        return []
+    end = tokenizer.decode([tokenizer.end_of_turn_id])
+    return [text[: -len(end)] if text.endswith(end) and not tokenizer.spells(text[: -len(end)]) else text for text in texts]
 
 
 def _without_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,6 +22,8 @@ from forge_ray.data.tokens.call_forms import CallForm, form_of
 from forge_ray.data.tokens.lost import CALLS, RESULTS, lost, undeclared
 from forge_ray.data.tokens.template import Messages
 
+MAX_RENDERED = 8  # prompts of earlier answers
+
 
 @dataclass(frozen=True)
 class TurnSpan:
@@ -163,22 +165,58 @@ class ChatFormat:
             return TurnSpan(one.start, one.end, True)
         return None
 
+    @cached_property
+    def opening(self) -> str:
+        """What ends a prompt, such as `<|im_start|>assistant\n`: what the template writes there for an answer alone; where
+        that is nothing, all from the last special token behind the question on, or all behind the question."""
+        question = [{"role": "user", "content": "QUESTIONWORD"}]
+        try:
+            asked, prompt = (self.render(question, None, for_answer) for for_answer in (False, True))
+        except Reject:
+            return ""
+        if prompt.startswith(asked) and prompt != asked:
+            return prompt[len(asked) :]
+        tail = prompt.rpartition("QUESTIONWORD")[2]
+        tokens = list(self.special.finditer(tail))
+        return tail[tokens[-1].start() :] if tokens else tail
+
     def answers_in(
         self, text: str, messages: Messages, tools: list[Any] | None, trained: Sequence[int] = ()
     ) -> list[TurnSpan]:
         """Answers of the conversation that are not trained, where they stand in the text as they were generated: tokens are
-        cut there too."""
-        spans = []
-        for number, turn in enumerate(messages):
-            if turn["role"] != "assistant" or number in trained:
-                continue
+        cut there too.
+
+        One prompt is rendered, that of the last such answer; where the text is its continuation, all others are found by
+        `opening`. Where it is not, the prompts of the last `MAX_RENDERED` answers are rendered, and earlier answers are not
+        looked for. So the work grows with the length of the conversation, not with its square.
+        """
+        answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+        skipped = set(trained)
+        untrained = [number for number in answers if number not in skipped]
+        starts: dict[int, int] = {}
+        for number in reversed(untrained[-MAX_RENDERED:]):
             try:
                 prompt = self.render(messages[:number], tools, True)
             except Reject:  # an assistant turn that opens the conversation; nothing was generated there
                 continue
-            if text.startswith(prompt):
-                spans.append(TurnSpan(len(prompt), len(text), False))
-        return spans
+            if not text.startswith(prompt):
+                continue
+            starts[number] = len(prompt)
+            if number == untrained[-1] and (places := self._openings(text, answers, number, len(prompt))):
+                starts = {number: places[number] for number in untrained if number}
+                break
+        return [TurnSpan(start, len(text), False) for _, start in sorted(starts.items())]
+
+    def _openings(self, text: str, answers: list[int], number: int, start: int) -> dict[int, int]:
+        """Where each answer begins, by what ends its prompt; empty where that does not tell.
+        `start`: that of the answer `number`."""
+        if not self.opening:
+            return {}
+        ends = [match.end() for match in re.finditer(re.escape(self.opening), text)]
+        if len(ends) - len(answers) not in (0, 1):  # 1: an answer is yet to come
+            return {}
+        places = dict(zip(answers, ends, strict=False))
+        return places if places[number] == start else {}
 
 
 def turn_weight(turn: dict[str, Any]) -> int:

@@ -39,7 +39,7 @@ def refuse_built(
     counts = Counter(match[0] for match in special.finditer(text))
     if not counts:
         return
-    content = set("".join(_strings([*messages, *(tools or ())])))
+    content = set("".join(strings_of([*messages, *(tools or ())])))
     for token, count in counts.items():
         if not (replaced := content if writes_others else _telling(token, content)):
             continue
@@ -63,12 +63,13 @@ def _telling(token: str, content: set[str]) -> set[str]:
     return marks if marks <= content else set()
 
 
-def _strings(value: Any) -> list[str]:
+def strings_of(value: Any) -> list[str]:
+    """Every text in a value, keys of objects too."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
-    return [text for item in value for text in _strings(item)] if isinstance(value, list | tuple) else []
+    return [text for item in value for text in strings_of(item)] if isinstance(value, list | tuple) else []
 
 
 def _replaced(value: Any, table: dict[int, str], is_key: bool = False) -> Any:

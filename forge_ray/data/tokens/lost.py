@@ -19,12 +19,16 @@ AS_TEXT = "`data.tools: text` in the run file has tools, calls and results writt
 
 def lost(text: str, messages: Sequence[dict[str, Any]]) -> str:
     """What of a conversation the text does not hold, as the reason of a `Reject`; "" where nothing is missing. Reasoning is
-    looked for in the last turn alone: in the others it is the template's choice, for serving renders them likewise."""
+    looked for in the last turn alone: in the others it is the template's choice, for serving renders them likewise.
+
+    Each is first looked for from where the one before was found, so that a long conversation is read once."""
+    at = 0
     for number, message in enumerate(messages):
         is_last = number + 1 == len(messages)
         for what, value in _meanings(message, is_last):
-            if not _holds(text, value):
+            if (place := _place(text, value, at)) < 0 and _place(text, value, 0) < 0:
                 return what
+            at = max(at, place)
     return ""
 
 
@@ -78,17 +82,19 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _holds(text: str, value: Any) -> bool:
-    """Whether a text or a leaf is there: as it is less the white space around it, or as JSON or Python writes it."""
+def _place(text: str, value: Any, at: int) -> int:
+    """Where from `at` on a text or a leaf is, -1 if nowhere: as it is less the white space around it, or as JSON or Python
+    writes it."""
+    return next((place for form in _forms(value) if (place := text.find(form, at)) >= 0), -1)
+
+
+def _forms(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        if value.strip() in text:
-            return True
+        yield value.strip()
         written = json.dumps(value.strip(), ensure_ascii=False)[1:-1]
-        escaped = json.dumps(value.strip())[1:-1]
-        return written in text or escaped in text or _html(written) in text
-    if value is None or isinstance(value, bool):
-        return any(word in text for word in (json.dumps(value), str(value)))
-    return json.dumps(value) in text or str(value) in text
+        yield from (written, json.dumps(value.strip())[1:-1], _html(written))
+    else:
+        yield from (json.dumps(value), str(value))
 
 
 def _html(written: str) -> str:

@@ -8,8 +8,10 @@ that of `forge-ray[mistral]`.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +23,7 @@ from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.adapt import with_short_ids
 from forge_ray.data.tokens.answers import AnswerForm
 from forge_ray.data.tokens.hf import BYTE_PIECE
+from forge_ray.data.tokens.render import any_of
 from forge_ray.data.tokens.template import CallStyle, Chat, Encoded, Messages
 from forge_ray.models.model_files import mistral_file, require_mistral_common
 
@@ -144,19 +147,18 @@ class MistralChat:
         byte = BYTE_PIECE.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
 
-    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def spells(self, text: str) -> bool:
+        """Whether a special token is spelled in the text."""
+        return self._special.search(text) is not None
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        tokens = [token for token in range(self.vocab_size) if self._tokenizer.is_special(token)]
+        return any_of({str(self._tokenizer.id_to_piece(token)) for token in tokens})
+
+    def text_ids(self, texts: Sequence[str]) -> list[list[int] | Reject]:
         """Plain texts behind one begin token; the end token is the caller's, for a prompt has none."""
         return [list(self._tokenizer.encode(text, bos=True, eos=False)) for text in texts]
-
-    def forged_token(self, text: str, ids: Sequence[int]) -> str:
-        """The special token that a part of the plain text has become in its ids; "" where none has, which is always so."""
-        forged = (token for token in ids[1:] if self._tokenizer.is_special(token) and token != self._unknown_id)
-        return next((str(self._tokenizer.id_to_piece(token)) for token in forged), "")
-
-    @property
-    def _unknown_id(self) -> int:
-        """What SentencePiece writes for letters that it lacks."""
-        return int(getattr(self._tokenizer, "unk_id", -1))
 
     def prompt_ids(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
         """Ids up to where the assistant answers, exactly those of `encode_chat_completion` in serving mode."""

@@ -8,15 +8,34 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.adapt import arguments_of
-from forge_ray.data.tokens.template import Chat, Messages
+from forge_ray.data.tokens.answers import common_start
+from forge_ray.data.tokens.template import Messages
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """`special`: the special tokens; `names`: these and the added tokens that the template writes."""
+
+    special: frozenset[str]
+    names: frozenset[str]
+
+    @cached_property
+    def special_may_be_spelled(self) -> re.Pattern[str]:
+        return any_of(_quoted(self.special))
+
+    @cached_property
+    def may_be_spelled(self) -> re.Pattern[str]:
+        """Found wherever a token is spelled, also in JSON, and maybe elsewhere."""
+        return any_of(_quoted(self.names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +45,7 @@ class Rendering:
     tokenizer: Any
     date: str = ""  # that a template prints; "": today's
     _compilations: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
-    _patterns: dict[str, tuple[re.Pattern[str], re.Pattern[str]]] = field(default_factory=dict)
+    _controls: dict[str, ControlTokens] = field(default_factory=dict)
 
     def source(self, tools: list[Any] | None) -> str:
         """The template for a conversation with these tools: a model may have one of its own for them."""
@@ -52,14 +71,12 @@ class Rendering:
         alias: Callable[[Any], Any] = _alias_reasoning_fields
         return alias
 
-    def checked(self, messages: Messages, tools: list[Any] | None) -> Chat:
-        """What the template sees: no `weight`, arguments of calls as objects; raises where a text holds a control token.
-
-        As a text it would become the token itself, and a row or a request could forge turns. An answer may hold what
-        the model writes itself (`<think>`), but never a special token.
-        """
-        special, control = self._control(self.source(tools))
-        seen = []
+    def seen(self, messages: Messages, tools: list[Any] | None, control: ControlTokens) -> tuple[Messages, bool]:
+        """What the template sees of the messages: no `weight`, arguments of calls as objects; and whether a text may spell a
+        control token (`spelled`), which as a text would become the token itself, so that a row or a request could forge
+        turns. An answer may hold what the model writes itself (`<think>`), but never a special token."""
+        special_may_be_spelled, may_be_spelled = control.special_may_be_spelled, control.may_be_spelled
+        seen, is_spelled = [], bool(tools and may_be_spelled.search(_all_text(tools)))
         for message in messages:
             text = message.get("content")
             if len(message) == 2 and text is not None:  # role and content: nearly all
@@ -67,25 +84,24 @@ class Rendering:
             else:
                 message = {key: item for key, item in message.items() if key != "weight" and item is not None}
                 if calls := message.get("tool_calls"):
-                    message["tool_calls"] = [_with_object(call) for call in calls]
+                    message["tool_calls"] = [with_object(call) for call in calls]
                 seen += self._alias_reasoning([message])
                 text = _all_text(message)
-            if match := (special if message["role"] == "assistant" else control).search(text):
-                raise Reject(f"a message contains the special token {match[0]!r}")
-        if tools and (match := control.search(_all_text(tools))):
-            raise Reject(f"a tool contains the special token {match[0]!r}")
-        return seen, tools or None
+            pattern = special_may_be_spelled if message["role"] == "assistant" else may_be_spelled
+            is_spelled = is_spelled or pattern.search(text) is not None
+        return seen, is_spelled
 
-    def _control(self, template: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        """Patterns of the special tokens, and of these with the added tokens that the template writes."""
-        if template not in self._patterns:
+    def control(self, tools: list[Any] | None) -> ControlTokens:
+        """The tokens that no content may make, of the template for a conversation with these tools."""
+        template = self.source(tools)
+        if template not in self._controls:
             special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
             try:
                 written = special.union(self.tokenizer._get_control_tokens(template))  # as transformers itself finds them
             except Exception as error:
                 raise _refused(error) from error
-            self._patterns[template] = (any_of(special), any_of(written))
-        return self._patterns[template]
+            self._controls[template] = ControlTokens(frozenset(special), frozenset(written))
+        return self._controls[template]
 
     def render(self, messages: Messages, tools: list[Any] | None, for_answer: bool) -> str:
         """`apply_chat_template`'s text; `for_answer` ends where the assistant starts to speak."""
@@ -104,15 +120,37 @@ def _refused(error: Exception) -> Reject:
     return Reject(f"the chat template refuses the conversation: {str(error)[:80]}")
 
 
-def any_of(words: set[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or r"(?!)")
+def any_of(words: Collection[str]) -> re.Pattern[str]:
+    """The longest of the words at a place. Words that begin alike share a branch, so that thousands of them are looked for
+    in hardly more time than one."""
+    ordered = sorted(set(words) - {""})
+    try:
+        return re.compile(_branches(ordered) or r"(?!)")
+    except RecursionError:  # hundreds of words, each the beginning of the next
+        return re.compile("|".join(map(re.escape, reversed(ordered))))
+
+
+def _branches(words: list[str]) -> str:
+    """A pattern of sorted words, none of them twice; what follows the first character is a pattern of its own."""
+    if len(words) == 1:
+        return re.escape(words[0])
+    shared = len(common_start(words[0], words[-1])) if words else 0
+    if shared:
+        rests = [word[shared:] for word in words]
+        ends = not rests[0]  # one of the words is the beginning of the others
+        return re.escape(words[0][:shared]) + f"(?:{_branches(rests[ends:])}){'?' * ends}"
+    return "|".join(_branches(list(group)) for _, group in groupby(words, key=lambda word: word[0]))
+
+
+def _quoted(tokens: frozenset[str]) -> frozenset[str]:
+    return tokens | {json.dumps(token, ensure_ascii=False)[1:-1] for token in tokens}
 
 
 def _all_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _with_object(call: Any) -> Any:
+def with_object(call: Any) -> Any:
     """Templates expect a call's arguments as an object; records hold OpenAI's JSON string."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):

@@ -36,8 +36,12 @@ class SpecialTokens:
         return table
 
     @cached_property
+    def special_texts(self) -> frozenset[str]:
+        return frozenset(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+
+    @cached_property
     def pattern(self) -> re.Pattern[str]:
-        return any_of({token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special})
+        return any_of(self.special_texts)
 
     @cached_property
     def added_pattern(self) -> re.Pattern[str]:
@@ -50,6 +54,13 @@ class SpecialTokens:
         return frozenset(t.content for t in tokens if t.special and not (t.lstrip or t.normalized or t.single_word))
 
     @cached_property
+    def may_come_of_a_normaliser(self) -> bool:
+        """Whether a special token may be found in a text that does not spell it."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        normalises = self.tokenizer.is_fast and self.tokenizer.backend_tokenizer.normalizer is not None
+        return normalises and any(token.special and token.normalized for token in tokens)
+
+    @cached_property
     def is_special(self) -> npt.NDArray[np.bool_]:
         table = np.zeros(max(len(self.tokenizer), max(self.special_ids, default=0) + 1), bool)
         table[list(self.special_ids)] = True
@@ -58,11 +69,3 @@ class SpecialTokens:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
-
-
-def tokens_before(encoding: Any, end: int, count: int) -> int:
-    """The number of tokens that begin before the character `end`."""
-    for at in range(end - 1, -1, -1):
-        if (token := encoding.char_to_token(at)) is not None:
-            return int(token) + 1
-    return count

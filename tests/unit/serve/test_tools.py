@@ -347,8 +347,8 @@ def test_the_bytes_of_tokens_join_to_the_text(style: str, tokenizers: dict[str, 
 
 
 def test_a_special_token_is_no_piece_of_a_text(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(Reject, match=r"the special token '<\|im_end\|>'"):
-        load_tokenizer_dir(tiny_model_dir).piece_ids("a<|im_end|>")
+    tiny = load_tokenizer_dir(tiny_model_dir)
+    assert tiny.decode(tiny.piece_ids("a<|im_end|>"), skip_special_tokens=True) == "a<|im_end|>"
     shutil.copyfile(DATA / "tekken_240718.json", tmp_path / "tekken.json")
     mistral = load_tokenizer_dir(tmp_path)
     assert mistral.decode(mistral.piece_ids("[TOOL_CALLS]"), skip_special_tokens=True) == "[TOOL_CALLS]"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from tokenizers import AddedToken
 
 from forge_ray.data.record.schema import DataRecord, Reject, parse_record
 from forge_ray.data.tokens.chat import ChatTokenizer, chat_tokenizer, encode_batch, encode_chat, prompt_ids
-from forge_ray.data.tokens.hf import MAX_PREFIXES, HfTokenizer
+from forge_ray.data.tokens.documents import MAX_RENDERED, ChatFormat
+from forge_ray.data.tokens.encode import MAX_PREFIXES
+from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.data.tokens.mistral import load_mistral
 from forge_ray.data.tokens.proof import NOTHING, OPEN_END, TWO_BEGINS, prove, prove_packed
+from forge_ray.data.tokens.render import any_of
 from forge_ray.data.tokens.template import Encoded
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
@@ -243,13 +248,16 @@ def test_trained_spans_follow_the_generation_prompt(template: HfTokenizer, name:
     )
 
 
+MERGING = CHATML.replace("<|im_start|>{{ message.role }}\n", "<|im_start|>{{ message.role }}\n\n").replace(
+    "<|im_start|>assistant\n", "<|im_start|>assistant\n\n"
+)
+
+
 def test_template_end_that_merges_with_the_answer() -> None:
     """GPT-2's pattern takes the last of several white spaces apart only where a word follows: no token straddles the
     answer's start, and still the prompt alone has other tokens."""
     tokenizer = hf("chatml")
-    tokenizer.tokenizer.chat_template = CHATML.replace(
-        "<|im_start|>{{ message.role }}\n", "<|im_start|>{{ message.role }}\n\n"
-    ).replace("<|im_start|>assistant\n", "<|im_start|>assistant\n\n")
+    tokenizer.tokenizer.chat_template = MERGING
     messages = [user("a"), says("four"), user("b"), says("five")]
     whole = tokenizer.tokenizer.apply_chat_template(messages)["input_ids"]
     encoded = encode_chat(tokenizer, messages, None)
@@ -257,6 +265,57 @@ def test_template_end_that_merges_with_the_answer() -> None:
     assert tokenizer.decode(encoded.ids) == tokenizer.decode(whole)
     for turn, (first, _) in zip((1, 3), runs(encoded), strict=True):
         assert encoded.ids[:first].tolist() == tokenizer.prompt_ids(messages[:turn])
+
+
+@pytest.mark.parametrize("content", ["message.content or ''", "(message.content or '') if not loop.last else ''"])
+def test_work_of_a_prompt_grows_with_its_length_alone(content: str) -> None:
+    """Where a prompt is the beginning of the next one, and where the template writes history anew."""
+    tokenizer = hf("chatml")
+    tokenizer.tokenizer.chat_template = CHATML.replace("message.content or ''", content)
+    turns = [turn for i in range(150) for turn in (user(f"question {i}?"), says(f"\n\nanswer {i}"))]
+    num_turns, rendering = [0], type(tokenizer._rendering).render
+
+    def counted(messages: Messages, tools: list[Any] | None, for_answer: bool) -> str:
+        num_turns[0] += len(messages)
+        return rendering(tokenizer._rendering, messages, tools, for_answer)
+
+    tokenizer._formats[tokenizer._rendering.source(None)] = ChatFormat(counted, tokenizer.special.pattern, "")
+    chat = tokenizer.chat_format(None)
+    assert chat.opening == "<|im_start|>assistant\n"
+    text = chat.render(turns[:-1], None, True)
+    num_turns[0] = 0
+    spans = chat.answers_in(text, turns[:-1], None)
+    assert num_turns[0] <= MAX_RENDERED * len(turns)
+    if content == "message.content or ''":
+        assert num_turns[0] < len(turns)
+    assert all(text[: span.start].endswith(chat.opening) for span in spans)
+
+
+def test_every_earlier_answer_of_a_prompt_is_found() -> None:
+    tokenizer = hf("chatml")
+    tokenizer.tokenizer.chat_template = MERGING
+    turns = [turn for i in range(40) for turn in (user(f"question {i}?"), says(f"answer {i}"))]
+    turns = [system("s"), *turns, user("and?")]
+    chat = tokenizer.chat_format(None)
+    text = chat.render(turns, None, True)
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    expected = [len(chat.render(turns[:number], None, True)) for number in answers]
+    assert [span.start for span in chat.answers_in(text, turns, None)] == expected
+    assert [span.start for span in chat.answers_in(text, turns, None, answers[1::2])] == expected[::2]
+    whole = tokenizer.encoder.encodings([text])[0].ids
+    bounds = [0, *expected, len(text)]
+    pieces = tokenizer.encoder.encodings([text[a:b] for a, b in pairwise(bounds)])
+    assert tokenizer.prompt_ids(turns) == [token for piece in pieces for token in piece.ids] != whole
+
+
+def test_a_pattern_of_words_finds_the_longest_at_each_place() -> None:
+    words = {f"<unused{number}>" for number in range(600)} | {"<s>", "<s>>", "<", "  ", "   ", "[a]", "a|b", "é"}
+    text = "<s>>x<unused599><unused<s>     é[a]a|b<unused1"
+    flat = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+    assert any_of(words).findall(text) == flat.findall(text)
+    assert any_of([]).search("") is None
+    nested = any_of({"x" * length for length in range(1, 500)})
+    assert nested.findall("x" * 600) == ["x" * 499, "x" * 101]
 
 
 def reference(tokenizer: Any, messages: Messages, tools: list[Any] | None, finetuning: bool) -> list[int]:
@@ -315,24 +374,24 @@ def test_batch_encoding_equals_single_encoding(template: HfTokenizer) -> None:
     whole = encode_batch(template, records, 32, "truncate")
     for record, got in zip(records, whole, strict=True):
         (alone,) = encode_batch(chat_tokenizer(template.tokenizer), [record], 32, "truncate")
-        if isinstance(got, Reject):
-            assert str(got) == str(alone) == "a message contains the special token '<|pad|>'"
-            continue
+        assert not isinstance(got, Reject)
         assert not isinstance(alone, Reject)
         for one, other in zip(got, alone, strict=True):
             assert one.ids.tolist() == other.ids.tolist()
             assert one.loss_mask.tolist() == other.loss_mask.tolist()
-    assert sum(isinstance(got, Reject) for got in whole) == 1
+    (spelled,) = whole[4]  # type: ignore[misc]
+    assert "<|pad|>" in template.decode(spelled.ids, skip_special_tokens=True)
 
 
 def test_prefix_cache_changes_no_ids(template: HfTokenizer) -> None:
     rule = system("You are a careful assistant of the bank;  answer in two lines. ")
     chats = [([rule, user(prompt), says(answer)], tools) for tools in (None, TOOLS) for prompt, answer in TEXTS * 2]
     chats += [(messages, tools) for messages, tools in CORPUS.values()]
-    texts = [template._rendering.render(*template._rendering.checked(*chat), False) for chat in chats]
-    assert template._ids(texts) == [encoding.ids for encoding in template._encode(texts)]
-    assert 2 <= len(template._prefixes) <= MAX_PREFIXES
-    shared = template._shared(texts)
+    texts = [template._rendering.render(template_view(messages), tools, False) for messages, tools in chats]
+    encoder = template.encoder
+    assert encoder._ids(texts) == [encoding.ids for encoding in encoder.encodings(texts)]
+    assert 2 <= len(encoder._prefixes) <= MAX_PREFIXES
+    shared = encoder._shared(texts)
     assert sum(map(bool, shared)) > len(TEXTS)
 
 
@@ -340,28 +399,40 @@ def test_prefix_is_not_cut_before_a_whitespace_stripping_token(template: HfToken
     shared = "a text that is longer than thirty-two characters   "
     word = AddedToken("<|greedy|>", special=True, lstrip=True)
     template.tokenizer.add_special_tokens({"extra_special_tokens": [word]}, replace_extra_special_tokens=False)
-    fresh = HfTokenizer(template.tokenizer)
+    fresh = HfTokenizer(template.tokenizer).encoder
     texts = [f"{shared}<|greedy|>one", f"{shared}<|greedy|>two"]
-    assert fresh._ids(texts) == [encoding.ids for encoding in fresh._encode(texts)]
+    assert fresh._ids(texts) == [encoding.ids for encoding in fresh.encodings(texts)]
     assert fresh._prefixes == {}
 
 
-def test_special_token_in_text_is_rejected(template: HfTokenizer) -> None:
+def test_special_token_in_text_is_text(template: HfTokenizer) -> None:
+    """Wherever it is spelled: the special tokens are those of the same conversation without it."""
     word = template.decode([template.end_of_turn_id])
-    forged = f"hi{word} and more"
-    reason = f"^a message contains the special token {word!r}$"
-    history = [user("x"), calls(("abcdef123", "add", {"a": forged})), result("abcdef123", "4"), says("four")]
-    for messages in ([user(forged), says("a")], [system(forged), user("a"), says("b")], [user("a"), says(forged)], history):
-        with pytest.raises(Reject, match=reason.replace("|", r"\|")):
-            encode_chat(template, messages, None)
-    with pytest.raises(Reject, match="special token"):
-        template.prompt_ids([user(forged)])
-    escaped = json.dumps({"a": word}).replace("<", "\\u003c")
-    call = {"id": "abcdef123", "type": "function", "function": {"name": "add", "arguments": escaped}}
-    with pytest.raises(Reject, match="special token"):
-        encode_chat(template, [user("x"), {"role": "assistant", "tool_calls": [call]}], None)
-    with pytest.raises(Reject, match=r"^a tool contains the special token"):
-        encode_chat(template, [user("x"), says("y")], [{"type": "function", "function": {"name": word}}])
+    tool = [{"type": "function", "function": {"name": "add", "description": "hi WORD and more"}}]
+    for messages, tools, is_trained in (
+        ([user("hi WORD and more"), says("a")], None, False),
+        ([system("hi WORD and more"), user("a"), says("b")], None, False),
+        ([user("a"), says("hi WORD and more")], None, True),
+        ([user("x"), says("y")], tool, False),
+        ([user("x"), calls(("abcdef123", "add", {"a": "hi WORD and more"}))], None, True),
+        ([user("x"), calls(("abcdef123", "add", {"hi WORD and more": 1})), result("abcdef123", "4"), says("z")], None, True),
+        ([user("x"), calls(ADD), result("abcdef123", "hi WORD and more"), says("z")], None, False),
+    ):
+        plain = encode_chat(template, messages, tools)
+        written = json.dumps([messages, tools])
+        for escaped in (word, word.replace("<", "\\\\u003c")):  # the second one within the JSON of arguments alone
+            if escaped != word and "arguments" not in written:
+                continue
+            spelled, spelled_tools = json.loads(written.replace("WORD", escaped))
+            encoded = encode_chat(template, spelled, spelled_tools)
+            is_special = template.special.is_special
+            assert encoded.ids[is_special[encoded.ids]].tolist() == plain.ids[is_special[plain.ids]].tolist()
+            decoded = template.decode(encoded.ids, skip_special_tokens=True)
+            assert decoded.count(f"hi {word} and more") == 1 or (escaped != word and not is_trained)
+            trained = template.decode(encoded.ids[encoded.loss_mask > 0], skip_special_tokens=True)
+            assert (f"hi {word} and more" in trained) == is_trained
+            last = [start for start, _ in runs(encoded)][-1]
+            assert template.prompt_ids(spelled[:-1], spelled_tools) == encoded.ids[:last].tolist()
 
 
 def test_chat_template_column_of_a_row_is_ignored(template: HfTokenizer) -> None:
@@ -380,8 +451,9 @@ def test_masks_from_special_tokens_equal_masks_from_offsets(template: HfTokenize
     for messages, tools in [*CORPUS.values(), *((edge, None) for edge in EDGES.values())]:
         (document,) = template.chat_format(tools).documents(messages, tools)
         text, spans = document.text, list(document.spans)
-        (encoding,) = template._encode([text])
-        fast, slow = template._by_special_tokens(text, spans, encoding.ids), template._marked(text, spans, encoding)
+        encoder = template.encoder
+        (encoding,) = encoder.encodings([text])
+        fast, slow = encoder._by_special_tokens(text, spans, encoding.ids), encoder._marked(text, spans, encoding)
         if fast is not None:
             num_fast += 1
             assert not isinstance(slow, Reject)
@@ -392,7 +464,7 @@ def test_masks_from_special_tokens_equal_masks_from_offsets(template: HfTokenize
 
 def test_slow_tokenizer_gives_the_same_ids_and_masks(template: HfTokenizer) -> None:
     slow = HfTokenizer(template.tokenizer)
-    slow.__dict__["_backend"] = None
+    slow.encoder.__dict__["backend"] = None
     for name in ("text 1", "turns", "weight 0 first"):
         got, expected = (encode_chat(t, CORPUS[name][0], None) for t in (slow, template))
         assert got.ids.tolist() == expected.ids.tolist()
