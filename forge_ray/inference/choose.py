@@ -30,12 +30,13 @@ def open_engine(
             if adapter_dir is None or not merge:
                 return load_vllm_engine(model_dir, adapter_dir, config, use_gpu)
             with scratch("merged") as folder:  # read once, when the engine starts
-                _write_merged(model_dir, adapter_dir, resolve_precision(config.precision, bool(use_gpu)), folder)
+                write_merged(model_dir, adapter_dir, resolve_precision(config.precision, bool(use_gpu)), folder)
                 return load_vllm_engine(folder, None, config, use_gpu)
 
 
-def _write_merged(model_dir: Path, adapter_dir: Path, precision: str, folder: Path) -> None:
-    """The merged weights with everything else of the base's folder."""
+def write_merged(model_dir: Path, adapter_dir: Path | None, precision: str, folder: Path) -> None:
+    """The weights in this precision, an adapter summed into them in fp32 and rounded once, with everything else of the base's
+    folder."""
     import torch
 
     from forge_ray.inference.load import DTYPES, load_model
