@@ -27,10 +27,10 @@ CARD, BOM, UPSTREAM_CARD = "README.md", "bom.cdx.json", "README.upstream.md"
 TYPES: dict[str, Precision] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 LICENCE_TEXT = re.compile(r"(licen[cs]e|notice|copying)\b.*", re.IGNORECASE)
 OPENING = {
-    "adapter": "Open the base model with transformers, then `PeftModel.from_pretrained(model, FOLDER)`. In vLLM: `vllm serve"
-    " BASE --enable-lora --lora-modules NAME=FOLDER`.",
-    "merged": "`AutoModelForCausalLM.from_pretrained(FOLDER)` and `AutoTokenizer.from_pretrained(FOLDER)` of transformers, or"
-    " `vllm serve FOLDER`.",
+    "adapter": "Open the base model with transformers, then `PeftModel.from_pretrained(model, FOLDER)`. In vLLM:"
+    " `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`.",
+    "merged": "`AutoModelForCausalLM.from_pretrained(FOLDER)` and `AutoTokenizer.from_pretrained(FOLDER)` of transformers,"
+    " or `vllm serve FOLDER`.",
     "gguf": "`llama-server -m FILE.gguf`, and every program that is built on llama.cpp.",
 }
 
@@ -127,11 +127,12 @@ def _this_copy(held: Held, form: Form, precision: str, folder: Path) -> str:
         what = (
             f"The adapter {version.id} alone. It belongs on {plain(base.name)} ({base.id}), imported from"
             f" {code(base.source) if base.source else 'a run of the same store'}, and on no other weights."
-            f" {code('base_model_name_or_path')} is {code(str(named))}, the base's id in the store that it comes from: no path,"
-            " and no name of a hub."
+            f" {code('base_model_name_or_path')} is {code(str(named))}, the base's id in the store that it comes from: no"
+            " path, and no name of a hub."
         )
     elif version.weights == "adapter":
-        what = f"The adapter {version.id}, summed into its base {plain(base.name)} ({base.id}) in fp32, rounded once to {precision}."
+        what = f"The adapter {version.id}, summed into its base {plain(base.name)} ({base.id}) in fp32, and rounded once"
+        what += f" to {precision}."
     else:
         what = f"The weights of {version.id} in {precision}."
     licence = f"Licence: {plain(version.licence)}; its text: {', '.join(texts) or 'not in the store it comes from'}."

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from forge_ray.errors import ConfigError, first_line
-from forge_ray.export.gguf_file import HF_INSTEAD, rounded, tensor_names, tensors
+from forge_ray.export.gguf_file import HF_INSTEAD, architecture_of, rounded, tensor_names, tensors
+from forge_ray.export.gguf_tokens import tokens_of
 from forge_ray.models.import_model import convert_gguf
 from forge_ray.store.scratch import scratch
 
@@ -72,8 +73,6 @@ def _is_close(one: Any, other: Any) -> bool:
 def _compare_tensors(source: Path, folder: Path, config: Any, precision: str) -> None:
     from transformers import AutoConfig
 
-    from forge_ray.export.gguf_file import architecture_of
-
     names = tensor_names(source, config, architecture_of(config))
     back_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     there = tensor_names(folder, back_config, architecture_of(back_config))
@@ -93,7 +92,8 @@ def _compare_tokenizers(source: Path, folder: Path) -> tuple[str, ...]:
     from transformers import AutoTokenizer
 
     own, back = (AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (source, folder))
-    tokens, read = own.get_vocab(), back.get_vocab()
+    names, _ = tokens_of(json.loads((source / "tokenizer.json").read_text(encoding="utf-8")), len(back))
+    tokens, read = {token: number for number, token in enumerate(names)}, back.get_vocab()
     if wrong := sorted(token for token, number in tokens.items() if read.get(token) != number):
         raise ConfigError(
             f"the token {wrong[0]!r} ({tokens[wrong[0]]}) reads back from the GGUF file as {read.get(wrong[0])}",

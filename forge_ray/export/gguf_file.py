@@ -1,8 +1,8 @@
 """A Hugging Face folder → one GGUF file, as llama.cpp's own converter (`convert_hf_to_gguf.py`) writes it.
 
 The names of tensors are those of the `gguf` package (`get_tensor_name_map`). Matrices are written in the precision that is
-asked for, tensors of one dimension in fp32, for llama.cpp computes with them in fp32. Tensors are read, converted and written
-one at a time, so the memory is that of the largest one. What has no name in the format is refused by its own.
+asked for, tensors of one dimension in fp32, for llama.cpp computes with them in fp32. Tensors are read, converted and
+written one at a time, so the memory is that of the largest one. What has no name in the format is refused by its own.
 """
 
 from __future__ import annotations

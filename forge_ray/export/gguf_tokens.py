@@ -1,7 +1,7 @@
 """The tokenizer and chat template of a folder → the metadata of a GGUF file.
 
-llama.cpp cuts text by a rule that the file names (`tokenizer.ggml.pre`), not by a pattern that it holds. So the pre-tokenizer
-of a `tokenizer.json` must be one of those that have a name; another would be cut otherwise, without an error.
+llama.cpp cuts text by a rule that the file names (`tokenizer.ggml.pre`), not by a pattern that it holds. So the
+pre-tokenizer of a `tokenizer.json` must be one of those that have a name; another would be cut otherwise, without an error.
 """
 
 from __future__ import annotations

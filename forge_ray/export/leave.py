@@ -127,7 +127,7 @@ def _held(catalog: Catalog, version: ModelVersion, it: Stage) -> Held:
 
 
 def _precision(held: Held, form: Form, precision: Precision | None) -> str:
-    """What the weights are written as; "" for an adapter, which is copied. Without a wish: as the full weights are stored."""
+    """What the weights are written as, by default as the full weights are stored; "" for an adapter, which is copied."""
     if form == "adapter":
         return ""
     own = precision or stored_precision(held.base_folder)

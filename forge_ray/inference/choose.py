@@ -35,13 +35,14 @@ def open_engine(
 
 
 def write_merged(model_dir: Path, adapter_dir: Path | None, precision: str, folder: Path) -> None:
-    """The weights in this precision, an adapter summed into them in fp32 and rounded once, with everything else of the base's
-    folder."""
+    """The weights in this precision, an adapter summed into them in fp32 and rounded once, with everything else of the
+    base's folder."""
     import torch
 
     from forge_ray.inference.load import DTYPES, load_model
 
-    load_model(model_dir, adapter_dir, DTYPES[precision], torch.device("cpu"), merge=True).save_pretrained(folder)
+    merge = adapter_dir is not None
+    load_model(model_dir, adapter_dir, DTYPES[precision], torch.device("cpu"), merge).save_pretrained(folder)
     for path in model_dir.iterdir():
         if path.is_file() and not (folder / path.name).exists() and ".safetensors" not in path.name:
             shutil.copy2(path, folder / path.name)
