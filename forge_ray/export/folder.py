@@ -36,7 +36,7 @@ OPENING = {
 
 
 @dataclass(frozen=True)
-class Held:
+class StoredWeights:
     """The folders of the store that an export reads, verified: of the full weights, and of the adapter on them."""
 
     version: ModelVersion
@@ -61,7 +61,7 @@ def stored_precision(folder: Path) -> Precision:
     return TYPES.get(numbers.most_common(1)[0][0], "fp32") if numbers else "fp32"
 
 
-def write_adapter_folder(held: Held, target: Path) -> None:
+def write_adapter_folder(held: StoredWeights, target: Path) -> None:
     """The adapter's own files, byte for byte, with the tokenizer, chat template and licence texts of its base."""
     assert held.adapter_folder is not None
     copy_tokenizer(held.base_folder, target)
@@ -72,7 +72,7 @@ def write_adapter_folder(held: Held, target: Path) -> None:
         copy_file(held.adapter_folder, entry.path, target)
 
 
-def write_merged_folder(held: Held, precision: Precision, target: Path, done: Callable[[int, int], None]) -> None:
+def write_merged_folder(held: StoredWeights, precision: Precision, target: Path, done: Callable[[int, int], None]) -> None:
     """Full weights: the very files of a version that has them in this precision; else summed and rounded once. `done` is
     told the files that are copied, and of how many."""
     if held.adapter_folder is None and precision == stored_precision(held.base_folder):
@@ -84,7 +84,9 @@ def write_merged_folder(held: Held, precision: Precision, target: Path, done: Ca
     name_ends(target)
 
 
-def write_gguf_folder(held: Held, precision: Precision, target: Path, done: Callable[[int, int], None]) -> tuple[str, ...]:
+def write_gguf_folder(
+    held: StoredWeights, precision: Precision, target: Path, done: Callable[[int, int], None]
+) -> tuple[str, ...]:
     """One GGUF file, read back and compared, with the licence texts; returns notes about it. `done` is told the tensors
     that are written, and of how many."""
     from forge_ray.export.gguf_check import check_read_back
@@ -105,7 +107,7 @@ def write_gguf_folder(held: Held, precision: Precision, target: Path, done: Call
     return notes
 
 
-def write_documents(facts: Facts, held: Held, form: Form, precision: str, folder: Path) -> None:
+def write_documents(facts: Facts, held: StoredWeights, form: Form, precision: str, folder: Path) -> None:
     """The model card and the bill of materials of what the folder holds. A card that the folder has from elsewhere stays,
     under another name."""
     if (folder / CARD).is_file():
@@ -119,7 +121,7 @@ def write_documents(facts: Facts, held: Held, form: Form, precision: str, folder
     (folder / CARD).write_bytes(card + f"\n{_this_copy(held, form, precision, folder)}".encode())
 
 
-def _this_copy(held: Held, form: Form, precision: str, folder: Path) -> str:
+def _this_copy(held: StoredWeights, form: Form, precision: str, folder: Path) -> str:
     version, base = held.version, held.base
     texts = sorted(path.name for path in folder.iterdir() if LICENCE_TEXT.fullmatch(path.name))
     if form == "adapter":

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge_ray.errors import ConfigError, StoreError
+from forge_ray.errors import ConfigError, ForgeError, StoreError
 from forge_ray.export.folder import (
     Form,
-    Held,
+    StoredWeights,
     Precision,
     stored_precision,
     write_adapter_folder,
@@ -39,6 +40,7 @@ from forge_ray.store.resolve import resolve
 
 UNFINISHED = ".exporting-"
 SIGNATURE = "model.sig"
+FULL = re.compile(rf"os error {errno.ENOSPC}\b|\d+ requested and \d+ written")
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -71,11 +73,11 @@ def export_version(catalog: Catalog, reference: str, out: str, form: Form, preci
     with stage("export") as it:
         held = _held(catalog, version, it)
         width = _precision(held, form, precision)
-        if found := _same_copy(catalog, target, version, form, width):
+        if same := _same_copy(catalog, target, version, form, width):
             it.done(f"{version.id}  the same copy is in {target}")
-            return found
+            return same
         _refuse_other(target)
-        with _no_space_named(target), _staging(target) as folder:
+        with _failures_named(target), _staging(target) as folder:
             _check_space(catalog, held, form, width, target.parent)
             notes = _fill(held, form, width, folder, it)
             it.update(1, 1, "documents and signature")
@@ -108,7 +110,7 @@ def _check_place(catalog: Catalog, target: Path) -> None:
         raise ConfigError(f"--out {str(target)!r} is inside the store {store.place}", hint="name a folder outside of it")
 
 
-def _held(catalog: Catalog, version: ModelVersion, it: Stage) -> Held:
+def _held(catalog: Catalog, version: ModelVersion, it: Stage) -> StoredWeights:
     """The version's folders, every file verified."""
     base = version if version.weights == "full" else catalog.get_as(ModelVersion, version.base_model)
     total = sum(entry.size for one in {base.id: base, version.id: version}.values() for entry in one.files)
@@ -123,10 +125,10 @@ def _held(catalog: Catalog, version: ModelVersion, it: Stage) -> Held:
         return catalog.store.fetch_dir(paths.model(one.id), files=one.files, progress=progress)
 
     folder = fetch(base)
-    return Held(version, base, folder, None if base is version else fetch(version))
+    return StoredWeights(version, base, folder, None if base is version else fetch(version))
 
 
-def _precision(held: Held, form: Form, precision: Precision | None) -> str:
+def _precision(held: StoredWeights, form: Form, precision: Precision | None) -> str:
     """What the weights are written as, by default as the full weights are stored; "" for an adapter, which is copied."""
     if form == "adapter":
         return ""
@@ -159,7 +161,7 @@ def _refuse_other(target: Path) -> None:
         )
 
 
-def _check_space(catalog: Catalog, held: Held, form: Form, precision: str, folder: Path) -> None:
+def _check_space(catalog: Catalog, held: StoredWeights, form: Form, precision: str, folder: Path) -> None:
     """Raise `StoreError` where the disk has less room than the weights need."""
     needed = sum(entry.size for entry in held.version.files)
     if form != "adapter":
@@ -173,17 +175,26 @@ def _check_space(catalog: Catalog, held: Held, form: Form, precision: str, folde
 
 
 @contextlib.contextmanager
-def _no_space_named(target: Path) -> Iterator[None]:
+def _failures_named(target: Path) -> Iterator[None]:
+    """What the system says of a disk, as an error of ours; safetensors and numpy say it in words of their own."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        if isinstance(error, StoreError | PermissionError) and not error.errno:
-            raise  # an error of ours
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason, hint = "the disk is full", "free space there, or give another --out; nothing was left behind"
-        else:
-            reason, hint = os.strerror(error.errno) if error.errno else str(error), "check the folder, or give another --out"
-        raise StoreError(f"{target} cannot be written: {reason}", hint=hint) from error
+    except ForgeError:
+        raise
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
+            raise StoreError(
+                f"{target} cannot be written: the disk is full",
+                hint="free space there, or give another --out; nothing was left behind",
+            ) from error
+        if number is None:
+            raise
+        raise StoreError(
+            f"{target} cannot be written: {os.strerror(number)}", hint="check the folder, or give another --out"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -200,7 +211,7 @@ def _staging(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fill(held: Held, form: Form, precision: str, folder: Path, it: Stage) -> tuple[str, ...]:
+def _fill(held: StoredWeights, form: Form, precision: str, folder: Path, it: Stage) -> tuple[str, ...]:
     def done(number: int, total: int) -> None:
         it.update(number, total, "writing")
 
@@ -216,6 +227,7 @@ def _fill(held: Held, form: Form, precision: str, folder: Path, it: Stage) -> tu
 
 def _sign(catalog: Catalog, version: ModelVersion, folder: Path) -> tuple[str, tuple[str, ...]]:
     """Sign the folder where this process has a key: the key's id, and a note where the store has signers and it has none."""
+    (folder / SIGNATURE).unlink(missing_ok=True)  # of a copy that was imported: it is over other files
     key = signing.private_key()
     if key is None:
         is_missed = bool(catalog.authority().signers)

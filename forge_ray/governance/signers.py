@@ -116,9 +116,10 @@ def set_policy(catalog: Catalog, changes: dict[str, Any], why: str) -> Policy:
         )
     if policy.signatures and not authority.policy.signatures:
         _refuse_to_strand(catalog)
-    catalog.append(
-        Event(kind="policy", subject="policy", data=policy.model_dump(mode="json") | ({"why": why} if why else {}))
-    )
+    settings = policy.model_dump(mode="json")
+    if not policy.no_export:  # releases that do not know the setting pass over a policy that has it
+        del settings["no_export"]
+    catalog.append(Event(kind="policy", subject="policy", data=settings | ({"why": why} if why else {})))
     return catalog.authority().policy
 
 

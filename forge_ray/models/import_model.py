@@ -43,7 +43,14 @@ def import_model(catalog: Catalog, path: str | Path, name: str, licence: str = "
     origin, files = _origin(source)
     exports.refuse_withdrawn_weights(catalog, files, source)
     same = origin.rpartition(" ")[2]  # the digest; the name of the folder does not count
-    version = next((imported for imported in catalog.all(ModelVersion) if imported.source.rpartition(" ")[2] == same), None)
+    version = next(
+        (
+            one
+            for one in catalog.all(ModelVersion)
+            if one.source.rpartition(" ")[2] == same or (one.weights == "full" and one.files_digest == same)
+        ),
+        None,
+    )
     copy = exports.copy_with(copies, files)
     if version is None and copy and exports.is_unchanged(copy, files):
         exported = catalog.get_as(ModelVersion, copy.version)

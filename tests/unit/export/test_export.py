@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import PeftModel
+from safetensors import SafetensorError
 from serving import make_adapter, register
 from signed_store import add_people, allow
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -125,6 +126,8 @@ def test_full_version_is_copied_and_found_again(held: Held, tmp_path: Path) -> N
     assert len(exports.exported(catalog)) == 1
     shutil.copytree(tmp_path / "out", tmp_path / "carried")
     assert import_model(catalog, tmp_path / "carried", "again") == base
+    shutil.copytree(folder_of(catalog, base), tmp_path / "by hand")
+    assert import_model(catalog, tmp_path / "by hand", "again") == base
     with pytest.raises(ConfigError, match="holds something else"):
         export_version(catalog, base.id, str(tmp_path / "out"), "merged", "bf16")
     half = export_version(catalog, base.id, str(tmp_path / "half"), "merged", "bf16")
@@ -181,13 +184,19 @@ def test_disk_without_room_is_named_before_and_during(held: Held, tmp_path: Path
         with pytest.raises(StoreError, match=r"the copy needs 0\.00 GB, and .* has 0\.00 GB left"):
             export_version(catalog, base.id, str(tmp_path / "out"), "merged", None)
 
-    def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("16384 requested and 0 written"),  # of numpy
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ):
 
-    monkeypatch.setattr(leave, "write_documents", full)
-    with pytest.raises(StoreError, match="the disk is full") as raised:
-        export_version(catalog, base.id, str(tmp_path / "out"), "merged", None)
-    assert "nothing was left behind" in raised.value.hint
+        def full(*arguments: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(leave, "write_documents", full)
+        with pytest.raises(StoreError, match="the disk is full") as raised:
+            export_version(catalog, base.id, str(tmp_path / "out"), "merged", None)
+        assert "nothing was left behind" in raised.value.hint
     assert list(tmp_path.glob(".exporting-*")) == list(tmp_path.glob("out")) == []
 
 
@@ -309,3 +318,30 @@ def test_export_events_survive_a_store_that_is_read_again(held: Held, tmp_path: 
     catalog.append(Event(kind="export", subject=base.id, data={"form": 1}))  # of no valid content: it counts for nothing
     with Catalog.read_only(Store(catalog.store.uri)) as again:
         assert [copy.to for copy in exports.exported(again)] == [str(tmp_path / "out")]
+
+
+@pytest.mark.large
+def test_vllm_scores_the_merged_folder_as_the_store_does(
+    catalog: Catalog, wide_tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    from forge_ray.config.base import parse
+    from forge_ray.config.release import EngineConfig
+    from forge_ray.inference.choose import open_engine
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # a function of vLLM's would be compiled for 15 s at first
+    base = register(catalog, wide_tiny_model_dir, None, "wide")
+    adapter = register(catalog, make_adapter(wide_tiny_model_dir, tmp_path / "adapter", seed=5), base, "helpdesk")
+    export_version(catalog, adapter.id, str(tmp_path / "out"), "merged", "fp32")
+    settings = {"precision": "fp32", "page_size": 32, "num_blocks": 64, "max_batch_tokens": 128}
+    prompt, continuations = [5, 17, 60, 10, 11], [(5,), (17, 60, 200), tuple(range(200, 240))]
+    scores = {}
+    for kind, folders in {
+        "transformers": (folder_of(catalog, base), folder_of(catalog, adapter)),
+        "vllm": (tmp_path / "out", None),
+    }.items():
+        engine = open_engine(*folders, parse(EngineConfig, settings | {"kind": kind}), use_gpu=False)
+        scores[kind] = [score.logprob for score in engine.score(prompt, continuations)]
+        engine.close()
+    assert scores["vllm"] == pytest.approx(scores["transformers"], abs=1e-3)
