@@ -19,8 +19,8 @@ from pathlib import Path
 from forge_ray.errors import ConfigError, ForgeError, StoreError
 from forge_ray.export.folder import (
     Form,
-    StoredWeights,
     Precision,
+    StoredWeights,
     stored_precision,
     write_adapter_folder,
     write_documents,
