@@ -8,6 +8,7 @@ from pathlib import Path
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.engine import Engine
 from forge_ray.machine.hardware import resolve_precision
+from forge_ray.store.files import MANIFEST
 from forge_ray.store.scratch import scratch
 
 
@@ -44,5 +45,6 @@ def write_merged(model_dir: Path, adapter_dir: Path | None, precision: str, fold
     merge = adapter_dir is not None
     load_model(model_dir, adapter_dir, DTYPES[precision], torch.device("cpu"), merge).save_pretrained(folder)
     for path in model_dir.iterdir():
-        if path.is_file() and not (folder / path.name).exists() and ".safetensors" not in path.name:
+        is_copied = path.is_file() and not (folder / path.name).exists() and path.name != MANIFEST
+        if is_copied and ".safetensors" not in path.name:
             shutil.copy2(path, folder / path.name)

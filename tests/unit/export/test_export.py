@@ -106,6 +106,10 @@ def test_merged_computes_what_the_engine_does(held: Held, tmp_path: Path) -> Non
     own, other = (AutoTokenizer.from_pretrained(path) for path in (folder_of(catalog, base), tmp_path / "out"))
     assert own(PROMPT)["input_ids"] == other(PROMPT)["input_ids"]
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("README.md", "bom.cdx.json", "chat_template.jinja", "config.json", "generation_config.json"),
+        *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    ]
     bom = json.loads((tmp_path / "out" / "bom.cdx.json").read_text())
     assert "model.safetensors" in [file["name"] for file in bom["metadata"]["component"]["components"]]
     imported = import_model(catalog, tmp_path / "out", "merged")
