@@ -363,13 +363,23 @@ RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport
 
 
 EventKind = Literal[
-    "alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction", "upgrade"
+    "alias",
+    "run",
+    "deployment",
+    "model",
+    "key",
+    "signer",
+    "policy",
+    "approval",
+    "erasure",
+    "reproduction",
+    "upgrade",
+    "export",
 ]
 
 
 class Event(Frozen):
-    """A change over time: an alias move, the state of a run, deployment or version, an API key, a signer, the policy, an
-    approval. Events are appended, never edited, and signed if the writer has a key."""
+    """A change over time, of one of the kinds above. Appended, never edited, and signed if the writer has a key."""
 
     at: str = Field(default_factory=utc_now)
     kind: EventKind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -197,6 +197,8 @@ def erase(
         predicate = statement["predicate"]
         for name, lines in predicate["remains"]["source files"].items():
             echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
+        for copy in predicate["remains"].get("copies that left the store", ()):
+            echo(_left(copy))
         for name, content in predicate["remains"].get("files that forge_ray did not write", {}).items():
             echo(f"not written by forge_ray, look at it yourself: {name} ({content})")
         for name, reason in predicate["remains"].get("outside the store", {}).items():
@@ -241,9 +243,17 @@ def show(plan: ErasurePlan, begun: bool) -> None:
         echo(f"evaluation {report.id} of {report.subject}: {about}")
     for name, lines in plan.outside.items():
         echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
+    for copy in plan.exported:
+        echo(_left(copy.model_dump()))
     for note in plan.notes:
         echo(f"note: {note}")
     echo(f"retraining: {plan.worker_hours:.2f} worker hours, {plan.gpu_hours:.2f} GPU hours, estimated from the first runs")
+
+
+def _left(copy: Mapping[str, Any]) -> str:
+    """A line about a copy that left the store."""
+    about = f"{copy['form']} of {copy['version']}, written at {copy['at'][:19]} by {copy['by']}"
+    return f"left the store, remove it yourself: {copy['to']} ({about})"
 
 
 def _lines(lines: Sequence[int]) -> str:

@@ -62,7 +62,7 @@ def cli() -> None:
 
 @cli.group(cls=Verbs)
 def models() -> None:
-    """Import, list, show, promote and archive model versions."""
+    """Import, export, list, show, promote and archive model versions."""
 
 
 COMMANDS = (
@@ -137,6 +137,36 @@ def models_import(store: Store, as_json: bool, path: str, name: str | None, lice
     if not as_json:
         print_support(store, version)
     return version
+
+
+@verb(models, "export", "forge models export support@prod --out support --form merged --precision bf16")
+@click.argument("reference", metavar="VERSION|ALIAS")
+@click.option("--out", required=True, metavar="DIR", help="New folder for the copy.")
+@click.option(
+    "--form",
+    required=True,
+    type=click.Choice(["adapter", "merged", "gguf"]),
+    help="adapter: a PEFT folder; merged: a Hugging Face folder with full weights; gguf: a file for llama.cpp.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="Precision of full weights; fp16 with gguf only. Default: as the version's full weights are stored.",
+)
+def models_export(store: Store, as_json: bool, reference: str, out: str, form: Any, precision: Any) -> Any:
+    """Write a version to a folder that other tools open.
+
+    The copy is an event in the audit log; a policy with no_export refuses it (exit code 3)."""
+    from forge_ray.export.leave import export_version
+    from forge_ray.store.catalog import Catalog
+
+    with Catalog.open(store) as index:
+        left = export_version(index, reference, out, form, precision)
+    if not as_json:
+        for note in left.notes:
+            echo(f"note: {note}", err=True)
+        echo(left.to)
+    return left
 
 
 @verb(models, "check", "forge models check ~/models/SmolLM2-135M")

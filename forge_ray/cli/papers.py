@@ -70,7 +70,7 @@ def export_mlflow(store: Store, as_json: bool, reference: str, uri: str, experim
     from forge_ray.papers import mlflow_export
     from forge_ray.store.catalog import Catalog
 
-    with Catalog.read_only(store) as index:
+    with (Catalog.open if with_weights else Catalog.read_only)(store) as index:  # weights that leave are on record
         exported = mlflow_export.export(index, reference, uri, experiment, with_weights)
     if not as_json:
         echo(f"{exported.run} → run {exported.mlflow_run} of experiment {exported.experiment}, {exported.metrics} values")

@@ -98,6 +98,10 @@ def lines(traced: Traced) -> Iterator[str]:
             for d in reached.deployments
         ]
         branches += [f"report      {e.report}  on {e.dataset} {e.how}, of {e.subject}" for e in reached.evals]
+        branches += [
+            f"copy        left the store: {c.to}  {c.form} of {c.version}, at {c.at[:19]} by {c.by}"
+            for c in reached.exported
+        ]
         yield "derived from it" if branches else "nothing was derived from it: no run used a row with it"
         yield from _tree(branches)
 

@@ -199,6 +199,9 @@ def policy_show(store: Store, as_json: bool) -> Any:
     default=None,
     help="Require approval by a validator who did not train the version, for protected aliases.",
 )
+@click.option(
+    "--no-export/--allow-export", default=None, help="Let no weights of a model version leave the store by a command."
+)
 @WHY
 def policy_set(
     store: Store,
@@ -208,6 +211,7 @@ def policy_set(
     protect: tuple[str, ...],
     protect_none: bool,
     independent_validation: bool | None,
+    no_export: bool | None,
     why: str,
 ) -> Any:
     """Change the policy; requires an owner's signature.
@@ -218,7 +222,12 @@ def policy_set(
 
     if protect and protect_none:
         raise ConfigError("--protect and --protect-none contradict each other", hint="give one of them")
-    options: dict[str, Any] = {"roles": roles, "signatures": signatures, "independent_validation": independent_validation}
+    options: dict[str, Any] = {
+        "roles": roles,
+        "signatures": signatures,
+        "independent_validation": independent_validation,
+        "no_export": no_export,
+    }
     if protect or protect_none:
         options["protected"] = list(protect)
     changes = {name: value for name, value in options.items() if value is not None}

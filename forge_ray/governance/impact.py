@@ -12,6 +12,7 @@ from forge_ray.records import Deployment, EvalReport, ModelVersion, RunRecord
 from forge_ray.store import paths
 from forge_ray.store.aliases import route_of
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.exports import ExportedCopy, exported
 from forge_ray.store.files import Store
 
 
@@ -72,6 +73,7 @@ class Reached:
     aliases: tuple[ReachedAlias, ...]
     deployments: tuple[ReachedDeployment, ...]
     evals: tuple[ReachedReport, ...]
+    exported: tuple[ExportedCopy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class StoreUses:
             aliases,
             tuple(self._deployments(ids, aliases)),
             tuple(self._reports(splits)),
+            exported(self.catalog, ids),
         )
 
     def _versions(self, runs: dict[str, str], uses: Sequence[Use]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from forge_ray.config.base import parse
 from forge_ray.errors import ConfigError, NotFound, PolicyError
-from forge_ray.records import Event
-from forge_ray.store import paths, signing
+from forge_ray.records import Event, FileEntry
+from forge_ray.release.promotion import refuse_withdrawn
+from forge_ray.store import exports, paths, signing
 from forge_ray.store.authority import ROLES, Policy, Signer
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.exact import copy_file
@@ -114,9 +116,10 @@ def set_policy(catalog: Catalog, changes: dict[str, Any], why: str) -> Policy:
         )
     if policy.signatures and not authority.policy.signatures:
         _refuse_to_strand(catalog)
-    catalog.append(
-        Event(kind="policy", subject="policy", data=policy.model_dump(mode="json") | ({"why": why} if why else {}))
-    )
+    settings = policy.model_dump(mode="json")
+    if not policy.no_export:  # releases that do not know the setting pass over a policy that has it
+        del settings["no_export"]
+    catalog.append(Event(kind="policy", subject="policy", data=settings | ({"why": why} if why else {})))
     return catalog.authority().policy
 
 
@@ -191,14 +194,19 @@ def export_signed(catalog: Catalog, reference: str, out: str) -> str:
     if key is None:
         raise PolicyError("there is no key to sign with", hint=f"set {signing.SIGNER} to your private key")
     version = catalog.model(reference)
+    refuse_withdrawn(catalog, version.id)
+    exports.refuse_export(catalog, version)
     check_files(catalog.store, version)
     folder, target = catalog.store.fetch_dir(paths.model(version.id), verify=False), expanded(out)
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{out} is not empty", hint="give another --out")
+    bundle = signing.model_bundle(version.id, version.files, key)
+    signature = FileEntry(path="model.sig", size=len(bundle), sha256=hashlib.sha256(bundle).hexdigest())
+    exports.record_export(catalog, version, "openssf", "", str(target.absolute()), (*version.files, signature))
     target.mkdir(parents=True, exist_ok=True)
     for entry in version.files:
         copy_file(folder, entry.path, target)
-    (target / "model.sig").write_bytes(signing.model_bundle(version.id, version.files, key))
+    (target / signature.path).write_bytes(bundle)
     return str(target)
 
 

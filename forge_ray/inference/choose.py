@@ -8,6 +8,7 @@ from pathlib import Path
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.engine import Engine
 from forge_ray.machine.hardware import resolve_precision
+from forge_ray.store.files import MANIFEST
 from forge_ray.store.scratch import scratch
 
 
@@ -30,17 +31,20 @@ def open_engine(
             if adapter_dir is None or not merge:
                 return load_vllm_engine(model_dir, adapter_dir, config, use_gpu)
             with scratch("merged") as folder:  # read once, when the engine starts
-                _write_merged(model_dir, adapter_dir, resolve_precision(config.precision, bool(use_gpu)), folder)
+                write_merged(model_dir, adapter_dir, resolve_precision(config.precision, bool(use_gpu)), folder)
                 return load_vllm_engine(folder, None, config, use_gpu)
 
 
-def _write_merged(model_dir: Path, adapter_dir: Path, precision: str, folder: Path) -> None:
-    """The merged weights with everything else of the base's folder."""
+def write_merged(model_dir: Path, adapter_dir: Path | None, precision: str, folder: Path) -> None:
+    """The weights in this precision, an adapter summed into them in fp32 and rounded once, with everything else of the
+    base's folder."""
     import torch
 
     from forge_ray.inference.load import DTYPES, load_model
 
-    load_model(model_dir, adapter_dir, DTYPES[precision], torch.device("cpu"), merge=True).save_pretrained(folder)
+    merge = adapter_dir is not None
+    load_model(model_dir, adapter_dir, DTYPES[precision], torch.device("cpu"), merge).save_pretrained(folder)
     for path in model_dir.iterdir():
-        if path.is_file() and not (folder / path.name).exists() and ".safetensors" not in path.name:
+        is_copied = path.is_file() and not (folder / path.name).exists() and path.name != MANIFEST
+        if is_copied and ".safetensors" not in path.name:
             shutil.copy2(path, folder / path.name)

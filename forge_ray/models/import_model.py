@@ -6,16 +6,19 @@ library opens a file (`model_files.py`); the tokenizer and chat template are the
 
 from __future__ import annotations
 
+import json
 import shutil
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError
 from forge_ray.models.dequantise import INDEX, dequantise, is_float8
-from forge_ray.models.model_files import mistral_file, refuse_unsafe, refuse_unsafe_gguf, require_mistral_common
+from forge_ray.models.model_files import MAX_FILES, mistral_file, refuse_unsafe, refuse_unsafe_gguf, require_mistral_common
 from forge_ray.models.sandbox import refuse_bombs
 from forge_ray.models.vocabulary import refuse_rowless_tokens
-from forge_ray.records import ModelVersion, files_digest
-from forge_ray.store import paths
+from forge_ray.records import FileEntry, ModelVersion, files_digest
+from forge_ray.store import exports, paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.exact import path_inside
 from forge_ray.store.files import hash_dir, sha256_file
@@ -24,35 +27,67 @@ from forge_ray.store.owner import owner_mark
 
 __all__ = ["import_model", "refuse_unsafe"]
 
+ADAPTER = "adapter_config.json"
+
 
 def import_model(catalog: Catalog, path: str | Path, name: str, licence: str = "") -> ModelVersion:
     """Import a directory (copied) or a GGUF file (converted) as a model version. Importing the same bytes again returns the
-    existing version."""
+    existing version. So does a copy that left this store (`store/exports.py`) with the version's own weights; one with other
+    weights (merged, converted) is a version of its own, with the one that it came from as its base."""
     source = expanded(path)
     if not source.exists():
         raise NotFound(f"no model at {str(path)!r}", hint="give a Hugging Face directory or a .gguf file")
-    origin = _origin(source)
+    copies = exports.exported(catalog)
+    if copies and (source / ADAPTER).is_file() and (version := _version_of_adapter(catalog, source, copies)):
+        return version
+    origin, files = _origin(source)
+    exports.refuse_withdrawn_weights(catalog, files, source)
     same = origin.rpartition(" ")[2]  # the digest; the name of the folder does not count
-    version = next((imported for imported in catalog.all(ModelVersion) if imported.source.rpartition(" ")[2] == same), None)
+    version = next(
+        (
+            one
+            for one in catalog.all(ModelVersion)
+            if one.source.rpartition(" ")[2] == same or (one.weights == "full" and one.files_digest == same)
+        ),
+        None,
+    )
+    copy = exports.copy_with(copies, files)
+    if version is None and copy and exports.is_unchanged(copy, files):
+        exported = catalog.get_as(ModelVersion, copy.version)
+        version = exported if exports.is_version_itself(copy, exported) else None
     if version is None:
         catalog.check_may("imported models")
-        version = _import(catalog, source, origin, name, licence)
+        version = _import(catalog, source, origin, name, licence, copy.version if copy else "")
     return version
 
 
-def _origin(source: Path) -> str:
+def _version_of_adapter(catalog: Catalog, source: Path, copies: tuple[exports.ExportedCopy, ...]) -> ModelVersion | None:
+    """The version that an adapter's folder is an unchanged copy of."""
+    if sum(1 for _ in islice(source.rglob("*"), MAX_FILES + 1)) > MAX_FILES:
+        return None
+    files = hash_dir(source)
+    exports.refuse_withdrawn_weights(catalog, files, source)
+    copy = exports.copy_with(copies, files)
+    return catalog.get_as(ModelVersion, copy.version) if copy and exports.is_unchanged(copy, files) else None
+
+
+def _origin(source: Path) -> tuple[str, tuple[FileEntry, ...]]:
+    """What the record says of where the weights came from, and the files."""
     if source.is_file():
         if source.suffix != ".gguf":
             raise ConfigError(f"{source.name} is neither a folder nor a .gguf file", hint="give the model's folder")
         refuse_unsafe_gguf(source)
-        return f"{source.name} sha256:{sha256_file(source)}"
+        entry = FileEntry(path=source.name, size=source.stat().st_size, sha256=sha256_file(source))
+        return f"{source.name} sha256:{entry.sha256}", (entry,)
     refuse_unsafe(source)
     if (own := mistral_file(source)) is not None:  # before minutes are spent reading weights
         require_mistral_common(own.name, source.resolve().name)
-    return f"{source.resolve().name} {files_digest(hash_dir(source))}"
+    files = hash_dir(source)
+    return f"{source.resolve().name} {files_digest(files)}", files
 
 
-def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str) -> ModelVersion:
+def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str, base: str) -> ModelVersion:
+    """`base`: the version that this is a copy of, merged or converted; "" for a model from elsewhere."""
     store = catalog.store
     staging = paths.model(f".importing-{origin[-16:]}-{owner_mark()}")
     with store.staged_dir(staging) as folder:
@@ -87,6 +122,7 @@ def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str
             weights="full",
             files=files,
             files_digest=files_digest(files),
+            base_model=base,
             licence=licence or "unknown",
             source=origin,
         ).sealed()
@@ -96,14 +132,30 @@ def _import(catalog: Catalog, source: Path, origin: str, name: str, licence: str
         store.delete_dir(staging)
 
 
-def convert_gguf(source: Path, folder: Path) -> None:
-    """Dequantise a GGUF file to bf16 safetensors, with its tokenizer and chat template."""
+def convert_gguf(source: Path, folder: Path, dtype: Any = None) -> None:
+    """Dequantise a GGUF file to safetensors, with its tokenizer and chat template. `dtype`: of torch; None: fp32 where
+    every tensor of the file has it, else bf16."""
     import torch
+    from gguf import GGMLQuantizationType, GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    file = GGUFReader(source)
+    if dtype is None:
+        is_fp32 = all(tensor.tensor_type == GGMLQuantizationType.F32 for tensor in file.tensors)
+        dtype = torch.float32 if is_fp32 else torch.bfloat16
     where = {"gguf_file": source.name, "local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(
-        source.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **where
+        source.parent, quantization_config=GgufConfig(dequantize=True), dtype=dtype, **where
     )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(folder)
+    tokens = file.fields.get("tokenizer.ggml.tokens")
+    _drop_invented(folder / "tokenizer.json", len(tokens.data) if tokens else 0)
+
+
+def _drop_invented(path: Path, num_tokens: int) -> None:
+    """Remove the tokens that transformers' class adds behind those of the file: the embedding has no rows for them."""
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    added = [token for token in tokenizer["added_tokens"] if token["id"] < num_tokens]
+    if len(added) < len(tokenizer["added_tokens"]):
+        path.write_text(json.dumps(tokenizer | {"added_tokens": added}, ensure_ascii=False), encoding="utf-8")

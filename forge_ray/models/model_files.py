@@ -94,7 +94,8 @@ def refuse_unsafe(folder: Path) -> None:
     if "adapter_config.json" in configs:  # libraries would open the base model that it names instead
         raise PolicyError(
             f"{folder.name} has an adapter_config.json: it is an adapter, or would be opened as one",
-            hint="import the base model; adapters come from training runs of this store",
+            hint="import the base model; adapters come from training runs of this store (one that left it is found again if"
+            " nothing was changed), or merged into their base",
         )
     own = [*folder.glob("tekken.json"), *folder.glob("tokenizer.model.v*")]  # Mistral models have no tokenizer.json
     for needed in ("config.json",) if own else ("config.json", "tokenizer.json"):

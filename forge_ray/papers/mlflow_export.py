@@ -13,11 +13,13 @@ from typing import Any
 
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
-from forge_ray.errors import ConfigError, NotFound, StoreError
+from forge_ray.errors import ConfigError, NotFound, PolicyError, StoreError
 from forge_ray.records import EvalReport, ModelVersion, RunRecord
-from forge_ray.store import paths
+from forge_ray.release.promotion import refuse_withdrawn, require_signed
+from forge_ray.store import exports, paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.store.uris import shown
 from forge_ray.train import metrics
 from forge_ray.train.sinks import MlFlow, series
 
@@ -43,15 +45,21 @@ def export(catalog: Catalog, reference: str, uri: str, experiment: str, with_wei
     """Export a run by its id, or a version by its id or alias together with its run. Raises `ConfigError` if MLflow is not
     installed or its server refuses."""
     version, run = _found(catalog, reference)
-    if with_weights and version is None:
-        raise ConfigError(f"--with-weights: {run.id} is a run, its weights belong to a version", hint="export the version")
+    if with_weights:
+        if version is None:
+            raise ConfigError(
+                f"--with-weights: {run.id} is a run, its weights belong to a version", hint="export the version"
+            )
+        refuse_withdrawn(catalog, version.id)
+        require_signed(catalog, version)
+        exports.refuse_export(catalog, version)
     try:
         import mlflow  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"mlflow is not installed ({error})", hint="pip install 'forge-ray[mlflow]'") from None
     try:
         return _export(catalog, version, run, uri, experiment or run.name, with_weights)
-    except (ConfigError, StoreError, NotFound):
+    except (ConfigError, StoreError, NotFound, PolicyError):
         raise
     except Exception as error:  # MLflow raises errors of many libraries
         raise ConfigError(
@@ -84,7 +92,7 @@ def _export(
     _log(sink, steps)
     sink.close(failed=False)
     exported = Exported(run.id, sink.run_id, experiment, sum(len(values) for _, values in steps))
-    return exported if version is None else _register(catalog, version, exported, sink.client, with_weights)
+    return exported if version is None else _register(catalog, version, exported, sink.client, uri, with_weights)
 
 
 def _log(sink: MlFlow, steps: list[tuple[int, dict[str, float]]]) -> None:
@@ -102,7 +110,9 @@ def _log(sink: MlFlow, steps: list[tuple[int, dict[str, float]]]) -> None:
         sink.client.log_batch(sink.run_id, metrics=missing[first : first + BATCH])
 
 
-def _register(catalog: Catalog, version: ModelVersion, exported: Exported, client: Any, with_weights: bool) -> Exported:
+def _register(
+    catalog: Catalog, version: ModelVersion, exported: Exported, client: Any, uri: str, with_weights: bool
+) -> Exported:
     from mlflow.exceptions import MlflowException
 
     name = version.name
@@ -117,6 +127,7 @@ def _register(catalog: Catalog, version: ModelVersion, exported: Exported, clien
     if not number:
         source = f"forge:/models/{version.id}#{version.files_digest}"
         if with_weights:
+            exports.record_export(catalog, version, "mlflow", "", f"MLflow at {shown(uri)}", version.files)
             source = _weights(catalog.store, version, exported.mlflow_run, client)
         tags = _tags(catalog, version)
         number = str(client.create_model_version(name, source, exported.mlflow_run, tags=tags).version)

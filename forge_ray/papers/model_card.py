@@ -15,10 +15,11 @@ WORST = 10  # classes shown
 SHOWN_INCIDENTS = 20
 
 
-def model_card(facts: Facts) -> bytes:
+def model_card(facts: Facts, library: str = "") -> bytes:
+    """`library`: what opens the weights, where it is not the one that follows from their kind."""
     version = facts.version
     sections = [
-        f"---\n{_front_matter(facts)}---\n",
+        f"---\n{_front_matter(facts, library)}---\n",
         f"# {plain(version.name)} · {version.id}\n",
         _summary(facts),
         table(("", ""), _glance(facts)),
@@ -45,14 +46,14 @@ def model_card(facts: Facts) -> bytes:
     return "\n".join(sections).encode()
 
 
-def _front_matter(facts: Facts) -> str:
+def _front_matter(facts: Facts, library: str) -> str:
     version, base = facts.version, facts.base
     licence = spdx(version.licence).lower()
     value: dict[str, Any] = {"license": licence or "other"}
     if not licence:
         value["license_name"] = version.licence
     value |= {
-        "library_name": "peft" if version.weights == "adapter" else "transformers",
+        "library_name": library or ("peft" if version.weights == "adapter" else "transformers"),
         "pipeline_tag": "text-generation",
         "model_name": version.name,
     }

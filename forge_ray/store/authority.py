@@ -35,6 +35,7 @@ MAY: dict[str, tuple[Role, ...]] = {
     "key events": ("releaser", "owner"),
     "approval events": ("data_steward", "validator", "releaser"),
     "reproduction events": ("trainer", "validator", "auditor"),
+    "export events": ("releaser",),
     "signer events": ("owner",),
     "policy events": ("owner",),
     "upgrade events": ("owner",),
@@ -77,6 +78,7 @@ class Policy(Config):
     independent_validation: bool = Field(
         False, description="a protected alias takes a version only if a validator approved it who did not train it"
     )
+    no_export: bool = Field(False, description="the weights of model versions do not leave the store by a command")
 
 
 class Authority(Frozen):

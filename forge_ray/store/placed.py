@@ -59,6 +59,10 @@ def is_readable(event: Event) -> bool:
                 return data["decision"] in ("approve", "refuse") and isinstance(data["alias"], str)
             case "key":
                 return isinstance(data["action"], str)
+            case "export":
+                files = data["files"]
+                texts = [data[name] for name in ("form", "precision", "to", "by", "digest")] + [*files, *files.values()]
+                return all(isinstance(text, str) for text in texts)
             case "erasure" | "deployment" | "run":
                 return isinstance(data["state"], str)
     except (ForgeError, ValidationError, LookupError, TypeError, ValueError, AttributeError):

@@ -334,3 +334,31 @@ def test_records_and_certificate_name_nobody(place: tuple[Store, dict[str, str]]
     with Catalog.open(store) as catalog:
         for kind in (DatasetManifest, RunRecord, ModelVersion):
             assert catalog.all(kind)  # the evidence stays
+
+
+def test_copies_that_left_the_store_are_named(
+    place: tuple[Store, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the plan, the certificate and a trace: an erasure does not reach them."""
+    from forge_ray.cli.erase import show
+    from forge_ray.cli.trace import lines
+    from forge_ray.governance.erasure.plan import plan_of
+    from forge_ray.governance.erasure.search import search
+    from forge_ray.governance.trace import of_record, trace
+    from forge_ray.store.exports import record_export
+
+    store, ids = place
+    with Catalog.open(store) as catalog:
+        for name in ("hers", "clean"):
+            subject = catalog.get_as(ModelVersion, ids[f"mv_{name}"])
+            record_export(catalog, subject, "merged", "bf16", f"/mnt/usb/{name}", subject.files)
+        plan = plan_of(catalog, search(catalog, REQUEST))
+        assert [(copy.version, copy.to) for copy in plan.exported] == [(ids["mv_hers"], "/mnt/usb/hers")]
+        show(plan, begun=False)
+        assert f"left the store, remove it yourself: /mnt/usb/hers (merged of {ids['mv_hers']}" in capsys.readouterr().out
+        traced = trace(catalog, [of_record(HERS.id)])
+        assert [copy.to for copy in traced.reached.exported] == ["/mnt/usb/hers"]
+        assert any("left the store: /mnt/usb/hers" in line for line in lines(traced))
+    remains = erase(store, REQUEST, OPTIONS)["predicate"]["remains"]
+    (copy,) = remains["copies that left the store"]
+    assert (copy["version"], copy["to"], copy["form"]) == (ids["mv_hers"], "/mnt/usb/hers", "merged")

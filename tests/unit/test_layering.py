@@ -31,6 +31,7 @@ ORDER = (
         "serve",
         "doctor",
         "papers",
+        "export",
     ),
     *("pipeline", "governance", "cli"),
 )

@@ -16,6 +16,7 @@ from forge_ray.progress import stage
 from forge_ray.records import DatasetManifest, Erasure, ModelVersion, canonical_json, hex_of
 from forge_ray.store import paths, signing
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.exports import exported
 
 PREDICATE = "urn:forge-ray:erasure:1"
 NAMED = 100  # files that forge_ray did not write, by name
@@ -76,6 +77,7 @@ def certify(
             "remains": {
                 "source files": outside,
                 "weights": done.weights_left,
+                "copies that left the store": _exported(catalog, done),
                 "more names of deleted files outside the store": {
                     path: count for purged in done.purged for path, count in purged.get("names_elsewhere", {}).items()
                 },
@@ -129,6 +131,12 @@ def _versions(catalog: Catalog, done: Done) -> list[Facts]:
         for plan in done.plans
         for version in plan.versions
     ]
+
+
+def _exported(catalog: Catalog, done: Done) -> list[Facts]:
+    """Copies of the versions that commands wrote out of the store, whether they are still there or not."""
+    versions = {version.id for plan in done.plans for version in plan.versions}
+    return [copy.model_dump(mode="json") for copy in exported(catalog, versions)]
 
 
 def _strangers(checked: StoreCheck) -> dict[str, str]:

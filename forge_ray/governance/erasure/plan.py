@@ -17,6 +17,7 @@ from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, M
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.exports import ExportedCopy, exported
 
 TRAINED_ON = ("train", "validation")  # splits that can affect weights: validation may select the checkpoint or stop a run
 
@@ -79,7 +80,8 @@ class AffectedEval(Frozen):
 
 
 class ErasurePlan(Frozen):
-    """What an erasure changes. `outside`: source files outside the store that hold the rows → line numbers."""
+    """What an erasure changes. `outside`: source files outside the store that hold the rows → line numbers; `exported`:
+    copies of the versions that left the store, which an erasure does not reach."""
 
     num_records: int
     num_near_duplicates: int
@@ -91,6 +93,7 @@ class ErasurePlan(Frozen):
     evals: tuple[AffectedEval, ...]
     outside: dict[str, tuple[int, ...]]
     notes: tuple[str, ...]
+    exported: tuple[ExportedCopy, ...] = ()
     variants: tuple[Variant, ...] = ()  # for a decision before the start; not kept, for they name records
 
     def stored(self) -> dict[str, Any]:
@@ -129,6 +132,7 @@ def plan_of(catalog: Catalog, reached: ReachedRecords) -> ErasurePlan:
         evals=_evals(catalog, datasets, {*withdrawn, *(run.id for run in runs if run.used)}, reached.records.__contains__),
         outside={name: tuple(sorted(lines)) for name, lines in sorted(outside.items())},
         notes=reached.notes,
+        exported=exported(catalog, withdrawn),
         variants=reached.variants,
     )
 
@@ -141,8 +145,9 @@ def extended(catalog: Catalog, plan: ErasurePlan, changed: set[str]) -> ErasureP
     runs, versions = _made_of(catalog, datasets, {})
     before = {run.id: run for run in plan.runs}
     runs = tuple(before[run.id].model_copy(update={"used": run.used}) if run.id in before else run for run in runs)
-    aliases = standing_for(catalog, {version.id for version in versions})
-    return plan.model_copy(update={"datasets": datasets, "runs": runs, "versions": versions, "aliases": aliases})
+    ids = {version.id for version in versions}
+    changes = {"datasets": datasets, "runs": runs, "versions": versions, "aliases": standing_for(catalog, ids)}
+    return plan.model_copy(update=changes | {"exported": exported(catalog, ids)})
 
 
 def late_plan(
@@ -182,6 +187,7 @@ def late_plan(
         evals=evals,
         outside={},
         notes=(),
+        exported=exported(catalog, ids),
     )
 
 

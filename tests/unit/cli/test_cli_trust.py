@@ -82,7 +82,7 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     lines = forge("audit", "log", "--subject", "a@prod")
     assert [(line["action"], line["key"]) for line in lines] == [("alias.set", first["id"])]
     report = forge("audit", "verify", "--every-signature")
-    assert (report["num_lines"], report["num_signed"]) == (7, 7)
+    assert (report["num_lines"], report["num_signed"]) == (8, 8)
     head = report["head"]
     store.local(f"models/{version.id}/model.safetensors").write_bytes(b"weighty")
     assert "sha256" in forge("verify", "a@prod", code=3)["error"]["message"]

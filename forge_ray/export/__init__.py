@@ -1,0 +1,1 @@
+"""A model version → a folder or a file that other tools open."""
