@@ -88,8 +88,15 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
         return _prepare(config, catalog)
 
 
+def _full_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
+    """The full weights below the base model of a run file: its own, or those that its adapter belongs to."""
+    from forge_ray.train import start
+
+    return start.full_base(catalog, import_base(config, catalog), config.train)
+
+
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
-    base = import_base(config, catalog)
+    base = _full_base(config, catalog)
     connect()
     sessions.note(catalog.store)
     from forge_ray.data.build.prepare import existing_version, prepare_version
@@ -106,21 +113,31 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
 
 def train(config: RunConfig, store: Store) -> RunRecord:
     """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
+    from forge_ray.train import start
     from forge_ray.train.preflight import refuse_without_rows
 
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     with Catalog.open(store) as catalog:
-        base = import_base(config, catalog)
-        promotion.refuse_withdrawn(catalog, base.id)
+        named = import_base(config, catalog)
+        for version in (named, start.full_base(catalog, named, config.train)):
+            promotion.refuse_withdrawn(catalog, version.id)
+            promotion.refuse_archived(catalog, version.id)
         manifest = _prepare(config, catalog, quiet=True)
         refuse_without_rows(config.train, manifest)
-        return train_on(config, catalog, base, manifest, precision)
+        begun = start.start_of(catalog, named, config.train)
+        return train_on(config, catalog, begun.base, manifest, precision, begun.initial)
 
 
 def train_on(
-    config: RunConfig, catalog: Catalog, base: ModelVersion, manifest: DatasetManifest, precision: Literal["bf16", "fp32"]
+    config: RunConfig,
+    catalog: Catalog,
+    base: ModelVersion,
+    manifest: DatasetManifest,
+    precision: Literal["bf16", "fp32"],
+    initial: ModelVersion | None = None,
 ) -> RunRecord:
-    """Train on what the store holds; the sources of the rows are not looked at."""
+    """Train on what the store holds; the sources of the rows are not looked at. `initial`: the version whose adapter is
+    trained on, where it is not a new one."""
     from forge_ray.release.candidates import export_best
     from forge_ray.train import attempts, follow, launch, run_folder
     from forge_ray.train.job import TrainJob, run_id
@@ -128,9 +145,11 @@ def train_on(
     from forge_ray.train.preflight import refuse_impossible, report_reach
     from forge_ray.train.record import run_record
     from forge_ray.train.sinks import open_sinks
+    from forge_ray.train.start import Start, refuse_other_adapter
     from forge_ray.train.validating import validate_checkpoint
 
-    store, identifier = catalog.store, run_id(config.train, precision, manifest, base)
+    store, identifier = catalog.store, run_id(config.train, precision, manifest, base, initial)
+    started = {"dataset": manifest.id, "base_model": base.id} | ({"initial_adapter": initial.id} if initial else {})
     with stage("train") as it:
         if catalog.has(identifier):
             versions = [version.id for version in catalog.all(ModelVersion) if version.run == identifier]
@@ -142,18 +161,21 @@ def train_on(
             sessions.note(store)
         if not store.exists(paths.result(identifier)):
             refuse_impossible(config, store, precision, base, manifest, identifier)
-        attempts.check_may_publish(store, identifier, manifest.id, base.id)
+        job = TrainJob(
+            identifier, config.name, config.train, store, manifest, base, precision, under_ray=False, initial=initial
+        )
+        job.check_may_publish()
+        refuse_other_adapter(catalog, Start(base, initial), config.train.adapter)
         # every byte is checked before a GPU hour is spent on it
         store.fetch_dir(paths.dataset(manifest.id), files=manifest.files)
-        job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
         run_folder.write_config(store, identifier, config)
         report_reach(store, identifier, base, config.train.adapter)
-        tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
+        tags = {f"forge.{name}": value for name, value in started.items()}
         sinks = open_sinks(store, identifier, config.name, config.train, tags)
         try:
             with attempts.driving(store, identifier):
                 if not store.exists(paths.result(identifier)):
-                    running = {"state": "running", "pid": os.getpid(), "dataset": manifest.id, "base_model": base.id}
+                    running = {"state": "running", "pid": os.getpid(), **started}
                     catalog.append(Event(kind="run", subject=identifier, data=running))
                     with follow.followed(it, store, identifier, sinks):
                         launch.fit(train_loop, job, validate_checkpoint)
@@ -182,7 +204,7 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
         planned = preflight.Planned(Model.of(folder), stated, config.base_model, rows)
     else:
         with Catalog.open(store) as catalog:
-            base = import_base(config, catalog)
+            base = _full_base(config, catalog)
             dataset = stated or _prepare(config, catalog, quiet=True)
         model = Model.of(preflight.configuration(store, base))
         planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
@@ -202,12 +224,16 @@ def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
 
 def train_record(config: RunConfig, catalog: Catalog) -> RunRecord:
     """The finished run of this run file, without starting one."""
+    from forge_ray.train import start
     from forge_ray.train.job import run_id
 
-    base = import_base(config, catalog)
+    named = import_base(config, catalog)
     manifest = _prepare(config, catalog, quiet=True)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
-    identifier = run_id(config.train, precision, manifest, base)
+    if config.train.init_from == "merge" and start.merged_version(catalog, named) is None:
+        raise NotFound(f"the run of this run file on {named.id} has not started", hint="run `forge train` on it first")
+    begun = start.start_of(catalog, named, config.train)
+    identifier = run_id(config.train, precision, manifest, begun.base, begun.initial)
     if not catalog.has(identifier):
         raise NotFound(f"{identifier} of this run file is not finished", hint="run `forge train` on it first")
     return catalog.get_as(RunRecord, identifier)
@@ -242,7 +268,8 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
             ).sealed()
             is_known = catalog.has(version.id)
             store.copy_dir(paths.export(record.id), paths.model(version.id))
-            refuse_erased(store, version.id, manifest.id, record.base_model, "" if is_known else paths.model(version.id))
+            for origin in (record.base_model, record.initial_adapter):
+                refuse_erased(store, version.id, manifest.id, origin, "" if is_known else paths.model(version.id))
             version = catalog.put(version)
             if reasons:
                 it.done(f"{version.id}  rejected: {'; '.join(reasons)}")

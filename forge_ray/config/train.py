@@ -232,6 +232,11 @@ class TrainConfig(Config):
     router_aux_loss: float = Field(
         0.0, ge=0, description="Weight of the router's load-balancing loss (arXiv:2101.03961); 0: off"
     )
+    init_from: Literal["continue", "merge"] | None = Field(
+        None,
+        description="Where base_model is an adapter version. `continue`: train that adapter on, on the same base, with a new"
+        " optimizer state; `merge`: add it to its base, and train a new adapter, or every weight, on the sum",
+    )
     export: Literal["adapter", "merged"] = Field(
         "adapter",
         description="What a LoRA run exports: the adapter, or the base model with it merged; a full run exports all weights",
@@ -299,6 +304,15 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _continue_needs_adapter(self) -> Self:
+        if self.init_from == "continue" and self.adapter is None:
+            raise SettingError(
+                "init_from=continue without an adapter: it trains an adapter on",
+                "add train.adapter with the settings of the run that made the adapter, or set train.init_from=merge",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _export_needs_adapter(self) -> Self:
         if self.export == "merged" and self.adapter is None:
             raise SettingError(
@@ -342,8 +356,9 @@ class TrainConfig(Config):
     def identity(self) -> dict[str, Any]:
         """The settings that determine the weights. Not among them: validation, checkpoints, number of workers, sequence
         parallelism, parameter offload, trackers, and guards, whose interventions are the incidents of the record. Validation
-        counts if it decides when to stop or what to export."""
-        around = {"validation", "checkpoint", "scaling", "guards", "sinks", "sequence_parallel"}
+        counts if it decides when to stop or what to export. `init_from` is left out: what a run starts from is named by its
+        digests (`job.identity`)."""
+        around = {"validation", "checkpoint", "scaling", "guards", "sinks", "sequence_parallel", "init_from"}
         value = self.model_dump(mode="json", exclude=dict.fromkeys(around, True) | {"offload": {"parameters"}})
         if self.validation.early_stopping or self.export_step == "best":
             decides = {"every_steps", "max_rows", "background", "early_stopping"}
