@@ -111,8 +111,9 @@ def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> Datase
     return prepared.manifest
 
 
-def train(config: RunConfig, store: Store) -> RunRecord:
-    """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
+def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunRecord:
+    """Dataset + base model → run record; an unfinished run of the same settings is resumed. `allow_archived`: a repetition
+    may start from a version that was taken out of use since."""
     from forge_ray.train import start
     from forge_ray.train.preflight import refuse_without_rows
 
@@ -121,7 +122,8 @@ def train(config: RunConfig, store: Store) -> RunRecord:
         named = import_base(config, catalog)
         for version in (named, start.full_base(catalog, named, config.train)):
             promotion.refuse_withdrawn(catalog, version.id)
-            promotion.refuse_archived(catalog, version.id)
+            if not allow_archived:
+                promotion.refuse_archived(catalog, version.id)
         manifest = _prepare(config, catalog, quiet=True)
         refuse_without_rows(config.train, manifest)
         begun = start.start_of(catalog, named, config.train)

@@ -143,7 +143,7 @@ class StoreUses:
         while grown:
             grown = False
             for run in self.runs.values():
-                if run.run not in runs and run.base_model in reached:
+                if run.run not in runs and any(version in reached for version in run.starts_from):
                     runs[run.run], grown = "base", True
             for version in self.versions:
                 how = "base" if version.base_model in reached or runs.get(version.run) == "base" else ""

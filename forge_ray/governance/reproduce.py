@@ -45,6 +45,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
     with Catalog.open(store) as catalog:
         record, version = run_of(catalog, reference)
         base = _sealed(catalog.get_as(ModelVersion, record.base_model))
+        initial = _sealed(catalog.get_as(ModelVersion, record.initial_adapter)) if record.initial_adapter else None
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
         promotion.refuse_withdrawn(catalog, version.id if version else "")
         if not store.exists(paths.dataset(manifest.id)):
@@ -54,7 +55,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
             )
         config, notes = settings(record)
         catalog.check_may("reproduction events")  # before hours are spent on one
-        differences = _before(record, base, version)
+        differences = _before(record, base, initial, version)
         for line in (*difference.lines(differences | _here(store, record)), *notes):
             print(f"  {visible(line)}", file=sys.stderr, flush=True)
         scratch = _below(store, folder)
@@ -62,16 +63,20 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
             with Catalog.open(scratch) as there, stage("verify") as it:
                 size = _link(store, folder, paths.model(base.id), base.files, "the base model")
                 there.put(base)
+                if initial:
+                    size += _link(store, folder, paths.model(initial.id), initial.files, "the adapter that was trained on")
+                    there.put(initial)
                 if rebuild_data:
                     rebuilt = _rebuild(config, store, folder, there, base, manifest, it)
                     differences |= {"data": _sources(manifest, rebuilt)} if rebuilt.id != manifest.id else {}
                 if not scratch.is_published(paths.dataset(manifest.id)):
                     size += _link(store, folder, paths.dataset(manifest.id), manifest.files, "the dataset")
                 there.put(manifest)
-                it.done(f"{record.id}  {base.id}, {manifest.id}: {size / 1e6:.1f} MB as recorded")
+                taken = ", ".join([base.id, *([initial.id] if initial else []), manifest.id])
+                it.done(f"{record.id}  {taken}: {size / 1e6:.1f} MB as recorded")
             with Catalog.open(scratch) as there:
-                precision = _precision(config, record, manifest, base)
-                again = pipeline.train_on(config, there, base, manifest, precision)
+                precision = _precision(config, record, manifest, base, initial)
+                again = pipeline.train_on(config, there, base, manifest, precision, initial)
             differences |= _after(store, record, scratch, again)
             weights = _weights(store, record, version, scratch, again)
             verdict = "equal" if weights["is_equal"] and "data" not in differences else "differs"
@@ -104,6 +109,11 @@ def run_of(catalog: Catalog, reference: str) -> tuple[RunRecord, ModelVersion | 
             raise NotFound(f"{identifier} is not finished, or not in this store", hint="`forge runs list` shows the runs")
         return catalog.get_as(RunRecord, identifier), None
     version = catalog.get_as(ModelVersion, identifier)
+    if version.status == "merged":
+        raise ConfigError(
+            f"{version.id} is {version.source}: no run made it",
+            hint=f"reproduce the run of its adapter: `forge reproduce {version.base_model}`",
+        )
     if not version.run:
         raise ConfigError(
             f"{version.id} was imported ({version.source}): it has no run in this store that could be reproduced",
@@ -150,11 +160,15 @@ def _sealed(record: R) -> R:
     return record
 
 
-def _before(record: RunRecord, base: ModelVersion, version: ModelVersion | None) -> Differences:
-    """The differences that are known before the start: base model, export of the version, code."""
+def _before(
+    record: RunRecord, base: ModelVersion, initial: ModelVersion | None, version: ModelVersion | None
+) -> Differences:
+    """The differences that are known before the start: what it starts from, export of the version, code."""
     differences: Differences = {}
     if base.files_digest != record.base_digest:
         differences["base_model"] = [record.base_digest, base.files_digest]
+    if initial and initial.files_digest != record.initial_digest:
+        differences["initial_adapter"] = [record.initial_digest, initial.files_digest]
     if version and version.files_digest != files_digest(record.export):
         differences["version"] = [version.files_digest, files_digest(record.export)]
     if record.code_digest != environment.code_digest():
@@ -233,14 +247,14 @@ def _counts(manifest: DatasetManifest) -> dict[str, Any]:
 
 
 def _precision(
-    config: RunConfig, record: RunRecord, manifest: DatasetManifest, base: ModelVersion
+    config: RunConfig, record: RunRecord, manifest: DatasetManifest, base: ModelVersion, initial: ModelVersion | None
 ) -> Literal["bf16", "fp32"]:
     """The precision that `auto` meant on the machine that trained: the one that gives the run's id."""
     from forge_ray.train.job import run_id
 
     precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     for precision in precisions:
-        if run_id(config.train, precision, manifest, base) == record.id:
+        if run_id(config.train, precision, manifest, base, initial) == record.id:
             return precision
     return resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
 

@@ -71,7 +71,8 @@ class Approval:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything on record about a version. `chain`: the version, its base, and so on to the imported model; `trainings`:
+    """Everything on record about a version. `chain`: the version, what its run started from (an adapter that was trained on,
+    or its base), and so on to the imported model; `trainings`:
     newest first; `signatures`: record → signers with a valid signature. `at`: time of the newest record or event, used as
     the time of the documents, so that equal stores give equal documents."""
 
@@ -107,8 +108,8 @@ class Facts:
 
     @property
     def base(self) -> ModelVersion | None:
-        """The model that this one was trained from."""
-        return self.chain[1] if len(self.chain) > 1 else None
+        """The version with full weights that this one was trained from, or that its adapter belongs to."""
+        return next((version for version in self.chain if version.id == self.version.base_model), None)
 
     @property
     def origin(self) -> ModelVersion:
@@ -180,8 +181,8 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         return None
 
     chain = [version]
-    while (base := look_up(chain[-1].base_model, ModelVersion)) and base not in chain:
-        chain.append(base)
+    while (before := look_up(_started_from(catalog, chain[-1]), ModelVersion)) and before not in chain:
+        chain.append(before)
     runs: list[RunRecord] = [run for each in chain if (run := look_up(each.run, RunRecord))]
     evals: list[EvalReport] = [report for name in version.evals if (report := look_up(name, EvalReport))]
     evals += [
@@ -233,6 +234,12 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         power_w=power_w,
         base_flops=base_flops,
     )
+
+
+def _started_from(catalog: Catalog, version: ModelVersion) -> str:
+    """The version that comes before this one: the adapter that its run trained on, else its base."""
+    run = catalog.get_as(RunRecord, version.run) if version.run and catalog.has(version.run) else None
+    return run.initial_adapter if run and run.initial_adapter else version.base_model
 
 
 def _events(catalog: Catalog, version: str, subjects: list[str], deployments: list[str]) -> tuple[Event, ...]:

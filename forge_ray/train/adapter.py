@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from forge_ray.config.train import Adapter
+from forge_ray.config.adapter import Adapter
 from forge_ray.errors import ConfigError, first_line
 from forge_ray.models.architecture import outside_text
 

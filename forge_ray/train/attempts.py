@@ -78,9 +78,7 @@ def _path(run: str, number: int) -> str:
     return paths.attempt(run, number)
 
 
-def check_may_publish(
-    store: Store, run: str, dataset: str, base: str, number: int | None = None, initial: str = ""
-) -> None:
+def check_may_publish(store: Store, run: str, dataset: str, base: str, number: int | None = None, initial: str = "") -> None:
     """Raise `TrainingError` where nothing of the run may be published any more: an erasure has withdrawn its dataset, its
     base model or the version whose adapter it trains on (`initial`), or (with `number`) a younger attempt has started."""
     if number is not None:

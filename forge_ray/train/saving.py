@@ -181,9 +181,7 @@ class Saver:
         files = sorted((FileEntry.model_validate(entry) for part in parts for entry in part["files"]), key=lambda e: e.path)
         manifest = checkpoint.manifest(self.store, tuple(files), position)
         relative = paths.checkpoint(position.run, position.step)
-        attempts.check_may_publish(
-            self.store, position.run, position.dataset, self.base, position.attempt, self.initial
-        )
+        attempts.check_may_publish(self.store, position.run, position.dataset, self.base, position.attempt, self.initial)
         if self.store.is_local:
             folder = self.store.local(_aside(position))
             shutil.rmtree(folder / PARTS)

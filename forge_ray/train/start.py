@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge_ray.config.train import Adapter, TrainConfig
+from forge_ray.config.adapter import Adapter
+from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.progress import stage
 from forge_ray.records import ModelVersion, files_digest
@@ -35,16 +36,17 @@ def full_base(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> Mode
     if named.weights == "full":
         if train.init_from:
             raise ConfigError(
-                f"train.init_from={train.init_from} says how a run starts from an adapter, and base_model {named.id} has full"
-                " weights",
+                f"train.init_from={train.init_from} says how a run starts from an adapter, and base_model {named.id} has"
+                " full weights",
                 hint="remove train.init_from, or name an adapter version as base_model",
             )
         return named
     if train.init_from is None:
         raise ConfigError(
-            f"base_model {named.id} is an adapter on {named.base_model}, and train.init_from does not say how to start from it",
-            hint="train.init_from=continue trains this adapter on, on the same base; train.init_from=merge adds it to its base"
-            " and trains a new adapter, or every weight, on the sum",
+            f"base_model {named.id} is an adapter on {named.base_model}, and train.init_from does not say how to start from"
+            " it",
+            hint="train.init_from=continue trains this adapter on, on the same base; train.init_from=merge adds it to its"
+            " base and trains a new adapter, or every weight, on the sum",
         )
     if not catalog.has(named.base_model) or not catalog.store.is_published(paths.model(named.base_model)):
         raise NotFound(

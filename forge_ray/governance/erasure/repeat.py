@@ -62,9 +62,11 @@ def retrain(
             runs.append({"run": run.id, "fate": fate})
             continue
         record = records[run.id]
-        values = {**record.config, "base_model": versions.get(run.base_model, run.base_model), "deploy": None}
+        values = {**record.config, "base_model": versions.get(run.origin, run.origin), "deploy": None}
         config = parse(RunConfig, values | {"data": without_datasets(record.config["data"], datasets)})
-        new = pipeline.train(config, store)
+        new = pipeline.train(config, store, allow_archived=True)
+        if run.base_model in withdrawn and run.base_model != run.origin:  # a merged version, made anew for this run
+            versions[run.base_model] = new.base_model
         facts: Facts = {"run": run.id, "fate": fate, "new_run": new.id, "weights": files_digest(new.export)}
         judged = [version for version in of_run[run.id] if version.status in ("accepted", "rejected")]
         if judged:
@@ -77,13 +79,13 @@ def retrain(
 
 
 def _runs_in_use(plan: ErasurePlan, of_run: dict[str, list[ModelVersion]]) -> set[str]:
-    """Runs whose versions an alias routes to, and the runs of their base models."""
+    """Runs whose versions an alias routes to, and the runs of the versions that these started from."""
     named = {version for hit in plan.aliases.values() for version in hit}
     in_use: set[str] = set()
     for run in reversed(plan.runs):
         if any(version.id in named for version in of_run[run.id]):
             in_use.add(run.id)
-            named.add(run.base_model)
+            named.add(run.origin)
     return in_use
 
 
@@ -101,6 +103,6 @@ def fate_of(
         return "removed: the adapter was all that it made"
     if not datasets.get(run.dataset, run.dataset):
         return "removed: no row is left"
-    if run.base_model in withdrawn and run.base_model not in versions:
+    if run.origin in withdrawn and run.origin not in versions:
         return "removed: its base has no replacement"
     return "retrained"
