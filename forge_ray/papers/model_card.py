@@ -84,7 +84,7 @@ def _summary(facts: Facts) -> str:
     if version.status == "imported" or not base:
         return f"A base model, imported from {code(version.source)}.\n"
     if version.status == "merged":
-        return f"A base model that this store made of its own versions: {plain(version.source)}. No gate has judged it.\n"
+        return f"A base model that this store made of its own versions: {code(version.source)}. No gate has judged it.\n"
     what = "An adapter on" if version.weights == "adapter" else "Weights trained from"
     rows = f" on {facts.rows:,} records of {facts.dataset.id}" if facts.dataset and facts.rows is not None else ""
     how = f" ({training.run.method}, {training.run.num_steps:,} steps)" if training else ""
