@@ -121,7 +121,7 @@ class StoreUses:
                 runs.setdefault(use.run, "chosen")
         versions = self._versions(runs, uses)
         ids, archived = set(versions), self.catalog.archived()
-        aliases = tuple(self._aliases(ids))
+        aliases = tuple(self.aliases(ids))
         return Reached(
             tuple(ReachedRun(run, self.runs[run].name, self.runs[run].state, how) for run, how in sorted(runs.items())),
             tuple(
@@ -130,7 +130,7 @@ class StoreUses:
                 if v.id in versions
             ),
             aliases,
-            tuple(self._deployments(ids, aliases)),
+            tuple(self.deployments(ids, aliases)),
             tuple(self._reports(splits)),
         )
 
@@ -168,14 +168,16 @@ class StoreUses:
         ]
         return any(step <= last for step in (*later, *(step for use in trainings for step in use.steps)))
 
-    def _aliases(self, versions: set[str]) -> Iterator[ReachedAlias]:
+    def aliases(self, versions: set[str]) -> Iterator[ReachedAlias]:
+        """Every time in which an alias routed to one of the versions."""
         for alias in self.catalog.subjects("alias"):
             moves = self.catalog.events("alias", alias)
             for move, after in zip(moves, [*(later.at for later in moves[1:]), ""], strict=True):
                 for version in sorted(_named(route_of(move)) & versions):
                     yield ReachedAlias(alias, version, move.at, after)
 
-    def _deployments(self, versions: set[str], aliases: Sequence[ReachedAlias]) -> Iterator[ReachedDeployment]:
+    def deployments(self, versions: set[str], aliases: Sequence[ReachedAlias]) -> Iterator[ReachedDeployment]:
+        """The deployments that served one of the versions, by its id or as `aliases` moved."""
         bases = {version.id: version.base_model or version.id for version in self.versions}
         last_of_name: dict[str, str] = {}
         deployments = self.catalog.all(Deployment)

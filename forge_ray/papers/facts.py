@@ -181,7 +181,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         return None
 
     chain = [version]
-    while (before := look_up(_started_from(catalog, chain[-1]), ModelVersion)) and before not in chain:
+    while (before := look_up(started_from(catalog, chain[-1]), ModelVersion)) and before not in chain:
         chain.append(before)
     runs: list[RunRecord] = [run for each in chain if (run := look_up(each.run, RunRecord))]
     evals: list[EvalReport] = [report for name in version.evals if (report := look_up(name, EvalReport))]
@@ -228,7 +228,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         architecture=_configuration(catalog.store, chain),
         parameters={each.id: count for each in chain if (count := num_parameters(catalog.store, each)) is not None},
         signatures=_signatures(catalog, authority, records),
-        approvals=tuple(_approval(catalog, event) for event in events if event.kind == "approval"),
+        approvals=tuple(approval_of(catalog, event) for event in events if event.kind == "approval"),
         missing=tuple(dict.fromkeys(missing)),
         at=max([record.created_at for record in records] + [event.at for event in events]),
         power_w=power_w,
@@ -236,7 +236,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
     )
 
 
-def _started_from(catalog: Catalog, version: ModelVersion) -> str:
+def started_from(catalog: Catalog, version: ModelVersion) -> str:
     """The version that comes before this one: the adapter that its run trained on, else its base."""
     run = catalog.get_as(RunRecord, version.run) if version.run and catalog.has(version.run) else None
     return run.initial_adapter if run and run.initial_adapter else version.base_model
@@ -260,7 +260,8 @@ def _signatures(catalog: Catalog, authority: Authority, records: list[Record]) -
     return {record: tuple(f"{authority.name_of(key)} ({key})" for key in keys) for record, keys in signers.items() if keys}
 
 
-def _approval(catalog: Catalog, event: Event) -> Approval:
+def approval_of(catalog: Catalog, event: Event) -> Approval:
+    """What an approval event says, by whom, and whether its signature holds."""
     authority, standing = catalog.authority(), catalog.standing
     who = f"{authority.name_of(event.key)} ({event.key})" if event.key in authority.signers else event.key
     data = event.data
