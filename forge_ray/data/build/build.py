@@ -36,7 +36,7 @@ from forge_ray.data.curate.rules import require_packages
 from forge_ray.data.dataset.version import SPLITS, require_tokenizer
 from forge_ray.data.read.ingest import IndexedFile, index_file
 from forge_ray.data.read.readers import Chunk
-from forge_ray.data.read.sources import ListedFile, expand
+from forge_ray.data.read.sources import ListedFile, expand, folder_lines
 from forge_ray.errors import DataError, NothingLeft
 from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest, hex_of
@@ -64,7 +64,7 @@ def index_sources(config: DataConfig, progress: Progress = silent) -> list[Index
         indexed.append(IndexedFile.from_json(json.loads(row["indexed"])))
         progress(len(indexed), len(files), "files read")
     indexed.sort(key=lambda file: (file.source, file.name))
-    for line in noted(indexed):
+    for line in (*map(visible, folder_lines(config)), *noted(indexed)):
         print(f"  {line}", file=sys.stderr)
     return indexed
 
