@@ -107,7 +107,8 @@ def next_cycle_text(catalog: Catalog, reference: str, data: str = "", name: str 
     version = catalog.model(resolve(catalog, reference))
     settings = _settings_of(catalog, version)
     values = parse(RunConfig, settings, where=version.run).model_dump(mode="json", exclude_defaults=True)
-    values.pop("licence", None)  # of a base model that is imported
+    for key in ("licence", "base_model"):  # of the model that the first cycle started from
+        values.pop(key, None)
     train = {key: value for key, value in values.pop("train", {}).items() if key != "init_from"}
     start = {"init_from": "continue"} if version.weights == "adapter" else {}
     values = {"name": name or values.pop("name"), "base_model": version.id} | values
