@@ -88,25 +88,21 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
         return _prepare(config, catalog)
 
 
-def _full_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
-    """The full weights below the base model of a run file: its own, or those that its adapter belongs to."""
+def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     from forge_ray.train import start
 
-    return start.full_base(catalog, import_base(config, catalog), config.train)
-
-
-def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
-    base = _full_base(config, catalog)
+    named = import_base(config, catalog)
+    base, data = start.full_base(catalog, named, config.train), start.with_held_out(catalog, named, config.data)
     connect()
     sessions.note(catalog.store)
     from forge_ray.data.build.prepare import existing_version, prepare_version
     from forge_ray.data.dataset.version import require_tokenizer
 
     require_tokenizer(catalog.store, base)
-    if quiet and (manifest := existing_version(config.data, base, catalog)):
+    if quiet and (manifest := existing_version(data, base, catalog)):
         return manifest
     with stage("prepare") as it:
-        prepared = prepare_version(config.name, config.data, base, catalog, it.update)
+        prepared = prepare_version(config.name, data, base, catalog, it.update)
         it.done(f"{prepared.manifest.id}  {prepared.summary}")
     return prepared.manifest
 
@@ -197,7 +193,7 @@ def train_on(
 def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
     """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. Where a number of
     rows is assumed instead, `base_model` may be a folder that holds `config.json` alone."""
-    from forge_ray.train import preflight
+    from forge_ray.train import preflight, start
     from forge_ray.train.plan import Model, Stated
 
     stated = Stated.of(assumptions.num_rows, config.data.sequence_length) if assumptions.num_rows else None
@@ -206,7 +202,7 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
         planned = preflight.Planned(Model.of(folder), stated, config.base_model, rows)
     else:
         with Catalog.open(store) as catalog:
-            base = _full_base(config, catalog)
+            base = start.full_base(catalog, import_base(config, catalog), config.train)
             dataset = stated or _prepare(config, catalog, quiet=True)
         model = Model.of(preflight.configuration(store, base))
         planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)

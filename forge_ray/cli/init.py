@@ -111,16 +111,17 @@ def next_cycle_text(catalog: Catalog, reference: str, data: str = "", name: str 
         values.pop(key, None)
     train = {key: value for key, value in values.pop("train", {}).items() if key != "init_from"}
     start = {"init_from": "continue"} if version.weights == "adapter" else {}
-    values = {"name": name or values.pop("name"), "base_model": version.id} | values
+    own_name = values.pop("name")
+    values = {"name": name or own_name, "base_model": version.id, **values}
     if data:
         values["data"] = {**values["data"], "sources": [{"path": data}]}
     values |= {"train": start | train} if start | train else {}
     lines = [f"# The next cycle of {version.name}: from {version.id}, with the settings of {version.run}."]
     if start:
-        lines.append(
-            "# init_from: `continue` trains this adapter on, on the same base; `merge` adds it to its base, and"
-            " train.adapter is a new one."
-        )
+        lines += [
+            "# init_from: `continue` trains this adapter on, on the same base; `merge` adds it to its base, and trains a",
+            "# new adapter on the sum.",
+        ]
     lines.append(
         "# data.sources: the rows of this cycle."
         if data

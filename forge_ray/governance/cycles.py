@@ -6,7 +6,6 @@ adapter, or the sum of both. Everything is read from records and events of the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from forge_ray.data.dataset import compare
 from forge_ray.errors import ConfigError
 from forge_ray.governance.difference import Side, changes
 from forge_ray.governance.impact import StoreUses
-from forge_ray.papers.facts import approval_of, started_from
-from forge_ray.records import ModelVersion
+from forge_ray.papers.facts import approval_of
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.resolve import resolve
+from forge_ray.train.start import chain_of
 
 NOT_COMPARED = ("base_model", "licence", "name", "data.sources", "train.init_from")  # of the settings: shown on their own
 
@@ -57,7 +56,7 @@ def cycles(catalog: Catalog, reference: str) -> list[Cycle]:
     """Every cycle up to the version that `reference` (id, alias or digest) names. Raises `ConfigError` where no run made
     it."""
     version = catalog.model(resolve(catalog, reference))
-    chain = list(_back(catalog, version))[::-1]
+    chain = [one for one in chain_of(catalog, version) if one.run][::-1]
     if not chain:
         raise ConfigError(
             f"{version.id} was made by no run ({version.source}): it has no cycles",
@@ -66,19 +65,6 @@ def cycles(catalog: Catalog, reference: str) -> list[Cycle]:
     uses, sides = StoreUses.of(catalog), [Side.of(catalog, one.id) for one in chain]
     befores: list[Side | None] = [None, *sides[:-1]]
     return [_cycle(catalog, uses, n, before, side) for n, (before, side) in enumerate(zip(befores, sides, strict=True), 1)]
-
-
-def _back(catalog: Catalog, version: ModelVersion) -> Iterator[ModelVersion]:
-    """The version and those before it, newest first, without imported and merged ones."""
-    seen: set[str] = set()
-    while version.id not in seen:
-        seen.add(version.id)
-        if version.run:
-            yield version
-        before = started_from(catalog, version)
-        if not before or not catalog.has(before):
-            return
-        version = catalog.get_as(ModelVersion, before)
 
 
 def _cycle(catalog: Catalog, uses: StoreUses, number: int, before: Side | None, side: Side) -> Cycle:

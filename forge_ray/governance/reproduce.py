@@ -9,14 +9,15 @@ from __future__ import annotations
 import sys
 import uuid
 from collections import Counter
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from forge_ray import pipeline
 from forge_ray.config.base import parse
+from forge_ray.config.data import DataConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, ForgeError, NotFound, StoreError
 from forge_ray.governance import difference
+from forge_ray.governance.tensors import WEIGHTS, compare_tensors
 from forge_ray.machine import environment
 from forge_ray.machine.cluster import connect
 from forge_ray.machine.hardware import resolve_precision
@@ -28,8 +29,6 @@ from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store, verify_files
 from forge_ray.store.resolve import resolve
 
-WEIGHTS = ".safetensors"
-TENSORS_SHOWN = 20
 ON_A_TERMINAL = 5
 R = TypeVar("R", bound=Record)
 Differences = dict[str, Any]
@@ -67,6 +66,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
                     size += _link(store, folder, paths.model(initial.id), initial.files, "the adapter that was trained on")
                     there.put(initial)
                 if rebuild_data:
+                    _link_held_out(catalog, folder, there, manifest)
                     rebuilt = _rebuild(config, store, folder, there, base, manifest, it)
                     differences |= {"data": _sources(manifest, rebuilt)} if rebuilt.id != manifest.id else {}
                 if not scratch.is_published(paths.dataset(manifest.id)):
@@ -227,10 +227,23 @@ def _rebuild(
     for path in (subject.KEY, *store.list(paths.erasure())):  # tombstones: the build leaves these rows out
         if store.exists(path):
             store.link(path, f"{folder}/{path}")
+    # what earlier cycles hold out follows from the base model, not from the run file
+    held_out = tuple(rule for rule in parse(DataConfig, manifest.config).curate if rule.rule == "held_out")
+    stated = tuple(rule for rule in config.data.curate if rule.rule != "held_out")
+    data = config.data.model_copy(update={"curate": (*stated, *held_out)})
     try:
-        return build(manifest.name, config.data, base, there.store, index_sources(config.data, it.update), it.update)
+        return build(manifest.name, data, base, there.store, index_sources(data, it.update), it.update)
     finally:
         there.store.delete(subject.KEY)
+
+
+def _link_held_out(catalog: Catalog, folder: str, there: Catalog, manifest: DatasetManifest) -> None:
+    """Link the dataset versions whose test records a dataset keeps out of training, for its rebuild."""
+    against = {name for rule in manifest.config.get("curate", ()) if rule["rule"] == "held_out" for name in rule["against"]}
+    for name in sorted(against):
+        other = there.put(catalog.get_as(DatasetManifest, name))
+        if catalog.store.is_published(paths.dataset(name)):
+            _link(catalog.store, folder, paths.dataset(name), other.files, "a dataset whose test rows are held out")
 
 
 def _sources(old: DatasetManifest, new: DatasetManifest) -> Differences:
@@ -315,48 +328,6 @@ def _weights(
     if original is None:
         return comparison | {"problem": "the first run's weights are no longer in the store: compared by their sha256 alone"}
     return comparison | compare_tensors(original, scratch.fetch_dir(paths.export(again.id)))
-
-
-def compare_tensors(old: Path, new: Path) -> dict[str, Any]:
-    """Compare every tensor of two folders of safetensors: how many there are, how many differ, and for those with the
-    largest differences the absolute difference and the share of elements."""
-    import torch
-    from safetensors import safe_open
-
-    def tensors(folder: Path) -> dict[str, Path]:
-        file_of: dict[str, Path] = {}
-        for path in sorted(folder.glob(f"*{WEIGHTS}")):
-            with safe_open(path, framework="pt") as file:
-                file_of |= dict.fromkeys(file.keys(), path)
-        return file_of
-
-    def read(path: Path, name: str) -> torch.Tensor:
-        with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
-
-    before, after = tensors(old), tensors(new)
-    differ: list[dict[str, Any]] = []
-    for name in sorted(before.keys() & after.keys()):
-        one, two = read(before[name], name), read(after[name], name)
-        change: dict[str, Any] = {}
-        kinds = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in (one, two)]
-        if kinds[0] != kinds[1]:
-            change |= {"was": kinds[0], "is": kinds[1]}
-        if one.shape == two.shape and not torch.equal(one.double(), two.double()):
-            apart = (one.double() - two.double()).abs()
-            change |= {"largest": float(apart.max()), "share": float((apart != 0).double().mean())}
-        if change:
-            differ.append({"name": name, **change})
-    differ.sort(key=lambda item: -item.get("largest", float("inf")))
-    return {
-        "num_tensors": len(before),
-        "num_differ": len(differ),
-        "largest": max((item.get("largest", 0.0) for item in differ), default=0.0),
-        "tensors": differ[:TENSORS_SHOWN],
-        "only_before": sorted(before.keys() - after.keys()),
-        "only_after": sorted(after.keys() - before.keys()),
-    }
 
 
 def describe(report: dict[str, Any]) -> list[str]:

@@ -32,6 +32,7 @@ from forge_ray.store.authority import Authority
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.store.signatures import valid_signers
+from forge_ray.train.start import started_from
 
 NOT_RECORDED = "not recorded"
 BY_HAND = "not recorded: provide by hand"
@@ -234,12 +235,6 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         power_w=power_w,
         base_flops=base_flops,
     )
-
-
-def started_from(catalog: Catalog, version: ModelVersion) -> str:
-    """The version that comes before this one: the adapter that its run trained on, else its base."""
-    run = catalog.get_as(RunRecord, version.run) if version.run and catalog.has(version.run) else None
-    return run.initial_adapter if run and run.initial_adapter else version.base_model
 
 
 def _events(catalog: Catalog, version: str, subjects: list[str], deployments: list[str]) -> tuple[Event, ...]:

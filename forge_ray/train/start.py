@@ -8,14 +8,17 @@ and is a base model like any other. torch is imported where weights are looked a
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from forge_ray.config.adapter import Adapter
+from forge_ray.config.curate import HeldOut
+from forge_ray.config.data import DataConfig
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.progress import stage
-from forge_ray.records import ModelVersion, files_digest
+from forge_ray.records import DatasetManifest, ModelVersion, RunRecord, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import refuse_erased
@@ -54,6 +57,38 @@ def full_base(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> Mode
             hint=f"restore models/{named.base_model} and its record from a backup",
         )
     return catalog.get_as(ModelVersion, named.base_model)
+
+
+def started_from(catalog: Catalog, version: ModelVersion) -> str:
+    """The version that comes before this one: the adapter that its run trained on, else its base."""
+    run = catalog.get_as(RunRecord, version.run) if version.run and catalog.has(version.run) else None
+    return run.initial_adapter if run and run.initial_adapter else version.base_model
+
+
+def chain_of(catalog: Catalog, version: ModelVersion) -> Iterator[ModelVersion]:
+    """The version, the one that its run started from, and so on to the imported model."""
+    seen: set[str] = set()
+    while version.id not in seen:
+        seen.add(version.id)
+        yield version
+        before = started_from(catalog, version)
+        if not before or not catalog.has(before):
+            return
+        version = catalog.get_as(ModelVersion, before)
+
+
+def with_held_out(catalog: Catalog, named: ModelVersion, data: DataConfig) -> DataConfig:
+    """The settings of the rows of a run on `named`, with a rule that keeps the test records of earlier cycles out of its
+    training. It is added only where these settings could train on one: where the share of the test split fell."""
+    runs = [catalog.get_as(RunRecord, v.run) for v in chain_of(catalog, named) if v.run and catalog.has(v.run)]
+    before = dict.fromkeys(run.dataset for run in runs if catalog.has(run.dataset))
+    manifests = [catalog.get_as(DatasetManifest, dataset) for dataset in before]
+    larger = [one.id for one in manifests if one.config.get("splits", {}).get("test", 0.0) > data.splits.test]
+    stated = {dataset for rule in data.curate if rule.rule == "held_out" for dataset in rule.against}
+    missing = tuple(dataset for dataset in larger if dataset not in stated)
+    if not missing:
+        return data
+    return data.model_copy(update={"curate": (*data.curate, HeldOut(rule="held_out", against=missing))})
 
 
 def start_of(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> Start:

@@ -32,11 +32,12 @@ from forge_ray.data.build.summaries import History, MapSummary, Partition, Split
 from forge_ray.data.build.tombstones import tombstones
 from forge_ray.data.build.work import read_batches, require, write_array, write_plan
 from forge_ray.data.curate.decontaminate import build_index, evaluation_texts
+from forge_ray.data.curate.heldout import index_of
 from forge_ray.data.curate.rules import require_packages
 from forge_ray.data.dataset.version import SPLITS, require_tokenizer
 from forge_ray.data.read.ingest import IndexedFile, index_file
 from forge_ray.data.read.readers import Chunk
-from forge_ray.data.read.sources import ListedFile, expand, folder_lines
+from forge_ray.data.read.sources import ListedFile, expand
 from forge_ray.errors import DataError, NothingLeft
 from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest, hex_of
@@ -64,7 +65,7 @@ def index_sources(config: DataConfig, progress: Progress = silent) -> list[Index
         indexed.append(IndexedFile.from_json(json.loads(row["indexed"])))
         progress(len(indexed), len(files), "files read")
     indexed.sort(key=lambda file: (file.source, file.name))
-    for line in (*map(visible, folder_lines(config)), *noted(indexed)):
+    for line in noted(indexed):
         print(f"  {line}", file=sys.stderr)
     return indexed
 
@@ -165,12 +166,15 @@ def _first_invalid(store: Store, jobs: list[Job], summaries: list[MapSummary]) -
 
 
 def _indexes(config: DataConfig, segment: Segment, store: Store) -> dict[int, str]:
-    """The n-gram index of each decontamination rule of the segment, built here: evaluation sets are small."""
+    """What each decontamination rule of the segment looks up, built here: evaluation sets are small."""
     names = {}
     for number in range(segment.first, segment.last):
         rule = config.curate[number]
-        if rule.rule == "decontaminate":
-            index = build_index(evaluation_texts(rule.against, store), rule.ngram)
+        if rule.rule in ("decontaminate", "held_out"):
+            if rule.rule == "decontaminate":
+                index = build_index(evaluation_texts(rule.against, store), rule.ngram)
+            else:
+                index = index_of(rule.against, store)
             name = f"index-{hex_of(digest(index.tobytes().hex()))[:32]}.npy"
             write_array(store, name, index)
             names[number] = name

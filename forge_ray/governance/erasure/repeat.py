@@ -17,7 +17,10 @@ def rebuild(catalog: Catalog, plan: ErasurePlan, options: Options, before: dict[
     `before`. `changed`: datasets whose training rows differ although none of the erased rows was among them."""
     replacements = dict(before)
     changed = []
-    for affected in plan.datasets if options.retrain != "none" else ():
+    # oldest first: the rules of a later one may compare with the replacement of an earlier one
+    age = {manifest.id: number for number, manifest in enumerate(catalog.all(DatasetManifest))}
+    oldest_first = sorted(plan.datasets, key=lambda affected: age[affected.id])
+    for affected in oldest_first if options.retrain != "none" else ():
         old = catalog.get_as(DatasetManifest, affected.id)
         values: Facts = {"name": old.name, "base_model": old.base_model, "release": {"alias": "none"}}
         config = parse(RunConfig, values | {"data": without_datasets(old.config, replacements)})
