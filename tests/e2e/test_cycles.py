@@ -15,6 +15,7 @@ from forge_ray import pipeline
 from forge_ray.cli.main import cli
 from forge_ray.config.base import parse
 from forge_ray.config.run import RunConfig
+from forge_ray.data.dataset.version import SPLITS, read_records
 from forge_ray.governance.erasure.apply import erase
 from forge_ray.governance.erasure.options import Options
 from forge_ray.governance.erasure.search import ErasureRequest
@@ -23,7 +24,7 @@ from forge_ray.governance.trace import of_subject_value, trace
 from forge_ray.papers.facts import gather
 from forge_ray.papers.model_card import model_card
 from forge_ray.pipeline import Outcome
-from forge_ray.records import ModelVersion, RunRecord
+from forge_ray.records import DatasetManifest, ModelVersion, RunRecord
 from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -127,3 +128,23 @@ def test_versions_that_a_cycle_cannot_start_from_are_refused(own: Store, tmp_pat
     erase(own, ErasureRequest("file", (str(path),)), Options(retrain="none"))
     for mode in ("continue", "merge"):
         assert "learned from rows that er_" in message(init_from=mode)
+
+
+def test_test_rows_of_an_earlier_cycle_are_not_trained_on(own: Store, tmp_path: Path) -> None:
+    """The share of the test split falls from 0.2 to nothing: what was tested is dropped, counted and kept, and a rebuild
+    from the sources gives the same dataset."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows()[:60]))
+    one = pipeline.run(config_of(path, steps=2), own)
+    tested = {row["record"] for row in read_records(own, one.dataset, "test")}
+    values: dict[str, Any] = config_of(path, steps=2).model_dump(mode="json")
+    values["base_model"], values["train"]["init_from"] = one.version.id, "continue"
+    values["data"]["splits"] = {"test": 0.0, "validation": 0.1}
+    two = pipeline.train(parse(RunConfig, values), own)
+    with Catalog.open(own) as catalog:
+        manifest = catalog.get_as(DatasetManifest, two.dataset)
+    (step,) = [step for step in manifest.curation if step.rule == "held_out"]
+    assert step.before - step.after == len(tested) > 5
+    assert step.reasons == {"a test row of an earlier cycle": len(tested)}
+    assert not tested & {row["record"] for split in SPLITS for row in read_records(own, manifest, split)}
+    assert reproduce(own, two.id, rebuild_data=True)["verdict"] == "equal"
