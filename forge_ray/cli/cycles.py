@@ -30,16 +30,16 @@ def cycles(store: Store, as_json: bool, reference: str, out: str | None) -> Any:
     """List the training cycles that led to a version.
 
     For each, oldest first: rows against the cycle before, changed settings, scores, gate, approvals, and when it served."""
-    from forge_ray.governance import cycles as found
+    from forge_ray.governance import cycles as links
     from forge_ray.store.catalog import Catalog
 
     if out and Path(out).suffix.lower() != ".png":
         raise ConfigError(f"--out {out} is not the name of a PNG file", hint="for example --out cycles.png")
     with Catalog.read_only(store) as index:
-        chain = found.cycles(index, reference)
+        chain = links.cycles(index, reference)
     if out:
         try:
-            found.plot(chain, Path(out))
+            links.plot(chain, Path(out))
         except OSError as error:
             raise ConfigError(
                 f"{out} cannot be written: {error.strerror}", hint="give a file in a folder that exists"

@@ -234,15 +234,15 @@ def _from_version(store: Store, origin: str, data: str, name: str) -> str:
 
     context = click.get_current_context()
     options = ("task", "base_model", "data", "name")
-    given = {option for option in options if context.get_parameter_source(option) is not ParameterSource.DEFAULT}
+    explicit = {option for option in options if context.get_parameter_source(option) is not ParameterSource.DEFAULT}
     for option, what in (("task", "the task"), ("base_model", "the base model")):
-        if option in given:
+        if option in explicit:
             raise ConfigError(
                 f"--{option.replace('_', '-')} with --from: {what} follows from the version {origin}",
                 hint=f"leave out one of the two: forge init --from {origin}",
             )
     with Catalog.read_only(store) as catalog:
-        return next_cycle_text(catalog, origin, data if "data" in given else "", name if "name" in given else "")
+        return next_cycle_text(catalog, origin, data if "data" in explicit else "", name if "name" in explicit else "")
 
 
 INIT: tuple[click.Command, ...] = (top.commands["init"],)

@@ -115,9 +115,9 @@ def _rows(catalog: Catalog, before: Side | None, side: Side) -> tuple[dict[str, 
         return None, ""
     if before.dataset is None:
         return None, "the dataset of the cycle before is not on record"
-    gone = [one.id for one in (before.dataset, side.dataset) if not catalog.store.is_published(paths.dataset(one.id))]
-    if gone:
-        return None, f"{', '.join(gone)} is no longer in the store"
+    unpublished = [one.id for one in (before.dataset, side.dataset) if not catalog.store.is_published(paths.dataset(one.id))]
+    if unpublished:
+        return None, f"{', '.join(unpublished)} is no longer in the store"
     counts: dict[str, int] = compare.diff(catalog.store, before.dataset, side.dataset)["counts"]
     return counts, ""
 

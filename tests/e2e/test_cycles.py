@@ -61,9 +61,9 @@ def test_three_cycles_are_traced_reproduced_and_erased_as_one(own: Store, tmp_pa
         assert (merged.status, merged.weights, merged.base_model) == ("merged", "full", versions[1])
         assert (cycles[1].run.initial_adapter, cycles[1].run.base_model) == (versions[0], cycles[0].run.base_model)
         assert cycles[2].version.base_model == merged.id
-        found = trace(catalog, [of_subject_value(catalog, "wq")]).affected
-        assert set(found.runs) == set(runs)
-        assert set(found.versions) == {*versions, merged.id}
+        affected = trace(catalog, [of_subject_value(catalog, "wq")]).affected
+        assert set(affected.runs) == set(runs)
+        assert set(affected.versions) == {*versions, merged.id}
     again = pipeline.train(parse(RunConfig, cycles[2].run.config), own)
     assert again == cycles[2].run  # the merged version is made once
     tree = json.dumps(forge(own, "lineage", versions[2]))

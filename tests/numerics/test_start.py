@@ -158,9 +158,9 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path, first: ModelVersio
             start.full_base(catalog, first, TrainConfig())
         with pytest.raises(ConfigError, match="has full weights"):
             start.full_base(catalog, base, parse(TrainConfig, {"init_from": "merge"}))
-        gone = first.model_copy(update={"base_model": "mv_0123456789abcdef"})
+        orphan = first.model_copy(update={"base_model": "mv_0123456789abcdef"})
         with pytest.raises(NotFound, match="is an adapter on mv_0123456789abcdef, whose files are not in this store"):
-            start.full_base(catalog, gone, parse(TrainConfig, {"init_from": "merge"}))
+            start.full_base(catalog, orphan, parse(TrainConfig, {"init_from": "merge"}))
         begun = start.Start(base, first)
         for settings, message in (
             ({"r": 8}, "train.adapter.r=8: the adapter of .* has r=4"),

@@ -26,10 +26,10 @@ Kind = Callable[[str], str]  # path → the format that its name stands for, "" 
 
 def files_under(folder: str, split: str, any_split: bool, kind_of: Kind) -> list[str]:
     """Every file of a folder, sorted, of whatever kind; of saved datasets in it their data files alone."""
-    found = _remote(folder) if "://" in folder else _local(folder, kind_of)
-    saved = _saved_folders(found)
+    paths = _remote(folder) if "://" in folder else _local(folder, kind_of)
+    saved = _saved_folders(paths)
     saved = [place for place in saved if not any(_is_below(place, other) for other in saved)]
-    others = [path for path in found if not any(_is_below(path, place) for place in saved)]
+    others = [path for path in paths if not any(_is_below(path, place) for place in saved)]
     return sorted([*without_markers(others), *(path for place in saved for path in dataset_files(place, split, any_split))])
 
 
@@ -72,8 +72,8 @@ def counted(names: Iterable[str]) -> dict[str, int]:
 
 def listed(counts: dict[str, int]) -> str:
     more = len(counts) - KINDS_SHOWN
-    shown = [f"{number} {name}" for name, number in list(counts.items())[:KINDS_SHOWN]]
-    return ", ".join([*shown, f"{more} more kinds"] if more > 0 else shown)
+    parts = [f"{number} {name}" for name, number in list(counts.items())[:KINDS_SHOWN]]
+    return ", ".join([*parts, f"{more} more kinds"] if more > 0 else parts)
 
 
 def _local(folder: str, kind_of: Kind) -> list[str]:

@@ -191,10 +191,10 @@ def test_full_weights_need_no_init_from(catalog: Catalog) -> None:
 
 def test_what_no_run_made_and_options_that_do_not_count_are_refused(catalog: Catalog, folder: Path) -> None:
     base, trained = fabricated.version(catalog, "base"), made(catalog)
-    gone = fabricated.version(catalog, "gone", "run_gone", "mv_base")
+    without_run = fabricated.version(catalog, "gone", "run_gone", "mv_base")
     for words, message in (
         (("--from", base.id), "was made by no run"),
-        (("--from", gone.id), "the settings of run_gone"),
+        (("--from", without_run.id), "the settings of run_gone"),
         (("--from", "nobody"), "'nobody' is no id, alias or fingerprint"),
         (("--from", trained.id, "--task", "chat"), "--task with --from"),
         (("--from", trained.id, "--base-model", "x"), "--base-model with --from"),

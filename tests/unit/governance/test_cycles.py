@@ -61,33 +61,33 @@ def chain(catalog: Catalog) -> list[ModelVersion]:
 
 def test_cycles_are_linked_by_adapters_and_merged_versions(catalog: Catalog, chain: list[ModelVersion]) -> None:
     _, first, second, _, third = chain
-    found = cycles(catalog, "prod")
-    assert [(one.version, one.how, one.started_from) for one in found] == [
+    listed = cycles(catalog, "prod")
+    assert [(one.version, one.how, one.started_from) for one in listed] == [
         (first.id, "first", chain[0].id),
         (second.id, "continue", first.id),
         (third.id, "merge", second.id),
     ]
-    assert [one.number for one in found] == [1, 2, 3]
-    assert found[0].rows is None
-    assert found[1].rows == {"added": 10, "removed": 10, "changed": 0}
-    assert found[1].settings == {"train.seed": [0, 3]}
-    assert found[2].settings == {"train.seed": [3, 0]}
-    assert [scores["metrics"]["loss"] for one in found for scores in one.scores.values()] == [3.0, 2.0, 1.0]
-    assert found[1].reasons == ("exact_match too low",)
-    assert [one["alias"] for one in found[0].aliases] == ["prod"]
-    assert found[0].aliases[0]["until"] == found[2].aliases[0]["since"]
-    assert found[2].aliases[0]["until"] == ""
-    assert [(one["decision"], one["alias"], one["holds"]) for one in found[2].approvals] == [("approve", "prod", False)]
-    assert [one["name"] for one in found[2].deployments] == ["endpoint"]
+    assert [one.number for one in listed] == [1, 2, 3]
+    assert listed[0].rows is None
+    assert listed[1].rows == {"added": 10, "removed": 10, "changed": 0}
+    assert listed[1].settings == {"train.seed": [0, 3]}
+    assert listed[2].settings == {"train.seed": [3, 0]}
+    assert [scores["metrics"]["loss"] for one in listed for scores in one.scores.values()] == [3.0, 2.0, 1.0]
+    assert listed[1].reasons == ("exact_match too low",)
+    assert [one["alias"] for one in listed[0].aliases] == ["prod"]
+    assert listed[0].aliases[0]["until"] == listed[2].aliases[0]["since"]
+    assert listed[2].aliases[0]["until"] == ""
+    assert [(one["decision"], one["alias"], one["holds"]) for one in listed[2].approvals] == [("approve", "prod", False)]
+    assert [one["name"] for one in listed[2].deployments] == ["endpoint"]
     assert [one.version for one in cycles(catalog, second.id)] == [first.id, second.id]
 
 
 def test_cycles_of_erased_rows_say_what_is_gone(catalog: Catalog, chain: list[ModelVersion]) -> None:
     """The records of such datasets stay, their files do not."""
-    found = cycles(catalog, chain[2].id)
-    catalog.store.delete(f"datasets/{found[0].dataset}/MANIFEST.json")
+    listed = cycles(catalog, chain[2].id)
+    catalog.store.delete(f"datasets/{listed[0].dataset}/MANIFEST.json")
     again = cycles(catalog, chain[2].id)
-    assert (again[1].rows, again[1].problem) == (None, f"{found[0].dataset} is no longer in the store")
+    assert (again[1].rows, again[1].problem) == (None, f"{listed[0].dataset} is no longer in the store")
 
 
 def test_the_table_the_json_and_the_picture(catalog: Catalog, chain: list[ModelVersion], tmp_path: Path) -> None:
