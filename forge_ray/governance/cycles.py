@@ -154,7 +154,7 @@ def plot(chain: list[Cycle], path: Path) -> None:
         bottoms = [(cycle.rows or {}).get("added", 0) if what == "changed" else 0 for cycle in chain]
         rows.bar(numbers, heights, bottom=bottoms, color=colour, width=0.5, label=what)
     rows.set_ylabel("records")
-    rows.legend(frameon=False, ncols=3)
+    rows.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     rows.set_xticks(numbers, [f"{cycle.number}\n{cycle.at[:10]}\n{cycle.how}" for cycle in chain])
     for panel in panels:
         panel.grid(alpha=0.25)

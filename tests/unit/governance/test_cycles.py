@@ -15,7 +15,10 @@ from forge_ray.governance.cycles import cycles
 from forge_ray.governance.erasure.plan import plan_of
 from forge_ray.governance.erasure.search import ErasureRequest, search
 from forge_ray.governance.trace import of_record, trace
+from forge_ray.papers.bom import bom
 from forge_ray.papers.facts import gather
+from forge_ray.papers.openlineage import openlineage
+from forge_ray.papers.provenance import statement
 from forge_ray.records import Event, ModelVersion, SourceStats
 from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
@@ -133,6 +136,36 @@ def test_rows_of_the_first_cycle_reach_the_last(catalog: Catalog, chain: list[Mo
     assert [version.id for version in facts.chain] == [version.id for version in reversed(chain)]
     assert [training.run.id for training in facts.trainings] == ["run_three", "run_two", "run_one"]
     assert (facts.base, gather(catalog, chain[2].id).base) == (chain[3], chain[0])
+
+
+def test_documents_name_what_each_cycle_started_from(catalog: Catalog, chain: list[ModelVersion]) -> None:
+    base, first, second, merged, third = chain
+    predicates = {version.id: statement(gather(catalog, version.id))["predicate"] for version in chain}
+    definitions = {version: predicate["buildDefinition"] for version, predicate in predicates.items()}
+    assert definitions[merged.id]["buildType"] == "urn:forge-ray:merge:1"
+    needed = {
+        version: {one["name"] for one in definition["resolvedDependencies"]} for version, definition in definitions.items()
+    }
+    assert needed[merged.id] == {second.id, base.id}
+    assert needed[second.id] >= {base.id, first.id}
+    assert needed[third.id] >= {merged.id}
+    assert first.id not in needed[third.id]
+    components = json.loads(bom(gather(catalog, third.id)))
+    pedigrees = {
+        one["bom-ref"]: {ancestor["name"] for ancestor in one["pedigree"]["ancestors"]}
+        for one in (components["metadata"]["component"], *components["components"])
+        if "pedigree" in one
+    }
+    assert pedigrees == {
+        third.id: {merged.id},
+        merged.id: {second.id},
+        second.id: {base.id, first.id},
+        first.id: {base.id},
+    }
+    jobs = {
+        json.loads(line)["job"]["name"].partition(".")[0] for line in openlineage(gather(catalog, third.id)).splitlines()
+    }
+    assert jobs
 
 
 def trained(catalog: Catalog, record: str) -> bool:
