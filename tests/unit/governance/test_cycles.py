@@ -162,10 +162,10 @@ def test_documents_name_what_each_cycle_started_from(catalog: Catalog, chain: li
         second.id: {base.id, first.id},
         first.id: {base.id},
     }
-    jobs = {
-        json.loads(line)["job"]["name"].partition(".")[0] for line in openlineage(gather(catalog, third.id)).splitlines()
-    }
-    assert jobs
+    events = [json.loads(line) for line in openlineage(gather(catalog, third.id)).splitlines()]
+    inputs = {event["job"]["name"]: {one["name"] for one in event["inputs"]} for event in events}
+    assert inputs["merge.merged"] == {second.id}
+    assert inputs["train.two"] >= {base.id, first.id}
 
 
 def trained(catalog: Catalog, record: str) -> bool:
