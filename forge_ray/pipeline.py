@@ -91,38 +91,53 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 
 
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
-    base = import_base(config, catalog)
+    from forge_ray.train import start
+
+    named = import_base(config, catalog)
+    base, data = start.full_base(catalog, named, config.train), start.with_held_out(catalog, named, config.data)
     connect()
     sessions.note(catalog.store)
     from forge_ray.data.build.prepare import existing_version, prepare_version
     from forge_ray.data.dataset.version import require_tokenizer
 
     require_tokenizer(catalog.store, base)
-    if quiet and (manifest := existing_version(config.data, base, catalog)):
+    if quiet and (manifest := existing_version(data, base, catalog)):
         return manifest
     with stage("prepare") as it:
-        prepared = prepare_version(config.name, config.data, base, catalog, it.update)
+        prepared = prepare_version(config.name, data, base, catalog, it.update)
         it.done(f"{prepared.manifest.id}  {prepared.summary}")
     return prepared.manifest
 
 
-def train(config: RunConfig, store: Store) -> RunRecord:
-    """Dataset + base model → run record; an unfinished run of the same settings is resumed."""
+def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunRecord:
+    """Dataset + base model → run record; an unfinished run of the same settings is resumed. `allow_archived`: a repetition
+    may start from a version that was taken out of use since."""
+    from forge_ray.train import start
     from forge_ray.train.preflight import refuse_without_rows
 
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     with Catalog.open(store) as catalog:
-        base = import_base(config, catalog)
-        promotion.refuse_withdrawn(catalog, base.id)
+        named = import_base(config, catalog)
+        for version in (named, start.full_base(catalog, named, config.train)):
+            promotion.refuse_withdrawn(catalog, version.id)
+            if not allow_archived:
+                promotion.refuse_archived(catalog, version.id)
         manifest = _prepare(config, catalog, quiet=True)
         refuse_without_rows(config.train, manifest)
-        return train_on(config, catalog, base, manifest, precision)
+        begun = start.start_of(catalog, named, config.train)
+        return train_on(config, catalog, begun.base, manifest, precision, begun.initial)
 
 
 def train_on(
-    config: RunConfig, catalog: Catalog, base: ModelVersion, manifest: DatasetManifest, precision: Literal["bf16", "fp32"]
+    config: RunConfig,
+    catalog: Catalog,
+    base: ModelVersion,
+    manifest: DatasetManifest,
+    precision: Literal["bf16", "fp32"],
+    initial: ModelVersion | None = None,
 ) -> RunRecord:
-    """Train on what the store holds; the sources of the rows are not looked at."""
+    """Train on what the store holds; the sources of the rows are not looked at. `initial`: the version whose adapter is
+    trained on, where it is not a new one."""
     from forge_ray.release.candidates import export_best
     from forge_ray.train import attempts, follow, launch, run_folder
     from forge_ray.train.job import TrainJob, run_id
@@ -130,9 +145,11 @@ def train_on(
     from forge_ray.train.preflight import refuse_impossible, report_reach
     from forge_ray.train.record import run_record
     from forge_ray.train.sinks import open_sinks
+    from forge_ray.train.start import Start, refuse_other_adapter
     from forge_ray.train.validating import validate_checkpoint
 
-    store, identifier = catalog.store, run_id(config.train, precision, manifest, base)
+    store, identifier = catalog.store, run_id(config.train, precision, manifest, base, initial)
+    started = {"dataset": manifest.id, "base_model": base.id} | ({"initial_adapter": initial.id} if initial else {})
     with stage("train") as it:
         if catalog.has(identifier):
             versions = [version.id for version in catalog.all(ModelVersion) if version.run == identifier]
@@ -144,18 +161,21 @@ def train_on(
             sessions.note(store)
         if not store.exists(paths.result(identifier)):
             refuse_impossible(config, store, precision, base, manifest, identifier)
-        attempts.check_may_publish(store, identifier, manifest.id, base.id)
+        job = TrainJob(
+            identifier, config.name, config.train, store, manifest, base, precision, under_ray=False, initial=initial
+        )
+        job.check_may_publish()
+        refuse_other_adapter(catalog, Start(base, initial), config.train.adapter)
         # every byte is checked before a GPU hour is spent on it
         store.fetch_dir(paths.dataset(manifest.id), files=manifest.files)
-        job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, under_ray=False)
         run_folder.write_config(store, identifier, config)
         report_reach(store, identifier, base, config.train.adapter)
-        tags = {"forge.dataset": manifest.id, "forge.base_model": base.id}
+        tags = {f"forge.{name}": value for name, value in started.items()}
         sinks = open_sinks(store, identifier, config.name, config.train, tags)
         try:
             with attempts.driving(store, identifier):
                 if not store.exists(paths.result(identifier)):
-                    running = {"state": "running", "pid": os.getpid(), "dataset": manifest.id, "base_model": base.id}
+                    running = {"state": "running", "pid": os.getpid(), **started}
                     catalog.append(Event(kind="run", subject=identifier, data=running))
                     with follow.followed(it, store, identifier, sinks):
                         launch.fit(train_loop, job, validate_checkpoint)
@@ -175,7 +195,7 @@ def train_on(
 def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
     """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. Where a number of
     rows is assumed instead, `base_model` may be a folder that holds `config.json` alone."""
-    from forge_ray.train import preflight
+    from forge_ray.train import preflight, start
     from forge_ray.train.plan import Model, Stated
 
     stated = Stated.of(assumptions.num_rows, config.data.sequence_length) if assumptions.num_rows else None
@@ -184,7 +204,7 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
         planned = preflight.Planned(Model.of(folder), stated, config.base_model, rows)
     else:
         with Catalog.open(store) as catalog:
-            base = import_base(config, catalog)
+            base = start.full_base(catalog, import_base(config, catalog), config.train)
             dataset = stated or _prepare(config, catalog, quiet=True)
         model = Model.of(preflight.configuration(store, base))
         planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
@@ -235,12 +255,16 @@ def has_trained(config: RunConfig, store: Store) -> bool:
 
 def train_record(config: RunConfig, catalog: Catalog) -> RunRecord:
     """The finished run of this run file, without starting one."""
+    from forge_ray.train import start
     from forge_ray.train.job import run_id
 
-    base = import_base(config, catalog)
+    named = import_base(config, catalog)
     manifest = _prepare(config, catalog, quiet=True)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
-    identifier = run_id(config.train, precision, manifest, base)
+    if config.train.init_from == "merge" and start.merged_version(catalog, named) is None:
+        raise NotFound(f"the run of this run file on {named.id} has not started", hint="run `forge train` on it first")
+    begun = start.start_of(catalog, named, config.train)
+    identifier = run_id(config.train, precision, manifest, begun.base, begun.initial)
     if not catalog.has(identifier):
         raise NotFound(f"{identifier} of this run file is not finished", hint="run `forge train` on it first")
     return catalog.get_as(RunRecord, identifier)
@@ -275,7 +299,8 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
             ).sealed()
             is_known = catalog.has(version.id)
             store.copy_dir(paths.export(record.id), paths.model(version.id))
-            refuse_erased(store, version.id, manifest.id, record.base_model, "" if is_known else paths.model(version.id))
+            for origin in (record.base_model, record.initial_adapter):
+                refuse_erased(store, version.id, manifest.id, origin, "" if is_known else paths.model(version.id))
             version = catalog.put(version)
             if reasons:
                 it.done(f"{version.id}  rejected: {'; '.join(reasons)}")

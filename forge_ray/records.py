@@ -206,6 +206,8 @@ class RunRecord(Record):
     dataset: str
     base_model: str
     base_digest: str
+    initial_adapter: str = Field("", description="the version whose adapter was trained on (train.init_from=continue)")
+    initial_digest: str = Field("", description="digest of that adapter's files")
     seed: int
     num_steps: int
     samples_seen: int
@@ -229,11 +231,10 @@ class RunRecord(Record):
         raise TypeError("a run's id is fixed at its start; build the record with id=run_id(...)")
 
     def identity(self) -> dict[str, Any]:
-        value = super().identity()
-        return value if self.order_key else {key: value[key] for key in value if key != "order_key"}
+        return _without_empty(super().identity(), "order_key", "initial_adapter", "initial_digest")
 
     def parents(self) -> tuple[str, ...]:
-        return self.dataset, self.base_model
+        return tuple(parent for parent in (self.dataset, self.base_model, self.initial_adapter) if parent)
 
 
 class EvalReport(Record):
@@ -279,14 +280,15 @@ class Check(Frozen):
 
 class ModelVersion(Record):
     """A version of a model: imported, or trained and gated. A `candidate` is a checkpoint that has passed no gate: it can be
-    served by its id, and no alias can be moved to it."""
+    served by its id, and no alias can be moved to it. The same holds for `merged`: the weights of a base with the adapter of
+    the version `base_model` added, which runs start from (train.init_from=merge)."""
 
     kind: ClassVar[str] = "models"
     prefix: ClassVar[str] = "mv"
     volatile: ClassVar[frozenset[str]] = frozenset({"log_head"})
 
     name: str
-    status: Literal["imported", "candidate", "accepted", "rejected"]
+    status: Literal["imported", "candidate", "accepted", "rejected", "merged"]
     reasons: tuple[str, ...] = ()
     weights: Literal["full", "adapter"]
     files: tuple[FileEntry, ...]
@@ -298,7 +300,9 @@ class ModelVersion(Record):
     evals: tuple[str, ...] = ()
     checks: tuple[Check, ...] = Field((), description="what its gate looked at, in the order of the run file")
     licence: str
-    source: str = Field(default="", description="where imported weights came from: a file name and its sha256")
+    source: str = Field(
+        default="", description="where imported weights came from: a file name and its sha256; of `merged`: what was merged"
+    )
     log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
 
     def parents(self) -> tuple[str, ...]:
@@ -362,20 +366,11 @@ class Erasure(Record):
 RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment, Erasure)
 
 
+# fmt: off
 EventKind = Literal[
-    "alias",
-    "run",
-    "deployment",
-    "model",
-    "key",
-    "signer",
-    "policy",
-    "approval",
-    "erasure",
-    "reproduction",
-    "upgrade",
-    "export",
+    "alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction", "upgrade", "export"
 ]
+# fmt: on
 
 
 class Event(Frozen):

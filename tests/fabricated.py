@@ -23,6 +23,7 @@ from forge_ray.records import (
     FileEntry,
     ModelVersion,
     RunRecord,
+    SourceStats,
     SplitStats,
     files_digest,
 )
@@ -48,6 +49,7 @@ def dataset(
     dropped: Sequence[tuple[str, str]] = (),
     data: dict[str, Any] | None = None,
     name: str = "rows",
+    mixture: Sequence[SourceStats] = (),
 ) -> DatasetManifest:
     """A dataset version of `records`. `rows`: ids inside each packed training row (default: one row a record); `shards`:
     rows of each shard but the last; `subjects`: id → HMAC; `dropped`: (id, reason)."""
@@ -93,6 +95,7 @@ def dataset(
         tokenizer_digest="",
         base_model="",
         sources=(),
+        mixture=tuple(mixture),
         splits=stats,
         num_duplicates=0,
         rejects={},

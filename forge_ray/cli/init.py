@@ -7,7 +7,7 @@ import shlex
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,8 @@ from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from forge_ray.records import ModelVersion
+    from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
 LOWER_LOSS = "gate: {better_than: [{incumbent: base, metric: loss}]}  # released only if it predicts held-out answers better"
@@ -93,6 +95,61 @@ def run_file_text(task: str, data: str, base_model: str, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def next_cycle_text(catalog: Catalog, reference: str, data: str = "", name: str = "") -> str:
+    """The run file of the run that made a version, to start the next one from that version. `data` takes the place of its
+    sources, `name` that of its name. Raises `ConfigError` for a version that no run made."""
+    import yaml
+
+    from forge_ray.config.base import parse
+    from forge_ray.config.run import RunConfig
+    from forge_ray.store.resolve import resolve
+
+    version = catalog.model(resolve(catalog, reference))
+    settings = _settings_of(catalog, version)
+    values = parse(RunConfig, settings, where=version.run).model_dump(mode="json", exclude_defaults=True)
+    for key in ("licence", "base_model"):  # of the model that the first cycle started from
+        values.pop(key, None)
+    train = {key: value for key, value in values.pop("train", {}).items() if key != "init_from"}
+    start = {"init_from": "continue"} if version.weights == "adapter" else {}
+    own_name = values.pop("name")
+    values = {"name": name or own_name, "base_model": version.id, **values}
+    if data:
+        values["data"] = {**values["data"], "sources": [{"path": data}]}
+    values |= {"train": start | train} if start | train else {}
+    lines = [f"# The next cycle of {version.name}: from {version.id}, with the settings of {version.run}."]
+    if start:
+        lines += [
+            "# init_from: `continue` trains this adapter on, on the same base; `merge` adds it to its base, and trains a",
+            "# new adapter on the sum.",
+        ]
+    lines.append(
+        "# data.sources: the rows of this cycle."
+        if data
+        else "# data.sources: those of that run. Name the rows of this cycle."
+    )
+    return "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _settings_of(catalog: Catalog, version: ModelVersion) -> dict[str, Any]:
+    """The resolved run file of the run that made a version."""
+    from forge_ray.records import RunRecord
+    from forge_ray.train import run_folder
+
+    if not version.run:
+        raise ConfigError(
+            f"{version.id} was made by no run ({version.source}), so there are no settings to go on with",
+            hint=f"forge init --base-model {version.id}",
+        )
+    if catalog.has(version.run):
+        return catalog.get_as(RunRecord, version.run).config
+    if settings := run_folder.config_of(catalog.store, version.run):
+        return settings
+    raise ConfigError(
+        f"the settings of {version.run}, which made {version.id}, are not in this store",
+        hint=f"restore its record from a backup, or forge init --base-model {version.id}",
+    )
+
+
 def _scalar(value: str) -> str:
     """The value as YAML, quoted if necessary, also inside brackets."""
     import yaml
@@ -141,25 +198,51 @@ def top() -> None:
     help="Alias or version of the store, or path of a model to import.",
 )
 @click.option("--name", default="my-model", show_default=True, help="Name of the run, and alias of the released model.")
+@click.option(
+    "--from",
+    "origin",
+    default="",
+    metavar="VERSION|ALIAS",
+    help="Write the run file of the next cycle: start from this version, with the settings of the run that made it.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def init(
-    store: Store, as_json: bool, file: Path, task: str, data: str, base_model: str, name: str, force: bool
+    store: Store, as_json: bool, file: Path, task: str, data: str, base_model: str, name: str, origin: str, force: bool
 ) -> dict[str, str]:
     """Write a short run file to start from, FILE or run.yaml.
 
-    It names what a task needs; every other setting keeps its default."""
+    It names what a task needs; every other setting keeps its default. With --from it names what an earlier run set."""
     import yaml
 
     from forge_ray.config.base import parse
     from forge_ray.config.run import RunConfig
 
-    text = run_file_text(task, data, base_model, name)
+    text = _from_version(store, origin, data, name) if origin else run_file_text(task, data, base_model, name)
     parse(RunConfig, yaml.safe_load(text))  # an invalid name is refused before anything is written
     write_run_file(file, text, force)
     if not as_json:
         path, last = shlex.quote(str(file)), "train" if task == "pretrain" else "run"
         echo(f"wrote {file}\nnext:\n  forge data prepare {path}\n  forge {last} {path}")
-    return {"path": str(file), "task": task}
+    return {"path": str(file), **({"from": origin} if origin else {"task": task})}
+
+
+def _from_version(store: Store, origin: str, data: str, name: str) -> str:
+    """The text of `--from`; the other options count only where they were given."""
+    from click.core import ParameterSource
+
+    from forge_ray.store.catalog import Catalog
+
+    context = click.get_current_context()
+    options = ("task", "base_model", "data", "name")
+    explicit = {option for option in options if context.get_parameter_source(option) is not ParameterSource.DEFAULT}
+    for option, what in (("task", "the task"), ("base_model", "the base model")):
+        if option in explicit:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} with --from: {what} follows from the version {origin}",
+                hint=f"leave out one of the two: forge init --from {origin}",
+            )
+    with Catalog.read_only(store) as catalog:
+        return next_cycle_text(catalog, origin, data if "data" in explicit else "", name if "name" in explicit else "")
 
 
 INIT: tuple[click.Command, ...] = (top.commands["init"],)

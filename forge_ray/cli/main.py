@@ -16,6 +16,7 @@ from forge_ray import __version__
 from forge_ray.cli.alias import alias
 from forge_ray.cli.audit import audit
 from forge_ray.cli.catalog import catalog
+from forge_ray.cli.cycles import CYCLES
 from forge_ray.cli.data import data
 from forge_ray.cli.doctor import DOCTOR
 from forge_ray.cli.erase import ERASE
@@ -49,7 +50,19 @@ SECTIONS = {
     "Evaluate and release": ("eval", "release", "models", "diff", "export"),
     "Serve": ("serve", "deploy", "undeploy", "alias", "gateway", "chat"),
     "Access": ("keys", "usage"),
-    "Governance": ("trace", "lineage", "audit", "verify", "signers", "policy", "approve", "sign", "erase", "papers"),
+    "Governance": (
+        "cycles",
+        "trace",
+        "lineage",
+        "audit",
+        "verify",
+        "signers",
+        "policy",
+        "approve",
+        "sign",
+        "erase",
+        "papers",
+    ),
     "Cluster and store": ("submit", "catalog", "doctor"),
 }
 
@@ -75,6 +88,7 @@ COMMANDS = (
     alias,
     *ACCESS,
     *TRACING,
+    *CYCLES,
     *ERASE,
     *TRUST,
     *DOCTOR,

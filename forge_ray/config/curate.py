@@ -145,6 +145,16 @@ class Decontaminate(Config):
     )
 
 
+class HeldOut(Config):
+    """Drops records that are test rows of other dataset versions, unless they are test rows here too. Added at the end of
+    the list where an earlier cycle of the base model had test rows that these settings would train on."""
+
+    rule: Literal["held_out"]
+    against: tuple[Annotated[str, Field(pattern="^ds_")], ...] = Field(
+        min_length=1, description="Dataset versions whose test records are not trained on"
+    )
+
+
 Rule = Annotated[
     ExactDuplicates
     | NearDuplicates
@@ -155,6 +165,7 @@ Rule = Annotated[
     | PersonalDataRule
     | Licence
     | Consent
-    | Decontaminate,
+    | Decontaminate
+    | HeldOut,
     Field(discriminator="rule"),
 ]

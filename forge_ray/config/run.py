@@ -19,7 +19,8 @@ class RunConfig(Config):
         pattern=NAME, description="Names the run, its folder and its records: a-z 0-9 . _ -, at most 64 characters"
     )
     base_model: str = Field(
-        description="Model to start from: an alias or model version of the store, or a folder or GGUF file to import first"
+        description="Model to start from: an alias or model version of the store (an adapter version with train.init_from),"
+        " or a folder or GGUF file to import first"
     )
     licence: str = Field("", description="Licence of a base model that is imported from a path (SPDX identifier)")
     data: DataConfig

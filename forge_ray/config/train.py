@@ -6,47 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import Config, SettingError
-
-
-class Adapter(Config):
-    """LoRA (arXiv:2106.09685): delta W = (alpha / r) B A on the named linear layers."""
-
-    method: Literal["lora", "rslora", "dora"] = Field(
-        "lora",
-        description="`lora` scales by alpha / r, `rslora` by alpha / sqrt(r) (arXiv:2312.03732); `dora` also trains"
-        " magnitudes (arXiv:2402.09353)",
-    )
-    r: int = Field(16, ge=1, description="Rank of the update; raise it when the training loss stays too high")
-    alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by alpha / r; usually r to 2 r")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout probability on the adapter's input; raise it against overfitting"
-    )
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="Linear layers to adapt: `all-linear`, or names such as [q_proj, v_proj]"
-    )
-    target_parameters: tuple[str, ...] = Field(
-        (), description="Weights to adapt that are not layers: [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
-    )
-    quantize: Literal["none", "nf4"] = Field(
-        "none", description="`nf4` keeps the base model in 4 bits (QLoRA, arXiv:2305.14314); needs a GPU"
-    )
-
-    @model_validator(mode="after")
-    def _reaches_parameters(self) -> Self:
-        if self.target_parameters and self.dropout:
-            raise SettingError(
-                f"dropout={self.dropout} cannot be applied to target_parameters={list(self.target_parameters)}",
-                "set train.adapter.dropout=0",
-            )
-        if self.target_parameters and self.method == "dora":
-            raise SettingError(
-                f"method=dora cannot be applied to target_parameters={list(self.target_parameters)}",
-                "set train.adapter.method=lora or rslora",
-            )
-        if not self.target_parameters and not self.target_modules:
-            raise SettingError("target_modules and target_parameters are both empty", "use target_modules: all-linear")
-        return self
 
 
 class Optimizer(Config):
@@ -232,6 +193,11 @@ class TrainConfig(Config):
     router_aux_loss: float = Field(
         0.0, ge=0, description="Weight of the router's load-balancing loss (arXiv:2101.03961); 0: off"
     )
+    init_from: Literal["continue", "merge"] | None = Field(
+        None,
+        description="Where base_model is an adapter version. `continue`: train that adapter on, on the same base, with a new"
+        " optimizer state; `merge`: add it to its base, and train a new adapter, or every weight, on the sum",
+    )
     export: Literal["adapter", "merged"] = Field(
         "adapter",
         description="What a LoRA run exports: the adapter, or the base model with it merged; a full run exports all weights",
@@ -299,6 +265,15 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _continue_needs_adapter(self) -> Self:
+        if self.init_from == "continue" and self.adapter is None:
+            raise SettingError(
+                "init_from=continue without an adapter: it trains an adapter on",
+                "add train.adapter with the settings of the run that made the adapter, or set train.init_from=merge",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _export_needs_adapter(self) -> Self:
         if self.export == "merged" and self.adapter is None:
             raise SettingError(
@@ -342,8 +317,9 @@ class TrainConfig(Config):
     def identity(self) -> dict[str, Any]:
         """The settings that determine the weights. Not among them: validation, checkpoints, number of workers, sequence
         parallelism, parameter offload, trackers, and guards, whose interventions are the incidents of the record. Validation
-        counts if it decides when to stop or what to export."""
-        around = {"validation", "checkpoint", "scaling", "guards", "sinks", "sequence_parallel"}
+        counts if it decides when to stop or what to export. `init_from` is left out: what a run starts from is named by its
+        digests (`job.identity`)."""
+        around = {"validation", "checkpoint", "scaling", "guards", "sinks", "sequence_parallel", "init_from"}
         value = self.model_dump(mode="json", exclude=dict.fromkeys(around, True) | {"offload": {"parameters"}})
         if self.validation.early_stopping or self.export_step == "best":
             decides = {"every_steps", "max_rows", "background", "early_stopping"}

@@ -41,7 +41,7 @@ class TextExample:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutRows:
     """What is evaluated, by record id, and how many rows of the split are not, by the reason."""
 
     chats: tuple[Example, ...]
@@ -54,7 +54,7 @@ UNPOSED = "it cannot be put to this model: "
 OTHER_ROW = "a row that is neither chat nor text"
 
 
-def held_out(store: Store, manifest: DatasetManifest, config: EvalConfig) -> HeldOut:
+def held_out(store: Store, manifest: DatasetManifest, config: EvalConfig) -> HeldOutRows:
     """The examples of the split, the first `max_examples` of either kind, canaries left out; `DataError` without any."""
     chats: list[Example] = []
     texts: list[TextExample] = []
@@ -80,7 +80,7 @@ def held_out(store: Store, manifest: DatasetManifest, config: EvalConfig) -> Hel
             hint="raise data.splits, or evaluate the other split with eval.split",
         )
     count = config.max_examples or None
-    return HeldOut(tuple(chats[:count]), tuple(texts[:count]), dict(left_out))
+    return HeldOutRows(tuple(chats[:count]), tuple(texts[:count]), dict(left_out))
 
 
 def _calls(turn: dict[str, Any]) -> tuple[dict[str, Any], ...]:

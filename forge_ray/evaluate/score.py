@@ -28,7 +28,7 @@ from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.errors import DataError
 from forge_ray.evaluate.calls import call_form, calls_in
 from forge_ray.evaluate.chance import wilson
-from forge_ray.evaluate.examples import UNPOSED, Example, HeldOut, held_out, label_set, normalise
+from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, held_out, label_set, normalise
 from forge_ray.evaluate.measures import CALL, intervals
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
@@ -134,7 +134,7 @@ def latency_ms_per_token(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> 
     return sorted(times)[len(times) // 2] if times else None
 
 
-def timed_prompts(tokenizer: ChatTokenizer, rows: HeldOut) -> Iterator[tuple[int, ...]]:
+def timed_prompts(tokenizer: ChatTokenizer, rows: HeldOutRows) -> Iterator[tuple[int, ...]]:
     """What is generated from to measure the time: questions, or the first tokens of texts."""
     for example in rows.chats:
         with contextlib.suppress(Reject):
@@ -159,7 +159,7 @@ def tokenizer_for(manifest: DatasetManifest, folder: Path, adapter: Path | None)
 
 
 def find_contamination(
-    store: Store, manifest: DatasetManifest, held: HeldOut, config: EvalConfig, rule: Contamination
+    store: Store, manifest: DatasetManifest, held: HeldOutRows, config: EvalConfig, rule: Contamination
 ) -> list[dict[str, Any]]:
     """See `data.contamination`; of the rows that are evaluated, and no others."""
     evaluated = {*(chat.record for chat in held.chats), *(text.record for text in held.texts)}

@@ -22,8 +22,8 @@ MIN_WINDOW = 4
 def score_texts(
     engine: Engine, tokenizer: ChatTokenizer, texts: Sequence[TextExample], window: int
 ) -> Iterator[dict[str, Any]]:
-    """One item per text, in order: log-probability in nats, tokens, and bytes of its UTF-8. `window`: tokens per pass. A text
-    that the tokenizer cannot encode is an item with `left_out`, the reason."""
+    """One item per text, in order: log-probability in nats, tokens, and bytes of its UTF-8. `window`: tokens per pass. A
+    text that the tokenizer cannot encode is an item with `left_out`, the reason."""
     size = max(MIN_WINDOW, min(window, engine.max_request_tokens))
     for example, ids in zip(texts, tokenizer.text_ids([example.text for example in texts]), strict=True):
         if isinstance(ids, Reject):

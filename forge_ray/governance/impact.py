@@ -123,7 +123,7 @@ class StoreUses:
                 runs.setdefault(use.run, "chosen")
         versions = self._versions(runs, uses)
         ids, archived = set(versions), self.catalog.archived()
-        aliases = tuple(self._aliases(ids))
+        aliases = tuple(self.aliases(ids))
         return Reached(
             tuple(ReachedRun(run, self.runs[run].name, self.runs[run].state, how) for run, how in sorted(runs.items())),
             tuple(
@@ -132,7 +132,7 @@ class StoreUses:
                 if v.id in versions
             ),
             aliases,
-            tuple(self._deployments(ids, aliases)),
+            tuple(self.deployments(ids, aliases)),
             tuple(self._reports(splits)),
             exported(self.catalog, ids),
         )
@@ -146,7 +146,7 @@ class StoreUses:
         while grown:
             grown = False
             for run in self.runs.values():
-                if run.run not in runs and run.base_model in reached:
+                if run.run not in runs and any(version in reached for version in run.starts_from):
                     runs[run.run], grown = "base", True
             for version in self.versions:
                 how = "base" if version.base_model in reached or runs.get(version.run) == "base" else ""
@@ -171,14 +171,16 @@ class StoreUses:
         ]
         return any(step <= last for step in (*later, *(step for use in trainings for step in use.steps)))
 
-    def _aliases(self, versions: set[str]) -> Iterator[ReachedAlias]:
+    def aliases(self, versions: set[str]) -> Iterator[ReachedAlias]:
+        """Every time in which an alias routed to one of the versions."""
         for alias in self.catalog.subjects("alias"):
             moves = self.catalog.events("alias", alias)
             for move, after in zip(moves, [*(later.at for later in moves[1:]), ""], strict=True):
                 for version in sorted(_named(route_of(move)) & versions):
                     yield ReachedAlias(alias, version, move.at, after)
 
-    def _deployments(self, versions: set[str], aliases: Sequence[ReachedAlias]) -> Iterator[ReachedDeployment]:
+    def deployments(self, versions: set[str], aliases: Sequence[ReachedAlias]) -> Iterator[ReachedDeployment]:
+        """The deployments that served one of the versions, by its id or as `aliases` moved."""
         bases = {version.id: version.base_model or version.id for version in self.versions}
         last_of_name: dict[str, str] = {}
         deployments = self.catalog.all(Deployment)

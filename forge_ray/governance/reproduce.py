@@ -9,14 +9,15 @@ from __future__ import annotations
 import sys
 import uuid
 from collections import Counter
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from forge_ray import pipeline
 from forge_ray.config.base import parse
+from forge_ray.config.data import DataConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, ForgeError, NotFound, StoreError
 from forge_ray.governance import difference
+from forge_ray.governance.tensors import WEIGHTS, compare_tensors
 from forge_ray.machine import environment
 from forge_ray.machine.cluster import connect
 from forge_ray.machine.hardware import resolve_precision
@@ -28,8 +29,6 @@ from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store, verify_files
 from forge_ray.store.resolve import resolve
 
-WEIGHTS = ".safetensors"
-TENSORS_SHOWN = 20
 ON_A_TERMINAL = 5
 R = TypeVar("R", bound=Record)
 Differences = dict[str, Any]
@@ -45,6 +44,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
     with Catalog.open(store) as catalog:
         record, version = run_of(catalog, reference)
         base = _sealed(catalog.get_as(ModelVersion, record.base_model))
+        initial = _sealed(catalog.get_as(ModelVersion, record.initial_adapter)) if record.initial_adapter else None
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
         promotion.refuse_withdrawn(catalog, version.id if version else "")
         if not store.exists(paths.dataset(manifest.id)):
@@ -54,7 +54,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
             )
         config, notes = settings(record)
         catalog.check_may("reproduction events")  # before hours are spent on one
-        differences = _before(record, base, version)
+        differences = _before(record, base, initial, version)
         for line in (*difference.lines(differences | _here(store, record)), *notes):
             print(f"  {visible(line)}", file=sys.stderr, flush=True)
         scratch = _below(store, folder)
@@ -62,16 +62,21 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
             with Catalog.open(scratch) as there, stage("verify") as it:
                 size = _link(store, folder, paths.model(base.id), base.files, "the base model")
                 there.put(base)
+                if initial:
+                    size += _link(store, folder, paths.model(initial.id), initial.files, "the adapter that was trained on")
+                    there.put(initial)
                 if rebuild_data:
+                    _link_held_out(catalog, folder, there, manifest)
                     rebuilt = _rebuild(config, store, folder, there, base, manifest, it)
                     differences |= {"data": _sources(manifest, rebuilt)} if rebuilt.id != manifest.id else {}
                 if not scratch.is_published(paths.dataset(manifest.id)):
                     size += _link(store, folder, paths.dataset(manifest.id), manifest.files, "the dataset")
                 there.put(manifest)
-                it.done(f"{record.id}  {base.id}, {manifest.id}: {size / 1e6:.1f} MB as recorded")
+                taken = ", ".join([base.id, *([initial.id] if initial else []), manifest.id])
+                it.done(f"{record.id}  {taken}: {size / 1e6:.1f} MB as recorded")
             with Catalog.open(scratch) as there:
-                precision = _precision(config, record, manifest, base)
-                again = pipeline.train_on(config, there, base, manifest, precision)
+                precision = _precision(config, record, manifest, base, initial)
+                again = pipeline.train_on(config, there, base, manifest, precision, initial)
             differences |= _after(store, record, scratch, again)
             weights = _weights(store, record, version, scratch, again)
             verdict = "equal" if weights["is_equal"] and "data" not in differences else "differs"
@@ -104,6 +109,11 @@ def run_of(catalog: Catalog, reference: str) -> tuple[RunRecord, ModelVersion | 
             raise NotFound(f"{identifier} is not finished, or not in this store", hint="`forge runs list` shows the runs")
         return catalog.get_as(RunRecord, identifier), None
     version = catalog.get_as(ModelVersion, identifier)
+    if version.status == "merged":
+        raise ConfigError(
+            f"{version.id} is {version.source}: no run made it",
+            hint=f"reproduce the run of its adapter: `forge reproduce {version.base_model}`",
+        )
     if not version.run:
         raise ConfigError(
             f"{version.id} was imported ({version.source}): it has no run in this store that could be reproduced",
@@ -150,11 +160,15 @@ def _sealed(record: R) -> R:
     return record
 
 
-def _before(record: RunRecord, base: ModelVersion, version: ModelVersion | None) -> Differences:
-    """The differences that are known before the start: base model, export of the version, code."""
+def _before(
+    record: RunRecord, base: ModelVersion, initial: ModelVersion | None, version: ModelVersion | None
+) -> Differences:
+    """The differences that are known before the start: what it starts from, export of the version, code."""
     differences: Differences = {}
     if base.files_digest != record.base_digest:
         differences["base_model"] = [record.base_digest, base.files_digest]
+    if initial and initial.files_digest != record.initial_digest:
+        differences["initial_adapter"] = [record.initial_digest, initial.files_digest]
     if version and version.files_digest != files_digest(record.export):
         differences["version"] = [version.files_digest, files_digest(record.export)]
     if record.code_digest != environment.code_digest():
@@ -213,10 +227,23 @@ def _rebuild(
     for path in (subject.KEY, *store.list(paths.erasure())):  # tombstones: the build leaves these rows out
         if store.exists(path):
             store.link(path, f"{folder}/{path}")
+    # what earlier cycles hold out follows from the base model, not from the run file
+    held_out = tuple(rule for rule in parse(DataConfig, manifest.config).curate if rule.rule == "held_out")
+    stated = tuple(rule for rule in config.data.curate if rule.rule != "held_out")
+    data = config.data.model_copy(update={"curate": (*stated, *held_out)})
     try:
-        return build(manifest.name, config.data, base, there.store, index_sources(config.data, it.update), it.update)
+        return build(manifest.name, data, base, there.store, index_sources(data, it.update), it.update)
     finally:
         there.store.delete(subject.KEY)
+
+
+def _link_held_out(catalog: Catalog, folder: str, there: Catalog, manifest: DatasetManifest) -> None:
+    """Link the dataset versions whose test records a dataset keeps out of training, for its rebuild."""
+    against = {name for rule in manifest.config.get("curate", ()) if rule["rule"] == "held_out" for name in rule["against"]}
+    for name in sorted(against):
+        other = there.put(catalog.get_as(DatasetManifest, name))
+        if catalog.store.is_published(paths.dataset(name)):
+            _link(catalog.store, folder, paths.dataset(name), other.files, "a dataset whose test rows are held out")
 
 
 def _sources(old: DatasetManifest, new: DatasetManifest) -> Differences:
@@ -233,14 +260,14 @@ def _counts(manifest: DatasetManifest) -> dict[str, Any]:
 
 
 def _precision(
-    config: RunConfig, record: RunRecord, manifest: DatasetManifest, base: ModelVersion
+    config: RunConfig, record: RunRecord, manifest: DatasetManifest, base: ModelVersion, initial: ModelVersion | None
 ) -> Literal["bf16", "fp32"]:
     """The precision that `auto` meant on the machine that trained: the one that gives the run's id."""
     from forge_ray.train.job import run_id
 
     precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     for precision in precisions:
-        if run_id(config.train, precision, manifest, base) == record.id:
+        if run_id(config.train, precision, manifest, base, initial) == record.id:
             return precision
     return resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
 
@@ -301,48 +328,6 @@ def _weights(
     if original is None:
         return comparison | {"problem": "the first run's weights are no longer in the store: compared by their sha256 alone"}
     return comparison | compare_tensors(original, scratch.fetch_dir(paths.export(again.id)))
-
-
-def compare_tensors(old: Path, new: Path) -> dict[str, Any]:
-    """Compare every tensor of two folders of safetensors: how many there are, how many differ, and for those with the
-    largest differences the absolute difference and the share of elements."""
-    import torch
-    from safetensors import safe_open
-
-    def tensors(folder: Path) -> dict[str, Path]:
-        file_of: dict[str, Path] = {}
-        for path in sorted(folder.glob(f"*{WEIGHTS}")):
-            with safe_open(path, framework="pt") as file:
-                file_of |= dict.fromkeys(file.keys(), path)
-        return file_of
-
-    def read(path: Path, name: str) -> torch.Tensor:
-        with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
-
-    before, after = tensors(old), tensors(new)
-    differ: list[dict[str, Any]] = []
-    for name in sorted(before.keys() & after.keys()):
-        one, two = read(before[name], name), read(after[name], name)
-        change: dict[str, Any] = {}
-        kinds = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in (one, two)]
-        if kinds[0] != kinds[1]:
-            change |= {"was": kinds[0], "is": kinds[1]}
-        if one.shape == two.shape and not torch.equal(one.double(), two.double()):
-            apart = (one.double() - two.double()).abs()
-            change |= {"largest": float(apart.max()), "share": float((apart != 0).double().mean())}
-        if change:
-            differ.append({"name": name, **change})
-    differ.sort(key=lambda item: -item.get("largest", float("inf")))
-    return {
-        "num_tensors": len(before),
-        "num_differ": len(differ),
-        "largest": max((item.get("largest", 0.0) for item in differ), default=0.0),
-        "tensors": differ[:TENSORS_SHOWN],
-        "only_before": sorted(before.keys() - after.keys()),
-        "only_after": sorted(after.keys() - before.keys()),
-    }
 
 
 def describe(report: dict[str, Any]) -> list[str]:

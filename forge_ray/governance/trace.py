@@ -234,8 +234,8 @@ def rows_of_file(catalog: Catalog, path: str) -> Iterator[ReadRow]:
     limit = max((config.max_line_bytes for config, _, _ in readings), default=16 << 20)
     for read_files in _as_each_reads_it(path, readings, limit):
         by_line = heapq.merge(*(_rows_of(file, own, limit) for file, own in read_files), key=itemgetter(0))
-        for line, found in groupby(by_line, key=itemgetter(0)):
-            rows = list(found)
+        for line, rows_of_line in groupby(by_line, key=itemgetter(0)):
+            rows = list(rows_of_line)
             records = tuple(record for row in rows for record in row[1])
             reasons = [reason for row in rows for reason in row[2]]
             note = "" if records else f"no record: {'; '.join(dict.fromkeys(reasons)) or 'no dataset version reads it'}"

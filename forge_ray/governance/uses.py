@@ -51,6 +51,12 @@ class Run:
     incidents: tuple[dict[str, Any], ...]
     computed: dict[int, bool]
     order_key: str = ""  # "" for old runs, whose order follows from the dataset's id
+    initial_adapter: str = ""  # the version whose adapter it trains on
+
+    @property
+    def starts_from(self) -> tuple[str, ...]:
+        """The versions that its weights depend on."""
+        return tuple(version for version in (self.base_model, self.initial_adapter) if version)
 
     def trained_on(self, manifest: DatasetManifest, record: str, rows: Sequence[int]) -> Iterator[Use]:
         """The steps at which the rows were used, if any."""
@@ -103,6 +109,7 @@ def finished(store: Store, record: RunRecord) -> Run:
         record.incidents,
         _computed_steps(store, record.id),
         record.order_key,
+        record.initial_adapter,
     )
 
 
@@ -121,8 +128,10 @@ def unfinished(catalog: Catalog, run: str, candidates: Sequence[ModelVersion]) -
     base = next((version.base_model for version in candidates), "") or started["base_model"]
     models = {model.files_digest: model.id for model in catalog.all(ModelVersion)}
     base = base or next((models.get(p["base_digest"], "") for p in positions), "")
+    initial = started.get("initial_adapter", "")
+    initial = initial or next((models.get(p.get("initial_digest", ""), "") for p in positions), "")
     if settings and not (dataset and base):
-        dataset, base = _by_id(catalog, run, settings) or (dataset, base)
+        dataset, base, initial = _by_id(catalog, run, settings) or (dataset, base, initial)
     return Run(
         run,
         config.get("name", ""),
@@ -135,6 +144,7 @@ def unfinished(catalog: Catalog, run: str, candidates: Sequence[ModelVersion]) -
         tuple(incidents.read(store, run)),
         computed,
         _order_key(catalog, dataset, positions),
+        initial,
     )
 
 
@@ -145,12 +155,16 @@ def _order_key(catalog: Catalog, dataset: str, positions: Sequence[dict[str, Any
     return catalog.get_as(DatasetManifest, dataset).splits["train"].rows_digest if catalog.has(dataset) else ""
 
 
-def _by_id(catalog: Catalog, run: str, settings: TrainConfig) -> tuple[str, str] | None:
-    """(dataset, base) of a run before its first checkpoint: those that give its id."""
+def _by_id(catalog: Catalog, run: str, settings: TrainConfig) -> tuple[str, str, str] | None:
+    """(dataset, base, initial adapter or "") of a run before its first checkpoint: those that give its id."""
+    starts: list[tuple[ModelVersion, ModelVersion | None]] = [(version, None) for version in catalog.all(ModelVersion)]
+    if settings.init_from == "continue":
+        adapters = [version for version, _ in starts if version.weights == "adapter" and catalog.has(version.base_model)]
+        starts = [(catalog.get_as(ModelVersion, version.base_model), version) for version in adapters]
     for dataset in catalog.all(DatasetManifest):
-        for base in catalog.all(ModelVersion):
-            if run in (run_id(settings, precision, dataset, base) for precision in ("bf16", "fp32")):
-                return dataset.id, base.id
+        for base, initial in starts:
+            if run in (run_id(settings, precision, dataset, base, initial) for precision in ("bf16", "fp32")):
+                return dataset.id, base.id, initial.id if initial else ""
     return None
 
 

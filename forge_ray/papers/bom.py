@@ -22,8 +22,10 @@ def bom(facts: Facts) -> bytes:
     if facts.training and facts.training.run.code_commit:
         forge["version"] = facts.training.run.code_commit
     packages = [_package(package) for package in facts.packages]
+    runs = {training.run.id: training.run for training in facts.trainings}
+    initial = {each.id: runs[each.run].initial_adapter for each in facts.chain if each.run in runs}
     components = [
-        *(_model(each) for each in facts.chain[1:]),
+        *(_model(each, initial.get(each.id, "")) for each in facts.chain[1:]),
         *(_dataset(dataset) for dataset in facts.datasets),
         *([forge] if facts.training else []),
         *packages,
@@ -37,7 +39,7 @@ def bom(facts: Facts) -> bytes:
         "metadata": {
             "timestamp": facts.at,
             "tools": {"components": [{"type": "application", "name": "forge-ray", "version": facts.forge_version}]},
-            "component": _model(version) | {"modelCard": _model_card(facts)},
+            "component": _model(version, initial.get(version.id, "")) | {"modelCard": _model_card(facts)},
         },
         "components": components,
         "dependencies": _dependencies(facts, [package["bom-ref"] for package in packages]),
@@ -47,7 +49,8 @@ def bom(facts: Facts) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _model(version: ModelVersion) -> Json:
+def _model(version: ModelVersion, initial_adapter: str) -> Json:
+    """A version; `initial_adapter` is the one whose adapter it was trained on from, "" where it began with a new one."""
     value: Json = {
         "type": "machine-learning-model",
         "bom-ref": version.id,
@@ -67,9 +70,10 @@ def _model(version: ModelVersion) -> Json:
             }
         ),
     }
-    if version.base_model:
+    ancestors = [name for name in (version.base_model, initial_adapter) if name]
+    if ancestors:
         value["pedigree"] = {
-            "ancestors": [{"type": "machine-learning-model", "name": version.base_model, "version": version.base_model}]
+            "ancestors": [{"type": "machine-learning-model", "name": name, "version": name} for name in ancestors]
         }
     return value
 
@@ -157,7 +161,7 @@ def _dependencies(facts: Facts, packages: list[str]) -> list[Json]:
     runs = {training.run.id: training.run for training in facts.trainings}
     for version in facts.chain:
         run = runs.get(version.run)
-        made_from = [version.base_model, run.dataset if run else version.dataset]
+        made_from = [version.base_model, run.initial_adapter if run else "", run.dataset if run else version.dataset]
         rows[version.id] = [name for name in made_from if name in present]
     if facts.training:
         rows[facts.version.id] += ["forge-ray", *packages]

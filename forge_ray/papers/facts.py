@@ -32,6 +32,7 @@ from forge_ray.store.authority import Authority
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.store.signatures import valid_signers
+from forge_ray.train.start import started_from
 
 NOT_RECORDED = "not recorded"
 BY_HAND = "not recorded: provide by hand"
@@ -71,7 +72,8 @@ class Approval:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything on record about a version. `chain`: the version, its base, and so on to the imported model; `trainings`:
+    """Everything on record about a version. `chain`: the version, what its run started from (an adapter that was trained on,
+    or its base), and so on to the imported model; `trainings`:
     newest first; `signatures`: record → signers with a valid signature. `at`: time of the newest record or event, used as
     the time of the documents, so that equal stores give equal documents."""
 
@@ -107,8 +109,8 @@ class Facts:
 
     @property
     def base(self) -> ModelVersion | None:
-        """The model that this one was trained from."""
-        return self.chain[1] if len(self.chain) > 1 else None
+        """The version with full weights that this one was trained from, or that its adapter belongs to."""
+        return next((version for version in self.chain if version.id == self.version.base_model), None)
 
     @property
     def origin(self) -> ModelVersion:
@@ -180,8 +182,8 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         return None
 
     chain = [version]
-    while (base := look_up(chain[-1].base_model, ModelVersion)) and base not in chain:
-        chain.append(base)
+    while (before := look_up(started_from(catalog, chain[-1]), ModelVersion)) and before not in chain:
+        chain.append(before)
     runs: list[RunRecord] = [run for each in chain if (run := look_up(each.run, RunRecord))]
     evals: list[EvalReport] = [report for name in version.evals if (report := look_up(name, EvalReport))]
     evals += [
@@ -227,7 +229,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         architecture=_configuration(catalog.store, chain),
         parameters={each.id: count for each in chain if (count := num_parameters(catalog.store, each)) is not None},
         signatures=_signatures(catalog, authority, records),
-        approvals=tuple(_approval(catalog, event) for event in events if event.kind == "approval"),
+        approvals=tuple(approval_of(catalog, event) for event in events if event.kind == "approval"),
         missing=tuple(dict.fromkeys(missing)),
         at=max([record.created_at for record in records] + [event.at for event in events]),
         power_w=power_w,
@@ -253,7 +255,8 @@ def _signatures(catalog: Catalog, authority: Authority, records: list[Record]) -
     return {record: tuple(f"{authority.name_of(key)} ({key})" for key in keys) for record, keys in signers.items() if keys}
 
 
-def _approval(catalog: Catalog, event: Event) -> Approval:
+def approval_of(catalog: Catalog, event: Event) -> Approval:
+    """What an approval event says, by whom, and whether its signature holds."""
     authority, standing = catalog.authority(), catalog.standing
     who = f"{authority.name_of(event.key)} ({event.key})" if event.key in authority.signers else event.key
     data = event.data

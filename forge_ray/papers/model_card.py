@@ -84,10 +84,14 @@ def _summary(facts: Facts) -> str:
     version, base, training = facts.version, facts.base, facts.training
     if version.status == "imported" or not base:
         return f"A base model, imported from {code(version.source)}.\n"
+    if version.status == "merged":
+        return f"A base model that this store made of its own versions: {code(version.source)}. No gate has judged it.\n"
     what = "An adapter on" if version.weights == "adapter" else "Weights trained from"
     rows = f" on {facts.rows:,} records of {facts.dataset.id}" if facts.dataset and facts.rows is not None else ""
     how = f" ({training.run.method}, {training.run.num_steps:,} steps)" if training else ""
-    return f"{what} {plain(base.name)} ({base.id}), trained{rows}{how}.\n"
+    initial = training.run.initial_adapter if training else ""
+    begun = f" The run trained the adapter of {initial} on." if initial else ""
+    return f"{what} {plain(base.name)} ({base.id}), trained{rows}{how}.{begun}\n"
 
 
 def _glance(facts: Facts) -> list[tuple[str, str]]:

@@ -74,8 +74,9 @@ def _steps(facts: Facts) -> Iterator[LineageStep]:
         )
     for version in facts.chain:
         names = [version.run, *version.evals] if version.run else []
+        names += [version.base_model] if version.status == "merged" else []
         yield LineageStep(
-            kind="import" if version.status == "imported" else "release",
+            kind={"imported": "import", "merged": "merge"}.get(version.status, "release"),
             record=version.id,
             name=version.name,
             began=version.created_at,
@@ -94,7 +95,11 @@ def _training(facts: Facts, training: RunFacts) -> LineageStep:
         name=run.name,
         began=training.started_at or run.created_at,
         ended=run.created_at,
-        inputs=[_dataset_named(facts, run.dataset), _named(facts, run.base_model, run.base_digest)],
+        inputs=[
+            _dataset_named(facts, run.dataset),
+            _named(facts, run.base_model, run.base_digest),
+            *([_named(facts, run.initial_adapter, run.initial_digest)] if run.initial_adapter else []),
+        ],
         outputs=[_named(facts, run.id, run.order_digest, [entry.model_dump() for entry in run.export])],
         facet={
             "method": run.method,

@@ -14,7 +14,7 @@ from forge_ray.records import RunRecord, hex_of
 Json = dict[str, Any]
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
-BUILD_TYPES = {"train": "urn:forge-ray:train:1", "import": "urn:forge-ray:import:1"}
+BUILD_TYPES = {kind: f"urn:forge-ray:{kind}:1" for kind in ("train", "import", "merge")}
 
 
 def statement(facts: Facts) -> Json:
@@ -34,6 +34,8 @@ def _trained(facts: Facts) -> Json:
     assert facts.training is not None
     run, version = facts.training.run, facts.version
     needed = [_thing(run.base_model, run.base_digest)]
+    if run.initial_adapter:
+        needed.append(_thing(run.initial_adapter, run.initial_digest, "initial adapter"))
     needed.append(_thing(run.dataset, sha256_of(facts.training.dataset) if facts.training.dataset else ""))
     if facts.training.dataset:
         needed += [_thing(source.path, source.sha256, "source") for source in facts.training.dataset.sources]
@@ -86,15 +88,18 @@ def _code(run: RunRecord) -> Json:
 
 
 def _imported(facts: Facts) -> Json:
-    """The provenance of weights without a run on record: imported, or trained by a run that is not in this store."""
-    version = facts.version
+    """The provenance of weights without a run on record: imported, merged, or trained by a run that is not in this store."""
+    version, is_merged = facts.version, facts.version.status == "merged"
     name, _, digest = version.source.rpartition(" ")
-    needed = [_thing(name, digest, "import")] if name else []
+    needed = [_thing(name, digest, "import")] if name and not is_merged else []
+    if is_merged and facts.base:
+        full = next((below for below in facts.chain if below.id == facts.base.base_model), None)
+        needed.append(_thing(facts.base.base_model, full.files_digest if full else ""))
     if version.base_model:
         needed.append(_thing(version.base_model, facts.base.files_digest if facts.base else ""))
     return {
         "buildDefinition": {
-            "buildType": BUILD_TYPES["import"],
+            "buildType": BUILD_TYPES["merge" if is_merged else "import"],
             "externalParameters": {"source": version.source, "run": version.run, "step": version.step},
             "resolvedDependencies": needed,
         },

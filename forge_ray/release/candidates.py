@@ -92,7 +92,8 @@ def export_run(store: Store, run: str, step: str) -> ModelVersion:
         store.delete_dir(aside)
         is_registered = catalog.has(version.id)
         folder = "" if is_registered else paths.model(version.id)
-        refuse_erased(store, version.id, job.dataset.id, job.base.id, folder)
+        for origin in (job.base.id, job.initial.id if job.initial else ""):
+            refuse_erased(store, version.id, job.dataset.id, origin, folder)
         version = catalog.put(version)
         it.done(f"{version.id}  {'already there: ' if is_registered else ''}step {number} of {run}, candidate")
         return version

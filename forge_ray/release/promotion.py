@@ -32,8 +32,7 @@ def releasable(catalog: Catalog, reference: str) -> ModelVersion:
     """A version that clients may be answered by; `PolicyError` for one rejected, never judged, or archived."""
     version = catalog.model(reference)
     refuse_withdrawn(catalog, version.id)
-    if version.id in catalog.archived():
-        raise PolicyError(f"{version.id} is archived", hint=f"`forge models restore {version.id}` first")
+    refuse_archived(catalog, version.id)
     if version.status == "rejected":
         raise PolicyError(
             f"{version.id} was rejected: {'; '.join(version.reasons)}",
@@ -44,8 +43,19 @@ def releasable(catalog: Catalog, reference: str) -> ModelVersion:
             f"{version.id} is a candidate: step {version.step} of {version.run}, which no gate has judged",
             hint="deploy it by its id, or let the run end and `forge release` it",
         )
+    if version.status == "merged":
+        raise PolicyError(
+            f"{version.id} is {version.source}, which no gate has judged",
+            hint=f"point the alias at {version.base_model}, or at a version that was trained on {version.id}",
+        )
     require_signed(catalog, version)
     return version
+
+
+def refuse_archived(catalog: Catalog, version: str) -> None:
+    """Raise `PolicyError` for a version that was taken out of use."""
+    if version in catalog.archived():
+        raise PolicyError(f"{version} is archived", hint=f"`forge models restore {version}` first")
 
 
 def refuse_withdrawn(catalog: Catalog, version: str) -> None:

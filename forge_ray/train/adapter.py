@@ -14,15 +14,17 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from forge_ray.config.train import Adapter
+from forge_ray.config.adapter import Adapter
 from forge_ray.errors import ConfigError, first_line
 from forge_ray.models.architecture import outside_text
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.|\.h\.(\d+)\.")
 
 
@@ -116,6 +118,30 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
             f"train.adapter does not fit this model: {first_line(error)}",
             hint=f"its linear layers are {', '.join(_leaves(_modules(model, outside)))}; or use all-linear",
         ) from error
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Replace the new weights of the adapter on `model` by those of an exported one, in the dtype of the model. Raises
+    `ConfigError` where it has others."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {name: weight.shape for name, weight in own.items()} != {name: weight.shape for name, weight in weights.items()}:
+        raise ConfigError(
+            "the adapter that train.init_from=continue trains on has other weights than train.adapter",
+            hint="set train.adapter as in the run that made it",
+        )
+    set_peft_model_state_dict(model, weights)
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a safetensors file, from its header."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no mapping)
 
 
 def _refuse_tied(model: Any, adapter: Adapter) -> None:

@@ -78,13 +78,14 @@ def _path(run: str, number: int) -> str:
     return paths.attempt(run, number)
 
 
-def check_may_publish(store: Store, run: str, dataset: str, base: str, number: int | None = None) -> None:
-    """Raise `TrainingError` where nothing of the run may be published any more: an erasure has withdrawn its dataset or its
-    base model, or (with `number`) a younger attempt has started."""
+def check_may_publish(store: Store, run: str, dataset: str, base: str, number: int | None = None, initial: str = "") -> None:
+    """Raise `TrainingError` where nothing of the run may be published any more: an erasure has withdrawn its dataset, its
+    base model or the version whose adapter it trains on (`initial`), or (with `number`) a younger attempt has started."""
     if number is not None:
         check_newest(store, run, number)
     try:
-        refuse_erased(store, run, dataset, base)
+        for version in (base, initial):
+            refuse_erased(store, run, dataset, version)
     except PolicyError as error:
         raise TrainingError(error.message, hint=error.hint) from None
 

@@ -58,6 +58,7 @@ class Position:
     world_size: int
     left_out: str = ""  # digest of the steps and rows that guards left out before this step
     order_key: str = ""  # what the order of samples follows from; "" before it was written down: the dataset's id
+    initial_digest: str = ""  # of the adapter that is trained on; "": a new one, or every weight
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def expected(job: TrainJob) -> Position:
         zero_stage=job.config.zero_stage,
         world_size=0,
         order_key=job.dataset.splits["train"].rows_digest,
+        initial_digest=job.initial.files_digest if job.initial else "",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from forge_ray.config.base import parse
@@ -29,10 +30,12 @@ class TrainJob:
     base: ModelVersion
     precision: str
     under_ray: bool
+    initial: ModelVersion | None = None  # the adapter that is trained on; None: a new one, or every weight
 
     def check_may_publish(self, number: int | None = None) -> None:
         """As `attempts.check_may_publish`, for this run."""
-        attempts.check_may_publish(self.store, self.run, self.dataset.id, self.base.id, number)
+        initial = self.initial.id if self.initial else ""
+        attempts.check_may_publish(self.store, self.run, self.dataset.id, self.base.id, number, initial)
 
     def to_json(self) -> dict[str, Any]:
         """For Ray Train's `train_loop_config`."""
@@ -45,6 +48,7 @@ class TrainJob:
             "base": self.base.model_dump(mode="json"),
             "precision": self.precision,
             "under_ray": self.under_ray,
+            "initial": self.initial.model_dump(mode="json") if self.initial else None,
         }
 
     @classmethod
@@ -58,21 +62,27 @@ class TrainJob:
             base=ModelVersion.model_validate(value["base"]),
             precision=value["precision"],
             under_ray=value["under_ray"],
+            initial=ModelVersion.model_validate(value["initial"]) if value["initial"] else None,
         )
 
 
-def identity(config: TrainConfig, precision: str, dataset: str, base_digest: str) -> dict[str, Any]:
+def identity(config: TrainConfig, precision: str, dataset: str, base_digest: str, initial_digest: str) -> dict[str, Any]:
     """What decides the weights of a run; its hash is the run's id, so the same request finds the same run."""
     settings = config.identity() | {"precision": precision}
-    return {"loop": LOOP, "config": settings, "dataset": dataset, "base": base_digest}
+    start = {"base": base_digest} | ({"initial": initial_digest} if initial_digest else {})
+    return {"loop": LOOP, "config": settings, "dataset": dataset} | start
 
 
-def run_id(config: TrainConfig, precision: str, dataset: DatasetManifest, base: ModelVersion) -> str:
-    return short_id("run", identity(config, precision, dataset.id, base.files_digest))
+def run_id(
+    config: TrainConfig, precision: str, dataset: DatasetManifest, base: ModelVersion, initial: ModelVersion | None = None
+) -> str:
+    digest_of_initial = initial.files_digest if initial else ""
+    return short_id("run", identity(config, precision, dataset.id, base.files_digest, digest_of_initial))
 
 
 def identity_digest(job: TrainJob) -> str:
-    return digest(identity(job.config, job.precision, job.dataset.id, job.base.files_digest))
+    initial_digest = job.initial.files_digest if job.initial else ""
+    return digest(identity(job.config, job.precision, job.dataset.id, job.base.files_digest, initial_digest))
 
 
 def job_of(catalog: Catalog, run: str) -> TrainJob:
@@ -85,13 +95,20 @@ def job_of(catalog: Catalog, run: str) -> TrainJob:
     settings = store.read_json(path)
     config = parse(TrainConfig, settings["train"], where=path)
     dataset = catalog.get_as(DatasetManifest, position["dataset"])
-    same = [model for model in catalog.all(ModelVersion) if model.files_digest == position["base_digest"]]
-    bases = [model for model in same if store.is_published(paths.model(model.id))]
-    for base in bases:
+    initial_digest = position.get("initial_digest", "")
+    initials: list[ModelVersion | None] = [*_published(catalog, initial_digest)] if initial_digest else [None]
+    for base, initial in product(_published(catalog, position["base_digest"]), initials):
         for precision in ("bf16", "fp32"):  # `auto` was resolved on the machine that trained
-            if run_id(config, precision, dataset, base) == run:
-                return TrainJob(run, settings["name"], config, store, dataset, base, precision, under_ray=False)
+            if run_id(config, precision, dataset, base, initial) == run:
+                name = settings["name"]
+                return TrainJob(run, name, config, store, dataset, base, precision, under_ray=False, initial=initial)
     raise ConfigError(
         f"{run} was trained with settings that mean something else in this version, or its base model is gone",
         hint="take the version that trained it (its record's code_digest), or train again",
     )
+
+
+def _published(catalog: Catalog, files_digest: str) -> list[ModelVersion]:
+    """The versions with these files whose files are in the store."""
+    same = [version for version in catalog.all(ModelVersion) if version.files_digest == files_digest]
+    return [version for version in same if catalog.store.is_published(paths.model(version.id))]

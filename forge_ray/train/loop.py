@@ -77,7 +77,8 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
 
     base = store.fetch_dir(paths.model(job.base.id), files=job.base.files, verify=not store.is_local)
     method = method_of(job)
-    model = load_for_training(base, config, job.precision, context.device, context.world_size, method.head)
+    initial = store.fetch_dir(paths.model(job.initial.id), files=job.initial.files) if job.initial else None
+    model = load_for_training(base, config, job.precision, context.device, context.world_size, method.head, initial)
     slices = Slices(model, rows.sequence_length, context, method.columns)
     balance = Balance(model, config.router_aux_loss) if config.router_aux_loss else None
     zero = config.engine == "deepspeed"
@@ -94,7 +95,16 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
     if context.is_first:
         checkpoint.sweep(store, job.run)
     keep_best = config.validation.keep_best or config.export_step == "best"
-    saver = Saver(engine, store, context, config.checkpoint.keep, config.checkpoint.asynchronous, keep_best, job.base.id)
+    saver = Saver(
+        engine,
+        store,
+        context,
+        config.checkpoint.keep,
+        config.checkpoint.asynchronous,
+        keep_best,
+        job.base.id,
+        job.initial.id if job.initial else "",
+    )
     validations = open_validations(job, context, first_step, planned_steps, guards.left_out.digest)
     if restored and validations.ask(first_step):
         launch.report({"step": first_step}, job, paths.checkpoint(job.run, first_step), validate=True)

@@ -20,7 +20,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.machine import supported
 from forge_ray.models.architecture import LM, Head, open_model, outside_text
 from forge_ray.train import attention, lora
-from forge_ray.train.adapter import quantised, with_adapter
+from forge_ray.train.adapter import load_weights, quantised, with_adapter
 from forge_ray.train.moe import freeze_routers
 from forge_ray.train.zero import open_deepspeed, zero_config
 
@@ -45,16 +45,20 @@ def _partitioned_while_loading(config: TrainConfig, precision: str, world_size: 
 
 
 def load_for_training(
-    folder: Path, config: TrainConfig, precision: str, device: torch.device, world_size: int, head: Head = LM
+    folder: Path,
+    config: TrainConfig,
+    precision: str,
+    device: torch.device,
+    world_size: int,
+    head: Head = LM,
+    initial: Path | None = None,
 ) -> nn.Module:
-    """The base model with its adapter, ready for an engine; the same weights on every rank for the same seed.
+    """The base model with its adapter, ready for an engine; the same weights on every rank for the same seed. The adapter
+    is a new one, or that of the folder `initial`.
 
     Of a model that also sees, text alone is trained: nothing of the data passes the rest.
     """
-    from transformers import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     settings = quantised(config.adapter, device) if config.adapter else {}
     torch.manual_seed(config.seed)
     with _partitioned_while_loading(config, precision, world_size):
@@ -66,6 +70,8 @@ def load_for_training(
     if config.adapter:
         torch.manual_seed(config.seed)
         model = with_adapter(model, config.adapter)
+        if initial:
+            load_weights(model, initial)
         lora.fuse(model, config)
         if config.activation_checkpointing:
             model.enable_input_require_grads()
@@ -78,6 +84,14 @@ def load_for_training(
         compile_blocks(model)
     on_device: nn.Module = (model if settings else model.to(device)).train()
     return on_device
+
+
+def quiet_transformers() -> None:
+    """No warnings and no progress bars of transformers in this process."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def refuse_without_compiler(config: TrainConfig) -> None:
@@ -132,6 +146,7 @@ def merge_adapter(base: Path, adapter: Path, folder: Path, head: Head = LM) -> N
     """Base and adapter as one plain model: the product B A is added in fp32, the sum rounded once."""
     from peft import PeftModel
 
+    quiet_transformers()
     source = open_model(base, "auto", head=head)
     dtype = source.dtype
     merged: Any = PeftModel.from_pretrained(source.float(), str(adapter), local_files_only=True).merge_and_unload()

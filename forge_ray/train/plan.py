@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from forge_ray.config.train import Adapter, Offload, TrainConfig
+from forge_ray.config.adapter import Adapter
+from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.models.architecture import empty_model, outside_text
 from forge_ray.records import DatasetManifest, SplitStats
 from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, with_adapter

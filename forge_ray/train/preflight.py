@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge_ray.config.adapter import Adapter
 from forge_ray.config.run import RunConfig
-from forge_ray.config.train import Adapter, Scaling, TrainConfig
+from forge_ray.config.train import Scaling, TrainConfig
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.machine.cluster import connect, memory_per_worker
 from forge_ray.progress import visible

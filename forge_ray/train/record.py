@@ -37,6 +37,8 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
         dataset=job.dataset.id,
         base_model=job.base.id,
         base_digest=job.base.files_digest,
+        initial_adapter=job.initial.id if job.initial else "",
+        initial_digest=job.initial.files_digest if job.initial else "",
         seed=job.config.seed,
         num_steps=result["num_steps"],
         samples_seen=result["samples_seen"],

@@ -116,8 +116,8 @@ def test_routers_and_moe_blocks_are_detected(store: Store, tiny_model_dir: Path)
 def test_engine_answers_match_peft_with_adapted_experts(jobs: Jobs, tmp_path: Path) -> None:
     from peft import PeftModel
 
+    from forge_ray.config.adapter import Adapter
     from forge_ray.config.release import EngineConfig
-    from forge_ray.config.train import Adapter
     from forge_ray.inference.engine import GenerationRequest
     from forge_ray.inference.load import load_engine
     from forge_ray.models.architecture import open_model

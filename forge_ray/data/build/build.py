@@ -32,6 +32,7 @@ from forge_ray.data.build.summaries import History, MapSummary, Partition, Split
 from forge_ray.data.build.tombstones import tombstones
 from forge_ray.data.build.work import read_batches, require, write_array, write_plan
 from forge_ray.data.curate.decontaminate import build_index, evaluation_texts
+from forge_ray.data.curate.heldout import index_of
 from forge_ray.data.curate.rules import require_packages
 from forge_ray.data.dataset.version import SPLITS, require_tokenizer
 from forge_ray.data.read.ingest import IndexedFile, index_listed
@@ -162,12 +163,15 @@ def _first_invalid(store: Store, jobs: list[Job], summaries: list[MapSummary]) -
 
 
 def _indexes(config: DataConfig, segment: Segment, store: Store) -> dict[int, str]:
-    """The n-gram index of each decontamination rule of the segment, built here: evaluation sets are small."""
+    """What each decontamination rule of the segment looks up, built here: evaluation sets are small."""
     names = {}
     for number in range(segment.first, segment.last):
         rule = config.curate[number]
-        if rule.rule == "decontaminate":
-            index = build_index(evaluation_texts(rule.against, store), rule.ngram)
+        if rule.rule in ("decontaminate", "held_out"):
+            if rule.rule == "decontaminate":
+                index = build_index(evaluation_texts(rule.against, store), rule.ngram)
+            else:
+                index = index_of(rule.against, store)
             name = f"index-{hex_of(digest(index.tobytes().hex()))[:32]}.npy"
             write_array(store, name, index)
             names[number] = name

@@ -65,7 +65,7 @@ def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: S
     checks = []
     for number in range(segment.first, segment.last):
         index = read_array(store, segment.indexes[number]) if number in segment.indexes else None
-        checks.append((number, compile_rule(config.curate[number], index)))
+        checks.append((number, compile_rule(config.curate[number], index, config.splits)))
     finish = _finish(out, segment, config, base, store)
     tombstones = read_tombstones(store, segment.tombstones)
     batch: list[MappedRecord] = []

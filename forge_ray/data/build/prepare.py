@@ -13,6 +13,7 @@ from forge_ray.data.build.tombstones import tombstones
 from forge_ray.data.dataset import index
 from forge_ray.data.dataset.version import load_tokenizer, tokenizer_digest
 from forge_ray.data.read.ingest import IndexedFile
+from forge_ray.data.read.sources import folder_lines
 from forge_ray.data.tokens.lost import remedy
 from forge_ray.data.tokens.text_tools import refuse_unwritable
 from forge_ray.errors import StoreError
@@ -58,6 +59,8 @@ def prepare_version(
     """The version that was built from these inputs, or a new one with its index; needs an initialised Ray."""
     restore_tombstones(catalog.store)
     config = dated(config, base, catalog.store)
+    for line in folder_lines(config):
+        print(f"  {visible(line)}", file=sys.stderr)
     sources = index_sources(config, progress)
     if manifest := _version_of(config, base, catalog, sources):
         return Prepared(manifest, is_new=False)

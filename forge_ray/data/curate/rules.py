@@ -19,6 +19,7 @@ import numpy.typing as npt
 from forge_ray.config.curate import (
     Consent,
     Decontaminate,
+    HeldOut,
     Language,
     Length,
     Licence,
@@ -27,7 +28,9 @@ from forge_ray.config.curate import (
     Rule,
     Secrets,
 )
+from forge_ray.config.data import Splits
 from forge_ray.data.curate.decontaminate import contaminated
+from forge_ray.data.curate.heldout import is_held_out
 from forge_ray.data.curate.sensitive import masked, personal_data, secrets
 from forge_ray.data.curate.words import words
 from forge_ray.data.record.schema import DataRecord, texts, with_texts
@@ -48,8 +51,8 @@ Check = Callable[[DataRecord], Verdict]
 SHORTEST_LINE = 2  # lines that repeat are sought among so many, at least
 
 
-def compile_rule(rule: Rule, index: npt.NDArray[np.uint64] | None = None) -> Check:
-    """The rule as a function. `index` is what `decontaminate` looks up."""
+def compile_rule(rule: Rule, index: npt.NDArray[np.uint64] | None = None, splits: Splits | None = None) -> Check:
+    """The rule as a function. `index` is what `decontaminate` and `held_out` look up, `splits` how records are divided."""
     if isinstance(rule, Length):
         return partial(_length, rule)
     if isinstance(rule, Repetition):
@@ -67,6 +70,10 @@ def compile_rule(rule: Rule, index: npt.NDArray[np.uint64] | None = None) -> Che
     if isinstance(rule, Decontaminate):
         assert index is not None
         return partial(_decontaminate, rule, index)
+    if isinstance(rule, HeldOut):
+        assert index is not None
+        assert splits is not None
+        return partial(_held_out, index, splits)
     raise AssertionError(f"{rule.rule} looks at all records at once")
 
 
@@ -179,3 +186,7 @@ def _decontaminate(rule: Decontaminate, index: npt.NDArray[np.uint64], record: D
     if any(contaminated(text, index, rule.ngram) for text in texts(record)):
         return Verdict(None, f"shares {rule.ngram} words with an evaluation set")
     return Verdict(record)
+
+
+def _held_out(index: npt.NDArray[np.uint64], splits: Splits, record: DataRecord) -> Verdict:
+    return Verdict(None, "a test row of an earlier cycle") if is_held_out(record.id, index, splits) else Verdict(record)

@@ -25,10 +25,10 @@ def row_decoder(schema: pa.Schema, columns: str = "") -> Decode:
     `columns` is JSON of what is known of the columns from elsewhere: `labels`, features of columns that hold classes, used
     where the schema names none; `constants`, values that all rows have.
     """
-    known = json.loads(columns) if columns else {}
-    own, labels = features_of(schema.metadata or {}), known.get("labels", {})
+    from_elsewhere = json.loads(columns) if columns else {}
+    own, labels = features_of(schema.metadata or {}), from_elsewhere.get("labels", {})
     decode = _struct(list(schema), own | {name: label for name, label in labels.items() if not _classes(own.get(name))})
-    if constants := known.get("constants"):
+    if constants := from_elsewhere.get("constants"):
         return lambda row: constants | decode(row)
     return decode
 

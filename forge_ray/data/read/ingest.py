@@ -232,16 +232,16 @@ def _sheet_cuts(path: str, name: str, size: int, sheet: str) -> tuple[list[_Cut]
         answer = read_value({"kind": "sheets", "path": path, "size": size})
     except (NotRead, OverLimit):
         return [_Cut(0, 1), _Cut(size, 2)], sheet  # reading it says so
-    names, shown = answer["names"], answer["shown"]
+    names, visible = answer["names"], answer["visible"]
     listed = ", ".join(repr(item) for item in names[:20]) + (", …" if len(names) > 20 else "")
     if sheet and sheet not in names:
         raise DataError(f"data.sources: {name!r} has no sheet {sheet!r}", hint=f"its sheets are: {listed}")
-    if not sheet and len(shown) > 1:
+    if not sheet and len(visible) > 1:
         raise DataError(
             f"data.sources: {name!r} holds several sheets with rows ({listed})",
-            hint=f"choose one with `sheet: {shown[0]}`; a source of its own reads another one",
+            hint=f"choose one with `sheet: {visible[0]}`; a source of its own reads another one",
         )
-    sheet = sheet or next(iter(shown or names), "")
+    sheet = sheet or next(iter(visible or names), "")
     return [_Cut(0, 1), _Cut(size, 1 + answer["num_rows"].get(sheet, 0))], sheet
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from forge_ray.data.read.lines import Raw
 
-BYTEWISE = "forge_ray.bytewise"  # what is not of the encoding: a lone surrogate a byte, which is no UTF-8 either
+BYTEWISE = "forge_ray-bytewise"  # what is not of the encoding: a lone surrogate a byte, which is no UTF-8 either
 _LONE = re.compile("[\udc00-\udcff]")
 _CR = re.compile(rb"\r(?!\n)")
 
@@ -58,8 +58,8 @@ class Recoded:
         while self.ahead and self.position < position:
             part = self.ahead[0][self.within : self.within + position - self.position]
             text = part.decode("utf-8", "surrogatepass")
-            known, num_unknown = _LONE.subn("", text)
-            self.offset += len(known.encode(self.encoding)) + num_unknown
+            encodable, num_unknown = _LONE.subn("", text)
+            self.offset += len(encodable.encode(self.encoding)) + num_unknown
             self.position += len(part)
             self.within += len(part)
             if self.within == len(self.ahead[0]):

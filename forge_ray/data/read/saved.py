@@ -17,7 +17,8 @@ from forge_ray.errors import DataError, NotFound
 
 def dataset_files(folder: str, split: str, any_split: bool = False) -> list[str]:
     """Files of a Dataset or DatasetDict that Hugging Face's `save_to_disk` wrote, or of a dataset of its hub; of several
-    splits those of `split`. Raises `DataError` where a split has to be chosen, unless `any_split`."""
+    splits those of `split`; none where the folder is neither. Raises `DataError` where a split has to be chosen, unless
+    `any_split`."""
     split = split or (ALL if any_split else "")
     if is_file(folder, "dataset_dict.json"):
         splits = [_own(folder, name) for name in _json(folder, "dataset_dict.json")["splits"]]
@@ -26,12 +27,8 @@ def dataset_files(folder: str, split: str, any_split: bool = False) -> list[str]
         return [path for name in splits for path in _saved_files(inside(folder, name))]
     if is_file(folder, "state.json"):
         return list(_saved_files(folder))
-    if files := _hub_files(folder):
-        return of_split(files, split, folder)
-    raise DataError(
-        f"data.sources: {folder!r} is a folder, and holds no dataset that `save_to_disk` wrote, nor one of the hub",
-        hint=f"name its files, for example {folder.rstrip('/')}/**/*.jsonl",
-    )
+    files = _hub_files(folder)
+    return of_split(files, split, folder) if files else []
 
 
 def _hub_files(folder: str) -> list[str]:

@@ -19,6 +19,7 @@ from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.checksums import checksums_of
 from forge_ray.data.read.dataset_card import class_labels
 from forge_ray.data.read.first_bytes import ENCODED
+from forge_ray.data.read.folders import contents, files_under, known_files
 from forge_ray.data.read.lines import COMPRESSIONS, filesystem_of, without_query
 from forge_ray.data.read.places import display_name, refuse_secrets, require_regular
 from forge_ray.data.read.saved import dataset_files
@@ -94,7 +95,7 @@ def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
             format = _format(path, source)
             _refuse_unused(source, format, path)
             labels = class_labels(path, cards) if format == "parquet" else {}
-            known = {"labels": labels, "constants": table.constants.get(path, {})}
+            columns = {"labels": labels, "constants": table.constants.get(path, {})}
             item = ListedFile(
                 path,
                 display_name(path),
@@ -104,8 +105,8 @@ def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
                 folder,
                 source.encoding,
                 source.sheet,
-                json.dumps({key: value for key, value in known.items() if value}, sort_keys=True)
-                if any(known.values())
+                json.dumps({key: value for key, value in columns.items() if value}, sort_keys=True)
+                if any(columns.values())
                 else "",
                 table.version,
             )
@@ -117,13 +118,11 @@ def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
 
 def _matches(source: Source, any_split: bool) -> tuple[list[str], str, DeltaFiles]:
     """The files of a source; its folder on a local file system, out of which no link may lead; and the table that it is."""
-    path = source.path
-    if "://" in path:
-        refuse_secrets(path)
-        require_storage(path, "data.sources")
-    if path.startswith("file://"):
-        path = unquote(path.removeprefix("file://"))
-    paths = sorted(_remote(path) if "://" in path else _local(path))
+    if "://" in source.path:
+        refuse_secrets(source.path)
+        require_storage(source.path, "data.sources")
+    path = _place(source)
+    paths = _paths(path)
     if not paths:
         hint = "globs are relative to the bucket or server" if "://" in path else hint_for(path)
         raise NotFound(f"data.sources: no file matches {shown(source.path)!r}", hint=hint)
@@ -139,15 +138,61 @@ def _matches(source: Source, any_split: bool) -> tuple[list[str], str, DeltaFile
 
 
 def _files_of(source: Source, path: str, paths: list[str], any_split: bool) -> tuple[list[str], str]:
-    filesystem, inner = filesystem_of(paths[0])
     folder = "" if "://" in path else _folder(path)
-    if len(paths) == 1 and filesystem.get_file_info(inner).type == pafs.FileType.Directory:  # globs match files only
-        return dataset_files(paths[0], source.split, any_split), folder and paths[0]
+    if len(paths) == 1 and _is_folder(paths[0]):  # globs match files only
+        return _of_folder(paths[0], source, any_split), folder and paths[0]
     if len(paths) == 1 and not source.split:
         return paths, folder
-    rows = [file for file in paths if _ending(file)[0] in ROWS] if source.format == "auto" else paths
-    kept = set(of_split(rows, source.split or (ALL if any_split else ""), path))
-    return [file for file in paths if file in kept or file not in rows], folder
+    return _of_split(paths, source, any_split), folder
+
+
+def _of_split(paths: list[str], source: Source, any_split: bool) -> list[str]:
+    """Of files of rows those of the source's split, and all files that are not rows."""
+    rows = [file for file in paths if _kind(file) in ROWS] if source.format == "auto" else paths
+    kept = set(of_split(rows, source.split or (ALL if any_split else ""), source.path))
+    kept |= set(paths) - set(rows)
+    return [file for file in paths if file in kept]
+
+
+def _place(source: Source) -> str:
+    """The path or URI of a source; one of a local file is a path."""
+    path = source.path
+    return unquote(path.removeprefix("file://")) if path.startswith("file://") else path
+
+
+def _paths(path: str) -> list[str]:
+    return sorted(_remote(path) if "://" in path else _local(path))
+
+
+def _is_folder(path: str) -> bool:
+    filesystem, inner = filesystem_of(path)
+    return bool(filesystem.get_file_info(inner).type == pafs.FileType.Directory)
+
+
+def _of_folder(folder: str, source: Source, any_split: bool) -> list[str]:
+    """The files of a saved dataset; of another folder those of a known kind, or with `format:` every file."""
+    if files := dataset_files(folder, source.split, any_split):
+        return files
+    files = files_under(folder, source.split, any_split, _kind)
+    if source.format == "auto" or not files:
+        files = known_files(files, folder, _kind, REMEDIES)
+    refuse_tables(files)
+    return _of_split(files, source, any_split)
+
+
+def folder_lines(config: DataConfig) -> list[str]:
+    """What is read of each folder that is a source and no saved dataset, and what is not: a line each."""
+    lines: list[str] = []
+    for source in config.sources:
+        paths = _paths(_place(source))
+        is_folder = len(paths) == 1 and source.format == "auto" and _is_folder(paths[0])
+        if is_folder and not dataset_files(paths[0], source.split, any_split=True):
+            lines += contents(files_under(paths[0], source.split, True, _kind), paths[0], _kind)
+    return lines
+
+
+def _kind(path: str) -> str:
+    return _ending(path)[0]
 
 
 def _refuse_unused(source: Source, format: str, path: str) -> None:

@@ -21,18 +21,18 @@ Row = tuple[int, dict[str, Any] | None, str]  # number in the sheet; the cells b
 
 
 def sheets(path: str) -> dict[str, Any]:
-    """`names` of all sheets, those of them that are `shown` and hold a row, and `num_rows`, about, of each."""
+    """`names` of all sheets, those of them that are `visible` and hold a row, and `num_rows`, about, of each."""
     with open_file(path) as stream:
         book = _opened(stream)
         entries = {entry.filename: entry.file_size for entry in book._archive.infolist()}
-        shown, num_rows = [], {}
+        visible, num_rows = [], {}
         for sheet in book.worksheets:
             most = entries.get(sheet._worksheet_path.lstrip("/"), 0) // BYTES_PER_ROW
             filled = len(list(islice(_filled(book, sheet), 2)))
             claimed = sheet.max_row - 1 if sheet.max_row else most // 5
             num_rows[sheet.title] = filled and max(filled - 1, min(most, claimed))
-            shown += [sheet.title] if filled and sheet.sheet_state == "visible" else []
-        return {"names": list(num_rows), "shown": shown, "num_rows": num_rows}
+            visible += [sheet.title] if filled and sheet.sheet_state == "visible" else []
+        return {"names": list(num_rows), "visible": visible, "num_rows": num_rows}
 
 
 def sheet_rows(path: str, name: str, limit: int) -> Iterator[Row]:

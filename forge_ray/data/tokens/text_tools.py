@@ -26,6 +26,7 @@ Tools = Literal["template", "text"]
 FORM_FILE = "forge_chat.json"
 FORM = CallForm("object", "<tool_call>\n", "\n</tool_call>", "name", "arguments")
 MARK = re.compile(r"<(?=/?tool(?:s|_call|_response)>)")
+MARKS = ("<tool_call>", "</tool_call>")
 BLOCK = re.compile(r"</?tool(?:s|_response)>")  # what the system prompt and a user turn are given, and nobody may forge
 INSTRUCTIONS = """# Tools
 
@@ -223,7 +224,9 @@ def with_tools(tokenizer: ChatTokenizer, tools: Tools) -> ChatTokenizer:
 def refuse_unwritable(tokenizer: ChatTokenizer, model: str) -> None:
     """Raise `ConfigError` where the model's template cannot be given tools as text."""
     reason = "it has no chat template"
-    if tokenizer.has_chat:
+    if mark := next((mark for mark in MARKS if tokenizer.marker_id(mark) is not None), ""):
+        reason = f"the model has a token {mark!r}, with which its own template writes calls"
+    elif tokenizer.has_chat:
         asks = {"role": "user", "content": "QUESTIONWORD"}
         results = [result_turn(0, "RESULTWORD"), result_turn(1, "OTHERRESULTWORD")]
         answer = {"role": "assistant", "content": "ANSWERWORD"}

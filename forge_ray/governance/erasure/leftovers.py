@@ -107,7 +107,7 @@ def _used_runs(catalog: Catalog) -> set[str]:
         run.run
         for run in recorded.values()
         if not catalog.has(run.run)
-        if run.dataset in current.datasets or run.base_model in current.versions or not run.dataset
+        if run.dataset in current.datasets or not current.versions.keys().isdisjoint(run.starts_from) or not run.dataset
     }
     unfinished |= {place.rsplit("/", 1)[-1] for place in folders(catalog.store, paths.run())} - recorded.keys()
     living = attempts.drivers(catalog.store) if unfinished else {}

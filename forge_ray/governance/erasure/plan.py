@@ -37,7 +37,8 @@ class AffectedDataset(Frozen):
 
 class AffectedRun(Frozen):
     """A run on an affected dataset or base model. `used`: whether it was trained on the rows, or on weights that were; if
-    not, only its dataset holds them. `steps`: number of its optimizer steps with one of the rows in the batch."""
+    not, only its dataset holds them. `steps`: number of its optimizer steps with one of the rows in the batch. `begun`: the
+    adapter version that it started from (train.init_from), which is trained anew before it."""
 
     id: str
     name: str
@@ -52,6 +53,12 @@ class AffectedRun(Frozen):
     last_step: int
     worker_hours: float
     gpu_hours: float
+    begun: str = ""
+
+    @property
+    def origin(self) -> str:
+        """The version that a repetition starts from, or the one that replaces it."""
+        return self.begun or self.base_model
 
 
 class AffectedVersion(Frozen):
@@ -211,8 +218,8 @@ def _made_of(
     used = {run.run for run in unfinished if run.dataset in may}
     affected: set[str] = set()
     while True:
-        more = {run.id for run in runs if run.id in decided or run.base_model in affected} - used
-        more |= {run.run for run in unfinished if run.base_model in affected} - used
+        more = {run.id for run in runs if run.id in decided} - used
+        more |= {run.run for run in facts.runs.values() if not affected.isdisjoint(run.starts_from)} - used
         used |= more
         new = {
             v.id for v in versions if v.run in used or v.base_model in affected or (not v.run and v.dataset in may)
@@ -259,7 +266,14 @@ def _run(catalog: Catalog, run: Run, record: RunRecord | None, used: bool, place
         last_step=steps[-1] if steps else 0,
         worker_hours=hours,
         gpu_hours=hours * gpus,
+        begun=(record.initial_adapter if record is not None else "") or merged_from(catalog, run.base_model),
     )
+
+
+def merged_from(catalog: Catalog, version: str) -> str:
+    """The adapter version of which a `merged` version is the sum with its base; "" for other versions."""
+    record = catalog.get(version) if catalog.has(version) else None
+    return record.base_model if isinstance(record, ModelVersion) and record.status == "merged" else ""
 
 
 def _deployments(

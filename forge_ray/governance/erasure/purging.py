@@ -62,7 +62,9 @@ def _trainings(catalog: Catalog) -> dict[str, str]:
     affected = {}
     for folder, sign in living.items():
         run = runs.get(folder.rsplit("/", 1)[-1])
-        if run is not None and (run.dataset in current.datasets or run.base_model in current.versions):
+        if run is None:
+            continue
+        if run.dataset in current.datasets or not current.versions.keys().isdisjoint(run.starts_from):
             affected[folder] = sign
     return affected
 

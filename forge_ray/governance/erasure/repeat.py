@@ -17,7 +17,10 @@ def rebuild(catalog: Catalog, plan: ErasurePlan, options: Options, before: dict[
     `before`. `changed`: datasets whose training rows differ although none of the erased rows was among them."""
     replacements = dict(before)
     changed = []
-    for affected in plan.datasets if options.retrain != "none" else ():
+    # oldest first: the rules of a later one may compare with the replacement of an earlier one
+    age = {manifest.id: number for number, manifest in enumerate(catalog.all(DatasetManifest))}
+    oldest_first = sorted(plan.datasets, key=lambda affected: age[affected.id])
+    for affected in oldest_first if options.retrain != "none" else ():
         old = catalog.get_as(DatasetManifest, affected.id)
         values: Facts = {"name": old.name, "base_model": old.base_model, "release": {"alias": "none"}}
         config = parse(RunConfig, values | {"data": without_datasets(old.config, replacements)})
@@ -62,9 +65,11 @@ def retrain(
             runs.append({"run": run.id, "fate": fate})
             continue
         record = records[run.id]
-        values = {**record.config, "base_model": versions.get(run.base_model, run.base_model), "deploy": None}
+        values = {**record.config, "base_model": versions.get(run.origin, run.origin), "deploy": None}
         config = parse(RunConfig, values | {"data": without_datasets(record.config["data"], datasets)})
-        new = pipeline.train(config, store)
+        new = pipeline.train(config, store, allow_archived=True)
+        if run.base_model in withdrawn and run.base_model != run.origin:  # a merged version, made anew for this run
+            versions[run.base_model] = new.base_model
         facts: Facts = {"run": run.id, "fate": fate, "new_run": new.id, "weights": files_digest(new.export)}
         judged = [version for version in of_run[run.id] if version.status in ("accepted", "rejected")]
         if judged:
@@ -77,13 +82,13 @@ def retrain(
 
 
 def _runs_in_use(plan: ErasurePlan, of_run: dict[str, list[ModelVersion]]) -> set[str]:
-    """Runs whose versions an alias routes to, and the runs of their base models."""
+    """Runs whose versions an alias routes to, and the runs of the versions that these started from."""
     named = {version for hit in plan.aliases.values() for version in hit}
     in_use: set[str] = set()
     for run in reversed(plan.runs):
         if any(version.id in named for version in of_run[run.id]):
             in_use.add(run.id)
-            named.add(run.base_model)
+            named.add(run.origin)
     return in_use
 
 
@@ -101,6 +106,6 @@ def fate_of(
         return "removed: the adapter was all that it made"
     if not datasets.get(run.dataset, run.dataset):
         return "removed: no row is left"
-    if run.base_model in withdrawn and run.base_model not in versions:
+    if run.origin in withdrawn and run.origin not in versions:
         return "removed: its base has no replacement"
     return "retrained"

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
 BOUNDS = {"--model", "--scope", "--rpm", "--tpm", "--concurrency", "--expires"}  # of an API key
 SURFACE = {
     "quickstart": {"--config", "--port", "--set"},
-    "init": {"--task", "--data", "--base-model", "--name", "--force"},
+    "init": {"--task", "--data", "--base-model", "--name", "--force", "--from"},
     "models import": {"--name", "--licence", "--alias"},
     "models check": set(),
     "models list": set(),
@@ -131,6 +131,7 @@ SURFACE = {
     "papers": {"--out", "--pack", "--power-w", "--base-flops"},
     "export mlflow": {"--uri", "--experiment", "--with-weights"},
     "trace": {"--file", "--subject"},
+    "cycles": {"--out"},
     "lineage": {"--to", "--rows", "--svg", "--html"},
     "reproduce": {"--rebuild-data", "--keep"},
     "diff": set(),

@@ -6,14 +6,19 @@ import json
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
+import fabricated
 import pytest
 from click.testing import CliRunner, Result
 
 from forge_ray.cli.init import TASKS, run_file_text
 from forge_ray.cli.main import cli
-from forge_ray.config.base import load
+from forge_ray.config.base import load, parse, resolved
 from forge_ray.config.run import RunConfig
+from forge_ray.records import ModelVersion
+from forge_ray.release import promotion
+from forge_ray.store.catalog import Catalog
 
 pytestmark = pytest.mark.unit
 
@@ -130,3 +135,71 @@ def test_a_name_that_no_run_may_have_is_refused_before_writing(folder: Path) -> 
     assert done.exit_code == 2
     assert "name='My Model'" in done.stderr
     assert os.listdir(folder) == []
+
+
+# ---------------------------------------------------------------- the next cycle
+
+RUN = {
+    "name": "support",
+    "base_model": "tiny",
+    "licence": "MIT",
+    "data": {"sources": [{"path": "old/*.jsonl"}], "sequence_length": 256, "splits": {"test": 0.2}},
+    "train": {"adapter": {"r": 4, "target_modules": ["q_proj"]}, "seed": 5, "init_from": "merge"},
+    "release": {"alias": "support@prod"},
+}
+
+
+def made(catalog: Catalog, weights: str = "adapter", **more: Any) -> ModelVersion:
+    """A version and the run that made it, with the settings `RUN`."""
+    config = resolved(parse(RunConfig, RUN))
+    run = fabricated.run(catalog, weights, "ds_1", "mv_base", config=config, train=config["train"])
+    return fabricated.version(catalog, f"v-{weights}", run.id, "mv_base", weights=weights, **more)
+
+
+def from_version(catalog: Catalog, *words: str) -> Result:
+    return init("--store", catalog.store.uri, "--force", *words)
+
+
+def test_the_next_cycle_has_the_settings_of_the_run_and_starts_from_its_version(catalog: Catalog) -> None:
+    version = made(catalog)
+    promotion.promote(catalog, version.id, "support@prod")
+    for reference in (version.id, "support@prod"):
+        done = from_version(catalog, "--from", reference)
+        assert done.exit_code == 0, done.output
+        config, before = load(RunConfig, "run.yaml"), parse(RunConfig, RUN)
+        assert (config.base_model, config.train.init_from, config.licence) == (version.id, "continue", "")
+        assert config.data == before.data
+        assert config.train == before.train.model_copy(update={"init_from": "continue"})
+        assert (config.name, config.release) == ("support", before.release)
+    text = Path("run.yaml").read_text(encoding="utf-8")
+    assert "Name the rows of this cycle." in text
+    assert max(map(len, text.splitlines())) <= 125
+    done = from_version(catalog, "--from", version.id, "--data", "new.jsonl", "--name", "again")
+    assert done.exit_code == 0, done.output
+    config = load(RunConfig, "run.yaml")
+    assert ([source.path for source in config.data.sources], config.name) == (["new.jsonl"], "again")
+    assert config.data.splits.test == 0.2
+
+
+def test_full_weights_need_no_init_from(catalog: Catalog) -> None:
+    done = from_version(catalog, "--from", made(catalog, "full").id)
+    assert done.exit_code == 0, done.output
+    config = load(RunConfig, "run.yaml")
+    assert config.train.init_from is None
+    assert config.train.adapter == parse(RunConfig, RUN).train.adapter
+
+
+def test_what_no_run_made_and_options_that_do_not_count_are_refused(catalog: Catalog, folder: Path) -> None:
+    base, trained = fabricated.version(catalog, "base"), made(catalog)
+    without_run = fabricated.version(catalog, "gone", "run_gone", "mv_base")
+    for words, message in (
+        (("--from", base.id), "was made by no run"),
+        (("--from", without_run.id), "the settings of run_gone"),
+        (("--from", "nobody"), "'nobody' is no id, alias or fingerprint"),
+        (("--from", trained.id, "--task", "chat"), "--task with --from"),
+        (("--from", trained.id, "--base-model", "x"), "--base-model with --from"),
+    ):
+        done = from_version(catalog, *words)
+        assert done.exit_code != 0
+        assert message in done.output
+    assert not (folder / "run.yaml").exists()

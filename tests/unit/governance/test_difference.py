@@ -363,7 +363,7 @@ def test_tensors_are_compared_by_value_kind_and_name(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from forge_ray.governance.reproduce import compare_tensors
+    from forge_ray.governance.tensors import compare_tensors
 
     old = {"same": torch.ones(3), "moved": torch.zeros(4), "kind": torch.ones(2), "gone": torch.ones(1)}
     new = {"same": torch.ones(3), "moved": torch.tensor([0.0, 0.0, 0.0, 0.25]), "kind": torch.ones(2).bfloat16()}

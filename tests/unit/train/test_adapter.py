@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import parse
-from forge_ray.config.train import Adapter, TrainConfig
+from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.train.adapter import coverage, quantised, with_adapter
 

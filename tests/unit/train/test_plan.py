@@ -191,7 +191,7 @@ def test_plan_needs_neither_data_nor_weights(
 
 
 def test_adapter_coverage_is_reported_before_training(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from forge_ray.config.train import Adapter
+    from forge_ray.config.adapter import Adapter
     from forge_ray.errors import ConfigError
     from forge_ray.store.catalog import Catalog
     from forge_ray.train.preflight import report_reach

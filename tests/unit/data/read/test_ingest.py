@@ -269,10 +269,7 @@ def test_sources_are_files_or_globs_sorted_and_named_once(tmp_path: Path, monkey
         names({"path": "none*.jsonl"})
     with pytest.raises(DataError, match=r"rows\.data' is that of no known format"):
         names({"path": "rows.data"})
-    with pytest.raises(
-        DataError, match=r"is a folder, and holds no dataset .*\nhint: name its files, for example .*deep/\*\*/"
-    ):
-        names({"path": "deep"})
+    assert names({"path": "deep"}) == [("deep/c.parquet", "parquet", 0)]
 
 
 @pytest.mark.parametrize(

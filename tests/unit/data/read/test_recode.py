@@ -63,12 +63,12 @@ def test_each_row_has_its_own_place(
     whole = head + join.join(parts) + ("]" if format == "json" else newline)
     path = tmp_path / "rows"
     path.write_bytes(whole.encode(encoding))
-    found = rows_of(path, format, encoding)
-    assert [value_of(raw) for raw in found] == texts
+    rows = rows_of(path, format, encoding)
+    assert [value_of(raw) for raw in rows] == texts
     places = [whole.index(part, sum(map(len, parts[:number]))) for number, part in enumerate(parts)]
-    assert [raw.offset for raw in found] == [len(whole[:place].encode(encoding)) for place in places]
+    assert [raw.offset for raw in rows] == [len(whole[:place].encode(encoding)) for place in places]
     first = 2 if format == "csv" else 1
-    assert [raw.line for raw in found] == list(range(first, first + len(texts)))
+    assert [raw.line for raw in rows] == list(range(first, first + len(texts)))
 
 
 def test_every_encoding_gives_each_character_bytes_of_its_own() -> None:
@@ -92,8 +92,8 @@ def test_bytes_that_are_not_of_the_encoding_cost_their_row(tmp_path: Path) -> No
     assert [raw.reason or json.loads(raw.raw or b"")["text"] for raw in raws] == ["café", "not cp1252", "€ 1"]
     assert [raw.offset for raw in raws] == [0, 17, 31]
     (tmp_path / "a.csv").write_bytes("a,b\n1,2\n3,4\n".encode("utf-16-le").replace(b"3\0", b"\0\xd8") + b"x")
-    found = [raw.reason or raw.value for raw in rows_of(tmp_path / "a.csv", "csv", "utf-16-le")]
-    assert found == [{"a": "1", "b": "2"}, "not utf-16-le", "not utf-16-le"]
+    rows = [raw.reason or raw.value for raw in rows_of(tmp_path / "a.csv", "csv", "utf-16-le")]
+    assert rows == [{"a": "1", "b": "2"}, "not utf-16-le", "not utf-16-le"]
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 \x81")
     assert [raw.reason for raw in rows_of(tmp_path / "a.txt", "text", "cp1252")] == ["not cp1252"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from forge_ray.config.base import resolved
 from forge_ray.config.data import DataConfig
-from forge_ray.data.read.sources import expand
+from forge_ray.data.read.sources import expand, folder_lines
 from forge_ray.data.read.splits import split_named
 from forge_ray.errors import DataError, NotFound
 
@@ -226,3 +226,74 @@ def test_settings_that_a_file_cannot_follow_are_refused(name: str, setting: str,
     with pytest.raises(DataError, match=f"'{name}' is {format}, which has no `{setting}`") as error:
         names("[ab].*" if format != "csv" else name, **{setting: value})
     assert error.value.hint == f"give the files that have one a source of their own, with `{setting}`"
+
+
+# ---------------------------------------------------------------- folders
+
+
+def lines_of(path: str, **source: str) -> list[str]:
+    return folder_lines(DataConfig.model_validate({"sources": [{"path": path, **source}]}))
+
+
+def test_a_folder_is_its_files_of_known_kinds(here: Path) -> None:
+    fill("corpus/b.jsonl", "corpus/a.md", "corpus/deep/er/c.csv.gz", "corpus/deep/page.HTML", "corpus/x?y.txt")
+    fill("corpus/.git/config.yaml", "corpus/.hidden.jsonl", "corpus/_SUCCESS", "corpus/deep/Thumbs.db")
+    fill("corpus/photo.PNG", "corpus/other.png", "corpus/LICENSE", "corpus/archive.tar.bz2")
+    expected = ["a.md", "b.jsonl", "deep/er/c.csv.gz", "deep/page.HTML", "x?y.txt"]
+    for spelled in ("corpus", "corpus/", f"{here}/corpus", f"file://{here}/corpus"):
+        assert names(spelled) == [f"corpus/{name}" for name in expected], spelled
+    assert lines_of("corpus") == [
+        "corpus: 2 text, 1 csv, 1 html, 1 jsonl",
+        "corpus: not read, of no known kind: 2 .png, 1 .bz2, 1 LICENSE",
+    ]
+    assert lines_of("corpus/*.md") == []
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match="the folder 'empty' holds no files"):
+        names("empty")
+
+
+def test_a_folder_without_known_files_is_refused_with_its_kinds() -> None:
+    fill("media/a.png", "media/sub/b.PNG", "media/README")
+    with pytest.raises(DataError, match=r"'media' holds 2 \.png, 1 README, and no file of a known kind") as caught:
+        names("media")
+    assert "JSONL" in (caught.value.hint or "")
+    fill("packed/rows.zip", "packed/a.png")
+    with pytest.raises(DataError, match=r"1 \.png, 1 \.zip") as caught:
+        names("packed")
+    assert caught.value.hint == "unpack it, and name the files in it"
+    fill(*(f"kinds/f.k{number}" for number in range(30)))
+    with pytest.raises(DataError, match="18 more kinds"):
+        names("kinds")
+    assert names("kinds", format="jsonl") == sorted(f"kinds/f.k{number}" for number in range(30))
+
+
+def test_links_in_a_folder_are_followed_inside_only() -> None:
+    fill("corpus/blobs/0123", "corpus/real.jsonl", "corpus/sub/a.jsonl", "outside/secret.jsonl")
+    Path("corpus/named.jsonl").symlink_to("blobs/0123")
+    Path("corpus/again.jsonl").symlink_to("real.jsonl")
+    Path("corpus/loop").symlink_to(".")
+    Path("corpus/sub2").symlink_to("sub")
+    assert names("corpus") == ["corpus/named.jsonl", "corpus/real.jsonl", "corpus/sub/a.jsonl"]
+    Path("corpus/way-out").symlink_to("../outside")
+    with pytest.raises(DataError, match=r"'corpus/way-out' is a link to .*outside', which is not in the folder"):
+        names("corpus")
+    Path("corpus/way-out").unlink()
+    Path("corpus/leak.jsonl").symlink_to("../outside/secret.jsonl")
+    with pytest.raises(DataError, match=r"'corpus/leak.jsonl' is a link to"):
+        names("corpus")
+
+
+def test_splits_tables_and_saved_datasets_in_a_folder() -> None:
+    fill("corpus/chats_train.jsonl", "corpus/chats_test.jsonl", "corpus/notes.md")
+    with pytest.raises(DataError, match="'corpus' holds several splits"):
+        names("corpus")
+    assert names("corpus", split="train") == ["corpus/chats_train.jsonl", "corpus/notes.md"]
+    fill("lake/table/part.parquet", "lake/table/_delta_log/0.json", "lake/a.jsonl")
+    with pytest.raises(DataError, match="is a Delta table"):
+        names("lake")
+    fill("mixed/a.jsonl", "mixed/saved/data-00000-of-00001.arrow", "mixed/saved/dataset_info.json")
+    Path("mixed/saved/state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    fill("mixed/app/state.json")  # of some program: no data set is next to it
+    assert names("mixed") == ["mixed/a.jsonl", "mixed/app/state.json", "mixed/saved/data-00000-of-00001.arrow"]
+    fill("hub/data/train-00000-of-00001.parquet", "hub/README.md")
+    assert names("hub") == ["hub/data/train-00000-of-00001.parquet"]  # a folder of the hub, as before

@@ -136,8 +136,8 @@ def test_a_file_that_is_no_workbook_is_one_row(tmp_path: Path) -> None:
         assert reason.startswith("unreadable XLSX: ")
     for bad, reason in ((b"\xd0\xcf\x11\xe0" + bytes(600), "an Office file with a password"), (b"<html>", "an HTML page")):
         path.write_bytes(bad)
-        ((_, found),) = rows_of(path)
-        assert found.startswith(f"the file is {reason}")
+        ((_, problem),) = rows_of(path)
+        assert problem.startswith(f"the file is {reason}")
 
 
 def test_the_package_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

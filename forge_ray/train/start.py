@@ -1,0 +1,198 @@
+"""What a run starts from: full weights, an adapter that is trained on, or the two added up.
+
+A run on an adapter version (`base_model`) says with `train.init_from` which it means. `continue`: the base of that version,
+with its adapter as the initial one. `merge`: a `merged` version of the store, which is made once for each adapter version
+and is a base model like any other. torch is imported where weights are looked at alone: a build of a dataset asks here too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge_ray.config.adapter import Adapter
+from forge_ray.config.curate import HeldOut
+from forge_ray.config.data import DataConfig
+from forge_ray.config.train import TrainConfig
+from forge_ray.errors import ConfigError, NotFound
+from forge_ray.progress import stage
+from forge_ray.records import DatasetManifest, ModelVersion, RunRecord, files_digest
+from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.erased import refuse_erased
+from forge_ray.store.owner import owner_mark
+
+
+@dataclass(frozen=True)
+class Start:
+    """`base` has full weights; `initial` is the version whose adapter is trained on, None where it is a new one."""
+
+    base: ModelVersion
+    initial: ModelVersion | None = None
+
+
+def full_base(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> ModelVersion:
+    """The full weights below the version that a run file names, whose tokenizer its rows are built with. Raises
+    `ConfigError` where `init_from` does not fit the version, `NotFound` where the base of an adapter is gone."""
+    if named.weights == "full":
+        if train.init_from:
+            raise ConfigError(
+                f"train.init_from={train.init_from} says how a run starts from an adapter, and base_model {named.id} has"
+                " full weights",
+                hint="remove train.init_from, or name an adapter version as base_model",
+            )
+        return named
+    if train.init_from is None:
+        raise ConfigError(
+            f"base_model {named.id} is an adapter on {named.base_model}, and train.init_from does not say how to start from"
+            " it",
+            hint="train.init_from=continue trains this adapter on, on the same base; train.init_from=merge adds it to its"
+            " base and trains a new adapter, or every weight, on the sum",
+        )
+    if not catalog.has(named.base_model) or not catalog.store.is_published(paths.model(named.base_model)):
+        raise NotFound(
+            f"base_model {named.id} is an adapter on {named.base_model}, whose files are not in this store",
+            hint=f"restore models/{named.base_model} and its record from a backup",
+        )
+    return catalog.get_as(ModelVersion, named.base_model)
+
+
+def started_from(catalog: Catalog, version: ModelVersion) -> str:
+    """The version that comes before this one: the adapter that its run trained on, else its base."""
+    run = catalog.get_as(RunRecord, version.run) if version.run and catalog.has(version.run) else None
+    return run.initial_adapter if run and run.initial_adapter else version.base_model
+
+
+def chain_of(catalog: Catalog, version: ModelVersion) -> Iterator[ModelVersion]:
+    """The version, the one that its run started from, and so on to the imported model."""
+    seen: set[str] = set()
+    while version.id not in seen:
+        seen.add(version.id)
+        yield version
+        before = started_from(catalog, version)
+        if not before or not catalog.has(before):
+            return
+        version = catalog.get_as(ModelVersion, before)
+
+
+def with_held_out(catalog: Catalog, named: ModelVersion, data: DataConfig) -> DataConfig:
+    """The settings of the rows of a run on `named`, with a rule that keeps the test records of earlier cycles out of its
+    training. It is added only where these settings could train on one: where the share of the test split fell."""
+    runs = [catalog.get_as(RunRecord, v.run) for v in chain_of(catalog, named) if v.run and catalog.has(v.run)]
+    before = dict.fromkeys(run.dataset for run in runs if catalog.has(run.dataset))
+    manifests = [catalog.get_as(DatasetManifest, dataset) for dataset in before]
+    larger = [one.id for one in manifests if one.config.get("splits", {}).get("test", 0.0) > data.splits.test]
+    stated = {dataset for rule in data.curate if rule.rule == "held_out" for dataset in rule.against}
+    missing = tuple(dataset for dataset in larger if dataset not in stated)
+    if not missing:
+        return data
+    return data.model_copy(update={"curate": (*data.curate, HeldOut(rule="held_out", against=missing))})
+
+
+def start_of(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> Start:
+    """What a run on the version starts from; the merged version is made now where there is none yet."""
+    base = full_base(catalog, named, train)
+    if train.init_from == "merge":
+        return Start(merged_version(catalog, named) or _merge(catalog, named, base))
+    return Start(base, named if train.init_from == "continue" else None)
+
+
+def merged_version(catalog: Catalog, adapter: ModelVersion) -> ModelVersion | None:
+    """The version of an adapter and its base added up, if it is in the store."""
+    for version in catalog.all(ModelVersion):
+        is_of_adapter = version.status == "merged" and version.base_model == adapter.id
+        if is_of_adapter and catalog.store.is_published(paths.model(version.id)):
+            return version
+    return None
+
+
+def _merge(catalog: Catalog, adapter: ModelVersion, base: ModelVersion) -> ModelVersion:
+    """Add an adapter to its base: the sum in fp32, rounded once to the dtype of the base."""
+    from forge_ray.train.model import merge_adapter
+
+    store = catalog.store
+    catalog.check_may("models")
+    staging = paths.model(f".merging-{adapter.id}-{owner_mark()}")
+    try:
+        with stage("merge") as it:
+            full = store.fetch_dir(paths.model(base.id), files=base.files)
+            low_rank = store.fetch_dir(paths.model(adapter.id), files=adapter.files)
+            with store.staged_dir(staging) as folder:
+                merge_adapter(full, low_rank, folder)
+            files = store.files(staging)
+            version = ModelVersion(
+                name=adapter.name,
+                status="merged",
+                weights="full",
+                files=files,
+                files_digest=files_digest(files),
+                base_model=adapter.id,
+                licence=adapter.licence,
+                source=f"{adapter.id} merged into {base.id}",
+            ).sealed()
+            is_known = catalog.has(version.id)
+            store.move_dir(staging, paths.model(version.id))
+            for origin in (adapter.id, base.id):
+                refuse_erased(store, version.id, version=origin, folder="" if is_known else paths.model(version.id))
+            version = catalog.put(version)
+            it.done(f"{version.id}  {version.source}")
+            return version
+    finally:
+        store.delete_dir(staging)
+
+
+def refuse_other_adapter(catalog: Catalog, start: Start, adapter: Adapter | None) -> None:
+    """Raise `ConfigError` where `train.adapter` is not the adapter that is trained on: of another rank, scale or method, or
+    on other weights. Shapes alone are looked at."""
+    from forge_ray.train.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, shapes_of
+
+    version = start.initial
+    if version is None or adapter is None:
+        return
+    store = catalog.store
+    folder = store.fetch_dir(paths.model(version.id), files=version.files)
+    stored = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    method = "dora" if stored.get("use_dora") else "rslora" if stored.get("use_rslora") else "lora"
+    theirs = {"method": method, "r": stored["r"], "alpha": stored["lora_alpha"]}
+    other = {name: value for name, value in theirs.items() if getattr(adapter, name) != value}
+    if other:
+        is_set = " ".join(f"train.adapter.{name}={getattr(adapter, name)}" for name in other)
+        raise ConfigError(
+            f"{is_set}: the adapter of {version.id} has {' '.join(f'{name}={value}' for name, value in other.items())}, and"
+            " init_from=continue trains that one on",
+            hint=f"set {' '.join(f'train.adapter.{name}={value}' for name, value in other.items())}, or"
+            " train.init_from=merge for another adapter",
+        )
+    base = store.fetch_dir(paths.model(start.base.id), files=start.base.files, verify=False)
+    own, kept = _weights_of_new(base, adapter), shapes_of(folder / ADAPTER_WEIGHTS)
+    if own != kept:
+        more, fewer = _layers(own, kept), _layers(kept, own)
+        raise ConfigError(
+            f"train.adapter reaches other weights than the adapter of {version.id}, which init_from=continue trains on:"
+            + (f" also {', '.join(more)}" if more else "")
+            + (f"{' and' if more else ''} not {', '.join(fewer)}" if fewer else ""),
+            hint=f"set target_modules and target_parameters as in the run that made it ({version.run}; `forge init --from"
+            f" {version.id}` writes them), or train.init_from=merge for another adapter",
+        )
+
+
+def _weights_of_new(base: Path, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that a new adapter would have."""
+    import torch
+    from peft import get_peft_model_state_dict
+
+    from forge_ray.models.architecture import empty_model
+    from forge_ray.train.adapter import with_adapter
+
+    with torch.device("meta"):
+        model = with_adapter(empty_model(base), adapter)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def _layers(some: dict[str, tuple[int, ...]], others: dict[str, tuple[int, ...]]) -> list[str]:
+    """The kinds of layers that only `some` has, or has in another shape."""
+    names = [name.partition(".lora_")[0] for name in some if some[name] != others.get(name)]
+    return sorted({name.rpartition(".")[2] for name in names})
