@@ -368,7 +368,8 @@ RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport
 
 # fmt: off
 EventKind = Literal[
-    "alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction", "upgrade", "export"
+    "alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction", "upgrade",
+    "export",
 ]
 # fmt: on
 

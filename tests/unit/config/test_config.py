@@ -172,7 +172,7 @@ def test_a_missing_section_is_named() -> None:
         ),
         (("train.export=merged",), "train: export=merged without an adapter", "remove train.export, or add train.adapter"),
         (
-            ("data.splits={validation: 0.5, test: 0.5}",),
+            ("data.splits={validation: 0.6, test: 0.5}",),
             "data.splits: splits.validation=0.6 + splits.test=0.5 are more than all records",
             "keep their sum below 1, or at 1 for a dataset that is only evaluated",
         ),
