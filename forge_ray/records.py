@@ -362,7 +362,18 @@ RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport
 
 
 EventKind = Literal[
-    "alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction", "upgrade"
+    "alias",
+    "run",
+    "deployment",
+    "model",
+    "key",
+    "signer",
+    "policy",
+    "approval",
+    "erasure",
+    "reproduction",
+    "removal",
+    "upgrade",
 ]
 
 

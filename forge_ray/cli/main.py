@@ -28,6 +28,7 @@ from forge_ray.cli.papers import PAPERS
 from forge_ray.cli.reproduce import REPRODUCTION
 from forge_ray.cli.runs import runs
 from forge_ray.cli.serve import SERVING, wait_for_ctrl_c
+from forge_ray.cli.store import store as store_group
 from forge_ray.cli.terminal import echo, show_exception
 from forge_ray.cli.trace import TRACING
 from forge_ray.cli.trust import TRUST
@@ -50,7 +51,7 @@ SECTIONS = {
     "Serve": ("serve", "deploy", "undeploy", "alias", "gateway", "chat"),
     "Access": ("keys", "usage"),
     "Governance": ("trace", "lineage", "audit", "verify", "signers", "policy", "approve", "sign", "erase", "papers"),
-    "Cluster and store": ("submit", "catalog", "doctor"),
+    "Cluster and store": ("submit", "store", "catalog", "doctor"),
 }
 
 
@@ -82,6 +83,7 @@ COMMANDS = (
     EVALUATE,
     *PAPERS,
     catalog,
+    store_group,
 )
 for command in COMMANDS:
     cli.add_command(command)

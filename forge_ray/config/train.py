@@ -339,6 +339,11 @@ class TrainConfig(Config):
             )
         return self
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint that validated best stays besides the newest."""
+        return self.validation.keep_best or self.export_step == "best"
+
     def identity(self) -> dict[str, Any]:
         """The settings that determine the weights. Not among them: validation, checkpoints, number of workers, sequence
         parallelism, parameter offload, trackers, and guards, whose interventions are the incidents of the record. Validation

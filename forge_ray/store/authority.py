@@ -35,6 +35,7 @@ MAY: dict[str, tuple[Role, ...]] = {
     "key events": ("releaser", "owner"),
     "approval events": ("data_steward", "validator", "releaser"),
     "reproduction events": ("trainer", "validator", "auditor"),
+    "removal events": ("owner", "data_steward", "trainer"),
     "signer events": ("owner",),
     "policy events": ("owner",),
     "upgrade events": ("owner",),

@@ -59,6 +59,8 @@ def is_readable(event: Event) -> bool:
                 return data["decision"] in ("approve", "refuse") and isinstance(data["alias"], str)
             case "key":
                 return isinstance(data["action"], str)
+            case "removal":
+                return all(isinstance(data[name], str) for name in ("action", "by", "why"))
             case "erasure" | "deployment" | "run":
                 return isinstance(data["state"], str)
     except (ForgeError, ValidationError, LookupError, TypeError, ValueError, AttributeError):

@@ -93,8 +93,8 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
     number = agree(number, context)
     if context.is_first:
         checkpoint.sweep(store, job.run)
-    keep_best = config.validation.keep_best or config.export_step == "best"
-    saver = Saver(engine, store, context, config.checkpoint.keep, config.checkpoint.asynchronous, keep_best, job.base.id)
+    keep, in_background = config.checkpoint.keep, config.checkpoint.asynchronous
+    saver = Saver(engine, store, context, keep, in_background, config.keeps_best, job.base.id)
     validations = open_validations(job, context, first_step, planned_steps, guards.left_out.digest)
     if restored and validations.ask(first_step):
         launch.report({"step": first_step}, job, paths.checkpoint(job.run, first_step), validate=True)
