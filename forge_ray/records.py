@@ -361,20 +361,8 @@ class Erasure(Record):
 RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment, Erasure)
 
 
-EventKind = Literal[
-    "alias",
-    "run",
-    "deployment",
-    "model",
-    "key",
-    "signer",
-    "policy",
-    "approval",
-    "erasure",
-    "reproduction",
-    "removal",
-    "upgrade",
-]
+AuthorityEvent = Literal["signer", "policy", "approval", "upgrade"]
+EventKind = Literal[AuthorityEvent, "alias", "run", "deployment", "model", "key", "erasure", "reproduction", "removal"]
 
 
 class Event(Frozen):

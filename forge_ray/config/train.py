@@ -341,7 +341,6 @@ class TrainConfig(Config):
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the checkpoint that validated best stays besides the newest."""
         return self.validation.keep_best or self.export_step == "best"
 
     def identity(self) -> dict[str, Any]:

@@ -62,24 +62,23 @@ def opened(store: Store) -> dict[str, str]:
     if not store.is_local:
         return {}
     root, files = f"{os.path.realpath(store.root)}/", {}
-    for process in Path("/proc").glob("[0-9]*"):
-        if process.name == str(os.getpid()):
-            continue
-        with contextlib.suppress(OSError):
-            for name in _open_files(process):
-                if name.startswith(root):
-                    files[name.removeprefix(root)] = f"in use: open in pid {process.name}"
+    for process in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        if process.isdecimal() and int(process) != os.getpid():
+            with contextlib.suppress(OSError):
+                for name in _open_files(f"/proc/{process}", root):
+                    files[name.removeprefix(root)] = f"in use: open in pid {process}"
     return files
 
 
-def _open_files(process: Path) -> Iterator[str]:
-    for link in (process / "fd").iterdir():
+def _open_files(process: str, root: str) -> Iterator[str]:
+    for link in os.listdir(f"{process}/fd"):
         with contextlib.suppress(OSError):
-            yield os.readlink(link)
-    for line in (process / "maps").read_text(errors="replace").splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6:
-            yield fields[5]
+            if (name := os.readlink(f"{process}/fd/{link}")).startswith(root):
+                yield name
+    maps = Path(process, "maps").read_text(errors="replace")
+    for line in maps.splitlines() if root in maps else ():
+        if root in line:
+            yield root + line.partition(root)[2]
 
 
 def above(path: str) -> list[str]:

@@ -13,7 +13,7 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.owner import is_alive
 from forge_ray.store.removed import original
-from forge_ray.store.uses import above, is_living, marked, opened
+from forge_ray.store.uses import above, is_living, marked
 from forge_ray.train import attempts, run_folder
 
 UNMARKED_DAYS = 1.0  # a half-built folder whose process is unknown counts as in use for so long
@@ -22,14 +22,14 @@ MODELS = "models"  # the folder of all
 Held = dict[str, list[str]]
 
 
-def holds(catalog: Catalog, items: Iterable[Item]) -> Held:
-    """Name of an item → why it must stay, as of now. The catalogue is brought up to date first."""
+def holds(catalog: Catalog, items: Iterable[Item], in_files: dict[str, str]) -> Held:
+    """Name of an item → why it must stay, as of now. The catalogue is brought up to date first. `in_files`: files that
+    processes hold open (`uses.opened`)."""
     catalog.sync()
     items = list(items)
     held: Held = {}
     for folder, reason in [*_traffic(catalog), *_trainings(catalog), *marked(catalog.store).items()]:
         held.setdefault(folder, []).append(reason)
-    in_files = opened(catalog.store)
     by_folder: Held = {}
     for path, reason in in_files.items():
         for folder in above(path):

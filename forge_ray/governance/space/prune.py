@@ -16,6 +16,7 @@ from forge_ray.governance.space.holds import Held, holds, unfinished_erasures
 from forge_ray.governance.space.survey import Survey, survey
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.removed import delete_aside, put_back, removal, set_aside
+from forge_ray.store.uses import opened
 
 Progress = Callable[[int, int], None]
 
@@ -45,7 +46,7 @@ class Pruned:
 def examine(catalog: Catalog, policy: Policy) -> Space:
     """The items of the store and the decision about each. Removes nothing."""
     whole = survey(catalog)
-    decisions = decide(whole.items, holds(catalog, whole.items), policy)
+    decisions = decide(whole.items, holds(catalog, whole.items, opened(catalog.store)), policy)
     removals = [path for decision in decisions if decision.removes for path in decision.item.paths]
     return Space(whole, tuple(decisions), whole.freed(removals))
 
@@ -65,7 +66,7 @@ def prune(catalog: Catalog, policy: Policy, progress: Progress = lambda done, to
     for number, decision in enumerate(space.removals):
         name = decision.item.name
         try:
-            stays = _remove(catalog, decision, lambda: _current(catalog, items, policy, left))
+            stays = _remove(catalog, decision, lambda files: _current(catalog, items, policy, left, files))
         except OSError as error:
             stays = [f"could not be removed: {error.strerror or error}"]
         if stays:
@@ -78,16 +79,17 @@ def prune(catalog: Catalog, policy: Policy, progress: Progress = lambda done, to
     return Pruned(tuple(removed), freed, left)
 
 
-def _current(catalog: Catalog, items: dict[str, Item], policy: Policy, left: Held) -> Held:
+def _current(catalog: Catalog, items: dict[str, Item], policy: Policy, left: Held, files: dict[str, str]) -> Held:
     """Why items stay, decided again with what holds them now. What could not be removed stays too, with what it needs."""
-    decisions = decide(list(items.values()), holds(catalog, items.values()) | left, policy)
+    decisions = decide(list(items.values()), holds(catalog, items.values(), files) | left, policy)
     return {decision.item.name: list(decision.why) for decision in decisions if not decision.removes}
 
 
-def _remove(catalog: Catalog, decision: Decision, current: Callable[[], Held]) -> list[str]:
+def _remove(catalog: Catalog, decision: Decision, current: Callable[[dict[str, str]], Held]) -> list[str]:
     """Remove one item; or return why it stays after all."""
     store, item = catalog.store, decision.item
-    if reasons := current().get(item.name):
+    files = opened(store)
+    if reasons := current(files).get(item.name):
         return reasons
     moved = []
     for path in item.paths:
@@ -96,7 +98,7 @@ def _remove(catalog: Catalog, decision: Decision, current: Callable[[], Held]) -
                 moved.append((set_aside(store, path), path))
     if not moved:
         return ["another process removed it"]
-    if store.is_local and (reasons := current().get(item.name)):
+    if store.is_local and (reasons := current(files).get(item.name)):
         for aside, path in moved:
             put_back(store, aside, path)
         return reasons
