@@ -66,7 +66,7 @@ def store_du(store: Store, as_json: bool, checkpoints: str, unreleased_days: flo
     """Show what uses disk space, what keeps it, and what could go.
 
     Largest first. A file with several names (hard links) is counted once."""
-    from forge_ray.cli.show import print_table, size
+    from forge_ray.cli.show import size
     from forge_ray.governance.space.prune import examine
     from forge_ray.store.catalog import Catalog
 
@@ -74,10 +74,8 @@ def store_du(store: Store, as_json: bool, checkpoints: str, unreleased_days: flo
         space = examine(catalog, _policy(checkpoints, unreleased_days, caches, base_models))
     decisions = sorted(space.decisions, key=lambda decision: (-decision.item.size, decision.item.name))
     if not as_json:
-        rows = [
-            (decision.item.name, decision.item.kind, size(decision.item.size), _verdict(decision)) for decision in decisions
-        ]
-        print_table(store.place, ("what", "kind", "size", "kept for, or why it could go"), rows)
+        for decision in decisions:
+            _print(decision, "could go: " if decision.removes else "")
         echo(f"{size(space.survey.size)} in all; `forge store prune` would free {size(space.freed)}")
     return {"bytes": space.survey.size, "could_free": space.freed, "items": [_to_json(one) for one in decisions]}
 
@@ -98,7 +96,7 @@ def store_prune(
 
     Kept whatever the options say: what an alias or a deployment serves, what a process uses, a released version and all that
     its reproduction, trace and erasure need. Records and the audit log stay, with an event for each removal."""
-    from forge_ray.cli.show import print_table, size
+    from forge_ray.cli.show import size
     from forge_ray.governance.space import prune as pruning
     from forge_ray.progress import stage
     from forge_ray.store.catalog import Catalog
@@ -114,9 +112,8 @@ def store_prune(
             space = pruning.examine(catalog, policy)
         removals, freed, left = space.removals, space.freed, {}
     if not as_json:
-        rows = [(one.item.name, one.item.kind, size(one.item.size), one.why[0]) for one in removals]
-        if rows:
-            print_table("Removed" if applies else "Would be removed", ("what", "kind", "size", "why"), rows)
+        for one in removals:
+            _print(one, "removed: " if applies else "would be removed: ")
         for name, reasons in left.items():
             echo(f"kept: {name}: {'; '.join(reasons)}")
         hint = "" if applies or not removals else "; --apply removes it"
@@ -124,10 +121,14 @@ def store_prune(
     return {"applied": applies, "freed": freed, "removed": [_to_json(one) for one in removals], "left": left}
 
 
-def _verdict(decision: Decision) -> str:
+def _print(decision: Decision, verdict: str) -> None:
+    """One item in two lines: its size, kind and name; why it stays or goes."""
+    from forge_ray.cli.show import size
+
     more = len(decision.why) - 2
-    text = "; ".join(decision.why[:2]) + (f"; and {more} more" if more > 0 else "")
-    return f"could go: {text}" if decision.removes else text
+    why = "; ".join(decision.why[:2]) + (f"; and {more} more reasons" if more > 0 else "")
+    echo(f"{size(decision.item.size):>10}  {decision.item.kind:<12}  {decision.item.name}")
+    echo(f"{'':26}{verdict}{why}")
 
 
 def _to_json(decision: Decision) -> dict[str, Any]:

@@ -96,7 +96,9 @@ def _verify_one(standing: Standing, record: Record, trusted: dict[str, signing.P
         stored = _parsed(type(record), content, path)
         if not isinstance(record, RunRecord) and stored.sealed().id != record.id:
             raise PolicyError("the record's content does not match its id: it was changed", hint="restore it from a backup")
-        absent = why_absent(standing, folder_of(stored))
+        # a released version is never removed: its missing files are a problem, whatever an event says
+        is_released = isinstance(stored, ModelVersion) and stored.status == "accepted"
+        absent = "" if is_released else why_absent(standing, folder_of(stored))
         what = f"its files were {absent}" if absent else check_files(store, stored)
         sha256 = hashlib.sha256(content).hexdigest()
         keys = trusted or authority.keys

@@ -106,7 +106,7 @@ def _ordered(items: Iterable[Item]) -> list[Item]:
 def judged(item: Item, policy: Policy) -> tuple[bool, str]:
     """Whether the policy lets an item go that nothing else keeps, and the reason either way."""
     is_old = item.idle_days >= policy.unreleased_days
-    age = f"unchanged for {item.idle_days:.0f} days" if is_old else f"within {policy.unreleased_days:g} days"
+    age = f"unchanged for {item.idle_days:.0f} days" if is_old else f"changed within {policy.unreleased_days:g} days"
     match item.kind:
         case "half-built":
             return True, "half-built, and its process has ended"
@@ -115,9 +115,9 @@ def judged(item: Item, policy: Policy) -> tuple[bool, str]:
                 return True, "a checkpoint of a run that has ended, and not one that --checkpoints keeps"
             if item.is_released:
                 return False, f"{' and '.join(sorted(item.roles))} checkpoint of a released run"
-            return is_old, f"checkpoint of an unreleased run, {age}"
+            return is_old, f"unreleased, {age}" if is_old else age
         case "version" | "export" | "evaluation" | "dataset":
-            return (False, "released") if item.is_released else (is_old, f"unreleased, {age}")
+            return (False, "released") if item.is_released else (is_old, f"unreleased, {age}" if is_old else age)
         case "reproduction":
             return is_old, age
         case "base model":

@@ -23,6 +23,9 @@ from forge_ray.train import checkpoint, validation
 
 DAY_S = 86400.0
 DERIVED = ("index", "cards")  # folders of a dataset version besides its own
+# names of what is being written or removed; other hidden files, such as the lock of the audit log, are in use for as long as
+# the store is
+HALF = (".tmp-", ".new-", ".old-", ".building-", ".importing-", ASIDE)
 UNSHOWN = "images of no dataset"
 # the first item in this order that has a file counts its bytes
 ORDER: tuple[Kind, ...] = (
@@ -103,7 +106,7 @@ def _place(path: str, catalog: Catalog, shown: set[str]) -> tuple[str, Kind, str
     """(name of the item, its kind, the folder or file of it) for one file."""
     parts = path.split("/")
     top = parts[0]
-    hidden = next((number for number, part in enumerate(parts) if part.startswith(".")), None)
+    hidden = next((number for number, part in enumerate(parts) if part.startswith(HALF)), None)
     is_aside = hidden is not None and parts[hidden].startswith(ASIDE)
 
     def upto(number: int, kind: Kind) -> tuple[str, Kind, str]:

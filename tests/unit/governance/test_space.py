@@ -245,6 +245,15 @@ def test_records_stay_and_explain_what_was_removed(store: Store, ids: dict[str, 
     assert "(removed)" in invoke(cli, ["data", "list", "--store", store.root]).output
 
 
+def test_a_released_version_without_files_is_a_problem_whatever_an_event_says(store: Store, ids: dict[str, str]) -> None:
+    folder = paths.model(ids["version"])
+    with Catalog.open(store) as catalog:
+        store.delete_dir(folder)
+        catalog.append(removed.removal((folder,), 1, "nobody needs it"))
+        checked = {one.id: one for one in verify_record(catalog, ids["version"])}
+    assert "is not in the store" in checked[ids["version"]].problem
+
+
 def test_removed_version_is_not_promoted(store: Store, ids: dict[str, str]) -> None:
     with Catalog.open(store) as catalog:
         other = version(catalog, "other")
@@ -347,6 +356,18 @@ def test_build_beside_keeps_its_files(store: Store, ids: dict[str, str]) -> None
     names = removed_names(store, everything)
     assert {work.WORK, paths.image("ab"), "datasets/ds_0000000000000000"} <= names
     assert store.exists(building)  # its process, this one, is running
+
+
+def test_hidden_files_in_use_stay_and_half_built_ones_go(store: Store, ids: dict[str, str]) -> None:
+    stay = ("audit/.lock", "keys/checkpoints.key", f"runs/{ids['trial run']}/.validate_storage_marker", "notes/mine.txt")
+    dead = work.owner_mark().replace(f".{os.getpid()}.", ".4194999.")
+    go = (f"records/.tmp-{dead}-1", f"models/.importing-x-{dead}/w", f"runs/{ids['trial run']}/checkpoints/.tmp-9-1/w")
+    for path in (*stay, *go):
+        store.write(path, b"x")
+    age(store)
+    removed_names(store, Policy(frozenset(), 0, caches=True, base_models=True))
+    assert [path for path in stay if not store.exists(path)] == []
+    assert [path for path in go if store.exists(path)] == []
 
 
 @pytest.mark.parametrize(
