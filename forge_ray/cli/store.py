@@ -12,7 +12,7 @@ from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from forge_ray.governance.space.decide import Decision, Policy
+    from forge_ray.governance.space.decide import ItemDecision, Retention
     from forge_ray.store.files import Store
 
 ROLES = ("last", "best")
@@ -50,14 +50,14 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _policy(checkpoints: str, unreleased_days: float, caches: bool, base_models: bool) -> Policy:
-    from forge_ray.governance.space.decide import Policy
+def _policy(checkpoints: str, unreleased_days: float, caches: bool, base_models: bool) -> Retention:
+    from forge_ray.governance.space.decide import Retention
 
     roles = {role.strip() for role in checkpoints.split(",")} - {""}
     if roles - {*ROLES, "none"} or not roles or ("none" in roles and len(roles) > 1):
         raise ConfigError(f"--checkpoints {checkpoints!r} is not one of last, best, none", hint="--checkpoints last,best")
     kept = frozenset(role for role in ("last", "best") if role in roles)
-    return Policy(kept, unreleased_days, caches, base_models)
+    return Retention(kept, unreleased_days, caches, base_models)
 
 
 @verb(store, "du", "forge store du")
@@ -121,7 +121,7 @@ def store_prune(
     return {"applied": applies, "freed": freed, "removed": [_to_json(one) for one in removals], "left": left}
 
 
-def _print(decision: Decision, verdict: str) -> None:
+def _print(decision: ItemDecision, verdict: str) -> None:
     """One item in two lines: its size, kind and name; why it stays or goes."""
     from forge_ray.cli.show import size
 
@@ -131,7 +131,7 @@ def _print(decision: Decision, verdict: str) -> None:
     echo(f"{'':26}{verdict}{why}")
 
 
-def _to_json(decision: Decision) -> dict[str, Any]:
+def _to_json(decision: ItemDecision) -> dict[str, Any]:
     item = decision.item
     return {
         "name": item.name,

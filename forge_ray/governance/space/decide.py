@@ -26,7 +26,7 @@ Role = Literal["last", "best"]
 
 
 @dataclass(frozen=True)
-class Item:
+class StoredItem:
     """A part of a store that stays or goes as a whole.
 
     `paths`: its folders and files, the first of which is its name. `size`: bytes; a file with several names (hard links)
@@ -50,7 +50,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Retention:
     """What `forge store prune` removes. The defaults are those of its options."""
 
     checkpoints: frozenset[Role] = frozenset({"last", "best"})  # that stay of a run that has ended
@@ -60,15 +60,15 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Decision:
+class ItemDecision:
     """Whether an item is removed, and why, or what keeps it."""
 
-    item: Item
+    item: StoredItem
     removes: bool
     why: tuple[str, ...]
 
 
-def decide(items: Sequence[Item], held: Mapping[str, Sequence[str]], policy: Policy) -> list[Decision]:
+def decide(items: Sequence[StoredItem], held: Mapping[str, Sequence[str]], policy: Retention) -> list[ItemDecision]:
     """The decision about each item. `held`: name → why it stays whatever the policy says. Nothing is removed that an item
     which stays needs. Removals are ordered: each comes behind every removal of an item that needs it."""
     by_name = {item.name: item for item in items}
@@ -89,11 +89,11 @@ def decide(items: Sequence[Item], held: Mapping[str, Sequence[str]], policy: Pol
                 waiting.append(need)
             kept.setdefault(need, []).append(f"needed by {name}")
     removals = [item for item in items if item.name not in kept]
-    stay = [Decision(item, False, tuple(dict.fromkeys(kept[item.name]))) for item in items if item.name in kept]
-    return [*stay, *(Decision(item, True, (judged(item, policy)[1],)) for item in _ordered(removals))]
+    stay = [ItemDecision(item, False, tuple(dict.fromkeys(kept[item.name]))) for item in items if item.name in kept]
+    return [*stay, *(ItemDecision(item, True, (judged(item, policy)[1],)) for item in _ordered(removals))]
 
 
-def _ordered(items: Iterable[Item]) -> list[Item]:
+def _ordered(items: Iterable[StoredItem]) -> list[StoredItem]:
     by_name = {item.name: item for item in items}
     sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(by_name, ()))
     for item in by_name.values():
@@ -103,7 +103,7 @@ def _ordered(items: Iterable[Item]) -> list[Item]:
     return [by_name[name] for name in sorter.static_order()]
 
 
-def judged(item: Item, policy: Policy) -> tuple[bool, str]:
+def judged(item: StoredItem, policy: Retention) -> tuple[bool, str]:
     """Whether the policy lets an item go that nothing else keeps, and the reason either way."""
     is_old = item.idle_days >= policy.unreleased_days
     age = f"unchanged for {item.idle_days:.0f} days" if is_old else f"changed within {policy.unreleased_days:g} days"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from forge_ray.data.build.work import WORK
 from forge_ray.governance.impact import StoreUses
-from forge_ray.governance.space.decide import Item
+from forge_ray.governance.space.decide import StoredItem
 from forge_ray.records import Deployment, Erasure, ModelVersion
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import paths
@@ -22,7 +22,7 @@ MODELS = "models"  # the folder of all
 Held = dict[str, list[str]]
 
 
-def holds(catalog: Catalog, items: Iterable[Item], in_files: dict[str, str]) -> Held:
+def holds(catalog: Catalog, items: Iterable[StoredItem], in_files: dict[str, str]) -> Held:
     """Name of an item → why it must stay, as of now. The catalogue is brought up to date first. `in_files`: files that
     processes hold open (`uses.opened`)."""
     catalog.sync()
@@ -109,13 +109,13 @@ def _is_building(catalog: Catalog) -> bool:
     return any(is_living(catalog.store, path, BUILD_S) for path in marks)
 
 
-def _of_builds(item: Item) -> list[str]:
+def _of_builds(item: StoredItem) -> list[str]:
     """A build reads the work area and a tokenizer, and writes images and folders that have no record yet."""
     reads = ("cache", "base model", "version", "images", "half-built")
     return ["a dataset is being built"] if item.kind in reads else []
 
 
-def _of_process(item: Item) -> list[str]:
+def _of_process(item: StoredItem) -> list[str]:
     """Why a half-built folder counts as being written."""
     if item.kind != "half-built":
         return []

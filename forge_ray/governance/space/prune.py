@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forge_ray.errors import PolicyError
-from forge_ray.governance.space.decide import Decision, Item, Policy, decide
+from forge_ray.governance.space.decide import ItemDecision, Retention, StoredItem, decide
 from forge_ray.governance.space.holds import Held, holds, unfinished_erasures
 from forge_ray.governance.space.survey import Survey, survey
 from forge_ray.store.catalog import Catalog
@@ -26,11 +26,11 @@ class Space:
     """What lies in a store and what a policy does with it. `freed`: bytes that the removals free."""
 
     survey: Survey
-    decisions: tuple[Decision, ...]
+    decisions: tuple[ItemDecision, ...]
     freed: int
 
     @property
-    def removals(self) -> list[Decision]:
+    def removals(self) -> list[ItemDecision]:
         return [decision for decision in self.decisions if decision.removes]
 
 
@@ -38,12 +38,12 @@ class Space:
 class Pruned:
     """What was removed, and what came into use before its turn (name → why)."""
 
-    removed: tuple[Decision, ...]
+    removed: tuple[ItemDecision, ...]
     freed: int
     left: dict[str, list[str]]
 
 
-def examine(catalog: Catalog, policy: Policy) -> Space:
+def examine(catalog: Catalog, policy: Retention) -> Space:
     """The items of the store and the decision about each. Removes nothing."""
     whole = survey(catalog)
     decisions = decide(whole.items, holds(catalog, whole.items, opened(catalog.store)), policy)
@@ -51,7 +51,7 @@ def examine(catalog: Catalog, policy: Policy) -> Space:
     return Space(whole, tuple(decisions), whole.freed(removals))
 
 
-def prune(catalog: Catalog, policy: Policy, progress: Progress = lambda done, total: None) -> Pruned:
+def prune(catalog: Catalog, policy: Retention, progress: Progress = lambda done, total: None) -> Pruned:
     """Remove what the policy lets go. Raises `PolicyError` where the signer may not, or an erasure is not finished."""
     catalog.check_may("removal events")
     if erasures := unfinished_erasures(catalog):
@@ -61,7 +61,7 @@ def prune(catalog: Catalog, policy: Policy, progress: Progress = lambda done, to
         )
     space = examine(catalog, policy)
     left: Held = {}
-    removed: list[Decision] = []
+    removed: list[ItemDecision] = []
     items = {item.name: item for item in space.survey.items}
     for number, decision in enumerate(space.removals):
         name = decision.item.name
@@ -79,13 +79,13 @@ def prune(catalog: Catalog, policy: Policy, progress: Progress = lambda done, to
     return Pruned(tuple(removed), freed, left)
 
 
-def _current(catalog: Catalog, items: dict[str, Item], policy: Policy, left: Held, files: dict[str, str]) -> Held:
+def _current(catalog: Catalog, items: dict[str, StoredItem], policy: Retention, left: Held, files: dict[str, str]) -> Held:
     """Why items stay, decided again with what holds them now. What could not be removed stays too, with what it needs."""
     decisions = decide(list(items.values()), holds(catalog, items.values(), files) | left, policy)
     return {decision.item.name: list(decision.why) for decision in decisions if not decision.removes}
 
 
-def _remove(catalog: Catalog, decision: Decision, current: Callable[[dict[str, str]], Held]) -> list[str]:
+def _remove(catalog: Catalog, decision: ItemDecision, current: Callable[[dict[str, str]], Held]) -> list[str]:
     """Remove one item; or return why it stays after all."""
     store, item = catalog.store, decision.item
     files = opened(store)

@@ -11,7 +11,7 @@ from forge_ray.errors import ForgeError
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.erasure.leftovers import FACT_FILES, FACTS
 from forge_ray.governance.impact import StoreUses
-from forge_ray.governance.space.decide import Item, Kind, Role
+from forge_ray.governance.space.decide import Kind, Role, StoredItem
 from forge_ray.governance.uses import Run
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, Record, RunRecord
 from forge_ray.store import paths
@@ -19,7 +19,6 @@ from forge_ray.store.catalog import Catalog
 from forge_ray.store.removed import ASIDE
 from forge_ray.store.uses import USES
 from forge_ray.store.walk import StoredFile, every_file
-from forge_ray.train import checkpoint, validation
 
 DAY_S = 86400.0
 DERIVED = ("index", "cards")  # folders of a dataset version besides its own
@@ -47,7 +46,7 @@ class _Part:
 class Survey:
     """The items of a store, largest first; `files` are all files, for the bytes that a removal frees."""
 
-    items: tuple[Item, ...]
+    items: tuple[StoredItem, ...]
     files: tuple[StoredFile, ...]
 
     @property
@@ -75,10 +74,10 @@ def survey(catalog: Catalog) -> Survey:
     store = catalog.store
     files = tuple(every_file(store))
     uses = StoreUses.of(catalog)
-    shown = _shown_images(catalog, files)
+    in_datasets = _shown_images(catalog, files)
     parts: dict[str, _Part] = {}
     for file in files:
-        name, kind, path = _place(file.path, catalog, shown)
+        name, kind, path = _place(file.path, catalog, in_datasets)
         part = parts.setdefault(name, _Part(kind))
         part.paths[path] = None
         part.files.append(file)
@@ -102,7 +101,7 @@ def _is_inside(path: str, prefixes: set[str]) -> bool:
     return any("/".join(parts[:end]) in prefixes for end in range(1, len(parts) + 1))
 
 
-def _place(path: str, catalog: Catalog, shown: set[str]) -> tuple[str, Kind, str]:
+def _place(path: str, catalog: Catalog, in_datasets: set[str]) -> tuple[str, Kind, str]:
     """(name of the item, its kind, the folder or file of it) for one file."""
     parts = path.split("/")
     top = parts[0]
@@ -122,7 +121,7 @@ def _place(path: str, catalog: Catalog, shown: set[str]) -> tuple[str, Kind, str
     if top in FACTS or (len(parts) == 1 and top.startswith(FACT_FILES)):
         return upto(1, "facts")
     if top == "images":
-        return upto(1, "images") if parts[-1] in shown else (UNSHOWN, "images", path)
+        return upto(1, "images") if parts[-1] in in_datasets else (UNSHOWN, "images", path)
     if len(parts) < 3 or top not in ("datasets", *DERIVED, "models", "evals", paths.run()):
         return upto(1, "other")
     if top == paths.run():
@@ -143,19 +142,19 @@ def _place(path: str, catalog: Catalog, shown: set[str]) -> tuple[str, Kind, str
 def _shown_images(catalog: Catalog, files: Iterable[StoredFile]) -> set[str]:
     """Names of the images that a dataset version of the store shows; all, where one cannot be read."""
     stored = {file.path.split("/", 1)[1] for file in files if file.path.startswith(paths.image(""))}
-    shown: set[str] = set()
+    images: set[str] = set()
     for manifest in catalog.datasets() if stored else ():
         try:
-            shown |= {name.removeprefix("sha256:") for name in closure.images(catalog.store, manifest.id)}
+            images |= {name.removeprefix("sha256:") for name in closure.images(catalog.store, manifest.id)}
         except (ForgeError, OSError, ValueError):
             return stored
-    return shown
+    return images
 
 
 # ---------------------------------------------------------------- what an item is of, and what it needs
 
 
-def _details(catalog: Catalog, uses: StoreUses, parts: dict[str, _Part]) -> dict[str, Item]:
+def _details(catalog: Catalog, uses: StoreUses, parts: dict[str, _Part]) -> dict[str, StoredItem]:
     """Name → the item without its files."""
     withdrawn = catalog.withdrawn()
     released = [one for one in catalog.all(ModelVersion) if one.status == "accepted" and one.id not in withdrawn]
@@ -164,13 +163,13 @@ def _details(catalog: Catalog, uses: StoreUses, parts: dict[str, _Part]) -> dict
     for name, part in parts.items():
         owner = "/".join(name.split("/")[:2]) if name.startswith(f"{paths.run()}/") else name
         newest[owner] = max([newest.get(owner, 0.0), *(file.modified for file in part.files)])
-    details: dict[str, Item] = {}
+    details: dict[str, StoredItem] = {}
     kept_steps: dict[str, dict[str, frozenset[Role]]] = {}
     for name, part in parts.items():
         pieces = name.split("/")
         owner = "/".join(pieces[:2]) if pieces[0] == paths.run() else name
         record = catalog.get(pieces[1]) if len(pieces) > 1 and catalog.has(pieces[1]) else None
-        item = Item((name,), part.kind, 0, _idle_days(max(newest[owner], _written(record))))
+        item = StoredItem((name,), part.kind, 0, _idle_days(max(newest[owner], _written(record))))
         run = uses.runs.get(pieces[1]) if pieces[0] == paths.run() and len(pieces) > 1 else None
         match part.kind:
             case "dataset":
@@ -225,6 +224,8 @@ def _needs_of_version(version: ModelVersion, uses: StoreUses, is_released: bool)
 
 def _kept_steps(catalog: Catalog, run: str) -> dict[str, frozenset[Role]]:
     """Name of a checkpoint → whether it is the run's last or best one. Where that cannot be read, each may be the best."""
+    from forge_ray.train import checkpoint, validation
+
     steps = checkpoint.steps(catalog.store, run)
     try:
         best = validation.best_step(catalog.store, run)

@@ -22,7 +22,7 @@ from forge_ray.doctor import stored
 from forge_ray.errors import NotFound, PolicyError
 from forge_ray.governance.reproduce import reproduce
 from forge_ray.governance.space import prune as pruning
-from forge_ray.governance.space.decide import Item, Kind, Policy, Role, decide
+from forge_ray.governance.space.decide import Kind, Retention, Role, StoredItem, decide
 from forge_ray.governance.space.prune import examine, prune
 from forge_ray.governance.trace import of_record, trace
 from forge_ray.governance.verify import verify_log, verify_record
@@ -36,17 +36,17 @@ from forge_ray.train import attempts
 
 pytestmark = pytest.mark.unit
 OLD_S = 90 * 86400.0
-NOW = Policy(unreleased_days=0)
+NOW = Retention(unreleased_days=0)
 ROLES: tuple[Role, ...] = ("last", "best")
 
 
 # ---------------------------------------------------------------- the decision
 
 
-def graph(rng: random.Random, count: int) -> tuple[list[Item], dict[str, list[str]], Policy]:
+def graph(rng: random.Random, count: int) -> tuple[list[StoredItem], dict[str, list[str]], Retention]:
     """Items that need any of those in front of them, some of them held, under any policy."""
     items = [
-        Item(
+        StoredItem(
             (f"item-{number}",),
             rng.choice(get_args(Kind)),
             rng.randrange(100),
@@ -61,10 +61,10 @@ def graph(rng: random.Random, count: int) -> tuple[list[Item], dict[str, list[st
     held = {item.name: ["alias prod"] for item in items if rng.random() < 0.2}
     kept = frozenset(role for role in ROLES if rng.random() < 0.5)
     rng.shuffle(items)
-    return items, held, Policy(kept, rng.choice([0.0, 30.0, 1e9]), rng.random() < 0.5, rng.random() < 0.5)
+    return items, held, Retention(kept, rng.choice([0.0, 30.0, 1e9]), rng.random() < 0.5, rng.random() < 0.5)
 
 
-def needed_by(name: str, items: Sequence[Item]) -> set[str]:
+def needed_by(name: str, items: Sequence[StoredItem]) -> set[str]:
     """Names of everything that an item needs, directly or through others."""
     by_name, reached, waiting = {item.name: item for item in items}, set[str](), [name]
     while waiting:
@@ -101,26 +101,34 @@ def test_nothing_held_or_needed_is_removed_at_any_moment() -> None:
 @pytest.mark.parametrize(
     ("item", "policy", "removes"),
     [
-        (Item(("c",), "checkpoint", 1, 0, is_finished=True), Policy(), True),
-        (Item(("c",), "checkpoint", 1, 0, is_finished=False), Policy(), False),
-        (Item(("c",), "checkpoint", 1, 0, is_finished=True, roles=frozenset({"best"})), Policy(), False),
-        (Item(("c",), "checkpoint", 1, 0, is_finished=True, roles=frozenset({"best"})), Policy(frozenset({"last"})), True),
-        (Item(("c",), "checkpoint", 1, 31, roles=frozenset({"last"})), Policy(), True),
-        (Item(("c",), "checkpoint", 1, 99, is_released=True, is_finished=True, roles=frozenset({"last"})), Policy(), False),
-        (Item(("d",), "dataset", 1, 29), Policy(), False),
-        (Item(("d",), "dataset", 1, 31), Policy(), True),
-        (Item(("v",), "version", 1, 99, is_released=True), Policy(), False),
-        (Item(("b",), "base model", 1, 99), Policy(), False),
-        (Item(("b",), "base model", 1, 99), Policy(base_models=True), True),
-        (Item(("b",), "base model", 1, 1), Policy(base_models=True), False),
-        (Item(("w",), "cache", 1, 0), Policy(), False),
-        (Item(("w",), "cache", 1, 0), Policy(caches=True), True),
-        (Item(("h",), "half-built", 1, 0), Policy(), True),
-        (Item(("i",), "images", 1, 0, is_released=True), Policy(), False),
-        (Item(("r",), "reproduction", 1, 2), Policy(), False),
+        (StoredItem(("c",), "checkpoint", 1, 0, is_finished=True), Retention(), True),
+        (StoredItem(("c",), "checkpoint", 1, 0, is_finished=False), Retention(), False),
+        (StoredItem(("c",), "checkpoint", 1, 0, is_finished=True, roles=frozenset({"best"})), Retention(), False),
+        (
+            StoredItem(("c",), "checkpoint", 1, 0, is_finished=True, roles=frozenset({"best"})),
+            Retention(frozenset({"last"})),
+            True,
+        ),
+        (StoredItem(("c",), "checkpoint", 1, 31, roles=frozenset({"last"})), Retention(), True),
+        (
+            StoredItem(("c",), "checkpoint", 1, 99, is_released=True, is_finished=True, roles=frozenset({"last"})),
+            Retention(),
+            False,
+        ),
+        (StoredItem(("d",), "dataset", 1, 29), Retention(), False),
+        (StoredItem(("d",), "dataset", 1, 31), Retention(), True),
+        (StoredItem(("v",), "version", 1, 99, is_released=True), Retention(), False),
+        (StoredItem(("b",), "base model", 1, 99), Retention(), False),
+        (StoredItem(("b",), "base model", 1, 99), Retention(base_models=True), True),
+        (StoredItem(("b",), "base model", 1, 1), Retention(base_models=True), False),
+        (StoredItem(("w",), "cache", 1, 0), Retention(), False),
+        (StoredItem(("w",), "cache", 1, 0), Retention(caches=True), True),
+        (StoredItem(("h",), "half-built", 1, 0), Retention(), True),
+        (StoredItem(("i",), "images", 1, 0, is_released=True), Retention(), False),
+        (StoredItem(("r",), "reproduction", 1, 2), Retention(), False),
     ],
 )
-def test_each_kind_by_the_policy(item: Item, policy: Policy, removes: bool) -> None:
+def test_each_kind_by_the_policy(item: StoredItem, policy: Retention, removes: bool) -> None:
     (decision,) = decide([item], {}, policy)
     assert decision.removes == removes
     assert not decide([item], {item.name: ["alias prod"]}, policy)[0].removes
@@ -160,16 +168,16 @@ def filled(store: Store) -> dict[str, str]:
         for name in ("released", "trial"):
             rows = [record_of(number) for number in range(20 if name == "released" else 30)]
             data = dataset(catalog, rows, name=name)
-            made = run(catalog, name, data.id, base.id, created_at="2020-01-01T00:00:00+00:00")
+            record = run(catalog, name, data.id, base.id, created_at="2020-01-01T00:00:00+00:00")
             for step in (1, 2, 3):
-                checkpoint(store, made.id, step)
-            weights(store, paths.export(made.id), name.encode() * 100)
-            judged = report(catalog, made.id, data.id, split="test", created_at="2020-01-01T00:00:00+00:00")
+                checkpoint(store, record.id, step)
+            weights(store, paths.export(record.id), name.encode() * 100)
+            judged = report(catalog, record.id, data.id, split="test", created_at="2020-01-01T00:00:00+00:00")
             store.write(paths.items(judged.id), b'{"record": "x"}\n')
-            ids |= {f"{name} dataset": data.id, f"{name} run": made.id, f"{name} report": judged.id}
+            ids |= {f"{name} dataset": data.id, f"{name} run": record.id, f"{name} report": judged.id}
             if name == "released":
-                tuned = version(catalog, name, made.id, base.id, evals=(judged.id,))
-                store.copy_dir(paths.export(made.id), paths.model(tuned.id))
+                tuned = version(catalog, name, record.id, base.id, evals=(judged.id,))
+                store.copy_dir(paths.export(record.id), paths.model(tuned.id))
                 promotion.promote(catalog, tuned.id, "prod")
                 ids["version"] = tuned.id
     age(store)
@@ -184,7 +192,7 @@ def ids(store: Store, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return filled(store)
 
 
-def removed_names(store: Store, policy: Policy, apply: bool = True) -> set[str]:
+def removed_names(store: Store, policy: Retention, apply: bool = True) -> set[str]:
     with Catalog.open(store) as catalog:
         decisions = prune(catalog, policy).removed if apply else examine(catalog, policy).removals
         return {decision.item.name for decision in decisions}
@@ -200,10 +208,10 @@ def test_released_work_stays_and_unreleased_work_goes(store: Store, ids: dict[st
         paths.dataset(ids["trial dataset"]),
     }
     before = sum(path.stat().st_blocks for path in Path(store.root).rglob("*"))
-    assert removed_names(store, Policy(), apply=False) == expected
+    assert removed_names(store, Retention(), apply=False) == expected
     assert sum(path.stat().st_blocks for path in Path(store.root).rglob("*")) == before
-    assert removed_names(store, Policy()) == expected
-    assert removed_names(store, Policy()) == set()
+    assert removed_names(store, Retention()) == expected
+    assert removed_names(store, Retention()) == set()
     for folder in (paths.export(released), paths.model(ids["version"]), paths.model(ids["base"])):
         store.fetch_dir(folder)
     assert store.exists(paths.dataset(ids["released dataset"]))
@@ -218,7 +226,7 @@ def test_released_work_stays_and_unreleased_work_goes(store: Store, ids: dict[st
 
 
 def test_records_stay_and_explain_what_was_removed(store: Store, ids: dict[str, str]) -> None:
-    removed_names(store, Policy())
+    removed_names(store, Retention())
     trial, data = ids["trial run"], ids["trial dataset"]
     with Catalog.read_only(store) as catalog:
         checked = {one.id: one for one in verify_record(catalog, trial)}
@@ -259,7 +267,7 @@ def test_removed_version_is_not_promoted(store: Store, ids: dict[str, str]) -> N
         other = version(catalog, "other")
         weights(store, paths.model(other.id))
         age(store)
-        assert paths.model(other.id) in {one.item.name for one in prune(catalog, Policy(base_models=True)).removed}
+        assert paths.model(other.id) in {one.item.name for one in prune(catalog, Retention(base_models=True)).removed}
         assert store.exists(paths.model(ids["base"]))  # which the released version needs
         with pytest.raises(NotFound, match=r"is not in the store any more \(removed on"):
             promotion.promote(catalog, other.id, "prod")
@@ -278,7 +286,7 @@ def test_deployed_and_recent_work_stays(store: Store, ids: dict[str, str]) -> No
         deployment(catalog, "trial", ids["version"], state="stopped")
         assert paths.model(candidate.id) in {one.item.name for one in prune(catalog, NOW).removed}
     weights(store, paths.export(trial))
-    assert paths.export(trial) not in removed_names(store, Policy())
+    assert paths.export(trial) not in removed_names(store, Retention())
 
 
 def test_dataset_stays_while_weights_or_items_of_it_are_there(store: Store, ids: dict[str, str]) -> None:
@@ -287,7 +295,7 @@ def test_dataset_stays_while_weights_or_items_of_it_are_there(store: Store, ids:
         for path in Path(store.root, folder).iterdir():
             os.utime(path)
         with Catalog.open(store) as catalog:
-            decisions = {one.item.name: one for one in examine(catalog, Policy()).decisions}
+            decisions = {one.item.name: one for one in examine(catalog, Retention()).decisions}
         dataset_decision = decisions[paths.dataset(ids["trial dataset"])]
         assert not dataset_decision.removes
         assert f"needed by {folder}" in dataset_decision.why
@@ -349,7 +357,7 @@ def test_build_beside_keeps_its_files(store: Store, ids: dict[str, str]) -> None
     store.write(unregistered, b"rows")
     mark = work.mark(store)
     age(store)
-    everything = Policy(frozenset(), 0, caches=True, base_models=True)
+    everything = Retention(frozenset(), 0, caches=True, base_models=True)
     removed_names(store, everything)
     assert all(map(store.exists, (f"{work.WORK}/piece.arrow", paths.image("ab"), building, unregistered, mark)))
     store.delete(mark)
@@ -365,7 +373,7 @@ def test_hidden_files_in_use_stay_and_half_built_ones_go(store: Store, ids: dict
     for path in (*stay, *go):
         store.write(path, b"x")
     age(store)
-    removed_names(store, Policy(frozenset(), 0, caches=True, base_models=True))
+    removed_names(store, Retention(frozenset(), 0, caches=True, base_models=True))
     assert [path for path in stay if not store.exists(path)] == []
     assert [path for path in go if store.exists(path)] == []
 
@@ -383,7 +391,7 @@ def test_killed_removal_leaves_a_whole_store(
     script = f"""
 import os, sys
 from forge_ray.governance.space import prune as pruning, survey
-from forge_ray.governance.space.decide import Policy
+from forge_ray.governance.space.decide import Retention
 from forge_ray.store import removed
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -403,7 +411,7 @@ if moment == "half":
 else:
     killing(moment)
 with Catalog.open(Store({store.root!r})) as catalog:
-    pruning.prune(catalog, Policy(unreleased_days=0))
+    pruning.prune(catalog, Retention(unreleased_days=0))
 """
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
@@ -454,7 +462,7 @@ def test_hard_links_count_once(store: Store, ids: dict[str, str]) -> None:
     assert one.st_ino == two.st_ino
     assert one.st_nlink == 2
     with Catalog.read_only(store) as catalog:
-        space = examine(catalog, Policy())
+        space = examine(catalog, Retention())
     inodes = {path.stat().st_ino: path.stat().st_size for path in Path(store.root).rglob("*") if path.is_file()}
     assert space.survey.size == sum(inodes.values())
     sizes = {item.name: item.size for item in space.survey.items}
