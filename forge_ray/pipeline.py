@@ -37,6 +37,7 @@ from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
 from forge_ray.store.home import expanded
+from forge_ray.store.removed import require
 
 if TYPE_CHECKING:
     from forge_ray.serve.gateway_config import GatewayConfig
@@ -139,7 +140,7 @@ def train_on(
     """Train on what the store holds; the sources of the rows are not looked at. `initial`: the version whose adapter is
     trained on, where it is not a new one."""
     from forge_ray.release.candidates import export_best
-    from forge_ray.train import attempts, follow, launch, run_folder
+    from forge_ray.train import attempts, checkpoint, follow, launch, run_folder
     from forge_ray.train.job import TrainJob, run_id
     from forge_ray.train.loop import train_loop
     from forge_ray.train.preflight import refuse_impossible, report_reach
@@ -181,6 +182,7 @@ def train_on(
                         launch.fit(train_loop, job, validate_checkpoint)
                 sinks.close(failed=False)
                 export_best(job)
+                checkpoint.tidy(store, identifier, config.train)
                 job.check_may_publish()
                 record = catalog.put(run_record(job, config))
         except TrainingError as error:
@@ -298,6 +300,8 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
                 licence=catalog.get_as(ModelVersion, record.base_model).licence,
             ).sealed()
             is_known = catalog.has(version.id)
+            if not store.is_published(paths.model(version.id)):
+                require(catalog, paths.export(record.id))
             store.copy_dir(paths.export(record.id), paths.model(version.id))
             for origin in (record.base_model, record.initial_adapter):
                 refuse_erased(store, version.id, manifest.id, origin, "" if is_known else paths.model(version.id))

@@ -366,12 +366,10 @@ class Erasure(Record):
 RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment, Erasure)
 
 
-# fmt: off
+AuthorityEvent = Literal["signer", "policy", "approval", "upgrade"]
 EventKind = Literal[
-    "alias", "run", "deployment", "model", "key", "signer", "policy", "approval", "erasure", "reproduction", "upgrade",
-    "export",
+    AuthorityEvent, "alias", "run", "deployment", "model", "key", "erasure", "reproduction", "removal", "export"
 ]
-# fmt: on
 
 
 class Event(Frozen):

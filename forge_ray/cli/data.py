@@ -53,11 +53,14 @@ def data_list(store: Store, as_json: bool) -> Any:
     from forge_ray.cli.show import print_table
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
+    from forge_ray.store.erased import withdrawn
 
     with Catalog.read_only(store) as index:
         manifests, present = index.all(DatasetManifest), {manifest.id for manifest in index.datasets()}
+        erased = withdrawn(store).datasets
     if not as_json:
-        names = {d.id: d.name if d.id in present else f"{d.name} (rows erased)" for d in manifests}
+        absent = {d.id: " (rows erased)" if d.id in erased else " (removed)" for d in manifests if d.id not in present}
+        names = {d.id: f"{d.name}{absent.get(d.id, '')}" for d in manifests}
         rows = [
             (
                 d.id,

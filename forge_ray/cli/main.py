@@ -29,6 +29,7 @@ from forge_ray.cli.papers import PAPERS
 from forge_ray.cli.reproduce import REPRODUCTION
 from forge_ray.cli.runs import runs
 from forge_ray.cli.serve import SERVING, wait_for_ctrl_c
+from forge_ray.cli.store import store as store_group
 from forge_ray.cli.terminal import echo, show_exception
 from forge_ray.cli.trace import TRACING
 from forge_ray.cli.trust import TRUST
@@ -63,7 +64,7 @@ SECTIONS = {
         "erase",
         "papers",
     ),
-    "Cluster and store": ("submit", "catalog", "doctor"),
+    "Cluster and store": ("submit", "store", "catalog", "doctor"),
 }
 
 
@@ -96,6 +97,7 @@ COMMANDS = (
     EVALUATE,
     *PAPERS,
     catalog,
+    store_group,
 )
 for command in COMMANDS:
     cli.add_command(command)

@@ -48,13 +48,22 @@ def runs_list(store: Store, as_json: bool) -> Any:
 def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
     """Show the starts, checkpoints and incidents of a run."""
     from forge_ray.errors import NotFound
+    from forge_ray.store import paths
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.store.removed import why_absent
     from forge_ray.train.diagnosis import facts, overview
 
     run = facts(store, run_id)
+    with Catalog.read_only(store) as catalog:
+        below = [path for path in catalog.subjects("removal") if path.startswith(f"{paths.run(run_id)}/")]
+        reasons = {path: why_absent(catalog.standing, path) for path in below}
+    run["removed"] = {path: reason for path, reason in reasons.items() if reason}
     if not run["starts"]:
         raise NotFound(f"{run_id!r} has never started", hint="`forge runs list` shows the runs of this store")
     if not as_json:
         echo(overview(run))
+        for path, reason in run["removed"].items():
+            echo(f"{path}: {reason}")
     return run
 
 

@@ -174,7 +174,7 @@ def print_plan(estimate: Estimate) -> None:
         ("worker memory", f"{size(memory.total)} plus libraries{limit}"),
         *((f"  {part}", size(getattr(memory, part))) for part in ("weights", "gradients", "optimizer", "working")),
         ("a checkpoint", size(plan.checkpoint_bytes)),
-        ("disk", size(estimate.disk_bytes)),
+        ("disk", f"{size(estimate.disk_bytes)}, of which {size(estimate.left_bytes)} stay after the run"),
     ]
     if estimate.seconds is not None:
         hours = estimate.seconds / 3600

@@ -314,6 +314,10 @@ class TrainConfig(Config):
             )
         return self
 
+    @property
+    def keeps_best(self) -> bool:
+        return self.validation.keep_best or self.export_step == "best"
+
     def identity(self) -> dict[str, Any]:
         """The settings that determine the weights. Not among them: validation, checkpoints, number of workers, sequence
         parallelism, parameter offload, trackers, and guards, whose interventions are the incidents of the record. Validation

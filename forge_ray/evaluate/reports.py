@@ -14,7 +14,9 @@ from forge_ray.records import DatasetManifest, EvalReport, FileEntry, ModelVersi
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import refuse_erased
+from forge_ray.store.removed import require
 from forge_ray.store.resolve import resolve
+from forge_ray.store.uses import using
 
 if TYPE_CHECKING:
     from forge_ray.evaluate.score import EvaluatedModel
@@ -85,18 +87,22 @@ def _report(
         catalog.check_may("evals")
         subject, dataset, _ = key
         refuse_erased(catalog.store, f"the evaluation of {subject}", dataset, subject)
+        model: EvaluatedModel = arguments[0]
+        folders = [folder for folder in (model.folder, model.adapter, paths.dataset(dataset)) if folder]
+        require(catalog, *folders)
         connect()
         import ray
 
         task = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_retries=1)(make)
         report: EvalReport | None = None
-        updates: Any = task.options(num_returns="streaming").remote(catalog.store, *arguments)
-        for reference in updates:
-            update = ray.get(reference)
-            if "report" in update:
-                report = EvalReport.model_validate(update["report"])
-            else:
-                it.update(update["done"], update["total"], f"{what}: {update['done']}/{update['total']} examples")
+        with using(catalog.store, f"evaluation of {subject}", *folders):
+            updates: Any = task.options(num_returns="streaming").remote(catalog.store, *arguments)
+            for reference in updates:
+                update = ray.get(reference)
+                if "report" in update:
+                    report = EvalReport.model_validate(update["report"])
+                else:
+                    it.update(update["done"], update["total"], f"{what}: {update['done']}/{update['total']} examples")
         assert report is not None
         refuse_erased(catalog.store, report.id, dataset, subject, paths.report(report.id))
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())

@@ -26,8 +26,11 @@ from forge_ray.records import DatasetManifest, Event, FileEntry, ModelVersion, R
 from forge_ray.release import promotion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.erased import withdrawn
 from forge_ray.store.files import MANIFEST, Store, verify_files
+from forge_ray.store.removed import why_absent
 from forge_ray.store.resolve import resolve
+from forge_ray.store.uses import using
 
 ON_A_TERMINAL = 5
 R = TypeVar("R", bound=Record)
@@ -47,19 +50,16 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
         initial = _sealed(catalog.get_as(ModelVersion, record.initial_adapter)) if record.initial_adapter else None
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
         promotion.refuse_withdrawn(catalog, version.id if version else "")
-        if not store.exists(paths.dataset(manifest.id)):
-            raise NotFound(
-                f"the rows of {manifest.id} are not in this store",
-                hint="they may have been erased: the record of a dataset stays",
-            )
+        _require_inputs(catalog, record, base, () if rebuild_data else (paths.dataset(manifest.id),))
         config, notes = settings(record)
         catalog.check_may("reproduction events")  # before hours are spent on one
         differences = _before(record, base, initial, version)
         for line in (*difference.lines(differences | _here(store, record)), *notes):
             print(f"  {visible(line)}", file=sys.stderr, flush=True)
         scratch = _below(store, folder)
+        in_use = using(store, f"reproduction of {record.id}", folder, paths.model(base.id), paths.dataset(manifest.id))
         try:
-            with Catalog.open(scratch) as there, stage("verify") as it:
+            with in_use, Catalog.open(scratch) as there, stage("verify") as it:
                 size = _link(store, folder, paths.model(base.id), base.files, "the base model")
                 there.put(base)
                 if initial:
@@ -99,6 +99,23 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
         "notes": notes,
         "folder": folder if keep else "",
     }
+
+
+def _require_inputs(catalog: Catalog, record: RunRecord, base: ModelVersion, datasets: tuple[str, ...]) -> None:
+    """Raise `NotFound` that names every input of the run that is not in the store any more, and why."""
+    absent = []
+    for folder in (*datasets, paths.model(base.id)):
+        if not catalog.store.exists(folder):
+            erasure = withdrawn(catalog.store).datasets.get(folder.rpartition("/")[2], "")
+            reason = why_absent(catalog.standing, folder) or (f"erased by {erasure}" if erasure else "nothing says why")
+            absent.append((folder, reason))
+    if absent:
+        raise NotFound(
+            f"{record.id} cannot be repeated, because inputs are not in this store: "
+            + "; ".join(f"{folder} ({reason})" for folder, reason in absent),
+            hint="the records stay. Restore the folders from a backup; a dataset can be built again from its sources:"
+            " --rebuild-data",
+        )
 
 
 def run_of(catalog: Catalog, reference: str) -> tuple[RunRecord, ModelVersion | None]:

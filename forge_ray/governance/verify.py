@@ -16,6 +16,7 @@ from forge_ray.records import DatasetManifest, Deployment, EvalReport, ModelVers
 from forge_ray.store import log_check, paths, pins, signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store, hash_dir, verify_files
+from forge_ray.store.removed import why_absent
 from forge_ray.store.signatures import envelope_holds, record_path, signers_of, valid_signers
 from forge_ray.store.standing import Standing
 
@@ -48,6 +49,18 @@ def check_files(store: Store, record: Record) -> str:
         read_items(store, record)
         return "its items"
     return "the record"
+
+
+def folder_of(record: Record) -> str:
+    """The folder of a record's files."""
+    match record:
+        case ModelVersion():
+            return paths.model(record.id)
+        case RunRecord():
+            return paths.export(record.id)
+        case DatasetManifest():
+            return paths.dataset(record.id)
+    return paths.report(record.id)
 
 
 def verify_record(catalog: Catalog, record_id: str, keys: Iterable[signing.PublicKey] = ()) -> list[Checked]:
@@ -83,7 +96,10 @@ def _verify_one(standing: Standing, record: Record, trusted: dict[str, signing.P
         stored = _parsed(type(record), content, path)
         if not isinstance(record, RunRecord) and stored.sealed().id != record.id:
             raise PolicyError("the record's content does not match its id: it was changed", hint="restore it from a backup")
-        what = check_files(store, stored)
+        # a released version is never removed: its missing files are a problem, whatever an event says
+        is_released = isinstance(stored, ModelVersion) and stored.status == "accepted"
+        absent = "" if is_released else why_absent(standing, folder_of(stored))
+        what = f"its files were {absent}" if absent else check_files(store, stored)
         sha256 = hashlib.sha256(content).hexdigest()
         keys = trusted or authority.keys
         beside = {

@@ -13,6 +13,7 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
+from forge_ray.store.uses import using
 from forge_ray.train import checkpoint, validation
 from forge_ray.train.job import TrainJob, job_of
 
@@ -74,7 +75,8 @@ def export_run(store: Store, run: str, step: str) -> ModelVersion:
         if number is None:
             raise NotFound(f"{run} has no {step or 'whole'} checkpoint", hint=hint)
         aside = paths.run(run, "exports", paths.step(number))
-        kind: Any = _export_checkpoint(job, number, aside)
+        with using(store, f"export of {run}", paths.checkpoint(run, number), aside, paths.model(job.base.id)):
+            kind: Any = _export_checkpoint(job, number, aside)
         files = store.files(aside)
         version = ModelVersion(
             name=job.name,

@@ -10,11 +10,12 @@ import re
 from forge_ray.config.release import ALIAS, AliasRoute
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import Event, ModelVersion
-from forge_ray.store import signatures, signing
+from forge_ray.store import paths, signatures, signing
 from forge_ray.store.aliases import alias_event
 from forge_ray.store.authority import Authority
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.protection import Action, Shortfall
+from forge_ray.store.removed import require
 from forge_ray.store.standing import BACK_IN, NEXT, TAKEN_OUT
 
 
@@ -49,6 +50,7 @@ def releasable(catalog: Catalog, reference: str) -> ModelVersion:
             hint=f"point the alias at {version.base_model}, or at a version that was trained on {version.id}",
         )
     require_signed(catalog, version)
+    require(catalog, paths.model(version.id))
     return version
 
 

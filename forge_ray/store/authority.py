@@ -36,6 +36,7 @@ MAY: dict[str, tuple[Role, ...]] = {
     "approval events": ("data_steward", "validator", "releaser"),
     "reproduction events": ("trainer", "validator", "auditor"),
     "export events": ("releaser",),
+    "removal events": ("owner", "data_steward", "trainer"),
     "signer events": ("owner",),
     "policy events": ("owner",),
     "upgrade events": ("owner",),

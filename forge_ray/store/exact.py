@@ -38,6 +38,17 @@ def copy_file(folder: Path, relative: str, target: Path) -> None:
     shutil.copyfile(path_inside(folder, relative), copy)
 
 
+def link_file(folder: Path, relative: str, target: Path) -> None:
+    """Give one listed file of `folder` the same name below `target` too: a hard link, or a copy where the file system has
+    none. Published files are never written to, so both names keep the same bytes. Neither side follows a symbolic link."""
+    name = path_inside(target, relative)
+    name.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path_inside(folder, relative), name, follow_symlinks=False)
+    except OSError:
+        copy_file(folder, relative, target)
+
+
 def others(folder: Path, names: Collection[str]) -> list[Path]:
     """What lies in `folder` and is not one of `names` as a regular file: unlisted files, links, devices, pipes, sockets.
     Empty folders are not among them."""

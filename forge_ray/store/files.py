@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 from forge_ray.errors import ConfigError, NotFound, StoreError
 from forge_ray.records import FileEntry, canonical_json
 from forge_ray.store import modes
-from forge_ray.store.exact import copy_file, others, path_inside, refuse_others, require_same
+from forge_ray.store.exact import link_file, others, path_inside, refuse_others, require_same
 from forge_ray.store.home import cache_folder, expanded
 from forge_ray.store.owner import owner_mark
 from forge_ray.store.scratch import scratch_folder
@@ -269,13 +269,13 @@ class Store:
         self._fs.copy_file(self.path(source), target)
 
     def copy_dir(self, source: str, relative: str) -> None:
-        """Publish the published folder `source` under a second name; what is there already stays."""
+        """Publish the published folder `source` under a second name, by hard links where the file system has them."""
         if self.is_published(relative):
             return
         with self.staged_dir(relative) as target:
             folder = self.fetch_dir(source)
             for entry in self.files(source):
-                copy_file(folder, entry.path, target)
+                link_file(folder, entry.path, target)
 
     def files(self, relative: str) -> tuple[FileEntry, ...]:
         """The manifest of a published directory."""

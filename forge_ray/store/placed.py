@@ -63,6 +63,8 @@ def is_readable(event: Event) -> bool:
                 files = data["files"]
                 texts = [data[name] for name in ("form", "precision", "to", "by", "digest")] + [*files, *files.values()]
                 return all(isinstance(text, str) for text in texts)
+            case "removal":
+                return all(isinstance(data[name], str) for name in ("action", "by", "why"))
             case "erasure" | "deployment" | "run":
                 return isinstance(data["state"], str)
     except (ForgeError, ValidationError, LookupError, TypeError, ValueError, AttributeError):

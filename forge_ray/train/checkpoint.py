@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, ForgeError, PolicyError, StoreError, TrainingError
 from forge_ray.records import FileEntry, canonical_json, digest
 from forge_ray.store import paths
@@ -295,6 +296,13 @@ def sweep(store: Store, run: str) -> None:
         for path in folder.iterdir():
             if path.name.startswith((".tmp-", ".old-")):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def tidy(store: Store, run: str, config: TrainConfig) -> None:
+    """Of a run that has ended, keep what its run file says: validations that ended after the last checkpoint was written
+    held more, and what failed attempts left half-written is of no use."""
+    sweep(store, run)
+    retire(store, run, config.checkpoint.keep, config.keeps_best)
 
 
 def rng_state() -> dict[str, Any]:

@@ -94,17 +94,9 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
     number = agree(number, context)
     if context.is_first:
         checkpoint.sweep(store, job.run)
-    keep_best = config.validation.keep_best or config.export_step == "best"
-    saver = Saver(
-        engine,
-        store,
-        context,
-        config.checkpoint.keep,
-        config.checkpoint.asynchronous,
-        keep_best,
-        job.base.id,
-        job.initial.id if job.initial else "",
-    )
+    keep, in_background = config.checkpoint.keep, config.checkpoint.asynchronous
+    initial_adapter = job.initial.id if job.initial else ""
+    saver = Saver(engine, store, context, keep, in_background, config.keeps_best, job.base.id, initial_adapter)
     validations = open_validations(job, context, first_step, planned_steps, guards.left_out.digest)
     if restored and validations.ask(first_step):
         launch.report({"step": first_step}, job, paths.checkpoint(job.run, first_step), validate=True)

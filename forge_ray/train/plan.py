@@ -253,6 +253,7 @@ class Plan:
     epochs: float
     memory: Memory
     checkpoint_bytes: int
+    export_bytes: int
     disk_bytes: int
 
 
@@ -294,6 +295,8 @@ def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetMani
     share = stats.num_trained_tokens / max(stats.num_tokens, 1)
     trained = model.num_trained(config)
     checkpoint = trained * (12 + (BYTES[precision] if config.engine == "deepspeed" else 0))
+    is_adapter = config.adapter is not None and config.export == "adapter"
+    export = (trained if is_adapter else model.num_parameters) * BYTES[precision]
     return Plan(
         num_parameters=model.num_parameters,
         num_active=model.num_active,
@@ -305,5 +308,6 @@ def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetMani
         epochs=epochs,
         memory=memory(model, config, precision, dataset.sequence_length, num_workers, share),
         checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * (config.checkpoint.keep + 1) + trained * BYTES[precision],
+        export_bytes=export,
+        disk_bytes=checkpoint * (config.checkpoint.keep + 1) + export,
     )

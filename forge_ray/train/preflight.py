@@ -55,10 +55,12 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `forge plan` says. Sizes in bytes; `memory_limit` is of one worker, None where it is not known."""
+    """What `forge plan` says. Sizes in bytes: `disk_bytes` while the run lasts, `left_bytes` after it; `memory_limit` is of
+    one worker, None where it is not known."""
 
     plan: Plan
     disk_bytes: int
+    left_bytes: int
     memory_limit: int | None
     base_model: str
     dataset: str
@@ -93,6 +95,7 @@ def estimate(train: TrainConfig, store: Store, precision: str, planned: Planned,
     return Estimate(
         plan=judgement.plan,
         disk_bytes=disk_bytes(train, judgement.plan),
+        left_bytes=left_bytes(train, judgement.plan),
         memory_limit=limit,
         base_model=planned.base_name,
         dataset=planned.dataset_name,
@@ -148,8 +151,21 @@ def _size(num_bytes: float) -> str:
 
 def disk_bytes(train: TrainConfig, plan: Plan) -> int:
     """The plan counts the newest checkpoints; the best one, and the one that a task reads, may be kept in addition."""
-    more = int(train.validation.keep_best or train.export_step == "best") + int(train.validation.background)
+    more = int(train.keeps_best) + int(train.validation.background)
     return plan.disk_bytes + more * plan.checkpoint_bytes
+
+
+def num_kept(train: TrainConfig, plan: Plan) -> int:
+    """Checkpoints that a run has when it has ended, at most."""
+    every = train.checkpoint.every_steps
+    num_written = -(-plan.steps // every) if every else 1
+    return min(num_written, train.checkpoint.keep + int(train.keeps_best))
+
+
+def left_bytes(train: TrainConfig, plan: Plan) -> int:
+    """What a run leaves on the disk when it has ended: checkpoints and the export. A version that is released from it shares
+    the export's files on a local store."""
+    return num_kept(train, plan) * plan.checkpoint_bytes + plan.export_bytes
 
 
 def configuration(store: Store, base: ModelVersion) -> Path:

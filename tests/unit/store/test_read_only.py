@@ -37,6 +37,8 @@ READING = (
     ("audit", "log"),
     ("audit", "verify"),
     ("catalog", "show"),
+    ("store", "du"),
+    ("store", "prune"),
 )
 CHANGES = frozenset({"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.utime"})
 read_only_root: list[str] = []
