@@ -26,7 +26,7 @@ from forge_ray.store.home import PRIVATE, state_file
 END_S = 8.0  # seconds that a command may take to end in order after a signal
 MOST_LOGS = 20  # tracebacks that are kept; the oldest goes first
 MOST_LETTERS = 500  # of a library's message; the log has all of it
-_has_spoken = False  # whether this process has said how it ends
+_has_spoken = _is_in_order = False  # whether this process has said how it ends; whether that is no failure
 RESUMES = "the same command resumes: finished stages and checkpoints are kept"
 
 
@@ -103,6 +103,12 @@ def write_log(error: BaseException) -> str:
         return f"no file ({one_line(str(why))})"
 
 
+def end_in_order() -> None:
+    """A signal was the end that this command waited for: it has not failed."""
+    global _has_spoken, _is_in_order
+    _has_spoken = _is_in_order = True
+
+
 def stop_in_time(signum: int) -> None:
     """End this process after `END_S` seconds at the latest: something may not let go, such as a call into a library. For a
     thread of its own."""
@@ -110,7 +116,7 @@ def stop_in_time(signum: int) -> None:
     if not _has_spoken:
         with suppress(Exception):  # the streams may be closed by now
             report(KeyboardInterrupt())
-    os._exit(128 + signum)
+    os._exit(0 if _is_in_order else 128 + signum)
 
 
 def _name(signum: int) -> str:

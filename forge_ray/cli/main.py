@@ -322,12 +322,22 @@ def run(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
     from forge_ray.errors import PolicyError
     from forge_ray.machine.cluster import in_ray_job
 
+    serves = config.deploy if not in_ray_job() and not as_json else None
+    if serves:
+        where = f"http://{serves.host}:{serves.port}/v1"
+        echo(f"serves {serves.name!r} at its end on {where}, until Ctrl-C; without: --set deploy=null", err=True)
     outcome = pipeline.run(_forced(config) if force else config, store)
     if outcome.version.status == "rejected":
         reasons = "; ".join(outcome.version.reasons)
         raise PolicyError(f"{outcome.version.id} was rejected: {reasons}", hint="registered, not promoted, not deployed")
-    if outcome.deployment and not in_ray_job() and not as_json:
-        wait_for_ctrl_c(outcome.deployment.name)
+    if outcome.deployment:
+        from forge_ray.serve.deploy import note_end
+
+        try:
+            if serves:
+                wait_for_ctrl_c(outcome.deployment.name)
+        finally:
+            note_end(outcome.deployment, store)
     return outcome
 
 

@@ -20,6 +20,7 @@ from forge_ray.models.quickstart_base import base_model_file
 from forge_ray.pipeline import Outcome
 from forge_ray.progress import stage
 from forge_ray.release import promotion
+from forge_ray.serve.deploy import note_end
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -68,7 +69,12 @@ def quickstart(config: RunConfig, store: Store, port: int) -> QuickstartResult:
     example = examples(store, outcome.dataset, config.eval)[0]
     messages = [{"role": message["role"], "content": message["content"]} for message in example.messages]
     url = f"http://{deploy.host}:{deploy.port}"
-    answer = ask(url, messages, deploy) if outcome.deployment else None
+    answer = None
+    if outcome.deployment:
+        try:
+            answer = ask(url, messages, deploy)
+        finally:
+            note_end(outcome.deployment, store)
     return QuickstartResult(outcome, str(messages[-1]["content"]), example.answer, answer, url)
 
 

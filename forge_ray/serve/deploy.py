@@ -21,6 +21,7 @@ from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
 from forge_ray.machine.capacity import SAY_EVERY_S, Demand, missing, refuse_oversized
+from forge_ray.machine.ray_internals import started_here
 from forge_ray.records import Deployment, Event
 from forge_ray.release import promotion
 from forge_ray.serve.coordinator import find_coordinator
@@ -29,6 +30,7 @@ from forge_ray.serve.gateway_config import GatewayConfig
 from forge_ray.serve.replica import Replica
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.store.owner import owner_mark
 
 POLL_S = 0.25
 SLOWEST_TOKEN_S = 0.5  # on a loaded CPU; sets how long a stopping replica may take to finish its answers
@@ -162,8 +164,16 @@ def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900, gateway:
         if config.name not in running:  # a first deployment that failed is removed again
             serve.delete(config.name)
         raise
-    _note(catalog, deployment, "running", url=base_url(config))
+    process = {"process": owner_mark()} if started_here() else {}  # with which it ends
+    _note(catalog, deployment, "running", url=base_url(config), **process)
     return deployment
+
+
+def note_end(deployment: Deployment, store: Store) -> None:
+    """Record that an endpoint ends in order with this process. One on a cluster keeps running, and nothing is recorded."""
+    if started_here():
+        with Catalog.open(store) as catalog:
+            _note(catalog, deployment, "stopped")
 
 
 def replicas_demand(config: DeployConfig) -> Demand:
