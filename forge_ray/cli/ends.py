@@ -23,7 +23,7 @@ from forge_ray.machine.signals import received
 from forge_ray.progress import visible
 from forge_ray.store.home import PRIVATE, state_file
 
-END_S = 8.0  # seconds that a command may take to end in order after a signal
+END_S = 6.0  # seconds that a command may take to end in order after a signal
 MOST_LOGS = 20  # tracebacks that are kept; the oldest goes first
 MOST_LETTERS = 500  # of a library's message; the log has all of it
 _has_spoken = _is_in_order = False  # whether this process has said how it ends; whether that is no failure

@@ -20,7 +20,6 @@ from forge_ray.models.quickstart_base import base_model_file
 from forge_ray.pipeline import Outcome
 from forge_ray.progress import stage
 from forge_ray.release import promotion
-from forge_ray.serve.deploy import note_end
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -71,6 +70,8 @@ def quickstart(config: RunConfig, store: Store, port: int) -> QuickstartResult:
     url = f"http://{deploy.host}:{deploy.port}"
     answer = None
     if outcome.deployment:
+        from forge_ray.serve.deploy import note_end
+
         try:
             answer = ask(url, messages, deploy)
         finally:

@@ -37,7 +37,8 @@ def raise_on_signals(first: Callable[[int], None]) -> None:
             raise KeyboardInterrupt
 
     for number in ENDING:
-        signal.signal(number, handler)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as shells start what runs in the background
+            signal.signal(number, handler)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, name="forge-signals", daemon=True).start()
 

@@ -74,14 +74,14 @@ def with_value(place: tuple[Any, ...], value: Any) -> dict[str, Any]:
     whole: dict[str, Any] = json.loads(json.dumps(WHOLE))
     node: Any = whole
     for here, following in itertools.pairwise(place):
-        made: Any = [] if isinstance(following, int) else {}
+        section: Any = [] if isinstance(following, int) else {}
         if isinstance(node, list):
             if not node:
-                node.append(made)
+                node.append(section)
             node = node[0]
         else:
-            if not isinstance(node.get(here), type(made)):
-                node[here] = made
+            if not isinstance(node.get(here), type(section)):
+                node[here] = section
             node = node[here]
     if isinstance(node, list):
         node[:] = [value]
@@ -306,8 +306,7 @@ def test_an_error_of_a_real_task_is_found() -> None:
     from ray.exceptions import RayTaskError
 
     error = RayTaskError("f", "Traceback …", PolicyError("unsafe", hint="do not"), "ray::f", 1, "127.0.0.1")
-    found = first_cause(error.as_instanceof_cause())
-    assert type(found) is PolicyError
+    assert type(first_cause(error.as_instanceof_cause())) is PolicyError
 
 
 def test_a_defect_is_one_error_and_its_traceback_is_in_a_private_file(

@@ -70,11 +70,11 @@ def test_the_end_of_an_endpoint_of_this_process_is_recorded(catalog: Catalog, mo
 
 
 def test_a_run_says_before_it_starts_that_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("forge_ray.cli.main.echo", lambda text, err=False: said.append(text))
+    printed: list[str] = []
+    monkeypatch.setattr("forge_ray.cli.main.echo", lambda text, err=False: printed.append(text))
 
     def run(config: Any, store: Any) -> Any:
-        said.append("started")
+        printed.append("started")
         return SimpleNamespace(version=SimpleNamespace(status="accepted"), deployment=None)
 
     monkeypatch.setattr("forge_ray.pipeline.run", run)
@@ -86,5 +86,5 @@ def test_a_run_says_before_it_starts_that_it_serves(tmp_path: Path, monkeypatch:
     for words in ((), ("--set", "deploy=null")):
         done = CliRunner().invoke(cli, ["run", str(file), *words, "--store", str(tmp_path / "store")])
         assert done.exit_code == 0, done.output
-    assert "'support' at its end on http://127.0.0.1:8012/v1" in said[0]
-    assert said[1:] == ["started", "started"]
+    assert "'support' at its end on http://127.0.0.1:8012/v1" in printed[0]
+    assert printed[1:] == ["started", "started"]

@@ -212,13 +212,13 @@ def test_an_endpoint_whose_process_is_gone_has_crashed(catalog: Catalog) -> None
     base = version(catalog, "base")
     first = run(catalog, "first", data.id, base.id, num_steps=1, train=train_config(global_batch=5))
     v1 = version(catalog, "v1", first.id, base.id)
-    gone = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", "from forge_ray.store.owner import owner_mark; print(owner_mark())"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.strip()
-    states = {"lives": owner_mark(), "gone": gone, "elsewhere": "~00000000.1.1~", "cluster": None}
+    states = {"lives": owner_mark(), "gone": ended, "elsewhere": "~00000000.1.1~", "cluster": None}
     names = {}
     for name, process in states.items():
         names[deployment(catalog, name, v1.id).id] = name

@@ -35,10 +35,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     clock, removed = [0.0], list[Any]()
     group = {"state": "CREATED", "name": "theirs", "bundles": {0: {"GPU": 1.0, "CPU": 1.0}}}
-    gone = {"state": "REMOVED", "name": "gone", "bundles": {0: {"GPU": 1.0}}}
+    old = {"state": "REMOVED", "name": "gone", "bundles": {0: {"GPU": 1.0}}}
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 3.0})
-    monkeypatch.setattr(ray.util, "placement_group_table", lambda: {"a" * 32: group, "b" * 32: gone})
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda: {"a" * 32: group, "b" * 32: old})
     monkeypatch.setattr(ray.util, "remove_placement_group", removed.append)
     monkeypatch.setattr(capacity.time, "monotonic", lambda: clock[0])
 

@@ -12,14 +12,15 @@ import pytest
 pytestmark = pytest.mark.unit
 
 PROGRAM = """
-import sys, threading, time
+import signal, sys, threading
 from forge_ray.cli import ends
 from forge_ray.machine.signals import handlers_kept, raise_on_signals
 from forge_ray.progress import stage
 ends.END_S = 1.0
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)  # the tests may run in the background, where shells ignore SIGINT
 raise_on_signals(ends.stop_in_time)
 with handlers_kept():
-    import signal
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as ray.init does
 try:
     with stage("train"):
@@ -56,3 +57,16 @@ def test_a_signal_ends_a_process_with_its_code(number: signal.Signals, how: str)
     if how != "hangs":
         assert "in stage train" in errors[0]
         assert "the same command resumes" in err
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As in `nohup`, and in what a script starts in the background."""
+    program = """
+import os, signal
+from forge_ray.cli import ends
+from forge_ray.machine.signals import raise_on_signals
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+raise_on_signals(ends.stop_in_time)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
