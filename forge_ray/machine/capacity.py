@@ -96,6 +96,13 @@ def wait_limit() -> float:
     return seconds
 
 
+def is_short(demand: Demand) -> bool:
+    """Whether less is free in the whole cluster than one of the demand takes. Ray must be connected."""
+    import ray
+
+    return _fits(_amounts(ray.available_resources()), demand.each) < 1
+
+
 def missing(demand: Demand) -> str:
     """In words: what is asked for, what the cluster has, what of it is free, and who holds the rest as far as Ray says."""
     import ray

@@ -20,7 +20,7 @@ from ray.serve.schema import ApplicationStatus
 from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
-from forge_ray.machine.capacity import SAY_EVERY_S, Demand, missing, refuse_oversized
+from forge_ray.machine.capacity import SAY_EVERY_S, Demand, is_short, missing, refuse_oversized
 from forge_ray.machine.ray_internals import started_here
 from forge_ray.records import Deployment, Event
 from forge_ray.release import promotion
@@ -259,7 +259,13 @@ def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: flo
             if (now := time.monotonic()) >= say_at:
                 say_at = now + SAY_EVERY_S
                 waits = f"{now - began:.0f} of at most {deadline - began:.0f} s"
-                print(f"  waiting   {seen}; {missing(replicas_demand(config))}; {waits}", file=sys.stderr, flush=True)
+                demand = replicas_demand(config)
+                why = (
+                    f"{missing(demand)}, and a replica that loads holds its own"
+                    if is_short(demand)
+                    else "it loads its models"
+                )
+                print(f"  waiting   {seen}; {why}; {waits}", file=sys.stderr, flush=True)
             time.sleep(POLL_S)
     raise EngineError(
         f"{config.name!r} did not become healthy in {deadline - began:.0f} s: {seen}; {missing(replicas_demand(config))}",

@@ -8,7 +8,7 @@ import pytest
 
 from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.machine import capacity
-from forge_ray.machine.capacity import Demand, refuse_oversized, wait_for, wait_limit
+from forge_ray.machine.capacity import Demand, is_short, refuse_oversized, wait_for, wait_limit
 
 pytestmark = pytest.mark.unit
 
@@ -93,6 +93,11 @@ def test_a_cluster_is_waited_for_with_a_line_every_ten_seconds(cluster: Any, cap
     assert "gone" not in lines[0]
     assert "30 of at most 1800 s" in lines[2]
     assert len(removed) == 1
+
+
+def test_what_is_free_is_told_from_what_is_held(cluster: Any) -> None:
+    cluster(waits=0)
+    assert [is_short(demand(cpus=cpus, gpus=gpus)) for cpus, gpus in ((3, 0), (4, 0), (1, 1))] == [False, True, True]
 
 
 def test_the_wait_ends_after_the_time_that_is_stated(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
