@@ -117,3 +117,26 @@ def test_a_time_that_is_not_one_is_refused(text: str, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError) as error:
         wait_limit()
     assert repr(text) in error.value.message
+
+
+@pytest.mark.large
+def test_a_real_cluster_says_who_holds_what(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    num_cpus = ray.cluster_resources()["CPU"]
+    held: Any = placement_group([{"CPU": num_cpus}], name="theirs")
+    assert held.wait(60)
+    monkeypatch.setattr(capacity, "started_here", lambda: False)
+    monkeypatch.setattr(capacity, "SAY_EVERY_S", 0.2)
+    monkeypatch.setenv("FORGE_WAIT_S", "1")
+    with pytest.raises(ClusterError) as error:
+        wait_for(demand(cpus=1))
+    assert f"held: {num_cpus:g} CPU by placement group theirs" in error.value.message
+    assert len(capsys.readouterr().err.splitlines()) >= 3
+    remove_placement_group(held)
+    monkeypatch.setenv("FORGE_WAIT_S", "60")
+    wait_for(demand(cpus=num_cpus))
+    wait_for(demand(count=2, cpus=num_cpus / 2))  # the first group holds nothing any more
