@@ -57,7 +57,12 @@ class Client:
         timeout = httpx2.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         key = api_key or os.environ.get("FORGE_API_KEY", "")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx2.Client(base_url=base_url.rstrip("/"), timeout=timeout, trust_env=False, headers=headers)
+        try:
+            self._http = httpx2.Client(base_url=base_url.rstrip("/"), timeout=timeout, trust_env=False, headers=headers)
+        except httpx2.InvalidURL as error:
+            raise ConfigError(
+                f"{base_url[:200]!r} is not the URL of an endpoint: {error}", hint="for example http://127.0.0.1:8000"
+            ) from None
 
     def __enter__(self) -> Client:
         return self

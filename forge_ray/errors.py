@@ -102,6 +102,33 @@ class PolicyError(ForgeError, PermissionError):
         return ForgeError.__str__(self)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM in a stage of this name."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(stage)
+        self.stage = stage
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The exception inside the wrappers of Ray (of a task, an actor, a group of workers): what was raised first.
+
+    An error of forge_ray ends the search, for it says more than the library's error that it was raised from. Ray's own
+    class of an error from a task is a subclass of the task's error too, so wrappers are told by their base classes."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        is_wrapper = any(base.__module__.partition(".")[0] == "ray" for base in type(error).__mro__)
+        if isinstance(error, ForgeError) and not is_wrapper:
+            return error
+        failures = getattr(error, "worker_failures", None)
+        inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
+    return error
+
+
 def first_line(error: object) -> str:
     """The first line of the message of an error, of any library; "" where there is none."""
     return next(iter(str(error).strip().splitlines()), "")

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
+from forge_ray.data.read.sources import expand
 from forge_ray.errors import NotFound, TrainingError
 from forge_ray.evaluate import reports
 from forge_ray.evaluate.items import items_of
 from forge_ray.machine import sessions
+from forge_ray.machine.capacity import refuse_oversized
 from forge_ray.machine.cluster import connect, open_store
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.progress import stage
@@ -62,12 +64,34 @@ def run(config: RunConfig, store: Store) -> Outcome:
     """All steps of a run file; a version that its gate rejects is registered and not deployed."""
     if config.deploy:
         refuse_public(config.deploy)
+    with Catalog.open(store) as catalog:
+        _inputs(config, catalog)
+    _refuse_unplaceable(config)
     dataset = prepare(config, store)
     record = train(config, store)
     base_report, report = evaluate(config, store)
     version = release(config, store)
     deployment = deploy(config.deploy, store) if config.deploy and version.status == "accepted" else None
     return Outcome(dataset, record, base_report, report, version, deployment)
+
+
+def _inputs(config: RunConfig, catalog: Catalog) -> ModelVersion:
+    """The base model of a run file, whose files of rows are there; what is not is refused before Ray starts."""
+    base = import_base(config, catalog)
+    expand(config.data)
+    return base
+
+
+def _refuse_unplaceable(config: RunConfig) -> None:
+    """`ConfigError` where a later stage asks for more than there is: hours of training would come before it."""
+    from forge_ray.serve.deploy import replicas_demand
+    from forge_ray.train.preflight import refuse_unplaceable
+
+    connect()
+    refuse_unplaceable(config.train)
+    refuse_oversized(reports.task_demand(config.eval))
+    if config.deploy:
+        refuse_oversized(replicas_demand(config.deploy))
 
 
 def import_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
@@ -94,7 +118,7 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
     from forge_ray.train import start
 
-    named = import_base(config, catalog)
+    named = _inputs(config, catalog)
     base, data = start.full_base(catalog, named, config.train), start.with_held_out(catalog, named, config.data)
     connect()
     sessions.note(catalog.store)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from forge_ray.errors import Interrupted
+
 # Control characters but tab and newline, marks of the direction of writing, separators of lines, halves of characters
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 PLAIN_EVERY_S = 15.0  # seconds between progress lines of a stage without a terminal
@@ -101,8 +103,10 @@ def stage(name: str) -> Iterator[Stage]:
     current = Stage(name, sys.stderr)
     try:
         yield current
-    except BaseException:
+    except BaseException as error:
         current.result = ""
         current.close(failed=True)
+        if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
+            raise Interrupted(name) from error
         raise
     current.close(failed=False)

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from forge_ray import pipeline
+from forge_ray.cli.ends import report
 from forge_ray.cli.terminal import echo
 from forge_ray.config.base import Config, load
-from forge_ray.errors import ForgeError
 from forge_ray.store.files import Store
 from forge_ray.store.home import settle
 
@@ -39,9 +39,8 @@ def main(model: type[C], step: Callable[[C, Store], Any], arguments: list[str] |
         settle()
         config = load(model, parsed.config, tuple(parsed.overrides))
         result = step(config, pipeline.open_store(parsed.store))
-    except ForgeError as error:
-        echo(f"error: {error}", err=True)
-        return error.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error)
     echo(json.dumps(as_json(result), ensure_ascii=False))
     return 0
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +18,24 @@ from forge_ray.cli.catalog import catalog
 from forge_ray.cli.cycles import CYCLES
 from forge_ray.cli.data import data
 from forge_ray.cli.doctor import DOCTOR
+from forge_ray.cli.ends import show_exception, stop_in_time
 from forge_ray.cli.erase import ERASE
 from forge_ray.cli.evaluate import EVALUATE
 from forge_ray.cli.gateway import GATEWAY
 from forge_ray.cli.init import INIT
 from forge_ray.cli.keys import ACCESS
-from forge_ray.cli.model_check import print_lines, print_support, support_of_model
+from forge_ray.cli.models import models
 from forge_ray.cli.papers import PAPERS
 from forge_ray.cli.reproduce import REPRODUCTION
 from forge_ray.cli.runs import runs
 from forge_ray.cli.serve import SERVING, wait_for_ctrl_c
 from forge_ray.cli.store import store as store_group
-from forge_ray.cli.terminal import echo, show_exception
+from forge_ray.cli.terminal import echo
 from forge_ray.cli.trace import TRACING
 from forge_ray.cli.trust import TRUST
 from forge_ray.cli.verbs import Verbs, load_run_file, run_file, verb
 from forge_ray.errors import ConfigError
+from forge_ray.machine.signals import raise_on_signals
 from forge_ray.store import paths
 
 if TYPE_CHECKING:
@@ -74,13 +75,9 @@ def cli() -> None:
     """Train your own language models on your own rows, on your own machines, and serve them."""
 
 
-@cli.group(cls=Verbs)
-def models() -> None:
-    """Import, export, list, show, promote and archive model versions."""
-
-
 COMMANDS = (
     *INIT,
+    models,
     data,
     runs,
     audit,
@@ -127,159 +124,6 @@ def quickstart(store: Store, as_json: bool, file: str, port: int, overrides: tup
 
         print_quickstart(result, store)
     return result
-
-
-@verb(models, "import", "forge models import ~/models/SmolLM2-135M --licence Apache-2.0 --alias base")
-@click.argument("path")
-@click.option("--name", help="Name of the version. Default: the name of the file or folder.")
-@click.option("--licence", default="", help="SPDX licence identifier, e.g. Apache-2.0.")
-@click.option("--alias", default="", help="Alias to point at the version.")
-def models_import(store: Store, as_json: bool, path: str, name: str | None, licence: str, alias: str) -> Any:
-    """Import a Hugging Face folder or GGUF file as a version.
-
-    Hugging Face weights must be safetensors; no code of the model is executed."""
-    from pathlib import Path
-
-    from forge_ray.models.import_model import import_model
-    from forge_ray.progress import stage
-    from forge_ray.release import promotion
-    from forge_ray.store.catalog import Catalog
-
-    with Catalog.open(store) as index, stage("import") as it:
-        version = import_model(index, path, name or Path(path).stem.lower(), licence)
-        if alias:
-            promotion.promote(index, version.id, alias)
-        it.done(f"{version.id}  {version.name}{f' ← {alias}' if alias else ''}")
-    if not as_json:
-        print_support(store, version)
-    return version
-
-
-@verb(models, "export", "forge models export support@prod --out support --form merged --precision bf16")
-@click.argument("reference", metavar="VERSION|ALIAS")
-@click.option("--out", required=True, metavar="DIR", help="New folder for the copy.")
-@click.option(
-    "--form",
-    required=True,
-    type=click.Choice(["adapter", "merged", "gguf"]),
-    help="adapter: a PEFT folder; merged: a Hugging Face folder with full weights; gguf: a file for llama.cpp.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["bf16", "fp16", "fp32"]),
-    help="Precision of full weights; fp16 with gguf only. Default: as the version's full weights are stored.",
-)
-def models_export(store: Store, as_json: bool, reference: str, out: str, form: Any, precision: Any) -> Any:
-    """Write a version to a folder that other tools open.
-
-    The copy is an event in the audit log; a policy with no_export refuses it (exit code 3)."""
-    from forge_ray.export.leave import export_version
-    from forge_ray.store.catalog import Catalog
-
-    with Catalog.open(store) as index:
-        left = export_version(index, reference, out, form, precision)
-    if not as_json:
-        for note in left.notes:
-            echo(f"note: {note}", err=True)
-        echo(left.to)
-    return left
-
-
-@verb(models, "check", "forge models check ~/models/SmolLM2-135M")
-@click.argument("reference", metavar="PATH|VERSION|ALIAS")
-def models_check(store: Store, as_json: bool, reference: str) -> Any:
-    """Show what a model's chat template supports.
-
-    Which conversations it has a place for, its ends of a turn, and one as it is trained."""
-    from dataclasses import asdict
-
-    support = support_of_model(store, reference)
-    if not as_json:
-        print_lines(support)
-    return asdict(support)
-
-
-@verb(models, "list", "forge models list")
-def models_list(store: Store, as_json: bool) -> Any:
-    """List every model version with its aliases and scores."""
-    from forge_ray.cli.show import models as listed
-    from forge_ray.cli.show import print_table
-    from forge_ray.store.catalog import Catalog
-
-    with Catalog.read_only(store) as index:
-        versions = listed(index)
-    if not as_json:
-        header = ("version", "name", "status", "weights", "MB", "aliases", "exact match", "loss")
-        rows = [
-            (
-                *(str(item[key]) for key in ("id", "name", "status", "weights")),
-                f"{item['size'] / 1e6:.1f}",
-                ", ".join(item["aliases"]),
-                *(f"{item['metrics'][key]:.3f}" if key in item["metrics"] else "" for key in ("exact_match", "loss")),
-            )
-            for item in versions
-        ]
-        print_table("Model versions", header, rows)
-    return versions
-
-
-@verb(models, "show", "forge models show support@prod")
-@click.argument("reference", metavar="VERSION|ALIAS")
-def models_show(store: Store, as_json: bool, reference: str) -> Any:
-    """Show one model version: files, digests, licence, parents."""
-    from forge_ray.store.catalog import Catalog
-    from forge_ray.store.resolve import resolve
-
-    with Catalog.read_only(store) as index:
-        version = index.model(resolve(index, reference))
-        if not as_json:
-            echo(json.dumps(version.model_dump(mode="json"), indent=2, ensure_ascii=False))
-        return version
-
-
-@verb(models, "promote", "forge models promote mv_0123456789abcdef --alias support@prod")
-@click.argument("reference", metavar="VERSION|ALIAS")
-@click.option("--alias", required=True, help="Alias to point at the version.")
-def models_promote(store: Store, as_json: bool, reference: str, alias: str) -> Any:
-    """Point an alias at a version.
-
-    A rejected version is refused (exit code 3)."""
-    from forge_ray.release import promotion
-    from forge_ray.store.catalog import Catalog
-
-    with Catalog.open(store) as index:
-        version = promotion.promote(index, reference, alias)
-    if not as_json:
-        echo(f"{alias} → {version.id}")
-    return {"alias": alias, "model_version": version.id}
-
-
-@verb(models, "archive", "forge models archive mv_0123456789abcdef")
-@click.argument("reference", metavar="VERSION|ALIAS")
-def models_archive(store: Store, as_json: bool, reference: str) -> Any:
-    """Archive a version: endpoints answer 410 for it.
-
-    An alias with a fallback is answered by the fallback. `forge models restore` restores the version."""
-    return _archived(store, as_json, reference, restore=False)
-
-
-@verb(models, "restore", "forge models restore mv_0123456789abcdef")
-@click.argument("reference", metavar="VERSION|ALIAS")
-def models_restore(store: Store, as_json: bool, reference: str) -> Any:
-    """Restore an archived version."""
-    return _archived(store, as_json, reference, restore=True)
-
-
-def _archived(store: Store, as_json: bool, reference: str, restore: bool) -> Any:
-    from forge_ray.release import promotion
-    from forge_ray.store.catalog import Catalog
-
-    with Catalog.open(store) as index:
-        version = promotion.archive(index, reference, restore)
-    state = "active" if restore else "archived"
-    if not as_json:
-        echo(f"{version.id} {state}")
-    return {"model_version": version.id, "state": state}
 
 
 @verb(cli, "plan", "forge plan RUN.yaml --workers 4 --memory-gb 80")
@@ -366,12 +210,22 @@ def run(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
     from forge_ray.errors import PolicyError
     from forge_ray.machine.cluster import in_ray_job
 
+    serves = config.deploy if not in_ray_job() and not as_json else None
+    if serves:
+        where = f"http://{serves.host}:{serves.port}/v1"
+        echo(f"serves {serves.name!r} at its end on {where}, until Ctrl-C; without: --set deploy=null", err=True)
     outcome = pipeline.run(_forced(config) if force else config, store)
     if outcome.version.status == "rejected":
         reasons = "; ".join(outcome.version.reasons)
         raise PolicyError(f"{outcome.version.id} was rejected: {reasons}", hint="registered, not promoted, not deployed")
-    if outcome.deployment and not in_ray_job() and not as_json:
-        wait_for_ctrl_c(outcome.deployment.name)
+    if outcome.deployment:
+        from forge_ray.serve.deploy import note_end
+
+        try:
+            if serves:
+                wait_for_ctrl_c(outcome.deployment.name)
+        finally:
+            note_end(outcome.deployment, store)
     return outcome
 
 
@@ -397,4 +251,5 @@ def submit(store: Store, as_json: bool, file: str, address: str, overrides: tupl
 
 def main() -> None:
     sys.excepthook = show_exception
+    raise_on_signals(stop_in_time)
     cli(prog_name="forge")

@@ -68,7 +68,14 @@ def quickstart(config: RunConfig, store: Store, port: int) -> QuickstartResult:
     example = examples(store, outcome.dataset, config.eval)[0]
     messages = [{"role": message["role"], "content": message["content"]} for message in example.messages]
     url = f"http://{deploy.host}:{deploy.port}"
-    answer = ask(url, messages, deploy) if outcome.deployment else None
+    answer = None
+    if outcome.deployment:
+        from forge_ray.serve.deploy import note_end
+
+        try:
+            answer = ask(url, messages, deploy)
+        finally:
+            note_end(outcome.deployment, store)
     return QuickstartResult(outcome, str(messages[-1]["content"]), example.answer, answer, url)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.ends import end_in_order
 from forge_ray.cli.terminal import echo, secho
 from forge_ray.cli.verbs import verb
 from forge_ray.errors import ConfigError, NotFound
@@ -135,8 +137,8 @@ def undeploy(store: Store, as_json: bool, name: str, address: str | None) -> Any
     return {"stopped": name}
 
 
-@verb(top, "serve", "forge serve DEPLOY.yaml")
-@click.argument("file", metavar="DEPLOY.yaml")
+@verb(top, "serve", "forge serve support@prod")
+@click.argument("file", metavar="DEPLOY.yaml|NAME")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the deployment file. Repeatable."
 )
@@ -148,32 +150,56 @@ def serve(
 ) -> Any:
     """Serve released models on this machine until Ctrl-C.
 
-    Where `host` is not a loopback address, the gateway listens there: it limits what clients may send and hold open."""
+    NAME is an alias or a version, served with a deployment's default settings. Where `host` is not a loopback address, the
+    gateway listens there: it limits what clients may send and hold open."""
     from forge_ray import pipeline
     from forge_ray.cli.gateway import run_gateway
+    from forge_ray.serve.deploy import note_end
     from forge_ray.serve.front import gateway_of
     from forge_ray.serve.haproxy import set_haproxy
 
-    config = _deploy_file(file, overrides)
+    config = _served(file, overrides, store)
     gateway = gateway_of(config, tls_cert, tls_key)
     if haproxy:
         set_haproxy()
     deployment = pipeline.deploy(config, store, gateway)
     if as_json:
         echo(deployment.model_dump_json())
-    if gateway is None:
-        wait_for_ctrl_c(deployment.name)
-    else:
-        run_gateway(gateway)
+    try:
+        if gateway is None:
+            wait_for_ctrl_c(deployment.name)
+        else:
+            run_gateway(gateway)
+    finally:
+        note_end(deployment, store)
     sys.exit(0)
 
 
+def _served(target: str, overrides: tuple[str, ...], store: Store) -> Any:
+    """The settings of a deployment file, or the default ones for an alias or a version."""
+    from pathlib import Path
+
+    from forge_ray.config.base import apply_overrides, parse
+    from forge_ray.config.release import DeployConfig
+    from forge_ray.store.catalog import Catalog
+
+    if Path(target).suffix in (".yaml", ".yml"):
+        return _deploy_file(target, overrides)
+    with Catalog.read_only(store) as index:
+        index.model(target)
+    name = re.sub(r"[^a-z0-9._-]+", "-", target.lower()).strip("-._")[:64] or "model"
+    return parse(DeployConfig, apply_overrides({"name": name, "models": [target]}, overrides), where=f"serve {target}")
+
+
 def wait_for_ctrl_c(name: str) -> None:
-    """Wait for SIGINT or SIGTERM."""
-    import signal
+    """Wait for SIGINT or SIGTERM, which are the end that is meant here."""
+    import threading
 
     echo(f"serving {name!r} until Ctrl-C", err=True)
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        end_in_order()
 
 
 @verb(top, "chat", "forge chat 'Where is my parcel?' --model support@prod")

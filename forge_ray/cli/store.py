@@ -37,7 +37,7 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.FloatRange(min=0),
             default=30.0,
             show_default=True,
-            help="Keep datasets, weights and evaluations without a release for so many days after their last change.",
+            help="Keep unreleased datasets, weights and evaluations for this number of days after their last change.",
         ),
         click.option(
             "--checkpoints",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-import traceback
-from types import TracebackType
 from typing import Any
 
 import click
@@ -33,8 +30,3 @@ def one_line(text: str) -> str:
 def without_colours(log: str) -> str:
     """The log of another program without the colours that it sets."""
     return COLOURS.sub("", log)
-
-
-def show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """For `sys.excepthook`: a traceback repeats the text of its error."""
-    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))

@@ -107,7 +107,7 @@ def lines(traced: Traced) -> Iterator[str]:
 
 
 def _up(live: bool, state: str) -> str:
-    """The state by the deployment's events; an endpoint whose process was killed has written none."""
+    """The state in words; `crashed` is one whose process is gone without an event."""
     if live:
         return "up, by its last event"
     return "replaced" if state == "running" else state

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from forge_ray.cli.terminal import echo, secho
-from forge_ray.errors import ForgeError
+from forge_ray.cli.ends import report
+from forge_ray.cli.terminal import echo
 from forge_ray.machine.offline import set_offline_switches
 from forge_ray.machine.quiet import quiet_libraries
 from forge_ray.store.home import settle
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from forge_ray.config.run import RunConfig
 
 
+PASSED_ON = (click.ClickException, click.exceptions.Exit, click.Abort)  # click's own, about usage
 EXAMPLE = "\b\nExample:\n  "  # \b: click keeps the lines as they are
 
 
@@ -56,8 +57,10 @@ def verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...,
                 from forge_ray.machine.cluster import open_store
 
                 result = function(store=open_store(store), as_json=as_json, **arguments)
-            except ForgeError as error:
-                _fail(error, as_json)
+            except PASSED_ON:
+                raise
+            except (Exception, KeyboardInterrupt) as error:
+                sys.exit(report(error, as_json))
             else:
                 if as_json:
                     from forge_ray.cli.job import as_json as plain
@@ -70,15 +73,6 @@ def verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...,
         return group.command(name, epilog=EXAMPLE + example)(command)
 
     return wrap
-
-
-def _fail(error: ForgeError, as_json: bool) -> None:
-    if as_json:
-        echo(json.dumps({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
-    secho(f"error: {error.message}", fg="red", err=True)
-    if error.hint:
-        echo(f"hint: {error.hint}", err=True)
-    sys.exit(error.exit_code)
 
 
 def run_file(function: Callable[..., Any]) -> Callable[..., Any]:

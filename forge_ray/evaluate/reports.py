@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from forge_ray.config.base import parse, resolved
 from forge_ray.config.release import EvalConfig, LeakConfig
 from forge_ray.errors import NotFound
+from forge_ray.machine.capacity import Demand, wait_for
 from forge_ray.machine.cluster import connect
 from forge_ray.progress import stage
 from forge_ray.records import DatasetManifest, EvalReport, FileEntry, ModelVersion, RunRecord, files_digest
@@ -93,6 +94,7 @@ def _report(
         connect()
         import ray
 
+        wait_for(task_demand(config))
         task = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_retries=1)(make)
         report: EvalReport | None = None
         with using(catalog.store, f"evaluation of {subject}", *folders):
@@ -108,6 +110,11 @@ def _report(
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
         it.done(f"{report.id}  {what}: {scores}")
         return catalog.put(report)
+
+
+def task_demand(config: EvalConfig) -> Demand:
+    """What an evaluation asks of Ray."""
+    return Demand("evaluation", 1, config.cpus, config.gpus, "eval.cpus and eval.gpus")
 
 
 def audit_leak(

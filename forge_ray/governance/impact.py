@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from forge_ray.config.release import AliasRoute
+from forge_ray.governance.endpoint_state import state_of
 from forge_ray.governance.uses import Run, Use, finished, unfinished
 from forge_ray.records import Deployment, EvalReport, ModelVersion, RunRecord
 from forge_ray.store import paths
@@ -193,8 +194,9 @@ class StoreUses:
             started = {one.model_version, *one.models.values()}
             served = started & versions
             end = ""
-            if states[one.id] and states[one.id][-1].data["state"] != "running":
-                end = states[one.id][-1].at
+            last = states[one.id][-1] if states[one.id] else None
+            if last and last.data["state"] != "running":
+                end = last.at
             asked = {one.model, *one.models, *one.config.get("models", ())}
             own = {bases.get(version, version) for version in started}
             for move in aliases:  # a running deployment follows the moves of its aliases
@@ -203,7 +205,7 @@ class StoreUses:
                     if move.alias in asked or follows:
                         served.add(move.version)
             if served:
-                state = states[one.id][-1].data["state"] if states[one.id] else "unknown"
+                state = state_of(last) or "unknown"
                 live = state == "running" and last_of_name.get(one.name) == one.id
                 yield ReachedDeployment(one.id, one.name, state, live, tuple(sorted(served)))
 

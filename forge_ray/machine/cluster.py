@@ -16,6 +16,7 @@ from forge_ray.machine.proxies import bypass
 from forge_ray.machine.quiet import quiet_libraries
 from forge_ray.machine.ray_internals import IN_JOB, on_loopback, without_usage_reports
 from forge_ray.machine.ray_private import current_cluster, make_token_private, session_folder
+from forge_ray.machine.signals import handlers_kept
 from forge_ray.store.files import Store
 from forge_ray.store.home import settle
 
@@ -48,12 +49,13 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
         address = current_cluster() or address
     if address:
         try:
-            ray.init(
-                address=address,
-                runtime_env={"env_vars": dict(SWITCHES)},
-                log_to_driver=show_logs,
-                logging_level=logging.WARNING,
-            )
+            with handlers_kept():
+                ray.init(
+                    address=address,
+                    runtime_env={"env_vars": dict(SWITCHES)},
+                    log_to_driver=show_logs,
+                    logging_level=logging.WARNING,
+                )
         except ConnectionError as error:
             raise ConfigError(
                 f"no Ray cluster answers at {address!r}: {error}",
@@ -66,7 +68,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
         without_usage_reports()
         make_token_private()
         try:
-            with on_loopback():
+            with on_loopback(), handlers_kept():
                 ray.init(
                     address="local",
                     _temp_dir=temp_dir,
@@ -154,6 +156,13 @@ def memory_per_worker(scaling: Scaling) -> int | None:
             whole = main_memory() if is_here else int(has.get("memory", 0) + has.get("object_store_memory", 0))
             sizes.append(whole // min(fits, scaling.max_workers))
     return max(sizes, default=None)
+
+
+def has_gpu() -> bool:
+    """Whether torch finds a GPU that it can use on this machine."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _own_gpu() -> int | None:

@@ -94,6 +94,19 @@ def remove_orphaned_groups() -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
+def leave_sigint(trainer: Any) -> None:
+    """Let SIGINT reach this process while a trainer of Ray Train runs, as it does everywhere else.
+
+    Upstream: `fit` installs a handler of its own and never restores the one before. On SIGINT it waits without a limit for
+    its controller, and ends with exit code 0.
+    """
+
+    def register_nothing(controller: Any) -> None:
+        """The controller ends with this process."""
+
+    trainer._register_sigint_handler = register_nothing
+
+
 def session_folder() -> Path | None:
     """The folder of the Ray session that this process belongs to, where it is on this machine; None without Ray.
 
@@ -105,6 +118,17 @@ def session_folder() -> Path | None:
 
     node = ray._private.worker._global_node if ray.is_initialized() else None
     return Path(node.get_session_dir_path()) if node is not None else None
+
+
+def started_here() -> bool:
+    """Whether this process started the Ray that it is connected to: it is of one machine, and ends with this process.
+
+    Upstream: `ray.init` says nothing of it later.
+    """
+    import ray
+
+    node = ray._private.worker._global_node if ray.is_initialized() else None
+    return node is not None and node.is_head()
 
 
 def packaged_files(folder: Path, excludes: Sequence[str]) -> dict[str, int]:

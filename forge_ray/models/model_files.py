@@ -35,6 +35,11 @@ NAMES_CODE = ("auto_map", "custom_pipelines")
 IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 TABLES = ("tokenizer.json", "vocab.json")  # their keys are tokens, not settings
 LEAST_LIMIT = 1 << 16  # sizes up to this are accepted whatever the weights hold
+# Files at the top of a folder that libraries take for JSON objects without a look
+OBJECTS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "processor_config.json", "preprocessor_config.json"),
+)
 SAME_MODEL = "take config.json and the weights from the same model"
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -104,6 +109,8 @@ def refuse_unsafe(folder: Path) -> None:
     if not held.tensors and not list(folder.glob("*.safetensors")):
         raise ConfigError(f"{folder.name} has no .safetensors weights", hint="convert the weights to safetensors first")
     for name, value in configs.items():
+        if name in OBJECTS and not isinstance(value, dict):
+            raise PolicyError(f"{name} is not a JSON object", hint=AGAIN)
         if name == "config.json":
             _check_sizes(value, held)
         if name.endswith(".index.json"):
@@ -226,8 +233,6 @@ def _check_tensor(entry: dict[str, Any], held: _Held) -> None:
 
 def _check_sizes(config: Any, held: _Held) -> None:
     """Check that a configuration describes no tensor larger than all weights together: opening it allocates every tensor."""
-    if not isinstance(config, dict):
-        raise PolicyError("config.json is not a JSON object", hint=AGAIN)
     most = max(held.elements, LEAST_LIMIT)
     parts = (config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)))
     for part in parts:

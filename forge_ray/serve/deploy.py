@@ -6,6 +6,7 @@ The application belongs to Serve's detached controller: it keeps running when th
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -19,6 +20,8 @@ from ray.serve.schema import ApplicationStatus
 from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
+from forge_ray.machine.capacity import SAY_EVERY_S, Demand, is_short, missing, refuse_oversized
+from forge_ray.machine.ray_internals import started_here
 from forge_ray.records import Deployment, Event
 from forge_ray.release import promotion
 from forge_ray.serve.coordinator import find_coordinator
@@ -27,6 +30,7 @@ from forge_ray.serve.gateway_config import GatewayConfig
 from forge_ray.serve.replica import Replica
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.store.owner import owner_mark
 
 POLL_S = 0.25
 SLOWEST_TOKEN_S = 0.5  # on a loaded CPU; sets how long a stopping replica may take to finish its answers
@@ -138,6 +142,7 @@ def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900, gateway:
     """Serve the models of `config` and wait until they answer; writes the record, and its state as an event. `gateway`: what
     the caller starts in front, on the deployment's own host and port; without it those must be on loopback."""
     host, port = proxy_address(config, gateway)
+    refuse_oversized(replicas_demand(config))
     for alias, route in config.aliases.items():
         if catalog.routes().get(alias) != (resolved_route := promotion.resolved_route(catalog, alias, route)):
             promotion.set_route(catalog, alias, resolved_route, why=f"deployment file of {config.name}")
@@ -159,8 +164,23 @@ def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900, gateway:
         if config.name not in running:  # a first deployment that failed is removed again
             serve.delete(config.name)
         raise
-    _note(catalog, deployment, "running", url=base_url(config))
+    process = {"process": owner_mark()} if started_here() else {}  # with which it ends
+    _note(catalog, deployment, "running", url=base_url(config), **process)
     return deployment
+
+
+def note_end(deployment: Deployment, store: Store) -> None:
+    """Record that an endpoint ends in order with this process. One on a cluster keeps running, and nothing is recorded."""
+    if started_here():
+        with Catalog.open(store) as catalog:
+            _note(catalog, deployment, "stopped")
+
+
+def replicas_demand(config: DeployConfig) -> Demand:
+    """What the fewest replicas that can answer ask of Ray."""
+    count = max(config.replicas.min, 1)
+    settings = "cpus_per_replica, gpus_per_replica and replicas.min of the deployment"
+    return Demand(f"endpoint {config.name!r}", count, config.cpus_per_replica, config.gpus_per_replica, settings)
 
 
 def undeploy(name: str, catalog: Catalog | None = None) -> None:
@@ -220,7 +240,8 @@ def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: flo
 
     With a minimum of 0 replicas, the endpoint is ready when Serve is: the first request starts one.
     """
-    seen = "not started"
+    seen, began = "not started", time.monotonic()
+    say_at = began + SAY_EVERY_S
     with httpx2.Client(base_url=url, timeout=10, trust_env=False) as client:
         while time.monotonic() < deadline:
             application = serve.status().applications.get(config.name)
@@ -235,9 +256,19 @@ def wait_until_answering(config: DeployConfig, deployment_id: str, deadline: flo
                     if answered == deployment_id:
                         return
                     seen = f"running, and {url} is answered by {answered or 'another server'}"
+            if (now := time.monotonic()) >= say_at:
+                say_at = now + SAY_EVERY_S
+                waits = f"{now - began:.0f} of at most {deadline - began:.0f} s"
+                demand = replicas_demand(config)
+                why = (
+                    f"{missing(demand)}, and a replica that loads holds its own"
+                    if is_short(demand)
+                    else "it loads its models"
+                )
+                print(f"  waiting   {seen}; {why}; {waits}", file=sys.stderr, flush=True)
             time.sleep(POLL_S)
     raise EngineError(
-        f"{config.name!r} did not become healthy in time: {seen}",
+        f"{config.name!r} did not become healthy in {deadline - began:.0f} s: {seen}; {missing(replicas_demand(config))}",
         hint="check that the cluster has the CPUs or GPUs of a replica and that the port is Serve's",
     )
 

@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from forge_ray.config.train import Workers
-from forge_ray.errors import ForgeError, TrainingError, last_line
-from forge_ray.machine.ray_internals import RAY_SNAPSHOT, remove_orphaned_groups
+from forge_ray.errors import ForgeError, TrainingError, first_cause, last_line
+from forge_ray.machine.capacity import wait_for
+from forge_ray.machine.ray_internals import RAY_SNAPSHOT, leave_sigint, remove_orphaned_groups
 from forge_ray.store import paths
 from forge_ray.train import checkpoint, diagnosis, incidents, validation
 from forge_ray.train.job import TrainJob
@@ -35,7 +36,7 @@ def fit(loop: Loop, job: TrainJob, validate: Validate | None = None) -> None:
         try:
             return _fit_once(loop, job, validate)
         except Exception as error:  # Ray wraps the worker's exception; the cause is what a person needs
-            cause = _root(error)
+            cause = first_cause(error)
             now = _progress(job)
             without_progress = 0 if now > reached else without_progress + 1
             reached = now
@@ -69,8 +70,10 @@ def _fit_once(loop: Loop, job: TrainJob, validate: Validate | None) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from forge_ray.train.preflight import workers_demand
     from forge_ray.train.process_group import ProcessGroup
 
+    wait_for(workers_demand(job.config))
     # our verified checkpoints are the state; Ray's snapshot is rewritten in place, and a torn one refuses every start
     job.store.delete(paths.run(job.run, RAY_SNAPSHOT))
     resources = {"CPU": scaling.cpus_per_worker}
@@ -99,6 +102,7 @@ def _fit_once(loop: Loop, job: TrainJob, validate: Validate | None) -> None:
         **beside,
     )
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    leave_sigint(trainer)
     trainer.fit()
 
 
@@ -123,7 +127,7 @@ def _apart(checkpoint: Any, step: int, validate: Validate, values: dict[str, Any
         ray.get(reference, timeout=settings.timeout_s)
     except Exception as error:
         ray.cancel(reference, force=True)
-        cause = _root(error)
+        cause = first_cause(error)
         reason = f"{type(cause).__name__}: {last_line(cause)}"[:300]
         if isinstance(error, ray.exceptions.GetTimeoutError):
             reason = (
@@ -148,18 +152,6 @@ def is_preempted(job: TrainJob) -> bool:
 
 
 _reported_deadlines: set[Any] = set()
-
-
-def _root(error: BaseException) -> BaseException:
-    """The first exception of a worker inside Ray's wrappers."""
-    seen = {id(error)}
-    while True:
-        failures = getattr(error, "worker_failures", None)
-        inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException) or id(inner) in seen:
-            return error
-        seen.add(id(inner))
-        error = inner
 
 
 def report(metrics: dict[str, Any], job: TrainJob, checkpoint: str, validate: bool = False) -> None:

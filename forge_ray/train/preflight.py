@@ -10,9 +10,10 @@ from typing import Any
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.run import RunConfig
-from forge_ray.config.train import Scaling, TrainConfig
+from forge_ray.config.train import Scaling, TrainConfig, Workers
 from forge_ray.errors import ConfigError, TrainingError
-from forge_ray.machine.cluster import connect, memory_per_worker
+from forge_ray.machine.capacity import Demand, refuse_oversized
+from forge_ray.machine.cluster import connect, has_gpu, memory_per_worker
 from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, ModelVersion, canonical_json
 from forge_ray.store import paths
@@ -183,6 +184,7 @@ def refuse_impossible(
     """Before anything is taken: `ConfigError` where the run cannot fit, with the nearest settings that do, or where it needs
     a compiler that is not here. In a cluster of several machines each worker looks for its own."""
     scaling = config.train.scaling
+    refuse_unplaceable(config.train)
     if config.train.compile and _workers_are_here(scaling):
         refuse_without_compiler(config.train)
     if not config.train.guards.refuse_impossible or store.list(paths.checkpoints(run), recursive=True):
@@ -199,6 +201,30 @@ def refuse_impossible(
         raise ConfigError(
             f"{run} cannot fit: {judgement.problem}",
             hint=f"{judgement.remedy}; or go on all the same: --force, or --set train.guards.refuse_impossible=false",
+        )
+
+
+def workers_demand(train: TrainConfig) -> Demand:
+    """What the fewest workers of a run ask of Ray."""
+    scaling = train.scaling
+    count = scaling.num_workers.min if isinstance(scaling.num_workers, Workers) else scaling.num_workers
+    settings = "train.scaling: num_workers, cpus_per_worker, gpus_per_worker"
+    return Demand("training", count, scaling.cpus_per_worker, scaling.gpus_per_worker, settings)
+
+
+def refuse_unplaceable(train: TrainConfig) -> None:
+    """`ConfigError` where the workers, or the task that validates, ask for more than there is. Ray must be connected unless
+    the run does without."""
+    if train.scaling.max_workers:
+        refuse_oversized(workers_demand(train))
+        if train.validation.background:
+            task = train.validation
+            settings = "train.validation: cpus, gpus"
+            refuse_oversized(Demand("validation in the background", 1, task.cpus, task.gpus, settings))
+    elif train.scaling.gpus_per_worker and not has_gpu():
+        raise ConfigError(
+            f"train.scaling.gpus_per_worker={train.scaling.gpus_per_worker:g}, and torch finds no GPU on this machine",
+            hint="set train.scaling.gpus_per_worker=0, or train where there is one; `forge doctor` shows what torch sees",
         )
 
 

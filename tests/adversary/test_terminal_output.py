@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from forge_ray.cli.ends import show_exception
 from forge_ray.cli.show import print_table
-from forge_ray.cli.terminal import echo, one_line, secho, show_exception
+from forge_ray.cli.terminal import echo, one_line, secho
 from forge_ray.progress import stage, visible
 
 pytestmark = pytest.mark.unit

@@ -8,6 +8,7 @@ from typing import Any
 
 from forge_ray.data.dataset import index
 from forge_ray.data.dataset.index import Place
+from forge_ray.governance.endpoint_state import state_of
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.erasure.search import ReachedRecords
 from forge_ray.governance.erasure.variants import Variant
@@ -285,7 +286,7 @@ def _deployments(
         now = {version for name in record.models for version in aliases.get(name, ())}
         hit = tuple(sorted((now | {record.model_version, *record.models.values()}) & withdrawn))
         if hit:
-            state = last[record.id].data["state"] if record.id in last else ""
+            state = state_of(last.get(record.id))
             affected.append(AffectedDeployment(id=record.id, name=record.name, state=state, versions=hit))
     return tuple(affected)
 

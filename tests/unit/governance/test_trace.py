@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from forge_ray.governance.uses import ranges
 from forge_ray.records import DatasetManifest, Event, RunRecord, canonical_json
 from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.owner import owner_mark
 from forge_ray.train import incidents
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
@@ -200,6 +203,35 @@ def test_trace_reaches_runs_versions_aliases_and_deployments(catalog: Catalog) -
     assert traced.affected.evals == ()  # it is in the train split, the report is on the test split
     assert other.id not in traced.affected.versions
     assert base.id not in traced.affected.versions
+
+
+def test_an_endpoint_whose_process_is_gone_has_crashed(catalog: Catalog) -> None:
+    """It wrote no end. One of another machine, or of an older release, counts by its last event."""
+    a, _ = train_ids(2)
+    data = dataset(catalog, [record_of(a)], [[record_of(a).id]] * 5)
+    base = version(catalog, "base")
+    first = run(catalog, "first", data.id, base.id, num_steps=1, train=train_config(global_batch=5))
+    v1 = version(catalog, "v1", first.id, base.id)
+    ended = subprocess.run(
+        [sys.executable, "-c", "from forge_ray.store.owner import owner_mark; print(owner_mark())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    states = {"lives": owner_mark(), "gone": ended, "elsewhere": "~00000000.1.1~", "cluster": None}
+    names = {}
+    for name, process in states.items():
+        names[deployment(catalog, name, v1.id).id] = name
+        more = {"process": process} if process else {}
+        (identifier,) = [one for one, other in names.items() if other == name]
+        catalog.append(Event(kind="deployment", subject=identifier, data={"state": "running", "name": name, **more}))
+    traced = trace(catalog, [of_record(record_of(a).id)])
+    assert {names[d.deployment]: (d.live, d.state) for d in traced.reached.deployments} == {
+        "lives": (True, "running"),
+        "gone": (False, "crashed"),
+        "elsewhere": (True, "running"),
+        "cluster": (True, "running"),
+    }
 
 
 def test_validation_records_reach_versions_they_selected(catalog: Catalog) -> None:

@@ -46,6 +46,13 @@ def test_the_snapshot_of_ray_train() -> None:
     assert constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME == ray_internals.RAY_SNAPSHOT
 
 
+def test_the_handler_of_sigint() -> None:
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    assert list(inspect.signature(DataParallelTrainer._register_sigint_handler).parameters) == ["self", "controller"]
+    assert "self._register_sigint_handler(" in inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
+
+
 def test_the_folders_of_spilled_objects() -> None:
     from ray._private import ray_constants
 
@@ -58,6 +65,7 @@ def test_the_folder_of_a_session() -> None:
 
     assert hasattr(worker, "_global_node")
     assert list(inspect.signature(Node.get_session_dir_path).parameters) == ["self"]
+    assert list(inspect.signature(Node.is_head).parameters) == ["self"]
     assert ray_internals.session_folder() is None  # this process belongs to no cluster
 
 

@@ -101,9 +101,9 @@ def test_a_saved_dataset_names_files_of_its_own_folder_only(tmp_path: Path) -> N
 
 
 def test_an_unknown_kind_of_file_is_refused_by_its_name(tmp_path: Path) -> None:
-    (tmp_path / "rows.xlsx").write_bytes(b"PK\x03\x04")
+    (tmp_path / "rows.avro").write_bytes(b"PK\x03\x04")
     with pytest.raises(DataError, match="no known format"):
-        expand(DataConfig.model_validate({"sources": [{"path": str(tmp_path / "rows.xlsx")}]}))
+        expand(DataConfig.model_validate({"sources": [{"path": str(tmp_path / "rows.avro")}]}))
 
 
 @pytest.mark.parametrize("text", [
