@@ -244,7 +244,7 @@ for number in range(int(sys.argv[3])):
     name = f"{sys.argv[2]}-{number}"
     audit_log.publish(store, f"events/{name}.json", canonical_json({"name": name}), "test.put", name)
 """
-HOSTS, EVENTS = 4, 8
+HOSTS, EVENTS = 3, 6
 
 
 def test_hosts_that_write_at_once_lose_no_line(bucket: Store) -> None:

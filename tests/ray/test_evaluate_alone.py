@@ -81,7 +81,7 @@ def test_a_run_on_text_is_judged_before_and_after_training(store: Store, base: s
                     "sequence_length": 64,
                     "splits": {"validation": 0, "test": 0.4},
                 },
-                "train": {"max_steps": 8, "global_batch": 4, "optimizer": {"lr": 5e-3}, "engine": "torch"}
+                "train": {"max_steps": 8, "global_batch": 4, "optimizer": {"lr": 5e-3}, "engine": "torch", "zero_stage": 0}
                 | {"scaling": {"num_workers": 1, "cpus_per_worker": 1}, "precision": "fp32"},
                 "release": {
                     "alias": "manual",
