@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError
 from forge_ray.inference.batching import salted
-from forge_ray.inference.choose import _write_merged
+from forge_ray.inference.choose import write_merged
 from forge_ray.inference.engine import Generation, GenerationRequest
 from forge_ray.inference.load import load_engine, load_model
 from forge_ray.inference.transformers_engine import TransformersEngine
@@ -105,7 +105,7 @@ def test_merged_engine_serves_adapters_that_cannot_share_an_engine(tiny_model_di
 
 
 def test_merged_folder_for_another_engine_is_a_whole_model(tiny_model_dir: Path, peers: Reference, tmp_path: Path) -> None:
-    _write_merged(tiny_model_dir, peers.folders["B"], "fp32", tmp_path)
+    write_merged(tiny_model_dir, peers.folders["B"], "fp32", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in tiny_model_dir.iterdir()}
     merged = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     out = merged.generate(torch.tensor([PROMPTS[3]]), do_sample=False, max_new_tokens=12, eos_token_id=None)
