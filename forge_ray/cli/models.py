@@ -30,13 +30,14 @@ def models_import(store: Store, as_json: bool, path: str, name: str | None, lice
     """Import a Hugging Face folder or GGUF file as a version.
 
     Hugging Face weights must be safetensors; no code of the model is executed."""
-
     from forge_ray.models.import_model import import_model
     from forge_ray.progress import stage
     from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
 
     with Catalog.open(store) as index, stage("import") as it:
+        if alias:
+            promotion.refuse_name(index, alias)  # before the work
         version = import_model(index, path, name or Path(path).stem.lower(), licence)
         if alias:
             promotion.promote(index, version.id, alias)

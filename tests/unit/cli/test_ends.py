@@ -343,3 +343,12 @@ def test_ctrl_c_ends_with_its_code_and_what_to_do(capsys: pytest.CaptureFixture[
     assert json.loads(printed.out)["error"]["code"] == "interrupted"
     assert "stopped by Ctrl-C (SIGINT) in stage train" in printed.err
     assert "the same command resumes" in printed.err
+
+
+def test_an_alias_that_cannot_be_is_refused_before_the_import(tmp_path: Path, tiny_model_dir: Path) -> None:
+    done = CliRunner().invoke(
+        cli, ["models", "import", str(tiny_model_dir), "--alias", "base", "--store", str(tmp_path / "store")]
+    )
+    assert done.exit_code == 2
+    assert "alias 'base' is the id of a record" in done.output
+    assert not (tmp_path / "store/models").exists()
