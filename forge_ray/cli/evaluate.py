@@ -107,7 +107,11 @@ def _print(store: Store, names: tuple[str, ...], reports: list[EvalReport]) -> N
 def _rules(config: RunConfig) -> list[str]:
     """What the gate of a run file asks, a line each."""
     gate = config.release.gate
-    rules = [f"{name} within {bound.min} and {bound.max}" for name, bound in gate.thresholds.items()]
+    bounds = [(name, bound.min, bound.max) for name, bound in gate.thresholds.items()]
+    bounds += [(name, None, most) for name, most in gate.budgets.model_dump().items()]
+    bounds += [(f"leak.{name}", None, most) for name, most in gate.leak.model_dump().items()]
+    rules = [f"{name} at least {least:g}" for name, least, _ in bounds if least is not None]
+    rules += [f"{name} at most {most:g}" for name, _, most in bounds if most is not None]
     for better in gate.better_than:
         at = f" at {better.confidence:.0%}" if better.confidence else ""
         rules.append(f"{better.metric} better than {better.incumbent} by {better.margin:g}{at}")

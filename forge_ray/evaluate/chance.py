@@ -37,11 +37,12 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Difference:
-    """`value` of ours minus theirs, and its interval."""
+    """`value` of ours minus theirs on `num_rows` rows, and its interval."""
 
     value: float
     low: float
     high: float
+    num_rows: int
 
     @property
     def is_chance(self) -> bool:
@@ -88,12 +89,12 @@ def difference(ours: Statistic, theirs: Statistic, confidence: float = CONFIDENC
         raise ValueError(f"{ours.num_rows} and {theirs.num_rows} rows are not the same rows")
     value = ours.value - theirs.value
     if ours.right is not None and theirs.right is not None:
-        return Difference(value, *newcombe(ours.right, theirs.right, confidence))
+        return Difference(value, *newcombe(ours.right, theirs.right, confidence), ours.num_rows)
     if ours.num_rows < MIN_ROWS:
         return None
     draws = np.concatenate([ours.of(counts) - theirs.of(counts) for counts in _draws(ours.num_rows)])
     bounds = _percentiles(draws, confidence)
-    return Difference(value, *bounds) if bounds else None
+    return Difference(value, *bounds, ours.num_rows) if bounds else None
 
 
 def wilson(successes: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -113,25 +114,18 @@ def newcombe(ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_], confide
     low_one, high_one = wilson(both + only_ours, count, confidence)
     low_two, high_two = wilson(both + only_theirs, count, confidence)
     margins = math.sqrt((both + only_ours) * (only_theirs + none) * (both + only_theirs) * (only_ours + none))
-    phi = (both * none - only_ours * only_theirs) / margins if margins else 0.0
+    product = both * none - only_ours * only_theirs  # corrected for continuity where it is positive
+    phi = (max(product - count / 2, 0.0) if product > 0 else product) / margins if margins else 0.0
     below = (one - low_one) ** 2 - 2 * phi * (one - low_one) * (high_two - two) + (high_two - two) ** 2
     above = (high_one - one) ** 2 - 2 * phi * (high_one - one) * (two - low_two) + (two - low_two) ** 2
     return one - two - math.sqrt(max(0.0, below)), one - two + math.sqrt(max(0.0, above))
 
 
-def rows_to_show(change: Difference, margin: float, num_rows: int) -> int | None:
+def rows_to_show(change: Difference, margin: float) -> int | None:
     """About how many rows would show a difference as large as this one to be above `margin`; None where it is not."""
     if change.value <= margin or change.value <= change.low:
         return None
-    return math.ceil(num_rows * ((change.value - change.low) / (change.value - margin)) ** 2)
-
-
-def rows_for_margin(margin: float, confidence: float, differing: float) -> int:
-    """Rows on which an improvement of a share by `margin` is shown in four of five trials, where two models are right on
-    different rows in a share `differing` of them: ((z_confidence + z_0.8) / margin)² × differing (a one-sided paired
-    test)."""
-    z = NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(0.8)
-    return math.ceil(max(differing, margin) * (z / margin) ** 2)
+    return math.ceil(change.num_rows * ((change.value - change.low) / (change.value - margin)) ** 2)
 
 
 def _quantile(confidence: float) -> float:

@@ -161,7 +161,7 @@ def field_scores(chats: Items) -> dict[str, dict[str, float]]:
     totals: dict[str, Counter[str]] = {}
     for reference, item in zip(references, chats if references else [], strict=True):
         expected, answered = Counter(leaves(reference)), Counter(leaves(_object(item["prediction"]) or {}))
-        answered.pop(("", "{}"), None)
+        answered.pop(("", "{}"), None)  # no object at all: there is no field to count
         for name, side in (("expected", expected), ("answered", answered), ("right", expected & answered)):
             for (path, _), count in side.items():
                 totals.setdefault(path, Counter())[name] += count
@@ -177,34 +177,17 @@ def field_scores(chats: Items) -> dict[str, dict[str, float]]:
 # ---------------------------------------------------------------- calls
 
 
-def _calls(item: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Calls of reference and prediction as JSON, in order."""
-    return [json.dumps(call, sort_keys=True) for call in item["calls"]], [
-        json.dumps(call, sort_keys=True) for call in item["called"]
-    ]
+def _calls(item: dict[str, Any], side: str) -> list[str]:
+    """The calls of the reference (`calls`) or of the answer (`called`) as JSON, in order."""
+    return [json.dumps(call, sort_keys=True) for call in item[side]]
 
 
-def _names(item: dict[str, Any]) -> tuple[list[str], list[str]]:
-    return [call["name"] for call in item["calls"]], [call["name"] for call in item["called"]]
-
-
-def _are_right(item: dict[str, Any]) -> bool:
-    expected, answered = _calls(item)
-    return expected == answered
-
-
-def _are_right_in_any_order(item: dict[str, Any]) -> bool:
-    expected, answered = _calls(item)
-    return sorted(expected) == sorted(answered)
-
-
-def _have_right_names(item: dict[str, Any]) -> bool:
-    expected, answered = _names(item)
-    return expected == answered
+def _names(item: dict[str, Any], side: str) -> list[str]:
+    return [call["name"] for call in item[side]]
 
 
 CALL_RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "calls_match": _are_right,
-    "calls_match_any_order": _are_right_in_any_order,
-    "call_names_match": _have_right_names,
+    "calls_match": lambda item: _calls(item, "calls") == _calls(item, "called"),
+    "calls_match_any_order": lambda item: sorted(_calls(item, "calls")) == sorted(_calls(item, "called")),
+    "call_names_match": lambda item: _names(item, "calls") == _names(item, "called"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.config.base import parse, resolved
@@ -65,7 +65,24 @@ def evaluate(
     prompts, digests = read_prompts(config.safety)
     settings = config.scoring() | ({"safety": digests} if digests else {})
     arguments = (subject, manifest, config, prompts, settings)
-    return _report(catalog, (subject.id, manifest.id, settings), config, run_evaluation, arguments, what, quiet)
+    key = (subject.id, manifest.id, settings)
+    existing = next((r for r in reports_of(catalog, key) if is_whole(catalog, r, manifest, config)), None)
+    return _report(catalog, key, config, run_evaluation, arguments, what, quiet, existing)
+
+
+def reports_of(catalog: Catalog, key: tuple[str, str, dict[str, Any]]) -> Iterator[EvalReport]:
+    return (r for r in catalog.all(EvalReport) if (r.subject, r.dataset, r.config) == key)
+
+
+def is_whole(catalog: Catalog, report: EvalReport, manifest: DatasetManifest, config: EvalConfig) -> bool:
+    """Whether a report is of every held-out row. Those of earlier versions, which have no intervals, left texts and calls
+    out without a word."""
+    from forge_ray.evaluate.examples import held_out
+
+    if report.intervals or report.left_out:
+        return True
+    rows = held_out(catalog.store, manifest, config)
+    return report.num_examples == len(rows.chats) + len(rows.texts)
 
 
 def _report(
@@ -76,9 +93,9 @@ def _report(
     arguments: tuple[Any, ...],
     what: str,
     quiet: bool,
+    existing: EvalReport | None,
 ) -> EvalReport:
     """The report of (subject, dataset, settings): the one that is there, else what `make` yields in a task."""
-    existing = next((r for r in catalog.all(EvalReport) if (r.subject, r.dataset, r.config) == key), None)
     if existing and quiet:
         return existing
     with stage("evaluate") as it:
@@ -137,7 +154,9 @@ def audit_leak(
     leak = config.leak.model_dump(mode="json")
     settings = {"leak": leak, "engine": config.engine.model_dump(mode="json"), "num_steps": training.num_steps}
     arguments = (subject, base, manifest, training, config, settings)
-    return _report(catalog, (subject.id, manifest.id, settings), config, audit, arguments, "leak", quiet)
+    key = (subject.id, manifest.id, settings)
+    existing = next(reports_of(catalog, key), None)
+    return _report(catalog, key, config, audit, arguments, "leak", quiet, existing)
 
 
 def audit_leak_of(catalog: Catalog, reference: str, settings: dict[str, Any]) -> EvalReport:

@@ -48,7 +48,7 @@ def _positions(catalog: Catalog, base: ModelVersion) -> int:
 
 def dataset_of(catalog: Catalog, data: str, base: ModelVersion, settings: dict[str, Any]) -> DatasetManifest:
     """`data`: the id of a dataset version, or a file of rows, all of which are held out; a version of it is built once."""
-    if data.startswith("ds_"):
+    if catalog.has(data) or (data.startswith("ds_") and not Path(data).exists()):
         return catalog.get_as(DatasetManifest, data)
     from forge_ray.data.build.prepare import prepare_version
     from forge_ray.data.dataset.version import require_tokenizer

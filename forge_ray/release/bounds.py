@@ -33,8 +33,7 @@ def shown(
             hint=f"leave `confidence` out, or judge one of {', '.join(sorted(by_metric))}",
         )
     is_gain = isinstance(rule, BetterThan)
-    margin = rule.margin if isinstance(rule, BetterThan) else -rule.tolerance
-    words = "better than" if is_gain else "no worse than"
+    margin, words = (rule.margin, "better than") if isinstance(rule, BetterThan) else (-rule.tolerance, "no worse than")
     place = f"{rule.metric} of {rule.slices}={of}" if of and isinstance(rule, NoWorseThan) else rule.metric
     name = f"{place} {words} {rule.incumbent} at {rule.confidence:.0%}"
     gain = by_metric.get(rule.metric)
@@ -42,21 +41,21 @@ def shown(
         reason = f"{place}: too few rows to bound the difference from {rule.incumbent}; at least {MIN_ROWS} are needed"
         return Check(name=name, value=None, bound=margin, passed=False, reason=reason)
     if lower_is_better:
-        gain = Difference(-gain.value, -gain.high, -gain.low)
+        gain = Difference(-gain.value, -gain.high, -gain.low, gain.num_rows)
     passed = gain.low >= margin and (gain.low > 0 or not is_gain)
-    reason = "" if passed else _why(place, rule, gain, margin, len(ours))
+    reason = "" if passed else _why(place, rule, gain, margin)
     return Check(name=name, value=gain.low, bound=margin, passed=passed, reason=reason)
 
 
-def _why(place: str, rule: BetterThan | NoWorseThan, gain: Difference, margin: float, num_rows: int) -> str:
+def _why(place: str, rule: BetterThan | NoWorseThan, gain: Difference, margin: float) -> str:
     goal = (
         f"better than {rule.incumbent} by {margin:g}"
-        if margin >= 0 and isinstance(rule, BetterThan)
-        else (f"at most {-margin:g} worse than {rule.incumbent}")
+        if isinstance(rule, BetterThan)
+        else f"at most {-margin:g} worse than {rule.incumbent}"
     )
     reason = (
-        f"{place} is not shown to be {goal} at {rule.confidence:.0%}: it gains {gain.value:+.4g} on {num_rows} rows,"
+        f"{place} is not shown to be {goal} at {rule.confidence:.0%}: it gains {gain.value:+.4g} on {gain.num_rows} rows,"
         f" and at least {gain.low:+.4g}"
     )
-    needed = rows_to_show(gain, margin, num_rows)
+    needed = rows_to_show(gain, margin)
     return f"{reason}; about {needed} rows would show it" if needed else reason

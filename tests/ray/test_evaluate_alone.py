@@ -10,9 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from forge_ray.cli.main import cli
+from forge_ray.config.release import EvalConfig
 from forge_ray.evaluate.items import items_of
+from forge_ray.evaluate.reports import is_whole, reports_of
 from forge_ray.models.import_model import import_model
-from forge_ray.records import EvalReport
+from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -106,3 +108,20 @@ def test_a_run_on_text_is_judged_before_and_after_training(store: Store, base: s
     assert check["name"] == "bits_per_byte better than base at 95%"
     assert check["passed"]
     assert check["value"] > 0
+
+
+def test_a_report_of_an_earlier_version_that_left_texts_out_is_made_anew(store: Store, base: str, tmp_path: Path) -> None:
+    rows = tmp_path / "ds_mixed.jsonl"  # named as a dataset's id begins
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    rows.write_text("\n".join(map(json.dumps, [chat, {"text": "The pump is inspected every month. " * 3}])))
+    arguments = ("eval", "--model", base, "--data", str(rows))
+    code, first = forge(store, *arguments)
+    assert code == 0, first
+    whole = EvalReport.model_validate(first["reports"][base])
+    with Catalog.open(store) as catalog:
+        fields = {"intervals": {}, "num_examples": 1, "metrics": {"exact_match": 0.0, "loss": 1.0}, "items_sha256": "0"}
+        earlier = whole.model_copy(update=fields)
+        key = (earlier.subject, earlier.dataset, earlier.config)
+        assert not is_whole(catalog, earlier, catalog.get_as(DatasetManifest, whole.dataset), EvalConfig())
+        assert is_whole(catalog, whole, catalog.get_as(DatasetManifest, whole.dataset), EvalConfig())
+        assert [report.id for report in reports_of(catalog, key)] == [whole.id]

@@ -98,11 +98,19 @@ def _document(request: dict[str, Any], data: bytes) -> Iterator[Frame]:
         limits.lift()
 
 
+def _failure(error: Exception) -> Frame:
+    """That a file could not be read: of an outage, which may pass, or of the file itself."""
+    from forge_ray.data.read.lines import is_outage
+
+    if is_outage(error):
+        return OUTAGE, json.dumps([getattr(error, "errno", None), str(error)]).encode()
+    return REASON, ("!" + type(error).__name__).encode()
+
+
 def _columnar(request: dict[str, Any]) -> Iterator[Frame]:
     import pyarrow as pa
 
     from forge_ray.data.read import columnar
-    from forge_ray.data.read.lines import is_outage
 
     limits = ReaderLimits()
     path = request["path"]
@@ -137,10 +145,7 @@ def _columnar(request: dict[str, Any]) -> Iterator[Frame]:
     except MemoryError:
         raise
     except (pa.ArrowException, OSError, EOFError) as error:
-        if is_outage(error):
-            yield OUTAGE, json.dumps([getattr(error, "errno", None), str(error)]).encode()
-        else:
-            yield REASON, ("!" + type(error).__name__).encode()
+        yield _failure(error)
     finally:
         limits.lift()
 
@@ -149,7 +154,6 @@ def _workbook(request: dict[str, Any]) -> Iterator[Frame]:
     import openpyxl  # noqa: F401 (before the limits, which are for the file)
 
     from forge_ray.data.read import columnar, workbook
-    from forge_ray.data.read.lines import is_outage
 
     limits = ReaderLimits()
     path, stored = request["path"], request["size"]
@@ -166,10 +170,7 @@ def _workbook(request: dict[str, Any]) -> Iterator[Frame]:
     except MemoryError:
         raise
     except Exception as error:  # a parser of another's format fails in many ways, and one file must not stop the rest
-        if is_outage(error):
-            yield OUTAGE, json.dumps([getattr(error, "errno", None), str(error)]).encode()
-        else:
-            yield REASON, ("!" + type(error).__name__).encode()
+        yield _failure(error)
     finally:
         limits.lift()
 

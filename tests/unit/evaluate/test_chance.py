@@ -13,7 +13,6 @@ from forge_ray.evaluate.chance import (
     mapped,
     newcombe,
     ratio,
-    rows_for_margin,
     rows_to_show,
     share,
     wilson,
@@ -46,17 +45,28 @@ def test_one_row_has_a_wide_interval_of_a_share_and_none_of_a_mean() -> None:
 
 @pytest.mark.parametrize(
     ("table", "bounds"),
-    # R. G. Newcombe, Statistics in Medicine 17 (1998) 2635, table III, method 10 without the correction of phi
-    [((36, 14, 0, 0), (0.1528, 0.4167)), ((0, 54, 0, 0), (0.9060, 1.0)), ((1, 0, 0, 29), (-0.1351, 0.1351))],
+    # Bentur 2009 and Cavo 2012 as in M. W. Fagerland et al., Statistical Analysis of Contingency Tables (2017), chapter 8;
+    # the third as in D. G. Altman et al., Statistics with Confidence (2000), table 6.2
+    [
+        ((1, 1, 7, 12), (-0.5069, -0.0256)),
+        ((59, 6, 16, 80), (-0.1186, -0.0046)),
+        ((14, 5, 0, 22), (0.0115, 0.2265)),
+    ],
 )
-def test_a_paired_difference_of_shares(table: tuple[int, int, int, int], bounds: tuple[float, float]) -> None:
+def test_a_paired_difference_of_shares_is_that_of_the_books(
+    table: tuple[int, int, int, int], bounds: tuple[float, float]
+) -> None:
+    ours, theirs = paired(*table)
+    assert newcombe(np.array(ours), np.array(theirs), 0.95) == pytest.approx(bounds, abs=5e-5)
+    assert newcombe(np.array(theirs), np.array(ours), 0.95) == pytest.approx((-bounds[1], -bounds[0]), abs=5e-5)
+
+
+@pytest.mark.parametrize("table", [(0, 54, 0, 0), (1, 0, 0, 29), (0, 0, 0, 1), (7, 0, 0, 0)])
+def test_a_paired_difference_of_shares_of_nothing_and_all(table: tuple[int, int, int, int]) -> None:
     ours, theirs = paired(*table)
     low, high = newcombe(np.array(ours), np.array(theirs), 0.95)
-    assert low <= sum(ours) / len(ours) - sum(theirs) / len(theirs) <= high
-    assert low >= -1
-    assert high <= 1 + 1e-9
-    if table[2:] == (0, 0) and table[0]:
-        assert low > 0
+    assert -1 <= low < high <= 1
+    assert low <= (table[1] - table[2]) / sum(table) <= high
 
 
 def test_intervals_hold_as_often_as_they_say() -> None:
@@ -96,9 +106,7 @@ def test_differences_of_means_are_paired() -> None:
 
 
 def test_rows_that_would_show_a_gain() -> None:
-    assert rows_to_show(Difference(0.02, -0.02, 0.06), 0.0, 100) == 400
-    assert rows_to_show(Difference(0.02, -0.02, 0.06), 0.02, 100) is None
-    # one-sided 95 %, four of five trials: z = 1.645 + 0.842
-    assert rows_for_margin(0.05, 0.95, 0.2) == pytest.approx(0.2 * (2.4865 / 0.05) ** 2, rel=1e-3)
-    assert Difference(0.1, -0.1, 0.3).is_chance
-    assert not Difference(0.1, 0.05, 0.3).is_chance
+    assert rows_to_show(Difference(0.02, -0.02, 0.06, 100), 0.0) == 400
+    assert rows_to_show(Difference(0.02, -0.02, 0.06, 100), 0.02) is None
+    assert Difference(0.1, -0.1, 0.3, 9).is_chance
+    assert not Difference(0.1, 0.05, 0.3, 9).is_chance

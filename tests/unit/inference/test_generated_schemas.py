@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from forge_ray.errors import RequestError
 from forge_ray.inference.engine import GenerationRequest
-from forge_ray.inference.grammar import Grammars, Matcher, load_grammars
+from forge_ray.inference.grammar import Grammars, Matcher
 
 pytestmark = pytest.mark.unit
 
@@ -151,18 +151,6 @@ def walked(matcher: Matcher, tokenizer: Tokenizer, seed: int) -> str | None:
             return str(tokenizer.decode(written[:-1], skip_special_tokens=False))
         matcher.accept(written[-1])
     return None
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def grammars(tiny_model_dir: Path, tokenizer: Tokenizer) -> Grammars:
-    grammars = load_grammars(tiny_model_dir, tokenizer.get_vocab_size())
-    assert isinstance(grammars, Grammars)
-    return grammars
 
 
 @pytest.mark.parametrize("num_schemas", [60, pytest.param(2000, marks=pytest.mark.large)])

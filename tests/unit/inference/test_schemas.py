@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -12,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from forge_ray.errors import RequestError
-from forge_ray.inference.grammar import MAX_ITEMS, Grammars, Matcher, load_grammars
+from forge_ray.inference.grammar import MAX_ITEMS, Grammars, Matcher
 
 pytestmark = pytest.mark.unit
 
@@ -95,18 +94,6 @@ SCHEMAS: dict[str, tuple[Any, Any, Any]] = {
         {"a": 1},
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def grammars(tiny_model_dir: Path, tokenizer: Tokenizer) -> Grammars:
-    grammars = load_grammars(tiny_model_dir, tokenizer.get_vocab_size())
-    assert isinstance(grammars, Grammars)
-    return grammars
 
 
 def may_write(matcher: Matcher, tokenizer: Tokenizer, text: str) -> bool:
