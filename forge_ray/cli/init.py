@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 LOWER_LOSS = "gate: {better_than: [{incumbent: base, metric: loss}]}  # released only if it predicts held-out answers better"
 EXACT_MATCH = "gate: {thresholds: {exact_match: {min: 0.8}}, better_than: [{incumbent: base}]}  # 0.8: the least you accept"
+BITS = (
+    "gate: {better_than: [{incumbent: base, metric: bits_per_byte}]}  # released only if it predicts held-out texts better"
+)
+ADAPTER = "adapter: {r: 16, alpha: 32}  # LoRA; without this line every weight is trained: set optimizer: {lr: 2e-5}"
 LONG_ANSWERS = "eval: {max_new_tokens: 256}  # tokens; longer answers are cut off and count as wrong"
 
 
@@ -34,6 +38,7 @@ class Task:
     sequence_length: int
     gate: str = LOWER_LOSS
     evaluation: str = ""
+    train: str = ADAPTER
 
 
 TASKS = {
@@ -53,12 +58,18 @@ TASKS = {
         LONG_ANSWERS,
     ),
     "tools": Task(
-        "Fine-tune tool calls. Only rows that end in a text answer, not in a call, are evaluated.",
+        "Fine-tune tool calls.",
         '{"messages": [… "tool_calls" …], "tools": […]}',
         4096,
         evaluation=LONG_ANSWERS,
     ),
-    "pretrain": Task("Continue pre-training on plain text.", '{"text": "…"}', 2048),
+    "pretrain": Task(
+        "Continue pre-training on plain text.",
+        '{"text": "…"}',
+        2048,
+        BITS,
+        train="optimizer: {lr: 2e-5}  # every weight is trained",
+    ),
 }
 
 
@@ -75,23 +86,14 @@ def run_file_text(task: str, data: str, base_model: str, name: str) -> str:
         f"  sources: [{{path: {data}}}]  # one {chosen.rows} per line",
         f"  sequence_length: {chosen.sequence_length}  # tokens",
         "train:",
+        f"  {chosen.train}",
+        *([chosen.evaluation] if chosen.evaluation else []),
+        "release:",
+        f"  alias: {name}",
+        f"  {chosen.gate}",
+        f"deploy: {{name: {name}, models: [{name}]}}  # without this line `forge run` ends after the release",
+        "# On a GPU add scaling: {gpus_per_worker: 1} to train, gpus: 1 to eval, gpus_per_replica: 1 to deploy.",
     ]
-    if task == "pretrain":
-        lines += [
-            "  optimizer: {lr: 2e-5}  # every weight is trained; on a GPU add scaling: {gpus_per_worker: 1}",
-            "# Works today: `forge train`, then `forge runs export`. `forge eval`, `release` and `run` need conversations.",
-            f"release: {{alias: {name}}}  # required; not used yet",
-        ]
-    else:
-        lines += [
-            "  adapter: {r: 16, alpha: 32}  # LoRA; without this line every weight is trained: set optimizer: {lr: 2e-5}",
-            *([chosen.evaluation] if chosen.evaluation else []),
-            "release:",
-            f"  alias: {name}",
-            f"  {chosen.gate}",
-            f"deploy: {{name: {name}, models: [{name}]}}  # without this line `forge run` ends after the release",
-            "# On a GPU add scaling: {gpus_per_worker: 1} to train, gpus: 1 to eval, gpus_per_replica: 1 to deploy.",
-        ]
     return "\n".join(lines) + "\n"
 
 
@@ -221,8 +223,8 @@ def init(
     parse(RunConfig, yaml.safe_load(text))  # an invalid name is refused before anything is written
     write_run_file(file, text, force)
     if not as_json:
-        path, last = shlex.quote(str(file)), "train" if task == "pretrain" else "run"
-        echo(f"wrote {file}\nnext:\n  forge data prepare {path}\n  forge {last} {path}")
+        path = shlex.quote(str(file))
+        echo(f"wrote {file}\nnext:\n  forge data prepare {path}\n  forge run {path}")
     return {"path": str(file), **({"from": origin} if origin else {"task": task})}
 
 
