@@ -21,10 +21,11 @@ from forge_ray.data.tokens.template import CallStyle
 Kind = Literal["object", "named", "tagged", "python", "braced"]
 JSON = json.JSONDecoder()
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-PYTHON_START = re.compile(r"\[?\s*\b[A-Za-z_][\w.-]{0,63}\(")
+PYTHON_START = re.compile(r"(\[\s*+)?\b[A-Za-z_][\w.-]{0,63}\(")
 CONSTANTS = {"None": None, "True": True, "False": False, "null": None, "true": True, "false": False}
 PYTHON_WORD = re.compile(r"(?<![\w.-])(None|True|False)(?![\w.:-])")  # a value that a template wrote as Python does
-PYTHON_MARK = re.compile(r"\\.|['\"()\[\]{}]", re.DOTALL)
+PYTHON_MARK = re.compile(r"\\[\\'\"]|['\"()\[\]{}]")
+TWO_WORDS = re.compile(r"[^='\"()\[\]{}]*\w\s+\w")  # at the beginning of arguments: prose
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,22 @@ def _value(text: str) -> Any:
 
 
 def _python(text: str) -> Iterator[ParsedCall]:
-    at = 0
+    """The first call, or list of calls, that can be read.
+
+    A name and a bracket may also be prose, whose brackets and apostrophes may be unmatched: behind them a list of calls is
+    looked for. Nothing is looked for inside a call that is not whole or cannot be read, for its texts may hold calls."""
+    ends: dict[int, int] | None = None
+    at = prose_until = 0
     while begun := PYTHON_START.search(text, at):
-        end = _closed_at(text, begun.start())
-        if end < 0:
+        at = begun.end()
+        if begun.start() < prose_until and not begun[1]:
+            continue
+        ends = _ends_of_brackets(text, begun.start()) if ends is None else ends
+        end = ends.get(begun.start() if begun[1] else at - 1)
+        if TWO_WORDS.match(text, at):
+            prose_until = max(prose_until, end or len(text))
+            continue
+        if end is None:
             return
         if calls := _python_calls(text[begun.start() : end].strip()):
             yield from calls
@@ -240,19 +253,21 @@ def _python(text: str) -> Iterator[ParsedCall]:
         at = end
 
 
-def _closed_at(text: str, start: int) -> int:
-    """Behind the bracket that closes the first one from `start` on, but for those in quotation marks; -1 where none does."""
-    depth, quote = 0, ""
+def _ends_of_brackets(text: str, start: int) -> dict[int, int]:
+    """Behind which character each bracket closes that is opened from `start` on, for a reader that begins at that bracket.
+
+    Such readers differ in which brackets they take for quoted, and three of them are all that there are: one outside of
+    quotation marks, one inside of `'`, one inside of `"`. Each quotation mark only swaps two of them."""
+    ends: dict[int, int] = {}
+    opened: dict[str, list[int]] = {"": [], "'": [], '"': []}  # by where its reader is now: the brackets that it has open
     for mark in PYTHON_MARK.finditer(text, start):
-        if quote or mark[0] in "'\"":
-            quote = ("" if mark[0] == quote else quote) if quote else mark[0]
+        if mark[0] in opened:
+            opened[""], opened[mark[0]] = opened[mark[0]], opened[""]
         elif mark[0] in "([{":
-            depth += 1
-        elif mark[0] in ")]}":
-            depth -= 1
-            if not depth:
-                return mark.end()
-    return -1
+            opened[""].append(mark.start())
+        elif mark[0] in ")]}" and opened[""]:
+            ends[opened[""].pop()] = mark.end()
+    return ends
 
 
 def _python_calls(source: str) -> list[ParsedCall]:
