@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from forge_ray.papers.facts import Facts
 from forge_ray.papers.markdown import code, plain
 from forge_ray.papers.model_card import model_card
 from forge_ray.records import ModelVersion, files_digest
+from forge_ray.store import signing
 from forge_ray.store.exact import copy_file
 from forge_ray.store.files import hash_dir
 from forge_ray.store.scratch import scratch
@@ -23,7 +25,7 @@ from forge_ray.train.model import copy_tokenizer, name_ends
 
 Form = Literal["adapter", "merged", "gguf"]
 Precision = Literal["bf16", "fp16", "fp32"]
-CARD, BOM, UPSTREAM_CARD = "README.md", "bom.cdx.json", "README.upstream.md"
+CARD, BOM = "README.md", "bom.cdx.json"
 TYPES: dict[str, Precision] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 LICENCE_TEXT = re.compile(r"(licen[cs]e|notice|copying)\b.*", re.IGNORECASE)
 OPENING = {
@@ -87,8 +89,9 @@ def write_merged_folder(held: StoredWeights, precision: Precision, target: Path,
 def write_gguf_folder(
     held: StoredWeights, precision: Precision, target: Path, done: Callable[[int, int], None]
 ) -> tuple[str, ...]:
-    """One GGUF file, read back and compared, with the licence texts; returns notes about it. `done` is told the tensors
-    that are written, and of how many."""
+    """One GGUF file, read back and compared, with the licence texts; returns notes about it. An adapter is summed in fp32,
+    for the file's writer alone refuses what its precision cannot hold. `done` is told the tensors that are written, and of
+    how many."""
     from forge_ray.export.gguf_check import check_read_back
     from forge_ray.export.gguf_file import write_gguf
 
@@ -98,7 +101,7 @@ def write_gguf_folder(
         source = held.base_folder
         if held.adapter_folder is not None:
             source = folder
-            write_merged(held.base_folder, held.adapter_folder, precision, folder)
+            write_merged(held.base_folder, held.adapter_folder, "fp32", folder)
         write_gguf(source, path, title, held.version.licence, precision, done)
         notes = check_read_back(path, source, precision)
     for file in held.base_folder.iterdir():
@@ -109,9 +112,11 @@ def write_gguf_folder(
 
 def write_documents(facts: Facts, held: StoredWeights, form: Form, precision: str, folder: Path) -> None:
     """The model card and the bill of materials of what the folder holds. A card that the folder has from elsewhere stays,
-    under another name."""
+    under a name that is free; a bill of materials and a signature are over other files, and are left out."""
     if (folder / CARD).is_file():
-        (folder / CARD).rename(folder / UPSTREAM_CARD)
+        (folder / CARD).rename(_upstream_card(folder))
+    for name in (BOM, signing.BUNDLE_FILE):
+        (folder / name).unlink(missing_ok=True)
     files = hash_dir(folder)
     weights = held.version.weights if form == "adapter" else "full"
     copied = held.version.model_copy(update={"files": files, "files_digest": files_digest(files), "weights": weights})
@@ -119,6 +124,12 @@ def write_documents(facts: Facts, held: StoredWeights, form: Form, precision: st
     (folder / BOM).write_bytes(bom(facts))
     card = model_card(facts, library="gguf" if form == "gguf" else "")
     (folder / CARD).write_bytes(card + f"\n{_this_copy(held, form, precision, folder)}".encode())
+
+
+def _upstream_card(folder: Path) -> Path:
+    """`README.upstream.md`, or with a number where an earlier copy has that one."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(path for number in numbers if not (path := folder / f"README.upstream{number}.md").exists())
 
 
 def _this_copy(held: StoredWeights, form: Form, precision: str, folder: Path) -> str:

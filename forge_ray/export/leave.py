@@ -39,7 +39,6 @@ from forge_ray.store.owner import is_alive, owner_mark
 from forge_ray.store.resolve import resolve
 
 UNFINISHED = ".exporting-"
-SIGNATURE = "model.sig"
 FULL = re.compile(rf"os error {errno.ENOSPC}\b|\d+ requested and \d+ written")
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -227,12 +226,11 @@ def _fill(held: StoredWeights, form: Form, precision: str, folder: Path, it: Sta
 
 def _sign(catalog: Catalog, version: ModelVersion, folder: Path) -> tuple[str, tuple[str, ...]]:
     """Sign the folder where this process has a key: the key's id, and a note where the store has signers and it has none."""
-    (folder / SIGNATURE).unlink(missing_ok=True)  # of a copy that was imported: it is over other files
     key = signing.private_key()
     if key is None:
         is_missed = bool(catalog.authority().signers)
         return "", (f"not signed: {signing.SIGNER} is not set",) if is_missed else ()
-    (folder / SIGNATURE).write_bytes(signing.model_bundle(version.id, hash_dir(folder), key))
+    (folder / signing.BUNDLE_FILE).write_bytes(signing.model_bundle(version.id, hash_dir(folder), key))
     return signing.key_id(key.public_key()), ()
 
 

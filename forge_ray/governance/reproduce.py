@@ -50,14 +50,15 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
         initial = _sealed(catalog.get_as(ModelVersion, record.initial_adapter)) if record.initial_adapter else None
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
         promotion.refuse_withdrawn(catalog, version.id if version else "")
-        _require_inputs(catalog, record, base, () if rebuild_data else (paths.dataset(manifest.id),))
+        models = tuple(paths.model(one.id) for one in (base, initial) if one)
+        _require_inputs(catalog, record, (*(() if rebuild_data else (paths.dataset(manifest.id),)), *models))
         config, notes = settings(record)
         catalog.check_may("reproduction events")  # before hours are spent on one
         differences = _before(record, base, initial, version)
         for line in (*difference.lines(differences | _here(store, record)), *notes):
             print(f"  {visible(line)}", file=sys.stderr, flush=True)
         scratch = _below(store, folder)
-        in_use = using(store, f"reproduction of {record.id}", folder, paths.model(base.id), paths.dataset(manifest.id))
+        in_use = using(store, f"reproduction of {record.id}", folder, paths.dataset(manifest.id), *models)
         try:
             with in_use, Catalog.open(scratch) as there, stage("verify") as it:
                 size = _link(store, folder, paths.model(base.id), base.files, "the base model")
@@ -101,10 +102,10 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
     }
 
 
-def _require_inputs(catalog: Catalog, record: RunRecord, base: ModelVersion, datasets: tuple[str, ...]) -> None:
-    """Raise `NotFound` that names every input of the run that is not in the store any more, and why."""
+def _require_inputs(catalog: Catalog, record: RunRecord, folders: tuple[str, ...]) -> None:
+    """Raise `NotFound` that names every input of the run (`folders`) that is not in the store any more, and why."""
     absent = []
-    for folder in (*datasets, paths.model(base.id)):
+    for folder in folders:
         if not catalog.store.exists(folder):
             erasure = withdrawn(catalog.store).datasets.get(folder.rpartition("/")[2], "")
             reason = why_absent(catalog.standing, folder) or (f"erased by {erasure}" if erasure else "nothing says why")

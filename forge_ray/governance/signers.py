@@ -200,11 +200,12 @@ def export_signed(catalog: Catalog, reference: str, out: str) -> str:
     folder, target = catalog.store.fetch_dir(paths.model(version.id), verify=False), expanded(out)
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{out} is not empty", hint="give another --out")
-    bundle = signing.model_bundle(version.id, version.files, key)
-    signature = FileEntry(path="model.sig", size=len(bundle), sha256=hashlib.sha256(bundle).hexdigest())
-    exports.record_export(catalog, version, "openssf", "", str(target.absolute()), (*version.files, signature))
+    files = tuple(entry for entry in version.files if entry.path != signing.BUNDLE_FILE)  # a new one takes its place
+    bundle = signing.model_bundle(version.id, files, key)
+    signature = FileEntry(path=signing.BUNDLE_FILE, size=len(bundle), sha256=hashlib.sha256(bundle).hexdigest())
+    exports.record_export(catalog, version, "openssf", "", str(target.absolute()), (*files, signature))
     target.mkdir(parents=True, exist_ok=True)
-    for entry in version.files:
+    for entry in files:
         copy_file(folder, entry.path, target)
     (target / signature.path).write_bytes(bundle)
     return str(target)

@@ -150,12 +150,14 @@ def verify_path(path: Path, keys: list[signing.PublicKey]) -> dict[str, Any]:
     if not keys:
         raise ConfigError("a path is verified with the public keys that you trust", hint="--key alice.pub")
     if path.is_dir():
-        signature = path / "model.sig"
+        signature = path / signing.BUNDLE_FILE
         if not signature.is_file():
-            raise PolicyError(f"{path} has no model.sig", hint="`forge sign VERSION --openssf --out DIR` writes one")
-        files = tuple(entry for entry in hash_dir(path) if entry.path not in ("model.sig", MANIFEST))
+            raise PolicyError(
+                f"{path} has no {signing.BUNDLE_FILE}", hint="`forge sign VERSION --openssf --out DIR` writes one"
+            )
+        files = tuple(entry for entry in hash_dir(path) if entry.path not in (signing.BUNDLE_FILE, MANIFEST))
         signing.check_bundle(_json(signature), files, keys)
-        return {"path": str(path), "what": "model.sig", "files": len(files)}
+        return {"path": str(path), "what": signing.BUNDLE_FILE, "files": len(files)}
     stated = json.loads(signing.opened(_json(path), keys))
     subjects = {subject["name"]: subject["digest"]["sha256"] for subject in stated["subject"]}
     return {"path": str(path), "what": stated["predicateType"], "subjects": subjects, "predicate": stated["predicate"]}

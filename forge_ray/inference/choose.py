@@ -36,8 +36,8 @@ def open_engine(
 
 
 def write_merged(model_dir: Path, adapter_dir: Path | None, precision: str, folder: Path) -> None:
-    """The weights in this precision, an adapter summed into them in fp32 and rounded once, with everything else of the
-    base's folder."""
+    """The weights in this precision (bf16 or fp32), an adapter summed into them in fp32 and rounded once, with everything
+    else of the base's folder."""
     import torch
 
     from forge_ray.inference.load import DTYPES, load_model

@@ -17,7 +17,7 @@ from forge_ray.inference.transformers_engine import TransformersEngine
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.models.architecture import open_model
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_engine(

@@ -85,6 +85,7 @@ def _export(
 ) -> Exported:
     store = catalog.store
     tags = {"forge.dataset": run.dataset, "forge.base_model": run.base_model, "forge.code_digest": run.code_digest}
+    tags |= {"forge.initial_adapter": run.initial_adapter} if run.initial_adapter else {}
     tags |= {"forge.config_digest": run.config_digest, "forge.order_digest": run.order_digest}
     sink = MlFlow(uri, run.id, experiment, parse(TrainConfig, run.config["train"]), tags)
     path = paths.run(run.id, metrics.METRICS)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from forge_ray.data.tokens.call_forms import CallForm, parse
+from forge_ray.data.tokens.call_forms import CallForm, parse, text_behind
 from forge_ray.serve.text import overlap
 from forge_ray.serve.tool_fields import Function
 
@@ -17,9 +17,9 @@ LONGEST = 1 << 16  # characters of calls that are read again with each token
 
 @dataclass
 class FormParser:
-    """Splits a growing answer into text and calls; once a call has begun, what is no call is the form around it. `call`
-    makes one of a name and arguments, or None for a function that was not declared. `finished` after the first call, unless
-    `several`."""
+    """Splits a growing answer into text and calls; what is between two calls is the form around them. `call` makes one of a
+    name and arguments, or None for a function that was not declared. `finished` after the first call, unless `several`.
+    `end`: of the last call in the buffer."""
 
     form: CallForm
     call: Callable[[str, dict[str, Any]], Any]
@@ -29,6 +29,7 @@ class FormParser:
     inside: bool = False
     calls: list[Any] = field(default_factory=list)
     num_refused: int = 0
+    end: int = 0
 
     def push(self, text: str) -> list[Any]:
         """Text that belongs to no call, and calls that `text` completes, in order."""
@@ -43,10 +44,11 @@ class FormParser:
         return parts
 
     def flush(self) -> list[Any]:
-        """At the end: what was held back is text, unless calls were in it."""
+        """At the end: what was held back is text, as far as it is neither a call nor the form around one."""
         parts = self._new_calls() if self.inside and not self.finished else []
-        if self.buffer and not self.calls:
-            parts.append(self.buffer)
+        rest = text_behind(self.form, self.buffer[self.end :]) if self.calls else self.buffer
+        if rest and not self.finished:
+            parts.append(rest)
         self.buffer = ""
         return parts
 
@@ -76,6 +78,7 @@ class FormParser:
                 continue
             new_calls.append(call)
             self.calls.append(call)
+            self.end = parsed.end
             if not self.several:
                 self.finished = True
                 break

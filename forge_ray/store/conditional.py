@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 SINGLE_WRITER = "FORGE_SINGLE_WRITER"
 PROBE = "audit/create-only.json"
-ELSEWHERE = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+WEB_IDENTITY = "AWS_WEB_IDENTITY_TOKEN_FILE"
+CONTAINER_PATH, CONTAINER_URI = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+CONTAINER_TOKEN = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
+AMAZON = ".amazonaws.com"
+ECS = "169.254.170.2"  # serves CONTAINER_PATH; in EKS, CONTAINER_URI names the host (169.254.170.23, or its IPv6 address)
 
 
 def create(uri: str, path: str, data: bytes) -> bool:
@@ -89,21 +93,40 @@ def _bucket(uri: str, name: str) -> S3Store:
         endpoint = endpoint if "://" in endpoint else f"{options.get('scheme', 'https')}://{endpoint}"
         config["endpoint"] = endpoint
     endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-    host = urlsplit(endpoint).hostname or ".amazonaws.com"
+    hosts = [urlsplit(endpoint).hostname or AMAZON, *_credential_hosts()]
     client: ClientConfig = {
         "proxy_url": "http://127.0.0.1:9",  # else those of the environment hold
-        "proxy_excludes": host,
+        "proxy_excludes": ",".join(dict.fromkeys(hosts)),
         "allow_http": endpoint.startswith("http://"),
     }
     return S3Store(name, client_options=client, **config)
+
+
+def _credential_hosts() -> list[str]:
+    """Where the library asks for the credentials of a web identity or of a container, if the environment says so."""
+    hosts = []
+    if os.environ.get(WEB_IDENTITY):
+        hosts.append(urlsplit(os.environ.get("AWS_ENDPOINT_URL_STS", "")).hostname or AMAZON)
+    if os.environ.get(CONTAINER_PATH):
+        hosts.append(ECS)
+    if full := urlsplit(os.environ.get(CONTAINER_URI, "")).hostname:
+        hosts.append(full)
+    return hosts
 
 
 def _credentials(user: str | None, secret: str | None) -> dict[str, str]:
     """The URI's, the environment's, else the profile's of AWS's shared credentials file."""
     if user and secret:
         return {"access_key_id": unquote(user), "secret_access_key": unquote(secret)}
-    if os.environ.get("AWS_ACCESS_KEY_ID") or any(map(os.environ.get, ELSEWHERE)):
+    if os.environ.get("AWS_ACCESS_KEY_ID") or any(map(os.environ.get, (WEB_IDENTITY, CONTAINER_PATH))):
         return {}  # the library reads them itself
+    if os.environ.get(CONTAINER_URI):
+        if os.environ.get(CONTAINER_TOKEN):
+            return {}
+        raise ConfigError(  # the library would ask the metadata address of a cloud instead
+            f"{CONTAINER_URI} is set without {CONTAINER_TOKEN}, the token that its credentials are asked for with",
+            hint="set both, as EKS does; elsewhere name the credentials in the store's URI or in AWS_ACCESS_KEY_ID",
+        )
     path = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
     profiles = configparser.ConfigParser(interpolation=None)
     profiles.read(path)

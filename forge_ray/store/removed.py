@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pyarrow.fs as pafs
@@ -67,33 +68,56 @@ def remedy(folder: str) -> str:
     }.get(top, "restore it from a backup")
 
 
-def set_aside(store: Store, path: str) -> str:
-    """Take a folder or file out of sight in one step, so that a process killed later leaves a whole store; returns where it
-    is now. On an object store, which has no rename, its manifest is deleted instead."""
+@dataclass(frozen=True)
+class Aside:
+    """A folder or file that was taken out of sight. `path`: where it lay; `place`: where it is now; `manifest`: the bytes of
+    its manifest, on an object store."""
+
+    path: str
+    place: str
+    manifest: bytes | None = None
+
+
+def set_aside(store: Store, path: str) -> Aside:
+    """Take a folder or file out of sight in one step, so that a process killed later leaves a whole store. On an object
+    store, which has no rename, its manifest is deleted instead. Where this fails, everything lies as before."""
     if not store.is_local:
-        store.delete(f"{path}/{MANIFEST}")
-        return path
+        name = f"{path}/{MANIFEST}"
+        aside = Aside(path, path, store.read(name) if store.exists(name) else None)
+        try:
+            store.delete(name)
+        except OSError:  # the object may be deleted all the same
+            put_back(store, aside)
+            raise
+        return aside
     source = store.local(path)
     if source.name.startswith("."):
-        return path  # half-built: no reader looks at it
+        return Aside(path, path)  # half-built: no reader looks at it
     target = source.with_name(f"{ASIDE}{source.name}-{owner_mark()}")
+    aside = Aside(path, str(PurePosixPath(path).with_name(target.name)))
     os.rename(source, target)
-    fsync_dir(target.parent)
-    return str(PurePosixPath(path).with_name(target.name))
+    try:
+        fsync_dir(target.parent)
+    except OSError:
+        put_back(store, aside)
+        raise
+    return aside
 
 
-def put_back(store: Store, aside: str, path: str) -> None:
-    """Undo `set_aside` on a local store."""
-    if aside != path:
-        os.rename(store.local(aside), store.local(path))
+def put_back(store: Store, aside: Aside) -> None:
+    """Undo `set_aside`."""
+    if aside.place != aside.path:
+        os.rename(store.local(aside.place), store.local(aside.path))
+    if aside.manifest is not None:
+        store.write(f"{aside.path}/{MANIFEST}", aside.manifest)
 
 
-def delete_aside(store: Store, aside: str) -> None:
+def delete_aside(store: Store, aside: Aside) -> None:
     """Delete what was set aside, its manifest first: what is left after a kill is never taken for a whole folder."""
     if not store.is_local:
-        is_folder = store.filesystem.get_file_info(store.path(aside)).type == pafs.FileType.Directory
-        return store.delete_dir(aside) if is_folder else store.delete(aside)
-    place = store.local(aside)
+        is_folder = store.filesystem.get_file_info(store.path(aside.place)).type == pafs.FileType.Directory
+        return store.delete_dir(aside.place) if is_folder else store.delete(aside.place)
+    place = store.local(aside.place)
     if place.is_dir() and not place.is_symlink():
         with contextlib.suppress(FileNotFoundError):
             os.unlink(place / MANIFEST)

@@ -26,6 +26,7 @@ from forge_ray.store.home import expanded, user
 
 IN_TOTO = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
+BUNDLE_FILE = "model.sig"  # the name that OpenSSF's model-signing gives a bundle by default
 MODEL_SIGNATURE = "https://model_signing/signature/v1.0"
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 SIGNER = "FORGE_SIGNER"  # path of the private key, PEM
@@ -213,7 +214,7 @@ def model_bundle(name: str, files: Iterable[FileEntry], key: PrivateKey) -> byte
     statement of predicate `https://model_signing/signature/v1.0`. Its verifier takes P-256 keys, not Ed25519."""
     from forge_ray.store.files import MANIFEST
 
-    ignored = [MANIFEST, "model.sig"]
+    ignored = [MANIFEST, BUNDLE_FILE]
     resources = [
         {"name": entry.path, "algorithm": "sha256", "digest": entry.sha256}
         for entry in sorted(files, key=lambda entry: entry.path)

@@ -143,13 +143,22 @@ def export_full(base: Path, weights: dict[str, Tensor], folder: Path, head: Head
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path, head: Head = LM) -> None:
-    """Base and adapter as one plain model: the product B A is added in fp32, the sum rounded once."""
+    """Base and adapter as one plain model: the product B A is added in fp32, the sum rounded once. Raises `ConfigError` for
+    a sum that the base's dtype cannot hold."""
     from peft import PeftModel
 
     quiet_transformers()
     source = open_model(base, "auto", head=head)
     dtype = source.dtype
     merged: Any = PeftModel.from_pretrained(source.float(), str(adapter), local_files_only=True).merge_and_unload()
+    limit = torch.finfo(dtype).max
+    for name, weight in merged.named_parameters():
+        if (largest := float(weight.abs().max())) > limit:
+            raise ConfigError(
+                f"{name} holds {largest:g} once the adapter is added to it, and the base's"
+                f" {str(dtype).removeprefix('torch.')} ends at {limit:g}",
+                hint="import the base in bf16 or fp32, and train the adapter on that",
+            )
     merged.to(dtype).save_pretrained(folder)
     copy_tokenizer(base, folder)
 

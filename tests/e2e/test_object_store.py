@@ -334,7 +334,7 @@ def test_credentials_of_the_environment_and_of_a_profile(
         "AWS_SECRET_ACCESS_KEY",
         "AWS_SESSION_TOKEN",
         "AWS_PROFILE",
-        *conditional.ELSEWHERE,
+        *(conditional.WEB_IDENTITY, conditional.CONTAINER_PATH, conditional.CONTAINER_URI),
     ):
         monkeypatch.delenv(variable, raising=False)
     profiles = tmp_path / "credentials"

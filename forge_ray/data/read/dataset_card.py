@@ -38,16 +38,22 @@ def class_labels(path: str, cards: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _card(folder: str) -> dict[str, Any] | None:
-    """The head of the README.md in a folder, empty where it names no classes; None where there is none."""
+def head_of(folder: str) -> str | None:
+    """The YAML with which the README.md in a folder begins; None where there is none."""
     if not is_file(folder, NAME):
         return None
     with open_file(inside(folder, NAME)) as stream:
         head = HEAD.match(stream.read(MAX_BYTES).decode("utf-8-sig", "replace"))
-    if head is None or "class_label" not in head[1]:
+    return None if head is None else head[1]
+
+
+def _card(folder: str) -> dict[str, Any] | None:
+    """The head of the README.md in a folder, empty where it names no classes; None where there is none."""
+    head = head_of(folder)
+    if head is None or "class_label" not in head:
         return None if head is None else {}
     try:
-        card = read_yaml(head[1])
+        card = read_yaml(head)
     except ValueError as error:
         raise DataError(
             f"data.sources: the head of {display_name(folder)}/{NAME} names classes and cannot be read: {error}",
@@ -60,7 +66,7 @@ def _labels_of(card: dict[str, Any], name: str, place: str) -> dict[str, Any]:
     info = card.get("dataset_info")
     infos = [one for one in (info if isinstance(info, list) else [info]) if isinstance(one, dict)]
     chosen = _configs_with(card.get("configs"), name)
-    own = [info for info in infos if info.get("config_name") in chosen]
+    own = [info for info in infos if _config_name(info) in chosen]
     own = own or [info for info in infos if info.get("config_name") in name.split("/")[:-1]] or infos
     try:
         labels = [_struct(info.get("features")) or {} for info in own]
@@ -75,7 +81,13 @@ def _labels_of(card: dict[str, Any], name: str, place: str) -> dict[str, Any]:
     return labels[0] if labels else {}
 
 
-def _configs_with(configs: Any, name: str) -> set[Any]:
+def _config_name(config: dict[str, Any]) -> str:
+    """The name of a configuration, `default` where it has none, as `datasets` has it; "" for what is not text."""
+    name = config.get("config_name", "default")
+    return name if isinstance(name, str) else ""
+
+
+def _configs_with(configs: Any, name: str) -> set[str]:
     """The names of the configurations whose files match."""
     chosen = set()
     for config in configs if isinstance(configs, list) else []:
@@ -85,8 +97,8 @@ def _configs_with(configs: Any, name: str) -> set[Any]:
             path = item.get("path") if isinstance(item, dict) else item
             patterns += path if isinstance(path, list) else [path]
         if any(isinstance(pattern, str) and fnmatchcase(name, pattern) for pattern in patterns):
-            chosen.add(config.get("config_name"))
-    return chosen
+            chosen.add(_config_name(config))
+    return chosen - {""}
 
 
 def _struct(fields: Any) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
     (codecs.BOM_UTF8, UTF_8),
 )
+ROW_ENDS = re.compile(rb"\n|\},")  # of a list of objects, which may be one line
 PAGE = "the file is an HTML page, such as a login or an error: download it again"
 NOT_UTF_8 = (
     "the file is not UTF-8, most likely Windows-1252: set `encoding: windows-1252` for its source if it is, else save it as"
@@ -73,8 +74,9 @@ def why_not(format: str, compression: str, head: bytes) -> str:
     return PAGE if format in ("parquet", "arrow", "xlsx") and _is_page(head) else ""
 
 
-def text_form(format: str, encoding: str, head: bytes) -> TextForm:
-    """How a text file is read that begins, unpacked, with `head`: a byte order mark tells its encoding, else the source."""
+def text_form(format: str, encoding: str, head: bytes, is_cut: bool) -> TextForm:
+    """How a text file is read that begins, unpacked, with `head`: a byte order mark tells its encoding, else the source.
+    `is_cut`: whether more bytes follow, so that `head` may end in the middle of a character."""
     marked = next((own for mark, own in MARKS if head.startswith(mark)), "")
     own = marked or encoding
     if reason := "" if marked else _contradiction(format, encoding, head):
@@ -86,7 +88,7 @@ def text_form(format: str, encoding: str, head: bytes) -> TextForm:
         format = "json"
     if format in LINES and _is_page(text):
         return TextForm(format, own, reason=PAGE)
-    if own == UTF_8 and format in ("csv", "text") and _is_other_encoding(format, head):
+    if own == UTF_8 and format in ("csv", "text") and is_other_encoding(format, head, is_cut):
         return TextForm(format, own, reason=NOT_UTF_8)
     return TextForm(format, own, format in LINES and _has_cr_ends(format, text))
 
@@ -154,16 +156,16 @@ def _has_cr_ends(format: str, head: bytes) -> bool:
         return False
 
 
-def _is_other_encoding(format: str, head: bytes) -> bool:
-    """Whether no letter beyond ASCII is written in UTF-8: in a text, or in the header or two lines of a table. One alone
-    may be damaged."""
-    lines = head.split(b"\n")
-    lines = lines[:-1] if len(lines) > 1 and len(head) >= HEAD_BYTES else lines  # the last one may be cut
+def is_other_encoding(format: str, head: bytes, is_cut: bool) -> bool:
+    """Whether no letter beyond ASCII is written in UTF-8: in a text, in the header of a table, or in two of its lines or of
+    JSON's rows. One alone may be damaged."""
+    lines = ROW_ENDS.split(head) if format == "json" else head.split(b"\n")
     bad = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(lines, start=1):
+        is_whole = number < len(lines) or not is_cut
         try:
-            if not line.removeprefix(b"\xef\xbb\xbf").decode().isascii():
+            if not codecs.utf_8_decode(line.removeprefix(codecs.BOM_UTF8), "strict", is_whole)[0].isascii():
                 return False
         except UnicodeDecodeError:
             bad.append(number)
-    return bad[:1] == [0] or len(bad) > (format != "text")
+    return len(bad) > (format != "text") or (format == "csv" and bad == [1])

@@ -18,7 +18,7 @@ import pyarrow as pa
 from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.documents import DOCUMENTS, require_library
 from forge_ray.data.read.features import conflict
-from forge_ray.data.read.first_bytes import ENCODED, HEAD_BYTES, TextForm, text_form, why_not
+from forge_ray.data.read.first_bytes import ENCODED, HEAD_BYTES, NOT_UTF_8, TextForm, is_other_encoding, text_form, why_not
 from forge_ray.data.read.limited import NotRead, OverLimit, read_value
 from forge_ray.data.read.lines import Damaged, blocks, compression_of, is_outage, open_file, unpacked
 from forge_ray.data.read.readers import Chunk, read_raw
@@ -110,15 +110,18 @@ def index_file(
     if size == 0:
         return IndexedFile(name, 0, 0, sha256, 0, (), source, (EMPTY,))
     form = TextForm(format, reason=why_not(format, kind, head))
+    notes: list[str] = []
     if not form.reason and format in ENCODED:
-        form = text_form(format, encoding, _unpacked(path) if kind else head)
+        text, is_cut = _unpacked(path) if kind else (head, size > len(head))
+        form = text_form(format, encoding, text, is_cut)
+        is_json = form.format in ("jsonl", "json") and form.encoding == UTF_8  # whose rows in ASCII are read all the same
+        notes += [NOT_UTF_8] if is_json and is_other_encoding(form.format, text, is_cut) else []
     if form.reason:
         key = _key(sha256, format, kind, form.reason)
         chunk = Chunk(path, name, format, 0, size, 1, source, key, folder, form.reason)
         return IndexedFile(name, size, size, sha256, 1, (chunk,), source)
     by_line = by_line and form == TextForm(format)
     how = (form.format, kind) if form == TextForm(form.format) else (form.format, kind, form.encoding, form.cr_ends)
-    notes: list[str] = []
     if format == "parquet":
         cuts = _parquet_cuts(path, size)
     elif format == "arrow":
@@ -153,12 +156,18 @@ def index_file(
     return IndexedFile(name, size, text_bytes, sha256, num_lines, chunks, source, tuple(notes), columns)
 
 
-def _unpacked(path: str) -> bytes:
-    """The first bytes that a compressed file stands for; those before the damage where it is damaged."""
+def _unpacked(path: str) -> tuple[bytes, bool]:
+    """The first bytes that a compressed file stands for, and whether more follow; those before the damage where it is
+    damaged."""
+    head = b""
     try:
-        return next(blocks(path), b"")[:HEAD_BYTES]
+        for block in blocks(path):
+            head += block
+            if len(head) > HEAD_BYTES:
+                return head[:HEAD_BYTES], True
     except Damaged:
-        return b""
+        return head, True
+    return head, False
 
 
 def _schema_notes(path: str, format: str, size: int) -> tuple[list[str], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face datasets: which of their files hold the rows that a source asks for."""
+"""Datasets that Hugging Face's `save_to_disk` wrote: which of their files hold the rows that a source asks for."""
 
 from __future__ import annotations
 
@@ -7,60 +7,73 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.fs as pafs
-
-from forge_ray.data.read.lines import filesystem_of, open_file
-from forge_ray.data.read.places import inside, is_file, require_regular
-from forge_ray.data.read.splits import ALL, chosen, of_split, split_named
+from forge_ray.data.read.lines import open_file
+from forge_ray.data.read.places import display_name, inside, is_file, require_regular
+from forge_ray.data.read.splits import ALL, chosen
 from forge_ray.errors import DataError, NotFound
 
+DICT, STATE = "dataset_dict.json", "state.json"
+AGAIN = "save the dataset again with save_to_disk"
 
-def dataset_files(folder: str, split: str, any_split: bool = False) -> list[str]:
-    """Files of a Dataset or DatasetDict that Hugging Face's `save_to_disk` wrote, or of a dataset of its hub; of several
-    splits those of `split`; none where the folder is neither. Raises `DataError` where a split has to be chosen, unless
-    `any_split`."""
+
+def is_saved(folder: str) -> bool:
+    """Whether `save_to_disk` wrote the folder. Other programs have files of these names too, with other keys."""
+    return _splits(folder) is not None or _data_files(folder) is not None
+
+
+def saved_files(folder: str, split: str, any_split: bool = False) -> list[str]:
+    """Files of a Dataset or DatasetDict; of several splits those of `split`. Raises `DataError` where a split has to be
+    chosen, unless `any_split`, and where the files do not say what holds the rows; `NotFound` where one of these is gone."""
     split = split or (ALL if any_split else "")
-    if is_file(folder, "dataset_dict.json"):
-        splits = [_own(folder, name) for name in _json(folder, "dataset_dict.json")["splits"]]
-        if split != ALL and (split or len(splits) > 1):
-            splits = [chosen(splits, split, folder)]
-        return [path for name in splits for path in _saved_files(inside(folder, name))]
-    if is_file(folder, "state.json"):
-        return list(_saved_files(folder))
-    files = _hub_files(folder)
-    return of_split(files, split, folder) if files else []
+    if (splits := _splits(folder)) is None:
+        return list(_rows_of(folder))
+    splits = [_own(folder, name) for name in splits]
+    if split != ALL and (split or len(splits) > 1):
+        splits = [chosen(splits, split, folder)]
+    return [path for name in splits for path in _rows_of(inside(folder, name))]
 
 
-def _hub_files(folder: str) -> list[str]:
-    """The Parquet files whose names tell a split, at most two folders deep, as the hub has them."""
-    filesystem, inner = filesystem_of(folder)
-    files = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
-    names = [info.path.removeprefix(inner).lstrip("/") for info in files if info.type == pafs.FileType.File]
-    named = [name for name in names if name.endswith(".parquet") and name.count("/") <= 2 and split_named(name)]
-    return sorted(inside(folder, name) for name in named)
-
-
-def _saved_files(folder: str) -> Iterator[str]:
-    for file in _json(folder, "state.json")["_data_files"]:
-        path = inside(folder, _own(folder, file["filename"]))
-        if not is_file(folder, file["filename"]):
+def _rows_of(folder: str) -> Iterator[str]:
+    if (names := _data_files(folder)) is None:
+        raise DataError(f"data.sources: {display_name(folder)!r} has no {STATE} that lists its files of rows", hint=AGAIN)
+    for name in names:
+        path = inside(folder, _own(folder, name))
+        if not is_file(folder, name):
             raise NotFound(f"data.sources: {path!r} is missing, which state.json lists", hint="copy the whole folder again")
         yield path
 
 
-def _json(folder: str, name: str) -> dict[str, Any]:
+def _splits(folder: str) -> list[str] | None:
+    return _names(_value(folder, DICT, "splits"))
+
+
+def _data_files(folder: str) -> list[str] | None:
+    files = _value(folder, STATE, "_data_files")
+    if not isinstance(files, list):
+        return None
+    return _names([file.get("filename") if isinstance(file, dict) else None for file in files])
+
+
+def _names(value: Any) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
+
+
+def _value(folder: str, name: str, key: str) -> Any:
+    """The value under a key of a JSON object; None where there is none."""
+    if not is_file(folder, name):
+        return None
     if "://" not in folder:
         require_regular(inside(folder, name), folder)
     with open_file(inside(folder, name)) as stream:
-        value: dict[str, Any] = json.loads(stream.read())
-    return value
+        try:
+            value = json.loads(stream.read())
+        except (ValueError, RecursionError):
+            return None
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def _own(folder: str, name: str) -> str:
     """A name that a saved dataset gives, which may come from elsewhere: of something in its own folder."""
     if not name or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-        raise DataError(
-            f"data.sources: {folder!r} names {name!r}, which leads out of it",
-            hint="save the dataset again with save_to_disk",
-        )
+        raise DataError(f"data.sources: {folder!r} names {name!r}, which leads out of it", hint=AGAIN)
     return name

@@ -19,10 +19,9 @@ from forge_ray.config.encodings import UTF_8
 from forge_ray.data.read.checksums import checksums_of
 from forge_ray.data.read.dataset_card import class_labels
 from forge_ray.data.read.first_bytes import ENCODED
-from forge_ray.data.read.folders import contents, files_under, known_files
+from forge_ray.data.read.folders import ROWS, contents, dataset_files, descriptions, files_under, known_files
 from forge_ray.data.read.lines import COMPRESSIONS, filesystem_of, without_query
 from forge_ray.data.read.places import display_name, refuse_secrets, require_regular
-from forge_ray.data.read.saved import dataset_files
 from forge_ray.data.read.splits import ALL, of_split
 from forge_ray.data.read.table_formats import DeltaFiles, delta_table, is_delta_table, refuse_tables, without_markers
 from forge_ray.data.read.unmatched import hint_for, in_other_form
@@ -58,7 +57,6 @@ REMEDIES = {
     **dict.fromkeys(("pkl", "pickle", "pt", "npy", "npz"), "reading it could run code: export it as JSONL or Parquet"),
     **dict.fromkeys(("db", "sqlite", "sqlite3", "mdb"), "export its tables as CSV or JSONL"),
 }
-ROWS = ("jsonl", "json", "csv", "parquet", "arrow", "xlsx")
 UNCOMPRESSED = ("parquet", "arrow", "pdf", "docx", "xlsx")  # compressed inside, and read from several places at once
 
 
@@ -118,9 +116,6 @@ def expand(config: DataConfig, any_split: bool = False) -> list[ListedFile]:
 
 def _matches(source: Source, any_split: bool) -> tuple[list[str], str, DeltaFiles]:
     """The files of a source; its folder on a local file system, out of which no link may lead; and the table that it is."""
-    if "://" in source.path:
-        refuse_secrets(source.path)
-        require_storage(source.path, "data.sources")
     path = _place(source)
     paths = _paths(path)
     if not paths:
@@ -155,8 +150,11 @@ def _of_split(paths: list[str], source: Source, any_split: bool) -> list[str]:
 
 
 def _place(source: Source) -> str:
-    """The path or URI of a source; one of a local file is a path."""
+    """The path or URI of a source; one of a local file is a path. Raises `ConfigError` for a URI that may not be opened."""
     path = source.path
+    if "://" in path:
+        refuse_secrets(path)
+        require_storage(path, "data.sources")
     return unquote(path.removeprefix("file://")) if path.startswith("file://") else path
 
 
@@ -171,22 +169,23 @@ def _is_folder(path: str) -> bool:
 
 def _of_folder(folder: str, source: Source, any_split: bool) -> list[str]:
     """The files of a saved dataset; of another folder those of a known kind, or with `format:` every file."""
-    if files := dataset_files(folder, source.split, any_split):
+    if files := dataset_files(folder, source.split, any_split, _kind):
         return files
     files = files_under(folder, source.split, any_split, _kind)
     if source.format == "auto" or not files:
-        files = known_files(files, folder, _kind, REMEDIES)
+        described = descriptions(files, _kind)
+        files = known_files([file for file in files if file not in described], folder, _kind, REMEDIES)
     refuse_tables(files)
     return _of_split(files, source, any_split)
 
 
 def folder_lines(config: DataConfig) -> list[str]:
-    """What is read of each folder that is a source and no saved dataset, and what is not: a line each."""
+    """What is read of each folder that is a source and neither one dataset nor a table, and what is not: a line each."""
     lines: list[str] = []
     for source in config.sources:
         paths = _paths(_place(source))
-        is_folder = len(paths) == 1 and source.format == "auto" and _is_folder(paths[0])
-        if is_folder and not dataset_files(paths[0], source.split, any_split=True):
+        is_folder = len(paths) == 1 and source.format == "auto" and _is_folder(paths[0]) and not is_delta_table(paths[0])
+        if is_folder and not dataset_files(paths[0], source.split, True, _kind):
             lines += contents(files_under(paths[0], source.split, True, _kind), paths[0], _kind)
     return lines
 

@@ -12,7 +12,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from forge_ray.data.tokens.answers import common_start
@@ -21,16 +21,20 @@ from forge_ray.data.tokens.template import CallStyle
 Kind = Literal["object", "named", "tagged", "python", "braced"]
 JSON = json.JSONDecoder()
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-PYTHON_START = re.compile(r"\[?\s*\b[A-Za-z_][\w.-]{0,63}\(")
+PYTHON_START = re.compile(r"(\[\s*+)?\b[A-Za-z_][\w.-]{0,63}\(")
 CONSTANTS = {"None": None, "True": True, "False": False, "null": None, "true": True, "false": False}
 PYTHON_WORD = re.compile(r"(?<![\w.-])(None|True|False)(?![\w.:-])")  # a value that a template wrote as Python does
-PYTHON_MARK = re.compile(r"\\.|['\"()\[\]{}]", re.DOTALL)
+PYTHON_MARK = re.compile(r"\\[\\'\"]|['\"()\[\]{}]")
+TWO_WORDS = re.compile(r"[^='\"()\[\]{}]*\w\s+\w")  # at the beginning of arguments: prose
 
 
 @dataclass(frozen=True)
 class ParsedCall:
+    """`end`: behind which character of the text it ends, or the list that it is of."""
+
     name: str
     arguments: dict[str, Any]
+    end: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -121,17 +125,17 @@ def _objects(form: CallForm, text: str) -> Iterator[ParsedCall]:
         except (ValueError, RecursionError):
             return
         for item in value if isinstance(value, list) else [value]:
-            call = _of_object(form, item)
+            call = _of_object(form, item, at)
             if call is None:
                 return
             yield call
 
 
-def _of_object(form: CallForm, value: Any) -> ParsedCall | None:
+def _of_object(form: CallForm, value: Any, end: int) -> ParsedCall | None:
     if not isinstance(value, dict) or not isinstance(value.get(form.name_key), str):
         return None
     arguments = _json(value.get(form.arguments_key, {}))
-    return ParsedCall(value[form.name_key], arguments) if isinstance(arguments, dict) else None
+    return ParsedCall(value[form.name_key], arguments, end) if isinstance(arguments, dict) else None
 
 
 def _json(value: Any) -> Any:
@@ -155,7 +159,7 @@ def _named(form: CallForm, text: str) -> Iterator[ParsedCall]:
         except (ValueError, RecursionError):
             return
         if isinstance(arguments, dict):
-            yield ParsedCall(name[0], arguments)
+            yield ParsedCall(name[0], arguments, at)
 
 
 def _braced(form: CallForm, text: str) -> Iterator[ParsedCall]:
@@ -176,7 +180,7 @@ def _braced(form: CallForm, text: str) -> Iterator[ParsedCall]:
         except (ValueError, RecursionError):
             return
         if isinstance(arguments, dict):
-            yield ParsedCall(head[1], arguments)
+            yield ParsedCall(head[1], arguments, at)
 
 
 def _braces_end(text: str, start: int, quote: str) -> int:
@@ -201,7 +205,7 @@ def _tagged(form: CallForm, text: str) -> Iterator[ParsedCall]:
         end = text.find(form.after_call.strip(), name.end()) if form.after_call.strip() else len(text)
         if end < 0:
             return
-        yield ParsedCall(name[0], _tags(form, text[name.end() : end]))
+        yield ParsedCall(name[0], _tags(form, text[name.end() : end]), end)
         at = max(end, name.end() + 1)
 
 
@@ -229,30 +233,44 @@ def _value(text: str) -> Any:
 
 
 def _python(text: str) -> Iterator[ParsedCall]:
-    at = 0
+    """The first call, or list of calls, that can be read.
+
+    A name and a bracket may also be prose, whose brackets and apostrophes may be unmatched: behind them a list of calls is
+    looked for. Nothing is looked for inside a call that is not whole or cannot be read, for its texts may hold calls."""
+    ends: dict[int, int] | None = None
+    at = prose_until = 0
     while begun := PYTHON_START.search(text, at):
-        end = _closed_at(text, begun.start())
-        if end < 0:
+        at = begun.end()
+        if begun.start() < prose_until and not begun[1]:
+            continue
+        ends = _ends_of_brackets(text, begun.start()) if ends is None else ends
+        end = ends.get(begun.start() if begun[1] else at - 1)
+        if TWO_WORDS.match(text, at):
+            prose_until = max(prose_until, end or len(text))
+            continue
+        if end is None:
             return
         if calls := _python_calls(text[begun.start() : end].strip()):
-            yield from calls
+            yield from (replace(call, end=end) for call in calls)
             return
         at = end
 
 
-def _closed_at(text: str, start: int) -> int:
-    """Behind the bracket that closes the first one from `start` on, but for those in quotation marks; -1 where none does."""
-    depth, quote = 0, ""
+def _ends_of_brackets(text: str, start: int) -> dict[int, int]:
+    """Behind which character each bracket closes that is opened from `start` on, for a reader that begins at that bracket.
+
+    Such readers differ in which brackets they take for quoted, and three of them are all that there are: one outside of
+    quotation marks, one inside of `'`, one inside of `"`. Each quotation mark only swaps two of them."""
+    ends: dict[int, int] = {}
+    opened: dict[str, list[int]] = {"": [], "'": [], '"': []}  # by where its reader is now: the brackets that it has open
     for mark in PYTHON_MARK.finditer(text, start):
-        if quote or mark[0] in "'\"":
-            quote = ("" if mark[0] == quote else quote) if quote else mark[0]
+        if mark[0] in opened:
+            opened[""], opened[mark[0]] = opened[mark[0]], opened[""]
         elif mark[0] in "([{":
-            depth += 1
-        elif mark[0] in ")]}":
-            depth -= 1
-            if not depth:
-                return mark.end()
-    return -1
+            opened[""].append(mark.start())
+        elif mark[0] in ")]}" and opened[""]:
+            ends[opened[""].pop()] = mark.end()
+    return ends
 
 
 def _python_calls(source: str) -> list[ParsedCall]:
@@ -271,15 +289,26 @@ def _python_calls(source: str) -> list[ParsedCall]:
 def _literal(node: ast.expr) -> Any:
     """A value as Python or, inside lists and objects, as JSON writes it."""
     for name in ast.walk(node):
-        for field, item in ast.iter_fields(name):
+        for part, item in ast.iter_fields(name):
             if isinstance(item, list):
-                setattr(name, field, [_constant(one) for one in item])
+                setattr(name, part, [_constant(one) for one in item])
     return ast.literal_eval(_constant(node))
 
 
 def _constant(node: Any) -> Any:
     is_word = isinstance(node, ast.Name) and node.id in CONSTANTS
     return ast.copy_location(ast.Constant(CONSTANTS[node.id]), node) if is_word else node
+
+
+def text_behind(form: CallForm, text: str) -> str:
+    """What an answer says in `text`, which follows its last call: without the marks of the form, of which the last one may
+    be cut off."""
+    rest, closing = text.strip(), form.closing.strip()
+    for mark in (closing, closing.removeprefix("]").lstrip(), form.after_call.strip()):  # "]": of a list as Python writes it
+        if mark.startswith(rest):
+            return ""
+        rest = rest.removeprefix(mark).lstrip()
+    return rest
 
 
 # ---------------------------------------------------------------- reading forms off
@@ -331,7 +360,8 @@ def _braced_form(once: str, name: str, arguments: dict[str, str]) -> CallForm | 
     if match is None or match[2] != match[3]:
         return None
     opening, before = _split(once[:at])
-    return CallForm("braced", opening, "", before_name=before, after_name="{", after_key=match[2])
+    closing = once[_braces_end(once, at + len(name) + 1, match[2]) :]
+    return CallForm("braced", opening, closing, before_name=before, after_name="{", after_key=match[2])
 
 
 def _tagged_form(once: str, name: str, arguments: dict[str, str]) -> CallForm | None:

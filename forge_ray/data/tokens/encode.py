@@ -205,7 +205,7 @@ class TextEncoder:
     def _by_special_tokens(self, text: str, spans: list[TurnSpan], token_ids: list[int]) -> Encoded | None:
         """What `_marked` gives, from the places of special tokens in the text and in the ids; None where they do not tell.
 
-        The n-th special token of the text is the n-th special id, since no content holds one (`Rendering.checked`).
+        The n-th special token of the text is the n-th special id, since a content that spells one is guarded (`spelled`).
         """
         ids = np.array(token_ids, np.int32)
         places = np.flatnonzero(self.special.is_special[ids])

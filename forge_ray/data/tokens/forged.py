@@ -1,7 +1,8 @@
 """Special tokens that a text turns into: they would forge turns, so what holds one is set aside.
 
-A conversation is looked at twice: its messages before the template (`Rendering.checked`), and here what the template made of
-them, since a template that deletes or joins text can make a token of the parts of one.
+A conversation is looked at twice: before the template, where tokens that its messages spell are marked to stay text
+(`spelled.guarded_chat`), and here what the template made of them, since a template that deletes or joins text can make a
+token of the parts of one.
 """
 
 from __future__ import annotations

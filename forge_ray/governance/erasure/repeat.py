@@ -66,6 +66,8 @@ def retrain(
             continue
         record = records[run.id]
         values = {**record.config, "base_model": versions.get(run.origin, run.origin), "deploy": None}
+        if run.origin != run.base_model and not record.initial_adapter:  # its run file may name the merged version itself
+            values["train"] = record.config["train"] | {"init_from": "merge"}
         config = parse(RunConfig, values | {"data": without_datasets(record.config["data"], datasets)})
         new = pipeline.train(config, store, allow_archived=True)
         if run.base_model in withdrawn and run.base_model != run.origin:  # a merged version, made anew for this run

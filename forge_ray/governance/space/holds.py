@@ -87,7 +87,7 @@ def _deployed(catalog: Catalog) -> list[Deployment]:
 
 
 def _trainings(catalog: Catalog) -> Iterable[tuple[str, str]]:
-    """Folders of runs that a living process drives, with the dataset and the base model that they read."""
+    """Folders of runs that a living process drives, with the dataset and the models that they read."""
     living = attempts.drivers(catalog.store)
     runs = StoreUses.of(catalog).runs if living else {}
     for folder, sign in living.items():
@@ -97,8 +97,8 @@ def _trainings(catalog: Catalog) -> Iterable[tuple[str, str]]:
         position = next(run_folder.positions(catalog.store, folder.rsplit("/", 1)[-1]), {})
         dataset = (run.dataset if run else "") or str(position.get("dataset", ""))
         yield (paths.dataset(dataset) if dataset else paths.dataset()), reason
-        base = run.base_model if run else ""
-        yield (paths.model(base) if base else MODELS), reason
+        models = map(paths.model, run.starts_from) if run and run.base_model else (MODELS,)
+        yield from ((model, reason) for model in models)
         if folder.startswith(paths.work("reproduce")):
             yield folder.rsplit("/runs/", 1)[0], reason
 

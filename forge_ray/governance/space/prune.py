@@ -66,7 +66,7 @@ def prune(catalog: Catalog, policy: Retention, progress: Progress = lambda done,
     for number, decision in enumerate(space.removals):
         name = decision.item.name
         try:
-            stays = _remove(catalog, decision, lambda files: _current(catalog, items, policy, left, files))
+            stays = _remove(catalog, decision, lambda: _current(catalog, items, policy, left))
         except OSError as error:
             stays = [f"could not be removed: {error.strerror or error}"]
         if stays:
@@ -79,30 +79,31 @@ def prune(catalog: Catalog, policy: Retention, progress: Progress = lambda done,
     return Pruned(tuple(removed), freed, left)
 
 
-def _current(catalog: Catalog, items: dict[str, StoredItem], policy: Retention, left: Held, files: dict[str, str]) -> Held:
+def _current(catalog: Catalog, items: dict[str, StoredItem], policy: Retention, left: Held) -> Held:
     """Why items stay, decided again with what holds them now. What could not be removed stays too, with what it needs."""
-    decisions = decide(list(items.values()), holds(catalog, items.values(), files) | left, policy)
+    decisions = decide(list(items.values()), holds(catalog, items.values(), opened(catalog.store)) | left, policy)
     return {decision.item.name: list(decision.why) for decision in decisions if not decision.removes}
 
 
-def _remove(catalog: Catalog, decision: ItemDecision, current: Callable[[dict[str, str]], Held]) -> list[str]:
-    """Remove one item; or return why it stays after all."""
+def _remove(catalog: Catalog, decision: ItemDecision, current: Callable[[], Held]) -> list[str]:
+    """Remove one item; or return why it stays after all. Whatever ends this before its event is written, each path of the
+    item is put back."""
     store, item = catalog.store, decision.item
-    files = opened(store)
-    if reasons := current(files).get(item.name):
+    if reasons := current().get(item.name):
         return reasons
     moved = []
-    for path in item.paths:
-        with contextlib.suppress(FileNotFoundError):  # another process removes too
-            if store.exists(path):
-                moved.append((set_aside(store, path), path))
-    if not moved:
-        return ["another process removed it"]
-    if store.is_local and (reasons := current(files).get(item.name)):
-        for aside, path in moved:
-            put_back(store, aside, path)
-        return reasons
-    catalog.append(removal(item.paths, item.size, decision.why[0]))
-    for aside, _ in moved:
+    with contextlib.ExitStack() as undo:
+        for path in item.paths:
+            with contextlib.suppress(FileNotFoundError):  # another process removes too
+                if store.exists(path):
+                    moved.append(set_aside(store, path))
+                    undo.callback(put_back, store, moved[-1])
+        if not moved:
+            return ["another process removed it"]
+        if reasons := current().get(item.name):
+            return reasons
+        catalog.append(removal(item.paths, item.size, decision.why[0]))
+        undo.pop_all()
+    for aside in moved:
         delete_aside(store, aside)
     return []

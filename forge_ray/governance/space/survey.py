@@ -206,18 +206,18 @@ def _models(*identifiers: str) -> tuple[str, ...]:
 
 
 def _needs_of_run(run: Run | None, parts: dict[str, _Part]) -> tuple[str, ...]:
-    """Weights need the rows that made them (a trace and an erasure look there) and the model that they started from. Of a
-    run whose dataset is unknown, every dataset is needed."""
+    """Weights need the rows that made them (a trace and an erasure look there) and the models that they started from. Of
+    a run whose dataset is unknown, every dataset is needed."""
     if run is None or not run.dataset:
         return tuple(name for name, part in parts.items() if part.kind in ("dataset", "base model", "version"))
-    return (paths.dataset(run.dataset), *_models(run.base_model))
+    return (paths.dataset(run.dataset), *_models(*run.starts_from))
 
 
 def _needs_of_version(version: ModelVersion, uses: StoreUses, is_released: bool) -> tuple[str, ...]:
     run = uses.runs.get(version.run)
     dataset = (run.dataset if run else "") or version.dataset
     needs = [paths.dataset(dataset)] if dataset else []
-    needs += _models(version.base_model, run.base_model if run else "")
+    needs += _models(version.base_model, *(run.starts_from if run else ()))
     needs += map(paths.report, version.evals)
     return tuple(dict.fromkeys([*needs, *([paths.export(version.run)] if version.run and is_released else [])]))
 

@@ -10,6 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import fabricated
 import pytest
 import torch
 from click.testing import CliRunner
@@ -31,7 +32,7 @@ from forge_ray.papers import mlflow_export
 from forge_ray.records import Event, ModelVersion
 from forge_ray.store import exports, paths, signing
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.files import Store
+from forge_ray.store.files import MANIFEST, Store, hash_dir
 from forge_ray.store.owner import is_alive, owner_mark
 
 pytestmark = pytest.mark.unit
@@ -116,6 +117,35 @@ def test_merged_computes_what_the_engine_does(held: Held, tmp_path: Path) -> Non
     assert (imported.weights, imported.base_model) == ("full", adapter.id)
     assert import_model(catalog, tmp_path / "out", "twice") == imported
     assert torch.equal(logits(opened(folder_of(catalog, imported))), logits(opened(tmp_path / "out")))
+
+
+def test_card_bill_of_materials_and_signature_of_an_earlier_copy(
+    held: Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cards stay under other names; what is over other files stays behind, and nothing that is listed is changed later."""
+    catalog, base, _ = held
+    old = tmp_path / "old"
+    shutil.copytree(folder_of(catalog, base), old, ignore=shutil.ignore_patterns(MANIFEST))
+    earlier = {"README.md": "an old card", "README.upstream.md": "the first card", "bom.cdx.json": "{}", "model.sig": "{}"}
+    for name, text in earlier.items():
+        (old / name).write_text(text)
+    version = import_model(catalog, old, "old", "apache-2.0")
+    people = add_people(catalog, tmp_path / "keys")
+    with signing.acting(people["olga"]):
+        left = export_version(catalog, version.id, str(tmp_path / "out"), "merged", None)
+        signed = export_signed(catalog, version.id, str(tmp_path / "signed"))
+    for copy in exports.exported(catalog, {version.id}):
+        assert dict(copy.files) == {entry.path: entry.sha256 for entry in hash_dir(Path(copy.to))}
+    assert left.num_files == len(list((tmp_path / "out").iterdir()))
+    assert (tmp_path / "out" / "README.upstream.md").read_text() == "the first card"
+    assert (tmp_path / "out" / "README.upstream-2.md").read_text() == "an old card"
+    bom = json.loads((tmp_path / "out" / "bom.cdx.json").read_text())
+    listed = {file["name"]: file["hashes"][0]["content"] for file in bom["metadata"]["component"]["components"]}
+    assert not listed.keys() & {"bom.cdx.json", "model.sig", "README.md"}
+    digests = {entry.path: entry.sha256 for entry in hash_dir(tmp_path / "out")}
+    assert {name: digests[name] for name in listed} == listed
+    for folder in (tmp_path / "out", Path(signed)):
+        assert verify_path(folder, [people["olga"].public_key()])["what"] == "model.sig"
 
 
 def test_full_version_is_copied_and_found_again(held: Held, tmp_path: Path) -> None:
@@ -268,6 +298,21 @@ def test_weights_for_mlflow_are_on_record_and_refused_alike(
     allow(catalog, people, no_export=True)
     with pytest.raises(PolicyError, match=r"policy\.no_export"):
         mlflow_export.export(catalog, trained.id, "http://127.0.0.1:9", "x", with_weights=True)
+
+
+def test_run_in_mlflow_names_what_it_was_trained_from(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        pass
+
+    def started(uri: str, run: str, experiment: str, config: Any, tags: dict[str, str]) -> None:
+        raise Started(tags["forge.base_model"], tags.get("forge.initial_adapter"))
+
+    monkeypatch.setattr(mlflow_export, "MlFlow", started)
+    for name, initial in (("first", ""), ("second", "mv_first")):
+        trained = fabricated.run(catalog, name, "ds_x", "mv_base", initial_adapter=initial)
+        with pytest.raises(Started) as raised:
+            mlflow_export._export(catalog, None, trained, "http://127.0.0.1:9", "x", with_weights=False)
+        assert raised.value.args == ("mv_base", initial or None)
 
 
 def test_withdrawn_weights_neither_leave_nor_come_back(held: Held, tmp_path: Path) -> None:

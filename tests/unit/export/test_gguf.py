@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from serving import make_adapter, register
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +23,7 @@ from forge_ray.export.leave import export_version
 from forge_ray.models.import_model import convert_gguf, import_model
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.train.model import merge_adapter
 
 pytestmark = pytest.mark.unit
 SMALL = {
@@ -191,6 +193,25 @@ def test_number_that_fp16_cannot_hold_is_refused(tiny_model_dir: Path, tmp_path:
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"lm_head\.weight holds 70000, and fp16 ends at 65504"):
         write(tmp_path / "model", "fp16")
+
+
+def test_sum_that_fp16_cannot_hold_is_refused(catalog: Catalog, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The base and the adapter each fit; the merged weights do not."""
+    base = register(catalog, tiny_model_dir, None, "tiny")
+    folder = make_adapter(tiny_model_dir, tmp_path / "adapter", seed=4)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: weight * 2e3 for name, weight in weights.items()}, folder / "adapter_model.safetensors")
+    adapter = register(catalog, folder, base, "loud")
+    with pytest.raises(ConfigError, match=r"holds .*, and fp16 ends at 65504") as raised:
+        export_version(catalog, adapter.id, str(tmp_path / "out"), "gguf", "fp16")
+    assert "--precision bf16" in raised.value.hint
+    assert not (tmp_path / "out").exists()
+    half, model = tmp_path / "half", AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float16)
+    shutil.copytree(tiny_model_dir, half, ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(half)
+    with pytest.raises(ConfigError, match=r"once the adapter is added to it, and the base's float16 ends at 65504"):
+        merge_adapter(half, folder, tmp_path / "merged")
+    assert not list(tmp_path.glob("merged/*.safetensors"))
 
 
 def byte_level(use_regex: bool = True) -> dict[str, Any]:

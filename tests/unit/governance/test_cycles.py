@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import fabricated
 import pytest
 from click.testing import CliRunner
 from fabricated import dataset, record_of, report, train_config
 
+from forge_ray import pipeline
 from forge_ray.cli.main import cli
+from forge_ray.config.base import parse, resolved
+from forge_ray.config.run import RunConfig
+from forge_ray.errors import NotFound
 from forge_ray.governance.cycles import cycles
+from forge_ray.governance.erasure.options import Options
 from forge_ray.governance.erasure.plan import plan_of
+from forge_ray.governance.erasure.repeat import retrain
 from forge_ray.governance.erasure.search import ErasureRequest, search
+from forge_ray.governance.reproduce import reproduce
 from forge_ray.governance.trace import of_record, trace
 from forge_ray.papers.bom import bom
 from forge_ray.papers.facts import gather
 from forge_ray.papers.openlineage import openlineage
 from forge_ray.papers.provenance import statement
-from forge_ray.records import Event, ModelVersion, SourceStats
+from forge_ray.records import Event, ModelVersion, RunRecord, SourceStats
 from forge_ray.release import promotion
 from forge_ray.store.catalog import Catalog
+from forge_ray.train.start import full_base
 
 pytestmark = pytest.mark.unit
 RECORDS = [record_of(number) for number in range(40)]
@@ -136,6 +145,47 @@ def test_rows_of_the_first_cycle_reach_the_last(catalog: Catalog, chain: list[Mo
     assert [version.id for version in facts.chain] == [version.id for version in reversed(chain)]
     assert [training.run.id for training in facts.trainings] == ["run_three", "run_two", "run_one"]
     assert (facts.base, gather(catalog, chain[2].id).base) == (chain[3], chain[0])
+
+
+@pytest.mark.parametrize("init_from", ["merge", None])
+def test_repetition_of_a_run_on_a_merged_version(
+    catalog: Catalog, chain: list[ModelVersion], monkeypatch: pytest.MonkeyPatch, init_from: str | None
+) -> None:
+    """Its run file names the adapter, with `merge`, or the merged version itself: either is repeated on the adapter's
+    replacement, merged anew."""
+    base, _, second, merged, _ = chain
+    values = {"name": "four", "base_model": second.id if init_from else merged.id, "release": {"alias": "none"}}
+    data = {"sources": [{"path": "rows.jsonl"}]}
+    config = resolved(parse(RunConfig, values | {"data": data, "train": train_config(init_from=init_from, seed=4)}))
+    dataset_of_two = catalog.get_as(RunRecord, "run_two").dataset
+    fabricated.run(catalog, "four", dataset_of_two, merged.id, train=config["train"], config=config)
+    again = fabricated.version(catalog, "second again", "", base.id, weights="adapter")
+    catalog.store.write(f"models/{base.id}/MANIFEST.json", b"{}")
+    record = next(one.id for one in RECORDS[:10] if trained(catalog, one.id))
+    plan = plan_of(catalog, search(catalog, ErasureRequest("record", (record,))))
+    plan = plan.model_copy(update={"runs": tuple(run for run in plan.runs if run.id == "run_four")})
+    started: list[RunConfig] = []
+
+    def train(config: RunConfig, *_: Any, **__: Any) -> RunRecord:
+        assert full_base(catalog, catalog.model(config.base_model), config.train) == base
+        started.append(config)
+        return fabricated.run(catalog, "four again", dataset_of_two, "mv_merged_again")
+
+    monkeypatch.setattr(pipeline, "train", train)
+    outcome = retrain(catalog, plan, {}, Options(retrain="all"), {second.id: again.id})
+    assert [(run["run"], run["fate"]) for run in outcome["runs"]] == [("run_four", "retrained")]
+    assert outcome["versions"][merged.id] == "mv_merged_again"
+    assert [(one.base_model, one.train.init_from) for one in started] == [(again.id, "merge")]
+
+
+def test_reproduction_without_the_adapter_that_was_trained_on(catalog: Catalog, chain: list[ModelVersion]) -> None:
+    base, first, *_ = chain
+    catalog.store.write(f"models/{base.id}/MANIFEST.json", b"{}")
+    with pytest.raises(
+        NotFound, match=rf"run_two cannot be repeated, .*: models/{first.id} \(nothing says why\)\nhint"
+    ) as refused:
+        reproduce(catalog.store, "run_two")
+    assert "backup" in refused.value.hint
 
 
 def test_documents_name_what_each_cycle_started_from(catalog: Catalog, chain: list[ModelVersion]) -> None:

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,14 +19,14 @@ from fabricated import dataset, deployment, record_of, report, run, store_at, ve
 from forge_ray.cli.main import cli
 from forge_ray.data.build import work
 from forge_ray.doctor import stored
-from forge_ray.errors import NotFound, PolicyError
+from forge_ray.errors import NotFound, PolicyError, StoreError
 from forge_ray.governance.reproduce import reproduce
 from forge_ray.governance.space import prune as pruning
 from forge_ray.governance.space.decide import Kind, Retention, Role, StoredItem, decide
 from forge_ray.governance.space.prune import examine, prune
 from forge_ray.governance.trace import of_record, trace
 from forge_ray.governance.verify import verify_log, verify_record
-from forge_ray.records import Erasure
+from forge_ray.records import Erasure, Event
 from forge_ray.release import promotion
 from forge_ray.store import paths, removed
 from forge_ray.store.catalog import Catalog
@@ -314,36 +314,89 @@ def test_running_training_and_marked_folders_stay(store: Store, ids: dict[str, s
     assert {paths.export(trial), paths.dataset(ids["trial dataset"])} <= removed_names(store, NOW)
 
 
-def test_file_that_another_process_reads_stays(store: Store, ids: dict[str, str]) -> None:
-    folder = paths.export(ids["trial run"])
+def adapter_of(catalog: Catalog, ids: dict[str, str], name: str) -> str:
+    """An adapter that no gate let through: nothing but what needs it keeps it."""
+    record = version(catalog, name, ids["trial run"], ids["base"], status="rejected", weights="adapter")
+    weights(catalog.store, paths.model(record.id))
+    return record.id
+
+
+def test_adapter_stays_with_what_was_trained_on_it(store: Store, ids: dict[str, str]) -> None:
+    """With a released version, with an export, and with a run that is being trained or was, before it has a record."""
+    started = {"dataset": ids["released dataset"], "base_model": ids["base"]}
+    with Catalog.open(store) as catalog:
+        unused = paths.model(adapter_of(catalog, ids, "unused"))
+        initial = {name: adapter_of(catalog, ids, name) for name in ("released", "exported", "trained", "begun")}
+        further = {
+            name: run(catalog, f"on_{name}", ids["released dataset"], ids["base"], initial_adapter=initial[name]).id
+            for name in ("released", "exported")
+        }
+        judged = report(catalog, further["released"], ids["released dataset"], split="test")
+        second = version(catalog, "second", further["released"], ids["base"], evals=(judged.id,), weights="adapter")
+        weights(store, paths.model(second.id))
+        weights(store, paths.export(further["exported"]))
+        for name in ("trained", "begun"):
+            data = {"state": "running", "pid": 1, **started, "initial_adapter": initial[name]}
+            catalog.append(Event(kind="run", subject=f"run_{name}", data=data))
+        checkpoint(store, "run_begun", 1)
+        age(store)
+        for path in (
+            *Path(store.root, paths.export(further["exported"])).iterdir(),
+            *store.local("runs/run_begun").rglob("*"),
+        ):
+            os.utime(path)
+    with attempts.driving(store, "run_trained"), Catalog.open(store) as catalog:
+        decisions = {one.item.name: one for one in examine(catalog, Retention()).decisions}
+        assert decisions[unused].removes
+        reasons = {name: decisions[paths.model(adapter)].why for name, adapter in initial.items()}
+        assert reasons["released"] == (f"needed by {paths.model(second.id)}",)
+        assert reasons["exported"] == (f"needed by {paths.export(further['exported'])}",)
+        assert reasons["trained"][0].startswith("being trained: ")
+        assert reasons["begun"] == (f"needed by {paths.checkpoint('run_begun', 1)}",)
+        pruned = {one.item.name for one in prune(catalog, Retention()).removed}
+    assert unused in pruned
+    assert all(store.exists(paths.model(adapter)) for adapter in initial.values())
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[int]:
+    """Another process that holds the file open; its id."""
     script = "import sys; file = open(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", script, str(store.local(f"{folder}/model.safetensors"))]
+    command = [sys.executable, "-c", script, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdout
         assert reader.stdout.readline() == "open\n"
+        yield reader.pid
+        reader.communicate("")
+
+
+def test_file_that_another_process_reads_stays(store: Store, ids: dict[str, str]) -> None:
+    folder = paths.export(ids["trial run"])
+    with reading(store.local(f"{folder}/model.safetensors")) as pid:
         with Catalog.open(store) as catalog:
             decisions = {one.item.name: one for one in examine(catalog, NOW).decisions}
-        assert decisions[folder].why[0] == f"in use: open in pid {reader.pid}"
-        reader.communicate("")
+        assert decisions[folder].why[0] == f"in use: open in pid {pid}"
     assert folder in removed_names(store, NOW, apply=False)
 
 
+@pytest.mark.parametrize(("how", "why"), [("marked", "in use: evaluation"), ("open", "in use: open in pid ")])
 def test_use_that_begins_at_the_last_moment_is_seen(
-    store: Store, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    store: Store, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch, how: str, why: str
 ) -> None:
     folder, set_aside = paths.export(ids["trial run"]), pruning.set_aside
     with contextlib.ExitStack() as running:
 
-        def late(where: Store, path: str) -> str:
+        def late(where: Store, path: str) -> removed.Aside:
             if path == folder:
-                running.enter_context(using(where, "evaluation", folder))
+                is_marked, file = how == "marked", where.local(f"{folder}/model.safetensors")
+                running.enter_context(using(where, "evaluation", folder) if is_marked else reading(file))
             return set_aside(where, path)
 
         monkeypatch.setattr(pruning, "set_aside", late)
         with Catalog.open(store) as catalog:
             pruned = prune(catalog, NOW)
     assert folder in pruned.left
-    assert pruned.left[folder][0].startswith("in use: evaluation")
+    assert pruned.left[folder][0].startswith(why)
     store.fetch_dir(folder)
     assert store.exists(paths.dataset(ids["trial dataset"]))  # which the export needs
 
@@ -441,7 +494,7 @@ def test_what_cannot_be_removed_keeps_what_it_needs(
 ) -> None:
     export, set_aside = paths.export(ids["trial run"]), pruning.set_aside
 
-    def refusing(where: Store, path: str) -> str:
+    def refusing(where: Store, path: str) -> removed.Aside:
         if path == export:
             raise PermissionError(13, "Permission denied")
         return set_aside(where, path)
@@ -451,6 +504,68 @@ def test_what_cannot_be_removed_keeps_what_it_needs(
         pruned = prune(catalog, NOW)
     assert pruned.left[export] == ["could not be removed: Permission denied"]
     assert store.exists(paths.dataset(ids["trial dataset"]))
+
+
+@pytest.mark.parametrize("moment", ["second path", "event", "disk", "interrupt"])
+def test_failure_in_the_middle_puts_every_path_back(
+    store: Store, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """An item of three paths; whatever ends its removal before the event, nothing of it is out of sight."""
+    data, last = ids["trial dataset"], f"cards/{ids['trial dataset']}"
+    for path in (paths.index(data, "about.json"), f"{last}/card.md"):
+        store.write(path, b"{}")
+    age(store)
+    before = {str(path) for path in Path(store.root).rglob("*") if data in str(path)}
+    set_aside, fsync_dir = pruning.set_aside, removed.fsync_dir
+
+    def failing(where: Store, path: str) -> removed.Aside:
+        if path == last:
+            raise KeyboardInterrupt if moment == "interrupt" else PermissionError(13, "Permission denied")
+        return set_aside(where, path)
+
+    def full(folder: Path) -> None:
+        if folder.name == "cards":
+            raise OSError(28, "No space left on device")
+        fsync_dir(folder)
+
+    def unwritten(event: Event) -> Event:
+        if event.subject == paths.dataset(data):
+            raise StoreError("the log cannot be written", hint="free space")
+        return append(event)
+
+    monkeypatch.setattr(pruning, "set_aside", set_aside if moment in ("disk", "event") else failing)
+    monkeypatch.setattr(removed, "fsync_dir", full if moment == "disk" else fsync_dir)
+    with Catalog.open(store) as catalog:
+        append = catalog.append
+        if moment == "event":
+            monkeypatch.setattr(catalog, "append", unwritten)
+        with pytest.raises(KeyboardInterrupt) if moment == "interrupt" else contextlib.nullcontext():
+            pruned = prune(catalog, NOW)
+            assert pruned.left[paths.dataset(data)][0].startswith("could not be removed: ")
+        assert catalog.events("removal", paths.dataset(data)) == []
+    assert {str(path) for path in Path(store.root).rglob("*") if data in str(path)} == before
+
+
+def test_folder_of_an_object_store_is_put_back_with_its_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Store("mock:///bucket")
+    bucket.write(f"models/mv_x/{MANIFEST}", b"{}")
+    bucket.write("models/mv_x/weights", b"x")
+    aside = removed.set_aside(bucket, "models/mv_x")
+    assert not bucket.is_published("models/mv_x")
+    removed.put_back(bucket, aside)
+    assert bucket.read(f"models/mv_x/{MANIFEST}") == b"{}"
+    delete = bucket.delete
+
+    def lost(path: str) -> None:
+        delete(path)
+        raise OSError("the answer did not arrive")
+
+    monkeypatch.setattr(Store, "delete", lambda self, path: lost(path))
+    with pytest.raises(OSError, match="did not arrive"):
+        removed.set_aside(bucket, "models/mv_x")
+    assert bucket.is_published("models/mv_x")
+    removed.delete_aside(bucket, aside)
+    assert not bucket.exists("models/mv_x/weights")
 
 
 # ---------------------------------------------------------------- what du and prune print

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -16,13 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge_ray.data.record.schema import Reject
+from forge_ray.data.tokens.call_forms import CallForm
 from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.data.tokens.mistral import load_mistral
 from forge_ray.serve.conform import conforms
+from forge_ray.serve.form_calls import FormParser
 from forge_ray.serve.text import Detokenizer
 from forge_ray.serve.tool_fields import Function
-from forge_ray.serve.tools import Call, CallParser, beginnings, markers
+from forge_ray.serve.tools import Call, CallParser, beginnings, markers, parser_of
 
 pytestmark = pytest.mark.unit
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -81,7 +84,7 @@ def written(style: str, *calls: tuple[str, Any]) -> str:
 STYLES: list[Any] = ["hermes", "mistral-v3", "mistral-v11", "mistral-v13"]
 
 
-def parsed(parser: CallParser, *pieces: str) -> tuple[str, list[tuple[str, Any]]]:
+def parsed(parser: CallParser | FormParser, *pieces: str) -> tuple[str, list[tuple[str, Any]]]:
     parts = [*itertools.chain.from_iterable(parser.push(piece) for piece in pieces), *parser.flush()]
     text = "".join(part for part in parts if isinstance(part, str))
     return text, [(call.name, json.loads(call.arguments)) for call in parts if isinstance(call, Call)]
@@ -130,6 +133,40 @@ def test_a_broken_call_stays_text_and_loses_nothing(style: Any) -> None:
         assert calls in ([], [ONE])
         if not calls:
             assert text == "a" + whole[:end]
+
+
+TAGS = {"before_key": "<p=", "after_key": ">", "after_value": "</p>"}
+FORMS = {
+    "braced": (
+        CallForm("braced", "", "<d>", before_name="<c>call:", after_name="{", after_key="<q>"),
+        "<c>call:add{a:1}<d>",
+    ),
+    "python": (CallForm("python", "<c>[", "]<d>"), "<c>[add(a=1)]<d>"),
+    "tagged": (CallForm("tagged", "", "</p></f>", "", "", "<f=", ">", "</f>", **TAGS), "<f=add><p=a>1</p></f>"),
+    "object": (
+        CallForm("object", "<c>\n", "\n</c>", "name", "arguments"),
+        '<c>\n{"name": "add", "arguments": {"a": 1}}\n</c>',
+    ),
+    "named": (CallForm("named", "<c>", "</c>", "", "", "<f>", "<a>", "</c>"), '<c><f>add<a>{"a": 1}</c>'),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_text_around_calls_of_any_form_is_returned(kind: str) -> None:
+    form, call = FORMS[kind]
+    other = call.replace("add", "subtract")  # which no function declares
+
+    def read(*pieces: str, several: bool = True) -> tuple[str, list[tuple[str, Any]]]:
+        tokenizer: Any = SimpleNamespace(call_style="template", call_form=form)
+        return parsed(parser_of(tokenizer, FUNCTIONS, several), *pieces)
+
+    for pieces in ((f"so: {call}\nI add.",), tuple(f"so: {call}\nI add.")):
+        assert read(*pieces) == ("so: I add.", [ONE])
+        assert read(*pieces, several=False) == ("so: ", [ONE])
+    assert read(call) == read(call + "\n") == ("", [ONE])
+    assert read(call[:-1]) == ((call[:-1], []) if kind == "tagged" else ("", [ONE]))  # which is not whole without its end
+    assert read(f"{call} {call}") == ((call, [ONE]) if kind == "python" else ("", [ONE, ONE]))  # of which one list is read
+    assert read(f"{call}\n{other}") == (other, [ONE])
 
 
 def test_an_answer_may_end_without_the_closing_mark() -> None:

@@ -175,6 +175,18 @@ def test_names_of_classes_that_stand_in_the_readme_alone_are_read(tmp_path: Path
         shutil.rmtree(tmp_path / "d" / "e")
 
 
+@pytest.mark.parametrize("name", ["[mood]", "{a: b}", "3", "null"])
+def test_names_of_configurations_that_are_not_text_are_no_names(tmp_path: Path, name: str) -> None:
+    one = CARD.partition("- config_name: other")[0] + "---\n"
+    assert "config_name: mood" in one
+    assert listed(hub(tmp_path / "a", one.replace("config_name: mood", f"config_name: {name}"))) == [NAMED]
+    with pytest.raises(DataError, match="has configurations with other classes"):
+        listed(hub(tmp_path / "b", CARD.replace("config_name: mood", f"config_name: {name}"), "data"))
+    unnamed = CARD.replace("- config_name: mood\n  ", "- ")
+    assert unnamed.count("config_name: mood") < CARD.count("config_name: mood")
+    assert listed(hub(tmp_path / "c", unnamed)) == [NAMED]
+
+
 def test_names_in_the_readme_decide_the_version(tmp_path: Path) -> None:
     folder = hub(tmp_path, CARD)
     config = parse(DataConfig, {"sources": [{"path": str(folder)}]})

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from forge_ray.data.read.first_bytes import HEAD_BYTES, NOT_UTF_8
 from forge_ray.data.read.ingest import EMPTY, NO_ROWS, IndexedFile, index_file
 from forge_ray.data.read.readers import read_raw
 from forge_ray.data.read.strict_json import PADDING, Reject, decode
@@ -85,8 +86,9 @@ def workbook(folder: Path) -> bytes:
             b"One\ncaf\xe9\n",
             "the file is not UTF-8, most likely Windows-1252: set `encoding: windows-1252`",
         ),
+        ("a.txt", "text", b"caf\xe9", "the file is not UTF-8, most likely Windows-1252"),
     ],
-    ids=range(18),
+    ids=range(19),
 )
 def test_a_file_of_another_form_is_named_once_with_the_remedy(
     tmp_path: Path, name: str, format: str, data: bytes, reason: str
@@ -198,6 +200,50 @@ def test_files_without_rows_are_named(tmp_path: Path) -> None:
     for name in ("a.parquet", "a.arrow", *files):
         indexed, rows = read(tmp_path / name, name.split(".")[1])
         assert (name, rows, indexed.notes) == (name, [], (NO_ROWS,))
+
+
+@pytest.mark.parametrize("letter", ["é", "€", "😀"])
+@pytest.mark.parametrize("is_gzip", [False, True])
+def test_a_first_block_may_end_in_the_middle_of_a_character(tmp_path: Path, letter: str, is_gzip: bool) -> None:
+    text = "x" * (HEAD_BYTES - 1) + letter
+    assert letter.encode() not in text.encode()[:HEAD_BYTES]
+    data = gzip.compress(text.encode()) if is_gzip else text.encode()
+    _, rows = read(write(tmp_path, f"a.txt{'.gz' * is_gzip}", data), "text")
+    assert rows == [{"text": text}]
+    damaged = gzip.compress(text.encode())[:-12] if is_gzip else text.encode() + b"\xff"
+    _, rows = read(write(tmp_path, f"b.txt{'.gz' * is_gzip}", damaged), "text")
+    assert rows == ["the gzip stream is damaged or cut off" if is_gzip else "not UTF-8"]
+
+
+def test_a_stream_that_begins_with_a_part_of_a_character_is_read(tmp_path: Path) -> None:
+    text = "Größe".encode()
+    for kind, pack in (("bz2", bz2.compress), ("xz", lzma.compress), ("gz", gzip.compress)):
+        _, rows = read(write(tmp_path, f"a.txt.{kind}", pack(text[:3]) + pack(text[3:])), "text")
+        assert rows == [{"text": "Größe"}], kind
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", JSONL.encode("cp1252")),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode("cp1252"))),
+        ("a.json", json.dumps(ROWS, ensure_ascii=False).encode("cp1252")),
+        ("a.json", json.dumps(ROWS, ensure_ascii=False, indent=1).encode("cp1252")),
+    ],
+    ids=range(4),
+)
+def test_json_of_another_encoding_is_named_once_with_the_remedy(tmp_path: Path, name: str, data: bytes) -> None:
+    """Its rows in ASCII are read all the same."""
+    indexed, rows = read(write(tmp_path, name, data), name.split(".")[1])
+    assert (rows, indexed.notes) == (["not UTF-8"] * 3, (NOT_UTF_8,))
+
+
+def test_one_damaged_row_of_json_is_one_row(tmp_path: Path) -> None:
+    lines = [b'{"text": "a"}', b'{"text": "caf\xe9"}', b'{"text": "b"}']
+    expected = [{"text": "a"}, "not UTF-8", {"text": "b"}]
+    for name, data in (("a.jsonl", b"\n".join(lines)), ("a.json", b"[" + b", ".join(lines) + b"]")):
+        indexed, rows = read(write(tmp_path, name, data), name.partition(".")[2])
+        assert (rows, indexed.notes) == (expected, ())
 
 
 def test_one_damaged_line_of_a_csv_file_is_one_row(tmp_path: Path) -> None:

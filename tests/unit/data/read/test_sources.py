@@ -12,7 +12,7 @@ from forge_ray.config.base import resolved
 from forge_ray.config.data import DataConfig
 from forge_ray.data.read.sources import expand, folder_lines
 from forge_ray.data.read.splits import split_named
-from forge_ray.errors import DataError, NotFound
+from forge_ray.errors import ConfigError, DataError, NotFound
 
 pytestmark = pytest.mark.unit
 
@@ -297,3 +297,71 @@ def test_splits_tables_and_saved_datasets_in_a_folder() -> None:
     assert names("mixed") == ["mixed/a.jsonl", "mixed/app/state.json", "mixed/saved/data-00000-of-00001.arrow"]
     fill("hub/data/train-00000-of-00001.parquet", "hub/README.md")
     assert names("hub") == ["hub/data/train-00000-of-00001.parquet"]  # a folder of the hub, as before
+    fill("hub/dataset_infos.json", "hub/LICENSE.txt", "hub/.gitattributes", "hub/data/_SUCCESS", "hub/plot.png")
+    assert names("hub") == names("hub", split="train") == ["hub/data/train-00000-of-00001.parquet"]
+    assert lines_of("hub") == []
+
+
+@pytest.mark.parametrize(
+    "other", ["faq.jsonl", "notes.md", "data/part-0.parquet", "a/b/c/train.parquet", "LICENSE.csv", "license_rows.parquet"]
+)
+def test_one_parquet_file_of_a_split_does_not_hide_other_files(other: str) -> None:
+    fill("mixed/data/train-00000-of-00001.parquet", f"mixed/{other}", "mixed/README.md")
+    expected = ["data/train-00000-of-00001.parquet", other, "README.md"]
+    assert names("mixed") == sorted(f"mixed/{name}" for name in expected)
+    assert sum(line.startswith("mixed: ") for line in lines_of("mixed")) == 1
+
+
+def test_what_describes_a_dataset_of_the_hub_is_no_row_and_named() -> None:
+    for name in ("clone", "more/clone"):
+        fill(f"{name}/data/train.jsonl", f"{name}/dataset_infos.json", f"{name}/LICENSE.md", f"{name}/guide.md")
+        Path(name, "README.md").write_text("---\nlicense: mit\n---\n# Rows\n")
+    rows = ["clone/data/train.jsonl", "clone/guide.md"]
+    assert names("clone") == rows
+    assert names("more") == [f"more/{row}" for row in rows]
+    assert lines_of("clone") == [
+        "clone: 1 jsonl, 1 text",
+        "clone: not read, as it describes the dataset: 1 LICENSE.md, 1 README.md, 1 dataset_infos.json",
+    ]
+    uri = f"file://{Path.cwd()}/clone"
+    assert names(uri) == rows
+    assert len(names("clone", format="text")) == 5  # every file, as the source asks for
+    Path("clone/README.md").write_text("# Rows\n")  # a text, which may be one to learn
+    assert names("clone") == ["clone/LICENSE.md", "clone/README.md", *rows]
+    fill("texts/a.md", "texts/LICENSE", "texts/dataset_infos.json")
+    Path("texts/README.md").write_text("---\ntitle: Texts\n---\n")
+    assert names("texts") == ["texts/README.md", "texts/a.md", "texts/dataset_infos.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[" * 100_000, "[]", "{}", '{"splits": "train"}', '{"_data_files": [{"name": "a"}]}', '{"_data_files": ["a"]}'],
+    ids=range(7),
+)
+def test_state_and_splits_of_other_programs_make_no_saved_dataset(content: str) -> None:
+    for place in ("app", "deep/er"):
+        for name in ("state.json", "dataset_dict.json", "dataset_info.json", "rows.jsonl"):
+            fill(f"{place}/{name}")
+            Path(place, name).write_text(content)
+    files = ["dataset_dict.json", "dataset_info.json", "rows.jsonl", "state.json"]
+    assert names("app") == [f"app/{name}" for name in files]
+    assert names("deep") == [f"deep/er/{name}" for name in files]
+    assert lines_of("app") == ["app: 3 json, 1 jsonl"]
+
+
+def test_a_saved_split_that_does_not_list_its_files_is_refused() -> None:
+    fill("saved/train/state.json")
+    Path("saved/dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(DataError, match=r"'saved/train' has no state\.json that lists its files of rows") as error:
+        names("saved")
+    assert error.value.hint == "save the dataset again with save_to_disk"
+
+
+def test_no_lines_of_a_table_whose_files_are_not_its_rows() -> None:
+    fill("table/a.parquet", "table/_delta_log/0.json")
+    assert lines_of("table") == []
+
+
+def test_a_secret_in_a_uri_is_refused_before_the_folder_is_looked_at() -> None:
+    with pytest.raises(ConfigError, match="a URI carries a user name or password"):
+        lines_of("s3://key:secret@bucket/rows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,16 @@ BRACED = CallForm("braced", "", "", before_name="<c>call:", after_name="{", afte
             [ParsedCall("foo", {"a": {"b": [None, True, {"c": False}]}, "d": None})],
         ),
         ("[foo(a=nil)]", []),
+        ("see f( and then [foo(a=1)]", [ParsedCall("foo", {"a": 1})]),
+        ("get_user(the user's id) then [foo(a=1)]", [ParsedCall("foo", {"a": 1})]),
+        ("get_user(the user's id) then [ foo(a=')', b='y')]", [ParsedCall("foo", {"a": ")", "b": "y"})]),
+        ("as [f( and so \"g(an 8\" disc) it's: [foo(a='[g(b=1)]')]", [ParsedCall("foo", {"a": "[g(b=1)]"})]),
+        ("call f(with this) first: foo(a=1)", [ParsedCall("foo", {"a": 1})]),
         ("[foo(a=1), bar(", []),  # not whole yet
+        ("[foo(a='see [bar(b=1)] and", []),
+        ('[foo(a=1), bar(b=2), baz(c="[bar(b=1)]', []),
+        ('[foo("[bar(b=1)]', []),
+        ("[foo(a=nil, b='[bar(c=1)]')]", []),
         ("[foo(a=')", []),
     ],
 )
@@ -52,10 +62,20 @@ def test_text_that_looks_like_many_calls_is_looked_at_once(monkeypatch: pytest.M
         return read(source, **more)
 
     monkeypatch.setattr(ast, "parse", counted)
-    for text in ("[" + "a(b c) " * 500, "a(" * 500 + ")" * 499, "[" * 500 + "a(b c)]" * 500):
+    for text in ("[" + "a(b c) " * 500, "a(" * 500 + ")" * 499, "[" * 500 + "a(b c)]" * 500, "a(b,,) 'x' " * 500):
         num_read = 0
         assert list(parse(PYTHON, text)) == []
         assert num_read <= len(text)
+
+
+@pytest.mark.parametrize(
+    "part", ["f(a b ", "[g(it's a ", "[ g(a \" b's ", "[ ", "' [f(a b) \"", "f(a=1 ", "[f(a b)) ", "a b" + " " * 60]
+)
+def test_the_work_of_reading_python_calls_grows_with_their_text(part: str) -> None:
+    num_parts = 200_000 // len(part)
+    start = time.process_time()
+    assert list(parse(PYTHON, part * num_parts + "f(")) == []
+    assert time.process_time() - start < 2  # quadratic would be minutes
 
 
 def test_tags_that_are_not_whole_are_left_out() -> None:
