@@ -91,7 +91,9 @@ def estimate(train: TrainConfig, store: Store, precision: str, planned: Planned,
     limit = memory_limit(train.scaling, assumptions)
     judgement = judge(train, store, precision, planned, num_workers, limit)
     rate = assumptions.tokens_per_s * num_workers
-    seconds = judgement.plan.num_tokens / rate if rate else None
+    # a forward pass is half of a step where the base is frozen, else a third (`benchmarks/train_step.py` has the formula)
+    forward_only = judgement.plan.reference_tokens / (2 if train.adapter else 3)
+    seconds = (judgement.plan.num_tokens + forward_only) / rate if rate else None
     paid = seconds is not None and assumptions.cost_per_hour
     return Estimate(
         plan=judgement.plan,
