@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from functools import lru_cache
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
 from forge_ray.train.job import TrainJob
 from forge_ray.train.loss import segment_sums, token_logps
-from forge_ray.train.method import Column, Expect
+from forge_ray.train.method import Column, Expect, Forward
+from forge_ray.train.model import load_for_training
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -37,7 +39,7 @@ PIECE_ROWS = 64  # packed rows of one file
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowRange:
     """Some neighbouring packed rows of a split."""
 
     split: str
@@ -76,10 +78,9 @@ class Reference:
 
     def _of_row(self, rows: Rows, number: int) -> list[float]:
         first = number - number % PIECE_ROWS
-        piece = Piece(rows.split, first, min(PIECE_ROWS, rows.num_rows - first))
+        piece = RowRange(rows.split, first, min(PIECE_ROWS, rows.num_rows - first))
         return _values(self.job.store, self.folder, piece)[number - first]
 
-    @torch.no_grad()
     def keep(self, engine: TrainEngine, context: Context, expect: Expect) -> None:
         """Compute and publish what is missing; collective, and every rank does as many passes."""
         job = self.job
@@ -100,24 +101,40 @@ class Reference:
             self._publish()
         agree(None, context)
 
-    def _pass(self, engine: TrainEngine, piece: Piece, context: Context) -> list[list[float]]:
+    def difference(self, num_rows: int) -> tuple[float, float]:
+        """(largest difference, largest log p) in nats over a few training rows, computed once more in this process by the
+        model that the run started from."""
+        job, rows = self.job, Rows.of(self.job.store, self.job.dataset, "train")
+        chosen = sorted(Random(job.run).sample(range(rows.num_rows), min(num_rows, rows.num_rows)))
+        config = job.config.model_copy(
+            update={"engine": "torch", "zero_stage": 0, "adapter": job.config.adapter if job.initial else None}
+        )
+        base = job.store.fetch_dir(paths.model(job.base.id), files=job.base.files)
+        initial = job.store.fetch_dir(paths.model(job.initial.id), files=job.initial.files) if job.initial else None
+        model: Any = load_for_training(base, config, job.precision, torch.device("cpu"), 1, initial=initial).eval()
+        again = by_segment([self._logps(model, rows, [number], torch.device("cpu"))[0] for number in chosen], 0.0)
+        kept = self.read(rows, chosen)
+        return float(np.abs(again - kept).max()), float(np.abs(kept).max())
+
+    def _pass(self, engine: TrainEngine, piece: RowRange, context: Context) -> list[list[float]]:
         """Per row of the piece, the log p of each of its documents; `PIECE_ROWS` rows' worth of passes on every rank."""
         rows, size = Rows.of(self.job.store, self.job.dataset, piece.split), self.job.config.micro_batch_size
         values: list[list[float]] = []
         for offset in range(0, PIECE_ROWS, size):
             numbers = [piece.first + place for place in range(offset, min(offset + size, piece.num_rows))]
-            batch = {
-                name: torch.from_numpy(array).to(context.device)
-                for name, array in rows.batch(numbers or [piece.first]).items()
-            }
-            logps_K, positions_K = token_logps(engine.forward, batch)
-            sums_BS, _ = segment_sums(logps_K, positions_K, batch)
-            counts = batch["segment_ids"].amax(dim=1).tolist()
-            listed = [row[:count] for row, count in zip(sums_BS.tolist(), counts, strict=True)]
-            values += listed[: len(numbers)]
+            values += self._logps(engine.forward, rows, numbers or [piece.first], context.device)[: len(numbers)]
         return values
 
-    def _unfinished(self, piece: Piece) -> str:
+    @torch.no_grad()
+    def _logps(self, forward: Forward, rows: Rows, numbers: list[int], device: torch.device) -> list[list[float]]:
+        """Per row, the log p of each of its documents; one pass."""
+        batch = {name: torch.from_numpy(array).to(device) for name, array in rows.batch(numbers).items()}
+        logps_K, positions_K = token_logps(forward, batch)
+        sums_BS, _ = segment_sums(logps_K, positions_K, batch)
+        counts = batch["segment_ids"].amax(dim=1).tolist()
+        return [row[:count] for row, count in zip(sums_BS.tolist(), counts, strict=True)]
+
+    def _unfinished(self, piece: RowRange) -> str:
         return paths.work("references", f"{self.job.dataset.id}-{self.key}", piece.name)
 
     def _publish(self) -> None:
@@ -138,10 +155,10 @@ def by_segment(values: list[list[float]], blank: float) -> npt.NDArray[np.float3
     return filled
 
 
-def pieces(job: TrainJob) -> list[Piece]:
+def pieces(job: TrainJob) -> list[RowRange]:
     """Of the splits that training looks at."""
     return [
-        Piece(split, first, min(PIECE_ROWS, stats.num_rows - first))
+        RowRange(split, first, min(PIECE_ROWS, stats.num_rows - first))
         for split in SPLITS
         if (stats := job.dataset.splits.get(split))
         for first in range(0, stats.num_rows, PIECE_ROWS)
@@ -149,7 +166,7 @@ def pieces(job: TrainJob) -> list[Piece]:
 
 
 @lru_cache(maxsize=256)
-def _values(store: Store, folder: str, piece: Piece) -> list[list[float]]:
+def _values(store: Store, folder: str, piece: RowRange) -> list[list[float]]:
     path = _fetched(store, folder) / piece.name
     values: list[list[float]] = pq.read_table(path).column("logps").to_pylist() if path.is_file() else []
     if len(values) != piece.num_rows:

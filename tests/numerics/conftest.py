@@ -91,15 +91,15 @@ def dataset(store: Store) -> DatasetManifest:
 @pytest.fixture(scope="session")
 def judged(store: Store) -> dict[str, DatasetManifest]:
     """Datasets of judged answers by the kind of their records: the same documents, as pairs with margins and one by one."""
-    made = {}
+    manifests = {}
     for kind, size in (("preference", 2), ("feedback", 1)):
         packed, grades = {}, {}
         for split, (seed, count) in {"train": (0, 40), "validation": (1, 8)}.items():
             packed[split] = pack(pairs(seed, count), SEQUENCE_LENGTH, 0, size)
             for number in range(count):
                 grades[f"rec_pair_{seed}_{number}"] = 1.0 + number if size == 2 else 1.0 - 2 * (number % 2)
-        made[kind] = written(store, kind, packed, {kind: 48}, grades)
-    return made
+        manifests[kind] = written(store, kind, packed, {kind: 48}, grades)
+    return manifests
 
 
 def written(
