@@ -14,6 +14,9 @@ from forge_ray.errors import TrainingError
 if TYPE_CHECKING:
     from forge_ray.store.files import Store
 
+SAMPLED_ROWS = 8  # of which the reference model's log probabilities are computed again
+TOLERANCE = 0.02  # of the largest of them: another machine adds in another order
+
 
 @click.group(cls=Verbs)
 def audit() -> None:
@@ -45,6 +48,11 @@ def audit_data(store: Store, as_json: bool, run: str, steps_to_list: tuple[int, 
     with stage("audit") as it:
         report = auditing.audit(facts, it.update)
         it.done(f"{run}  {report.steps_compared} of {report.num_steps} steps compared")
+    problems, drift = list(report.problems), _reference_difference(store, run, facts.method)
+    if drift and drift[0] > TOLERANCE * max(1.0, drift[1]):
+        problems.append(
+            f"the kept log probabilities of the reference model differ by {drift[0]:.3g} nats from computed ones"
+        )
     steps = {str(step): auditing.records_of(facts.rows, facts.order, step) for step in steps_to_list}
     if not as_json:
         echo(
@@ -57,16 +65,35 @@ def audit_data(store: Store, as_json: bool, run: str, steps_to_list: tuple[int, 
             echo(f"step {number}")
             for item in used:
                 echo(f"  lane {item['lane']}: row {item['row']}: {' '.join(item['records'])}")
-        for problem in report.problems[:20]:
+        if drift:
+            echo(f"reference model: {SAMPLED_ROWS} rows computed again, largest difference {drift[0]:.3g} nats")
+        for problem in problems[:20]:
             echo(f"  {problem}")
         if not report.problems:
             echo("every step used the rows of its order")
-    if report.problems:
+    if problems:
         raise TrainingError(
-            f"{run} did not train on the recorded rows: {report.problems[0]} ({len(report.problems)} problems)",
+            f"{run} did not train on the recorded rows: {problems[0]} ({len(problems)} problems)",
             hint="do not release what it trained; compare the store with a backup",
         )
-    return asdict(report) | {"steps": steps}
+    more = {"reference": {"rows": SAMPLED_ROWS, "largest_difference": drift[0]}} if drift else {}
+    return asdict(report) | {"problems": problems, "steps": steps, **more}
+
+
+def _reference_difference(store: Store, run: str, method: Any) -> tuple[float, float] | None:
+    """Of a run that compares with a reference model, how far the kept numbers are from computed ones; None for others."""
+    from forge_ray.config.base import parse
+    from forge_ray.config.method import Preference
+
+    if isinstance(method, str) or not parse(Preference, method).has_reference:
+        return None
+    from forge_ray.store.catalog import Catalog
+    from forge_ray.train.job import job_of
+    from forge_ray.train.reference import Reference
+
+    with Catalog.read_only(store) as catalog:
+        job = job_of(catalog, run)
+    return Reference(job).difference(SAMPLED_ROWS)
 
 
 @verb(audit, "leak", "forge audit leak support@prod")

@@ -169,6 +169,7 @@ def print_plan(estimate: Estimate) -> None:
         *(("adapter" if not number else "", line) for number, line in enumerate(estimate.reaches)),
         ("data", f"{plan.num_rows:,} packed rows × {plan.epochs:.2f} epochs ({estimate.dataset})"),
         ("tokens", f"{plan.num_tokens:,}, of which {plan.num_trained_tokens:,} are trained"),
+        *([("reference", f"{plan.reference_tokens:,} tokens forward, once")] if plan.reference_tokens else []),
         ("steps", f"{plan.steps:,}"),
         ("workers", f"{estimate.num_workers}, {estimate.precision}"),
         ("worker memory", f"{size(memory.total)} plus libraries{limit}"),

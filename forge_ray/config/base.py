@@ -123,7 +123,7 @@ def parse(model: type[C], values: Any, where: str = "") -> C:
 
 def _is_kind(part: str | int) -> bool:
     """Whether pydantic added this part to the path: the name of the type it tried, where a key has several types."""
-    return isinstance(part, str) and re.fullmatch(r"(literal|tuple)\[.*\]", part) is not None
+    return isinstance(part, str) and re.fullmatch(r"int|(literal|tuple|function-[a-z]+)\[.*\]", part) is not None
 
 
 def _explain(model: type[BaseModel], path: list[str], item: Any) -> tuple[str, str, str]:

@@ -36,6 +36,13 @@ class Mapping(Config):
     messages: str = Field("", description="Column of a list of chat messages")
     chosen: str = Field("", description="Column of the preferred answer")
     rejected: str = Field("", description="Column of the rejected answer")
+    margin: str = Field("", description="Column of a number: by how much the preferred answer is better")
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the newer settings where they are the default: the ids of dataset versions from before them stay."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "margin" or value}
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -44,6 +51,11 @@ class Mapping(Config):
             raise SettingError(
                 "mapping needs exactly one of: `prompt` with `answer`, `text`, `messages`, `chosen` with `rejected`",
                 "for example mapping: {prompt: question, answer: reply}",
+            )
+        if self.margin and not pair:
+            raise SettingError(
+                f"mapping.margin={self.margin} without `chosen` and `rejected`: only pairs have one",
+                "remove it, or name the columns of a pair",
             )
         return self
 

@@ -43,6 +43,7 @@ EXAMPLES = {
     "data.splits": "data: {splits: {validation: 0.05, test: 0.1}}",
     "data.subject": "data: {subject: {field: customer_id}}",
     "train": "train: {epochs: 3, global_batch: 32, micro_batch_size: 4}",
+    "train.method": "train: {method: {kind: dpo, beta: 0.1}}",
     "train.optimizer": "train: {optimizer: {lr: 1e-4}}",
     "train.schedule": "train: {schedule: {name: linear, warmup_ratio: 0.1}}",
     "train.adapter": "train: {adapter: {r: 32, alpha: 64}}",
@@ -109,9 +110,8 @@ def sections(model: type[Config], path: str = "", meaning: str = "") -> Iterator
             below.append(_curate(key, info.description or ""))
         elif inner := _section_of(info.annotation):
             below.append(sections(inner, key, _about(info, inner)))
-            if int not in get_args(info.annotation):  # it is always a section, never a plain number
-                continue
-            own.settings.append(Setting(name, "int \\| section", _default(info), _meaning(info)))
+            if plain := _plain(info.annotation):
+                own.settings.append(Setting(name, f"{plain} \\| section", _default(info), _meaning(info)))
         else:
             own.settings.append(Setting(name, _type(info.annotation), _default(info), _meaning(info)))
     yield own
@@ -138,7 +138,7 @@ def _doc(model: type[Config]) -> str:
 def _about(info: FieldInfo, model: type[Config]) -> str:
     """The description of a section: of its field, of its class, and whether it is a list, a mapping or optional."""
     parts = [f"{info.description}." if info.description else "", _doc(model)]
-    if int in get_args(info.annotation):  # the field itself is described in the table above
+    if _plain(info.annotation):  # the field itself is described in the table above
         parts = [_doc(model)]
     elif get_origin(info.annotation) is tuple:
         parts.append("A list; each item has these keys.")
@@ -154,6 +154,14 @@ def _section_of(annotation: Any) -> type[Config] | None:
         if isinstance(candidate, type) and issubclass(candidate, Config):
             return candidate
     return None
+
+
+def _plain(annotation: Any) -> str:
+    """The types that a setting may have instead of being a section; "" where it is always one, or null."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return ""
+    others = [part for part in get_args(annotation) if part is not type(None) and not _section_of(part)]
+    return " \\| ".join(map(_type, others))
 
 
 def _default(info: FieldInfo) -> str:

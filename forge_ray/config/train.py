@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import Config, SettingError
+from forge_ray.config.method import Preference
 
 
 class Optimizer(Config):
@@ -148,7 +149,11 @@ class Scaling(Config):
 class TrainConfig(Config):
     """How the model is trained."""
 
-    method: Literal["sft"] = Field("sft", description="Supervised fine-tuning; on plain text it is continued pre-training")
+    method: Literal["sft"] | Preference = Field(
+        "sft",
+        description="`sft`: supervised fine-tuning; on plain text it is continued pre-training. Training on judged answers"
+        " has settings of its own, for example {kind: dpo}",
+    )
     seed: int = Field(0, ge=0, description="Seed of the order of rows, the adapter's initial weights and dropout")
     epochs: float = Field(
         1.0,
@@ -313,6 +318,20 @@ class TrainConfig(Config):
                 "set train.scaling.num_workers=1, or train.validation.background=false",
             )
         return self
+
+    @model_validator(mode="after")
+    def _pairs_stay_whole(self) -> Self:
+        if isinstance(self.method, Preference) and self.sequence_parallel > 1:
+            raise SettingError(
+                f"method.kind={self.method.kind} with sequence_parallel={self.sequence_parallel}: a worker would see"
+                " parts of the answers that are compared",
+                "set train.sequence_parallel=1",
+            )
+        return self
+
+    @property
+    def method_name(self) -> str:
+        return self.method if isinstance(self.method, str) else self.method.kind
 
     @property
     def keeps_best(self) -> bool:

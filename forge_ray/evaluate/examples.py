@@ -24,6 +24,7 @@ class Example:
     answer: str
     source: str = ""
     calls: tuple[dict[str, Any], ...] = ()
+    rejected: dict[str, Any] | None = None  # the turn that a pair's answer was preferred to
 
     @property
     def turn(self) -> dict[str, Any]:
@@ -51,7 +52,8 @@ class HeldOutRows:
 
 NO_ANSWER = "a chat that does not end in an answer"
 UNPOSED = "it cannot be put to this model: "
-OTHER_ROW = "a row that is neither chat nor text"
+SEVERAL_TURNS = "a judged answer of several turns"
+JUDGED_BAD = "an answer that was judged bad"
 
 
 def held_out(store: Store, manifest: DatasetManifest, config: EvalConfig) -> HeldOutRows:
@@ -64,15 +66,22 @@ def held_out(store: Store, manifest: DatasetManifest, config: EvalConfig) -> Hel
         if is_canary(content):
             continue
         source = source_name(manifest, row)
-        messages = content.get("messages", [])
         if "text" in content:
             texts.append(TextExample(row["record"], content["text"], source))
-        elif messages and messages[-1]["role"] == "assistant" and (messages[-1].get("content") or _calls(messages[-1])):
+            continue
+        judged = content.get("chosen") or content.get("answer") or []
+        messages = [*content["messages"], *judged]
+        if len(judged) > 1 or len(content.get("rejected", ())) > 1:
+            left_out[SEVERAL_TURNS] += 1
+        elif content.get("label") is False:
+            left_out[JUDGED_BAD] += 1
+        elif messages[-1]["role"] == "assistant" and (messages[-1].get("content") or _calls(messages[-1])):
             context = tuple({**message, "weight": 0} for message in messages[:-1])
-            answer = messages[-1].get("content") or ""
-            chats.append(Example(row["record"], context, content.get("tools"), answer, source, _calls(messages[-1])))
+            answer, rejected = messages[-1].get("content") or "", next(iter(content.get("rejected", ())), None)
+            calls = _calls(messages[-1])
+            chats.append(Example(row["record"], context, content.get("tools"), answer, source, calls, rejected))
         else:
-            left_out[NO_ANSWER if messages else OTHER_ROW] += 1
+            left_out[NO_ANSWER] += 1
     if not (chats or texts):
         raise DataError(
             f"{manifest.id} has no text and no chat that ends in an answer in its {config.split} split"

@@ -3,6 +3,7 @@
 - a chat that ends in a text: exact match and loss; with labels: likeliest label and macro F1; where every reference is a
   JSON object (extraction): the object, and precision and recall of its fields
 - a chat that ends in calls: the calls as a whole, their names, their arguments; and calls where a text was expected
+- a pair of a preferred and a rejected answer: also which of them is likelier, and by how many nats
 - a plain text: loss, perplexity, and bits per byte, which can be compared over tokenizers
 """
 
@@ -21,7 +22,7 @@ from forge_ray.evaluate.examples import normalise
 
 Items = Sequence[dict[str, Any]]
 CALL, TEXT = "call", "text"
-NUMBERS = ("loss", "perplexity", "bits_per_byte")  # what is no share: names end so
+NUMBERS = ("loss", "perplexity", "bits_per_byte", "margin")  # what is no share: names end so
 
 
 def is_share(metric: str) -> bool:
@@ -51,6 +52,10 @@ def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
         by_metric |= {name: share([rule(item) for item in calls]) for name, rule in CALL_RULES.items()}
     if offered := [item for item in chats if "called" in item]:
         by_metric["needless_calls"] = share([bool(item["called"]) for item in offered])
+    if pairs := [item for item in items if "rejected_logprob" in item]:
+        margins = [item["logprob"] - item["rejected_logprob"] for item in pairs]
+        by_metric["pair_accuracy"] = share([margin > 0 for margin in margins])
+        by_metric["pair_margin"] = ratio(margins, [1.0] * len(pairs))
     if texts:
         by_metric |= _losses("text_", texts)
         by_metric["bits_per_byte"] = ratio(_nats(texts), [item["num_bytes"] * math.log(2) for item in texts])

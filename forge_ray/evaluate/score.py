@@ -89,7 +89,9 @@ def score_examples(
             candidates = dict(label_ids) if is_labelled else {}
             reference = normalise(example.answer) if is_labelled else example.answer
             candidates.setdefault(reference, answer)
-            scores = dict(zip(candidates, engine.score(prompt, list(candidates.values())), strict=True))
+            rejected = [answer_ids(tokenizer, example, example.rejected)] if example.rejected else []
+            scored = engine.score(prompt, [*candidates.values(), *rejected])
+            scores = dict(zip(candidates, scored, strict=False))
             yield {
                 "record": example.record,
                 "source": example.source,
@@ -99,6 +101,7 @@ def score_examples(
                 "likeliest": _likeliest(scores, labels) if is_labelled else "",
                 "logprob": scores[reference].logprob,
                 "num_tokens": scores[reference].num_tokens,
+                **({"rejected_logprob": scored[-1].logprob} if rejected else {}),
                 **_calls(example, calls_in(tokenizer, form, generation.token_ids)),
             }
 

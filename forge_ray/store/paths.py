@@ -87,6 +87,11 @@ def card(identifier: str, *names: str) -> str:
     return _below("cards", identifier, *names)
 
 
+def reference(identifier: str, *names: str) -> str:
+    """What frozen models make of the packed rows of a dataset version; derived."""
+    return _below("references", identifier, *names)
+
+
 def image(digest: str) -> str:
     """Of an image that records name, by its digest with or without `sha256:`."""
     return _below("images", digest.removeprefix("sha256:"))

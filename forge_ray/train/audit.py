@@ -36,6 +36,7 @@ class DataFacts:
     num_steps: int
     order_digest: str
     lines: list[dict[str, Any]]
+    method: Any = "sft"  # the setting
 
 
 def facts_of(store: Store, run: str) -> DataFacts:
@@ -60,7 +61,7 @@ def facts_of(store: Store, run: str) -> DataFacts:
     key = position.get("order_key") or manifest.id  # of a run that was made when the order followed from the dataset's id
     order = order_of(manifest, "train", settings["seed"], settings["global_batch"], key)
     lines = metrics.parse(store.read(paths.run(run, metrics.METRICS)).decode())
-    return DataFacts(run, rows, order, position["step"], position["order_digest"], lines)
+    return DataFacts(run, rows, order, position["step"], position["order_digest"], lines, settings.get("method", "sft"))
 
 
 def _newest_position(store: Store, run: str) -> dict[str, Any]:

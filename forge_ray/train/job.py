@@ -9,7 +9,7 @@ from typing import Any
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
-from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
+from forge_ray.records import DatasetManifest, ModelVersion, RunRecord, digest, short_id
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -86,14 +86,19 @@ def identity_digest(job: TrainJob) -> str:
 
 
 def job_of(catalog: Catalog, run: str) -> TrainJob:
-    """The job of a run that has started, from what lies in its folder. Raises `NotFound`, or `ConfigError` where those
-    settings no longer give this run id."""
+    """The job of a run that has started, from its record, or from what lies in its folder. Raises `NotFound`, or
+    `ConfigError` where those settings no longer give this run id."""
     store = catalog.store
     path, position = run_folder.config_path(store, run), next(run_folder.positions(store, run), None)
-    if path is None or position is None:
+    if catalog.has(run):
+        record = catalog.get_as(RunRecord, run)
+        position = {name: getattr(record, name) for name in ("dataset", "base_digest", "initial_digest")}
+        settings: dict[str, Any] = {"name": record.name, **record.config}
+    elif path is None or position is None:
         raise NotFound(f"{run!r} has no checkpoint", hint="`forge runs list` shows the runs of this store")
-    settings = store.read_json(path)
-    config = parse(TrainConfig, settings["train"], where=path)
+    else:
+        settings = store.read_json(path)
+    config = parse(TrainConfig, settings["train"], where=run)
     dataset = catalog.get_as(DatasetManifest, position["dataset"])
     initial_digest = position.get("initial_digest", "")
     initials: list[ModelVersion | None] = [*_published(catalog, initial_digest)] if initial_digest else [None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from forge_ray.train.fingerprint import fingerprint
 from forge_ray.train.finish import export, export_kind, finish
 from forge_ray.train.guards import RollBack, open_guards
 from forge_ray.train.job import TrainJob
-from forge_ray.train.method import ReadRows
+from forge_ray.train.method import Expect, ReadRows
 from forge_ray.train.methods import method_of
 from forge_ray.train.model import load_for_training, refuse_without_compiler
 from forge_ray.train.moe import Balance
@@ -39,7 +38,6 @@ from forge_ray.train.zero import ZeroEngine
 
 PREEMPTION_EVERY_S = 5.0  # how often Ray is asked whether a node is to be taken away; it looks as often itself
 logger = logging.getLogger("forge_ray")
-Expect = Callable[[str, int], None]  # (phase, step): the watchdog waits for the next call
 
 
 def train_loop(values: dict[str, Any]) -> None:
@@ -83,6 +81,8 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
     balance = Balance(model, config.router_aux_loss) if config.router_aux_loss else None
     zero = config.engine == "deepspeed"
     engine: TrainEngine = ZeroEngine(model, config, job.precision) if zero else TorchEngine(model, config)
+    if method.begin:
+        method.begin(engine, context, expect)
     flops = speed.flops(base, config, job.dataset) if context.is_first else None
     peak = speed.peak_flops(context.device, job.precision) if flops else 0.0
 

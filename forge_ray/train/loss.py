@@ -52,6 +52,20 @@ def trained_targets(input_ids_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor,
     return kept, input_ids_BT.flatten()[kept + 1]
 
 
+def segment_sums(values_K: Tensor, positions_K: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums and numbers of a pass's trained tokens by segment, [B, S] fp32 and int64; S is the most segments of a row, made
+    even. `positions_K` as `token_logps` gives them; differentiable in the values."""
+    segment_ids_BT = batch["segment_ids"]
+    num_rows, length = segment_ids_BT.shape
+    num_segments = 1 + int(segment_ids_BT.max()) + int(segment_ids_BT.max()) % 2  # and segment 0, of padding
+    places_K = positions_K // length * num_segments + segment_ids_BT.flatten()[positions_K]
+    trained_K = batch["loss_mask"].flatten()[positions_K]
+    empty = torch.zeros(num_rows * num_segments, dtype=values_K.dtype, device=values_K.device)
+    sums = empty.index_add(0, places_K, values_K).view(num_rows, -1)[:, 1:]
+    counts = trained_K.new_zeros(num_rows * num_segments).index_add(0, places_K, trained_K).view(num_rows, -1)[:, 1:]
+    return sums, counts
+
+
 def target_logps(logits_KV: Tensor, targets_K: Tensor) -> Tensor:
     """log p(target), fp32 [K], 0 where the target is `IGNORED`. The gradient takes the place of the logits."""
     losses: Tensor = _CrossEntropy.apply(logits_KV, targets_K)  # type: ignore[no-untyped-call]

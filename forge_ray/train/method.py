@@ -18,6 +18,7 @@ from forge_ray.train.context import Context
 from forge_ray.train.engine import TrainEngine
 
 Batch = dict[str, Tensor]  # the columns of `STORED`, int64 [B, T] each, and the method's own
+Expect = Callable[[str, int], None]  # (phase, step): the watchdog waits for the next call
 Forward = Callable[..., Any]  # the model's forward pass; returns what a transformers model returns
 
 
@@ -67,12 +68,14 @@ class DerivedRows:
 @dataclass(frozen=True)
 class Method:
     """`weight` counts a batch's units (tokens, pairs, examples) before any forward pass: [], 0 for a blank row. Losses and
-    metrics are divided by its sum over the step. `make` is collective: (rows as read, engine, context) → rows to train on,
-    whose number may differ between steps and ranks."""
+    metrics are divided by its sum over the step. `begin` is called at the start of every attempt, with the weights that the
+    run starts from, and is collective. `make` is collective: (rows as read, engine, context) → rows to train on, whose
+    number may differ between steps and ranks."""
 
     loss: Callable[[Forward, Batch], Sums]
     weight: Callable[[Batch], Tensor]
     columns: tuple[Column, ...] = ()  # beside `STORED`
     make: Callable[[ReadRows, TrainEngine, Context], DerivedRows] | None = None
+    begin: Callable[[TrainEngine, Context, Expect], None] | None = None
     watched: str = "loss"  # the metric that the spike guard watches; "" where none says that training diverges
     head: Head = LM

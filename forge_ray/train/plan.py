@@ -255,6 +255,7 @@ class Plan:
     checkpoint_bytes: int
     export_bytes: int
     disk_bytes: int
+    reference_tokens: int = 0  # once for a dataset, forward only: for losses that compare with the model of the start
 
 
 def nearest(
@@ -310,4 +311,11 @@ def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetMani
         checkpoint_bytes=checkpoint,
         export_bytes=export,
         disk_bytes=checkpoint * (config.checkpoint.keep + 1) + export,
+        reference_tokens=_reference_tokens(config, dataset),
     )
+
+
+def _reference_tokens(config: TrainConfig, dataset: DatasetManifest | Stated) -> int:
+    if isinstance(config.method, str) or not config.method.has_reference:
+        return 0
+    return sum(stats.num_tokens for split, stats in dataset.splits.items() if split in ("train", "validation"))

@@ -91,7 +91,9 @@ def estimate(train: TrainConfig, store: Store, precision: str, planned: Planned,
     limit = memory_limit(train.scaling, assumptions)
     judgement = judge(train, store, precision, planned, num_workers, limit)
     rate = assumptions.tokens_per_s * num_workers
-    seconds = judgement.plan.num_tokens / rate if rate else None
+    # a forward pass is half of a step where the base is frozen, else a third (`benchmarks/train_step.py` has the formula)
+    forward_only = judgement.plan.reference_tokens / (2 if train.adapter else 3)
+    seconds = (judgement.plan.num_tokens + forward_only) / rate if rate else None
     paid = seconds is not None and assumptions.cost_per_hour
     return Estimate(
         plan=judgement.plan,
@@ -230,11 +232,17 @@ def refuse_unplaceable(train: TrainConfig) -> None:
 
 def refuse_without_rows(train: TrainConfig, manifest: DatasetManifest) -> None:
     """Raises where the dataset has no rows that this method trains on, or none for the validation that the settings need."""
-    if not manifest.splits["train"].num_rows:
+    taken = ("chat", "text") if isinstance(train.method, str) else (train.method.rows,)
+    others = manifest.kinds.keys() - {*taken, "multimodal"}
+    if others or not manifest.splits["train"].num_rows:
         kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())
+        hint = f"give the run file sources of {' or '.join(taken)} rows"
+        for name, rows in (("dpo", "preference"), ("kto", "feedback")):
+            hint += f", or set train.method={{kind: {name}}}" if {rows} == others else ""
         raise TrainingError(
-            f"{manifest.id} has no packed rows: it holds {kinds}; {train.method} takes chats and texts",
-            hint="give the run file sources of chat or text rows",
+            f"{manifest.id} has {'no packed rows' if not others else 'other rows'}: it holds {kinds};"
+            f" train.method={train.method_name} takes {' and '.join(f'{kind}s' for kind in taken)}",
+            hint=hint,
         )
     needs_validation = train.validation.early_stopping or train.validation.keep_best or train.export_step == "best"
     if needs_validation and not ("validation" in manifest.splits and manifest.splits["validation"].num_rows):

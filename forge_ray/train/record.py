@@ -31,7 +31,7 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
     return RunRecord(
         id=job.run,
         name=config.name,
-        method=job.config.method,
+        method=job.config.method_name,
         config=resolved(config),
         config_digest=identity_digest(job),
         dataset=job.dataset.id,

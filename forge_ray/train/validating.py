@@ -47,7 +47,7 @@ def validate(
         return {}
     if derived := [column.name for column in method.columns if column.read is None]:
         raise TrainingError(
-            f"train.method={job.config.method} makes the columns {derived} while it trains; validation rows have none",
+            f"train.method={job.config.method_name} makes the columns {derived} while it trains; validation rows have none",
             hint="set train.validation.max_rows=0",
         )
     order = order_of(job.dataset, "validation", 0, global_batch=1)

@@ -28,7 +28,7 @@ import worker
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.build.pack import Document, PackedRow, pack
-from forge_ray.data.dataset.version import PACKED
+from forge_ray.data.dataset.version import GRADED, PACKED
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import MANIFEST, Store
@@ -52,7 +52,20 @@ def documents(seed: int, count: int) -> list[Document]:
     return generated
 
 
-def _shard(rows: list[PackedRow]) -> bytes:
+def pairs(seed: int, count: int) -> list[Document]:
+    """2 `count` documents: counting up, as `documents` does, and the same prompt with another end."""
+    random, generated = Random(seed), []
+    for number in range(count):
+        length, start, stride = random.randint(5, 20), random.randint(0, 149), random.randint(1, 3)
+        prompt = [10 + (start + stride * place) % 150 for place in range(length // 3)]
+        better = [10 + (start + stride * place) % 150 for place in range(length // 3, length)]
+        worse = [random.randint(10, 159) for _ in range(random.randint(2, 8))]
+        for answer in (better, worse):
+            generated.append(Document(f"rec_pair_{seed}_{number}", prompt + answer, [0] * len(prompt) + [1] * len(answer)))
+    return generated
+
+
+def _shard(rows: list[PackedRow], grades: dict[str, float] | None = None) -> bytes:
     columns = {
         "input_ids": [row.input_ids for row in rows],
         "loss_mask": [row.loss_mask for row in rows],
@@ -60,23 +73,51 @@ def _shard(rows: list[PackedRow]) -> bytes:
         "records": [row.records for row in rows],
         "sources": [[0] * len(row.records) for row in rows],
     }
-    arrays = {name: pa.array([list(value) for value in values], PACKED.field(name).type) for name, values in columns.items()}
+    schema = GRADED if grades else PACKED
+    if grades:
+        columns["grades"] = [[grades[record] for record in row.records] for row in rows]
+    arrays = {name: pa.array([list(value) for value in values], schema.field(name).type) for name, values in columns.items()}
     sink = io.BytesIO()
-    pq.write_table(pa.table(arrays, schema=PACKED), sink, row_group_size=BLOCK_ROWS)
+    pq.write_table(pa.table(arrays, schema=schema), sink, row_group_size=BLOCK_ROWS)
     return sink.getvalue()
 
 
 @pytest.fixture(scope="session")
 def dataset(store: Store) -> DatasetManifest:
-    """A dataset version written without Ray Data, in the layout of `data/dataset/version.py`."""
     packed = {"train": pack(documents(0, 70), SEQUENCE_LENGTH, 0), "validation": pack(documents(1, 12), SEQUENCE_LENGTH, 0)}
-    shards = {f"packed/{split}/shard-00000.parquet": _shard(rows) for split, rows in packed.items()}
+    return written(store, "counting", packed, {})
+
+
+@pytest.fixture(scope="session")
+def judged(store: Store) -> dict[str, DatasetManifest]:
+    """Datasets of judged answers by the kind of their records: the same documents, as pairs with margins and one by one."""
+    manifests = {}
+    for kind, size in (("preference", 2), ("feedback", 1)):
+        packed, grades = {}, {}
+        for split, (seed, count) in {"train": (0, 40), "validation": (1, 8)}.items():
+            packed[split] = pack(pairs(seed, count), SEQUENCE_LENGTH, 0, size)
+            for number in range(count):
+                grades[f"rec_pair_{seed}_{number}"] = 1.0 + number if size == 2 else 1.0 - 2 * (number % 2)
+        manifests[kind] = written(store, kind, packed, {kind: 48}, grades)
+    return manifests
+
+
+def written(
+    store: Store,
+    name: str,
+    packed: dict[str, list[PackedRow]],
+    kinds: dict[str, int],
+    grades: dict[str, float] | None = None,
+) -> DatasetManifest:
+    """A dataset version written without Ray Data, in the layout of `data/dataset/version.py`."""
+    shards = {f"packed/{split}/shard-00000.parquet": _shard(rows, grades) for split, rows in packed.items()}
     with Catalog.open(store) as catalog:
         base = catalog.model("tiny")
     manifest = DatasetManifest(
-        name="counting",
+        name=name,
         format=1,
-        input_digest=digest("counting"),
+        kinds=kinds,
+        input_digest=digest(name),
         config={},
         tokenizer_digest="",
         base_model=base.id,
@@ -131,6 +172,10 @@ class Jobs:
         with Catalog.open(self.store) as catalog:
             base = catalog.model("tiny")
         return TrainJob(run, run, config, self.store, self.dataset, base, precision, under_ray=False)
+
+    def on(self, job: TrainJob, dataset: DatasetManifest) -> TrainJob:
+        """The same job on other rows."""
+        return replace(job, dataset=dataset)
 
     def on_base(self, job: TrainJob, base: ModelVersion) -> TrainJob:
         """The same job on another model with the same tokenizer."""

@@ -31,7 +31,6 @@ from forge_ray.data.tokens.template import ChatTokenizer, Encoded
 from forge_ray.store.files import Store
 
 BATCH = 512  # records that are tokenised in one call
-PACKABLE = ("chat", "text")
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _encoded(
     batch: list[MappedRecord], tokenizer: ChatTokenizer, config: DataConfig, out: Parts
 ) -> tuple[list[MappedRecord], list[list[Encoded]]]:
     """The records that have a place in a dataset, with their documents; the others go to `out`."""
-    packable = [item for item in batch if item.record.kind in PACKABLE and not is_multimodal(item.record)]
+    packable = [item for item in batch if not is_multimodal(item.record)]
     results = encode_batch(
         tokenizer, [item.record for item in packable], config.sequence_length, config.overlong, config.reasoning
     )

@@ -80,23 +80,33 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
-def pack(documents: Sequence[Document], sequence_length: int, pad_id: int) -> list[PackedRow]:
-    """`pack_flat` for a few documents that are not arrays yet."""
+def pack(documents: Sequence[Document], sequence_length: int, pad_id: int, unit_size: int = 1) -> list[PackedRow]:
+    """`pack_flat` for a few documents that are not arrays yet, in units of one size."""
     flat = Documents(
         np.array([token for document in documents for token in document.ids], np.int32),
         np.array([bit for document in documents for bit in document.loss_mask], np.int8),
         np.array([len(document.ids) for document in documents], np.int64),
     )
-    rows = pack_flat(flat, sequence_length, pad_id)
+    units = np.full(len(documents) // unit_size, unit_size, np.int64)
+    rows = pack_flat(flat, sequence_length, pad_id, units)
     return [
         PackedRow(ids, mask.astype(np.int32), segments, [documents[index].record for index in members])
         for ids, mask, segments, members in zip(rows.input_ids, rows.loss_mask, rows.segment_ids, rows.members, strict=True)
     ]
 
 
-def pack_flat(documents: Documents, sequence_length: int, pad_id: int) -> PackedRows:
-    """Rows in a fixed order: the same documents in the same order give the same rows."""
-    members = best_fit_decreasing(documents.lengths.tolist(), sequence_length)
+def pack_flat(
+    documents: Documents, sequence_length: int, pad_id: int, unit_sizes: npt.NDArray[np.int64] | None = None
+) -> PackedRows:
+    """Rows in a fixed order: the same documents in the same order give the same rows. `unit_sizes`: numbers of neighbouring
+    documents that stand in one row, one behind the other; None: each by itself."""
+    if unit_sizes is None:
+        members = best_fit_decreasing(documents.lengths.tolist(), sequence_length)
+    else:
+        firsts = np.cumsum(unit_sizes) - unit_sizes
+        sums = np.add.reduceat(documents.lengths, firsts) if len(firsts) else documents.lengths
+        units = best_fit_decreasing(sums.tolist(), sequence_length)
+        members = [[int(firsts[unit]) + n for unit in row for n in range(unit_sizes[unit])] for row in units]
     shape = (len(members), sequence_length)
     ids, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int8)
     segments = np.zeros(shape, np.int32)

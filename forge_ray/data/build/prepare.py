@@ -91,10 +91,16 @@ def _version_of(
     inputs = input_digest(config, sources, tokenizer_digest(base), tombstones(catalog.store))
     noted = work.noted_dataset(catalog.store, inputs)
     for manifest in catalog.all(DatasetManifest):
-        is_of_inputs = manifest.input_digest == inputs or manifest.id == noted
+        is_of_inputs = (manifest.input_digest == inputs or manifest.id == noted) and not _is_unpacked(manifest)
         if is_of_inputs and catalog.store.is_published(paths.dataset(manifest.id)):  # the record of one that is gone stays
             return manifest
     return None
+
+
+def _is_unpacked(manifest: DatasetManifest) -> bool:
+    """Whether a version is from before judged answers were packed."""
+    judged = manifest.kinds.keys() & {"preference", "feedback"}
+    return bool(judged) and not any(split.num_rows for split in manifest.splits.values())
 
 
 def _build_version(

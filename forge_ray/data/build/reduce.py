@@ -23,8 +23,9 @@ from forge_ray.data.build.pack import Documents, PackedRows, pack_flat
 from forge_ray.data.build.plan import PartitionTask, ReducePlan, reduce_plan
 from forge_ray.data.build.summaries import Partition, PartitionSummary, SourceCounts, WorkFile
 from forge_ray.data.build.work import WORK, once, read_batches
-from forge_ray.data.dataset.version import PACKED, RECORDS, SPLITS, UNUSED, content_digest, load_tokenizer
+from forge_ray.data.dataset.version import GRADED, PACKED, RECORDS, SPLITS, UNUSED, content_digest, load_tokenizer
 from forge_ray.data.tokens.proof import prove_packed
+from forge_ray.data.tokens.units import UNITS
 from forge_ray.errors import DataError
 from forge_ray.records import FileEntry
 from forge_ray.store.files import Store
@@ -188,17 +189,35 @@ def _packed(table: pa.Table, config: DataConfig, pad_id: int) -> tuple[pa.Table,
     owner = np.repeat(np.arange(table.num_rows), np.diff(column.offsets.to_numpy()))
     ids = table.column("ids").combine_chunks().flatten().to_numpy()
     mask = table.column("loss_mask").combine_chunks().flatten().to_numpy()
-    rows = pack_flat(Documents(ids, mask, lengths), config.sequence_length, pad_id)
+    units = _unit_sizes(table.column("kind").to_pylist(), np.diff(column.offsets.to_numpy()))
+    rows = pack_flat(Documents(ids, mask, lengths), config.sequence_length, pad_id, units)
     if problems := prove_packed(rows.input_ids, rows.loss_mask, rows.segment_ids, pad_id):
         raise DataError(
             f"packing broke a loss mask: {'; '.join(problems[:3])}", hint="this is a bug: report it with the run file"
         )
     names, sources = _names(table), table.column("source").to_numpy()
     owners = [[int(owner[index]) for index in members] for members in rows.members]
-    table = packed_table(
+    graded = packed_table(
         rows, [[names[i] for i in row] for row in owners], [[int(sources[i]) for i in row] for row in owners]
     )
-    return table, _by_source(sources[owner], lengths, mask)
+    if grades := _grades(table):
+        column = pa.array([[grades[i] for i in row] for row in owners], GRADED.field("grades").type)
+        graded = graded.append_column(GRADED.field("grades"), column)
+    return graded, _by_source(sources[owner], lengths, mask)
+
+
+def _unit_sizes(kinds: list[str], num_documents: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Numbers of documents that stand in one row together, in the order of the records' documents."""
+    size = np.array([UNITS.get(kind, 1) for kind in kinds], np.int64)
+    return np.repeat(size, num_documents // size)
+
+
+def _grades(table: pa.Table) -> list[float]:
+    """Per record of judged answers, its number (`GRADED`); empty for records of other kinds."""
+    if table.column("kind")[0].as_py() not in ("preference", "feedback"):
+        return []
+    contents = map(json.loads, table.column("content").to_pylist())
+    return [float(2 * one["label"] - 1) if "label" in one else float(one.get("margin", "nan")) for one in contents]
 
 
 def packed_table(rows: PackedRows, records: list[list[str]], sources: list[list[int]]) -> pa.Table:

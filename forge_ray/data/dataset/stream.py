@@ -79,6 +79,14 @@ class Rows:
             record_ids.append(_read_block(self, block, ("records",))["records"][offset].as_py())
         return record_ids
 
+    def grades(self, rows: list[int]) -> list[list[float]]:
+        """The number of each document of the rows (`version.GRADED`), in segment order."""
+        grades = []
+        for row in rows:
+            block, offset = divmod(row, self.block_rows)
+            grades.append(_read_block(self, block, ("grades",))["grades"][offset].as_py())
+        return grades
+
     def block_records(self, number: int) -> list[list[str]]:
         """The record ids inside each row of a block."""
         record_ids: list[list[str]] = _read_block(self, number, ("records",))["records"].to_pylist()

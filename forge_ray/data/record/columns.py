@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from forge_ray.data.read.strict_json import Reject, loads
@@ -154,3 +155,10 @@ def scalar_text(value: Any, column: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value) if isinstance(value, int) and abs(value) < 1 << 64 else string_of(value, column)
+
+
+def number_of(value: Any, column: str) -> float:
+    """A finite number; a text is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise Reject(f"`{column}` is not a finite number: {quoted(value)}")
+    return float(value)

@@ -15,6 +15,7 @@ from forge_ray.data.record.columns import (
     Row,
     listed,
     lookup,
+    number_of,
     quoted,
     role_of,
     scalar_text,
@@ -43,6 +44,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 MAIN = frozenset(column for columns in COLUMNS.values() for column in columns) - {"label"}
 COLUMNS_SHOWN = 5
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 VERDICTS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 equal True and False
 
 
@@ -200,7 +202,17 @@ def _preference(row: Row) -> Converted:
         if turns is not None and any(turn not in shared for turn in turns):
             raise Reject("`prompt` differs from the start of `chosen`")
         turns = shared
-    return "preference", {**_tools(row), "messages": turns, "chosen": chosen, "rejected": rejected}
+    return "preference", {**_tools(row), **_margin(row), "messages": turns, "chosen": chosen, "rejected": rejected}
+
+
+def _margin(row: Row) -> Row:
+    """By how much the preferred answer is better, where the row says it: `margin`, or the difference of two scores."""
+    if row.get("margin") is not None:
+        return {"margin": number_of(row["margin"], "margin")}
+    for better, worse in SCORES:
+        if row.get(better) is not None and row.get(worse) is not None:
+            return {"margin": number_of(row[better], better) - number_of(row[worse], worse)}
+    return {}
 
 
 def _role(turns: list[Any]) -> Any:
@@ -278,7 +290,8 @@ def _mapped(row: Row, mapping: Mapping) -> Converted:
     asked = {"prompt": [*system, *turns_of(column(mapping.prompt), mapping.prompt, "user")]} if mapping.prompt else {}
     if mapping.chosen and mapping.rejected:
         chosen, rejected = column(mapping.chosen), column(mapping.rejected)
-        return _preference({**_tools(row), **asked, "chosen": chosen, "rejected": rejected})
+        margin = {"margin": column(mapping.margin)} if mapping.margin else {}
+        return _preference({**_tools(row), **asked, **margin, "chosen": chosen, "rejected": rejected})
     answer = column(mapping.answer)
     answer = answer if isinstance(answer, (list, dict)) else scalar_text(answer, mapping.answer)  # a class may be a number
     return _prompt_completion({**_tools(row), **asked, "completion": answer})

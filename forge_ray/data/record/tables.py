@@ -36,7 +36,9 @@ PROMPT = [("id", pa.string()), ("messages", pa.list_(MESSAGE)), ("tools", pa.str
 ARROW: dict[str, pa.Schema] = {
     "chat": pa.schema(PROMPT),
     "text": pa.schema([("id", pa.string()), ("text", pa.string())]),
-    "preference": pa.schema([*PROMPT, ("chosen", pa.list_(MESSAGE)), ("rejected", pa.list_(MESSAGE))]),
+    "preference": pa.schema(
+        [*PROMPT, ("chosen", pa.list_(MESSAGE)), ("rejected", pa.list_(MESSAGE)), ("margin", pa.float64())]
+    ),
     "feedback": pa.schema([*PROMPT, ("answer", pa.list_(MESSAGE)), ("label", pa.bool_())]),
 }
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.data.tokens.proof import prove
 from forge_ray.data.tokens.template import Chat, ChatTokenizer, Encoded
 from forge_ray.data.tokens.text_tools import Tools, tools_of, with_tools
+from forge_ray.data.tokens.units import conversations_of, together
 
 __all__ = [
     "ChatTokenizer",
@@ -116,24 +118,31 @@ def encode(tokenizer: Any, record: DataRecord, sequence_length: int, overlong: s
 def encode_batch(
     tokenizer: Any, records: Sequence[DataRecord], sequence_length: int, overlong: str, reasoning: str = "train"
 ) -> list[list[Encoded] | Reject]:
-    """Per record its document, or several where a plain text is longer than the sequence or a template writes the history of
-    each answer anew, or why it cannot be used. `reasoning`: that of answers is trained, kept as context, or dropped."""
+    """Per record its documents, or why it cannot be used. They are several where a plain text is longer than the sequence, a
+    template writes the history of each answer anew, or two answers are compared (`units.py`). `reasoning`: that of answers
+    is trained, kept as context, or dropped."""
     tokenizer = chat_tokenizer(tokenizer)
     results: list[list[Encoded] | Reject] = [NO_DOCUMENT] * len(records)
     texts = [i for i, record in enumerate(records) if "text" in record.content]
-    chats = [i for i, record in enumerate(records) if "messages" in record.content]
+    conversations: list[Chat] = []
+    whose_chat = []
+    for i, record in enumerate(records):
+        for messages in conversations_of(record) if "messages" in record.content else ():
+            turns = _without_reasoning(messages) if reasoning == "drop" else messages
+            conversations.append((turns, record.content.get("tools")))
+            whose_chat.append(i)
     bodies = _without_ends(tokenizer, [records[i].content["text"] for i in texts])
     for i, ids in zip(texts, tokenizer.text_ids(bodies), strict=True):
         results[i] = ids if isinstance(ids, Reject) else _text_documents(ids, tokenizer.end_of_turn_id, sequence_length)
-    conversations: list[Chat] = [
-        (
-            _without_reasoning(records[i].messages) if reasoning == "drop" else records[i].messages,
-            records[i].content.get("tools"),
-        )
-        for i in chats
-    ]
-    for i, encoded in zip(chats, tokenizer.encode_chats(conversations, reasoning != "keep"), strict=True):
-        results[i] = encoded if isinstance(encoded, Reject) else _all_fitted(encoded, sequence_length, overlong)
+    encoded = zip(whose_chat, tokenizer.encode_chats(conversations, reasoning != "keep"), strict=True)
+    for i, group in groupby(encoded, key=itemgetter(0)):
+        answers = [documents for _, documents in group]
+        if records[i].kind in ("preference", "feedback"):
+            results[i] = together(answers, sequence_length, overlong)
+        elif isinstance(answers[0], Reject):
+            results[i] = answers[0]
+        else:
+            results[i] = _all_fitted(answers[0], sequence_length, overlong)
     whose, documents = [], []
     for i, result in enumerate(results):
         if not isinstance(result, Reject):

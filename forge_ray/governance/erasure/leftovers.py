@@ -90,6 +90,7 @@ def _registered(catalog: Catalog) -> Registered:
         "datasets": datasets,
         "index": derived,
         "cards": derived,
+        "references": derived,
         "models": {version.id: _names(version.files) for version in catalog.all(ModelVersion)},
         "evals": {report.id: frozenset() for report in catalog.all(EvalReport)},
     }

@@ -24,7 +24,7 @@ def folders(plan: ErasurePlan, weights: Iterable[str]) -> list[str]:
     """Folders that hold the rows or were derived from them. Records, metrics and reports stay: they quote no rows."""
     targets = []
     for dataset in plan.datasets:
-        targets += [paths.dataset(dataset.id), paths.card(dataset.id), paths.index(dataset.id)]
+        targets += [at(dataset.id) for at in (paths.dataset, paths.card, paths.index, paths.reference)]
     for run in plan.runs:
         if run.used:
             targets += [paths.checkpoints(run.id), paths.export(run.id)]

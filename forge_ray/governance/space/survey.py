@@ -21,7 +21,7 @@ from forge_ray.store.uses import USES
 from forge_ray.store.walk import StoredFile, every_file
 
 DAY_S = 86400.0
-DERIVED = ("index", "cards")  # folders of a dataset version besides its own
+DERIVED = ("index", "cards", "references")  # folders of a dataset version besides its own
 # names of what is being written or removed; other hidden files, such as the lock of the audit log, are in use for as long as
 # the store is
 HALF = (".tmp-", ".new-", ".old-", ".building-", ".importing-", ASIDE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from forge_ray.config.method import Preference
 from forge_ray.train.job import TrainJob
 from forge_ray.train.method import Method
 
@@ -13,3 +14,8 @@ def method_of(job: TrainJob) -> Method:
             from forge_ray.train.methods.sft import sft
 
             return sft()
+        case Preference() as config:
+            from forge_ray.train.methods.preference import preference
+            from forge_ray.train.reference import Reference
+
+            return preference(config, Reference(job) if config.has_reference else None)

@@ -100,3 +100,17 @@ def test_positions_restart_with_every_document_and_in_the_padding() -> None:
         for segment in range(1, len(row.records) + 1):
             inside = where[row.segment_ids == segment]
             assert inside.tolist() == list(range(len(inside)))
+
+
+def test_documents_of_a_unit_stand_in_one_row_one_behind_the_other() -> None:
+    chooser = random.Random(3)
+    lengths = [chooser.randint(1, 12) for _ in range(80)]
+    documents = [Document(f"rec_{number // 2}", [number] * size, [1] * size) for number, size in enumerate(lengths)]
+    rows = pack(documents, 32, -1, unit_size=2)
+    seen = []
+    for row in rows:
+        numbers = [int(row.input_ids[row.segment_ids == segment][0]) for segment in range(1, int(row.segment_ids.max()) + 1)]
+        assert [number + 1 for number in numbers[0::2]] == numbers[1::2]
+        assert row.records[0::2] == row.records[1::2]
+        seen += numbers
+    assert sorted(seen) == list(range(80))

@@ -1,0 +1,142 @@
+"""Training on judged answers. Pairs (y preferred, z rejected, prompt x), of which both documents stand in one packed row, or
+single answers with a verdict. Left out: divergences other than the reverse KL, and the term z0 of KTO (below).
+
+r(y) = log p(y|x) - log p_reference(y|x), summed over the answer's tokens; mean(·) is per token of the answer; s = sigmoid.
+Losses are per pair, and divided by the pairs of the whole step.
+
+    dpo      -log s(b d), d = r(y) - r(z); with label smoothing e: (1-e) and e of both directions (arXiv:2305.18290, eq. 7)
+    robust   ((1-e) (-log s(b d)) - e (-log s(-b d))) / (1 - 2e)                              (arXiv:2403.00409, eq. 8)
+    ipo      (mean r(y) - mean r(z) - 1/(2b))^2                                               (arXiv:2310.12036, eq. 17)
+    hinge    max(0, 1 - b d)                                                                  (arXiv:2305.10425, eq. 4)
+    offset   -log s(b d - a f(margin)), f the log or the margin itself                         (arXiv:2402.10571, eq. 5)
+    simpo    -log s(b (mean log p(y) - mean log p(z)) - gamma)                                (arXiv:2405.14734, eq. 6)
+    orpo     -mean log p(y) - b log s(log odds(y) - log odds(z)), odds of mean log p           (arXiv:2403.07691, eq. 6, 7)
+    kto      1 - s(b r(y)) of a good answer, s(b r(y)) of a bad one: KTO (arXiv:2402.01306, eq. 8) with z0 = 0, which is
+             APO-zero's loss of one answer (arXiv:2408.06266). KTO's own z0 asks for answers of other prompts.
+
+`sft_weight` w adds -w mean log p(y) (arXiv:2404.19733, eq. 1).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forge_ray.config.method import Preference
+from forge_ray.data.dataset.stream import Rows
+from forge_ray.errors import DataError
+from forge_ray.train.loss import segment_sums, token_logps
+from forge_ray.train.method import Batch, Column, Forward, Method, Sums
+from forge_ray.train.reference import Reference, by_segment
+
+
+def preference(config: Preference, reference: Reference | None) -> Method:
+    """`reference`: of the kinds that compare with one."""
+    columns = tuple(column for column in (reference.column if reference else None, _grades(config)) if column)
+    begin = reference.keep if reference else None
+    if config.kind == "kto":
+        return Method(loss=partial(judged_loss, config), weight=num_documents, columns=columns, begin=begin)
+    return Method(loss=partial(pair_loss, config), weight=num_pairs, columns=columns, begin=begin)
+
+
+def num_documents(batch: Batch) -> Tensor:
+    """Documents of a batch: int64 []. Segments are numbered from 1 in each row."""
+    return batch["segment_ids"].amax(dim=1).sum()
+
+
+def num_pairs(batch: Batch) -> Tensor:
+    return num_documents(batch) // 2
+
+
+def pair_loss(config: Preference, forward: Forward, batch: Batch) -> Sums:
+    logps_K, positions_K = token_logps(forward, batch)
+    logps_BS, lengths_BS = segment_sums(logps_K, positions_K, batch)
+    is_pair_BP = lengths_BS[:, 1::2] > 0
+    chosen, rejected = (logps_BS[:, half::2][is_pair_BP] for half in (0, 1))  # [P] from here on
+    chosen_len, rejected_len = (lengths_BS[:, half::2][is_pair_BP].float() for half in (0, 1))
+    chosen_rate, rejected_rate = chosen / chosen_len, rejected / rejected_len
+    chosen_ratio, rejected_ratio = chosen, rejected
+    if config.has_reference:
+        start_BS = batch["reference_logps"][:, : logps_BS.shape[1]]
+        chosen_ratio = chosen - start_BS[:, 0::2][is_pair_BP]
+        rejected_ratio = rejected - start_BS[:, 1::2][is_pair_BP]
+    delta, beta, smoothing = chosen_ratio - rejected_ratio, config.beta, config.label_smoothing
+    better = delta if config.has_reference else chosen_rate - rejected_rate
+    match config.kind:
+        case "dpo":
+            losses = -(1 - smoothing) * F.logsigmoid(beta * delta) - smoothing * F.logsigmoid(-beta * delta)
+        case "robust":
+            losses = -(1 - smoothing) * F.logsigmoid(beta * delta) + smoothing * F.logsigmoid(-beta * delta)
+            losses = losses / (1 - 2 * smoothing)
+        case "ipo":
+            losses = (chosen_ratio / chosen_len - rejected_ratio / rejected_len - 1 / (2 * beta)) ** 2
+        case "hinge":
+            losses = torch.relu(1 - beta * delta)
+        case "offset":
+            margins = batch["grades"][:, : logps_BS.shape[1]][:, 0::2][is_pair_BP]
+            offsets = config.offset_weight * (margins.log() if config.offset_scale == "log" else margins)
+            losses = -F.logsigmoid(beta * delta - offsets)
+        case "simpo":
+            difference = beta * (chosen_rate - rejected_rate) - config.gamma
+            losses = -(1 - smoothing) * F.logsigmoid(difference) - smoothing * F.logsigmoid(-difference)
+        case _:  # orpo
+            odds = chosen_rate - rejected_rate - (_log1mexp(chosen_rate) - _log1mexp(rejected_rate))
+            losses = -chosen_rate - beta * F.logsigmoid(odds)
+    losses = losses - config.sft_weight * chosen_rate
+    sums = {
+        "pair_accuracy": float((better > 0).sum()),
+        "reward_margin": float(beta * better.detach().sum()),
+        "chosen_logps": float(chosen.detach().sum()),
+        "rejected_logps": float(rejected.detach().sum()),
+    }
+    if config.has_reference:
+        sums["chosen_drift"] = float((chosen_ratio / chosen_len).detach().sum())
+    return Sums(losses.sum() + 0 * logps_K.sum(), sums)
+
+
+def judged_loss(config: Preference, forward: Forward, batch: Batch) -> Sums:
+    logps_K, positions_K = token_logps(forward, batch)
+    logps_BS, lengths_BS = segment_sums(logps_K, positions_K, batch)
+    is_document = lengths_BS > 0
+    rewards = config.beta * (logps_BS - batch["reference_logps"][:, : logps_BS.shape[1]])[is_document]
+    good = batch["grades"][:, : logps_BS.shape[1]][is_document] > 0
+    losses = torch.where(good, config.good_weight * torch.sigmoid(-rewards), config.bad_weight * torch.sigmoid(rewards))
+    sums = {
+        "good_reward": float(rewards[good].detach().sum()),
+        "bad_reward": float(rewards[~good].detach().sum()),
+        "verdict_accuracy": float(((rewards > 0) == good).sum()),
+    }
+    return Sums(losses.sum() + 0 * logps_K.sum(), sums)
+
+
+def _log1mexp(values: Tensor) -> Tensor:
+    """log(1 - exp(x)) of x < 0, exact near 0 and far from it (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
+    values = values.clamp(max=-1e-7)
+    return torch.where(values > -0.6931472, torch.log(-torch.expm1(values)), torch.log1p(-torch.exp(values)))
+
+
+def _grades(config: Preference) -> Column | None:
+    if config.kind not in ("offset", "kto"):
+        return None
+    return Column("grades", "segment", blank=1.0, read=partial(read_grades, config))
+
+
+def read_grades(config: Preference, rows: Rows, numbers: list[int]) -> npt.NDArray[np.float32]:
+    """[B, S] fp32: 1 or -1 of each judged answer, or the margin of its pair. Raises `DataError` where a margin is missing or
+    has no log."""
+    grades = by_segment(rows.grades(numbers), 1.0)
+    bad = ~np.isfinite(grades) | ((grades <= 0) & (config.kind == "offset") & (config.offset_scale == "log"))
+    if bad.any():
+        lane, segment = np.argwhere(bad)[0].tolist()
+        record, value = rows.records(numbers)[lane][segment], grades[lane, segment]
+        raise DataError(
+            f"{record} has the margin {value}: train.method.kind=offset needs one on every pair, and offset_scale=log one"
+            " above 0",
+            hint="give the rows a column `margin` (or data.sources.mapping.margin), or use kind: dpo",
+        )
+    return grades

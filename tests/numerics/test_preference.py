@@ -1,0 +1,218 @@
+"""Training on judged answers: each loss, its reference, and the guarantees of the loop."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Jobs, Run, export_digest, exported, first_steps, largest_difference, losses
+from torch import Tensor
+
+from forge_ray.config.base import parse
+from forge_ray.config.method import OF_PAIRS, Preference
+from forge_ray.data.dataset.stream import Rows
+from forge_ray.errors import DataError
+from forge_ray.records import DatasetManifest
+from forge_ray.train import attention
+from forge_ray.train.job import TrainJob
+from forge_ray.train.methods.preference import judged_loss, num_documents, num_pairs, pair_loss, read_grades
+from forge_ray.train.model import load_for_training
+from forge_ray.train.reference import Reference, pieces
+
+pytestmark = pytest.mark.numerics
+TORCH: dict[str, Any] = {"engine": "torch", "zero_stage": 0, "optimizer": {"lr": 1e-3, "eps": 1e-6}}
+LORA: dict[str, Any] = {"adapter": {"r": 4, "alpha": 8, "target_modules": "all-linear"}}
+VOCABULARY = 20
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dpo": {"beta": 0.3, "label_smoothing": 0.1, "sft_weight": 0.2},
+    "robust": {"beta": 0.3, "label_smoothing": 0.2},
+    "ipo": {"beta": 0.5},
+    "hinge": {"beta": 0.7},
+    "offset": {"beta": 0.3, "offset_weight": 0.5},
+    "simpo": {"beta": 2.0, "gamma": 0.5},
+    "orpo": {"beta": 0.2},
+    "kto": {"beta": 0.3, "good_weight": 1.5, "bad_weight": 0.5},
+}
+
+
+def of_kind(kind: str) -> Preference:
+    return parse(Preference, {"kind": kind, **SETTINGS[kind]})
+
+
+def two_pairs() -> tuple[dict[str, Tensor], Tensor]:
+    """One row of two pairs and padding, and the logits of its tokens."""
+    lengths = [5, 4, 6, 7]
+    segments = torch.cat([torch.full((size,), place + 1) for place, size in enumerate(lengths)] + [torch.zeros(2)]).long()
+    mask = torch.cat([torch.tensor([0, 0] + [1] * (size - 2)) for size in lengths] + [torch.zeros(2)]).long()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCABULARY, (24,), generator=generator)
+    batch = {
+        "input_ids": ids[None],
+        "segment_ids": segments[None],
+        "loss_mask": mask[None],
+        "position_ids": torch.cat([torch.arange(size) for size in [*lengths, 2]])[None],
+        "reference_logps": torch.tensor([[-9.0, -7.5, -12.0, -14.0]]),
+        "grades": torch.tensor([[2.0, 2.0, 5.0, 5.0]]),
+    }
+    return batch, torch.randn(24, VOCABULARY, generator=generator, requires_grad=True)
+
+
+def expected(kind: str, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """The mean of the loss as the peers' trainers write it, one document after the other."""
+    settings, sums, lengths = SETTINGS[kind], [], []
+    logps = logits.log_softmax(-1)
+    for segment in range(1, 5):
+        places = [
+            place
+            for place in range(1, 24)
+            if batch["segment_ids"][0, place] == segment and batch["loss_mask"][0, place] == 1
+        ]
+        sums.append(sum(logps[place - 1, batch["input_ids"][0, place]] for place in places))
+        lengths.append(len(places))
+    total, beta, smoothing = torch.zeros(()), settings["beta"], settings.get("label_smoothing", 0.0)
+    for first in (0, 2):
+        chosen, rejected = sums[first], sums[first + 1]
+        r_chosen = chosen - batch["reference_logps"][0, first]
+        r_rejected = rejected - batch["reference_logps"][0, first + 1]
+        delta = r_chosen - r_rejected
+        if kind == "dpo":
+            loss = -F.logsigmoid(beta * delta) * (1 - smoothing) - F.logsigmoid(-beta * delta) * smoothing
+            loss = loss - 0.2 * chosen / lengths[first]
+        elif kind == "robust":
+            clean, flipped = -(1 - smoothing) * F.logsigmoid(beta * delta), -smoothing * F.logsigmoid(-beta * delta)
+            loss = (clean - flipped) / (1 - 2 * smoothing)
+        elif kind == "ipo":
+            loss = (r_chosen / lengths[first] - r_rejected / lengths[first + 1] - 1 / (2 * beta)) ** 2
+        elif kind == "hinge":
+            loss = torch.relu(1 - beta * delta)
+        elif kind == "offset":
+            loss = -F.logsigmoid(beta * delta - 0.5 * math.log(batch["grades"][0, first]))
+        elif kind == "simpo":
+            loss = -F.logsigmoid(beta * (chosen / lengths[first] - rejected / lengths[first + 1] - 0.5 / beta))
+        elif kind == "orpo":
+            p, q = (chosen / lengths[first]).exp(), (rejected / lengths[first + 1]).exp()
+            loss = -chosen / lengths[first] - beta * F.logsigmoid(torch.log(p / (1 - p)) - torch.log(q / (1 - q)))
+        else:
+            good, bad = torch.sigmoid(beta * r_chosen), torch.sigmoid(beta * r_rejected)
+            loss = 1.5 * (1 - good) + 0.5 * bad
+        total = total + loss
+    return total / (4 if kind == "kto" else 2)
+
+
+@pytest.mark.parametrize("kind", sorted(SETTINGS))
+def test_each_loss_and_its_gradient_are_those_of_the_papers(kind: str) -> None:
+    batch, logits = two_pairs()
+    if kind == "kto":
+        batch["grades"] = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    right = expected(kind, logits, batch)
+    (gradient,) = torch.autograd.grad(right, logits)
+    other = logits.detach().clone().requires_grad_()
+
+    def forward(**inputs: Any) -> Any:
+        return SimpleNamespace(logits=other[None, inputs["logits_to_keep"]].clone())
+
+    loss = judged_loss if kind == "kto" else pair_loss
+    sums, units = loss(of_kind(kind), forward, batch), (num_documents if kind == "kto" else num_pairs)(batch)
+    value = sums.loss / units
+    value.backward()
+    assert float(value.detach()) == pytest.approx(float(right.detach()), rel=1e-5)
+    assert other.grad is not None
+    assert torch.allclose(other.grad, gradient, atol=1e-6)
+    assert int(units) == (4 if kind == "kto" else 2)
+
+
+def job_of(jobs: Jobs, judged: dict[str, DatasetManifest], run: str, kind: str, **settings: Any) -> TrainJob:
+    method = {"kind": kind, **SETTINGS[kind]}
+    return jobs.on(jobs(run, **(TORCH | settings), method=method), judged[of_kind(kind).rows])
+
+
+@pytest.mark.parametrize("kind", ["dpo", "offset", "orpo", "kto"])
+def test_neither_passes_nor_workers_nor_zero_change_what_is_trained(
+    jobs: Jobs, judged: dict[str, DatasetManifest], run: Run, kind: str
+) -> None:
+    looking: dict[str, Any] = {"validation": {"every_steps": 2, "max_rows": 3}, "max_steps": 4}
+    one = job_of(jobs, judged, f"{kind}-one", kind, **looking)
+    three = job_of(jobs, judged, f"{kind}-three", kind, **looking, micro_batch_size=3)
+    two = job_of(jobs, judged, f"{kind}-two", kind, **looking)
+    zero = job_of(jobs, judged, f"{kind}-zero", kind, **looking, engine="deepspeed", zero_stage=3)
+    run(one, three)
+    run(two, zero, ranks=2)
+    for other in (three, two, zero):
+        for name in ("loss", "validation_loss", "verdict_accuracy" if kind == "kto" else "pair_accuracy"):
+            assert losses(other, name) == pytest.approx(losses(one, name), rel=1e-4, abs=1e-5), (other.run, name)
+        assert largest_difference(exported(other), exported(one)) < 2e-5
+    assert losses(one, "validation_loss")[1] < losses(one, "validation_loss")[0]
+
+
+def test_killed_and_resumed_equals_uninterrupted(jobs: Jobs, judged: dict[str, DatasetManifest], run: Run) -> None:
+    settings = LORA | {"checkpoint": {"every_steps": 2}, "max_steps": 5}
+    whole = job_of(jobs, judged, "dpo-whole", "dpo", **settings)
+    killed = job_of(jobs, judged, "dpo-killed", "dpo", **settings)
+    run(whole, ranks=2)
+    run(killed, ranks=2, kill_at=4, expect=23)
+    run(killed, ranks=2)
+    assert first_steps(killed) == [0, 2]
+    assert export_digest(killed) == export_digest(whole)
+
+
+def test_reference_is_the_model_without_its_adapter(jobs: Jobs, judged: dict[str, DatasetManifest], run: Run) -> None:
+    job = job_of(jobs, judged, "dpo-reference", "dpo", **LORA, max_steps=3)
+    run(job, ranks=2)
+    rows = Rows.of(job.store, job.dataset, "train")
+    kept = Reference(job).read(rows, list(range(rows.num_rows)))
+    config = job.config.model_copy(update={"adapter": None})
+    model: Any = load_for_training(job.store.local(f"models/{job.base.id}"), config, "fp32", torch.device("cpu"), 1).eval()
+    for number in range(rows.num_rows):
+        batch = {name: torch.from_numpy(value) for name, value in rows.batch([number]).items()}
+        with torch.no_grad():
+            bounds = attention.bounds(attention.edges(batch["position_ids"][0]))
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+            logps = model(**inputs, use_cache=False, **bounds).logits[0].log_softmax(-1)
+        for segment in range(int(batch["segment_ids"].max())):
+            places = [
+                place
+                for place in range(1, rows.sequence_length)
+                if batch["segment_ids"][0, place] == segment + 1 and batch["loss_mask"][0, place]
+            ]
+            total = sum(float(logps[place - 1, batch["input_ids"][0, place]]) for place in places)
+            assert kept[number, segment] == pytest.approx(total, abs=1e-4)
+    assert losses(job, "reward_margin")[0] == pytest.approx(0.0, abs=1e-4)  # before the first update both are the same
+
+
+def test_reference_is_computed_once_and_a_killed_pass_continues(
+    jobs: Jobs, judged: dict[str, DatasetManifest], run: Run
+) -> None:
+    first = job_of(jobs, judged, "kto-first", "kto", **LORA, max_steps=1)
+    reference = Reference(first)
+    store, listed = first.store, pieces(first)
+    store.delete_dir(reference.folder)
+    run(first)
+    values = {piece.name: store.read(f"{reference.folder}/{piece.name}") for piece in listed}
+    store.delete_dir(reference.folder)
+    left = reference._unfinished(listed[0])
+    store.write(left, values[listed[0].name])  # what a pass that was killed had written
+    again = job_of(jobs, judged, "kto-again", "kto", **LORA, max_steps=1)
+    run(again)
+    assert {piece.name: store.read(f"{reference.folder}/{piece.name}") for piece in listed} == values
+    assert not store.exists(left)
+    assert export_digest(again) == export_digest(first)
+
+
+def test_margin_that_is_missing_or_has_no_log_is_refused_with_its_record() -> None:
+    class Graded:
+        def grades(self, numbers: list[int]) -> list[list[float]]:
+            return [[1.0, 1.0, float("nan"), float("nan")]]
+
+        def records(self, numbers: list[int]) -> list[list[str]]:
+            return [["rec_a", "rec_a", "rec_b", "rec_b"]]
+
+    with pytest.raises(DataError, match="rec_b has the margin nan"):
+        read_grades(of_kind("offset"), Graded(), [0])  # type: ignore[arg-type]
+
+
+def test_every_kind_has_a_test() -> None:
+    assert set(SETTINGS) == {*OF_PAIRS, "kto"}
