@@ -47,19 +47,14 @@ def evaluate(
 def _of_run_file(store: Store, as_json: bool, config: RunConfig) -> Any:
     from forge_ray import pipeline
 
-    if pipeline.has_trained(config, store):
-        base, tuned = pipeline.evaluate(config, store)
-        if not as_json:
-            _print(store, ("base", "tuned"), [base, tuned])
-        return {"base": base, "tuned": tuned}
-    base = pipeline.evaluate_base(config, store)
+    base, tuned = pipeline.evaluate_file(config, store)
     if not as_json:
-        _print(store, ("base",), [base])
-        echo(
-            "no run of this file is finished; it will be judged on:"
-            f" {'; '.join(_rules(config)) or 'nothing, no gate is set'}"
-        )
-    return {"base": base, "tuned": None}
+        reports = [base, tuned] if tuned else [base]
+        _print(store, ("base", "tuned")[: len(reports)], reports)
+        if not tuned:
+            rules = "; ".join(_rules(config)) or "nothing, no gate is set"
+            echo(f"no run of this file is finished; it will be judged on: {rules}")
+    return {"base": base, "tuned": tuned}
 
 
 def _side_by_side(store: Store, as_json: bool, data: str, models: tuple[str, ...], overrides: tuple[str, ...]) -> Any:
