@@ -42,6 +42,7 @@ from forge_ray.store.home import expanded
 from forge_ray.store.removed import require
 
 if TYPE_CHECKING:
+    from forge_ray.evaluate.standalone import Compared
     from forge_ray.serve.gateway_config import GatewayConfig
     from forge_ray.train.preflight import Assumptions, Estimate
 
@@ -269,15 +270,15 @@ def evaluate_file(config: RunConfig, store: Store) -> tuple[EvalReport, EvalRepo
 
 
 def evaluate_models(
-    names: tuple[str, ...], data: RunConfig | str, config: EvalConfig, store: Store, settings: dict[str, Any]
+    compared: Compared, data: RunConfig | str, config: EvalConfig, store: Store, settings: dict[str, Any]
 ) -> list[EvalReport]:
-    """Models of the store, or runs, side by side; `data`: a run file's dataset, a dataset version, or a file of rows, for
-    which `settings` are those of `data.…`."""
+    """Models of the store, runs and endpoints side by side; `data`: a run file's dataset, a dataset version, or a file of
+    rows, for which `settings` are those of `data.…`."""
     from forge_ray.evaluate import standalone
 
     with Catalog.open(store) as catalog:
         rows = _prepare(data, catalog, import_base(data, catalog), quiet=True) if isinstance(data, RunConfig) else data
-        return standalone.evaluate_models(catalog, names, rows, config, settings)
+        return standalone.evaluate_models(catalog, compared, rows, config, settings)
 
 
 @dataclass(frozen=True)
