@@ -47,12 +47,8 @@ verbs = Verbs()
     metavar="KEY=VALUE",
     help="Field of each request, e.g. reasoning_effort=low; null leaves one out. Repeatable.",
 )
-@click.option(
-    "--concurrency", default=8, show_default=True, type=click.IntRange(1, 256), help="Requests to the API at a time."
-)
-@click.option(
-    "--timeout", default=120.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds for an answer."
-)
+@click.option("--concurrency", type=click.IntRange(1, 256), help="Requests to the API at a time. Default: 8.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds for an answer of the API. Default: 120.")
 @click.option("--reuse", is_flag=True, help="Take the last report of the API on the same rows, if there is one.")
 @click.argument("file", metavar="[RUN.yaml]", required=False)
 def evaluate(
@@ -102,19 +98,21 @@ def _endpoints(
     reuse: bool,
     key_env: str,
     options: tuple[str, ...],
-    concurrency: int,
-    timeout: float,
+    concurrency: int | None,
+    timeout: float | None,
 ) -> tuple[Endpoint, ...]:
     """The models of an API that --endpoint and its options name."""
     from forge_ray.evaluate.chat_api import endpoint_of
 
     if not url or not models:
-        if lone := url or models or key_env or options or reuse:
-            names = "--key-env, --endpoint-option and --reuse belong to --endpoint URL with --endpoint-model NAME"
-            raise ConfigError(f"{names}; one of these two is missing", hint=f"give both (there is {lone!r} alone)")
+        if url or models or key_env or options or reuse or concurrency or timeout:
+            raise ConfigError(
+                "an endpoint is named by --endpoint URL with --endpoint-model NAME; one of these two is missing",
+                hint="give both; --key-env, --endpoint-option, --concurrency, --timeout and --reuse belong to them",
+            )
         return ()
     key = os.environ.get(key_env, "") if key_env else ""
-    if key_env and not key and not reuse:
+    if key_env and not key:
         raise ConfigError(f"--key-env {key_env}: this variable is not set", hint=f"export {key_env}=… in this shell")
     fields = {}
     for text in options:

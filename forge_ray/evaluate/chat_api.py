@@ -26,6 +26,7 @@ from forge_ray.evaluate.chat_format import OURS, Again, ChatAnswer, Unanswered, 
 
 TRIES = 5  # of a request that fails; one that is asked to come later has MOST_WAIT_S alone
 FIRST_WAIT_S, MOST_WAIT_S = 1.0, 120.0  # before the second try; between all tries of a request
+CONCURRENCY, TIMEOUT_S = 8, 120.0
 MOST_BYTES = 8 << 20  # of a response
 
 
@@ -36,10 +37,10 @@ class Endpoint:
 
     url: str
     model: str
-    key: str = field(default="", repr=False)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    concurrency: int = 8
-    timeout_s: float = 120.0
+    key: str = field(repr=False)
+    options: Mapping[str, Any]
+    concurrency: int
+    timeout_s: float
 
     @property
     def origin(self) -> str:
@@ -51,8 +52,11 @@ class Endpoint:
         return f"{self.model} at {self.url}"
 
 
-def endpoint_of(url: str, model: str, key: str, options: Mapping[str, Any], concurrency: int, timeout_s: float) -> Endpoint:
-    """Raises `ConfigError` for a URL that is none, or not encrypted, and for options and keys that cannot be sent."""
+def endpoint_of(
+    url: str, model: str, key: str, options: Mapping[str, Any], concurrency: int | None, timeout_s: float | None
+) -> Endpoint:
+    """An endpoint, with the default of what is None. Raises `ConfigError` for a URL that is none, or not encrypted, and for
+    options and keys that cannot be sent."""
     try:
         parts_of(url)
     except SettingError as error:
@@ -61,7 +65,7 @@ def endpoint_of(url: str, model: str, key: str, options: Mapping[str, Any], conc
         raise ConfigError(f"{reserved[0]} is not an option of the requests: the evaluation decides it", hint="leave it out")
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError("the key has blanks, line ends or letters that no header can hold", hint="check the variable")
-    return Endpoint(url.rstrip("/"), model, key, dict(options), concurrency, timeout_s)
+    return Endpoint(url.rstrip("/"), model, key, dict(options), concurrency or CONCURRENCY, timeout_s or TIMEOUT_S)
 
 
 @dataclass
@@ -116,7 +120,7 @@ async def _ask(connection: Connection, body: dict[str, Any]) -> ChatAnswer | Una
             num_tries, num_failed = num_tries + 1, num_failed + (not outcome.is_busy)
             wait = max(outcome.wait_s or 0.0, FIRST_WAIT_S * 2 ** (num_tries - 1) * random.uniform(0.5, 1.0))
             if num_failed == TRIES or waited + wait > MOST_WAIT_S:
-                return Unanswered(outcome.reason, outcome.said, is_outage=True)
+                return Unanswered(outcome.reason, outcome.message, is_outage=True)
             waited += wait
             if outcome.is_busy:
                 connection.resume_at = max(connection.resume_at, time.monotonic() + wait)
@@ -158,8 +162,8 @@ async def _try(connection: Connection, body: dict[str, Any]) -> ChatAnswer | Una
 def _outcome_of(endpoint: Endpoint, response: httpx2.Response, content: bytes) -> Unanswered | Again:
     """What another status than 200 means for one request; an error where it holds for all."""
     status = response.status_code
-    code, said = error_of(content, endpoint.key)
-    text = f"{endpoint.url} answered {status}{f': {said}' if said else ''}"
+    code, message = error_of(content, endpoint.key)
+    text = f"{endpoint.url} answered {status}{f': {message}' if message else ''}"
     if 300 <= status < 400:
         place = response.headers.get("location", "nowhere")[:200]
         raise EngineError(f"{endpoint.url} redirects to {place}, and no redirect is followed", hint="give the URL itself")
@@ -172,8 +176,8 @@ def _outcome_of(endpoint: Endpoint, response: httpx2.Response, content: bytes) -
     reason = f"answered {status}{f' {code}' if code else ''}"
     if status in (408, 409, 425, 429) or status >= 500:
         wait = _wait_of(response.headers.get("retry-after", ""))
-        return Again(reason, said, wait, is_busy=status == 429 or wait is not None)
-    return Unanswered(reason, said)
+        return Again(reason, message, wait, is_busy=status == 429 or wait is not None)
+    return Unanswered(reason, message)
 
 
 def _is_unverified(error: BaseException | None) -> bool:

@@ -30,7 +30,7 @@ class Unanswered:
     `is_outage`: it was tried again and again, so it is not about this request."""
 
     reason: str
-    said: str = ""
+    message: str = ""
     is_outage: bool = False
 
 
@@ -40,7 +40,7 @@ class Again:
     has too many requests."""
 
     reason: str
-    said: str = ""
+    message: str = ""
     wait_s: float | None = None
     is_busy: bool = False
 
@@ -85,10 +85,10 @@ def error_of(content: bytes, key: str) -> tuple[str, str]:
         error = json.loads(content)["error"]
         codes = [error[name] for name in ("code", "type") if isinstance(error.get(name), str)]
         code = next((one for one in codes if one.replace("_", "").isalnum() and len(one) <= 64), "")
-        said = str(error.get("message", ""))
+        message = str(error.get("message", ""))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        code, said = "", content[:200].decode(errors="replace")
-    return code, (said.replace(key, "…") if key else said)[:200]
+        code, message = "", content[:200].decode(errors="replace")
+    return code, (message.replace(key, "…") if key else message)[:200]
 
 
 def reply_of(content: bytes) -> ChatAnswer | Unanswered:

@@ -185,7 +185,7 @@ async def _arriving(
                 if num_outages >= MOST_FAILURES or (num_failed >= MOST_FAILURES and not num_answered):
                     raise EngineError(
                         f"{endpoint.name} left {num_failed} requests unanswered: {answer.reason}"
-                        f"{f' ({answer.said})' if answer.said else ''}",
+                        f"{f' ({answer.message})' if answer.message else ''}",
                         hint="no more rows were sent; --endpoint-option changes fields of the requests, --timeout and"
                         " --concurrency how they are sent",
                     )
