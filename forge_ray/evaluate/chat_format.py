@@ -87,7 +87,7 @@ def error_of(content: bytes, key: str) -> tuple[str, str]:
         code = next((one for one in codes if one.replace("_", "").isalnum() and len(one) <= 64), "")
         message = str(error.get("message", ""))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        code, message = "", content[:200].decode(errors="replace")
+        code, message = "", content[:2000].decode(errors="replace")
     return code, (message.replace(key, "…") if key else message)[:200]
 
 

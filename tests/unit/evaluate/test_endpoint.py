@@ -657,6 +657,7 @@ def test_a_policy_names_hosts_as_a_whole(catalog: Catalog, people: dict[str, Any
 def test_words_of_a_server_are_short_and_without_the_key() -> None:
     assert error_of(json.dumps({"error": {"code": None, "type": "rate_limit"}}).encode(), KEY) == ("rate_limit", "")
     assert error_of(f"your key {KEY} {'x' * 500}".encode(), KEY)[1].startswith("your key … xxx")
+    assert KEY[:8] not in error_of(f"{'x' * 190}{KEY}".encode(), KEY)[1]
     assert error_of(json.dumps({"error": {"code": "What the row says!"}}).encode(), "") == ("", "")
     assert error_of(b'{"error": "text"}', "") == ("", '{"error": "text"}')
 
