@@ -42,6 +42,7 @@ from forge_ray.store.home import expanded
 from forge_ray.store.removed import require
 
 if TYPE_CHECKING:
+    from forge_ray.evaluate.standalone import Compared
     from forge_ray.serve.gateway_config import GatewayConfig
     from forge_ray.train.preflight import Assumptions, Estimate
 
@@ -65,21 +66,24 @@ def run(config: RunConfig, store: Store) -> Outcome:
     if config.deploy:
         refuse_public(config.deploy)
     with Catalog.open(store) as catalog:
-        _inputs(config, catalog)
+        import_base(config, catalog)
+    _refuse_absent(config)
     _refuse_unplaceable(config)
     dataset = prepare(config, store)
     record = train(config, store)
-    base_report, report = evaluate(config, store)
-    version = release(config, store)
+    with Catalog.open(store) as catalog:
+        base_report, report = _evaluate_run(config, catalog, record)
+        version = _release_run(config, catalog, record)
     deployment = deploy(config.deploy, store) if config.deploy and version.status == "accepted" else None
     return Outcome(dataset, record, base_report, report, version, deployment)
 
 
-def _inputs(config: RunConfig, catalog: Catalog) -> ModelVersion:
-    """The base model of a run file, whose files of rows are there; what is not is refused before Ray starts."""
-    base = import_base(config, catalog)
-    expand(config.data)
-    return base
+def _refuse_absent(config: RunConfig) -> None:
+    """An error where files of rows are not there, before Ray starts, which takes seconds; later the build lists them."""
+    import ray
+
+    if not ray.is_initialized():
+        expand(config.data)
 
 
 def _refuse_unplaceable(config: RunConfig) -> None:
@@ -112,13 +116,14 @@ def import_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
 def prepare(config: RunConfig, store: Store) -> DatasetManifest:
     """Raw rows → packed dataset version."""
     with Catalog.open(store) as catalog:
-        return _prepare(config, catalog)
+        return _prepare(config, catalog, import_base(config, catalog))
 
 
-def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:
+def _prepare(config: RunConfig, catalog: Catalog, named: ModelVersion, quiet: bool = False) -> DatasetManifest:
+    """`named`: the base model of the run file."""
     from forge_ray.train import start
 
-    named = _inputs(config, catalog)
+    _refuse_absent(config)
     base, data = start.full_base(catalog, named, config.train), start.with_held_out(catalog, named, config.data)
     connect()
     sessions.note(catalog.store)
@@ -147,7 +152,7 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
             promotion.refuse_withdrawn(catalog, version.id)
             if not allow_archived:
                 promotion.refuse_archived(catalog, version.id)
-        manifest = _prepare(config, catalog, quiet=True)
+        manifest = _prepare(config, catalog, named, quiet=True)
         refuse_without_rows(config.train, manifest)
         begun = start.start_of(catalog, named, config.train)
         return train_on(config, catalog, begun.base, manifest, precision, begun.initial)
@@ -230,8 +235,9 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
         planned = preflight.Planned(Model.of(folder), stated, config.base_model, rows)
     else:
         with Catalog.open(store) as catalog:
-            base = start.full_base(catalog, import_base(config, catalog), config.train)
-            dataset = stated or _prepare(config, catalog, quiet=True)
+            named = import_base(config, catalog)
+            base = start.full_base(catalog, named, config.train)
+            dataset = stated or _prepare(config, catalog, named, quiet=True)
         model = Model.of(preflight.configuration(store, base))
         planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
@@ -241,103 +247,122 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
 def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
     """(base, tuned) on the same held-out rows, under the same scoring; and the leak audit, where eval.leak asks for it."""
     with Catalog.open(store) as catalog:
-        record = train_record(config, catalog)
-        both = reports.evaluate_both(catalog, record, config.eval)
-        if config.eval.leak:
-            reports.audit_leak(catalog, record, config.eval)
-        return both
+        return _evaluate_run(config, catalog, train_record(config, catalog))
 
 
-def evaluate_base(config: RunConfig, store: Store) -> EvalReport:
-    """The base model on the rows that a run of this file would be judged on; nothing is trained."""
+def _evaluate_run(config: RunConfig, catalog: Catalog, record: RunRecord) -> tuple[EvalReport, EvalReport]:
+    both = reports.evaluate_both(catalog, record, config.eval)
+    if config.eval.leak:
+        reports.audit_leak(catalog, record, config.eval)
+    return both
+
+
+def evaluate_file(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport | None]:
+    """(base, tuned) as `evaluate`; without a finished run of this file, the base model alone on the rows that a run would be
+    judged on."""
     with Catalog.open(store) as catalog:
-        base = import_base(config, catalog)
-        promotion.refuse_withdrawn(catalog, base.id)
-        manifest = _prepare(config, catalog, quiet=True)
-        return reports.evaluate(catalog, reports.model_subject(catalog, base), manifest, config.eval, "base")
+        lookup = _lookup(config, catalog)
+        if lookup.record:
+            return _evaluate_run(config, catalog, lookup.record)
+        promotion.refuse_withdrawn(catalog, lookup.named.id)
+        subject = reports.model_subject(catalog, lookup.named)
+        return reports.evaluate(catalog, subject, lookup.manifest, config.eval, "base"), None
 
 
 def evaluate_models(
-    names: tuple[str, ...], data: RunConfig | str, config: EvalConfig, store: Store, settings: dict[str, Any]
+    compared: Compared, data: RunConfig | str, config: EvalConfig, store: Store, settings: dict[str, Any]
 ) -> list[EvalReport]:
-    """Models of the store, or runs, side by side; `data`: a run file's dataset, a dataset version, or a file of rows, for
-    which `settings` are those of `data.…`."""
+    """Models of the store, runs and endpoints side by side; `data`: a run file's dataset, a dataset version, or a file of
+    rows, for which `settings` are those of `data.…`."""
     from forge_ray.evaluate import standalone
 
     with Catalog.open(store) as catalog:
-        rows = _prepare(data, catalog, quiet=True) if isinstance(data, RunConfig) else data
-        return standalone.evaluate_models(catalog, names, rows, config, settings)
+        rows = _prepare(data, catalog, import_base(data, catalog), quiet=True) if isinstance(data, RunConfig) else data
+        return standalone.evaluate_models(catalog, compared, rows, config, settings)
 
 
-def has_trained(config: RunConfig, store: Store) -> bool:
-    """Whether the run of this file is finished."""
-    with Catalog.open(store) as catalog:
-        try:
-            train_record(config, catalog)
-        except NotFound:
-            return False
-        return True
+@dataclass(frozen=True)
+class _Lookup:
+    """What a run file's settings come to now: its base model, its dataset, the id of its run ("" where that cannot have
+    started), and the run's record where it is finished."""
+
+    named: ModelVersion
+    manifest: DatasetManifest
+    identifier: str
+    record: RunRecord | None
 
 
-def train_record(config: RunConfig, catalog: Catalog) -> RunRecord:
-    """The finished run of this run file, without starting one."""
+def _lookup(config: RunConfig, catalog: Catalog) -> _Lookup:
+    """Without starting a run. The sources' bytes are digested once."""
     from forge_ray.train import start
     from forge_ray.train.job import run_id
 
     named = import_base(config, catalog)
-    manifest = _prepare(config, catalog, quiet=True)
+    manifest = _prepare(config, catalog, named, quiet=True)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     if config.train.init_from == "merge" and start.merged_version(catalog, named) is None:
-        raise NotFound(f"the run of this run file on {named.id} has not started", hint="run `forge train` on it first")
+        return _Lookup(named, manifest, "", None)
     begun = start.start_of(catalog, named, config.train)
     identifier = run_id(config.train, precision, manifest, begun.base, begun.initial)
-    if not catalog.has(identifier):
-        raise NotFound(f"{identifier} of this run file is not finished", hint="run `forge train` on it first")
-    return catalog.get_as(RunRecord, identifier)
+    record = catalog.get_as(RunRecord, identifier) if catalog.has(identifier) else None
+    return _Lookup(named, manifest, identifier, record)
+
+
+def train_record(config: RunConfig, catalog: Catalog) -> RunRecord:
+    """The finished run of this run file, without starting one; `NotFound` where there is none."""
+    lookup = _lookup(config, catalog)
+    if lookup.record is None:
+        name = f"{lookup.identifier} of this run file" if lookup.identifier else f"the run of this file on {lookup.named.id}"
+        raise NotFound(f"{name} is not finished", hint="run `forge train` on it first")
+    return lookup.record
 
 
 def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersion:
     """Gate the run's export and register it: accepted and (with `promote`) the alias moved, or rejected with the reasons."""
     with Catalog.open(store) as catalog:
-        record = train_record(config, catalog)
-        base_report, report = reports.evaluate_both(catalog, record, config.eval, quiet=True)
-        leak = reports.audit_leak(catalog, record, config.eval, quiet=True) if config.eval.leak else None
-        manifest = catalog.get_as(DatasetManifest, record.dataset)
-        incumbents: dict[str, EvalReport | None] = {"base": base_report}
-        for name in gate.incumbents_of(config.release.gate):
-            if name not in incumbents:
-                incumbents[name] = reports.incumbent(catalog, name, record, manifest, config.eval)
-        with stage("release") as it:
-            checks = gate.checks(config.release.gate, report, incumbents, leak, partial(items_of, store))
-            reasons = gate.reasons(checks)
-            version = ModelVersion(
-                name=config.name,
-                status="rejected" if reasons else "accepted",
-                reasons=reasons,
-                weights=record.export_kind,
-                files=record.export,
-                files_digest=files_digest(record.export),
-                base_model=record.base_model,
-                run=record.id,
-                evals=_ids(report, base_report, leak, *incumbents.values()),
-                checks=checks,
-                licence=catalog.get_as(ModelVersion, record.base_model).licence,
-            ).sealed()
-            is_known = catalog.has(version.id)
-            if not store.is_published(paths.model(version.id)):
-                require(catalog, paths.export(record.id))
-            store.copy_dir(paths.export(record.id), paths.model(version.id))
-            for origin in (record.base_model, record.initial_adapter):
-                refuse_erased(store, version.id, manifest.id, origin, "" if is_known else paths.model(version.id))
-            version = catalog.put(version)
-            if reasons:
-                it.done(f"{version.id}  rejected: {'; '.join(reasons)}")
-            else:
-                if promote:
-                    promotion.promote(catalog, version.id, config.release.alias)
-                where = f" → {config.release.alias}" if promote else ""
-                it.done(f"{version.id}  {'already ' if is_known else ''}accepted{where}")
-            return version
+        return _release_run(config, catalog, train_record(config, catalog), promote)
+
+
+def _release_run(config: RunConfig, catalog: Catalog, record: RunRecord, promote: bool = True) -> ModelVersion:
+    store = catalog.store
+    base_report, report = reports.evaluate_both(catalog, record, config.eval, quiet=True)
+    leak = reports.audit_leak(catalog, record, config.eval, quiet=True) if config.eval.leak else None
+    manifest = catalog.get_as(DatasetManifest, record.dataset)
+    incumbents: dict[str, EvalReport | None] = {"base": base_report}
+    for name in gate.incumbents_of(config.release.gate):
+        if name not in incumbents:
+            incumbents[name] = reports.incumbent(catalog, name, record, manifest, config.eval)
+    with stage("release") as it:
+        checks = gate.checks(config.release.gate, report, incumbents, leak, partial(items_of, store))
+        reasons = gate.reasons(checks)
+        version = ModelVersion(
+            name=config.name,
+            status="rejected" if reasons else "accepted",
+            reasons=reasons,
+            weights=record.export_kind,
+            files=record.export,
+            files_digest=files_digest(record.export),
+            base_model=record.base_model,
+            run=record.id,
+            evals=_ids(report, base_report, leak, *incumbents.values()),
+            checks=checks,
+            licence=catalog.get_as(ModelVersion, record.base_model).licence,
+        ).sealed()
+        is_known = catalog.has(version.id)
+        if not store.is_published(paths.model(version.id)):
+            require(catalog, paths.export(record.id))
+        store.copy_dir(paths.export(record.id), paths.model(version.id))
+        for origin in (record.base_model, record.initial_adapter):
+            refuse_erased(store, version.id, manifest.id, origin, "" if is_known else paths.model(version.id))
+        version = catalog.put(version)
+        if reasons:
+            it.done(f"{version.id}  rejected: {'; '.join(reasons)}")
+        else:
+            if promote:
+                promotion.promote(catalog, version.id, config.release.alias)
+            where = f" → {config.release.alias}" if promote else ""
+            it.done(f"{version.id}  {'already ' if is_known else ''}accepted{where}")
+        return version
 
 
 def _ids(*reports: EvalReport | None) -> tuple[str, ...]:

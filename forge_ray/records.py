@@ -247,6 +247,7 @@ class EvalReport(Record):
     subject: str = Field(description="id of the run or model version that was evaluated")
     subject_digest: str
     dataset: str
+    endpoint: str = Field("", description="URL of the API of another system that was evaluated; `subject` has its model")
     split: str
     config: dict[str, Any]
     num_examples: int
@@ -261,10 +262,10 @@ class EvalReport(Record):
     seconds: float = 0.0
 
     def parents(self) -> tuple[str, ...]:
-        return self.subject, self.dataset
+        return (self.dataset,) if self.endpoint else (self.subject, self.dataset)
 
     def identity(self) -> dict[str, Any]:
-        return _without_empty(super().identity(), "per_slice", "undefined", "left_out")
+        return _without_empty(super().identity(), "per_slice", "undefined", "left_out", "endpoint")
 
 
 class Check(Frozen):
@@ -367,8 +368,9 @@ RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport
 
 
 AuthorityEvent = Literal["signer", "policy", "approval", "upgrade"]
+LeavingEvent = Literal["export", "disclosure"]
 EventKind = Literal[
-    AuthorityEvent, "alias", "run", "deployment", "model", "key", "erasure", "reproduction", "removal", "export"
+    AuthorityEvent, LeavingEvent, "alias", "run", "deployment", "model", "key", "erasure", "reproduction", "removal"
 ]
 
 

@@ -48,11 +48,11 @@ def report(error: BaseException, as_json: bool = False) -> int:
 def _say(code: str, message: str, hint: str, exit_code: int, as_json: bool) -> int:
     global _has_spoken
     _has_spoken = True
-    if as_json:
-        echo(json.dumps({"error": {"code": code, "message": message, "hint": hint}}))
     secho(f"error: {message}", fg="red", err=True)
     if hint:
         echo(f"hint: {hint}", err=True)
+    if as_json:  # at the end: that nobody reads it hides nothing
+        echo(json.dumps({"error": {"code": code, "message": message, "hint": hint}}))
     return exit_code
 
 

@@ -199,6 +199,8 @@ def erase(
             echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
         for copy in predicate["remains"].get("copies that left the store", ()):
             echo(_left(copy))
+        for rows in predicate["remains"].get("rows that were sent to other systems", ()):
+            echo(_sent(rows))
         for name, content in predicate["remains"].get("files that forge_ray did not write", {}).items():
             echo(f"not written by forge_ray, look at it yourself: {name} ({content})")
         for name, reason in predicate["remains"].get("outside the store", {}).items():
@@ -245,6 +247,8 @@ def show(plan: ErasurePlan, begun: bool) -> None:
         echo(f"outside the store, remove it yourself: {name}, {_lines(lines)}")
     for copy in plan.exported:
         echo(_left(copy.model_dump()))
+    for sent in plan.sent:
+        echo(_sent(sent.model_dump()))
     for note in plan.notes:
         echo(f"note: {note}")
     echo(f"retraining: {plan.worker_hours:.2f} worker hours, {plan.gpu_hours:.2f} GPU hours, estimated from the first runs")
@@ -254,6 +258,13 @@ def _left(copy: Mapping[str, Any]) -> str:
     """A line about a copy that left the store."""
     about = f"{copy['form']} of {copy['version']}, written at {copy['at'][:19]} by {copy['by']}"
     return f"left the store, remove it yourself: {copy['to']} ({about})"
+
+
+def _sent(rows: Mapping[str, Any]) -> str:
+    """A line about rows that were sent to another system."""
+    from forge_ray.store.disclosures import SentRows
+
+    return f"left the premises, ask for deletion there, they may be among them: {SentRows.model_validate(dict(rows))}"
 
 
 def _lines(lines: Sequence[int]) -> str:

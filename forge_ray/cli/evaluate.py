@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from forge_ray.store import paths
 if TYPE_CHECKING:
     from forge_ray.config.release import EvalConfig
     from forge_ray.config.run import RunConfig
+    from forge_ray.evaluate.chat_api import Endpoint
+    from forge_ray.evaluate.standalone import Compared
     from forge_ray.records import EvalReport
     from forge_ray.store.files import Store
 
@@ -27,18 +31,49 @@ verbs = Verbs()
 )
 @click.option("--data", default="", metavar="DATA", help="With --model: a run file, a dataset (ds_…) or a file of rows.")
 @click.option("--model", "models", multiple=True, metavar="NAME", help="A base, version, alias or run. Repeatable.")
+@click.option(
+    "--endpoint",
+    default="",
+    metavar="URL",
+    help="OpenAI-compatible API of another system to compare with, e.g. https://api.vendor.example/v1; the policy must"
+    " name its host.",
+)
+@click.option("--endpoint-model", "their_models", multiple=True, metavar="NAME", help="Model of that API. Repeatable.")
+@click.option("--key-env", default="", metavar="VARIABLE", help="Environment variable that holds the API's key.")
+@click.option(
+    "--endpoint-option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Field of each request, e.g. reasoning_effort=low; null leaves one out. Repeatable.",
+)
+@click.option("--concurrency", type=click.IntRange(1, 256), help="Requests to the API at a time. Default: 8.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds for an answer of the API. Default: 120.")
+@click.option("--reuse", is_flag=True, help="Take the last report of the API on the same rows, if there is one.")
 @click.argument("file", metavar="[RUN.yaml]", required=False)
 def evaluate(
-    store: Store, as_json: bool, file: str | None, models: tuple[str, ...], data: str, overrides: tuple[str, ...]
+    store: Store,
+    as_json: bool,
+    file: str | None,
+    models: tuple[str, ...],
+    data: str,
+    overrides: tuple[str, ...],
+    endpoint: str,
+    their_models: tuple[str, ...],
+    reuse: bool,
+    **request: Any,
 ) -> Any:
     """Score models on held-out rows.
 
     With RUN.yaml: its base model, and the trained one once there is a run. With --model: any models of the store side by
-    side, without a run. Intervals are of 95 %."""
+    side, without a run. With --endpoint: a model of another system too. Intervals are of 95 %."""
     if file and data:
         raise ConfigError(f"both {file} and --data {data} name rows", hint="leave out one of them")
-    if models:
-        return _side_by_side(store, as_json, file or data, models, overrides)
+    endpoints = _endpoints(endpoint, their_models, reuse, **request)
+    if models or endpoints:
+        from forge_ray.evaluate.standalone import Compared
+
+        return _side_by_side(store, as_json, file or data, Compared(models, endpoints, reuse), overrides)
     if data or not file:
         raise ConfigError("nothing says what is evaluated", hint="give RUN.yaml, or --model NAME with --data DATA")
     return _of_run_file(store, as_json, load_run_file(file, overrides))
@@ -47,35 +82,66 @@ def evaluate(
 def _of_run_file(store: Store, as_json: bool, config: RunConfig) -> Any:
     from forge_ray import pipeline
 
-    if pipeline.has_trained(config, store):
-        base, tuned = pipeline.evaluate(config, store)
-        if not as_json:
-            _print(store, ("base", "tuned"), [base, tuned])
-        return {"base": base, "tuned": tuned}
-    base = pipeline.evaluate_base(config, store)
+    base, tuned = pipeline.evaluate_file(config, store)
     if not as_json:
-        _print(store, ("base",), [base])
-        echo(
-            "no run of this file is finished; it will be judged on:"
-            f" {'; '.join(_rules(config)) or 'nothing, no gate is set'}"
-        )
-    return {"base": base, "tuned": None}
+        reports = [base, tuned] if tuned else [base]
+        _print(store, ("base", "tuned")[: len(reports)], reports)
+        if not tuned:
+            rules = "; ".join(_rules(config)) or "nothing, no gate is set"
+            echo(f"no run of this file is finished; it will be judged on: {rules}")
+    return {"base": base, "tuned": tuned}
 
 
-def _side_by_side(store: Store, as_json: bool, data: str, models: tuple[str, ...], overrides: tuple[str, ...]) -> Any:
+def _endpoints(
+    url: str,
+    models: tuple[str, ...],
+    reuse: bool,
+    key_env: str,
+    options: tuple[str, ...],
+    concurrency: int | None,
+    timeout: float | None,
+) -> tuple[Endpoint, ...]:
+    """The models of an API that --endpoint and its options name."""
+    from forge_ray.evaluate.chat_api import endpoint_of
+
+    if not url or not models:
+        if url or models or key_env or options or reuse or concurrency or timeout:
+            raise ConfigError(
+                "an endpoint is named by --endpoint URL with --endpoint-model NAME; one of these two is missing",
+                hint="give both; --key-env, --endpoint-option, --concurrency, --timeout and --reuse belong to them",
+            )
+        return ()
+    key = os.environ.get(key_env, "") if key_env else ""
+    if key_env and not key:
+        raise ConfigError(f"--key-env {key_env}: this variable is not set", hint=f"export {key_env}=… in this shell")
+    fields = {}
+    for text in options:
+        name, mark, value = text.partition("=")
+        if not name or not mark:
+            raise ConfigError(f"--endpoint-option {text!r} is not KEY=VALUE", hint="--endpoint-option reasoning_effort=low")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+    return tuple(endpoint_of(url, model, key, fields, concurrency, timeout) for model in dict.fromkeys(models))
+
+
+def _side_by_side(store: Store, as_json: bool, data: str, compared: Compared, overrides: tuple[str, ...]) -> Any:
     from forge_ray import pipeline
 
     if not data:
-        raise ConfigError("--model needs rows", hint="add --data with a run file, a dataset (ds_…) or a file of rows")
+        what = "--model" if compared.names else "--endpoint"
+        raise ConfigError(f"{what} needs rows", hint="add --data with a run file, a dataset (ds_…) or a file of rows")
     if Path(data).suffix in (".yaml", ".yml"):
         run = load_run_file(data, overrides)
-        reports = pipeline.evaluate_models(models, run, run.eval, store, {})
+        reports = pipeline.evaluate_models(compared, run, run.eval, store, {})
     else:
         config, rows = _settings(overrides)
-        reports = pipeline.evaluate_models(models, data, config, store, rows)
+        reports = pipeline.evaluate_models(compared, data, config, store, rows)
+    names = (*compared.names, *(one.name for one in compared.endpoints))
     if not as_json:
-        _print(store, models, reports)
-    return {"reports": dict(zip(models, reports, strict=True))}
+        _print(store, names, reports)
+    return {"reports": dict(zip(names, reports, strict=True))}
 
 
 def _settings(overrides: tuple[str, ...]) -> tuple[EvalConfig, dict[str, Any]]:

@@ -26,6 +26,7 @@ from forge_ray.cli.init import INIT
 from forge_ray.cli.keys import ACCESS
 from forge_ray.cli.models import models
 from forge_ray.cli.papers import PAPERS
+from forge_ray.cli.policy import policy
 from forge_ray.cli.reproduce import REPRODUCTION
 from forge_ray.cli.runs import runs
 from forge_ray.cli.serve import SERVING, wait_for_ctrl_c
@@ -89,6 +90,7 @@ COMMANDS = (
     *CYCLES,
     *ERASE,
     *TRUST,
+    policy,
     *DOCTOR,
     *REPRODUCTION,
     EVALUATE,

@@ -91,7 +91,8 @@ def scores(store: Store, names: Sequence[str], reports: Sequence[EvalReport]) ->
 
 def _with_interval(report: EvalReport, metric: str, number: Callable[[float], str]) -> str:
     if metric not in report.metrics:
-        return "not a finite number" if metric in report.undefined else ""
+        unknown = "not from an endpoint" if report.endpoint else ""
+        return "not a finite number" if metric in report.undefined else unknown
     bounds = report.intervals.get(metric)
     cell = number(report.metrics[metric])
     return f"{cell}  [{number(bounds[0])}, {number(bounds[1])}]" if bounds else cell

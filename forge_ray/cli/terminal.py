@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import select
+import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -20,6 +23,16 @@ def echo(text: Any = "", *, err: bool = False, nl: bool = True) -> None:
 def secho(text: str, *, err: bool = False, **style: Any) -> None:
     """`click.secho` of a text whose own control characters are written out."""
     click.secho(visible(text), err=err, **style)
+
+
+def is_unread() -> bool:
+    """Whether the output of this process goes to a pipe that its reader has closed, as `head` does. Pipes of another purpose
+    break too, and that is a failure."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # a stream that is closed, or no file
+            poll.register(stream.fileno(), select.POLLOUT)
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
 
 
 def one_line(text: str) -> str:

@@ -102,6 +102,7 @@ def lines(traced: Traced) -> Iterator[str]:
             f"copy        left the store: {c.to}  {c.form} of {c.version}, at {c.at[:19]} by {c.by}"
             for c in reached.exported
         ]
+        branches += [f"sent        left the premises, it may be among them: {rows}" for rows in reached.sent]
         yield "derived from it" if branches else "nothing was derived from it: no run used a row with it"
         yield from _tree(branches)
 

@@ -1,4 +1,4 @@
-"""`forge signers|policy|approve|sign|verify`, `forge audit log|verify`: signatures, roles and the audit log."""
+"""`forge signers|approve|sign|verify`, `forge audit log|verify`: signatures, roles and the audit log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from forge_ray.cli.audit import audit
+from forge_ray.cli.policy import WHY
 from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import ConfigError, PolicyError
@@ -20,7 +21,6 @@ ROLE = click.option(
     "--role", "roles", multiple=True, help="Role: owner, data_steward, trainer, validator, releaser or auditor. Repeatable."
 )
 PERSON = click.option("--person", default="", help="Who holds the key, where they hold another one too. Default: NAME.")
-WHY = click.option("--why", default="", help="Reason, kept in the audit log.")
 
 
 @click.group()
@@ -31,11 +31,6 @@ def top() -> None:
 @click.group(cls=Verbs)
 def signers() -> None:
     """Manage the keys whose signatures count, and their roles."""
-
-
-@click.group(cls=Verbs)
-def policy() -> None:
-    """Show or change which roles and signatures are required."""
 
 
 @verb(signers, "create", "forge signers create olga --role owner --out ~/keys")
@@ -164,80 +159,6 @@ def _ended(store: Store, as_json: bool, reference: str, why: str, compromised: b
     if not as_json:
         echo(f"{signer.id}  {signer.name}: {_state(signer)}")
     return _with_state(signer)
-
-
-@verb(policy, "show", "forge policy show")
-def policy_show(store: Store, as_json: bool) -> Any:
-    """Show what the policy requires, and what each role may write."""
-    from forge_ray.store.authority import MAY
-    from forge_ray.store.catalog import Catalog
-
-    with Catalog.read_only(store) as index:
-        settings = index.authority().policy.model_dump(mode="json")
-    if not as_json:
-        for name, value in settings.items():
-            text = ", ".join(value) if isinstance(value, list | tuple) else str(value).lower()
-            echo(f"{name}: {text or 'none'}")
-        echo("with roles: true,")
-        for what, roles in MAY.items():
-            echo(f"  {what:20} {', '.join(roles)}")
-    return settings | {"may": {what: list(roles) for what, roles in MAY.items()}}
-
-
-@verb(policy, "set", "forge policy set --signatures --protect '*@prod'")
-@click.option("--roles/--no-roles", default=None, help="Require a signer with a permitted role for every change.")
-@click.option("--signatures/--no-signatures", default=None, help="Promote and deploy only signed versions.")
-@click.option(
-    "--protect",
-    multiple=True,
-    metavar="ALIAS",
-    help="Require two releasers to move this alias; patterns: '*@prod'. Repeatable.",
-)
-@click.option("--protect-none", is_flag=True, help="Protect no alias.")
-@click.option(
-    "--independent-validation/--no-independent-validation",
-    default=None,
-    help="Require approval by a validator who did not train the version, for protected aliases.",
-)
-@click.option(
-    "--no-export/--allow-export", default=None, help="Let no weights of a model version leave the store by a command."
-)
-@WHY
-def policy_set(
-    store: Store,
-    as_json: bool,
-    roles: bool | None,
-    signatures: bool | None,
-    protect: tuple[str, ...],
-    protect_none: bool,
-    independent_validation: bool | None,
-    no_export: bool | None,
-    why: str,
-) -> Any:
-    """Change the policy; requires an owner's signature.
-
-    Options that are left out stay unchanged."""
-    from forge_ray.governance.signers import set_policy
-    from forge_ray.store.catalog import Catalog
-
-    if protect and protect_none:
-        raise ConfigError("--protect and --protect-none contradict each other", hint="give one of them")
-    options: dict[str, Any] = {
-        "roles": roles,
-        "signatures": signatures,
-        "independent_validation": independent_validation,
-        "no_export": no_export,
-    }
-    if protect or protect_none:
-        options["protected"] = list(protect)
-    changes = {name: value for name, value in options.items() if value is not None}
-    if not changes:
-        raise ConfigError("no policy setting to change", hint="--roles, --signatures, --protect ALIAS, …")
-    with Catalog.open(store) as index:
-        settings = set_policy(index, changes, why).model_dump(mode="json")
-    if not as_json:
-        echo(", ".join(f"{name}={value}" for name, value in settings.items()))
-    return settings
 
 
 @verb(top, "approve", "forge approve mv_0123456789abcdef --alias support@prod")
@@ -387,7 +308,7 @@ def audit_verify(store: Store, as_json: bool, head: str, every_signature: bool) 
     return vars(report)
 
 
-TRUST: tuple[click.Command, ...] = (signers, policy, *top.commands.values())
+TRUST: tuple[click.Command, ...] = (signers, *top.commands.values())
 
 
 def _state(signer: Signer) -> str:

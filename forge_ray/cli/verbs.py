@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from forge_ray.cli.ends import report
-from forge_ray.cli.terminal import echo
+from forge_ray.cli.terminal import echo, is_unread
 from forge_ray.machine.offline import set_offline_switches
 from forge_ray.machine.quiet import quiet_libraries
 from forge_ray.store.home import settle
@@ -60,6 +60,8 @@ def verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...,
             except PASSED_ON:
                 raise
             except (Exception, KeyboardInterrupt) as error:
+                if isinstance(error, BrokenPipeError) and is_unread():
+                    raise  # click ends quietly: whoever read the output, such as `head`, has enough
                 sys.exit(report(error, as_json))
             else:
                 if as_json:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from forge_ray.data.record.schema import Reject
-from forge_ray.data.tokens.adapt import CALL, call_turn, probe_tools
+from forge_ray.data.tokens.adapt import CALL, arguments_of, call_turn, probe_tools
 from forge_ray.data.tokens.answers import split
 from forge_ray.data.tokens.call_forms import CallForm, form_of, parse
 from forge_ray.data.tokens.chat import encode_chat
 from forge_ray.data.tokens.template import ChatTokenizer
+from forge_ray.evaluate import measures
+from forge_ray.evaluate.examples import Example
 
 ARGUMENTS = {"FIRSTKEY": "FIRSTVALUE", "SECONDKEY": "SECONDVALUE"}
 
@@ -44,3 +46,11 @@ def _text(tokenizer: ChatTokenizer, token_ids: Sequence[int]) -> str:
         ids.pop()
     text = tokenizer.decode(ids)
     return split(text, tokenizer.answer_form)[1] if tokenizer.answer_form is not None else text
+
+
+def call_fields(example: Example, called: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of an item about calls: none without tools."""
+    if not example.calls:
+        return {"called": called} if example.tools else {}
+    expected = [{"name": call["function"]["name"], "arguments": arguments_of(call["function"])} for call in example.calls]
+    return {"kind": measures.CALL, "calls": expected, "called": called}

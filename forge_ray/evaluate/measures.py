@@ -41,10 +41,11 @@ def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
     by_metric: dict[str, Statistic] = {}
     if chats:
         by_metric["exact_match"] = share([is_right(item) for item in chats])
-    if chats or calls:
-        by_metric |= _losses("", [*chats, *calls])
+    if scored := [item for item in (*chats, *calls) if "logprob" in item]:  # an endpoint gives none
+        by_metric |= _losses("", scored)
     if chats and labels:
-        by_metric["label_likelihood"] = share([item["likeliest"] == normalise(item["reference"]) for item in chats])
+        if all("likeliest" in item for item in chats):
+            by_metric["label_likelihood"] = share([item["likeliest"] == normalise(item["reference"]) for item in chats])
         by_metric["macro_f1"] = _macro_f1(chats, labels)
     if chats and not labels and (references := objects(chats)):
         by_metric |= _extraction(references, [_object(item["prediction"]) for item in chats])

@@ -7,10 +7,7 @@ can fail the first on format alone: the generated answer (exact match), the like
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,24 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.release import Contamination, EvalConfig
-from forge_ray.data.curate.contamination import contaminated, stream_records
+from forge_ray.config.release import EvalConfig
 from forge_ray.data.record.schema import Reject
-from forge_ray.data.tokens.adapt import arguments_of
 from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, encode_chat, load_tokenizer_dir, prompt_ids
 from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.errors import DataError
-from forge_ray.evaluate.calls import call_form, calls_in
-from forge_ray.evaluate.chance import wilson
+from forge_ray.evaluate.calls import call_fields, call_form, calls_in
 from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, held_out, label_set, normalise
-from forge_ray.evaluate.measures import CALL, intervals
+from forge_ray.evaluate.publish import Scored, ScoredRows, find_contamination, publish
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
-from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
 from forge_ray.evaluate.texts import score_texts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
-from forge_ray.records import DatasetManifest, EvalReport, FileEntry
-from forge_ray.store import paths
+from forge_ray.records import DatasetManifest, FileEntry
 from forge_ray.store.files import Store
 
 BATCH = 64
@@ -102,16 +94,8 @@ def score_examples(
                 "logprob": scores[reference].logprob,
                 "num_tokens": scores[reference].num_tokens,
                 **({"rejected_logprob": scored[-1].logprob} if rejected else {}),
-                **_calls(example, calls_in(tokenizer, form, generation.token_ids)),
+                **call_fields(example, calls_in(tokenizer, form, generation.token_ids)),
             }
-
-
-def _calls(example: Example, called: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fields of an item about calls: none without tools."""
-    if not example.calls:
-        return {"called": called} if example.tools else {}
-    expected = [{"name": call["function"]["name"], "arguments": arguments_of(call["function"])} for call in example.calls]
-    return {"kind": CALL, "calls": expected, "called": called}
 
 
 def answer_ids(tokenizer: Any, example: Example, turn: dict[str, Any]) -> list[int]:
@@ -161,15 +145,6 @@ def tokenizer_for(manifest: DatasetManifest, folder: Path, adapter: Path | None)
     return load_tokenizer_dir(folder, tools=tools)
 
 
-def find_contamination(
-    store: Store, manifest: DatasetManifest, held: HeldOutRows, config: EvalConfig, rule: Contamination
-) -> list[dict[str, Any]]:
-    """See `data.contamination`; of the rows that are evaluated, and no others."""
-    evaluated = {*(chat.record for chat in held.chats), *(text.record for text in held.texts)}
-    rows = (row for row in stream_records(store, manifest, config.split) if row["record"] in evaluated)
-    return contaminated(rows, stream_records(store, manifest, "train"), rule)
-
-
 def evaluate(
     store: Store,
     subject: EvaluatedModel,
@@ -189,7 +164,7 @@ def evaluate(
     folder, adapter = subject.fetch(store)
     tokenizer = tokenizer_for(manifest, folder, adapter)
     held, labels = held_out(store, manifest, config), label_set(store, manifest, config)
-    shared = find_contamination(store, manifest, held, config, config.contamination) if config.contamination else []
+    shared = find_contamination(store, manifest, held, config, config.contamination) if config.contamination else None
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
     items, answers, total = [], [], len(held.chats) + len(held.texts) + len(prompts)
     left_out = Counter(held.left_out)
@@ -214,76 +189,7 @@ def evaluate(
             f"none of the {left_out.total()} held-out rows can be put to {subject.id}: {left_out.most_common(1)[0][0]}",
             hint="`forge models check` says what the model's chat template has a place for",
         )
-    metrics, per_class = summarise(items, labels)
-    bounds = intervals(items, labels)
-    if prompts:
-        passed = [not answer["failures"] for answer in answers]
-        metrics["safety_pass_rate"] = sum(passed) / len(answers)
-        bounds["safety_pass_rate"] = wilson(sum(passed), len(passed))
-    if config.contamination:
-        metrics["contamination"] = len(shared) / len(items)
-    metrics, per_slice, undefined = only_finite(metrics, slice_scores(items, labels, config.slices))
     costs = {"size_bytes": float(size_bytes(store, subject))} | ({"latency_ms_per_token": latency} if latency else {})
-    kept = {"items.jsonl": items}
-    kept |= {"safety.jsonl": answers} if prompts else {}
-    kept |= {"contaminated.jsonl": shared} if config.contamination else {}
-    written = {name: json_lines(rows) for name, rows in kept.items()}
-    report = EvalReport(
-        subject=subject.id,
-        subject_digest=subject.digest,
-        dataset=manifest.id,
-        split=config.split,
-        config=settings,
-        num_examples=len(items),
-        metrics=metrics,
-        per_class=per_class,
-        per_slice=per_slice,
-        undefined=undefined,
-        intervals={name: limits for name, limits in bounds.items() if name in metrics},
-        left_out=dict(left_out),
-        items_sha256=hashlib.sha256(b"".join(written.values())).hexdigest(),
-        costs=costs,
-        seconds=round(time.monotonic() - started, 3),
-    ).sealed()
-    with store.staged_dir(paths.report(report.id)) as target:
-        for name, lines in written.items():
-            (target / name).write_bytes(lines)
-        if labels:
-            plot_confusion(items, labels, target / "confusion.png", f"{subject.id} · {config.split} of {manifest.id}")
+    scored = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started)
+    report = publish(store, manifest, config, ScoredRows(items, labels, answers, shared, left_out), scored)
     yield {"report": report.model_dump(mode="json")}
-
-
-def json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    """One object a line; what is not a finite number is null, for JSON has no word for it."""
-    plain = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
-    return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in plain).encode()
-
-
-def plot_confusion(items: Sequence[dict[str, Any]], labels: Sequence[str], path: Path, title: str) -> None:
-    """Reference by generated answer, as PNG; answers outside the label set are one column."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = [*labels, OTHER]
-    counts = [[0] * len(columns) for _ in labels]
-    for item in items:
-        reference, prediction = normalise(item["reference"]), normalise(item["prediction"])
-        if reference in labels:
-            column = columns.index(prediction) if prediction in labels else len(labels)
-            counts[list(labels).index(reference)][column] += 1
-    size = max(4.0, 0.45 * len(columns) + 2)
-    figure = Figure(figsize=(size, size), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.imshow(counts, cmap="Blues")
-    high = max(map(max, counts), default=0)
-    for row, values in enumerate(counts):
-        for column, value in enumerate(values):
-            if value:
-                colour = "white" if value > high / 2 else "black"
-                axes.text(column, row, str(value), ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set(xlabel="generated answer", ylabel="reference")
-    axes.set_title(title, fontsize=9)
-    figure.savefig(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from forge_ray.config.base import parse
 from forge_ray.config.data import DataConfig
 from forge_ray.config.release import EvalConfig
 from forge_ray.errors import ConfigError
+from forge_ray.evaluate.chat_api import Endpoint
+from forge_ray.evaluate.endpoint import evaluate_endpoint, refuse_endpoint
 from forge_ray.evaluate.reports import evaluate, model_subject, run_subject
 from forge_ray.evaluate.score import EvaluatedModel
 from forge_ray.machine import sessions
@@ -62,13 +64,40 @@ def dataset_of(catalog: Catalog, data: str, base: ModelVersion, settings: dict[s
     return prepared.manifest
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What is compared: models of the store by name, then those of endpoints. `reuse`: the last report of an endpoint on the
+    same rows is enough."""
+
+    names: tuple[str, ...]
+    endpoints: tuple[Endpoint, ...] = ()
+    reuse: bool = False
+
+
 def evaluate_models(
-    catalog: Catalog, names: Sequence[str], data: str | DatasetManifest, config: EvalConfig, settings: dict[str, Any]
+    catalog: Catalog, compared: Compared, data: str | DatasetManifest, config: EvalConfig, settings: dict[str, Any]
 ) -> list[EvalReport]:
-    """A report of each named model, in order, on the rows that `data` holds out."""
-    subjects = [subject_of(catalog, name) for name in names]
-    manifest = data if isinstance(data, DatasetManifest) else dataset_of(catalog, data, subjects[0][1], settings)
-    return [evaluate(catalog, subject, manifest, config, name) for name, (subject, _) in zip(names, subjects, strict=True)]
+    """A report of each, in order, on the rows that `data` holds out. What may not be sent is refused before any work."""
+    subjects = [subject_of(catalog, name) for name in compared.names]
+    for endpoint in () if compared.reuse else compared.endpoints:
+        refuse_endpoint(catalog, endpoint)
+    manifest = data if isinstance(data, DatasetManifest) else _dataset(catalog, data, subjects, settings)
+    named = zip(compared.names, subjects, strict=True)
+    reports = [evaluate(catalog, subject, manifest, config, name) for name, (subject, _) in named]
+    return reports + [
+        evaluate_endpoint(catalog, endpoint, manifest, config, compared.reuse) for endpoint in compared.endpoints
+    ]
+
+
+def _dataset(
+    catalog: Catalog, data: str, subjects: list[tuple[EvaluatedModel, ModelVersion]], settings: dict[str, Any]
+) -> DatasetManifest:
+    if not subjects and not catalog.has(data):
+        raise ConfigError(
+            f"{data} is not a dataset of this store, and rows of a file are read for a model of it",
+            hint="add --model NAME, or give a run file or a dataset (ds_…)",
+        )
+    return dataset_of(catalog, data, subjects[0][1], settings) if subjects else catalog.get_as(DatasetManifest, data)
 
 
 def name_of(file: str) -> str:

@@ -13,6 +13,7 @@ from forge_ray.records import Deployment, EvalReport, ModelVersion, RunRecord
 from forge_ray.store import paths
 from forge_ray.store.aliases import route_of
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.disclosures import SentRows, sent
 from forge_ray.store.exports import ExportedCopy, exported
 from forge_ray.store.files import Store
 
@@ -75,6 +76,7 @@ class Reached:
     deployments: tuple[ReachedDeployment, ...]
     evals: tuple[ReachedReport, ...]
     exported: tuple[ExportedCopy, ...] = ()
+    sent: tuple[SentRows, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class StoreUses:
             tuple(self.deployments(ids, aliases)),
             tuple(self._reports(splits)),
             exported(self.catalog, ids),
+            sent(self.catalog, {(dataset, split) for _, dataset, split in splits}),
         )
 
     def _versions(self, runs: dict[str, str], uses: Sequence[Use]) -> dict[str, str]:

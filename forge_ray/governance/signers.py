@@ -117,8 +117,9 @@ def set_policy(catalog: Catalog, changes: dict[str, Any], why: str) -> Policy:
     if policy.signatures and not authority.policy.signatures:
         _refuse_to_strand(catalog)
     settings = policy.model_dump(mode="json")
-    if not policy.no_export:  # releases that do not know the setting pass over a policy that has it
-        del settings["no_export"]
+    for later in ("no_export", "endpoints"):  # releases that do not know a setting pass over a policy that has it
+        if not settings[later]:
+            del settings[later]
     catalog.append(Event(kind="policy", subject="policy", data=settings | ({"why": why} if why else {})))
     return catalog.authority().policy
 

@@ -20,6 +20,7 @@ from forge_ray.machine.hardware import cpus
 from forge_ray.machine.ray_internals import started_here
 
 SAY_EVERY_S = 10.0
+SHORTEST_WAIT_S = 1.0  # Ray counts whole seconds, and does not look at all in 0 of them
 WAIT_VARIABLE = "FORGE_WAIT_S"
 WAIT_S = 1800.0
 
@@ -70,7 +71,7 @@ def wait_for(demand: Demand) -> None:
     began = time.monotonic()
     group: Any = placement_group([demand.each] * demand.count)
     try:
-        while not group.wait(min(SAY_EVERY_S, max(most - (time.monotonic() - began), 0.0))):
+        while not group.wait(min(SAY_EVERY_S, max(most - (time.monotonic() - began), SHORTEST_WAIT_S))):
             waited = time.monotonic() - began
             state = missing(demand)
             if waited >= most:

@@ -81,14 +81,14 @@ def refuse_name(catalog: Catalog, alias: str) -> None:
     """Raise `ConfigError` for a name that no alias can have."""
     if catalog.has(alias) or alias == "base":
         raise ConfigError(f"alias {alias!r} is the id of a record, or `base`, which rules use", hint="choose a name")
+    if not re.fullmatch(ALIAS, alias):
+        raise ConfigError(f"{alias!r} is not a valid alias, which matches {ALIAS}", hint="for example support@prod")
 
 
 def resolved_route(catalog: Catalog, alias: str, route: AliasRoute) -> AliasRoute:
     """`route` with every reference as the id of a version that may answer. Shadows may be candidates, for nobody sees
     their answers."""
     refuse_name(catalog, alias)
-    if not re.fullmatch(ALIAS, alias):
-        raise ConfigError(f"{alias!r} is no name for an alias: want {ALIAS}", hint="for example support@prod")
     rules = tuple(
         rule.model_copy(
             update={

@@ -26,6 +26,7 @@ class FormParser:
     several: bool = True
     finished: bool = False
     buffer: str = ""
+    line_end: str = ""  # in front of what may be calls; the form's if there are any, else of the text
     inside: bool = False
     calls: list[Any] = field(default_factory=list)
     num_refused: int = 0
@@ -46,10 +47,10 @@ class FormParser:
     def flush(self) -> list[Any]:
         """At the end: what was held back is text, as far as it is neither a call nor the form around one."""
         parts = self._new_calls() if self.inside and not self.finished else []
-        rest = text_behind(self.form, self.buffer[self.end :]) if self.calls else self.buffer
+        rest = text_behind(self.form, self.buffer[self.end :]) if self.calls else self.line_end + self.buffer
         if rest and not self.finished:
             parts.append(rest)
-        self.buffer = ""
+        self.buffer = self.line_end = ""
         return parts
 
     def _opened(self) -> list[Any]:
@@ -66,8 +67,11 @@ class FormParser:
         held = max(overlap(self.buffer, mark) for mark in (begins, in_front + begins))
         end = at if at >= 0 else len(self.buffer) - held
         text, self.buffer, self.inside = self.buffer[:end], self.buffer[end:], at >= 0
-        text = text.removesuffix(in_front) if self.inside else text
-        return [text] if text.strip() or (text and not self.inside) else []
+        if self.inside:
+            before = text.removesuffix(in_front)
+            before = before if before.strip() else ""
+            self.line_end, text = text[len(before) :], before
+        return [text] if text else []
 
     def _new_calls(self) -> list[Any]:
         new_calls = []

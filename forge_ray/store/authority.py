@@ -7,10 +7,12 @@ signatures that hold, which commands and endpoints check by the same functions. 
 from __future__ import annotations
 
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from forge_ray.config.base import Config
+from forge_ray.config.base import Config, SettingError
+from forge_ray.config.origins import origin_of
 from forge_ray.errors import PolicyError
 from forge_ray.records import Frozen
 from forge_ray.store import signing
@@ -36,6 +38,7 @@ MAY: dict[str, tuple[Role, ...]] = {
     "approval events": ("data_steward", "validator", "releaser"),
     "reproduction events": ("trainer", "validator", "auditor"),
     "export events": ("releaser",),
+    "disclosure events": ("trainer", "validator"),
     "removal events": ("owner", "data_steward", "trainer"),
     "signer events": ("owner",),
     "policy events": ("owner",),
@@ -80,6 +83,15 @@ class Policy(Config):
         False, description="a protected alias takes a version only if a validator approved it who did not train it"
     )
     no_export: bool = Field(False, description="the weights of model versions do not leave the store by a command")
+    endpoints: tuple[str, ...] = Field((), description="hosts of other systems that held-out rows may be sent to")
+
+    @field_validator("endpoints")
+    @classmethod
+    def _are_origins(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if urlsplit(url).path not in ("", "/"):
+                raise SettingError(f"{url!r} has a path: a host is allowed as a whole", f"use {origin_of(url)}")
+        return tuple(dict.fromkeys(map(origin_of, urls)))
 
 
 class Authority(Frozen):

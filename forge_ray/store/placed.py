@@ -63,6 +63,11 @@ def is_readable(event: Event) -> bool:
                 files = data["files"]
                 texts = [data[name] for name in ("form", "precision", "to", "by", "digest")] + [*files, *files.values()]
                 return all(isinstance(text, str) for text in texts)
+            case "disclosure" if data["action"] == "began":
+                texts = [data[name] for name in ("split", "to", "model", "by")]
+                return all(isinstance(text, str) for text in texts) and isinstance(data["num_rows"], int)
+            case "disclosure":
+                return data["action"] == "ended" and isinstance(data["began"], str) and isinstance(data["num_sent"], int)
             case "removal":
                 return all(isinstance(data[name], str) for name in ("action", "by", "why"))
             case "erasure" | "deployment" | "run":

@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from forge_ray.cli.main import cli
 from forge_ray.config.release import EvalConfig
+from forge_ray.data.build import prepare
+from forge_ray.data.build.build import index_sources
 from forge_ray.evaluate.items import items_of
 from forge_ray.evaluate.reports import is_whole, reports_of
 from forge_ray.models.import_model import import_model
@@ -69,7 +71,9 @@ def test_models_are_scored_on_every_row_of_a_file(store: Store, base: str, tmp_p
     assert "only eval.… and data.… are settings" in result["error"]["message"]
 
 
-def test_a_run_on_text_is_judged_before_and_after_training(store: Store, base: str, tmp_path: Path) -> None:
+def test_a_run_on_text_is_judged_before_and_after_training(
+    store: Store, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = tmp_path / "texts.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"line {n} of the manual says {n % 7}. " * 4}) for n in range(80)))
     run = tmp_path / "run.yaml"
@@ -92,14 +96,28 @@ def test_a_run_on_text_is_judged_before_and_after_training(store: Store, base: s
             }
         )
     )
+    num_listed = 0
+    index = index_sources
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal num_listed
+        num_listed += 1
+        return index(*arguments)
+
+    code, prepared = forge(store, "data", "prepare", str(run))
+    assert code == 0, prepared
+    monkeypatch.setattr(prepare, "index_sources", counted)
     code, before = forge(store, "eval", str(run))
     assert code == 0, before
+    assert num_listed == 1
     assert before["tuned"] is None
     assert before["base"]["subject"] == base
     code, trained = forge(store, "train", str(run))
     assert code == 0, trained
+    num_listed = 0
     code, after = forge(store, "eval", str(run))
     assert code == 0, after
+    assert num_listed == 1
     assert after["base"]["id"] == before["base"]["id"]
     assert after["tuned"]["metrics"]["bits_per_byte"] < after["base"]["metrics"]["bits_per_byte"]
     code, version = forge(store, "release", str(run))

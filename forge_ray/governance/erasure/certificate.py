@@ -11,6 +11,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.governance.erasure.examine import SEARCHES
 from forge_ray.governance.erasure.options import Done, Facts
 from forge_ray.governance.erasure.outside import OutsidePlaces
+from forge_ray.governance.erasure.plan import sent_of
 from forge_ray.governance.erasure.purging import StoreCheck
 from forge_ray.progress import stage
 from forge_ray.records import DatasetManifest, Erasure, ModelVersion, canonical_json, hex_of
@@ -78,6 +79,7 @@ def certify(
                 "source files": outside,
                 "weights": done.weights_left,
                 "copies that left the store": _exported(catalog, done),
+                "rows that were sent to other systems": _sent(catalog, done),
                 "more names of deleted files outside the store": {
                     path: count for purged in done.purged for path, count in purged.get("names_elsewhere", {}).items()
                 },
@@ -137,6 +139,12 @@ def _exported(catalog: Catalog, done: Done) -> list[Facts]:
     """Copies of the versions that commands wrote out of the store, whether they are still there or not."""
     versions = {version.id for plan in done.plans for version in plan.versions}
     return [copy.model_dump(mode="json") for copy in exported(catalog, versions)]
+
+
+def _sent(catalog: Catalog, done: Done) -> list[Facts]:
+    """Rows of the splits that held the erased ones, which a comparison with another system sent there."""
+    datasets = {one.id: one for plan in done.plans for one in plan.datasets}
+    return [rows.model_dump(mode="json") for rows in sent_of(catalog, datasets.values())]
 
 
 def _strangers(checked: StoreCheck) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from forge_ray.data.dataset import index
@@ -18,6 +18,7 @@ from forge_ray.records import DatasetManifest, Deployment, EvalReport, Frozen, M
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.disclosures import SentRows, sent
 from forge_ray.store.exports import ExportedCopy, exported
 
 TRAINED_ON = ("train", "validation")  # splits that can affect weights: validation may select the checkpoint or stop a run
@@ -89,7 +90,8 @@ class AffectedEval(Frozen):
 
 class ErasurePlan(Frozen):
     """What an erasure changes. `outside`: source files outside the store that hold the rows → line numbers; `exported`:
-    copies of the versions that left the store, which an erasure does not reach."""
+    copies of the versions that left the store, and `sent`: rows of the same splits that were sent to other systems, which
+    an erasure does not reach."""
 
     num_records: int
     num_near_duplicates: int
@@ -102,6 +104,7 @@ class ErasurePlan(Frozen):
     outside: dict[str, tuple[int, ...]]
     notes: tuple[str, ...]
     exported: tuple[ExportedCopy, ...] = ()
+    sent: tuple[SentRows, ...] = ()
     variants: tuple[Variant, ...] = ()  # for a decision before the start; not kept, for they name records
 
     def stored(self) -> dict[str, Any]:
@@ -141,6 +144,7 @@ def plan_of(catalog: Catalog, reached: ReachedRecords) -> ErasurePlan:
         outside={name: tuple(sorted(lines)) for name, lines in sorted(outside.items())},
         notes=reached.notes,
         exported=exported(catalog, withdrawn),
+        sent=sent_of(catalog, datasets),
         variants=reached.variants,
     )
 
@@ -196,7 +200,13 @@ def late_plan(
         outside={},
         notes=(),
         exported=exported(catalog, ids),
+        sent=sent_of(catalog, late),
     )
+
+
+def sent_of(catalog: Catalog, datasets: Iterable[AffectedDataset]) -> tuple[SentRows, ...]:
+    """What was sent to other systems of the splits that hold the rows."""
+    return sent(catalog, {(one.id, split) for one in datasets for split in one.held})
 
 
 def standing_for(catalog: Catalog, versions: set[str]) -> dict[str, tuple[str, ...]]:

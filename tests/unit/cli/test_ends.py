@@ -345,10 +345,16 @@ def test_ctrl_c_ends_with_its_code_and_what_to_do(capsys: pytest.CaptureFixture[
     assert "the same command resumes" in printed.err
 
 
-def test_an_alias_that_cannot_be_is_refused_before_the_import(tmp_path: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("alias", "words"),
+    [("base", "alias 'base' is the id of a record"), ("support prod", "'support prod' is not a valid alias")],
+)
+def test_an_alias_that_cannot_be_is_refused_before_the_import(
+    alias: str, words: str, tmp_path: Path, tiny_model_dir: Path
+) -> None:
     done = CliRunner().invoke(
-        cli, ["models", "import", str(tiny_model_dir), "--alias", "base", "--store", str(tmp_path / "store")]
+        cli, ["models", "import", str(tiny_model_dir), "--alias", alias, "--store", str(tmp_path / "store")]
     )
     assert done.exit_code == 2
-    assert "alias 'base' is the id of a record" in done.output
+    assert words in done.output
     assert not (tmp_path / "store/models").exists()

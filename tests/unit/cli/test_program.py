@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from forge_ray import __version__ as VERSION
+from forge_ray.cli.main import cli
 from forge_ray.cli.submit import submit
 from forge_ray.config.base import parse
 from forge_ray.config.run import RunConfig
@@ -70,3 +72,47 @@ def test_job_gets_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     submit("run.yaml", parse(RunConfig, values), "http://head:8265", "/mnt/forge", (), wait=False)
     assert FakeClient.sent["runtime_env"]["py_modules"] == [str(ROOT / "forge_ray")]
     assert FakeClient.sent["entrypoint"].startswith("python -m forge_ray.cli run run.yaml")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    "arguments", [["models", "list"], ["models", "list", "--json"], ["models", "show", "absent"]], ids=" ".join
+)
+def test_output_that_nobody_reads_ends_quietly(arguments: list[str], stream: str, tmp_path: Path) -> None:
+    """As `forge models list | head` and `forge models list 2>&1 | head` do it."""
+    environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "PYTHONWARNINGS": "error"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    is_both = stream == "stderr"
+    process = subprocess.Popen(
+        [*PROGRAM, *arguments, "--store", str(tmp_path / "store")],
+        stdout=writer,
+        stderr=writer if is_both else subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    os.close(writer)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode in (1, 2)
+    assert not (tmp_path / "state" / "forge_ray" / "errors").exists()
+    if not is_both:
+        assert "Traceback" not in messages
+        assert "Broken pipe" not in messages
+        assert ("error: 'absent' is no id" in messages) == ("absent" in arguments)
+
+
+def test_a_pipe_of_another_purpose_that_breaks_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(catalog: Any) -> Any:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr("forge_ray.cli.show.models", broken)
+    with pytest.raises(SystemExit) as end:
+        cli(["models", "list", "--store", str(tmp_path / "store")])
+    assert end.value.code == 1
+    printed = capfd.readouterr().err
+    assert "error: Broken pipe" in printed
+    assert "the traceback is in" in printed

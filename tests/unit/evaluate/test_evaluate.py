@@ -13,7 +13,8 @@ from forge_ray.config.release import EvalConfig, Gate
 from forge_ray.data.tokens.text_tools import Tools, write_form
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.examples import Example, normalise
-from forge_ray.evaluate.score import plot_confusion, score_examples, tokenizer_for
+from forge_ray.evaluate.publish import plot_confusion
+from forge_ray.evaluate.score import score_examples, tokenizer_for
 from forge_ray.evaluate.summary import summarise
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
 from forge_ray.records import DatasetManifest, EvalReport

@@ -22,7 +22,7 @@ class FakeGroup:
     def wait(self, seconds: float) -> bool:
         self.waits -= 1
         if self.waits < 0:
-            return True
+            return int(seconds) > 0  # Ray counts whole seconds, and in none of them it does not look
         self.clock[0] += seconds
         return False
 
@@ -109,6 +109,17 @@ def test_the_wait_ends_after_the_time_that_is_stated(cluster: Any, monkeypatch: 
     assert "placement group theirs" in error.value.message
     assert "FORGE_WAIT_S" in error.value.hint
     assert len(removed) == 1
+
+
+@pytest.mark.parametrize("most", ["0", "0.5", "1", "1.5"])
+def test_a_short_wait_is_long_enough_to_look(most: str, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_WAIT_S", most)
+    cluster(waits=0)
+    wait_for(demand())
+    cluster(waits=10**6)
+    with pytest.raises(ClusterError) as error:
+        wait_for(demand())
+    assert f"FORGE_WAIT_S={most}" in error.value.message
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf", "1 h"])
