@@ -64,6 +64,7 @@ def run(config: RunConfig, store: Store) -> Outcome:
     """All steps of a run file; a version that its gate rejects is registered and not deployed."""
     if config.deploy:
         refuse_public(config.deploy)
+    reports.refuse_unusable(config.eval)
     with Catalog.open(store) as catalog:
         _inputs(config, catalog)
     _refuse_unplaceable(config)

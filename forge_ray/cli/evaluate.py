@@ -101,6 +101,9 @@ def _print(store: Store, names: tuple[str, ...], reports: list[EvalReport]) -> N
         if report.num_examples != reports[0].num_examples:
             reasons = "; ".join(f"{count} × {reason}" for reason, count in report.left_out.items())
             echo(f"{name}: {report.num_examples} rows ({reasons}); changes are of the rows that both have")
+        for metric, count in report.num_scored.items():
+            if count < report.num_examples:
+                echo(f"{name}: {metric} is of {count} of {report.num_examples} rows")
     echo(f"items and confusion matrix: {store.place}/{paths.report(reports[-1].id)}")
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from forge_ray.data.record.schema import Reject
-from forge_ray.data.tokens.adapt import CALL, call_turn, probe_tools
+from forge_ray.data.tokens.adapt import CALL, arguments_of, call_turn, probe_tools
 from forge_ray.data.tokens.answers import split
 from forge_ray.data.tokens.call_forms import CallForm, form_of, parse
 from forge_ray.data.tokens.chat import encode_chat
 from forge_ray.data.tokens.template import ChatTokenizer
+from forge_ray.evaluate.examples import Example
 
 ARGUMENTS = {"FIRSTKEY": "FIRSTVALUE", "SECONDKEY": "SECONDVALUE"}
 
@@ -29,6 +30,11 @@ def call_form(tokenizer: ChatTokenizer) -> CallForm | None:
         return None
     ids: list[int] = encoded.ids[encoded.loss_mask > 0].tolist()
     return form_of(_text(tokenizer, ids), CALL["name"], ARGUMENTS)
+
+
+def expected_calls(example: Example) -> list[dict[str, Any]]:
+    """Name and arguments of the calls that a chat ends in, in order."""
+    return [{"name": call["function"]["name"], "arguments": arguments_of(call["function"])} for call in example.calls]
 
 
 def calls_in(tokenizer: ChatTokenizer, form: CallForm | None, token_ids: Sequence[int]) -> list[dict[str, Any]]:

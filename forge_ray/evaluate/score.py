@@ -21,15 +21,16 @@ from typing import Any
 from forge_ray.config.release import Contamination, EvalConfig
 from forge_ray.data.curate.contamination import contaminated, stream_records
 from forge_ray.data.record.schema import Reject
-from forge_ray.data.tokens.adapt import arguments_of
 from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, encode_chat, load_tokenizer_dir, prompt_ids
 from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.errors import DataError
-from forge_ray.evaluate.calls import call_form, calls_in
+from forge_ray.evaluate.answer_schema import KEPT_AS, AnswerSchema, refuse_unfit, with_validity
+from forge_ray.evaluate.calls import call_form, calls_in, expected_calls
 from forge_ray.evaluate.chance import wilson
 from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, held_out, label_set, normalise
 from forge_ray.evaluate.measures import CALL, intervals
+from forge_ray.evaluate.own import ScoringFunction, num_scored, scored, try_functions
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
 from forge_ray.evaluate.texts import score_texts
@@ -107,8 +108,7 @@ def _calls(example: Example, called: list[dict[str, Any]]) -> dict[str, Any]:
     """The fields of an item about calls: none without tools."""
     if not example.calls:
         return {"called": called} if example.tools else {}
-    expected = [{"name": call["function"]["name"], "arguments": arguments_of(call["function"])} for call in example.calls]
-    return {"kind": CALL, "calls": expected, "called": called}
+    return {"kind": CALL, "calls": expected_calls(example), "called": called}
 
 
 def answer_ids(tokenizer: Any, example: Example, turn: dict[str, Any]) -> list[int]:
@@ -174,9 +174,11 @@ def evaluate(
     config: EvalConfig,
     prompts: tuple[SafetyPrompt, ...],
     settings: dict[str, Any],
+    functions: tuple[ScoringFunction, ...] = (),
+    schema: AnswerSchema | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Score `subject`; yields `{"done", "total"}` on the way and the `EvalReport` as `{"report": …}` at the end.
-    `prompts` are those of the files that `config.safety` names; `settings` is what the report says of its config."""
+    `prompts`, `functions` and `schema` are of the files that `config` names; `settings` is what the report says of it."""
     import torch
 
     from forge_ray.inference.choose import open_engine
@@ -187,12 +189,17 @@ def evaluate(
     tokenizer = tokenizer_for(manifest, folder, adapter)
     held, labels = held_out(store, manifest, config), label_set(store, manifest, config)
     shared = find_contamination(store, manifest, held, config, config.contamination) if config.contamination else []
+    refuse_unfit(schema, held.chats)
+    try_functions(functions, held.chats, config.slices, labels)
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
     items, answers, total = [], [], len(held.chats) + len(held.texts) + len(prompts)
     left_out = Counter(held.left_out)
     try:
         for item in itertools.chain(
-            score_examples(engine, tokenizer, held.chats, labels, config),
+            scored(
+                with_validity(score_examples(engine, tokenizer, held.chats, labels, config), schema),
+                *(functions, held.chats, config.slices, labels),
+            ),
             score_texts(engine, tokenizer, held.texts, manifest.sequence_length),
         ):
             if "left_out" in item:
@@ -225,6 +232,7 @@ def evaluate(
     kept |= {"safety.jsonl": answers} if prompts else {}
     kept |= {"contaminated.jsonl": shared} if config.contamination else {}
     written = {name: json_lines(rows) for name, rows in kept.items()}
+    sources = {function.kept_as: function.source for function in functions} | ({KEPT_AS: schema.source} if schema else {})
     report = EvalReport(
         subject=subject.id,
         subject_digest=subject.digest,
@@ -238,13 +246,14 @@ def evaluate(
         undefined=undefined,
         intervals={name: limits for name, limits in bounds.items() if name in metrics},
         left_out=dict(left_out),
+        num_scored=num_scored(items, functions),
         items_sha256=hashlib.sha256(b"".join(written.values())).hexdigest(),
         costs=costs,
         seconds=round(time.monotonic() - started, 3),
     ).sealed()
     with store.staged_dir(paths.report(report.id)) as target:
-        for name, lines in written.items():
-            (target / name).write_bytes(lines)
+        for name, content in {**written, **sources}.items():
+            (target / name).write_bytes(content)
         if labels:
             plot_confusion(items, labels, target / "confusion.png", f"{subject.id} · {config.split} of {manifest.id}")
     yield {"report": report.model_dump(mode="json")}
