@@ -71,6 +71,11 @@ def intervals(items: Items, labels: Sequence[str]) -> dict[str, tuple[float, flo
 
 def differences(ours: Items, theirs: Items, labels: Sequence[str], confidence: float) -> dict[str, Difference | None]:
     """Metric → ours minus theirs on the rows that both have, two-sided; None where there are too few rows to say."""
+    return {name: difference(*both, confidence) for name, both in paired(ours, theirs, labels).items()}
+
+
+def paired(ours: Items, theirs: Items, labels: Sequence[str]) -> dict[str, tuple[Statistic, Statistic]]:
+    """Metric → the statistics of either on the rows that both have, in one order."""
     others = {item["record"]: item for item in theirs}
     common = [item for item in ours if item["record"] in others]
     if not common:
@@ -78,7 +83,7 @@ def differences(ours: Items, theirs: Items, labels: Sequence[str], confidence: f
     both = [_on_both_sides(item, others[item["record"]]) for item in common]
     one, two = (statistics([pair[side] for pair in both], labels) for side in (0, 1))
     shared = [name for name in one if name in two and one[name].num_rows == two[name].num_rows]
-    return {name: difference(one[name], two[name], confidence) for name in shared}
+    return {name: (one[name], two[name]) for name in shared}
 
 
 def _on_both_sides(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from forge_ray.evaluate.answer_schema import AnswerSchema
     from forge_ray.evaluate.own import ScoringFunction
     from forge_ray.evaluate.safety import SafetyPrompt
+    from forge_ray.evaluate.sample_size import Spread
     from forge_ray.evaluate.score import EvaluatedModel
 
 
@@ -202,6 +203,24 @@ def audit_leak_of(catalog: Catalog, reference: str, settings: dict[str, Any]) ->
     if isinstance(record, ModelVersion) and record.files_digest != files_digest(run.export):
         return audit_leak(catalog, run, config, subject=model_subject(catalog, record), num_steps=record.step)
     return audit_leak(catalog, run, config)
+
+
+def measured_spreads(catalog: Catalog, name: str) -> dict[str, Spread]:
+    """Metric → how its difference from the base model varied over the rows of the newest version of this name that has both
+    reports; {} without one."""
+    from forge_ray.evaluate.items import items_of, labels_of
+    from forge_ray.evaluate.measures import paired
+    from forge_ray.evaluate.sample_size import spread_of
+
+    for version in reversed(list(catalog.all(ModelVersion))):
+        ids = version.evals[:2] if version.name == name else ()
+        if len(ids) < 2 or not all(catalog.has(one) and catalog.store.exists(paths.items(one)) for one in ids):
+            continue
+        tuned, base = (catalog.get_as(EvalReport, one) for one in ids)
+        pairs = paired(items_of(catalog.store, tuned), items_of(catalog.store, base), labels_of(tuned))
+        spreads = {metric: spread_of(*both) for metric, both in pairs.items()}
+        return {metric: spread for metric, spread in spreads.items() if spread is not None}
+    return {}
 
 
 def incumbent(
