@@ -246,7 +246,7 @@ def rows_needed(config: RunConfig, store: Store, dataset: str) -> tuple[RowsNeed
     from forge_ray.release.rows_needed import rows_needed as needed_by
 
     rules, split = config.release.gate, config.eval.split
-    if not any(rule.confidence for rule in (*rules.better_than, *rules.no_worse_than)):
+    if not any(rule.confidence for rule in rules.comparisons):
         return ()
     if not dataset:
         return needed_by(rules, None, (), {}, split)

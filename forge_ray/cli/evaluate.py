@@ -117,7 +117,7 @@ def _rules(config: RunConfig) -> list[str]:
     bounds += [(f"leak.{name}", None, most) for name, most in gate.leak.model_dump().items()]
     rules = [f"{name} at least {least:g}" for name, least, _ in bounds if least is not None]
     rules += [f"{name} at most {most:g}" for name, _, most in bounds if most is not None]
-    return [*rules, *map(rule_text, (*gate.better_than, *gate.no_worse_than))]
+    return [*rules, *map(rule_text, gate.comparisons)]
 
 
 EVALUATE = verbs.commands["eval"]

@@ -149,8 +149,9 @@ def plan(
     cost_per_hour: float,
     rows: int,
 ) -> Any:
-    """Estimate steps, memory, disk and time of a run, and the held-out rows that its gate needs.
+    """Estimate steps, memory, disk and time of a run.
 
+    Also the held-out rows that a gate with a confidence needs.
     Exit code 2 if the run cannot fit, as `forge train` would end."""
     from forge_ray import pipeline
     from forge_ray.cli.show import print_plan

@@ -102,3 +102,8 @@ class Gate(Config):
     no_worse_than: tuple[NoWorseThan, ...] = Field((), description="Models that the version must not regress against")
     budgets: Budgets = Budgets()
     leak: LeakBounds = LeakBounds()
+
+    @property
+    def comparisons(self) -> tuple[BetterThan | NoWorseThan, ...]:
+        """The rules that compare with another model, in the order of the run file."""
+        return (*self.better_than, *self.no_worse_than)

@@ -56,6 +56,10 @@ class OwnMetric(Config):
                 f"function={self.function!r} is not a Python file, a colon and the name of a function",
                 "for example metrics/tone.py:tone",
             )
+        if "://" in self.file:
+            raise SettingError(
+                f"function={self.function!r} is a URI, and code is taken from files alone", "copy the file here"
+            )
         for name in self.lower_is_better:
             if problem := name_problem(name):
                 raise SettingError(f"lower_is_better: {problem}", "name scores that the function returns")

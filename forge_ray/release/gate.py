@@ -26,8 +26,7 @@ def is_lower_better(report: EvalReport, metric: str) -> bool:
 
 def incumbents_of(gate: Gate) -> tuple[str, ...]:
     """The names that the gate compares with, each once."""
-    names = [rule.incumbent for rule in gate.better_than] + [rule.incumbent for rule in gate.no_worse_than]
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(rule.incumbent for rule in gate.comparisons))
 
 
 def no_rows(report: EvalReport) -> Sequence[dict[str, Any]]:

@@ -55,10 +55,8 @@ def rows_needed(
 ) -> tuple[RowsNeeded, ...]:
     """Of each rule with a confidence, in the order of the run file. `held`: None where there is no dataset yet;
     `measured`: spreads by metric, as far as an earlier version has them."""
-    rules: list[Rule] = [*gate.better_than, *gate.no_worse_than]
-    return tuple(
-        _needed(rule, held, labels, measured.get(rule.metric), split) for rule in rules if rule.confidence is not None
-    )
+    rules = [rule for rule in gate.comparisons if rule.confidence is not None]
+    return tuple(_needed(rule, held, labels, measured.get(rule.metric), split) for rule in rules)
 
 
 def _needed(rule: Rule, held: HeldOutRows | None, labels: Sequence[str], measured: Spread | None, split: str) -> RowsNeeded:

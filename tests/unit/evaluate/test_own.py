@@ -68,6 +68,7 @@ def test_text_alone_is_short_for_the_function() -> None:
         ("own.py", "function='own.py' is not a Python file, a colon and the name of a function"),
         ("own.txt:f", "is not a Python file"),
         ("own.py:f()", "is not a Python file"),
+        ("s3://bucket/own.py:f", "function='s3://bucket/own.py:f' is a URI, and code is taken from files alone"),
         ({"function": "own.py:f", "lower_is_better": ["loss"]}, "loss is a metric that every evaluation may have"),
         ({"function": "own.py:f", "seconds_per_row": 0}, "greater than 0"),
     ],
