@@ -259,13 +259,14 @@ class EvalReport(Record):
     costs: dict[str, float] = Field({}, description="what answering takes: latency_ms_per_token, size_bytes")
     intervals: dict[str, tuple[float, float]] = Field({}, description="of 95 %, by metric; they follow from the items")
     left_out: dict[str, int] = Field({}, description="rows of the split that were not evaluated, by the reason")
+    num_scored: dict[str, int] = Field({}, description="the user's own metrics → rows that they are means over")
     seconds: float = 0.0
 
     def parents(self) -> tuple[str, ...]:
         return (self.dataset,) if self.endpoint else (self.subject, self.dataset)
 
     def identity(self) -> dict[str, Any]:
-        return _without_empty(super().identity(), "per_slice", "undefined", "left_out", "endpoint")
+        return _without_empty(super().identity(), "per_slice", "undefined", "left_out", "endpoint", "num_scored")
 
 
 class Check(Frozen):

@@ -27,7 +27,13 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 RUN = ("bring-a-model", "fine-tune")  # guides whose blocks tests/e2e/test_guides.py runs
-LARGE = ("classify", "tool-calls", "pretrain", "cycles", "preferences")  # the same in `make test-large`, for each trains a model
+LARGE = (
+    "classify",
+    "tool-calls",
+    "pretrain",
+    "cycles",
+    "preferences",
+)  # the same in `make test-large`, for each trains a model
 
 
 @dataclass(frozen=True)

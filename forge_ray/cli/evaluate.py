@@ -167,24 +167,23 @@ def _print(store: Store, names: tuple[str, ...], reports: list[EvalReport]) -> N
         if report.num_examples != reports[0].num_examples:
             reasons = "; ".join(f"{count} × {reason}" for reason, count in report.left_out.items())
             echo(f"{name}: {report.num_examples} rows ({reasons}); changes are of the rows that both have")
+        for metric, count in report.num_scored.items():
+            if count < report.num_examples:
+                echo(f"{name}: {metric} is of {count} of {report.num_examples} rows")
     echo(f"items and confusion matrix: {store.place}/{paths.report(reports[-1].id)}")
 
 
 def _rules(config: RunConfig) -> list[str]:
     """What the gate of a run file asks, a line each."""
+    from forge_ray.release.rows_needed import rule_text
+
     gate = config.release.gate
     bounds = [(name, bound.min, bound.max) for name, bound in gate.thresholds.items()]
     bounds += [(name, None, most) for name, most in gate.budgets.model_dump().items()]
     bounds += [(f"leak.{name}", None, most) for name, most in gate.leak.model_dump().items()]
     rules = [f"{name} at least {least:g}" for name, least, _ in bounds if least is not None]
     rules += [f"{name} at most {most:g}" for name, _, most in bounds if most is not None]
-    for better in gate.better_than:
-        at = f" at {better.confidence:.0%}" if better.confidence else ""
-        rules.append(f"{better.metric} better than {better.incumbent} by {better.margin:g}{at}")
-    for rule in gate.no_worse_than:
-        at = f" at {rule.confidence:.0%}" if rule.confidence else ""
-        rules.append(f"{rule.metric} at most {rule.tolerance:g} worse than {rule.incumbent}{at}")
-    return rules
+    return [*rules, *map(rule_text, gate.comparisons)]
 
 
 EVALUATE = verbs.commands["eval"]

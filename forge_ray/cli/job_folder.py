@@ -56,6 +56,9 @@ def _named(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.data.subject and _is_relative(config.data.subject.key_file):
         yield "data.subject.key_file", os.path.abspath(config.data.subject.key_file)
     yield from (("eval.safety", os.path.abspath(path)) for path in config.eval.safety if _is_relative(path))
+    yield from (("eval.metrics", os.path.abspath(one.file)) for one in config.eval.metrics if _is_relative(one.file))
+    if _is_relative(config.eval.json_schema):
+        yield "eval.json_schema", os.path.abspath(config.eval.json_schema)
     for rule in config.data.curate:
         for place in getattr(rule, "against", ()):  # a dataset version matches no file
             yield from (("data.curate.against", os.path.abspath(path)) for path in _files(place))

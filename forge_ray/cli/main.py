@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -152,9 +153,11 @@ def plan(
 ) -> Any:
     """Estimate steps, memory, disk and time of a run.
 
+    Also the held-out rows that a gate with a confidence needs.
     Exit code 2 if the run cannot fit, as `forge train` would end."""
     from forge_ray import pipeline
     from forge_ray.cli.show import print_plan
+    from forge_ray.release.rows_needed import line
     from forge_ray.train.preflight import Assumptions
 
     estimate = pipeline.plan(config, store, Assumptions(workers, memory_gb, tokens_per_s, cost_per_hour, rows))
@@ -162,7 +165,10 @@ def plan(
         print_plan(estimate)
     if estimate.problem:
         raise ConfigError(estimate.problem, hint=estimate.remedy)
-    return estimate.to_json()
+    needed = pipeline.rows_needed(config, store, "" if rows else estimate.dataset)
+    for one in needed if not as_json else ():
+        echo(line(one, config.eval.split))
+    return estimate.to_json() | {"gate": [asdict(one) for one in needed]}
 
 
 FORCE = click.option("--force", is_flag=True, help="Start even if the plan predicts it will not fit.")

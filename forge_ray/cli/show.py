@@ -81,7 +81,7 @@ def scores(store: Store, names: Sequence[str], reports: Sequence[EvalReport]) ->
         header += [name, "change"]
     rows = []
     for metric in dict.fromkeys(metric for report in reports for metric in report.metrics):
-        number = _share if is_share(metric) else _number
+        number = _share if all(is_share(report, metric) for report in reports) else _number
         row = [metric, _with_interval(first, metric, number)]
         for other, by_metric in zip(others, changes, strict=True):
             row += [_with_interval(other, metric, number), _change(metric, first, other, by_metric.get(metric))]
@@ -103,8 +103,8 @@ def _change(metric: str, before: EvalReport, after: EvalReport, change: Differen
 
     if metric not in before.metrics or metric not in after.metrics:
         return ""
-    scale, form = (100, "+.1f") if is_share(metric) else (1, "+.3g")
-    cell = f"{(after.metrics[metric] - before.metrics[metric]) * scale:{form}}" + (" points" if is_share(metric) else "")
+    scale, form, unit = (100, "+.1f", " points") if is_share(after, metric) else (1, "+.3g", "")
+    cell = f"{(after.metrics[metric] - before.metrics[metric]) * scale:{form}}{unit}"
     if change is None:
         return cell
     return f"{cell}  [{change.low * scale:{form}}, {change.high * scale:{form}}]" + (

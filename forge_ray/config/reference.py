@@ -56,6 +56,7 @@ EXAMPLES = {
     "train.guards": "train: {guards: {max_skipped: 0.05}}",
     "train.guards.spike": "train: {guards: {spike: {sigma: 8, patience: 5}}}",
     "eval": "eval: {labels: from_data, max_examples: 200}",
+    "eval.metrics": "eval: {metrics: [{function: metrics/tone.py:tone, lower_is_better: [rudeness]}]}",
     "eval.contamination": "eval: {contamination: {ngram: 13}}",
     "eval.leak": "eval: {leak: {max_records: 64}}",
     "eval.engine": "eval: {engine: {num_blocks: 1024}}",

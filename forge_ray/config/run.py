@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from forge_ray.config.base import Config, SettingError
 from forge_ray.config.data import DataConfig
-from forge_ray.config.release import NAME, DeployConfig, EvalConfig, LeakBounds, ReleaseConfig
+from forge_ray.config.gate import LeakBounds
+from forge_ray.config.release import NAME, DeployConfig, EvalConfig, ReleaseConfig
 from forge_ray.config.train import TrainConfig
 
 

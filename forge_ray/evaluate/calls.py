@@ -33,6 +33,11 @@ def call_form(tokenizer: ChatTokenizer) -> CallForm | None:
     return form_of(_text(tokenizer, ids), CALL["name"], ARGUMENTS)
 
 
+def expected_calls(example: Example) -> list[dict[str, Any]]:
+    """Name and arguments of the calls that a chat ends in, in order."""
+    return [{"name": call["function"]["name"], "arguments": arguments_of(call["function"])} for call in example.calls]
+
+
 def calls_in(tokenizer: ChatTokenizer, form: CallForm | None, token_ids: Sequence[int]) -> list[dict[str, Any]]:
     """Name and arguments of the calls in generated ids, in order, as far as they are whole."""
     if form is None:
@@ -52,5 +57,4 @@ def call_fields(example: Example, called: list[dict[str, Any]]) -> dict[str, Any
     """The fields of an item about calls: none without tools."""
     if not example.calls:
         return {"called": called} if example.tools else {}
-    expected = [{"name": call["function"]["name"], "arguments": arguments_of(call["function"])} for call in example.calls]
-    return {"kind": measures.CALL, "calls": expected, "called": called}
+    return {"kind": measures.CALL, "calls": expected_calls(example), "called": called}

@@ -17,13 +17,15 @@ from typing import Any
 
 from forge_ray.config.release import EvalConfig
 from forge_ray.errors import DataError, EngineError
+from forge_ray.evaluate.answer_schema import refuse_unfit, with_validity
 from forge_ray.evaluate.calls import call_fields
 from forge_ray.evaluate.chat_api import Connection, Endpoint, answers, connected
 from forge_ray.evaluate.chat_format import ChatAnswer, Unanswered, request_of
 from forge_ray.evaluate.examples import Example, HeldOutRows, held_out, label_set
-from forge_ray.evaluate.publish import Scored, ScoredRows, find_contamination, publish
-from forge_ray.evaluate.reports import reports_of
-from forge_ray.evaluate.safety import SafetyPrompt, read_prompts
+from forge_ray.evaluate.own import scored, try_functions
+from forge_ray.evaluate.publish import OwnFiles, Scored, ScoredRows, find_contamination, publish
+from forge_ray.evaluate.reports import files_of, reports_of
+from forge_ray.evaluate.safety import SafetyPrompt
 from forge_ray.progress import Stage, stage
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import disclosures, paths
@@ -64,10 +66,10 @@ def evaluate_endpoint(
     sent there, `DataError` where no row was answered, and what `chat_api.answers` raises. With `reuse` the last report of
     the same rows and settings is enough, where there is one, and nothing is sent."""
     started = time.monotonic()
-    prompts, digests = read_prompts(config.safety)
+    prompts, functions, schema, digests = files_of(config)
     scoring = {name: value for name, value in config.scoring().items() if name not in MACHINE}
     asked_with = {"model": endpoint.model, "url": endpoint.url, "options": dict(endpoint.options)}
-    settings = scoring | ({"safety": digests} if digests else {}) | {"endpoint": asked_with}
+    settings = scoring | digests | {"endpoint": asked_with}
     with stage("evaluate") as it:
         existing = list(reports_of(catalog, (endpoint.name, manifest.id, settings))) if reuse else []
         if existing:
@@ -79,13 +81,18 @@ def evaluate_endpoint(
         require(catalog, paths.dataset(manifest.id))
         with using(catalog.store, what, paths.dataset(manifest.id)):
             held, labels = held_out(catalog.store, manifest, config), label_set(catalog.store, manifest, config)
+            refuse_unfit(schema, held.chats)
+            try_functions(functions, held.chats, config.slices, labels)
             rule = config.contamination
             shared = find_contamination(catalog.store, manifest, held, config, rule) if rule else None
             asked = _sent(catalog, endpoint, manifest, config, held, prompts, it)
-        rows = ScoredRows(asked.items, labels, asked.safety, shared, asked.left_out)
+        valid = with_validity(iter(asked.items), schema)
+        items = list(scored(valid, functions, held.chats, config.slices, labels))
+        rows = ScoredRows(items, labels, asked.safety, shared, asked.left_out)
         costs = {name: float(count) for name, count in asked.num_tokens.items() if count}
-        scored = Scored(endpoint.name, "", settings, costs, time.monotonic() - started, endpoint.url)
-        report = publish(catalog.store, manifest, config, rows, scored)
+        files = OwnFiles(functions, schema)
+        of = Scored(endpoint.name, "", settings, costs, time.monotonic() - started, endpoint.url, files)
+        report = publish(catalog.store, manifest, config, rows, of)
         refuse_erased(catalog.store, report.id, manifest.id, folder=paths.report(report.id))
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
         it.done(f"{report.id}  {endpoint.name}: {scores}")

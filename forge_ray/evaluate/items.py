@@ -7,8 +7,11 @@ import json
 from typing import Any
 
 from forge_ray.errors import StoreError
+from forge_ray.evaluate.answer_schema import KEPT_AS
 from forge_ray.evaluate.chance import Difference
 from forge_ray.evaluate.measures import differences
+from forge_ray.evaluate.named_files import sha256_of
+from forge_ray.evaluate.own import kept_name
 from forge_ray.records import EvalReport
 from forge_ray.store import paths
 from forge_ray.store.files import Store
@@ -24,6 +27,18 @@ def read_items(store: Store, report: EvalReport) -> bytes:
     if hashlib.sha256(b"".join([items, *more])).hexdigest() != report.items_sha256:
         raise StoreError(f"{folder}/{ITEMS[0]} does not match the report's digest", hint="restore it from a backup")
     return items
+
+
+def verify_sources(store: Store, report: EvalReport) -> None:
+    """Compare the kept files of `eval.metrics` and `eval.json_schema` with the digests in the report's settings. Raises
+    `StoreError`."""
+    digests = {kept_name(one["sha256"]): one["sha256"] for one in report.config.get("metrics", [])}
+    if sha256 := report.config.get("json_schema"):
+        digests[KEPT_AS] = sha256
+    for name, sha256 in digests.items():
+        path = paths.report(report.id, name)
+        if not store.exists(path) or sha256_of(store.read(path)) != sha256:
+            raise StoreError(f"{path} is not there or not what the report was made with", hint="restore it from a backup")
 
 
 def items_of(store: Store, report: EvalReport) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@
   JSON object (extraction): the object, and precision and recall of its fields
 - a chat that ends in calls: the calls as a whole, their names, their arguments; and calls where a text was expected
 - a pair of a preferred and a rejected answer: also which of them is likelier, and by how many nats
+- either, with functions of the user's own: the mean of each of their scores over the rows that have it
 - a plain text: loss, perplexity, and bits per byte, which can be compared over tokenizers
 """
 
@@ -19,14 +20,16 @@ import numpy as np
 
 from forge_ray.evaluate.chance import Difference, Floats, Statistic, difference, interval, mapped, ratio, share
 from forge_ray.evaluate.examples import normalise
+from forge_ray.records import EvalReport
 
 Items = Sequence[dict[str, Any]]
 CALL, TEXT = "call", "text"
 NUMBERS = ("loss", "perplexity", "bits_per_byte", "margin")  # what is no share: names end so
 
 
-def is_share(metric: str) -> bool:
-    return not metric.endswith(NUMBERS)
+def is_share(report: EvalReport, metric: str) -> bool:
+    """Whether it is shown in percent. The user's own scores are not: nothing says what they count."""
+    return not metric.endswith(NUMBERS) and metric not in report.num_scored
 
 
 def is_right(item: dict[str, Any]) -> bool:
@@ -51,6 +54,9 @@ def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
         by_metric |= _extraction(references, [_object(item["prediction"]) for item in chats])
     if calls:
         by_metric |= {name: share([rule(item) for item in calls]) for name, rule in CALL_RULES.items()}
+    if judged := [item["valid_schema"] for item in chats if "valid_schema" in item]:
+        by_metric["valid_schema"] = share(judged)
+    by_metric |= _own([*chats, *calls])
     if offered := [item for item in chats if "called" in item]:
         by_metric["needless_calls"] = share([bool(item["called"]) for item in offered])
     if pairs := [item for item in items if "rejected_logprob" in item]:
@@ -71,13 +77,40 @@ def intervals(items: Items, labels: Sequence[str]) -> dict[str, tuple[float, flo
 
 def differences(ours: Items, theirs: Items, labels: Sequence[str], confidence: float) -> dict[str, Difference | None]:
     """Metric → ours minus theirs on the rows that both have, two-sided; None where there are too few rows to say."""
+    return {name: difference(*both, confidence) for name, both in paired(ours, theirs, labels).items()}
+
+
+def paired(ours: Items, theirs: Items, labels: Sequence[str]) -> dict[str, tuple[Statistic, Statistic]]:
+    """Metric → the statistics of either on the rows that both have, in one order."""
     others = {item["record"]: item for item in theirs}
     common = [item for item in ours if item["record"] in others]
     if not common:
         return {}
-    one, two = statistics(common, labels), statistics([others[item["record"]] for item in common], labels)
+    both = [_on_both_sides(item, others[item["record"]]) for item in common]
+    one, two = (statistics([pair[side] for pair in both], labels) for side in (0, 1))
     shared = [name for name in one if name in two and one[name].num_rows == two[name].num_rows]
-    return {name: difference(one[name], two[name], confidence) for name in shared}
+    return {name: (one[name], two[name]) for name in shared}
+
+
+def _on_both_sides(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both items, with the user's own scores that both have: a difference is of the same rows."""
+    if "scores" not in ours or "scores" not in theirs:
+        return ours, theirs
+    names = ours["scores"].keys() & theirs["scores"].keys()
+    kept = ({name: item["scores"][name] for name in names} for item in (ours, theirs))
+    return {**ours, "scores": next(kept)}, {**theirs, "scores": next(kept)}
+
+
+def _own(items: Items) -> dict[str, Statistic]:
+    """Means of the user's own scores; of one that is 0 or 1 on every row it is a share."""
+    by_name: dict[str, list[float]] = {}
+    for item in items:
+        for name, value in item.get("scores", {}).items():
+            by_name.setdefault(name, []).append(value)
+    return {
+        name: share([value == 1 for value in values]) if {*values} <= {0.0, 1.0} else ratio(values, [1.0] * len(values))
+        for name, values in sorted(by_name.items())
+    }
 
 
 def _losses(prefix: str, items: Items) -> dict[str, Statistic]:

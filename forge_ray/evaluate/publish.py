@@ -12,9 +12,11 @@ from typing import Any
 
 from forge_ray.config.release import Contamination, EvalConfig
 from forge_ray.data.curate.contamination import contaminated, stream_records
+from forge_ray.evaluate.answer_schema import KEPT_AS, AnswerSchema
 from forge_ray.evaluate.chance import wilson
 from forge_ray.evaluate.examples import HeldOutRows, normalise
 from forge_ray.evaluate.measures import intervals
+from forge_ray.evaluate.own import ScoringFunction, num_scored
 from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import paths
@@ -34,6 +36,20 @@ class ScoredRows:
 
 
 @dataclass(frozen=True)
+class OwnFiles:
+    """The user's own functions and schema that rows were scored with."""
+
+    functions: tuple[ScoringFunction, ...] = ()
+    schema: AnswerSchema | None = None
+
+    @property
+    def sources(self) -> dict[str, bytes]:
+        """The bytes of each file, by the name under which the report keeps them."""
+        kept = {function.kept_as: function.source for function in self.functions}
+        return kept | ({KEPT_AS: self.schema.source} if self.schema else {})
+
+
+@dataclass(frozen=True)
 class Scored:
     """Whose answers they are, and how they came about: what a report says besides its scores."""
 
@@ -43,6 +59,7 @@ class Scored:
     costs: dict[str, float]
     seconds: float
     endpoint: str = ""
+    files: OwnFiles = OwnFiles()
 
 
 def find_contamination(
@@ -83,13 +100,14 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
         undefined=undefined,
         intervals={name: limits for name, limits in bounds.items() if name in metrics},
         left_out=dict(rows.left_out),
+        num_scored=num_scored(rows.items, of.files.functions),
         items_sha256=hashlib.sha256(b"".join(written.values())).hexdigest(),
         costs=of.costs,
         seconds=round(of.seconds, 3),
     ).sealed()
     with store.staged_dir(paths.report(report.id)) as target:
-        for name, lines in written.items():
-            (target / name).write_bytes(lines)
+        for name, content in {**written, **of.files.sources}.items():
+            (target / name).write_bytes(content)
         if rows.labels:
             title = f"{of.subject} · {config.split} of {manifest.id}"
             plot_confusion(rows.items, rows.labels, target / "confusion.png", title)

@@ -20,6 +20,10 @@ from forge_ray.store.resolve import resolve
 from forge_ray.store.uses import using
 
 if TYPE_CHECKING:
+    from forge_ray.evaluate.answer_schema import AnswerSchema
+    from forge_ray.evaluate.own import ScoringFunction
+    from forge_ray.evaluate.safety import SafetyPrompt
+    from forge_ray.evaluate.sample_size import Spread
     from forge_ray.evaluate.score import EvaluatedModel
 
 
@@ -58,16 +62,39 @@ def _subject(catalog: Catalog, identifier: str, folder: str, files: tuple[FileEn
 def evaluate(
     catalog: Catalog, subject: EvaluatedModel, manifest: DatasetManifest, config: EvalConfig, what: str, quiet: bool = False
 ) -> EvalReport:
-    """Scores of `subject` on `manifest`; found again by the settings that decide them, the safety files' bytes included."""
-    from forge_ray.evaluate.safety import read_prompts
+    """Scores of `subject` on `manifest`; found again by the settings that decide them, the bytes of their files included."""
     from forge_ray.evaluate.score import evaluate as run_evaluation
 
-    prompts, digests = read_prompts(config.safety)
-    settings = config.scoring() | ({"safety": digests} if digests else {})
-    arguments = (subject, manifest, config, prompts, settings)
+    prompts, functions, schema, digests = files_of(config)
+    settings = config.scoring() | digests
+    arguments = (subject, manifest, config, prompts, settings, functions, schema)
     key = (subject.id, manifest.id, settings)
     existing = next((r for r in reports_of(catalog, key) if is_whole(catalog, r, manifest, config)), None)
     return _report(catalog, key, config, run_evaluation, arguments, what, quiet, existing)
+
+
+def files_of(
+    config: EvalConfig,
+) -> tuple[tuple[SafetyPrompt, ...], tuple[ScoringFunction, ...], AnswerSchema | None, dict[str, Any]]:
+    """(prompts, functions, schema) of the files that `config` names, and the settings by which a report is known: digests of
+    their bytes in place of their names."""
+    from forge_ray.evaluate.answer_schema import read_schema
+    from forge_ray.evaluate.own import read_functions
+    from forge_ray.evaluate.safety import read_prompts
+
+    prompts, digests = read_prompts(config.safety)
+    functions, schema = read_functions(config.metrics), read_schema(config.json_schema)
+    settings: dict[str, Any] = {"safety": digests} if digests else {}
+    settings |= {"metrics": [function.settings for function in functions]} if functions else {}
+    return prompts, functions, schema, settings | ({"json_schema": schema.sha256} if schema else {})
+
+
+def refuse_unusable(config: EvalConfig) -> None:
+    """Raises where a file that the evaluation needs cannot be used: hours of training would come before it."""
+    from forge_ray.evaluate.own import check_loads
+
+    _, functions, _, _ = files_of(config)
+    check_loads(functions)
 
 
 def reports_of(catalog: Catalog, key: tuple[str, str, dict[str, Any]]) -> Iterator[EvalReport]:
@@ -176,6 +203,24 @@ def audit_leak_of(catalog: Catalog, reference: str, settings: dict[str, Any]) ->
     if isinstance(record, ModelVersion) and record.files_digest != files_digest(run.export):
         return audit_leak(catalog, run, config, subject=model_subject(catalog, record), num_steps=record.step)
     return audit_leak(catalog, run, config)
+
+
+def measured_spreads(catalog: Catalog, name: str) -> dict[str, Spread]:
+    """Metric → how its difference from the base model varied over the rows of the newest version of this name that has both
+    reports; {} without one."""
+    from forge_ray.evaluate.items import items_of, labels_of
+    from forge_ray.evaluate.measures import paired
+    from forge_ray.evaluate.sample_size import spread_of
+
+    for version in reversed(list(catalog.all(ModelVersion))):
+        ids = version.evals[:2] if version.name == name else ()
+        if len(ids) < 2 or not all(catalog.has(one) and catalog.store.exists(paths.items(one)) for one in ids):
+            continue
+        tuned, base = (catalog.get_as(EvalReport, one) for one in ids)
+        pairs = paired(items_of(catalog.store, tuned), items_of(catalog.store, base), labels_of(tuned))
+        spreads = {metric: spread_of(*both) for metric, both in pairs.items()}
+        return {metric: spread for metric, spread in spreads.items() if spread is not None}
+    return {}
 
 
 def incumbent(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
-import pyarrow.fs as pafs
 from pydantic import Field, ValidationError, model_validator
 
 from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, prompt_ids
-from forge_ray.errors import ConfigError, DataError, NotFound
+from forge_ray.errors import DataError
+from forge_ray.evaluate.named_files import read_named, sha256_of
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.records import Frozen
 
@@ -60,8 +58,8 @@ def read_prompts(paths: Sequence[str]) -> tuple[tuple[SafetyPrompt, ...], list[s
     prompts: list[SafetyPrompt] = []
     digests = []
     for path in paths:
-        data = _read(path)
-        digests.append("sha256:" + hashlib.sha256(data).hexdigest())
+        data = read_named(path, "eval.safety", "JSONL")
+        digests.append(sha256_of(data))
         before = len(prompts)
         for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
             if line.strip():
@@ -69,19 +67,6 @@ def read_prompts(paths: Sequence[str]) -> tuple[tuple[SafetyPrompt, ...], list[s
         if len(prompts) == before:
             raise DataError(f"eval.safety: {path} has no prompt", hint="one JSON object a line; docs/design/gates.md")
     return tuple(prompts), digests
-
-
-def _read(path: str) -> bytes:
-    try:
-        if "://" not in path:
-            return Path(path).read_bytes()
-        filesystem, place = pafs.FileSystem.from_uri(path)
-        with filesystem.open_input_stream(place) as stream:
-            return bytes(stream.read())
-    except FileNotFoundError:
-        raise NotFound(f"eval.safety: {path!r} does not exist", hint="a path relative to here, or a URI") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"eval.safety: {path!r} cannot be read: {error}", hint="give a JSONL file") from None
 
 
 def _parse(line: str, place: str) -> SafetyPrompt:

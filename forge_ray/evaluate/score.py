@@ -21,9 +21,11 @@ from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, encode_chat, l
 from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.errors import DataError
+from forge_ray.evaluate.answer_schema import AnswerSchema, refuse_unfit, with_validity
 from forge_ray.evaluate.calls import call_fields, call_form, calls_in
 from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, held_out, label_set, normalise
-from forge_ray.evaluate.publish import Scored, ScoredRows, find_contamination, publish
+from forge_ray.evaluate.own import ScoringFunction, scored, try_functions
+from forge_ray.evaluate.publish import OwnFiles, Scored, ScoredRows, find_contamination, publish
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.evaluate.texts import score_texts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
@@ -152,9 +154,11 @@ def evaluate(
     config: EvalConfig,
     prompts: tuple[SafetyPrompt, ...],
     settings: dict[str, Any],
+    functions: tuple[ScoringFunction, ...] = (),
+    schema: AnswerSchema | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Score `subject`; yields `{"done", "total"}` on the way and the `EvalReport` as `{"report": …}` at the end.
-    `prompts` are those of the files that `config.safety` names; `settings` is what the report says of its config."""
+    `prompts`, `functions` and `schema` are of the files that `config` names; `settings` is what the report says of it."""
     import torch
 
     from forge_ray.inference.choose import open_engine
@@ -165,12 +169,17 @@ def evaluate(
     tokenizer = tokenizer_for(manifest, folder, adapter)
     held, labels = held_out(store, manifest, config), label_set(store, manifest, config)
     shared = find_contamination(store, manifest, held, config, config.contamination) if config.contamination else None
+    refuse_unfit(schema, held.chats)
+    try_functions(functions, held.chats, config.slices, labels)
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
     items, answers, total = [], [], len(held.chats) + len(held.texts) + len(prompts)
     left_out = Counter(held.left_out)
     try:
         for item in itertools.chain(
-            score_examples(engine, tokenizer, held.chats, labels, config),
+            scored(
+                with_validity(score_examples(engine, tokenizer, held.chats, labels, config), schema),
+                *(functions, held.chats, config.slices, labels),
+            ),
             score_texts(engine, tokenizer, held.texts, manifest.sequence_length),
         ):
             if "left_out" in item:
@@ -190,6 +199,6 @@ def evaluate(
             hint="`forge models check` says what the model's chat template has a place for",
         )
     costs = {"size_bytes": float(size_bytes(store, subject))} | ({"latency_ms_per_token": latency} if latency else {})
-    scored = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started)
-    report = publish(store, manifest, config, ScoredRows(items, labels, answers, shared, left_out), scored)
+    of = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started, files=OwnFiles(functions, schema))
+    report = publish(store, manifest, config, ScoredRows(items, labels, answers, shared, left_out), of)
     yield {"report": report.model_dump(mode="json")}

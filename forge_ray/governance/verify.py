@@ -11,7 +11,7 @@ from typing import Any
 
 from forge_ray.data.build import kept_tombstones
 from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError, StoreError
-from forge_ray.evaluate.items import read_items
+from forge_ray.evaluate.items import read_items, verify_sources
 from forge_ray.records import DatasetManifest, Deployment, EvalReport, ModelVersion, Record, RunRecord, files_digest
 from forge_ray.store import log_check, paths, pins, signing
 from forge_ray.store.catalog import Catalog
@@ -47,6 +47,7 @@ def check_files(store: Store, record: Record) -> str:
         return f"{len(record.files)} files"
     if isinstance(record, EvalReport):
         read_items(store, record)
+        verify_sources(store, record)
         return "its items"
     return "the record"
 

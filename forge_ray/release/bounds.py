@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from forge_ray.config.release import BetterThan, NoWorseThan
+from forge_ray.config.gate import BetterThan, NoWorseThan
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.chance import MIN_ROWS, Difference, rows_to_show
 from forge_ray.evaluate.items import labels_of

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.config.base import parse
-from forge_ray.config.release import Gate
+from forge_ray.config.gate import Gate
 from forge_ray.errors import ConfigError, NotFound
+from forge_ray.evaluate.measures import is_share
 from forge_ray.records import EvalReport, ModelVersion, RunRecord
-from forge_ray.release.gate import LOWER_IS_BETTER
+from forge_ray.release.gate import is_lower_better
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -250,9 +251,9 @@ def _label(attempt: Attempt) -> str:
 
 
 def _shared_scores(runs: Sequence[Attempt]) -> list[str]:
-    """The metrics that are shares, of any of the runs; losses are in the table."""
-    named = dict.fromkeys(name for attempt in runs if attempt.report for name in attempt.report.metrics)
-    return [name for name in named if name not in ("loss", "perplexity")]
+    """The metrics that are shares, of any of the runs; losses and the user's own scores are in the table."""
+    reports = [attempt.report for attempt in runs if attempt.report]
+    return list(dict.fromkeys(name for report in reports for name in report.metrics if is_share(report, name)))
 
 
 def table(runs: Sequence[Attempt]) -> list[list[str]]:
@@ -263,7 +264,7 @@ def table(runs: Sequence[Attempt]) -> list[list[str]]:
     rows.append(["verdict", *(a.version.status if a.version else "-" for a in runs)])
     rows.append(["steps", *(str(a.record.num_steps) if a.record else "-" for a in runs)])
     for name in dict.fromkeys(name for a in runs if a.report for name in a.report.metrics):
-        better = "↓" if name in LOWER_IS_BETTER else "↑"
+        better = "↓" if any(a.report and is_lower_better(a.report, name) for a in runs) else "↑"
         scores = [a.report.metrics.get(name) if a.report else None for a in runs]
         rows.append([f"{name} {better}", *("-" if score is None else f"{score:.4g}" for score in scores)])
     settings = [_settings(attempt) for attempt in runs]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from forge_ray.config.release import Gate, LeakBounds, NoWorseThan
+from forge_ray.config.gate import Gate, LeakBounds, NoWorseThan
 from forge_ray.errors import ConfigError
 from forge_ray.records import Check, EvalReport
 from forge_ray.release.bounds import Rows, shown
@@ -19,10 +19,14 @@ LOWER_IS_BETTER = frozenset(
 Incumbents = dict[str, EvalReport | None]
 
 
+def is_lower_better(report: EvalReport, metric: str) -> bool:
+    """Which way a metric is better; of the user's own as the settings of the report say (`lower_is_better`)."""
+    return metric in LOWER_IS_BETTER or any(metric in one["lower_is_better"] for one in report.config.get("metrics", []))
+
+
 def incumbents_of(gate: Gate) -> tuple[str, ...]:
     """The names that the gate compares with, each once."""
-    names = [rule.incumbent for rule in gate.better_than] + [rule.incumbent for rule in gate.no_worse_than]
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(rule.incumbent for rule in gate.comparisons))
 
 
 def no_rows(report: EvalReport) -> Sequence[dict[str, Any]]:
@@ -74,12 +78,13 @@ def _better_than(gate: Gate, report: EvalReport, incumbents: Incumbents, rows: R
             yield _unset(rule.metric, rule.incumbent)
             continue
         value, rival = _metric(report, rule.metric), _metric(other, rule.metric)
+        lower = is_lower_better(report, rule.metric)
         if rule.confidence is not None:
-            yield shown(rule, report, other, rows, rule.metric in LOWER_IS_BETTER)
+            yield shown(rule, report, other, rows, lower)
             continue
-        gain = _gain(rule.metric, value, rival)
+        gain = rival - value if lower else value - rival
         reason = f"{rule.metric}={value:.4g} is not better than {rule.incumbent} ({rival:.4g}) by {rule.margin:g}"
-        bound = rival - rule.margin if rule.metric in LOWER_IS_BETTER else rival + rule.margin
+        bound = rival - rule.margin if lower else rival + rule.margin
         yield _check(f"{rule.metric} better than {rule.incumbent}", value, bound, gain >= rule.margin and gain > 0, reason)
 
 
@@ -88,13 +93,14 @@ def _no_worse_than(rule: NoWorseThan, report: EvalReport, incumbents: Incumbents
     if other is None:
         yield _unset(rule.metric, rule.incumbent)
         return
+    lower = is_lower_better(report, rule.metric)
     if rule.slices == "none":
         name = f"{rule.metric} no worse than {rule.incumbent}"
         value, rival = _metric(report, rule.metric), _metric(other, rule.metric)
         if rule.confidence is None:
-            yield _regression(rule, name, rule.metric, value, rival)
+            yield _regression(rule, name, rule.metric, value, rival, lower)
         else:
-            yield shown(rule, report, other, rows, rule.metric in LOWER_IS_BETTER)
+            yield shown(rule, report, other, rows, lower)
         return
     ours, theirs = _slices(report, rule), _slices(other, rule)
     for of in sorted(ours.keys() | theirs.keys()):
@@ -109,10 +115,10 @@ def _no_worse_than(rule: NoWorseThan, report: EvalReport, incumbents: Incumbents
             yield Check(name=name, value=None, bound=None, passed=True, reason=reason)
             continue
         if rule.confidence is not None:
-            yield shown(rule, report, other, rows, rule.metric in LOWER_IS_BETTER, of)
+            yield shown(rule, report, other, rows, lower, of)
             continue
-        values = [_of_slice(scores[of], rule.metric) for scores in (ours, theirs)]
-        yield _regression(rule, name, f"{rule.metric} of {place}", *values)
+        value, rival = (_of_slice(scores[of], rule.metric) for scores in (ours, theirs))
+        yield _regression(rule, name, f"{rule.metric} of {place}", value, rival, lower)
 
 
 def _slices(report: EvalReport, rule: NoWorseThan) -> dict[str, dict[str, float]]:
@@ -135,9 +141,10 @@ def _of_slice(scores: dict[str, float], metric: str) -> float:
     return scores.get(metric, math.nan)  # what is not finite was left out of the report
 
 
-def _regression(rule: NoWorseThan, name: str, what: str, value: float, rival: float) -> Check:
-    bound = rival + rule.tolerance if rule.metric in LOWER_IS_BETTER else rival - rule.tolerance
-    passed = -_gain(rule.metric, value, rival) <= rule.tolerance + _ulp(value, rival)
+def _regression(rule: NoWorseThan, name: str, what: str, value: float, rival: float, lower: bool) -> Check:
+    bound = rival + rule.tolerance if lower else rival - rule.tolerance
+    loss = value - rival if lower else rival - value
+    passed = loss <= rule.tolerance + _ulp(value, rival)
     reason = f"{what}={value:.4g} is worse than {rule.incumbent} ({rival:.4g}) by more than {rule.tolerance:g}"
     return _check(name, value, bound, passed, reason)
 
@@ -192,10 +199,6 @@ def _check(name: str, value: float, bound: float | None, passed: bool, reason: s
 def _unset(metric: str, incumbent: str) -> Check:
     reason = f"{incumbent} points at no other version yet: not judged"
     return Check(name=f"{metric} against {incumbent}", value=None, bound=None, passed=True, reason=reason)
-
-
-def _gain(metric: str, value: float, rival: float) -> float:
-    return rival - value if metric in LOWER_IS_BETTER else value - rival
 
 
 def _metric(report: EvalReport, name: str, leak: EvalReport | None = None) -> float:

@@ -13,8 +13,9 @@ from forge_ray.cli.main import cli
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.build import prepare
 from forge_ray.data.build.build import index_sources
-from forge_ray.evaluate.items import items_of
+from forge_ray.evaluate.items import items_of, verify_sources
 from forge_ray.evaluate.reports import is_whole, reports_of
+from forge_ray.governance.verify import verify_record
 from forge_ray.models.import_model import import_model
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.release import promotion
@@ -69,6 +70,41 @@ def test_models_are_scored_on_every_row_of_a_file(store: Store, base: str, tmp_p
     assert "'nobody' is no id" in result["error"]["message"]
     code, result = forge(store, "eval", "--model", base, "--data", str(rows), "--set", "train.seed=1")
     assert "only eval.… and data.… are settings" in result["error"]["message"]
+
+
+def test_own_functions_and_a_schema_score_answers(store: Store, base: str, tmp_path: Path) -> None:
+    rows, own, schema = (tmp_path / name for name in ("answers.jsonl", "own.py", "schema.json"))
+    chats = [
+        {"messages": [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": json.dumps({"n": n})}]}
+        for n in range(12)
+    ]
+    rows.write_text("\n".join(map(json.dumps, chats)))
+    own.write_text("def length(row, answer):\n    return {'num_chars': len(answer['text'])}\n")
+    schema.write_text(json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}))
+    arguments = ("eval", "--model", base, "--data", str(rows), "--set", "eval.max_new_tokens=4")
+    arguments += ("--set", f"eval.metrics=[{own}:length]", "--set", f"eval.json_schema={schema}")
+    code, result = forge(store, *arguments)
+    assert code == 0, result
+    report = EvalReport.model_validate(result["reports"][base])
+    items = items_of(store, report)
+    assert report.metrics["num_chars"] == sum(len(item["prediction"]) for item in items) / 12
+    assert report.num_scored == {"num_chars": 12}
+    assert report.metrics["valid_schema"] == sum(item["valid_schema"] for item in items) / 12
+    assert {"num_chars", "valid_schema"} <= report.intervals.keys()
+    verify_sources(store, report)
+    with Catalog.read_only(store) as catalog:
+        assert all(not one.problem for one in verify_record(catalog, report.id))
+    assert forge(store, *arguments)[1] == result
+
+    own.write_text(own.read_text().replace("len(answer['text'])", "1 / (row['reference']['text'] != '{\"n\": 3}')"))
+    code, failed = forge(store, *arguments)
+    assert code == 2
+    assert "raised ZeroDivisionError in line 2" in failed["error"]["message"]
+    own.write_text(own.read_text().replace("1 / ", "0 + "))
+    code, edited = forge(store, *arguments)
+    assert code == 0, edited
+    assert edited["reports"][base]["id"] != report.id
+    assert edited["reports"][base]["metrics"]["num_chars"] == 11 / 12
 
 
 def test_a_run_on_text_is_judged_before_and_after_training(

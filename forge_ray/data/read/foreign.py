@@ -1,7 +1,6 @@
 """The process in which files of others' formats are read, with limits: `python -m forge_ray.data.read.foreign`.
 
-Requests come on stdin, answers go to stdout, both in frames: a letter, the length, the bytes. The process that asks is
-`forge_ray.data.read.limited`. A request that exceeds its limits ends the process.
+The process that asks is `forge_ray.data.read.limited`; see `forge_ray.machine.limited` for the two together.
 """
 
 from __future__ import annotations
@@ -11,15 +10,26 @@ import json
 import os
 import resource
 import signal
-import struct
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-HEAD = struct.Struct(">cQ")
-REQUEST, PAYLOAD, READY = b"Q", b"P", b"R"
-BATCH, LOST, TEXT, VALUE, ROWS, REASON, OUTAGE, LIMIT, DONE = (b"B", b"N", b"T", b"J", b"S", b"E", b"X", b"L", b"D")
+from forge_ray.machine.limited import (
+    DONE,
+    LIMIT,
+    READY,
+    REASON,
+    VALUE,
+    Frame,
+    own_pipes,
+    pairs,
+    set_memory,
+    set_processor_time,
+    used_memory,
+    write,
+)
+
+BATCH, LOST, TEXT, ROWS, OUTAGE = b"B", b"N", b"T", b"S", b"X"  # kinds of answers; more in machine.limited
 MEMORY = 104 << 20  # bytes above what the process has when the request comes, and so many more per stored byte
 MEMORY_PER_BYTE = 16
 CPU_S, CPU_S_PER_MIB, HTML_CPU_S_PER_MIB = 1.2, 20.0, 3.0  # of a page nothing is compressed
@@ -28,52 +38,31 @@ ZIP_MEMORY_PER_BYTE, ZIP_MEMORY_PER_UNPACKED_BYTE = 256, 8  # of DOCX and XLSX
 TABLE_MEMORY, TABLE_MEMORY_PER_BYTE = 512 << 20, 64  # of the log of a Delta table; its library has threads with stacks
 ROWS_BYTES = 64 << 10  # of rows that are handed out at once
 
-Frame = tuple[bytes, bytes]
-
 
 def cpu_limit(stored: int, per_mib: float = CPU_S_PER_MIB) -> float:
     """Seconds of processor time for so many bytes."""
     return CPU_S + per_mib * stored / (1 << 20)
 
 
-def read_frame(stream: BinaryIO) -> Frame | None:
-    head = stream.read(HEAD.size)
-    if len(head) < HEAD.size:
-        return None
-    kind, length = HEAD.unpack(head)
-    return kind, stream.read(length)
-
-
-def _used() -> int | None:
-    """Bytes of memory of this process that no file backs; None where the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return int(status.partition("VmData:")[2].split()[0]) << 10
-
-
 class ReaderLimits:
     """Of one request; `allow` may be called again, when more is known of what is read."""
 
     def __init__(self) -> None:
-        self.base = _used()
+        self.base = used_memory()
         self.before = resource.getrlimit(resource.RLIMIT_DATA)
 
     def allow(self, stored: int, memory: int | None = None, cpu_s_per_mib: float = CPU_S_PER_MIB) -> None:
         if self.base is not None:
-            most = self.base + MEMORY + (MEMORY_PER_BYTE * stored if memory is None else memory)
-            hard = self.before[1]
-            resource.setrlimit(resource.RLIMIT_DATA, (most if hard < 0 else min(most, hard), hard))
-        signal.setitimer(signal.ITIMER_PROF, cpu_limit(stored, cpu_s_per_mib))  # SIGPROF ends the process
+            set_memory(self.base + MEMORY + (MEMORY_PER_BYTE * stored if memory is None else memory))
+        set_processor_time(cpu_limit(stored, cpu_s_per_mib))
 
     def extend(self, num_bytes: int) -> None:
         """More time for what was handed out; how much that may be has a bound of its own."""
         left, _ = signal.getitimer(signal.ITIMER_PROF)
-        signal.setitimer(signal.ITIMER_PROF, left + CPU_S_PER_MIB_OUT * num_bytes / (1 << 20))
+        set_processor_time(left + CPU_S_PER_MIB_OUT * num_bytes / (1 << 20))
 
     def lift(self) -> None:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        set_processor_time(0)
         resource.setrlimit(resource.RLIMIT_DATA, self.before)
 
 
@@ -227,11 +216,7 @@ def _answers(request: dict[str, Any], data: bytes) -> Iterator[Frame]:
 
 
 def main() -> None:
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is not an answer
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    requests, answers = own_pipes()
     import pyarrow as pa
 
     pa.set_memory_pool(pa.system_memory_pool())  # the others reserve more than they use
@@ -241,15 +226,9 @@ def main() -> None:
     import forge_ray.data.read.documents  # noqa: F401
 
     with contextlib.suppress(BrokenPipeError):
-        answers.write(HEAD.pack(READY, 0))
-        answers.flush()
-        while (frame := read_frame(requests)) is not None:
-            payload = read_frame(requests)
-            assert payload is not None
-            for kind, body in _answers(json.loads(frame[1]), payload[1]):
-                answers.write(HEAD.pack(kind, len(body)))
-                answers.write(body)
-            answers.flush()
+        write(answers, [(READY, b"")])
+        for request, data in pairs(requests):
+            write(answers, _answers(request, data))
     sys.stdout.flush()
     os._exit(0)
 

@@ -296,6 +296,29 @@ def test_the_command_that_an_export_prints_is_a_deployment(monkeypatch: pytest.M
     assert load(DeployConfig, words[0], words[2:]).models == (version.id,)
 
 
+def test_plan_says_which_rows_the_gate_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    estimate = SimpleNamespace(problem="", dataset="8 rows, as stated", to_json=lambda: {"steps": 3})
+    monkeypatch.setattr("forge_ray.pipeline.plan", lambda *arguments: estimate)
+    monkeypatch.setattr("forge_ray.cli.show.print_plan", lambda value: None)
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(
+        "name: a\nbase_model: b\ndata: {sources: [{path: rows.jsonl}]}\n"
+        "release: {alias: c, gate: {better_than: [{margin: 0.1, confidence: 0.95}], no_worse_than: [{metric: loss}]}}\n"
+    )
+    arguments = ["plan", str(run_file), "--rows", "8", "--store", str(tmp_path / "store")]
+    result = CliRunner().invoke(cli, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    (rule,) = printed.pop("gate")  # a rule without a confidence judges what was measured, on however many rows
+    assert printed["steps"] == 3
+    assert (rule["rule"], rule["num_rows"]) == ("exact_match better than base by 0.1 at 95%", 297)
+    assert rule["num_held_out"] is None
+    lines = CliRunner().invoke(cli, arguments).output.splitlines()
+    assert [
+        line for line in lines if line.startswith("gate exact_match better than base by 0.1 at 95%: needs about 297 held-")
+    ]
+
+
 def test_a_plan_that_cannot_fit_ends_as_its_training_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`forge train` refuses it with a `ConfigError`."""
     estimate = SimpleNamespace(problem="a worker needs 9 GB and has 8", remedy="set train.micro_batch_size=1")

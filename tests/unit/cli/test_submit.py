@@ -68,14 +68,16 @@ def test_the_switch_of_ray_sends_them(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_other_files_that_the_job_would_not_have(folder: Path) -> None:
     (folder.parent / "outside.jsonl").write_text("{}\n")
     (folder / ".venv").mkdir()
-    for name in (".venv/rows.jsonl", "sums", "key", "safe.jsonl", "bench.jsonl", "model.gguf"):
+    for name in (".venv/rows.jsonl", "sums", "key", "safe.jsonl", "tone.py", "schema.json", "bench.jsonl", "model.gguf"):
         (folder / name).write_text("")
-    (folder / ".gitignore").write_text("sums\nkey\nsafe.jsonl\nbench.jsonl\n*.gguf\n")
+    (folder / ".gitignore").write_text("sums\nkey\nsafe.jsonl\ntone.py\nschema.json\nbench.jsonl\n*.gguf\n")
     for config, message in (
         (config_of("../outside.jsonl"), "outside.jsonl (outside the current folder)"),
         (config_of(".venv/rows.jsonl"), ".venv/rows.jsonl (in a folder that is never sent)"),
         (config_of("rows/a.jsonl", data={"subject": {"field": "u", "key_file": "key"}}), "data.subject.key_file: the job"),
         (config_of("rows/a.jsonl", eval={"safety": ["safe.jsonl"]}), "eval.safety: the job would not have safe.jsonl"),
+        (config_of("rows/a.jsonl", eval={"metrics": ["tone.py:tone"]}), "eval.metrics: the job would not have tone.py"),
+        (config_of("rows/a.jsonl", eval={"json_schema": "schema.json"}), "eval.json_schema: the job would not have schema"),
         (config_of("rows/a.jsonl", base_model="model.gguf"), "base_model: the job would not have model.gguf"),
         (
             config_of("rows/a.jsonl", data={"curate": [{"rule": "decontaminate", "against": ["bench.jsonl", "ds_1"]}]}),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import parse
-from forge_ray.config.release import EvalConfig, Gate
+from forge_ray.config.gate import Gate
+from forge_ray.config.release import EvalConfig
 from forge_ray.data.tokens.text_tools import Tools, write_form
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.examples import Example, normalise

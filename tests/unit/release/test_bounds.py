@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import parse
-from forge_ray.config.release import Gate
+from forge_ray.config.gate import Gate
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.summary import summarise
 from forge_ray.records import Check, EvalReport
@@ -27,10 +27,8 @@ def items(right: int, count: int, nats: float = 1.0, source: str = "a") -> Items
 
 
 def report(name: str, rows: Items, **more: Any) -> EvalReport:
-    fixed = {"subject": name, "subject_digest": "sha256:0", "dataset": "ds_1", "split": "test", "config": {}}
-    return EvalReport(
-        **fixed, num_examples=len(rows), metrics=summarise(rows, ())[0], per_class={}, items_sha256="0", **more
-    )
+    fixed = {"subject": name, "subject_digest": "sha256:0", "dataset": "ds_1", "split": "test"} | {"config": {}} | more
+    return EvalReport(**fixed, num_examples=len(rows), metrics=summarise(rows, ())[0], per_class={}, items_sha256="0")
 
 
 def judged(rule: dict[str, Any], ours: Items, theirs: Items, better: bool = True, **more: Any) -> Check:
@@ -65,6 +63,20 @@ def test_a_gain_that_is_shown_passes_and_margins_count() -> None:
 def test_a_loss_is_better_where_it_is_lower() -> None:
     assert judged({"metric": "loss", "confidence": 0.95}, items(1, 50, 0.9), items(1, 50)).passed
     assert not judged({"metric": "loss", "confidence": 0.95}, items(1, 50, 1.1), items(1, 50)).passed
+
+
+@pytest.mark.parametrize("confidence", [None, 0.95])
+@pytest.mark.parametrize("better", [True, False])
+def test_own_metrics_are_better_as_the_run_file_says(better: bool, confidence: float | None) -> None:
+    polite, rude = ([{**item, "scores": {"rudeness": float(n)}} for item in items(1, 50)] for n in (1, 2))
+    rule = {"metric": "rudeness", "confidence": confidence}
+    settings = {"function": "tone", "sha256": "sha256:0"}
+    lower = {"config": {"metrics": [{**settings, "lower_is_better": ["rudeness"]}]}}
+    higher = {"config": {"metrics": [{**settings, "lower_is_better": []}]}}
+    assert judged(rule, polite, rude, better, **lower).passed
+    assert not judged(rule, rude, polite, better, **lower).passed
+    assert judged(rule, rude, polite, better, **higher).passed
+    assert not judged(rule, polite, rude, better, **higher).passed
 
 
 def test_no_worse_is_judged_by_the_bound_too_and_by_slice() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import apply_overrides, parse
-from forge_ray.config.release import Gate
+from forge_ray.config.gate import Gate
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.summary import only_finite, slice_scores
