@@ -16,7 +16,7 @@ from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.data.read.sources import expand
 from forge_ray.errors import NotFound, TrainingError
-from forge_ray.evaluate import reports
+from forge_ray.evaluate import general, reports
 from forge_ray.evaluate.items import items_of
 from forge_ray.machine import sessions
 from forge_ray.machine.capacity import refuse_oversized
@@ -66,6 +66,8 @@ def run(config: RunConfig, store: Store) -> Outcome:
         refuse_public(config.deploy)
     with Catalog.open(store) as catalog:
         _inputs(config, catalog)
+    if config.eval.general:
+        general.require_rows(config.eval.general)
     _refuse_unplaceable(config)
     dataset = prepare(config, store)
     record = train(config, store)
@@ -149,6 +151,8 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
                 promotion.refuse_archived(catalog, version.id)
         manifest = _prepare(config, catalog, quiet=True)
         refuse_without_rows(config.train, manifest)
+        if rows := general.general_rows(catalog, manifest, config.eval):  # refused now, not after hours of training
+            general.refuse_trained(store, rows, manifest)
         begun = start.start_of(catalog, named, config.train)
         return train_on(config, catalog, begun.base, manifest, precision, begun.initial)
 

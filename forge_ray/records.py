@@ -17,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from forge_ray.errors import StoreError
 
 ID_HEX = 16
+GENERAL = "general_"  # begins the names of the scores of general rows
+GENERAL_SPLIT = "test"  # of a dataset version of general rows
 MEASURED_ANEW = frozenset({"latency_ms_per_token"})  # measured values, which are left out of ids
 
 
@@ -258,13 +260,24 @@ class EvalReport(Record):
     costs: dict[str, float] = Field({}, description="what answering takes: latency_ms_per_token, size_bytes")
     intervals: dict[str, tuple[float, float]] = Field({}, description="of 95 %, by metric; they follow from the items")
     left_out: dict[str, int] = Field({}, description="rows of the split that were not evaluated, by the reason")
+    general: str = Field("", description="dataset version of the general rows, whose test split was scored too")
+    num_general: int = Field(0, description="general rows that were scored; they are not among num_examples")
     seconds: float = 0.0
 
+    @property
+    def splits(self) -> tuple[tuple[str, str], ...]:
+        """(dataset version, split) of the rows that were scored."""
+        return (self.dataset, self.split), *([(self.general, GENERAL_SPLIT)] if self.general else [])
+
+    def split_of(self, metric: str) -> tuple[str, str]:
+        """(dataset version, split) of the rows that a metric is of."""
+        return self.splits[-1 if metric.startswith(GENERAL) else 0]
+
     def parents(self) -> tuple[str, ...]:
-        return self.subject, self.dataset
+        return tuple(dict.fromkeys((self.subject, self.dataset, *filter(None, [self.general]))))
 
     def identity(self) -> dict[str, Any]:
-        return _without_empty(super().identity(), "per_slice", "undefined", "left_out")
+        return _without_empty(super().identity(), "per_slice", "undefined", "left_out", "general", "num_general")
 
 
 class Check(Frozen):

@@ -56,6 +56,7 @@ EXAMPLES = {
     "train.guards.spike": "train: {guards: {spike: {sigma: 8, patience: 5}}}",
     "eval": "eval: {labels: from_data, max_examples: 200}",
     "eval.contamination": "eval: {contamination: {ngram: 13}}",
+    "eval.general": "eval: {general: {rows: chats}}",
     "eval.leak": "eval: {leak: {max_records: 64}}",
     "eval.engine": "eval: {engine: {num_blocks: 1024}}",
     "release": "release: {alias: support@prod}",

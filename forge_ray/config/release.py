@@ -64,6 +64,30 @@ class Contamination(Config):
     )
 
 
+class GeneralConfig(Config):
+    """Rows of general ability on which the loss of the trained model and of its base are compared: what training made it
+    forget."""
+
+    rows: str = Field(
+        min_length=1,
+        description="`chats` or `texts`, short rows that forge_ray carries; a file of conversations or texts; or a dataset"
+        " version (ds_…), whose test split is scored",
+    )
+    sha256: str = Field(
+        "", pattern=r"^((sha256:)?[0-9a-f]{64})?$", description="SHA-256 that the file of rows must have; empty: any"
+    )
+    max_examples: int = Field(0, ge=0, description="Maximum rows of each kind, the first ones by record id; 0: all")
+
+    @model_validator(mode="after")
+    def _pins_a_file(self) -> Self:
+        if self.sha256 and self.rows.startswith("ds_"):
+            raise SettingError(
+                f"general.sha256 pins a file, and rows={self.rows} is a dataset version, whose id is a digest already",
+                "remove sha256",
+            )
+        return self
+
+
 class LeakConfig(Config):
     """Compares training records with held-out ones, and planted canaries with unplanted ones; see docs/design/gates.md."""
 
@@ -101,6 +125,9 @@ class EvalConfig(Config):
         None, description="Measure the overlap of evaluated rows with training rows; null: off"
     )
     leak: LeakConfig | None = Field(None, description="Measure how much the model reveals of its training rows; null: off")
+    general: GeneralConfig | None = Field(
+        None, description="Measure what training made the model forget, by its loss on general rows; null: off"
+    )
     engine: EngineConfig = EngineConfig()
     cpus: float = Field(1, gt=0, description="CPU cores of the evaluation task")
     gpus: float = Field(0, ge=0, description="GPUs of the evaluation task; 0: evaluate on the CPU")
@@ -113,9 +140,10 @@ class EvalConfig(Config):
 
     def scoring(self) -> dict[str, Any]:
         """The settings that affect the scores of a report, as JSON-ready data. Settings that were added later are left
-        out while they have their defaults, so that older reports are still found; the leak audit has its own report."""
+        out while they have their defaults, so that older reports are still found; the leak audit has its own report. General
+        rows are in a report by their dataset version, not by their place."""
         later: dict[str, Any] = {"slices": [], "safety": [], "contamination": None}
-        value = self.model_dump(mode="json", exclude={"leak"})
+        value = self.model_dump(mode="json", exclude={"leak", "general"})
         if not self.safety:
             value.pop("safety_max_new_tokens")
         return {key: item for key, item in value.items() if key not in later or item != later[key]}

@@ -30,8 +30,8 @@ from forge_ray.data.dataset.version import find_record
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import chat_tokenizer, prompt_ids
 from forge_ray.errors import DataError
-from forge_ray.evaluate.examples import Example
-from forge_ray.evaluate.score import EvaluatedModel, answer_ids, json_lines, tokenizer_for
+from forge_ray.evaluate.examples import Example, answer_ids
+from forge_ray.evaluate.score import EvaluatedModel, json_lines, tokenizer_for
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import paths

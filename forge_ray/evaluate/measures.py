@@ -4,6 +4,7 @@
   JSON object (extraction): the object, and precision and recall of its fields
 - a chat that ends in calls: the calls as a whole, their names, their arguments; and calls where a text was expected
 - a plain text: loss, perplexity, and bits per byte, which can be compared over tokenizers
+- general rows: the loss of their answers or texts, under names that begin with `general_`
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import numpy as np
 
 from forge_ray.evaluate.chance import Difference, Floats, Statistic, difference, interval, mapped, ratio, share
 from forge_ray.evaluate.examples import normalise
+from forge_ray.records import GENERAL
 
 Items = Sequence[dict[str, Any]]
 CALL, TEXT = "call", "text"
+GENERAL_ANSWER, GENERAL_TEXT = "general_answer", "general_text"
 NUMBERS = ("loss", "perplexity", "bits_per_byte")  # what is no share: names end so
 
 
@@ -52,9 +55,16 @@ def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
     if offered := [item for item in chats if "called" in item]:
         by_metric["needless_calls"] = share([bool(item["called"]) for item in offered])
     if texts:
-        by_metric |= _losses("text_", texts)
-        by_metric["bits_per_byte"] = ratio(_nats(texts), [item["num_bytes"] * math.log(2) for item in texts])
+        by_metric |= _text_losses("", texts)
+    if general_answers := [item for item in items if item.get("kind") == GENERAL_ANSWER]:
+        by_metric |= _losses(GENERAL, general_answers)
+    if general_texts := [item for item in items if item.get("kind") == GENERAL_TEXT]:
+        by_metric |= _text_losses(GENERAL, general_texts)
     return by_metric
+
+
+def is_general(item: dict[str, Any]) -> bool:
+    return item.get("kind") in (GENERAL_ANSWER, GENERAL_TEXT)
 
 
 def intervals(items: Items, labels: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -65,11 +75,12 @@ def intervals(items: Items, labels: Sequence[str]) -> dict[str, tuple[float, flo
 
 def differences(ours: Items, theirs: Items, labels: Sequence[str], confidence: float) -> dict[str, Difference | None]:
     """Metric → ours minus theirs on the rows that both have, two-sided; None where there are too few rows to say."""
-    others = {item["record"]: item for item in theirs}
-    common = [item for item in ours if item["record"] in others]
+    others = {(is_general(item), item["record"]): item for item in theirs}  # a row may be among both kinds of rows
+    keys = [(is_general(item), item["record"]) for item in ours]
+    common = [item for key, item in zip(keys, ours, strict=True) if key in others]
     if not common:
         return {}
-    one, two = statistics(common, labels), statistics([others[item["record"]] for item in common], labels)
+    one, two = statistics(common, labels), statistics([others[key] for key in keys if key in others], labels)
     shared = [name for name in one if name in two and one[name].num_rows == two[name].num_rows]
     return {name: difference(one[name], two[name], confidence) for name in shared}
 
@@ -78,6 +89,11 @@ def _losses(prefix: str, items: Items) -> dict[str, Statistic]:
     """Per token, natural logarithm."""
     loss = ratio(_nats(items), [item["num_tokens"] for item in items])
     return {f"{prefix}loss": loss, f"{prefix}perplexity": mapped(loss, lambda nats: math.exp(min(nats, 700.0)))}
+
+
+def _text_losses(prefix: str, texts: Items) -> dict[str, Statistic]:
+    bits = ratio(_nats(texts), [item["num_bytes"] * math.log(2) for item in texts])
+    return {**_losses(f"{prefix}text_", texts), f"{prefix}bits_per_byte": bits}
 
 
 def _nats(items: Items) -> list[float]:

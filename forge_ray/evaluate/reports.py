@@ -58,16 +58,22 @@ def _subject(catalog: Catalog, identifier: str, folder: str, files: tuple[FileEn
 def evaluate(
     catalog: Catalog, subject: EvaluatedModel, manifest: DatasetManifest, config: EvalConfig, what: str, quiet: bool = False
 ) -> EvalReport:
-    """Scores of `subject` on `manifest`; found again by the settings that decide them, the safety files' bytes included."""
+    """Scores of `subject` on `manifest`, and on the general rows of eval.general; found again by the settings that decide
+    them, the safety files' bytes and the general rows' dataset version included."""
+    from forge_ray.evaluate.general import general_rows, refuse_trained
     from forge_ray.evaluate.safety import read_prompts
     from forge_ray.evaluate.score import evaluate as run_evaluation
 
     prompts, digests = read_prompts(config.safety)
     settings = config.scoring() | ({"safety": digests} if digests else {})
-    arguments = (subject, manifest, config, prompts, settings)
+    if (general := general_rows(catalog, manifest, config)) and config.general:
+        settings |= {"general": {"dataset": general.id, "max_examples": config.general.max_examples}}
+    arguments = (subject, manifest, config, prompts, settings, general)
     key = (subject.id, manifest.id, settings)
     existing = next((r for r in reports_of(catalog, key) if is_whole(catalog, r, manifest, config)), None)
-    return _report(catalog, key, config, run_evaluation, arguments, what, quiet, existing)
+    if general and not existing:
+        refuse_trained(catalog.store, general, manifest)
+    return _report(catalog, key, config, run_evaluation, arguments, what, quiet, existing, general)
 
 
 def reports_of(catalog: Catalog, key: tuple[str, str, dict[str, Any]]) -> Iterator[EvalReport]:
@@ -94,6 +100,7 @@ def _report(
     what: str,
     quiet: bool,
     existing: EvalReport | None,
+    general: DatasetManifest | None = None,
 ) -> EvalReport:
     """The report of (subject, dataset, settings): the one that is there, else what `make` yields in a task."""
     if existing and quiet:
@@ -104,9 +111,11 @@ def _report(
             return existing
         catalog.check_may("evals")
         subject, dataset, _ = key
-        refuse_erased(catalog.store, f"the evaluation of {subject}", dataset, subject)
+        datasets = dict.fromkeys([dataset, *([general.id] if general else [])])
+        for read in datasets:
+            refuse_erased(catalog.store, f"the evaluation of {subject}", read, subject)
         model: EvaluatedModel = arguments[0]
-        folders = [folder for folder in (model.folder, model.adapter, paths.dataset(dataset)) if folder]
+        folders = [folder for folder in (model.folder, model.adapter, *map(paths.dataset, datasets)) if folder]
         require(catalog, *folders)
         connect()
         import ray
@@ -123,7 +132,8 @@ def _report(
                 else:
                     it.update(update["done"], update["total"], f"{what}: {update['done']}/{update['total']} examples")
         assert report is not None
-        refuse_erased(catalog.store, report.id, dataset, subject, paths.report(report.id))
+        for read in datasets:
+            refuse_erased(catalog.store, report.id, read, subject, paths.report(report.id))
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
         it.done(f"{report.id}  {what}: {scores}")
         return catalog.put(report)

@@ -22,25 +22,27 @@ from forge_ray.config.release import Contamination, EvalConfig
 from forge_ray.data.curate.contamination import contaminated, stream_records
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.adapt import arguments_of
-from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, encode_chat, load_tokenizer_dir, prompt_ids
+from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, load_tokenizer_dir, prompt_ids
 from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.errors import DataError
 from forge_ray.evaluate.calls import call_form, calls_in
 from forge_ray.evaluate.chance import wilson
-from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, held_out, label_set, normalise
+from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out, label_set, normalise
+from forge_ray.evaluate.losses import general_held_out, score_general
 from forge_ray.evaluate.measures import CALL, intervals
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
 from forge_ray.evaluate.texts import score_texts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
-from forge_ray.records import DatasetManifest, EvalReport, FileEntry
+from forge_ray.records import GENERAL, GENERAL_SPLIT, DatasetManifest, EvalReport, FileEntry
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 
 BATCH = 64
 TIMED_PROMPTS = 5
 TIMED_TOKENS = 16
+OF_GENERAL = "general row, "  # begins the reasons why general rows were left out
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,6 @@ def _calls(example: Example, called: list[dict[str, Any]]) -> dict[str, Any]:
     return {"kind": CALL, "calls": expected, "called": called}
 
 
-def answer_ids(tokenizer: Any, example: Example, turn: dict[str, Any]) -> list[int]:
-    """The ids that training would have as targets for this answer: what it says and the end of the turn."""
-    encoded = encode_chat(tokenizer, [*example.messages, turn], example.tools)
-    ids: list[int] = encoded.ids[encoded.loss_mask > 0].tolist()
-    return ids
-
-
 def _likeliest(scores: dict[str, Score], labels: Sequence[str]) -> str:
     return max(labels, key=lambda label: scores[label].logprob) if labels else ""
 
@@ -159,12 +154,12 @@ def tokenizer_for(manifest: DatasetManifest, folder: Path, adapter: Path | None)
 
 
 def find_contamination(
-    store: Store, manifest: DatasetManifest, held: HeldOutRows, config: EvalConfig, rule: Contamination
+    store: Store, manifest: DatasetManifest, split: str, held: HeldOutRows, training: DatasetManifest, rule: Contamination
 ) -> list[dict[str, Any]]:
-    """See `data.contamination`; of the rows that are evaluated, and no others."""
+    """See `data.contamination`; of the rows of a split that are evaluated, and no others, by the rows of `training`."""
     evaluated = {*(chat.record for chat in held.chats), *(text.record for text in held.texts)}
-    rows = (row for row in stream_records(store, manifest, config.split) if row["record"] in evaluated)
-    return contaminated(rows, stream_records(store, manifest, "train"), rule)
+    rows = (row for row in stream_records(store, manifest, split) if row["record"] in evaluated)
+    return contaminated(rows, stream_records(store, training, "train"), rule)
 
 
 def evaluate(
@@ -174,9 +169,11 @@ def evaluate(
     config: EvalConfig,
     prompts: tuple[SafetyPrompt, ...],
     settings: dict[str, Any],
+    general: DatasetManifest | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Score `subject`; yields `{"done", "total"}` on the way and the `EvalReport` as `{"report": …}` at the end.
-    `prompts` are those of the files that `config.safety` names; `settings` is what the report says of its config."""
+    `prompts` are those of the files that `config.safety` names; `settings` is what the report says of its config; `general`
+    are the general rows."""
     import torch
 
     from forge_ray.inference.choose import open_engine
@@ -186,10 +183,17 @@ def evaluate(
     folder, adapter = subject.fetch(store)
     tokenizer = tokenizer_for(manifest, folder, adapter)
     held, labels = held_out(store, manifest, config), label_set(store, manifest, config)
-    shared = find_contamination(store, manifest, held, config, config.contamination) if config.contamination else []
+    general_held = general_held_out(store, general, config)
+    shared, general_shared = [], []
+    if config.contamination:
+        shared = find_contamination(store, manifest, config.split, held, manifest, config.contamination)
+    if config.contamination and general:
+        general_shared = find_contamination(store, general, GENERAL_SPLIT, general_held, manifest, config.contamination)
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
-    items, answers, total = [], [], len(held.chats) + len(held.texts) + len(prompts)
+    items, general_items, answers = [], [], []
+    total = len(held.chats) + len(held.texts) + len(general_held.chats) + len(general_held.texts) + len(prompts)
     left_out = Counter(held.left_out)
+    general_left_out = Counter(general_held.left_out)
     try:
         for item in itertools.chain(
             score_examples(engine, tokenizer, held.chats, labels, config),
@@ -200,9 +204,15 @@ def evaluate(
                 continue
             items.append(item)
             yield {"done": len(items), "total": total}
+        for item in score_general(engine, tokenizer, general_held, general.sequence_length if general else 0):
+            if "left_out" in item:
+                general_left_out[item["left_out"]] += 1
+                continue
+            general_items.append(item)
+            yield {"done": len(items) + len(general_items), "total": total}
         for answer in answer_prompts(engine, tokenizer, prompts, config.safety_max_new_tokens):
             answers.append(answer)
-            yield {"done": len(items) + len(answers), "total": total}
+            yield {"done": len(items) + len(general_items) + len(answers), "total": total}
         latency = latency_ms_per_token(engine, list(itertools.islice(timed_prompts(tokenizer, held), 4 * TIMED_PROMPTS)))
     finally:
         engine.close()
@@ -211,19 +221,27 @@ def evaluate(
             f"none of the {left_out.total()} held-out rows can be put to {subject.id}: {left_out.most_common(1)[0][0]}",
             hint="`forge models check` says what the model's chat template has a place for",
         )
-    metrics, per_class = summarise(items, labels)
-    bounds = intervals(items, labels)
+    if general and not general_items:
+        raise DataError(
+            f"none of the {general_left_out.total()} general rows ({general.id}) can be put to {subject.id}:"
+            f" {general_left_out.most_common(1)[0][0]}",
+            hint="set eval.general.rows=texts for a model without a chat template, or name other rows",
+        )
+    metrics, per_class = summarise([*items, *general_items], labels)
+    bounds = intervals([*items, *general_items], labels)
     if prompts:
         passed = [not answer["failures"] for answer in answers]
         metrics["safety_pass_rate"] = sum(passed) / len(answers)
         bounds["safety_pass_rate"] = wilson(sum(passed), len(passed))
     if config.contamination:
         metrics["contamination"] = len(shared) / len(items)
+    if config.contamination and general:
+        metrics[f"{GENERAL}contamination"] = len(general_shared) / len(general_items)
     metrics, per_slice, undefined = only_finite(metrics, slice_scores(items, labels, config.slices))
     costs = {"size_bytes": float(size_bytes(store, subject))} | ({"latency_ms_per_token": latency} if latency else {})
-    kept = {"items.jsonl": items}
+    kept = {"items.jsonl": [*items, *general_items]}
     kept |= {"safety.jsonl": answers} if prompts else {}
-    kept |= {"contaminated.jsonl": shared} if config.contamination else {}
+    kept |= {"contaminated.jsonl": [*shared, *general_shared]} if config.contamination else {}
     written = {name: json_lines(rows) for name, rows in kept.items()}
     report = EvalReport(
         subject=subject.id,
@@ -237,7 +255,9 @@ def evaluate(
         per_slice=per_slice,
         undefined=undefined,
         intervals={name: limits for name, limits in bounds.items() if name in metrics},
-        left_out=dict(left_out),
+        left_out={**left_out, **{f"{OF_GENERAL}{reason}": count for reason, count in general_left_out.items()}},
+        general=general.id if general else "",
+        num_general=len(general_items),
         items_sha256=hashlib.sha256(b"".join(written.values())).hexdigest(),
         costs=costs,
         seconds=round(time.monotonic() - started, 3),

@@ -129,9 +129,10 @@ def _model_card(facts: Facts) -> Json:
     parameters["datasets"] = [{"ref": dataset.id} for dataset in facts.datasets]
     parameters["inputs"] = parameters["outputs"] = [{"format": "text"}]
     metrics = [
-        {"type": name, "value": f"{value:.10g}", "slice": f"{report.split} of {report.dataset}; {report.id}"}
+        {"type": name, "value": f"{value:.10g}", "slice": f"{split} of {dataset}; {report.id}"}
         for report in facts.own_evals
         for name, value in report.metrics.items()
+        for dataset, split in [report.split_of(name)]
     ]
     metrics += [
         {"type": name, "value": f"{value:.10g}", "slice": f"{kind} {of}; {report.split} of {report.dataset}; {report.id}"}

@@ -188,5 +188,10 @@ def _activities(facts: Facts, dataset: DatasetManifest) -> Json:
 
 def _uses(facts: Facts, dataset: DatasetManifest) -> list[str]:
     trained = [f"trained {t.run.id} (train split)" for t in facts.trainings if t.run.dataset == dataset.id]
-    judged = [f"judged by {report.id} ({report.split} split)" for report in facts.evals if report.dataset == dataset.id]
+    judged = [
+        f"judged by {report.id} ({split} split)"
+        for report in facts.evals
+        for scored, split in report.splits
+        if scored == dataset.id
+    ]
     return trained + judged

@@ -194,7 +194,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
     dataset_ids = [
         *(run.dataset for run in runs),
         *([] if runs else [version.dataset]),
-        *(report.dataset for report in evals),
+        *(dataset for report in evals for dataset, _ in report.splits),
     ]
     datasets: list[DatasetManifest] = [
         manifest for name in dict.fromkeys(dataset_ids) if (manifest := look_up(name, DatasetManifest))

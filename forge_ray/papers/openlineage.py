@@ -68,7 +68,10 @@ def _steps(facts: Facts) -> Iterator[LineageStep]:
             name=report.split,
             began=_start_of(report),
             ended=report.created_at,
-            inputs=[_named(facts, report.subject, report.subject_digest), _dataset_named(facts, report.dataset)],
+            inputs=[
+                _named(facts, report.subject, report.subject_digest),
+                *(_dataset_named(facts, dataset) for dataset in dict.fromkeys(dataset for dataset, _ in report.splits)),
+            ],
             outputs=[_named(facts, report.id, report.items_sha256)],
             facet={"scores": report.metrics, "split": report.split, "examples": report.num_examples},
         )

@@ -301,7 +301,8 @@ def _evals(
         if not catalog.store.exists(path):
             continue
         held = holding.get(report.dataset, {})
-        quotes = closure.quoting(catalog.store.read(path), is_erased) if held else 0
+        scored = any(dataset in holding for dataset, _ in report.splits)
+        quotes = closure.quoting(catalog.store.read(path), is_erased) if scored else 0
         labelled = report.config.get("labels") == "from_data" and bool(held.get("train"))
         if quotes or labelled or report.subject in subjects:
             affected.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))

@@ -179,7 +179,8 @@ def _details(catalog: Catalog, uses: StoreUses, parts: dict[str, _Part]) -> dict
                 is_released = version in released
                 item = replace(item, needs=_needs_of_version(version, uses, is_released), is_released=is_released)
             case "evaluation":
-                item = replace(item, needs=(paths.dataset(catalog.get_as(EvalReport, pieces[1]).dataset),))
+                scored = catalog.get_as(EvalReport, pieces[1]).splits
+                item = replace(item, needs=tuple(dict.fromkeys(paths.dataset(dataset) for dataset, _ in scored)))
             case "export" | "checkpoint":
                 item = replace(item, needs=_needs_of_run(run, parts), is_released=pieces[1] in released_runs)
             case "images":
