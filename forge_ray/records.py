@@ -17,8 +17,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from forge_ray.errors import StoreError
 
 ID_HEX = 16
-GENERAL = "general_"  # begins the names of the scores of general rows
-GENERAL_SPLIT = "test"  # of a dataset version of general rows
 MEASURED_ANEW = frozenset({"latency_ms_per_token"})  # measured values, which are left out of ids
 
 
@@ -263,15 +261,6 @@ class EvalReport(Record):
     general: str = Field("", description="dataset version of the general rows, whose test split was scored too")
     num_general: int = Field(0, description="general rows that were scored; they are not among num_examples")
     seconds: float = 0.0
-
-    @property
-    def splits(self) -> tuple[tuple[str, str], ...]:
-        """(dataset version, split) of the rows that were scored."""
-        return (self.dataset, self.split), *([(self.general, GENERAL_SPLIT)] if self.general else [])
-
-    def split_of(self, metric: str) -> tuple[str, str]:
-        """(dataset version, split) of the rows that a metric is of."""
-        return self.splits[-1 if metric.startswith(GENERAL) else 0]
 
     def parents(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((self.subject, self.dataset, *filter(None, [self.general]))))

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from forge_ray.config.base import Config, SettingError
 from forge_ray.config.data import DataConfig
+from forge_ray.config.measurements import GENERAL
 from forge_ray.config.release import NAME, DeployConfig, EvalConfig, LeakBounds, ReleaseConfig
 from forge_ray.config.train import TrainConfig
-from forge_ray.records import GENERAL
 
 
 class RunConfig(Config):

@@ -50,6 +50,7 @@ class HeldOutRows:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
+GENERAL_SPLIT = "test"  # of a dataset version of general rows
 NO_ANSWER = "a chat that does not end in an answer"
 UNPOSED = "it cannot be put to this model: "
 OTHER_ROW = "a row that is neither chat nor text"

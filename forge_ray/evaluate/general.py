@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from forge_ray.config.data import DataConfig
-from forge_ray.config.release import EvalConfig, GeneralConfig
+from forge_ray.config.measurements import GeneralConfig
+from forge_ray.config.release import EvalConfig
 from forge_ray.data.build.prepare import existing_version
 from forge_ray.data.dataset.version import records
 from forge_ray.data.read.ingest import IndexedFile, expand, index_listed
 from forge_ray.errors import DataError, NotFound
+from forge_ray.evaluate.examples import GENERAL_SPLIT
 from forge_ray.evaluate.rows import dataset_of, is_version, rows_of_file
 from forge_ray.machine import shipped
-from forge_ray.records import GENERAL_SPLIT, DatasetManifest, ModelVersion, hex_of
+from forge_ray.records import DatasetManifest, ModelVersion, hex_of
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 

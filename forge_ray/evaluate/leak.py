@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from forge_ray.config.release import EvalConfig, LeakConfig
+from forge_ray.config.measurements import LeakConfig
+from forge_ray.config.release import EvalConfig
 from forge_ray.data.curate import canaries
 from forge_ray.data.curate.canaries import Canary
 from forge_ray.data.curate.contamination import stream_records

@@ -9,11 +9,11 @@ from typing import Any
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.template import ChatTokenizer
-from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out
+from forge_ray.evaluate.examples import GENERAL_SPLIT, UNPOSED, Example, HeldOutRows, answer_ids, held_out
 from forge_ray.evaluate.measures import GENERAL_ANSWER, GENERAL_TEXT
 from forge_ray.evaluate.texts import score_texts
 from forge_ray.inference.engine import Engine
-from forge_ray.records import GENERAL_SPLIT, DatasetManifest
+from forge_ray.records import DatasetManifest
 from forge_ray.store.files import Store
 
 

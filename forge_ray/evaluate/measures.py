@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from forge_ray.config.measurements import GENERAL
 from forge_ray.evaluate.chance import Difference, Floats, Statistic, difference, interval, mapped, ratio, share
 from forge_ray.evaluate.examples import normalise
-from forge_ray.records import GENERAL
 
 Items = Sequence[dict[str, Any]]
 CALL, TEXT = "call", "text"

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.config.base import parse, resolved
-from forge_ray.config.release import EvalConfig, LeakConfig
+from forge_ray.config.measurements import LeakConfig
+from forge_ray.config.release import EvalConfig
 from forge_ray.errors import NotFound
 from forge_ray.machine.capacity import Demand, wait_for
 from forge_ray.machine.cluster import connect

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.release import Contamination, EvalConfig
+from forge_ray.config.measurements import GENERAL, Contamination
+from forge_ray.config.release import EvalConfig
 from forge_ray.data.curate.contamination import contaminated, stream_records
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.adapt import arguments_of
@@ -28,14 +29,23 @@ from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.errors import DataError
 from forge_ray.evaluate.calls import call_form, calls_in
 from forge_ray.evaluate.chance import wilson
-from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out, label_set, normalise
+from forge_ray.evaluate.examples import (
+    GENERAL_SPLIT,
+    UNPOSED,
+    Example,
+    HeldOutRows,
+    answer_ids,
+    held_out,
+    label_set,
+    normalise,
+)
 from forge_ray.evaluate.losses import general_held_out, score_general
 from forge_ray.evaluate.measures import CALL, intervals
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
 from forge_ray.evaluate.texts import score_texts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
-from forge_ray.records import GENERAL, GENERAL_SPLIT, DatasetManifest, EvalReport, FileEntry
+from forge_ray.records import DatasetManifest, EvalReport, FileEntry
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 

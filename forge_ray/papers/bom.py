@@ -6,6 +6,7 @@ import json
 import uuid
 from typing import Any
 
+from forge_ray.evaluate.items import split_of
 from forge_ray.papers.facts import NOT_RECORDED, Facts, Package, sha256_of, spdx
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, hex_of
 
@@ -132,7 +133,7 @@ def _model_card(facts: Facts) -> Json:
         {"type": name, "value": f"{value:.10g}", "slice": f"{split} of {dataset}; {report.id}"}
         for report in facts.own_evals
         for name, value in report.metrics.items()
-        for dataset, split in [report.split_of(name)]
+        for dataset, split in [split_of(report, name)]
     ]
     metrics += [
         {"type": name, "value": f"{value:.10g}", "slice": f"{kind} {of}; {report.split} of {report.dataset}; {report.id}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from forge_ray.evaluate.items import splits_of
 from forge_ray.papers.facts import NOT_RECORDED, Facts, sha256_of, spdx
 from forge_ray.records import DatasetManifest
 
@@ -191,7 +192,7 @@ def _uses(facts: Facts, dataset: DatasetManifest) -> list[str]:
     judged = [
         f"judged by {report.id} ({split} split)"
         for report in facts.evals
-        for scored, split in report.splits
+        for scored, split in splits_of(report)
         if scored == dataset.id
     ]
     return trained + judged

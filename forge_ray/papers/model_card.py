@@ -6,10 +6,11 @@ from typing import Any
 
 import yaml
 
+from forge_ray.evaluate.items import split_of, splits_of
 from forge_ray.papers.compute import FORMULA, GPAI_FLOPS, THIRD, THIRD_SOURCE
 from forge_ray.papers.facts import BY_HAND, NOT_RECORDED, Facts, spdx
 from forge_ray.papers.markdown import as_text, code, counts, flops, hours, plain, table
-from forge_ray.records import GENERAL_SPLIT, EvalReport
+from forge_ray.records import EvalReport
 
 WORST = 10  # classes shown
 SHOWN_INCIDENTS = 20
@@ -69,7 +70,7 @@ def _front_matter(facts: Facts, library: str) -> str:
             "metrics": metrics,
         }
         for report in facts.own_evals
-        for number, (dataset, split) in enumerate(report.splits)
+        for number, (dataset, split) in enumerate(splits_of(report))
         if (metrics := _metrics(report, number))
     ]
     if results:
@@ -79,7 +80,9 @@ def _front_matter(facts: Facts, library: str) -> str:
 
 def _metrics(report: EvalReport, number: int) -> list[dict[str, Any]]:
     """The scores of the rows of one of the report's splits."""
-    of_split = [(name, score) for name, score in report.metrics.items() if report.split_of(name) == report.splits[number]]
+    of_split = [
+        (name, score) for name, score in report.metrics.items() if split_of(report, name) == splits_of(report)[number]
+    ]
     return [{"type": name, "value": score} for name, score in of_split]
 
 
@@ -232,7 +235,7 @@ def _worst(report: EvalReport, kind: str, scores_by_name: dict[str, dict[str, fl
 
 def general_rows(report: EvalReport) -> str:
     """How many general rows of which dataset version a report is of, to append; "" where it has none."""
-    return f"; {report.num_general:,} general rows, {GENERAL_SPLIT} of {report.general}" if report.general else ""
+    return f"; {report.num_general:,} general rows, {splits_of(report)[1][1]} of {report.general}" if report.general else ""
 
 
 def subject(facts: Facts, report: EvalReport) -> str:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from forge_ray.config.measurements import GENERAL
 from forge_ray.config.release import Gate, LeakBounds, NoWorseThan
 from forge_ray.errors import ConfigError
-from forge_ray.records import GENERAL, Check, EvalReport
+from forge_ray.records import Check, EvalReport
 from forge_ray.release.bounds import Rows, shown
 
 OF_ROWS = ("loss", "perplexity", "text_loss", "text_perplexity", "bits_per_byte", "contamination")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from forge_ray import pipeline
+from forge_ray.cli.main import cli
 from forge_ray.config.base import load
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import DataError
@@ -33,9 +36,13 @@ TRAIN = (
 )
 
 
-def config(name: str, *more: str) -> RunConfig:
+def overrides(name: str, *more: str) -> tuple[str, ...]:
     here = (f"name={name}", f"release.alias={name}", f"data.sources=[{{path: {COLOURS}}}]", TRAIN, "deploy=null")
-    return load(RunConfig, RUN, (*here, *more))
+    return *here, *more
+
+
+def config(name: str, *more: str) -> RunConfig:
+    return load(RunConfig, RUN, overrides(name, *more))
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -44,7 +51,8 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 def test_base_and_tuned_are_compared_on_general_rows_and_a_gate_judges_the_rise(store: Store, tmp_path: Path) -> None:
     texts = [{"text": f"The pump of hall {n} is inspected every {n + 2} months. " * 2} for n in range(12)]
-    chats = [chat(f"What is {n} plus 1?", f"{n} plus 1 is {n + 1}.") for n in range(12)]
+    chats = [chat(f"What is {n} plus 1?", f"{n} plus 1 is {n + 1}.") for n in range(11)]
+    chats.append(chat("Colour of an emerald, number 99?", "Nobody knows."))
     bad = [{"messages": [{"role": "user", "content": "no answer"}]}, {"neither": 1}]
     rows = tmp_path / "general.jsonl"
     rows.write_text("\n".join(map(json.dumps, [*texts, *chats, *bad])))
@@ -59,7 +67,7 @@ def test_base_and_tuned_are_compared_on_general_rows_and_a_gate_judges_the_rise(
     assert own < set(tuned.metrics)
     assert own < set(base.metrics)
     assert "general_exact_match" not in tuned.metrics  # nothing is generated
-    assert tuned.metrics["general_contamination"] == 0.0
+    assert tuned.metrics["general_contamination"] == pytest.approx(1 / 24)  # the emerald
     assert (tuned.general, tuned.num_general) == (base.general, 24)
     assert sum(count for reason, count in tuned.left_out.items() if reason.startswith("general row, ")) == 2
     kinds = Counter(item.get("kind", "") for item in items_of(store, tuned))
@@ -73,6 +81,13 @@ def test_base_and_tuned_are_compared_on_general_rows_and_a_gate_judges_the_rise(
     assert change.value == pytest.approx(tuned.metrics["general_loss"] - base.metrics["general_loss"])
     assert check.value is not None
     assert check.value <= -change.value  # the bound of the gain is below the measured one
+
+    sets = [word for override in overrides("general", *settings) for word in ("--set", override)]
+    table = CliRunner().invoke(cli, ["eval", str(RUN), "--store", store.uri, *sets])
+    assert table.exit_code == 0, table.output
+    assert f"Held-out test rows: {tuned.num_examples}; general rows: 24" in table.output
+    assert " general_loss " in table.output
+    assert "not evaluated: 1 rows, general row, quarantined: " in table.output
 
     strict = config("general", *settings, "release.gate={thresholds: {general_bits_per_byte: {max: 0.001}}}")
     refused = pipeline.release(strict, store)
@@ -117,6 +132,23 @@ def test_general_rows_that_are_trained_on_are_refused_before_training(store: Sto
     manifest = pipeline.prepare(curated, store)
     assert manifest.curation[0].before > manifest.curation[0].after
     assert pipeline.evaluate_base(curated, store).general == general  # the rule of the hint is the remedy
+
+
+def test_conversations_are_refused_for_a_model_without_a_chat_template_and_texts_are_not(
+    store: Store, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    bare = shutil.copytree(tiny_model_dir, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"line {n} of the manual says {n % 7}. " * 4}) for n in range(40)))
+    texts = (f"data.sources=[{{path: {rows}}}]", f"base_model={bare}", "licence=apache-2.0", "eval.labels=null")
+    with_chats = config("bare", *texts, "eval.general={rows: chats}", "release.gate={}")
+    with pytest.raises(DataError, match=r"^eval\.general\.rows=chats: none of 120 rows can be used") as refused:
+        pipeline.train(with_chats, store)
+    assert "`texts`" in refused.value.hint
+    report = pipeline.evaluate_base(config("bare", *texts, "eval.general={rows: texts}", "release.gate={}"), store)
+    assert report.num_general == 40
+    assert "general_bits_per_byte" in report.intervals
 
 
 def test_rows_that_come_along_are_scored_for_a_model_of_any_template(store: Store) -> None:

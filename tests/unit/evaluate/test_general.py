@@ -12,12 +12,14 @@ from fabricated import dataset, record_of, report, run
 from fabricated import version as model_version
 
 from forge_ray.config.base import parse
-from forge_ray.config.release import EvalConfig, Gate, GeneralConfig
+from forge_ray.config.measurements import GeneralConfig
+from forge_ray.config.release import EvalConfig, Gate
 from forge_ray.config.run import RunConfig
 from forge_ray.data.curate.decontaminate import marks
 from forge_ray.data.record.schema import DataRecord, parse_line
 from forge_ray.errors import ConfigError, DataError, NotFound
 from forge_ray.evaluate.general import CARRIED, place_of, refuse_trained, require_rows
+from forge_ray.evaluate.items import split_of, splits_of
 from forge_ray.evaluate.measures import differences, intervals, statistics
 from forge_ray.evaluate.summary import slice_scores
 from forge_ray.governance.erasure.plan import plan_of
@@ -137,8 +139,8 @@ def test_older_reports_are_still_found_and_keep_their_ids() -> None:
     general = plain.model_copy(update={"general": "ds_2", "num_general": 3})
     assert general.sealed().id != plain.sealed().id
     assert (plain.parents(), general.parents()) == (("run_1", "ds_1"), ("run_1", "ds_1", "ds_2"))
-    assert general.splits == (("ds_1", "validation"), ("ds_2", "test"))
-    assert (general.split_of("loss"), general.split_of("general_loss")) == general.splits
+    assert splits_of(general) == (("ds_1", "validation"), ("ds_2", "test"))
+    assert (split_of(general, "loss"), split_of(general, "general_loss")) == splits_of(general)
 
 
 def answer(number: int, nats: float, kind: str = "general_answer") -> dict[str, Any]:
