@@ -70,20 +70,17 @@ def _front_matter(facts: Facts, library: str) -> str:
             "metrics": metrics,
         }
         for report in facts.own_evals
-        for number, (dataset, split) in enumerate(splits_of(report))
-        if (metrics := _metrics(report, number))
+        for dataset, split in dict.fromkeys(splits_of(report))
+        if (metrics := _metrics(report, (dataset, split)))
     ]
     if results:
         value["model-index"] = [{"name": version.name, "results": results}]
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
-def _metrics(report: EvalReport, number: int) -> list[dict[str, Any]]:
-    """The scores of the rows of one of the report's splits."""
-    of_split = [
-        (name, score) for name, score in report.metrics.items() if split_of(report, name) == splits_of(report)[number]
-    ]
-    return [{"type": name, "value": score} for name, score in of_split]
+def _metrics(report: EvalReport, rows: tuple[str, str]) -> list[dict[str, Any]]:
+    """The scores of one of the report's splits."""
+    return [{"type": name, "value": score} for name, score in report.metrics.items() if split_of(report, name) == rows]
 
 
 def _dataset_name(facts: Facts, identifier: str) -> str:
