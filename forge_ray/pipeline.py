@@ -112,9 +112,11 @@ def import_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
 
 
 def prepare(config: RunConfig, store: Store) -> DatasetManifest:
-    """Raw rows → packed dataset version."""
+    """Raw rows → packed dataset version; general rows → one of their own, for not all who evaluate may write one."""
     with Catalog.open(store) as catalog:
-        return _prepare(config, catalog)
+        manifest = _prepare(config, catalog)
+        general.general_rows(catalog, manifest, config.eval)
+        return manifest
 
 
 def _prepare(config: RunConfig, catalog: Catalog, quiet: bool = False) -> DatasetManifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from forge_ray.evaluate.texts import score_texts
 from forge_ray.inference.engine import Engine
 from forge_ray.records import DatasetManifest
 from forge_ray.store.files import Store
+
+OF_GENERAL = "general row, "  # begins the reasons why general rows were left out
 
 
 def score_answers(engine: Engine, tokenizer: ChatTokenizer, chats: Sequence[Example]) -> Iterator[dict[str, Any]]:
@@ -38,10 +39,10 @@ def score_answers(engine: Engine, tokenizer: ChatTokenizer, chats: Sequence[Exam
 
 def score_general(engine: Engine, tokenizer: ChatTokenizer, rows: HeldOutRows, window: int) -> Iterator[dict[str, Any]]:
     """One item per general row: the loss of a chat's answer, or of a text; `window` as for `score_texts`."""
-    for item in score_answers(engine, tokenizer, rows.chats):
-        yield item | {"kind": GENERAL_ANSWER}
-    for item in score_texts(engine, tokenizer, rows.texts, window):
-        yield item | {"kind": GENERAL_TEXT}
+    answers, texts = score_answers(engine, tokenizer, rows.chats), score_texts(engine, tokenizer, rows.texts, window)
+    for kind, items in ((GENERAL_ANSWER, answers), (GENERAL_TEXT, texts)):
+        for item in items:
+            yield {**item, "left_out": OF_GENERAL + item["left_out"]} if "left_out" in item else {**item, "kind": kind}
 
 
 def general_held_out(store: Store, general: DatasetManifest | None, config: EvalConfig) -> HeldOutRows:
@@ -50,5 +51,5 @@ def general_held_out(store: Store, general: DatasetManifest | None, config: Eval
         return HeldOutRows((), ())
     settings = config.model_copy(update={"split": GENERAL_SPLIT, "max_examples": config.general.max_examples})
     rows = held_out(store, general, settings)
-    left_out = Counter(rows.left_out) + Counter({f"quarantined: {why}": count for why, count in general.rejects.items()})
-    return HeldOutRows(rows.chats, rows.texts, dict(left_out))
+    left_out = rows.left_out | {f"quarantined: {reason}": count for reason, count in general.rejects.items()}
+    return HeldOutRows(rows.chats, rows.texts, {OF_GENERAL + reason: count for reason, count in left_out.items()})

@@ -40,7 +40,7 @@ from forge_ray.evaluate.examples import (
     normalise,
 )
 from forge_ray.evaluate.losses import general_held_out, score_general
-from forge_ray.evaluate.measures import CALL, intervals
+from forge_ray.evaluate.measures import CALL, intervals, is_general
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
 from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
 from forge_ray.evaluate.texts import score_texts
@@ -52,7 +52,6 @@ from forge_ray.store.files import Store
 BATCH = 64
 TIMED_PROMPTS = 5
 TIMED_TOKENS = 16
-OF_GENERAL = "general row, "  # begins the reasons why general rows were left out
 
 
 @dataclass(frozen=True)
@@ -200,56 +199,47 @@ def evaluate(
     if config.contamination and general:
         general_shared = find_contamination(store, general, GENERAL_SPLIT, general_held, manifest, config.contamination)
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
-    items, general_items, answers = [], [], []
+    items, answers = [], []
     total = len(held.chats) + len(held.texts) + len(general_held.chats) + len(general_held.texts) + len(prompts)
-    left_out = Counter(held.left_out)
-    general_left_out = Counter(general_held.left_out)
+    left_out = Counter(held.left_out) + Counter(general_held.left_out)
     try:
         for item in itertools.chain(
             score_examples(engine, tokenizer, held.chats, labels, config),
             score_texts(engine, tokenizer, held.texts, manifest.sequence_length),
+            score_general(engine, tokenizer, general_held, general.sequence_length if general else 0),
         ):
             if "left_out" in item:
                 left_out[item["left_out"]] += 1
                 continue
             items.append(item)
             yield {"done": len(items), "total": total}
-        for item in score_general(engine, tokenizer, general_held, general.sequence_length if general else 0):
-            if "left_out" in item:
-                general_left_out[item["left_out"]] += 1
-                continue
-            general_items.append(item)
-            yield {"done": len(items) + len(general_items), "total": total}
         for answer in answer_prompts(engine, tokenizer, prompts, config.safety_max_new_tokens):
             answers.append(answer)
-            yield {"done": len(items) + len(general_items) + len(answers), "total": total}
+            yield {"done": len(items) + len(answers), "total": total}
         latency = latency_ms_per_token(engine, list(itertools.islice(timed_prompts(tokenizer, held), 4 * TIMED_PROMPTS)))
     finally:
         engine.close()
-    if not items:
-        raise DataError(
-            f"none of the {left_out.total()} held-out rows can be put to {subject.id}: {left_out.most_common(1)[0][0]}",
-            hint="`forge models check` says what the model's chat template has a place for",
-        )
-    if general and not general_items:
-        raise DataError(
-            f"none of the {general_left_out.total()} general rows ({general.id}) can be put to {subject.id}:"
-            f" {general_left_out.most_common(1)[0][0]}",
-            hint="set eval.general.rows=texts for a model without a chat template, or name other rows",
-        )
-    metrics, per_class = summarise([*items, *general_items], labels)
-    bounds = intervals([*items, *general_items], labels)
+    own, num_general = [item for item in items if not is_general(item)], sum(map(is_general, items))
+    for of, is_missing in ((manifest, not own), (general, not num_general)):
+        if of and is_missing:
+            raise DataError(
+                f"none of the rows of {of.id} can be put to {subject.id}: {left_out.most_common(1)[0][0]}",
+                hint="`forge models check` says what the model's chat template has a place for; one without a template takes"
+                " texts",
+            )
+    metrics, per_class = summarise(items, labels)
+    bounds = intervals(items, labels)
     if prompts:
         passed = [not answer["failures"] for answer in answers]
         metrics["safety_pass_rate"] = sum(passed) / len(answers)
         bounds["safety_pass_rate"] = wilson(sum(passed), len(passed))
     if config.contamination:
-        metrics["contamination"] = len(shared) / len(items)
+        metrics["contamination"] = len(shared) / len(own)
     if config.contamination and general:
-        metrics[f"{GENERAL}contamination"] = len(general_shared) / len(general_items)
+        metrics[f"{GENERAL}contamination"] = len(general_shared) / num_general
     metrics, per_slice, undefined = only_finite(metrics, slice_scores(items, labels, config.slices))
     costs = {"size_bytes": float(size_bytes(store, subject))} | ({"latency_ms_per_token": latency} if latency else {})
-    kept = {"items.jsonl": [*items, *general_items]}
+    kept = {"items.jsonl": items}
     kept |= {"safety.jsonl": answers} if prompts else {}
     kept |= {"contaminated.jsonl": [*shared, *general_shared]} if config.contamination else {}
     written = {name: json_lines(rows) for name, rows in kept.items()}
@@ -259,15 +249,15 @@ def evaluate(
         dataset=manifest.id,
         split=config.split,
         config=settings,
-        num_examples=len(items),
+        num_examples=len(own),
         metrics=metrics,
         per_class=per_class,
         per_slice=per_slice,
         undefined=undefined,
         intervals={name: limits for name, limits in bounds.items() if name in metrics},
-        left_out={**left_out, **{f"{OF_GENERAL}{reason}": count for reason, count in general_left_out.items()}},
+        left_out=dict(left_out),
         general=general.id if general else "",
-        num_general=len(general_items),
+        num_general=num_general,
         items_sha256=hashlib.sha256(b"".join(written.values())).hexdigest(),
         costs=costs,
         seconds=round(time.monotonic() - started, 3),
@@ -276,7 +266,8 @@ def evaluate(
         for name, lines in written.items():
             (target / name).write_bytes(lines)
         if labels:
-            plot_confusion(items, labels, target / "confusion.png", f"{subject.id} · {config.split} of {manifest.id}")
+            answered = [item for item in own if "kind" not in item]  # with a text, which may be a label
+            plot_confusion(answered, labels, target / "confusion.png", f"{subject.id} · {config.split} of {manifest.id}")
     yield {"report": report.model_dump(mode="json")}
 
 
