@@ -158,3 +158,15 @@ def test_rows_that_come_along_are_scored_for_a_model_of_any_template(store: Stor
     texts = pipeline.evaluate_base(config("carried", "eval.general={rows: texts}"), store)
     assert (texts.num_general, texts.left_out) == (40, {})
     assert texts.general != report.general
+
+
+def test_models_without_a_run_are_compared_on_general_rows_too(store: Store, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(chat(f"q {n}", f"a {n}")) for n in range(3)))
+    general = "eval.general={rows: texts, max_examples: 5}"
+    words = ["eval", "--model", "tiny", "--data", str(rows), "--set", general, "--set", "eval.max_new_tokens=2", "--json"]
+    done = CliRunner().invoke(cli, [*words, "--store", store.uri])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout.splitlines()[-1])["reports"]["tiny"]
+    assert (report["num_examples"], report["num_general"]) == (3, 5)
+    assert {"loss", "general_bits_per_byte"} < set(report["metrics"])
