@@ -16,7 +16,7 @@ from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.data.read.sources import expand
 from forge_ray.errors import NotFound, TrainingError
-from forge_ray.evaluate import reports
+from forge_ray.evaluate import general, reports
 from forge_ray.evaluate.items import items_of
 from forge_ray.machine import sessions
 from forge_ray.machine.capacity import refuse_oversized
@@ -70,6 +70,8 @@ def run(config: RunConfig, store: Store) -> Outcome:
     with Catalog.open(store) as catalog:
         import_base(config, catalog)
     _refuse_absent(config)
+    if config.eval.general:
+        general.require_rows(config.eval.general)
     _refuse_unplaceable(config)
     dataset = prepare(config, store)
     record = train(config, store)
@@ -116,9 +118,11 @@ def import_base(config: RunConfig, catalog: Catalog) -> ModelVersion:
 
 
 def prepare(config: RunConfig, store: Store) -> DatasetManifest:
-    """Raw rows → packed dataset version."""
+    """Raw rows → packed dataset version; general rows → one of their own, for not all who evaluate may write one."""
     with Catalog.open(store) as catalog:
-        return _prepare(config, catalog, import_base(config, catalog))
+        manifest = _prepare(config, catalog, import_base(config, catalog))
+        general.general_rows(catalog, manifest, config.eval)
+        return manifest
 
 
 def _prepare(config: RunConfig, catalog: Catalog, named: ModelVersion, quiet: bool = False) -> DatasetManifest:
@@ -156,6 +160,8 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
                 promotion.refuse_archived(catalog, version.id)
         manifest = _prepare(config, catalog, named, quiet=True)
         refuse_without_rows(config.train, manifest)
+        if rows := general.general_rows(catalog, manifest, config.eval):  # refused now, not after hours of training
+            general.refuse_trained(store, rows, manifest)
         begun = start.start_of(catalog, named, config.train)
         return train_on(config, catalog, begun.base, manifest, precision, begun.initial)
 

@@ -260,13 +260,17 @@ class EvalReport(Record):
     intervals: dict[str, tuple[float, float]] = Field({}, description="of 95 %, by metric; they follow from the items")
     left_out: dict[str, int] = Field({}, description="rows of the split that were not evaluated, by the reason")
     num_scored: dict[str, int] = Field({}, description="the user's own metrics → rows that they are means over")
+    general: str = Field("", description="dataset version of the general rows, whose test split was scored too")
+    num_general: int = Field(0, description="general rows that were scored; they are not among num_examples")
     seconds: float = 0.0
 
     def parents(self) -> tuple[str, ...]:
-        return (self.dataset,) if self.endpoint else (self.subject, self.dataset)
+        subject = () if self.endpoint else (self.subject,)
+        return tuple(dict.fromkeys((*subject, self.dataset, *filter(None, [self.general]))))
 
     def identity(self) -> dict[str, Any]:
-        return _without_empty(super().identity(), "per_slice", "undefined", "left_out", "endpoint", "num_scored")
+        later = ("per_slice", "undefined", "left_out", "endpoint", "num_scored", "general", "num_general")
+        return _without_empty(super().identity(), *later)
 
 
 class Check(Frozen):

@@ -49,8 +49,9 @@ def filled(root: Path, model: Path) -> tuple[Store, dict[str, str]]:
         first = catalog.put(run(store, "run_1111111111111111", dataset.id, base, None))
         middle = catalog.put(version(store, "middle", first, base, "full", ()))
         second = catalog.put(run(store, "run_2222222222222222", dataset.id, middle, {"r": 16, "alpha": 32}))
-        own = catalog.put(report(second.id, dataset.id, 0.875))
-        rival = catalog.put(report(base.id, dataset.id, 0.0))
+        general = catalog.put(manifest("general", base.id, 0))
+        own = catalog.put(report(second.id, dataset.id, 0.875, general.id))
+        rival = catalog.put(report(base.id, dataset.id, 0.0, general.id))
         leak = catalog.put(leaks(second.id, dataset.id))
         tuned = catalog.put(version(store, "tickets", second, middle, "adapter", (own.id, rival.id)))
         promotion.promote(catalog, tuned.id, "support@prod")
@@ -66,6 +67,7 @@ def filled(root: Path, model: Path) -> tuple[Store, dict[str, str]]:
         deployed = catalog.put(endpoint.sealed())
         catalog.append(Event(kind="deployment", subject=deployed.id, data={"state": "up"}))
     ids = {"base": base.id, "middle": middle.id, "tuned": tuned.id, "dataset": dataset.id, "deployed": deployed.id}
+    ids["general"] = general.id
     return store, ids | {"first": first.id, "second": second.id, "own": own.id, "rival": rival.id, "leak": leak.id}
 
 
@@ -194,7 +196,7 @@ def version(
     return registered
 
 
-def report(subject: str, dataset: str, score: float) -> EvalReport:
+def report(subject: str, dataset: str, score: float, general: str) -> EvalReport:
     return EvalReport(
         subject=subject,
         subject_digest=digest(subject),
@@ -202,11 +204,13 @@ def report(subject: str, dataset: str, score: float) -> EvalReport:
         split="test",
         config={},
         num_examples=18,
-        metrics={"exact_match": score, "loss": 0.1256},
+        metrics={"exact_match": score, "loss": 0.1256, "general_loss": 2.5},
         per_slice={"source": {"tickets": {"exact_match": score, "count": 18.0}}},
         costs={"latency_ms_per_token": 3.25},
         undefined=("perplexity",),
         per_class={"late|parcel": {"f1": score, "support": 9.0}, "refund": {"f1": 1.0, "support": 9.0}},
+        general=general,
+        num_general=16,
         items_sha256="f6" * 32,
         seconds=8.0,
     ).sealed()

@@ -160,13 +160,17 @@ def _settings(overrides: tuple[str, ...]) -> tuple[EvalConfig, dict[str, Any]]:
 def _print(store: Store, names: tuple[str, ...], reports: list[EvalReport]) -> None:
     from forge_ray.cli.show import print_table, scores
 
-    print_table(f"Held-out {reports[0].split} rows: {reports[0].num_examples}", *scores(store, names, reports))
+    title = f"Held-out {reports[0].split} rows: {reports[0].num_examples}"
+    title += f"; general rows: {reports[0].num_general}" if reports[0].general else ""
+    print_table(title, *scores(store, names, reports))
     for reason, count in sorted(reports[0].left_out.items()):
         echo(f"not evaluated: {count} rows, {reason}")
     for name, report in zip(names, reports, strict=True):
-        if report.num_examples != reports[0].num_examples:
+        numbers = (report.num_examples, report.num_general)
+        if numbers != (reports[0].num_examples, reports[0].num_general):
             reasons = "; ".join(f"{count} × {reason}" for reason, count in report.left_out.items())
-            echo(f"{name}: {report.num_examples} rows ({reasons}); changes are of the rows that both have")
+            counts = f"{report.num_examples} rows" + (f", {report.num_general} general rows" if report.general else "")
+            echo(f"{name}: {counts} ({reasons}); changes are of the rows that both have")
         for metric, count in report.num_scored.items():
             if count < report.num_examples:
                 echo(f"{name}: {metric} is of {count} of {report.num_examples} rows")

@@ -20,24 +20,31 @@ if TYPE_CHECKING:
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
-LOWER_LOSS = "gate: {better_than: [{incumbent: base, metric: loss}]}  # released only if it predicts held-out answers better"
-EXACT_MATCH = "gate: {thresholds: {exact_match: {min: 0.8}}, better_than: [{incumbent: base}]}  # 0.8: the least you accept"
-BITS = (
-    "gate: {better_than: [{incumbent: base, metric: bits_per_byte}]}  # released only if it predicts held-out texts better"
+BETTER_ANSWERS = "better_than: [{incumbent: base, metric: loss}]  # released only if it predicts held-out answers better"
+BETTER_TEXTS = (
+    "better_than: [{incumbent: base, metric: bits_per_byte}]  # released only if it predicts held-out texts better"
 )
+RIGHT_ANSWERS = "better_than: [{incumbent: base}]  # released only if more answers are right"
+LEAST_RIGHT = "thresholds: {exact_match: {min: 0.8}}  # the least share of right answers that you accept"
 ADAPTER = "adapter: {r: 16, alpha: 32}  # LoRA; without this line every weight is trained: set optimizer: {lr: 2e-5}"
-LONG_ANSWERS = "eval: {max_new_tokens: 256}  # tokens; longer answers are cut off and count as wrong"
+LONG_ANSWERS = "max_new_tokens: 256  # tokens; longer answers are cut off and count as wrong"
+GENERAL = "general: {rows: chats}  # short conversations about anything: what did training make it forget?"
+GENERAL_TEXTS = "general: {rows: texts}  # short texts about anything: what did training make it forget?"
+KEEPS_ANSWERS = (
+    "no_worse_than: [{incumbent: base, metric: general_loss, tolerance: 0.5}]  # nats per token that it may forget"
+)
+KEEPS_TEXTS = "no_worse_than: [{incumbent: base, metric: general_bits_per_byte, tolerance: 0.1}]  # that it may forget"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is specific to the run file of a task."""
+    """What is specific to the run file of a task. `gate` and `evaluation`: the lines of these sections."""
 
     purpose: str
     rows: str
     sequence_length: int
-    gate: str = LOWER_LOSS
-    evaluation: str = ""
+    gate: tuple[str, ...] = (BETTER_ANSWERS, KEEPS_ANSWERS)
+    evaluation: tuple[str, ...] = (GENERAL,)
     train: str = ADAPTER
 
 
@@ -47,27 +54,28 @@ TASKS = {
         "Fine-tune a classifier, which answers with one label.",
         '{"text": "…", "label": "…"}',
         512,
-        EXACT_MATCH,
-        "eval: {labels: from_data}  # the labels of the training rows",
+        (LEAST_RIGHT, RIGHT_ANSWERS, KEEPS_ANSWERS),
+        ("labels: from_data  # the labels of the training rows", GENERAL),
     ),
     "extract": Task(
         "Fine-tune extraction to JSON. An answer is right if its text is the row's, order of keys included.",
         '{"prompt": "…", "completion": "{\\"total\\": 12}"}',
         2048,
-        EXACT_MATCH,
-        LONG_ANSWERS,
+        (LEAST_RIGHT, RIGHT_ANSWERS, KEEPS_ANSWERS),
+        (LONG_ANSWERS, GENERAL),
     ),
     "tools": Task(
         "Fine-tune tool calls.",
         '{"messages": [… "tool_calls" …], "tools": […]}',
         4096,
-        evaluation=LONG_ANSWERS,
+        evaluation=(LONG_ANSWERS, GENERAL),
     ),
     "pretrain": Task(
         "Continue pre-training on plain text.",
         '{"text": "…"}',
         2048,
-        BITS,
+        (BETTER_TEXTS, KEEPS_TEXTS),
+        (GENERAL_TEXTS,),
         train="optimizer: {lr: 2e-5}  # every weight is trained",
     ),
 }
@@ -87,10 +95,12 @@ def run_file_text(task: str, data: str, base_model: str, name: str) -> str:
         f"  sequence_length: {chosen.sequence_length}  # tokens",
         "train:",
         f"  {chosen.train}",
-        *([chosen.evaluation] if chosen.evaluation else []),
+        "eval:",
+        *(f"  {line}" for line in chosen.evaluation),
         "release:",
         f"  alias: {name}",
-        f"  {chosen.gate}",
+        "  gate:",
+        *(f"    {line}" for line in chosen.gate),
         f"deploy: {{name: {name}, models: [{name}]}}  # without this line `forge run` ends after the release",
         "# On a GPU add scaling: {gpus_per_worker: 1} to train, gpus: 1 to eval, gpus_per_replica: 1 to deploy.",
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from forge_ray.config.run import RunConfig
 from forge_ray.data.read.sources import expand
 from forge_ray.errors import ConfigError
+from forge_ray.evaluate.general import place_of
 from forge_ray.machine.ray_internals import ignore_file_of, package_limit, packaged_files
 
 ZIP_ENTRY = 300  # bytes around a file in Ray's archive, which is not compressed: two headers with its name
@@ -59,6 +60,8 @@ def _named(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from (("eval.metrics", os.path.abspath(one.file)) for one in config.eval.metrics if _is_relative(one.file))
     if _is_relative(config.eval.json_schema):
         yield "eval.json_schema", os.path.abspath(config.eval.json_schema)
+    if config.eval.general:
+        yield from (("eval.general.rows", os.path.abspath(path)) for path in _files(place_of(config.eval.general)))
     for rule in config.data.curate:
         for place in getattr(rule, "against", ()):  # a dataset version matches no file
             yield from (("data.curate.against", os.path.abspath(path)) for path in _files(place))

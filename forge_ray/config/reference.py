@@ -58,6 +58,7 @@ EXAMPLES = {
     "eval": "eval: {labels: from_data, max_examples: 200}",
     "eval.metrics": "eval: {metrics: [{function: metrics/tone.py:tone, lower_is_better: [rudeness]}]}",
     "eval.contamination": "eval: {contamination: {ngram: 13}}",
+    "eval.general": "eval: {general: {rows: chats}}",
     "eval.leak": "eval: {leak: {max_records: 64}}",
     "eval.engine": "eval: {engine: {num_blocks: 1024}}",
     "release": "release: {alias: support@prod}",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from forge_ray.config.base import Config, SettingError
 from forge_ray.config.gate import Gate
+from forge_ray.config.measurements import Contamination, GeneralConfig, LeakConfig
 from forge_ray.config.own_metric import OwnMetric
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -49,36 +50,6 @@ class EngineConfig(Config):
         return self.page_size * self.num_blocks
 
 
-class Contamination(Config):
-    """Compares runs of words in evaluated rows with those in training rows."""
-
-    ngram: int = Field(
-        13,
-        ge=2,
-        description="Consecutive words that an evaluated row must share with a training row to count as contaminated",
-    )
-    template_share: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="Runs of words in more than this share of the evaluated rows (and in at least three) are the task's"
-        " template and are not counted",
-    )
-
-
-class LeakConfig(Config):
-    """Compares training records with held-out ones, and planted canaries with unplanted ones; see docs/design/gates.md."""
-
-    max_records: int = Field(64, ge=2, description="Maximum training records, and as many held-out records, to compare")
-    max_canaries: int = Field(
-        16, ge=1, description="Maximum canaries in the training rows, and as many held-out ones, to compare"
-    )
-    candidates: int = Field(
-        127, ge=1, description="Random codes that a canary's code is ranked among; 127 can show an exposure of up to 7 bits"
-    )
-    seed: int = Field(0, ge=0, description="Seed for drawing the records, the random codes and the bootstrap samples")
-
-
 class EvalConfig(Config):
     """How the trained model is evaluated."""
 
@@ -107,6 +78,9 @@ class EvalConfig(Config):
         None, description="Measure the overlap of evaluated rows with training rows; null: off"
     )
     leak: LeakConfig | None = Field(None, description="Measure how much the model reveals of its training rows; null: off")
+    general: GeneralConfig | None = Field(
+        None, description="Measure what training made the model forget, by its loss on general rows; null: off"
+    )
     engine: EngineConfig = EngineConfig()
     cpus: float = Field(1, gt=0, description="CPU cores of the evaluation task")
     gpus: float = Field(0, ge=0, description="GPUs of the evaluation task; 0: evaluate on the CPU")
@@ -119,9 +93,10 @@ class EvalConfig(Config):
 
     def scoring(self) -> dict[str, Any]:
         """The settings that affect the scores of a report, as JSON-ready data. Settings that were added later are left
-        out while they have their defaults, so that older reports are still found; the leak audit has its own report."""
+        out while they have their defaults, so that older reports are still found; the leak audit has its own report. General
+        rows are in a report by their dataset version, not by their place."""
         later: dict[str, Any] = {"slices": [], "safety": [], "metrics": [], "json_schema": "", "contamination": None}
-        value = self.model_dump(mode="json", exclude={"leak"})
+        value = self.model_dump(mode="json", exclude={"leak", "general"})
         if not self.safety:
             value.pop("safety_max_new_tokens")
         return {key: item for key, item in value.items() if key not in later or item != later[key]}

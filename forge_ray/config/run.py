@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from forge_ray.config.base import Config, SettingError
 from forge_ray.config.data import DataConfig
 from forge_ray.config.gate import LeakBounds
+from forge_ray.config.measurements import GENERAL
 from forge_ray.config.release import NAME, DeployConfig, EvalConfig, ReleaseConfig
 from forge_ray.config.train import TrainConfig
 
@@ -68,6 +69,12 @@ class RunConfig(Config):
         if gate.leak != LeakBounds() and self.eval.leak is None:
             raise SettingError(
                 "release.gate.leak has bounds for the leak audit, but eval.leak is not set", "set eval.leak={}"
+            )
+        judged = [*gate.thresholds, *(rule.metric for rule in gate.better_than)]
+        judged += [rule.metric for rule in gate.no_worse_than]
+        if self.eval.general is None and (unmeasured := [name for name in judged if name.startswith(GENERAL)]):
+            raise SettingError(
+                f"release.gate judges {unmeasured[0]}, but eval.general is not set", "set eval.general={rows: chats}"
             )
         for rule in gate.no_worse_than:
             if rule.slices != "none" and rule.slices not in self.eval.slices:

@@ -21,11 +21,14 @@ from forge_ray.evaluate.answer_schema import refuse_unfit, with_validity
 from forge_ray.evaluate.calls import call_fields
 from forge_ray.evaluate.chat_api import Connection, Endpoint, answers, connected
 from forge_ray.evaluate.chat_format import ChatAnswer, Unanswered, request_of
-from forge_ray.evaluate.examples import Example, HeldOutRows, held_out, label_set
+from forge_ray.evaluate.examples import GENERAL_SPLIT, Example, HeldOutRows, held_out, label_set
+from forge_ray.evaluate.general import general_rows
+from forge_ray.evaluate.losses import OF_GENERAL
 from forge_ray.evaluate.own import scored, try_functions
-from forge_ray.evaluate.publish import OwnFiles, Scored, ScoredRows, find_contamination, publish
-from forge_ray.evaluate.reports import files_of, reports_of
+from forge_ray.evaluate.publish import Scored, ScoredRows, publish, shared_rows
+from forge_ray.evaluate.reports import reports_of
 from forge_ray.evaluate.safety import SafetyPrompt
+from forge_ray.evaluate.scoring_files import files_of
 from forge_ray.progress import Stage, stage
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import disclosures, paths
@@ -37,6 +40,7 @@ from forge_ray.store.uses import using
 BATCH = 64  # requests between two looks at the store's erasures
 MOST_FAILURES = 10  # requests without an answer: in succession and each tried again, or the first of all
 TEXT = "a text: an endpoint gives no loss of it"
+NO_LOSS = "an endpoint gives no loss of it"
 IMAGE = "an image, which is not sent to an endpoint"
 MACHINE = ("engine", "cpus", "gpus")  # settings of an evaluation here, which decide nothing there
 
@@ -66,7 +70,7 @@ def evaluate_endpoint(
     sent there, `DataError` where no row was answered, and what `chat_api.answers` raises. With `reuse` the last report of
     the same rows and settings is enough, where there is one, and nothing is sent."""
     started = time.monotonic()
-    prompts, functions, schema, digests = files_of(config)
+    files, digests = files_of(config)
     scoring = {name: value for name, value in config.scoring().items() if name not in MACHINE}
     asked_with = {"model": endpoint.model, "url": endpoint.url, "options": dict(endpoint.options)}
     settings = scoring | digests | {"endpoint": asked_with}
@@ -81,17 +85,16 @@ def evaluate_endpoint(
         require(catalog, paths.dataset(manifest.id))
         with using(catalog.store, what, paths.dataset(manifest.id)):
             held, labels = held_out(catalog.store, manifest, config), label_set(catalog.store, manifest, config)
-            refuse_unfit(schema, held.chats)
-            try_functions(functions, held.chats, config.slices, labels)
-            rule = config.contamination
-            shared = find_contamination(catalog.store, manifest, held, config, rule) if rule else None
-            asked = _sent(catalog, endpoint, manifest, config, held, prompts, it)
-        valid = with_validity(iter(asked.items), schema)
-        items = list(scored(valid, functions, held.chats, config.slices, labels))
+            refuse_unfit(files.schema, held.chats)
+            try_functions(files.functions, held.chats, config.slices, labels)
+            shared = shared_rows(catalog.store, config, manifest, held)
+            asked = _sent(catalog, endpoint, manifest, config, held, files.prompts, it)
+            asked.left_out.update(_general(catalog, manifest, config))
+        valid = with_validity(iter(asked.items), files.schema)
+        items = list(scored(valid, files.functions, held.chats, config.slices, labels))
         rows = ScoredRows(items, labels, asked.safety, shared, asked.left_out)
         costs = {name: float(count) for name, count in asked.num_tokens.items() if count}
-        files = OwnFiles(functions, schema)
-        of = Scored(endpoint.name, "", settings, costs, time.monotonic() - started, endpoint.url, files)
+        of = Scored(endpoint.name, "", settings, costs, time.monotonic() - started, files, endpoint.url)
         report = publish(catalog.store, manifest, config, rows, of)
         refuse_erased(catalog.store, report.id, manifest.id, folder=paths.report(report.id))
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
@@ -131,6 +134,12 @@ def _sent(
             hint="`forge audit log --action disclosure` says how many were sent",
         )
     return asked
+
+
+def _general(catalog: Catalog, manifest: DatasetManifest, config: EvalConfig) -> dict[str, int]:
+    """How many general rows were not scored, by the reason: of them only the loss is."""
+    general = general_rows(catalog, manifest, config)
+    return {f"{OF_GENERAL}{NO_LOSS}": general.splits[GENERAL_SPLIT].num_records} if general else {}
 
 
 def _has_image(chat: Example) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.curate.canaries import is_canary
 from forge_ray.data.dataset.version import read_records
+from forge_ray.data.tokens.chat import encode_chat
 from forge_ray.errors import DataError
 from forge_ray.records import DatasetManifest
 from forge_ray.store.files import Store
@@ -50,6 +51,7 @@ class HeldOutRows:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
+GENERAL_SPLIT = "test"  # of a dataset version of general rows
 NO_ANSWER = "a chat that does not end in an answer"
 UNPOSED = "it cannot be put to this model: "
 SEVERAL_TURNS = "a judged answer of several turns"
@@ -90,6 +92,13 @@ def held_out(store: Store, manifest: DatasetManifest, config: EvalConfig) -> Hel
         )
     count = config.max_examples or None
     return HeldOutRows(tuple(chats[:count]), tuple(texts[:count]), dict(left_out))
+
+
+def answer_ids(tokenizer: Any, example: Example, turn: dict[str, Any]) -> list[int]:
+    """The ids that training would have as targets for this answer: what it says and the end of the turn."""
+    encoded = encode_chat(tokenizer, [*example.messages, turn], example.tools)
+    ids: list[int] = encoded.ids[encoded.loss_mask > 0].tolist()
+    return ids
 
 
 def _calls(turn: dict[str, Any]) -> tuple[dict[str, Any], ...]:

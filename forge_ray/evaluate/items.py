@@ -6,9 +6,11 @@ import hashlib
 import json
 from typing import Any
 
+from forge_ray.config.measurements import GENERAL
 from forge_ray.errors import StoreError
 from forge_ray.evaluate.answer_schema import KEPT_AS
 from forge_ray.evaluate.chance import Difference
+from forge_ray.evaluate.examples import GENERAL_SPLIT
 from forge_ray.evaluate.measures import differences
 from forge_ray.evaluate.named_files import sha256_of
 from forge_ray.evaluate.own import kept_name
@@ -44,6 +46,16 @@ def verify_sources(store: Store, report: EvalReport) -> None:
 def items_of(store: Store, report: EvalReport) -> list[dict[str, Any]]:
     """One per evaluated row."""
     return [json.loads(line) for line in read_items(store, report).splitlines()]
+
+
+def splits_of(report: EvalReport) -> tuple[tuple[str, str], ...]:
+    """(dataset version, split) of the rows that a report is of: the evaluated ones, then the general ones."""
+    return (report.dataset, report.split), *([(report.general, GENERAL_SPLIT)] if report.general else [])
+
+
+def split_of(report: EvalReport, metric: str) -> tuple[str, str]:
+    """(dataset version, split) of the rows that a metric is of."""
+    return splits_of(report)[-1 if metric.startswith(GENERAL) else 0]
 
 
 def labels_of(report: EvalReport) -> tuple[str, ...]:

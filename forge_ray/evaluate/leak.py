@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from forge_ray.config.release import EvalConfig, LeakConfig
+from forge_ray.config.measurements import LeakConfig
+from forge_ray.config.release import EvalConfig
 from forge_ray.data.curate import canaries
 from forge_ray.data.curate.canaries import Canary
 from forge_ray.data.curate.contamination import stream_records
@@ -30,9 +31,9 @@ from forge_ray.data.dataset.version import find_record
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import chat_tokenizer, prompt_ids
 from forge_ray.errors import DataError
-from forge_ray.evaluate.examples import Example
+from forge_ray.evaluate.examples import Example, answer_ids
 from forge_ray.evaluate.publish import json_lines
-from forge_ray.evaluate.score import EvaluatedModel, answer_ids, tokenizer_for
+from forge_ray.evaluate.score import EvaluatedModel, tokenizer_for
 from forge_ray.inference.engine import Engine, GenerationRequest
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import paths

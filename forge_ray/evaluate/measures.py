@@ -6,6 +6,7 @@
 - a pair of a preferred and a rejected answer: also which of them is likelier, and by how many nats
 - either, with functions of the user's own: the mean of each of their scores over the rows that have it
 - a plain text: loss, perplexity, and bits per byte, which can be compared over tokenizers
+- general rows: the loss of their answers or texts, under names that begin with `general_`
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from forge_ray.config.measurements import GENERAL
 from forge_ray.evaluate.chance import Difference, Floats, Statistic, difference, interval, mapped, ratio, share
 from forge_ray.evaluate.examples import normalise
 from forge_ray.records import EvalReport
 
 Items = Sequence[dict[str, Any]]
 CALL, TEXT = "call", "text"
+GENERAL_ANSWER, GENERAL_TEXT = "general_answer", "general_text"
 NUMBERS = ("loss", "perplexity", "bits_per_byte", "margin")  # what is no share: names end so
 
 
@@ -64,9 +67,16 @@ def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
         by_metric["pair_accuracy"] = share([margin > 0 for margin in margins])
         by_metric["pair_margin"] = ratio(margins, [1.0] * len(pairs))
     if texts:
-        by_metric |= _losses("text_", texts)
-        by_metric["bits_per_byte"] = ratio(_nats(texts), [item["num_bytes"] * math.log(2) for item in texts])
+        by_metric |= _text_losses("", texts)
+    if general_answers := [item for item in items if item.get("kind") == GENERAL_ANSWER]:
+        by_metric |= _losses(GENERAL, general_answers)
+    if general_texts := [item for item in items if item.get("kind") == GENERAL_TEXT]:
+        by_metric |= _text_losses(GENERAL, general_texts)
     return by_metric
+
+
+def is_general(item: dict[str, Any]) -> bool:
+    return item.get("kind") in (GENERAL_ANSWER, GENERAL_TEXT)
 
 
 def intervals(items: Items, labels: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -82,14 +92,18 @@ def differences(ours: Items, theirs: Items, labels: Sequence[str], confidence: f
 
 def paired(ours: Items, theirs: Items, labels: Sequence[str]) -> dict[str, tuple[Statistic, Statistic]]:
     """Metric → the statistics of either on the rows that both have, in one order."""
-    others = {item["record"]: item for item in theirs}
-    common = [item for item in ours if item["record"] in others]
-    if not common:
+    others = {_key(item): item for item in theirs}
+    both = [_on_both_sides(item, others[_key(item)]) for item in ours if _key(item) in others]
+    if not both:
         return {}
-    both = [_on_both_sides(item, others[item["record"]]) for item in common]
     one, two = (statistics([pair[side] for pair in both], labels) for side in (0, 1))
     shared = [name for name in one if name in two and one[name].num_rows == two[name].num_rows]
     return {name: (one[name], two[name]) for name in shared}
+
+
+def _key(item: dict[str, Any]) -> tuple[bool, str]:
+    """A row may be among the rows of the task and the general ones."""
+    return is_general(item), item["record"]
 
 
 def _on_both_sides(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,6 +131,11 @@ def _losses(prefix: str, items: Items) -> dict[str, Statistic]:
     """Per token, natural logarithm."""
     loss = ratio(_nats(items), [item["num_tokens"] for item in items])
     return {f"{prefix}loss": loss, f"{prefix}perplexity": mapped(loss, lambda nats: math.exp(min(nats, 700.0)))}
+
+
+def _text_losses(prefix: str, texts: Items) -> dict[str, Statistic]:
+    bits = ratio(_nats(texts), [item["num_bytes"] * math.log(2) for item in texts])
+    return {**_losses(f"{prefix}text_", texts), f"{prefix}bits_per_byte": bits}
 
 
 def _nats(items: Items) -> list[float]:

@@ -10,17 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.release import Contamination, EvalConfig
+from forge_ray.config.measurements import GENERAL, Contamination
+from forge_ray.config.release import EvalConfig
 from forge_ray.data.curate.contamination import contaminated, stream_records
-from forge_ray.evaluate.answer_schema import KEPT_AS, AnswerSchema
+from forge_ray.errors import DataError
 from forge_ray.evaluate.chance import wilson
-from forge_ray.evaluate.examples import HeldOutRows, normalise
-from forge_ray.evaluate.measures import intervals
-from forge_ray.evaluate.own import ScoringFunction, num_scored
+from forge_ray.evaluate.examples import GENERAL_SPLIT, HeldOutRows, normalise
+from forge_ray.evaluate.measures import intervals, is_general
+from forge_ray.evaluate.own import num_scored
+from forge_ray.evaluate.scoring_files import ScoringFiles
 from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import paths
 from forge_ray.store.files import Store
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Evaluated rows that share words with training rows: of the task, and of the general rows."""
+
+    own: list[dict[str, Any]]
+    general: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -31,22 +41,9 @@ class ScoredRows:
     items: list[dict[str, Any]]
     labels: tuple[str, ...]
     safety: list[dict[str, Any]]
-    shared: list[dict[str, Any]] | None
+    shared: SharedRows | None
     left_out: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class OwnFiles:
-    """The user's own functions and schema that rows were scored with."""
-
-    functions: tuple[ScoringFunction, ...] = ()
-    schema: AnswerSchema | None = None
-
-    @property
-    def sources(self) -> dict[str, bytes]:
-        """The bytes of each file, by the name under which the report keeps them."""
-        kept = {function.kept_as: function.source for function in self.functions}
-        return kept | ({KEPT_AS: self.schema.source} if self.schema else {})
+    general: DatasetManifest | None = None  # whose rows are among the items
 
 
 @dataclass(frozen=True)
@@ -58,21 +55,48 @@ class Scored:
     config: dict[str, Any]
     costs: dict[str, float]
     seconds: float
+    files: ScoringFiles
     endpoint: str = ""
-    files: OwnFiles = OwnFiles()
 
 
-def find_contamination(
-    store: Store, manifest: DatasetManifest, held: HeldOutRows, config: EvalConfig, rule: Contamination
+def shared_rows(
+    store: Store,
+    config: EvalConfig,
+    manifest: DatasetManifest,
+    held: HeldOutRows,
+    general: DatasetManifest | None = None,
+    general_held: HeldOutRows | None = None,
+) -> SharedRows | None:
+    """See `data.contamination`; None where the settings do not ask for it."""
+    if config.contamination is None:
+        return None
+    own = _shared(store, manifest, config.split, held, manifest, config.contamination)
+    if general is None or general_held is None:
+        return SharedRows(own, [])
+    return SharedRows(own, _shared(store, general, GENERAL_SPLIT, general_held, manifest, config.contamination))
+
+
+def _shared(
+    store: Store, manifest: DatasetManifest, split: str, held: HeldOutRows, training: DatasetManifest, rule: Contamination
 ) -> list[dict[str, Any]]:
-    """See `data.contamination`; of the rows that are evaluated, and no others."""
+    """Of the rows of a split that are evaluated, and no others, by the rows of `training`."""
     evaluated = {*(chat.record for chat in held.chats), *(text.record for text in held.texts)}
-    rows = (row for row in stream_records(store, manifest, config.split) if row["record"] in evaluated)
-    return contaminated(rows, stream_records(store, manifest, "train"), rule)
+    rows = (row for row in stream_records(store, manifest, split) if row["record"] in evaluated)
+    return contaminated(rows, stream_records(store, training, "train"), rule)
 
 
 def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: ScoredRows, of: Scored) -> EvalReport:
-    """The report of `rows`, of which there is at least one. Its files are in the store, its record is not yet."""
+    """The report of `rows`. Its files are in the store, its record is not yet. Raises `DataError` without any row of the
+    task, or of the general ones where they were asked for."""
+    own, num_general = [item for item in rows.items if not is_general(item)], sum(map(is_general, rows.items))
+    for dataset, is_missing in ((manifest, not own), (rows.general, not num_general)):
+        if dataset and is_missing:
+            reason = max(rows.left_out, key=lambda why: rows.left_out[why], default="there is none")
+            raise DataError(
+                f"none of the rows of {dataset.id} can be put to {of.subject}: {reason}",
+                hint="`forge models check` says what the model's chat template has a place for; one without a template takes"
+                " texts",
+            )
     metrics, per_class = summarise(rows.items, rows.labels)
     bounds = intervals(rows.items, rows.labels)
     kept = {"items.jsonl": rows.items}
@@ -82,8 +106,10 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
         bounds["safety_pass_rate"] = wilson(sum(passed), len(passed))
         kept["safety.jsonl"] = rows.safety
     if rows.shared is not None:
-        metrics["contamination"] = len(rows.shared) / len(rows.items)
-        kept["contaminated.jsonl"] = rows.shared
+        metrics["contamination"] = len(rows.shared.own) / len(own)
+        if rows.general:
+            metrics[f"{GENERAL}contamination"] = len(rows.shared.general) / num_general
+        kept["contaminated.jsonl"] = [*rows.shared.own, *rows.shared.general]
     metrics, per_slice, undefined = only_finite(metrics, slice_scores(rows.items, rows.labels, config.slices))
     written = {name: json_lines(lines) for name, lines in kept.items()}
     report = EvalReport(
@@ -93,13 +119,15 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
         endpoint=of.endpoint,
         split=config.split,
         config=of.config,
-        num_examples=len(rows.items),
+        num_examples=len(own),
         metrics=metrics,
         per_class=per_class,
         per_slice=per_slice,
         undefined=undefined,
         intervals={name: limits for name, limits in bounds.items() if name in metrics},
         left_out=dict(rows.left_out),
+        general=rows.general.id if rows.general else "",
+        num_general=num_general,
         num_scored=num_scored(rows.items, of.files.functions),
         items_sha256=hashlib.sha256(b"".join(written.values())).hexdigest(),
         costs=of.costs,
@@ -110,7 +138,8 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
             (target / name).write_bytes(content)
         if rows.labels:
             title = f"{of.subject} · {config.split} of {manifest.id}"
-            plot_confusion(rows.items, rows.labels, target / "confusion.png", title)
+            answered = [item for item in own if "kind" not in item]  # with a text, which may be a label
+            plot_confusion(answered, rows.labels, target / "confusion.png", title)
     return report
 
 

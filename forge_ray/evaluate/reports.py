@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.config.base import parse, resolved
-from forge_ray.config.release import EvalConfig, LeakConfig
+from forge_ray.config.measurements import LeakConfig
+from forge_ray.config.release import EvalConfig
 from forge_ray.errors import NotFound
 from forge_ray.machine.capacity import Demand, wait_for
 from forge_ray.machine.cluster import connect
@@ -20,9 +21,6 @@ from forge_ray.store.resolve import resolve
 from forge_ray.store.uses import using
 
 if TYPE_CHECKING:
-    from forge_ray.evaluate.answer_schema import AnswerSchema
-    from forge_ray.evaluate.own import ScoringFunction
-    from forge_ray.evaluate.safety import SafetyPrompt
     from forge_ray.evaluate.sample_size import Spread
     from forge_ray.evaluate.score import EvaluatedModel
 
@@ -62,39 +60,31 @@ def _subject(catalog: Catalog, identifier: str, folder: str, files: tuple[FileEn
 def evaluate(
     catalog: Catalog, subject: EvaluatedModel, manifest: DatasetManifest, config: EvalConfig, what: str, quiet: bool = False
 ) -> EvalReport:
-    """Scores of `subject` on `manifest`; found again by the settings that decide them, the bytes of their files included."""
+    """Scores of `subject` on `manifest`, and on the general rows of eval.general; found again by the settings that decide
+    them, the bytes of their files and the general rows' dataset version included."""
+    from forge_ray.evaluate.general import general_rows, refuse_trained
     from forge_ray.evaluate.score import evaluate as run_evaluation
+    from forge_ray.evaluate.scoring_files import files_of
 
-    prompts, functions, schema, digests = files_of(config)
+    files, digests = files_of(config)
     settings = config.scoring() | digests
-    arguments = (subject, manifest, config, prompts, settings, functions, schema)
+    if (general := general_rows(catalog, manifest, config)) and config.general:
+        settings |= {"general": {"dataset": general.id, "max_examples": config.general.max_examples}}
+    arguments = (subject, manifest, config, files, settings, general)
     key = (subject.id, manifest.id, settings)
     existing = next((r for r in reports_of(catalog, key) if is_whole(catalog, r, manifest, config)), None)
-    return _report(catalog, key, config, run_evaluation, arguments, what, quiet, existing)
-
-
-def files_of(
-    config: EvalConfig,
-) -> tuple[tuple[SafetyPrompt, ...], tuple[ScoringFunction, ...], AnswerSchema | None, dict[str, Any]]:
-    """(prompts, functions, schema) of the files that `config` names, and the settings by which a report is known: digests of
-    their bytes in place of their names."""
-    from forge_ray.evaluate.answer_schema import read_schema
-    from forge_ray.evaluate.own import read_functions
-    from forge_ray.evaluate.safety import read_prompts
-
-    prompts, digests = read_prompts(config.safety)
-    functions, schema = read_functions(config.metrics), read_schema(config.json_schema)
-    settings: dict[str, Any] = {"safety": digests} if digests else {}
-    settings |= {"metrics": [function.settings for function in functions]} if functions else {}
-    return prompts, functions, schema, settings | ({"json_schema": schema.sha256} if schema else {})
+    if general and not existing:
+        refuse_trained(catalog.store, general, manifest)
+    return _report(catalog, key, config, run_evaluation, arguments, what, quiet, existing, general)
 
 
 def refuse_unusable(config: EvalConfig) -> None:
     """Raises where a file that the evaluation needs cannot be used: hours of training would come before it."""
     from forge_ray.evaluate.own import check_loads
+    from forge_ray.evaluate.scoring_files import files_of
 
-    _, functions, _, _ = files_of(config)
-    check_loads(functions)
+    files, _ = files_of(config)
+    check_loads(files.functions)
 
 
 def reports_of(catalog: Catalog, key: tuple[str, str, dict[str, Any]]) -> Iterator[EvalReport]:
@@ -121,6 +111,7 @@ def _report(
     what: str,
     quiet: bool,
     existing: EvalReport | None,
+    general: DatasetManifest | None = None,
 ) -> EvalReport:
     """The report of (subject, dataset, settings): the one that is there, else what `make` yields in a task."""
     if existing and quiet:
@@ -131,9 +122,11 @@ def _report(
             return existing
         catalog.check_may("evals")
         subject, dataset, _ = key
-        refuse_erased(catalog.store, f"the evaluation of {subject}", dataset, subject)
+        datasets = dict.fromkeys([dataset, *([general.id] if general else [])])
+        for read in datasets:
+            refuse_erased(catalog.store, f"the evaluation of {subject}", read, subject)
         model: EvaluatedModel = arguments[0]
-        folders = [folder for folder in (model.folder, model.adapter, paths.dataset(dataset)) if folder]
+        folders = [folder for folder in (model.folder, model.adapter, *map(paths.dataset, datasets)) if folder]
         require(catalog, *folders)
         connect()
         import ray
@@ -150,7 +143,8 @@ def _report(
                 else:
                     it.update(update["done"], update["total"], f"{what}: {update['done']}/{update['total']} examples")
         assert report is not None
-        refuse_erased(catalog.store, report.id, dataset, subject, paths.report(report.id))
+        for read in datasets:
+            refuse_erased(catalog.store, report.id, read, subject, paths.report(report.id))
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
         it.done(f"{report.id}  {what}: {scores}")
         return catalog.put(report)

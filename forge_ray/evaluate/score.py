@@ -17,16 +17,17 @@ from typing import Any
 
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.record.schema import Reject
-from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, encode_chat, load_tokenizer_dir, prompt_ids
+from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, load_tokenizer_dir, prompt_ids
 from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.data.tokens.text_tools import tools_of
-from forge_ray.errors import DataError
-from forge_ray.evaluate.answer_schema import AnswerSchema, refuse_unfit, with_validity
+from forge_ray.evaluate.answer_schema import refuse_unfit, with_validity
 from forge_ray.evaluate.calls import call_fields, call_form, calls_in
-from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, held_out, label_set, normalise
-from forge_ray.evaluate.own import ScoringFunction, scored, try_functions
-from forge_ray.evaluate.publish import OwnFiles, Scored, ScoredRows, find_contamination, publish
-from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts
+from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out, label_set, normalise
+from forge_ray.evaluate.losses import general_held_out, score_general
+from forge_ray.evaluate.own import scored, try_functions
+from forge_ray.evaluate.publish import Scored, ScoredRows, publish, shared_rows
+from forge_ray.evaluate.safety import answer_prompts
+from forge_ray.evaluate.scoring_files import ScoringFiles
 from forge_ray.evaluate.texts import score_texts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
 from forge_ray.records import DatasetManifest, FileEntry
@@ -100,13 +101,6 @@ def score_examples(
             }
 
 
-def answer_ids(tokenizer: Any, example: Example, turn: dict[str, Any]) -> list[int]:
-    """The ids that training would have as targets for this answer: what it says and the end of the turn."""
-    encoded = encode_chat(tokenizer, [*example.messages, turn], example.tools)
-    ids: list[int] = encoded.ids[encoded.loss_mask > 0].tolist()
-    return ids
-
-
 def _likeliest(scores: dict[str, Score], labels: Sequence[str]) -> str:
     return max(labels, key=lambda label: scores[label].logprob) if labels else ""
 
@@ -152,13 +146,12 @@ def evaluate(
     subject: EvaluatedModel,
     manifest: DatasetManifest,
     config: EvalConfig,
-    prompts: tuple[SafetyPrompt, ...],
+    files: ScoringFiles,
     settings: dict[str, Any],
-    functions: tuple[ScoringFunction, ...] = (),
-    schema: AnswerSchema | None = None,
+    general: DatasetManifest | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Score `subject`; yields `{"done", "total"}` on the way and the `EvalReport` as `{"report": …}` at the end.
-    `prompts`, `functions` and `schema` are of the files that `config` names; `settings` is what the report says of it."""
+    """Score `subject`; yields `{"done", "total"}` on the way and the `EvalReport` as `{"report": …}` at the end. `files` are
+    those that `config` names; `settings` is what the report says of it; `general` are the general rows."""
     import torch
 
     from forge_ray.inference.choose import open_engine
@@ -168,37 +161,36 @@ def evaluate(
     folder, adapter = subject.fetch(store)
     tokenizer = tokenizer_for(manifest, folder, adapter)
     held, labels = held_out(store, manifest, config), label_set(store, manifest, config)
-    shared = find_contamination(store, manifest, held, config, config.contamination) if config.contamination else None
-    refuse_unfit(schema, held.chats)
-    try_functions(functions, held.chats, config.slices, labels)
+    general_held = general_held_out(store, general, config)
+    shared = shared_rows(store, config, manifest, held, general, general_held)
+    refuse_unfit(files.schema, held.chats)
+    try_functions(files.functions, held.chats, config.slices, labels)
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
-    items, answers, total = [], [], len(held.chats) + len(held.texts) + len(prompts)
-    left_out = Counter(held.left_out)
+    items, answers = [], []
+    total = len(held.chats) + len(held.texts) + len(general_held.chats) + len(general_held.texts) + len(files.prompts)
+    left_out = Counter(held.left_out) + Counter(general_held.left_out)
     try:
         for item in itertools.chain(
             scored(
-                with_validity(score_examples(engine, tokenizer, held.chats, labels, config), schema),
-                *(functions, held.chats, config.slices, labels),
+                with_validity(score_examples(engine, tokenizer, held.chats, labels, config), files.schema),
+                *(files.functions, held.chats, config.slices, labels),
             ),
             score_texts(engine, tokenizer, held.texts, manifest.sequence_length),
+            score_general(engine, tokenizer, general_held, general.sequence_length if general else 0),
         ):
             if "left_out" in item:
                 left_out[item["left_out"]] += 1
                 continue
             items.append(item)
             yield {"done": len(items), "total": total}
-        for answer in answer_prompts(engine, tokenizer, prompts, config.safety_max_new_tokens):
+        for answer in answer_prompts(engine, tokenizer, files.prompts, config.safety_max_new_tokens):
             answers.append(answer)
             yield {"done": len(items) + len(answers), "total": total}
         latency = latency_ms_per_token(engine, list(itertools.islice(timed_prompts(tokenizer, held), 4 * TIMED_PROMPTS)))
     finally:
         engine.close()
-    if not items:
-        raise DataError(
-            f"none of the {left_out.total()} held-out rows can be put to {subject.id}: {left_out.most_common(1)[0][0]}",
-            hint="`forge models check` says what the model's chat template has a place for",
-        )
     costs = {"size_bytes": float(size_bytes(store, subject))} | ({"latency_ms_per_token": latency} if latency else {})
-    of = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started, files=OwnFiles(functions, schema))
-    report = publish(store, manifest, config, ScoredRows(items, labels, answers, shared, left_out), of)
+    rows = ScoredRows(items, labels, answers, shared, left_out, general)
+    of = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started, files)
+    report = publish(store, manifest, config, rows, of)
     yield {"report": report.model_dump(mode="json")}

@@ -1,28 +1,20 @@
-"""Evaluation without a run: models side by side on the same held-out rows. What a person names is found here."""
+"""Evaluation without a run: models side by side on the same held-out rows. Models are found here by their names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from forge_ray.config.base import parse
-from forge_ray.config.data import DataConfig
 from forge_ray.config.release import EvalConfig
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.chat_api import Endpoint
 from forge_ray.evaluate.endpoint import evaluate_endpoint, refuse_endpoint
 from forge_ray.evaluate.reports import evaluate, model_subject, run_subject
+from forge_ray.evaluate.rows import dataset_of
 from forge_ray.evaluate.score import EvaluatedModel
-from forge_ray.machine import sessions
-from forge_ray.machine.cluster import connect
-from forge_ray.progress import stage
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord
-from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.resolve import resolve
-
-LONGEST = 8192  # tokens of a held-out conversation, where the model has positions for more
 
 
 def subject_of(catalog: Catalog, name: str) -> tuple[EvaluatedModel, ModelVersion]:
@@ -34,34 +26,6 @@ def subject_of(catalog: Catalog, name: str) -> tuple[EvaluatedModel, ModelVersio
         raise ConfigError(f"{name} is no model: it is one of {record.kind}", hint="`forge models list` shows the models")
     base = catalog.get_as(ModelVersion, record.base_model) if record.weights == "adapter" else record
     return model_subject(catalog, record), base
-
-
-def rows_of_file(catalog: Catalog, file: str, base: ModelVersion, settings: dict[str, Any]) -> DataConfig:
-    """The settings of a dataset that holds every row of `file` out; `settings` go before the defaults of this use."""
-    length = min(LONGEST, _positions(catalog, base))
-    defaults = {"sequence_length": length, "splits": {"validation": 0.0, "test": 1.0}}
-    return parse(DataConfig, {"sources": [{"path": file}]} | defaults | settings, where="data")
-
-
-def _positions(catalog: Catalog, base: ModelVersion) -> int:
-    config = catalog.store.read_json(paths.model(base.id, "config.json"))
-    return int(config.get("text_config", config).get("max_position_embeddings") or LONGEST)
-
-
-def dataset_of(catalog: Catalog, data: str, base: ModelVersion, settings: dict[str, Any]) -> DatasetManifest:
-    """`data`: the id of a dataset version, or a file of rows, all of which are held out; a version of it is built once."""
-    if catalog.has(data) or (data.startswith("ds_") and not Path(data).exists()):
-        return catalog.get_as(DatasetManifest, data)
-    from forge_ray.data.build.prepare import prepare_version
-    from forge_ray.data.dataset.version import require_tokenizer
-
-    connect()
-    sessions.note(catalog.store)
-    require_tokenizer(catalog.store, base)
-    with stage("prepare") as it:
-        prepared = prepare_version(name_of(data), rows_of_file(catalog, data, base, settings), base, catalog, it.update)
-        it.done(f"{prepared.manifest.id}  {prepared.summary}")
-    return prepared.manifest
 
 
 @dataclass(frozen=True)
@@ -98,9 +62,3 @@ def _dataset(
             hint="add --model NAME, or give a run file or a dataset (ds_…)",
         )
     return dataset_of(catalog, data, subjects[0][1], settings) if subjects else catalog.get_as(DatasetManifest, data)
-
-
-def name_of(file: str) -> str:
-    """A dataset's name, from its file's."""
-    stem = Path(file).stem.lower()
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem).strip("._-")[:64] or "rows"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from forge_ray.evaluate.examples import normalise
-from forge_ray.evaluate.measures import class_scores, field_scores, statistics
+from forge_ray.evaluate.measures import class_scores, field_scores, is_general, statistics
 
 OTHER = "(other)"
 
@@ -41,7 +41,9 @@ def slice_scores(
 
 
 def slice_of(item: dict[str, Any], kind: str, labels: Sequence[str]) -> str | None:
-    """The slice of a kind that an item is in; None where it is in none."""
+    """The slice of a kind that an item is in; None where it is in none, as general rows are."""
+    if is_general(item):
+        return None
     if kind == "source":
         return str(item["source"])
     if "kind" in item:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from forge_ray.config.release import AliasRoute
+from forge_ray.evaluate.items import splits_of
 from forge_ray.governance.endpoint_state import state_of
 from forge_ray.governance.uses import Run, Use, finished, unfinished
 from forge_ray.records import Deployment, EvalReport, ModelVersion, RunRecord
@@ -214,12 +215,13 @@ class StoreUses:
 
     def _reports(self, splits: Sequence[tuple[str, str, str]]) -> Iterator[ReachedReport]:
         for report in self.catalog.all(EvalReport):
-            inside = {record for record, dataset, split in splits if (dataset, split) == (report.dataset, report.split)}
+            hits = [(record, (dataset, split)) for record, dataset, split in splits if (dataset, split) in splits_of(report)]
             labels = report.config.get("labels") == "from_data" and any(
                 (dataset, split) == (report.dataset, "train") for _, dataset, split in splits
             )
-            if inside and _has_item(self.catalog.store, report, inside):
-                yield ReachedReport(report.id, report.subject, report.dataset, report.split)
+            if hits and _has_item(self.catalog.store, report, {record for record, _ in hits}):
+                dataset, split = hits[0][1]
+                yield ReachedReport(report.id, report.subject, dataset, split)
             elif labels:
                 yield ReachedReport(report.id, report.subject, report.dataset, "labels")
 

@@ -6,6 +6,7 @@ import json
 import uuid
 from typing import Any
 
+from forge_ray.evaluate.items import split_of
 from forge_ray.papers.facts import NOT_RECORDED, Facts, Package, sha256_of, spdx
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, hex_of
 
@@ -129,9 +130,10 @@ def _model_card(facts: Facts) -> Json:
     parameters["datasets"] = [{"ref": dataset.id} for dataset in facts.datasets]
     parameters["inputs"] = parameters["outputs"] = [{"format": "text"}]
     metrics = [
-        {"type": name, "value": f"{value:.10g}", "slice": f"{report.split} of {report.dataset}; {report.id}"}
+        {"type": name, "value": f"{value:.10g}", "slice": f"{split} of {dataset}; {report.id}"}
         for report in facts.own_evals
         for name, value in report.metrics.items()
+        for dataset, split in [split_of(report, name)]
     ]
     metrics += [
         {"type": name, "value": f"{value:.10g}", "slice": f"{kind} {of}; {report.split} of {report.dataset}; {report.id}"}

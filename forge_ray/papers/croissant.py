@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from forge_ray.evaluate.items import splits_of
 from forge_ray.papers.facts import NOT_RECORDED, Facts, sha256_of, spdx
 from forge_ray.records import DatasetManifest
 
@@ -188,5 +189,10 @@ def _activities(facts: Facts, dataset: DatasetManifest) -> Json:
 
 def _uses(facts: Facts, dataset: DatasetManifest) -> list[str]:
     trained = [f"trained {t.run.id} (train split)" for t in facts.trainings if t.run.dataset == dataset.id]
-    judged = [f"judged by {report.id} ({report.split} split)" for report in facts.evals if report.dataset == dataset.id]
+    judged = [
+        f"judged by {report.id} ({split} split)"
+        for report in facts.evals
+        for scored, split in splits_of(report)
+        if scored == dataset.id
+    ]
     return trained + judged

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from forge_ray.papers.facts import BY_HAND, Facts
 from forge_ray.papers.markdown import as_text, code, counts, flops, hours, plain, table
-from forge_ray.papers.model_card import energy, hardware, parameters, subject
+from forge_ray.papers.model_card import energy, general_rows, hardware, parameters, subject
 
 TOKENS_SIZES = ((10**9, "less than 1 billion tokens"), (10**13, "1 billion to 10 trillion tokens"))
 
@@ -281,7 +281,8 @@ def _energy(facts: Facts) -> tuple[str, str]:
 
 def _scores(facts: Facts) -> tuple[str, str]:
     reports = [
-        f"{report.num_examples:,} examples ({report.split} of {report.dataset}), {subject(facts, report)}: "
+        f"{report.num_examples:,} examples ({report.split} of {report.dataset}{general_rows(report)}),"
+        f" {subject(facts, report)}: "
         + ", ".join(f"{plain(name)} {as_text(value)}" for name, value in report.metrics.items())
         for report in facts.evals
         if report.metrics

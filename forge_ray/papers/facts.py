@@ -13,6 +13,7 @@ from typing import Any
 
 from forge_ray import __version__
 from forge_ray.errors import ConfigError
+from forge_ray.evaluate.items import splits_of
 from forge_ray.machine import environment
 from forge_ray.papers import compute
 from forge_ray.records import (
@@ -194,7 +195,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
     dataset_ids = [
         *(run.dataset for run in runs),
         *([] if runs else [version.dataset]),
-        *(report.dataset for report in evals),
+        *(dataset for report in evals for dataset, _ in splits_of(report)),
     ]
     datasets: list[DatasetManifest] = [
         manifest for name in dict.fromkeys(dataset_ids) if (manifest := look_up(name, DatasetManifest))

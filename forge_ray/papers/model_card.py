@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from forge_ray.evaluate.items import split_of, splits_of
 from forge_ray.papers.compute import FORMULA, GPAI_FLOPS, THIRD, THIRD_SOURCE
 from forge_ray.papers.facts import BY_HAND, NOT_RECORDED, Facts, spdx
 from forge_ray.papers.markdown import as_text, code, counts, flops, hours, plain, table
@@ -65,19 +66,25 @@ def _front_matter(facts: Facts, library: str) -> str:
     results = [
         {
             "task": {"type": "text-generation"},
-            "dataset": {"name": _dataset_name(facts, report), "type": report.dataset, "split": report.split},
-            "metrics": [{"type": name, "value": score} for name, score in report.metrics.items()],
+            "dataset": {"name": _dataset_name(facts, dataset), "type": dataset, "split": split},
+            "metrics": metrics,
         }
         for report in facts.own_evals
-        if report.metrics
+        for dataset, split in dict.fromkeys(splits_of(report))
+        if (metrics := _metrics(report, (dataset, split)))
     ]
     if results:
         value["model-index"] = [{"name": version.name, "results": results}]
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
-def _dataset_name(facts: Facts, report: EvalReport) -> str:
-    return next((dataset.name for dataset in facts.datasets if dataset.id == report.dataset), report.dataset)
+def _metrics(report: EvalReport, rows: tuple[str, str]) -> list[dict[str, Any]]:
+    """The scores of one of the report's splits."""
+    return [{"type": name, "value": score} for name, score in report.metrics.items() if split_of(report, name) == rows]
+
+
+def _dataset_name(facts: Facts, identifier: str) -> str:
+    return next((dataset.name for dataset in facts.datasets if dataset.id == identifier), identifier)
 
 
 def _summary(facts: Facts) -> str:
@@ -198,7 +205,7 @@ def _evaluation(facts: Facts) -> list[str]:
         groups.setdefault(tuple(report.metrics), []).append(report)
     parts = []
     for reports in groups.values():
-        rows = [("examples", *(f"{r.num_examples:,}, {r.split} of {r.dataset}" for r in reports))]
+        rows = [("examples", *(f"{r.num_examples:,}, {r.split} of {r.dataset}{general_rows(r)}" for r in reports))]
         names = dict.fromkeys(name for r in reports for name in (*r.metrics, *r.costs, *r.undefined))
         rows += [(plain(name), *(_score(r, name) for r in reports)) for name in names]
         parts.append(table(("", *(f"{subject(facts, r)} · {r.id}" for r in reports)), rows))
@@ -221,6 +228,11 @@ def _worst(report: EvalReport, kind: str, scores_by_name: dict[str, dict[str, fl
     rows = [(plain(name), *(as_text(scores.get(key)) for key in columns)) for name, scores in ranked[:WORST]]
     which = f"the {WORST} lowest of {len(ranked):,}" if len(ranked) > WORST else "lowest first"
     return [f"{report.id} by {plain(kind)}, {which}:\n", table((plain(kind), *columns), rows)]
+
+
+def general_rows(report: EvalReport) -> str:
+    """How many general rows of which dataset version a report is of, to append; "" where it has none."""
+    return f"; {report.num_general:,} general rows, {splits_of(report)[1][1]} of {report.general}" if report.general else ""
 
 
 def subject(facts: Facts, report: EvalReport) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from forge_ray.evaluate.items import splits_of
 from forge_ray.papers.bom import NAMESPACE
 from forge_ray.papers.facts import Facts, RunFacts, sha256_of
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, SourceFile, hex_of
@@ -68,7 +69,10 @@ def _steps(facts: Facts) -> Iterator[LineageStep]:
             name=report.split,
             began=_start_of(report),
             ended=report.created_at,
-            inputs=[_named(facts, report.subject, report.subject_digest), _dataset_named(facts, report.dataset)],
+            inputs=[
+                _named(facts, report.subject, report.subject_digest),
+                *(_dataset_named(facts, dataset) for dataset in dict.fromkeys(dataset for dataset, _ in splits_of(report))),
+            ],
             outputs=[_named(facts, report.id, report.items_sha256)],
             facet={"scores": report.metrics, "split": report.split, "examples": report.num_examples},
         )

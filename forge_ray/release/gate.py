@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from forge_ray.config.gate import Gate, LeakBounds, NoWorseThan
+from forge_ray.config.measurements import GENERAL
 from forge_ray.errors import ConfigError
 from forge_ray.records import Check, EvalReport
 from forge_ray.release.bounds import Rows, shown
 
+OF_ROWS = ("loss", "perplexity", "text_loss", "text_perplexity", "bits_per_byte", "contamination")
 LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "text_loss", "text_perplexity", "bits_per_byte", "needless_calls"}
-    | {"contamination", "size_bytes", "latency_ms_per_token", "leak_auc", "leak_auc_gain", "leak_gap"}
+    {name for of_rows in OF_ROWS for name in (of_rows, f"{GENERAL}{of_rows}")}
+    | {"needless_calls", "size_bytes", "latency_ms_per_token", "leak_auc", "leak_auc_gain", "leak_gap"}
     | {"extraction_rate", "extraction_gain", "exposure_mean", "exposure_max"}
 )
 Incumbents = dict[str, EvalReport | None]

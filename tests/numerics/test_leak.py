@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from forge_ray.config.release import EngineConfig, LeakConfig
+from forge_ray.config.measurements import LeakConfig
+from forge_ray.config.release import EngineConfig
 from forge_ray.data.curate import canaries
 from forge_ray.data.record.schema import parse_record
 from forge_ray.data.tokens.chat import encode_chat

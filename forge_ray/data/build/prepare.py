@@ -47,10 +47,14 @@ class Prepared:
         return counts + (f", {num_erased} erased" if num_erased else "")
 
 
-def existing_version(config: DataConfig, base: ModelVersion, catalog: Catalog) -> DatasetManifest | None:
-    """The version that was built from these settings and from sources with the bytes that they have now."""
+def existing_version(
+    config: DataConfig, base: ModelVersion, catalog: Catalog, sources: list[IndexedFile] | None = None
+) -> DatasetManifest | None:
+    """The version that was built from these settings and from sources with the bytes that they have now, or with those of
+    `sources`, which need no Ray."""
     restore_tombstones(catalog.store)
-    return _version_of(dated(config, base, catalog.store), base, catalog, index_sources(config))
+    indexed = index_sources(config) if sources is None else sources
+    return _version_of(dated(config, base, catalog.store), base, catalog, indexed)
 
 
 def prepare_version(

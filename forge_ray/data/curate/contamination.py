@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from forge_ray.config.release import Contamination
+from forge_ray.config.measurements import Contamination
 from forge_ray.data.curate.decontaminate import marks
 from forge_ray.data.dataset.version import listed
 from forge_ray.data.record.schema import DataRecord, texts

@@ -48,8 +48,11 @@ class Rendering:
     _controls: dict[str, ControlTokens] = field(default_factory=dict)
 
     def source(self, tools: list[Any] | None) -> str:
-        """The template for a conversation with these tools: a model may have one of its own for them."""
+        """The template for a conversation with these tools: a model may have one of its own for them. Raises `Reject` where
+        there is none."""
         template = self.tokenizer.chat_template
+        if not template:
+            raise Reject("this model has no chat template")
         return template if isinstance(template, str) else str(self.tokenizer.get_chat_template(None, tools or None))
 
     def _compiled(self, template: str) -> tuple[Any, dict[str, Any]]:

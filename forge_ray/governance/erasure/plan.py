@@ -8,6 +8,7 @@ from typing import Any
 
 from forge_ray.data.dataset import index
 from forge_ray.data.dataset.index import Place
+from forge_ray.evaluate.items import splits_of
 from forge_ray.governance.endpoint_state import state_of
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.erasure.search import ReachedRecords
@@ -311,7 +312,8 @@ def _evals(
         if not catalog.store.exists(path):
             continue
         held = holding.get(report.dataset, {})
-        quotes = closure.quoting(catalog.store.read(path), is_erased) if held else 0
+        scored = any(dataset in holding for dataset, _ in splits_of(report))
+        quotes = closure.quoting(catalog.store.read(path), is_erased) if scored else 0
         labelled = report.config.get("labels") == "from_data" and bool(held.get("train"))
         if quotes or labelled or report.subject in subjects:
             affected.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from forge_ray.errors import ForgeError
+from forge_ray.evaluate.items import splits_of
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.erasure.leftovers import FACT_FILES, FACTS
 from forge_ray.governance.impact import StoreUses
@@ -179,7 +180,8 @@ def _details(catalog: Catalog, uses: StoreUses, parts: dict[str, _Part]) -> dict
                 is_released = version in released
                 item = replace(item, needs=_needs_of_version(version, uses, is_released), is_released=is_released)
             case "evaluation":
-                item = replace(item, needs=(paths.dataset(catalog.get_as(EvalReport, pieces[1]).dataset),))
+                scored = splits_of(catalog.get_as(EvalReport, pieces[1]))
+                item = replace(item, needs=tuple(dict.fromkeys(paths.dataset(dataset) for dataset, _ in scored)))
             case "export" | "checkpoint":
                 item = replace(item, needs=_needs_of_run(run, parts), is_released=pieces[1] in released_runs)
             case "images":

@@ -59,6 +59,11 @@ def test_rows_that_an_ignore_file_leaves_out(where: str, line: str, ignore_file:
     assert "all nodes share" in caught.value.hint
 
 
+def test_rows_that_come_along_are_not_sent(folder: Path) -> None:
+    check(config_of("rows/a.jsonl", eval={"general": {"rows": "chats"}}))
+    check(config_of("rows/a.jsonl", eval={"general": {"rows": "ds_0123456789abcdef"}}))
+
+
 def test_the_switch_of_ray_sends_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / ".gitignore").write_text("rows/\n")
     monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
@@ -78,6 +83,7 @@ def test_other_files_that_the_job_would_not_have(folder: Path) -> None:
         (config_of("rows/a.jsonl", eval={"safety": ["safe.jsonl"]}), "eval.safety: the job would not have safe.jsonl"),
         (config_of("rows/a.jsonl", eval={"metrics": ["tone.py:tone"]}), "eval.metrics: the job would not have tone.py"),
         (config_of("rows/a.jsonl", eval={"json_schema": "schema.json"}), "eval.json_schema: the job would not have schema"),
+        (config_of("rows/a.jsonl", eval={"general": {"rows": "safe.jsonl"}}), "eval.general.rows: the job would not have"),
         (config_of("rows/a.jsonl", base_model="model.gguf"), "base_model: the job would not have model.gguf"),
         (
             config_of("rows/a.jsonl", data={"curate": [{"rule": "decontaminate", "against": ["bench.jsonl", "ds_1"]}]}),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forge_ray.config.release import Contamination, LeakConfig
+from forge_ray.config.measurements import Contamination, LeakConfig
 from forge_ray.data.curate import canaries
 from forge_ray.data.curate.contamination import contaminated
 from forge_ray.data.dataset.order import Order

@@ -64,6 +64,7 @@ def test_every_fact_is_in_its_documents(
     assert "| exact\\_match | 0.875 | 0.5 | passed | – |" in card
     assert "| latency\\_ms\\_per\\_token | 3.25 | 3.25 |" in card
     assert "| perplexity | no finite number | no finite number |" in card
+    assert f"18, test of {ids['dataset']}; 16 general rows, test of {ids['general']}" in card
     assert "EPYC 9654" in card
     assert "restart at step 1" in card
     assert "step 0 on 2 workers, step 1 on 1 workers" in card
@@ -84,7 +85,8 @@ def test_every_fact_is_in_its_documents(
     assert "77" * 32 in bom
     for report in facts.own_evals:
         for name, value in report.metrics.items():
-            assert {"type": name, "value": f"{value:.10g}", "slice": f"{report.split} of {report.dataset}; {report.id}"} in (
+            rows = report.general if name == "general_loss" else report.dataset
+            assert {"type": name, "value": f"{value:.10g}", "slice": f"{report.split} of {rows}; {report.id}"} in (
                 as_json(documents, "bom.cdx.json")["metadata"]["component"]["modelCard"]["quantitativeAnalysis"][
                     "performanceMetrics"
                 ]
@@ -118,6 +120,8 @@ def test_datasets_are_croissant(
 ) -> None:
     import mlcroissant
 
+    of_general = as_json(documents, f"croissant-{papers_store[1]['general']}.json")
+    assert f"judged by {papers_store[1]['own']} (test split)" in json.dumps(of_general)
     name = f"croissant-{papers_store[1]['dataset']}.json"
     (tmp_path / name).write_bytes(documents[name])
     read = mlcroissant.Dataset(jsonld=str(tmp_path / name)).metadata
@@ -268,11 +272,13 @@ def test_hugging_face_reads_the_card(documents: dict[str, bytes], papers_store: 
 
     data = ModelCard(documents["model_card.md"].decode()).data
     assert (data.license, data.library_name, data.base_model) == ("apache-2.0", "peft", papers_store[1]["middle"])
-    assert {(result.metric_type, result.metric_value) for result in data.eval_results} == {
-        ("exact_match", 0.875),
-        ("loss", 0.1256),
-        ("leak_auc", 0.53),
-        ("exposure_max", 1.5),
+    dataset, general = papers_store[1]["dataset"], papers_store[1]["general"]
+    assert {(result.dataset_type, result.metric_type, result.metric_value) for result in data.eval_results} == {
+        (dataset, "exact_match", 0.875),
+        (dataset, "loss", 0.1256),
+        (general, "general_loss", 2.5),
+        (dataset, "leak_auc", 0.53),
+        (dataset, "exposure_max", 1.5),
     }
 
 
