@@ -109,8 +109,8 @@ class Splits(Config):
 
     by: Literal["record", "conversation"] = Field(
         "record",
-        description="What decides: the whole record; or how its conversation begins, up to the end of the first user turn, so"
-        " that all turns of a conversation are in the same split",
+        description="What decides: the whole record; or how its conversation begins, up to the end of the first user turn,"
+        " so that all turns of a conversation are in the same split",
     )
     validation: float = Field(0.05, ge=0, lt=1, description="Share of the records held out for validation during training")
     test: float = Field(0.1, ge=0, le=1, description="Share of the records held out for evaluation after training")

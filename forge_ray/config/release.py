@@ -330,6 +330,17 @@ class AliasRoute(Config):
         return next(iter(self.versions))
 
 
+class KeepAnswers(Config):
+    """Whether the store keeps prompts and answers, for `forge feedback import`. They are in files for their owner alone."""
+
+    days: int = Field(
+        0, ge=0, le=3650, description="Days that chats and their answers are kept in the store; 0: nothing of them is kept"
+    )
+    max_mib: int = Field(
+        1024, ge=1, description="Maximum MiB of kept answers in the store; beyond it the oldest are removed, and counted"
+    )
+
+
 class DeployConfig(Config):
     """One endpoint: the models that it serves, and how."""
 
@@ -369,6 +380,7 @@ class DeployConfig(Config):
     cpus_per_replica: float = Field(1, gt=0, description="CPU cores per replica")
     gpus_per_replica: float = Field(0, ge=0, description="GPUs per replica; 0: serve on the CPU")
     limits: Limits = Limits()
+    keep_answers: KeepAnswers = KeepAnswers()
     engine: EngineConfig = EngineConfig()
 
     @property

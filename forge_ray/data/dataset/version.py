@@ -6,8 +6,8 @@
     datasets/<id>/quarantine/part-00000.parquet         rows that never became a record, with the reason
 
 A record's split and its place in the shuffled order are functions of its content: neither moves when the data grows, and a
-record is found by its id with a look at one row group. With `data.splits.by: conversation` the split is a function of the conversation's
-opening, which an id does not tell, and a record is looked for in each split.
+record is found by its id with a look at one row group. With `data.splits.by: conversation` the split follows from how
+the conversation begins, which an id does not tell, and a record is looked for in each split.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ MIN_WORDS = 5  # of an opening that shows by itself which conversation it is: `h
 
 
 def questions_of(record: DataRecord) -> Iterator[tuple[bytes, int]]:
-    """(digest, words) of the conversation up to the end of each user turn; none for plain text. Each digest continues the one
-    before, so that a turn is read once."""
+    """(digest, words) of the conversation up to the end of each user turn; none for plain text. Each digest continues the
+    one before, so that a turn is read once."""
     digest, num_words = b"", 0
     for turn in record.messages:
         form = row_form(DataRecord({"messages": [turn]}))
