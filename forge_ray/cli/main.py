@@ -21,6 +21,7 @@ from forge_ray.cli.doctor import DOCTOR
 from forge_ray.cli.ends import show_exception, stop_in_time
 from forge_ray.cli.erase import ERASE
 from forge_ray.cli.evaluate import EVALUATE
+from forge_ray.cli.feedback import feedback
 from forge_ray.cli.gateway import GATEWAY
 from forge_ray.cli.init import INIT
 from forge_ray.cli.keys import ACCESS
@@ -47,7 +48,7 @@ EXIT_CODES = "Exit codes: 0 success, 1 failure, 2 invalid usage or settings, 3 r
 
 SECTIONS = {
     "Start": ("quickstart", "init", "run"),
-    "Data": ("data",),
+    "Data": ("data", "feedback"),
     "Train": ("plan", "train", "runs", "reproduce"),
     "Evaluate and release": ("eval", "release", "models", "diff", "export"),
     "Serve": ("serve", "deploy", "undeploy", "alias", "gateway", "chat"),
@@ -79,6 +80,7 @@ COMMANDS = (
     *INIT,
     models,
     data,
+    feedback,
     runs,
     audit,
     *SERVING,

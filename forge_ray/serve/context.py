@@ -136,8 +136,8 @@ class ServingContext:
 
     `admit(caller, chosen, prompt_tokens, max_new_tokens)` grants or raises `ApiError` (403, 404, 429). `exposition` gives
     the metrics of all replicas where a coordinator collects them. `count(caller, tokens)` counts the request under the
-    limits of the caller's key, before it is tokenised with 0 tokens, or raises `ApiError` 429. `keeper` is None where nothing
-    of a prompt or an answer is kept.
+    limits of the caller's key, before it is tokenised with 0 tokens, or raises `ApiError` 429. `keeper` is None where
+    nothing of a prompt or an answer is kept.
     """
 
     config: DeployConfig

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-from forge_ray.config.release import KeepAnswers
+from forge_ray.config.endpoint import KeepAnswers
 from forge_ray.records import utc_now
 from forge_ray.serve.context import Caller, Chosen
 from forge_ray.serve.fields import ChatRequest

@@ -191,7 +191,7 @@ class Replica:
             self.engines.close()
         if hasattr(self, "ledger"):
             self.ledger.close()
-        if getattr(self, "keeper", None) is not None:
+        if hasattr(self, "keeper") and self.keeper is not None:
             self.keeper.close()
 
 

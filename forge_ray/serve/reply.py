@@ -54,7 +54,8 @@ def joined(parts: Sequence[Part]) -> Part:
 class Reply:
     """Builds the response objects of one request: same id, time, model and fingerprint in each.
 
-    `num_logprobs` None: without log-probabilities. `answer_id`: its id; empty: a new one. `metadata` is returned with the whole answer and the first chunk.
+    `num_logprobs` None: without log-probabilities. `answer_id`: its id; empty: a new one. `metadata`
+    is returned with the whole answer and the first chunk.
     """
 
     def __init__(

@@ -2,10 +2,10 @@
 
     answers/<last day>/<replica>-<n>.jsonl     one answer a line, in batches that are written once
 
-The folder says on which day (YYYY-MM-DD, UTC) a batch is kept for the last time, whatever a later run file says; where all of
-them together are too large, those with the nearest last day go first. Folders and files are for their owner alone, also in a
-store that a group shares; on an object store its own policy decides. No replica writes a batch again, so that a line that was
-erased stays away.
+The folder says on which day (YYYY-MM-DD, UTC) a batch is kept for the last time, whatever a later run file says; where all
+of them together are too large, those with the nearest last day go first. Folders and files are for their owner alone, also
+in a store that a group shares; on an object store its own policy decides. No replica writes a batch again, so that a line
+that was erased stays away.
 """
 
 from __future__ import annotations

@@ -102,6 +102,7 @@ class ErasurePlan(Frozen):
     outside: dict[str, tuple[int, ...]]
     notes: tuple[str, ...]
     exported: tuple[ExportedCopy, ...] = ()
+    num_answers: int = 0  # answers that endpoints keep
     variants: tuple[Variant, ...] = ()  # for a decision before the start; not kept, for they name records
 
     def stored(self) -> dict[str, Any]:
@@ -141,6 +142,7 @@ def plan_of(catalog: Catalog, reached: ReachedRecords) -> ErasurePlan:
         outside={name: tuple(sorted(lines)) for name, lines in sorted(outside.items())},
         notes=reached.notes,
         exported=exported(catalog, withdrawn),
+        num_answers=reached.num_answers,
         variants=reached.variants,
     )
 

@@ -146,8 +146,8 @@ def test_withdrawn_version_stays_withdrawn(store: Store) -> None:
     [
         (["--record", "rec_" + "0" * 24], "give --plan or --apply"),
         (["--record", "rec_" + "0" * 24, "--plan", "--apply"], "give --plan or --apply"),
-        (["--plan"], "give --subject, --record or --file"),
-        (["--record", "rec_" + "0" * 24, "--subject", "x", "--plan"], "give --subject, --record or --file"),
+        (["--plan"], "give --subject, --record, --answer or --file"),
+        (["--record", "rec_" + "0" * 24, "--subject", "x", "--plan"], "give --subject, --record, --answer or --file"),
         (["--record", "rec_" + "0" * 24, "--key-file", "x", "--plan"], "--key-file needs --subject"),
         (["--record", "ds_1", "--plan"], "'ds_1' is not a record id"),
         (["--record", "rec_" + "0" * 24, "--any-case", "--plan"], "--any-case needs --subject"),
