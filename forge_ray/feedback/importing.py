@@ -17,6 +17,7 @@ from forge_ray.data.curate.heldout import index_of, is_held_out
 from forge_ray.data.read.ingest import expand, index_listed
 from forge_ray.data.read.readers import Raw, read_raw
 from forge_ray.data.read.strict_json import Reject, decode
+from forge_ray.data.record.schema import DataRecord
 from forge_ray.data.record.subject import Whose, subject_key
 from forge_ray.feedback.entries import Entry, entry_of
 from forge_ray.feedback.join import Judged, judged, with_conversations
@@ -163,7 +164,16 @@ def is_erased(item: Judged, erased: Erased, store: Store) -> bool:
     people = [item.notes[name] for name in ("user", "rated_by") if item.notes.get(name)]
     digests = (digest for value in people for digest in Whose(value, (subject_key(store, ""),)).digests())
     is_named = bool(item.notes["answer_id"]) and erased.has(ANSWER + item.notes["answer_id"])
-    return is_named or any(map(erased.has, digests)) or erased.holds(item.record, None)
+    return is_named or any(map(erased.has, digests)) or any(erased.holds(record, None) for record in _as_rows(item))
+
+
+def _as_rows(item: Judged) -> Iterator[DataRecord]:
+    """The judged answer as a row of feedback and as a chat, and the better one as a chat."""
+    content = item.record.content
+    yield item.record
+    for answer in (content["answer"], list(item.better)):
+        if answer:
+            yield DataRecord({"messages": [*content["messages"], *answer]})
 
 
 def _leave(result: Import, item: Judged, reason: str) -> None:
