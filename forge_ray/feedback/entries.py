@@ -37,7 +37,7 @@ BAD = frozenset({"bad", "down", "thumbs_down", "negative", "false", "no", "-1", 
 
 
 @dataclass(frozen=True)
-class Entry:
+class FeedbackEntry:
     """What a row says. `is_good` is None where it has no verdict, only a better answer; `messages` and `answer` are filled
     where the row holds the conversation itself, `answer_id` where it names one that an endpoint kept, or both."""
 
@@ -58,7 +58,7 @@ class Entry:
     unread: tuple[str, ...] = field(default=(), compare=False)
 
 
-def entry_of(row: Any, place: str, good_from: float | None) -> Entry:
+def entry_of(row: Any, place: str, good_from: float | None) -> FeedbackEntry:
     """A decoded row as an entry. `good_from`: stars from which an answer counts as good. Raises `Reject` with the reason."""
     if not isinstance(row, Mapping):
         raise Reject("the row is not an object")
@@ -73,7 +73,7 @@ def entry_of(row: Any, place: str, good_from: float | None) -> Entry:
     if not messages and not answer_id:
         raise Reject("the row has neither an answer's id nor a conversation")
     tools = declared_tools({"tools": values["tools"]}) if values["tools"] is not None else None
-    return Entry(
+    return FeedbackEntry(
         place=place,
         is_good=is_good,
         answer_id=answer_id,

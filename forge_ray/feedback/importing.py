@@ -19,7 +19,7 @@ from forge_ray.data.read.readers import Raw, read_raw
 from forge_ray.data.read.strict_json import Reject, decode
 from forge_ray.data.record.schema import DataRecord
 from forge_ray.data.record.subject import Whose, subject_key
-from forge_ray.feedback.entries import Entry, entry_of
+from forge_ray.feedback.entries import FeedbackEntry, entry_of
 from forge_ray.feedback.join import Judged, judged, with_conversations
 from forge_ray.feedback.rows import Contradictions, Form, contradiction, rows_of, verdicts_of
 from forge_ray.progress import Stage
@@ -93,10 +93,11 @@ def import_feedback(
             _leave(result, item, REPEATED)
         seen.update(record for _, record in new)
         result.rows += [row for row, _ in new]
+    result.unused.sort(key=_file_and_line)
     return result
 
 
-def _entries(files: Iterable[str], good_from: float | None, result: Import, stage: Stage | None) -> Iterator[Entry]:
+def _entries(files: Iterable[str], good_from: float | None, result: Import, stage: Stage | None) -> Iterator[FeedbackEntry]:
     """Every row of the files that says something; the others are noted."""
     config = DataConfig.model_validate({"sources": [{"path": file} for file in files]})
     for listed in expand(config, any_split=True):
@@ -127,7 +128,7 @@ def _id_of(value: Any) -> str:
     return str(value.get("id") or value.get("answer_id") or "")[:80] if isinstance(value, dict) else ""
 
 
-def _joined(store: Store, entries: list[Entry], result: Import) -> Iterator[Judged]:
+def _joined(store: Store, entries: list[FeedbackEntry], result: Import) -> Iterator[Judged]:
     ids = {entry.answer_id for entry in entries if entry.answer_id}
     kept: dict[str, list[KeptAnswer]] = {}
     for answer in kept_answers.kept_answers(store) if ids else ():
@@ -165,6 +166,11 @@ def is_erased(item: Judged, erased: Erased, store: Store) -> bool:
     digests = (digest for value in people for digest in Whose(value, (subject_key(store, ""),)).digests())
     is_named = bool(item.notes["answer_id"]) and erased.has(ANSWER + item.notes["answer_id"])
     return is_named or any(map(erased.has, digests)) or any(erased.holds(record, None) for record in _as_rows(item))
+
+
+def _file_and_line(unused: Unused) -> tuple[str, int]:
+    file, _, line = unused.place.rpartition(":")
+    return file, int(line)
 
 
 def _as_rows(item: Judged) -> Iterator[DataRecord]:

@@ -9,7 +9,7 @@ from typing import Any
 from forge_ray.data.read.strict_json import Reject
 from forge_ray.data.record.conversation import opening_of
 from forge_ray.data.record.schema import DataRecord, parse_record
-from forge_ray.feedback.entries import Entry
+from forge_ray.feedback.entries import FeedbackEntry
 from forge_ray.store.kept_answers import KeptAnswer
 
 TEXT_COMPLETION = "cmpl-"  # begins ids of /v1/completions
@@ -34,17 +34,17 @@ class Judged:
         return f"conv_{opening_of(self.record).hex()[:OPENING_HEX]}"
 
 
-def judged(entry: Entry, kept: Mapping[str, list[KeptAnswer]]) -> Judged:
+def judged(entry: FeedbackEntry, kept: Mapping[str, list[KeptAnswer]]) -> Judged:
     """What an entry judges. The row's own conversation counts before a kept answer of the same id, which adds where it is
     from. Raises `Reject` with the reason."""
     answer = _kept_of(entry, kept)
-    messages, given_answer, tools = list(entry.messages), list(entry.answer), list(entry.tools)
+    messages, answered, tools = list(entry.messages), list(entry.answer), list(entry.tools)
     choice = entry.choice or 0
     if answer is not None and not messages:
         choice = _choice(entry, answer)
         messages, tools = answer.messages, answer.tools
-        given_answer = [answer.choices[choice].message]
-    row = {"messages": messages, "answer": given_answer, "label": True} | ({"tools": tools} if tools else {})
+        answered = [answer.choices[choice].message]
+    row = {"messages": messages, "answer": answered, "label": True} | ({"tools": tools} if tools else {})
     record = parse_record(row, "feedback")
     notes: dict[str, Any] = {
         "answer_id": entry.answer_id,
@@ -61,7 +61,7 @@ def judged(entry: Entry, kept: Mapping[str, list[KeptAnswer]]) -> Judged:
     return Judged(entry.place, entry.is_good, record, entry.better, notes, bool(notes["conversation"]))
 
 
-def _kept_of(entry: Entry, kept: Mapping[str, list[KeptAnswer]]) -> KeptAnswer | None:
+def _kept_of(entry: FeedbackEntry, kept: Mapping[str, list[KeptAnswer]]) -> KeptAnswer | None:
     answers = kept.get(entry.answer_id, []) if entry.answer_id else []
     if answers or entry.messages:
         return answers[-1] if answers else None
@@ -70,7 +70,7 @@ def _kept_of(entry: Entry, kept: Mapping[str, list[KeptAnswer]]) -> KeptAnswer |
     raise Reject("no kept answer has this id: deploy.keep_answers was off, its days are over, or it was not finished")
 
 
-def _choice(entry: Entry, answer: KeptAnswer) -> int:
+def _choice(entry: FeedbackEntry, answer: KeptAnswer) -> int:
     count = len(answer.choices)
     if entry.choice is None:
         if count > 1:

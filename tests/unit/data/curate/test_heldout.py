@@ -139,15 +139,17 @@ def test_plain_text_is_divided_by_record_in_any_case() -> None:
 
 
 def test_a_dataset_that_is_divided_by_conversation_finds_its_records(catalog: Catalog) -> None:
-    made = [chat(f"Question {number} of a customer", f"Answer {turn}.") for number in range(20) for turn in range(3)]
+    conversations = [
+        chat(f"Question {number} of a customer", f"Answer {turn}.") for number in range(20) for turn in range(3)
+    ]
     splits = {"test": 0.3, "validation": 0.2, "by": "conversation"}
-    manifest = dataset(catalog, made, data={"splits": splits}, name="conversations")
+    manifest = dataset(catalog, conversations, data={"splits": splits}, name="conversations")
     config = by_conversation(0.3).model_copy(update={"splits": Splits.model_validate(splits)})
-    for record in made:
+    for record in conversations:
         row = find_record(catalog.store, manifest, record.id)
         assert (row["record"], row["split"]) == (record.id, SPLITS[place(record, config)[0]])
-    listed = places(catalog.store, manifest, [record.id for record in made])
-    assert {one.record for one in listed} == {record.id for record in made}
+    listed = places(catalog.store, manifest, [record.id for record in conversations])
+    assert {one.record for one in listed} == {record.id for record in conversations}
     with pytest.raises(NotFound):
         find_record(catalog.store, manifest, RECORDS[0].id)
 
