@@ -141,8 +141,6 @@ def test_plain_text_is_divided_by_record_in_any_case() -> None:
 def test_a_dataset_that_is_divided_by_conversation_finds_its_records(catalog: Catalog) -> None:
     turns = [(number, turn) for number in range(20) for turn in range(3)]
     conversations = [chat(f"Question {number} of a customer", f"Answer {turn}.") for number, turn in turns]
-        chat(f"Question {number} of a customer", f"Answer {turn}.") for number in range(20) for turn in range(3)
-    ]
     splits = {"test": 0.3, "validation": 0.2, "by": "conversation"}
     manifest = dataset(catalog, conversations, data={"splits": splits}, name="conversations")
     config = by_conversation(0.3).model_copy(update={"splits": Splits.model_validate(splits)})
