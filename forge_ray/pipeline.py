@@ -43,7 +43,6 @@ from forge_ray.store.removed import require
 
 if TYPE_CHECKING:
     from forge_ray.evaluate.standalone import Compared
-    from forge_ray.release.rows_needed import RowsNeeded
     from forge_ray.serve.gateway_config import GatewayConfig
     from forge_ray.train.preflight import Assumptions, Estimate
 
@@ -250,24 +249,6 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
         planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     return preflight.estimate(config.train, store, precision, planned, assumptions)
-
-
-def rows_needed(config: RunConfig, store: Store, dataset: str) -> tuple[RowsNeeded, ...]:
-    """What the gate's rules with a confidence ask of the held-out rows. `dataset`: its id, "" where there is none yet."""
-    from forge_ray.evaluate.examples import held_out, label_set
-    from forge_ray.release.rows_needed import rows_needed as needed_by
-
-    rules, split = config.release.gate, config.eval.split
-    if not any(rule.confidence for rule in rules.comparisons):
-        return ()
-    if not dataset:
-        return needed_by(rules, None, (), {}, split)
-    with Catalog.read_only(store) as catalog:
-        manifest = catalog.get_as(DatasetManifest, dataset)
-        by_label = any(rule.slices == "label" for rule in rules.no_worse_than)
-        labels = label_set(store, manifest, config.eval) if by_label else ()
-        spreads = reports.measured_spreads(catalog, config.name)
-        return needed_by(rules, held_out(store, manifest, config.eval), labels, spreads, split)
 
 
 def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:

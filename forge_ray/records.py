@@ -357,8 +357,8 @@ class Erasure(Record):
     prefix: ClassVar[str] = "er"
     volatile: ClassVar[frozenset[str]] = frozenset({"num_records", "why", "by", "options", "plan"})
 
-    asked_by: Literal["subject", "record", "file"]
-    asked: str = Field(description="HMAC of the subject, the record ids or the file, under the store's subject key")
+    asked_by: Literal["subject", "record", "file", "answer"]
+    asked: str = Field(description="HMAC of the subject, the ids or the file, under the store's subject key")
     near_duplicates: bool = Field(description="whether near duplicates of the rows go too")
     num_records: int
     why: str = ""

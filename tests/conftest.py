@@ -182,7 +182,7 @@ def endpoint(ray_cluster: None, store: Any) -> Iterator[Any]:
     from forge_ray.serve.deploy import base_url, deploy
     from forge_ray.store.catalog import Catalog
 
-    deploy_config = config(free_port())
+    deploy_config = config(free_port(), keep_answers={"days": 7})
     with Catalog.open(store) as catalog:
         deployment = deploy(deploy_config, catalog, wait_s=WAIT_S)
         yield Endpoint(base_url(deploy_config), deployment, catalog.model("tiny"))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from forge_ray.config.base import resolved
 from forge_ray.config.data import DataConfig
 from forge_ray.config.train import TrainConfig
-from forge_ray.data.dataset.version import PACKED, RECORDS, SPLITS, UNUSED, place, record_bytes
+from forge_ray.data.dataset.version import PACKED, RECORDS, SPLITS, UNUSED, place
 from forge_ray.data.record.schema import DataRecord
 from forge_ray.records import (
     DatasetManifest,
@@ -54,7 +54,7 @@ def dataset(
     """A dataset version of `records`. `rows`: ids inside each packed training row (default: one row a record); `shards`:
     rows of each shard but the last; `subjects`: id → HMAC; `dropped`: (id, reason)."""
     config = DataConfig.model_validate({"sources": [{"path": "rows.jsonl"}], "block_rows": block_rows} | (data or {}))
-    places = {record.id: place(record_bytes(record.canonical), config) for record in records}
+    places = {record.id: place(record, config) for record in records}
     by_split: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for line, record in enumerate(records, start=1):
         split, key = places[record.id]
@@ -62,7 +62,7 @@ def dataset(
             {
                 "key": key,
                 "record": record.id,
-                "kind": "text",
+                "kind": record.kind,
                 "source": 0,
                 "subject": (subjects or {}).get(record.id),
                 "flags": "",

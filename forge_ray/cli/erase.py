@@ -32,6 +32,13 @@ ROWS = (
     click.option("--key-file", default="", help="File with the HMAC key, if it is no longer where the run file named it."),
     click.option("--record", "records", multiple=True, metavar="rec_…", help="Id of a record. Repeatable."),
     click.option(
+        "--answer",
+        "answers",
+        multiple=True,
+        metavar="chatcmpl-…",
+        help="Id of a kept answer or of its request; rows that were made of it go too. Repeatable.",
+    ),
+    click.option(
         "--file", "file", default="", metavar="ROWS", help="File of rows, in any format that data.sources accepts."
     ),
     click.option("--no-near-duplicates", is_flag=True, help="Keep near duplicates of the rows."),
@@ -89,6 +96,7 @@ def _request(
     subject: str,
     key_file: str,
     records: tuple[str, ...],
+    answers: tuple[str, ...],
     file: str,
     no_near_duplicates: bool,
     similarity: float | None,
@@ -100,8 +108,10 @@ def _request(
     from forge_ray.errors import NotFound
     from forge_ray.governance.erasure.search import ErasureRequest
 
-    if sum(map(bool, (subject, records, file))) != 1:
-        raise ConfigError("give --subject, --record or --file (exactly one)", hint="forge erase --record rec_… --plan")
+    if sum(map(bool, (subject, records, answers, file))) != 1:
+        raise ConfigError(
+            "give --subject, --record, --answer or --file (exactly one)", hint="forge erase --record rec_… --plan"
+        )
     if key_file and not subject:
         raise ConfigError("--key-file needs --subject", hint="leave it out")
     if any_case and not subject:
@@ -118,6 +128,8 @@ def _request(
         raise NotFound(f"no file {file}", hint="give a file of rows, in any format that data.sources accepts")
     if file:
         return ErasureRequest("file", (file,), **choices)
+    if answers:
+        return ErasureRequest("answer", tuple(sorted(set(answers))), **choices)
     return ErasureRequest("record", tuple(sorted(set(records))), **choices)
 
 
@@ -126,7 +138,7 @@ def _rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def command(**arguments: Any) -> Any:
-        names = ("subject", "key_file", "records", "file", "no_near_duplicates", "similarity", "any_case", "keep")
+        names = ("subject", "key_file", "records", "answers", "file", "no_near_duplicates", "similarity", "any_case", "keep")
         selection = {name: arguments.pop(name) for name in names}
         return function(request=_request(**selection), **arguments)
 
@@ -215,6 +227,8 @@ def show(plan: ErasurePlan, begun: bool) -> None:
 
     state = " (already started)" if begun else ""
     echo(f"{plan.num_records} records, {plan.num_near_duplicates} near duplicates of them{state}")
+    if plan.num_answers:
+        echo(f"{plan.num_answers} answers that endpoints keep")
     if plan.variants:
         matches = [(v.record, v.why, "erased" if v.erased else "stays", " ".join(v.where)) for v in plan.variants[:LINES]]
         title = f"{len(plan.variants)} matches that are not equal; --keep rec_… keeps one"

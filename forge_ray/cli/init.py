@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge_ray.cli.new_file import write_new
 from forge_ray.cli.terminal import echo
 from forge_ray.cli.verbs import Verbs, verb
 from forge_ray.errors import ConfigError
@@ -170,27 +169,6 @@ def _scalar(value: str) -> str:
     return text.strip()[1:-1]
 
 
-def write_run_file(target: Path, text: str, force: bool) -> None:
-    """Write the text atomically; an existing file is replaced only with `force`."""
-    if target.is_dir():
-        raise ConfigError(f"{target} is a folder", hint=f"give a file: forge init {target / 'run.yaml'}")
-    if os.path.lexists(target) and not force:
-        raise ConfigError(f"{target} already exists", hint="give another file, or --force to replace it")
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, target)
-    except OSError as error:
-        raise ConfigError(
-            f"{target} cannot be written: {error.strerror}", hint="give a file in a folder that exists and is writable"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 @click.group(cls=Verbs)
 def top() -> None:
     """Top-level verbs; `forge` registers them."""
@@ -231,7 +209,7 @@ def init(
 
     text = _from_version(store, origin, data, name) if origin else run_file_text(task, data, base_model, name)
     parse(RunConfig, yaml.safe_load(text))  # an invalid name is refused before anything is written
-    write_run_file(file, text, force)
+    write_new(file, text, force)
     if not as_json:
         path = shlex.quote(str(file))
         echo(f"wrote {file}\nnext:\n  forge data prepare {path}\n  forge run {path}")

@@ -22,6 +22,7 @@ from forge_ray.cli.doctor import DOCTOR
 from forge_ray.cli.ends import show_exception, stop_in_time
 from forge_ray.cli.erase import ERASE
 from forge_ray.cli.evaluate import EVALUATE
+from forge_ray.cli.feedback import feedback
 from forge_ray.cli.gateway import GATEWAY
 from forge_ray.cli.init import INIT
 from forge_ray.cli.keys import ACCESS
@@ -49,7 +50,7 @@ EXIT_CODES = "Exit codes: 0 success, 1 failure, 2 invalid usage or settings, 3 r
 
 SECTIONS = {
     "Start": ("quickstart", "init", "run"),
-    "Data": ("data",),
+    "Data": ("data", "feedback"),
     "Train": ("plan", "train", "runs", "reproduce"),
     "Evaluate and release": ("eval", "release", "models", "diff", "export"),
     "Serve": ("serve", "deploy", "undeploy", "alias", "gateway", "chat"),
@@ -81,6 +82,7 @@ COMMANDS = (
     *INIT,
     models,
     data,
+    feedback,
     runs,
     audit,
     *SERVING,
@@ -157,7 +159,7 @@ def plan(
     Exit code 2 if the run cannot fit, as `forge train` would end."""
     from forge_ray import pipeline
     from forge_ray.cli.show import print_plan
-    from forge_ray.release.rows_needed import line
+    from forge_ray.release.rows_needed import line, rows_needed_of
     from forge_ray.train.preflight import Assumptions
 
     estimate = pipeline.plan(config, store, Assumptions(workers, memory_gb, tokens_per_s, cost_per_hour, rows))
@@ -165,7 +167,7 @@ def plan(
         print_plan(estimate)
     if estimate.problem:
         raise ConfigError(estimate.problem, hint=estimate.remedy)
-    needed = pipeline.rows_needed(config, store, "" if rows else estimate.dataset)
+    needed = rows_needed_of(config, store, "" if rows else estimate.dataset)
     for one in needed if not as_json else ():
         echo(line(one, config.eval.split))
     return estimate.to_json() | {"gate": [asdict(one) for one in needed]}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from forge_ray.config.base import Config, SettingError
 
@@ -150,9 +150,20 @@ class HeldOut(Config):
     the list where an earlier cycle of the base model had test rows that these settings would train on."""
 
     rule: Literal["held_out"]
+    by: Literal["record", "conversation"] = Field(
+        "record",
+        description="What is compared: whole records; or also their conversations, so that another answer to the question of"
+        " a test row, and later turns, are dropped too",
+    )
     against: tuple[Annotated[str, Field(pattern="^ds_")], ...] = Field(
         min_length=1, description="Dataset versions whose test records are not trained on"
     )
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `by` where it is the default: the ids of dataset versions from before that setting stay."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "by" or value != "record"}
 
 
 Rule = Annotated[

@@ -119,8 +119,19 @@ class Source(Config):
 class Splits(Config):
     """Shares of the records held out from training. A record's content alone decides its split, so it never changes."""
 
+    by: Literal["record", "conversation"] = Field(
+        "record",
+        description="What decides: the whole record; or how its conversation begins, up to the end of the first user turn,"
+        " so that all turns of a conversation are in the same split",
+    )
     validation: float = Field(0.05, ge=0, lt=1, description="Share of the records held out for validation during training")
     test: float = Field(0.1, ge=0, le=1, description="Share of the records held out for evaluation after training")
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `by` where it is the default: the ids of dataset versions from before that setting stay."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "by" or value != "record"}
 
     @model_validator(mode="after")
     def _are_shares(self) -> Self:

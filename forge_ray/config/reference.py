@@ -80,6 +80,7 @@ EXAMPLES = {
     ),
     "deploy.replicas": "deploy: {name: support, models: [support@prod], replicas: {min: 0, max: 4}}",
     "deploy.limits": "deploy: {name: support, models: [support@prod], limits: {max_new_tokens: 256}}",
+    "deploy.keep_answers": "deploy: {name: support, models: [support@prod], keep_answers: {days: 30}}",
     "deploy.engine": "deploy: {name: support, models: [support@prod], engine: {kind: vllm}}",
 }
 

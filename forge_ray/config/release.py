@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from forge_ray.config.base import Config, SettingError
+from forge_ray.config.endpoint import KeepAnswers, Replicas
 from forge_ray.config.gate import Gate
 from forge_ray.config.measurements import Contamination, GeneralConfig, LeakConfig
 from forge_ray.config.own_metric import OwnMetric
@@ -107,29 +108,6 @@ class ReleaseConfig(Config):
 
     alias: str = Field(pattern=ALIAS, description="Alias that is moved to the new version if it passes the gate")
     gate: Gate = Gate()
-
-
-class Replicas(Config):
-    """How many replicas run, by the tokens that wait and run in all of them."""
-
-    min: int = Field(1, ge=0, description="Minimum replicas; 0: none while idle, and the first request waits for a start")
-    max: int = Field(1, ge=1, description="Maximum replicas")
-    target_tokens: int = Field(
-        0,
-        ge=0,
-        description="Tokens (prompts and answers to come) that one replica should hold; 0: half of its key-value cache",
-    )
-    surge: bool = Field(
-        True, description="In a rollout, start new replicas before old ones stop; needs resources for twice as many"
-    )
-    upscale_delay_s: float = Field(5, ge=0, description="Seconds of high load before replicas are added")
-    downscale_delay_s: float = Field(300, ge=0, description="Seconds of low load before replicas are removed")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min > self.max:
-            raise SettingError(f"replicas.min={self.min} exceeds replicas.max={self.max}", "raise max or lower min")
-        return self
 
 
 class Limits(Config):
@@ -255,6 +233,7 @@ class DeployConfig(Config):
     cpus_per_replica: float = Field(1, gt=0, description="CPU cores per replica")
     gpus_per_replica: float = Field(0, ge=0, description="GPUs per replica; 0: serve on the CPU")
     limits: Limits = Limits()
+    keep_answers: KeepAnswers = KeepAnswers()
     engine: EngineConfig = EngineConfig()
 
     @property

@@ -8,10 +8,15 @@ from typing import Any
 
 from forge_ray.config.gate import BetterThan, Gate, NoWorseThan
 from forge_ray.config.own_metric import RESERVED
-from forge_ray.evaluate.examples import HeldOutRows
+from forge_ray.config.run import RunConfig
+from forge_ray.evaluate import reports
+from forge_ray.evaluate.examples import HeldOutRows, held_out, label_set
 from forge_ray.evaluate.measures import CALL, CALL_RULES, TEXT
 from forge_ray.evaluate.sample_size import POWER, Spread, num_rows, smallest_gain
 from forge_ray.evaluate.summary import slice_of
+from forge_ray.records import DatasetManifest
+from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 DISCORDANCE = 0.5  # of two models whose answers are independent, each right on half of the rows
 GAIN = 0.05  # that is assumed of a share where the margin is 0: twice of it would be 0 too
@@ -48,6 +53,19 @@ def rule_text(rule: Rule) -> str:
     if isinstance(rule, BetterThan):
         return f"{rule.metric} better than {rule.incumbent} by {rule.margin:g}{at}"
     return f"{rule.metric} at most {rule.tolerance:g} worse than {rule.incumbent}{at}"
+
+
+def rows_needed_of(config: RunConfig, store: Store, dataset: str) -> tuple[RowsNeeded, ...]:
+    """What the gate's rules with a confidence ask of the held-out rows. `dataset`: its id, "" where there is none yet."""
+    rules, split = config.release.gate, config.eval.split
+    if not dataset or not any(rule.confidence for rule in rules.comparisons):
+        return rows_needed(rules, None, (), {}, split)
+    with Catalog.read_only(store) as catalog:
+        manifest = catalog.get_as(DatasetManifest, dataset)
+        by_label = any(rule.slices == "label" for rule in rules.no_worse_than)
+        labels = label_set(store, manifest, config.eval) if by_label else ()
+        spreads = reports.measured_spreads(catalog, config.name)
+        return rows_needed(rules, held_out(store, manifest, config.eval), labels, spreads, split)
 
 
 def rows_needed(

@@ -17,12 +17,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from forge_ray.errors import EngineError
 from forge_ray.serve.choice import answer_choice
-from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext
+from forge_ray.serve.context import Admission, AnswerKeeper, Caller, Chosen, ServingContext
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prologue import admitted, caller_of, routed
 from forge_ray.serve.prompt import choices_of, clamped
-from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, answered_by, joined, sse, usage
+from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, answered_by, joined, new_id, sse, usage
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.statuses import CLIENT_CLOSED
 from forge_ray.serve.streams import merged, unless_gone
@@ -59,9 +59,9 @@ class Answering:
 
 
 async def answering(
-    context: ServingContext, shadows: Shadows, request: Request, body: ChatRequest | CompletionRequest
+    context: ServingContext, shadows: Shadows, request: Request, body: ChatRequest | CompletionRequest, answer_id: str
 ) -> Answering:
-    """Choose a version, tokenise, admit, begin to generate."""
+    """Choose a version, tokenise, admit, begin to generate. `answer_id` is the id that the response will have."""
     started = time.monotonic()
     caller = caller_of(request)
     chosen, prompts = await routed(context, request, body)
@@ -73,6 +73,8 @@ async def answering(
     shadows.start(body, chosen)
     streams = [answer_choice(chosen.loaded, body, choice) for choice in choices]
     parts = _measured(context, chosen, merged(streams, KEEP_ALIVE_S), started, caller, admission, num_prompt)
+    if context.keeper is not None and isinstance(body, ChatRequest):
+        parts = _kept(context.keeper, parts, len(choices), answer_id, body, caller, chosen)
     return Answering(chosen, parts, len(choices), num_prompt, answered_by(chosen) | clamped(limits, body))
 
 
@@ -80,10 +82,11 @@ async def complete(
     context: ServingContext, shadows: Shadows, request: Request, body: ChatRequest | CompletionRequest
 ) -> Response:
     """A chat or a text: the whole answer, or a stream of it."""
-    begun = await answering(context, shadows, request, body)
-    loaded, num_prompt = begun.chosen.loaded, begun.num_prompt
     kind: Literal["chat", "text"] = "chat" if isinstance(body, ChatRequest) else "text"
-    reply = Reply(kind, body.model, loaded.fingerprint, loaded.tokenizer, body.num_logprobs, body.metadata)
+    answer_id = new_id(kind)
+    begun = await answering(context, shadows, request, body, answer_id)
+    loaded, num_prompt = begun.chosen.loaded, begun.num_prompt
+    reply = Reply(kind, body.model, loaded.fingerprint, loaded.tokenizer, body.num_logprobs, body.metadata, answer_id)
     if body.stream:
         first = await begun.first(request)
         return begun.stream(_events(reply, first, begun.parts, begun.num_choices, num_prompt, body.include_usage))
@@ -148,6 +151,32 @@ def failure(error: Exception) -> ApiError:
         return ApiError(503, error.message, code=error.code)
     log.error("a stream failed", exc_info=error)
     return ApiError(500, "internal error", code="internal_error")
+
+
+async def _kept(
+    keeper: AnswerKeeper,
+    parts: Parts,
+    num_choices: int,
+    answer_id: str,
+    body: ChatRequest,
+    caller: Caller,
+    chosen: Chosen,
+) -> Parts:
+    """The same parts; what they add up to is kept once all choices have ended."""
+    by_choice: list[list[Part]] = [[] for _ in range(num_choices)]
+    has_ended = False
+    try:
+        async with aclosing(parts):
+            async for item in parts:
+                if item is not None:
+                    by_choice[item[0]].append(item[1])
+                yield item
+        has_ended = True
+    finally:
+        if has_ended:
+            keeper.add(answer_id, body, caller, chosen, by_choice)
+        else:
+            keeper.unfinished()
 
 
 async def _measured(

@@ -7,13 +7,14 @@ served may change between two requests, never within one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from forge_ray.config.release import DeployConfig
+from forge_ray.serve.fields import ChatRequest
 from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.metrics import Metrics
@@ -115,13 +116,28 @@ class Turns:
         return self._locks.setdefault(holder, asyncio.Lock())
 
 
+class AnswerKeeper(Protocol):
+    """Keeps chats and their answers where the deployment says so (`keeper.Keeper`); neither call waits for the store."""
+
+    def add(
+        self, answer_id: str, body: ChatRequest, caller: Caller, chosen: Chosen, choices: Sequence[Sequence[Any]]
+    ) -> None:
+        """An answer that ended; `choices` are the `reply.Part`s of each."""
+        ...
+
+    def unfinished(self) -> None:
+        """An answer that the client left or the engine broke off."""
+        ...
+
+
 @dataclass(frozen=True)
 class ServingContext:
     """Everything that answering a request needs.
 
     `admit(caller, chosen, prompt_tokens, max_new_tokens)` grants or raises `ApiError` (403, 404, 429). `exposition` gives
     the metrics of all replicas where a coordinator collects them. `count(caller, tokens)` counts the request under the
-    limits of the caller's key, before it is tokenised with 0 tokens, or raises `ApiError` 429.
+    limits of the caller's key, before it is tokenised with 0 tokens, or raises `ApiError` 429. `keeper` is None where
+    nothing of a prompt or an answer is kept.
     """
 
     config: DeployConfig
@@ -131,6 +147,7 @@ class ServingContext:
     admit: Admit = admit_all
     exposition: Callable[[], Awaitable[str]] | None = None
     count: Count = count_nothing
+    keeper: AnswerKeeper | None = None
     # Templates and tokenisation run off the event loop; long texts in a thread of their own, so that short ones do not wait
     tokenising: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenising"))
     long_texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "long-texts"))

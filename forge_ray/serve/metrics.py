@@ -71,6 +71,8 @@ class Metrics:
         self._between = histogram("inter_token", "Time between two tokens of a request", BETWEEN_TOKENS_S)
         self._whole = histogram("request", "Time from request to last token", WHOLE_REQUEST_S)
         self._shadowed = histogram("shadow_request", "Time from request to last token of shadow versions", WHOLE_REQUEST_S)
+        what = "Answers that are kept in the store, dropped because the queue was full, not kept because unfinished, removed"
+        self._kept = counter("kept_answers", what, "deployment", "outcome")
         self._running = gauge("requests_running", "Sequences in the batch")
         self._waiting = gauge("requests_waiting", "Sequences that wait in the engine's queue")
         self._held = gauge("tokens_held", "Tokens of sequences that run or wait: prompts and what may still be generated")
@@ -110,6 +112,10 @@ class Metrics:
         self._shadows.labels(*labels, str(status)).inc()
         self._shadow_tokens.labels(*labels).inc(tokens)
         self._shadowed.labels(*labels).observe(seconds)
+
+    def kept(self, outcome: str, count: int = 1) -> None:
+        """`outcome`: kept, dropped (the queue was full), unfinished; removed_days and removed_size of those kept before."""
+        self._kept.labels(self.deployment, outcome).inc(count)
 
     def text(self) -> str:
         """The exposition format, with the engines' current load; each sample has the label `replica`."""

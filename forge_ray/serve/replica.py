@@ -30,6 +30,7 @@ from forge_ray.serve.directory import ReplicaDirectory
 from forge_ray.serve.engines import EnginePool
 from forge_ray.serve.haproxy import behind_haproxy
 from forge_ray.serve.http import replica_app
+from forge_ray.serve.keeper import Keeper
 from forge_ray.serve.keys import KeyTail
 from forge_ray.serve.ledger import Ledger
 from forge_ray.serve.limits import LimitVerdict
@@ -70,8 +71,18 @@ class Replica:
         self.metrics = Metrics(
             self.deployment.name, self.name, self.engines.health, lambda: self.directory.current.loaded.values()
         )
+        keeps = config.keep_answers.days > 0
+        self.keeper = (
+            Keeper(Store(store_uri), config.keep_answers, self.deployment.id, self.name, self.metrics) if keeps else None
+        )
         self.context = ServingContext(
-            config, self.deployment.id, self.directory, self.metrics, self._admit, self._exposition
+            config,
+            self.deployment.id,
+            self.directory,
+            self.metrics,
+            self._admit,
+            self._exposition,
+            keeper=self.keeper,
         )
         held = self.deployment.genesis, self.deployment.log_head
         self.keys = KeyTail(Store(store_uri), *held) if needs_keys(config) else None
@@ -180,6 +191,8 @@ class Replica:
             self.engines.close()
         if hasattr(self, "ledger"):
             self.ledger.close()
+        if hasattr(self, "keeper") and self.keeper is not None:
+            self.keeper.close()
 
 
 class _OutcomeRecorder:

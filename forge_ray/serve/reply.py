@@ -54,7 +54,8 @@ def joined(parts: Sequence[Part]) -> Part:
 class Reply:
     """Builds the response objects of one request: same id, time, model and fingerprint in each.
 
-    `num_logprobs` None: without log-probabilities. `metadata` is returned with the whole answer and the first chunk.
+    `num_logprobs` None: without log-probabilities. `answer_id`: its id; empty: a new one. `metadata`
+    is returned with the whole answer and the first chunk.
     """
 
     def __init__(
@@ -65,13 +66,14 @@ class Reply:
         tokenizer: ChatTokenizer | None = None,
         num_logprobs: int | None = None,
         metadata: Mapping[str, str] | None = None,
+        answer_id: str = "",
     ) -> None:
         self.chat = kind == "chat"
         self._tokenizer = tokenizer
         self._num_logprobs = num_logprobs
         self._metadata = {"metadata": dict(metadata)} if metadata else {}
         self._head = {
-            "id": ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12),
+            "id": answer_id or new_id(kind),
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": fingerprint,
@@ -87,12 +89,7 @@ class Reply:
         choice = {"index": index, "finish_reason": part.finish_reason, "logprobs": self._logprobs(part.pieces)}
         if not self.chat:
             return choice | {"text": part.text}
-        message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
-        if part.reasoning:
-            message["reasoning_content"] = part.reasoning
-        if part.calls:
-            message |= {"content": part.text or None, "tool_calls": [_call(call) for call in part.calls]}
-        return choice | {"message": message}
+        return choice | {"message": message_of(part) | {"refusal": None}}
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         """The chunk with the role; the first one of each choice of a chat."""
@@ -123,6 +120,21 @@ class Reply:
         if self._num_logprobs is None or self._tokenizer is None:
             return None
         return chat_logprobs(self._tokenizer, pieces) if self.chat else text_logprobs(self._tokenizer, pieces)
+
+
+def new_id(kind: Literal["chat", "text"]) -> str:
+    """The id of a new answer."""
+    return ("chatcmpl-" if kind == "chat" else "cmpl-") + secrets.token_hex(12)
+
+
+def message_of(part: Part) -> dict[str, Any]:
+    """A whole choice as an assistant's message."""
+    message: dict[str, Any] = {"role": "assistant", "content": part.text}
+    if part.reasoning:
+        message["reasoning_content"] = part.reasoning
+    if part.calls:
+        message |= {"content": part.text or None, "tool_calls": [_call(call) for call in part.calls]}
+    return message
 
 
 def _call(call: Call) -> dict[str, Any]:

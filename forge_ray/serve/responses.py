@@ -42,8 +42,9 @@ TEXT_EVENT = {"message": "output_text", "reasoning": "reasoning_text"}
 async def respond(context: ServingContext, shadows: Shadows, request: Request, body: ResponsesRequest) -> Response:
     """The whole response, or the events of it."""
     try:
-        begun = await answering(context, shadows, request, chat_of(body, context.config.limits))
-        output = Output(body, begun.num_prompt)
+        answer_id = _new("resp")
+        begun = await answering(context, shadows, request, chat_of(body, context.config.limits), answer_id)
+        output = Output(body, begun.num_prompt, answer_id)
         if body.stream:
             return begun.stream(_events(output, await begun.first(request), begun))
         (answer,) = await begun.whole(request)
@@ -101,10 +102,10 @@ async def _events(output: Output, first: tuple[int, Part] | None, begun: Answeri
 class Output:
     """The output of one response as it grows, and the events of its growth."""
 
-    def __init__(self, body: ResponsesRequest, num_prompt: int) -> None:
+    def __init__(self, body: ResponsesRequest, num_prompt: int, answer_id: str) -> None:
         self._body = body
         self._num_prompt = num_prompt
-        self._id = _new("resp")
+        self._id = answer_id
         self._created = int(time.time())
         self._status = "in_progress"
         self._error: dict[str, str] | None = None

@@ -161,6 +161,11 @@ def items(identifier: str) -> str:
     return report(identifier, "items.jsonl")
 
 
+def answers(*names: str) -> str:
+    """Prompts and answers that endpoints keep, in batches per day and replica: `answers(day, name)`."""
+    return _below("answers", *names)
+
+
 def usage(*names: str) -> str:
     """Lines per day and replica: `usage(day, name)`."""
     return _below("usage", *names)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.curate import HeldOut
-from forge_ray.config.data import DataConfig
+from forge_ray.config.data import DataConfig, Splits
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.progress import stage
@@ -79,16 +79,22 @@ def chain_of(catalog: Catalog, version: ModelVersion) -> Iterator[ModelVersion]:
 
 def with_held_out(catalog: Catalog, named: ModelVersion, data: DataConfig) -> DataConfig:
     """The settings of the rows of a run on `named`, with a rule that keeps the test records of earlier cycles out of its
-    training. It is added only where these settings could train on one: where the share of the test split fell."""
+    training. It is added only where these settings could train on one: where the share of the test split fell, or records
+    are divided by something else than there."""
     runs = [catalog.get_as(RunRecord, v.run) for v in chain_of(catalog, named) if v.run and catalog.has(v.run)]
     before = dict.fromkeys(run.dataset for run in runs if catalog.has(run.dataset))
     manifests = [catalog.get_as(DatasetManifest, dataset) for dataset in before]
-    larger = [one.id for one in manifests if one.config.get("splits", {}).get("test", 0.0) > data.splits.test]
+    before_splits = {one.id: Splits.model_validate(one.config.get("splits", {"test": 0.0})) for one in manifests}
+    moved = [
+        dataset
+        for dataset, splits in before_splits.items()
+        if splits.test > data.splits.test or (splits.test > 0 and splits.by != data.splits.by)
+    ]
     stated = {dataset for rule in data.curate if rule.rule == "held_out" for dataset in rule.against}
-    missing = tuple(dataset for dataset in larger if dataset not in stated)
+    missing = tuple(dataset for dataset in moved if dataset not in stated)
     if not missing:
         return data
-    return data.model_copy(update={"curate": (*data.curate, HeldOut(rule="held_out", against=missing))})
+    return data.model_copy(update={"curate": (*data.curate, HeldOut(rule="held_out", by=data.splits.by, against=missing))})
 
 
 def start_of(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> Start:

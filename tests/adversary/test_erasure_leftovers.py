@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from fabricated import dataset, record_of, run, store_at, version
 
+from forge_ray.config.data import Splits
 from forge_ray.data.build import tombstones as erased
-from forge_ray.data.dataset import index
-from forge_ray.data.dataset.version import RECORDS
+from forge_ray.data.dataset.version import RECORDS, split_of
 from forge_ray.governance.erasure.apply import erase
 from forge_ray.governance.erasure.options import Options
 from forge_ray.governance.erasure.search import ErasureRequest
@@ -31,7 +31,7 @@ from forge_ray.store.owner import is_alive, owner_mark
 from forge_ray.store.scratch import scratch_folder
 
 pytestmark = pytest.mark.unit
-TRAINED = [n for n in range(30) if index.split_of(bytes.fromhex(record_of(n).id[4:]), index.Splits()) == 0]
+TRAINED = [n for n in range(30) if split_of(bytes.fromhex(record_of(n).id[4:]), Splits()) == 0]
 HERS, OTHER = record_of(TRAINED[0]), record_of(TRAINED[1])
 SECRET = HERS.content["text"].encode()
 OPTIONS = Options(retrain="none", wait_s=2)

@@ -17,11 +17,12 @@ import pytest
 import ray
 from fabricated import dataset, deployment, record_of, run, store_at, version
 
+from forge_ray.config.data import Splits
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.build import prepare, work
 from forge_ray.data.build.build import remove_stale
 from forge_ray.data.build.summaries import MapSummary, Tally
-from forge_ray.data.dataset import index
+from forge_ray.data.dataset.version import split_of
 from forge_ray.errors import EngineError, PolicyError, StoreError, TrainingError
 from forge_ray.governance.erasure import endpoints
 from forge_ray.governance.erasure.apply import erase
@@ -36,7 +37,7 @@ from forge_ray.train import attempts, checkpoint
 from forge_ray.train.job import TrainJob
 
 pytestmark = pytest.mark.unit
-TRAINED = [n for n in range(30) if index.split_of(bytes.fromhex(record_of(n).id[4:]), index.Splits()) == 0]
+TRAINED = [n for n in range(30) if split_of(bytes.fromhex(record_of(n).id[4:]), Splits()) == 0]
 HERS, OTHER = record_of(TRAINED[0]), record_of(TRAINED[1])
 REQUEST = ErasureRequest("record", (HERS.id,))
 OPTIONS = Options(retrain="none", wait_s=0.2)

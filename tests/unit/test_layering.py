@@ -32,6 +32,7 @@ ORDER = (
         "doctor",
         "papers",
         "export",
+        "feedback",
     ),
     *("pipeline", "governance", "cli"),
 )

@@ -163,7 +163,7 @@ class Parts:
     def add_encoded(self, batch: Sequence[MappedRecord], documents: Sequence[list[Encoded]], config: Any) -> None:
         """Records with their tokens: of each no document (it is not packed), one, or several."""
         columns = _placed(batch)
-        places = [place(record_bytes(item.record.canonical), config) for item in batch]
+        places = [place(item.record, config) for item in batch]
         splits = np.array([split for split, _ in places], np.int8)
         flat = [document for of_record in documents for document in of_record]
         owner = np.repeat(np.arange(len(batch)), [len(of_record) for of_record in documents])

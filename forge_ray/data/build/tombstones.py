@@ -30,6 +30,7 @@ from forge_ray.store import audit_log, paths
 from forge_ray.store.files import Store
 
 TEXT = "text/"  # begins the value of a tombstone that is a row's normal form (`row_digest`)
+ANSWER = "answer/"  # begins one that is the id of an answer that an endpoint kept
 
 
 def key_of(key: bytes, value: str) -> str:
@@ -70,6 +71,13 @@ def of_erasure(store: Store, erasure: str) -> Erased:
     """The tombstones of one erasure."""
     contents = [store.read_json(path) for path in files_of(store, erasure)]
     return Erased(subject_key(store, ""), _union(contents, "keys"), _union(contents, "texts"))
+
+
+def of_values(store: Store, values: Iterable[str]) -> Erased:
+    """What tombstones of these values would cover, as `write_tombstones` takes them. Writes none."""
+    key, listed = subject_key(store, ""), list(values)
+    texts = frozenset(key_of(key, value) for value in listed if value.startswith(TEXT))
+    return Erased(key, frozenset(key_of(key, value) for value in listed if not value.startswith(TEXT)), texts)
 
 
 def _union(contents: list[dict[str, Any]], name: str) -> frozenset[str]:

@@ -73,7 +73,7 @@ def compile_rule(rule: Rule, index: npt.NDArray[np.uint64] | None = None, splits
     if isinstance(rule, HeldOut):
         assert index is not None
         assert splits is not None
-        return partial(_held_out, index, splits)
+        return partial(_held_out, rule, index, splits)
     raise AssertionError(f"{rule.rule} looks at all records at once")
 
 
@@ -188,5 +188,7 @@ def _decontaminate(rule: Decontaminate, index: npt.NDArray[np.uint64], record: D
     return Verdict(record)
 
 
-def _held_out(index: npt.NDArray[np.uint64], splits: Splits, record: DataRecord) -> Verdict:
-    return Verdict(None, "a test row of an earlier cycle") if is_held_out(record.id, index, splits) else Verdict(record)
+def _held_out(rule: HeldOut, index: npt.NDArray[np.uint64], splits: Splits, record: DataRecord) -> Verdict:
+    if not is_held_out(record, index, splits, rule.by):
+        return Verdict(record)
+    return Verdict(None, f"{'of the conversation of ' if rule.by == 'conversation' else ''}a test row of an earlier cycle")

@@ -28,10 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from forge_ray.config.data import Splits
 from forge_ray.data.dataset.sorted_numbers import Sorted, Uint64s, write_sorted
 from forge_ray.data.dataset.stream import Rows
-from forge_ray.data.dataset.version import SPLITS, listed, shuffle_key, split_of
+from forge_ray.data.dataset.version import SPLITS, listed, places_of
 from forge_ray.data.record.schema import RECORD_HEX
 from forge_ray.errors import ConfigError, DataError, ForgeError, StoreError
 from forge_ray.records import DatasetManifest, canonical_json
@@ -87,14 +86,12 @@ def places(store: Store, manifest: DatasetManifest, records: Collection[str]) ->
     codes = {record: values for record, values in _codes(store, manifest, records).items() if values - {DROPPED, KEPT}}
     if not codes:
         return []
-    splits = Splits.model_validate(manifest.config["splits"])
     parts = _parts_by_split(_open(store, manifest.id))
     keys_by_file: dict[tuple[str, str], dict[int, None]] = {}
     for record in codes:
-        raw = bytes.fromhex(record.removeprefix("rec_"))
-        split, key = SPLITS[split_of(raw, splits)], shuffle_key(raw, manifest.config["shuffle_seed"])
-        if files := parts[split]:  # which divide the keys evenly
-            keys_by_file.setdefault((split, files[key * len(files) >> 64]), {})[key] = None
+        for split, key in places_of(bytes.fromhex(record.removeprefix("rec_")), manifest.config):
+            if files := parts[split]:  # which divide the keys evenly
+                keys_by_file.setdefault((split, files[key * len(files) >> 64]), {})[key] = None
     held = []
     for (split, path), keys in keys_by_file.items():
         where = pc.field("key").isin(pa.array(keys, pa.uint64()))

@@ -6,14 +6,15 @@
     datasets/<id>/quarantine/part-00000.parquet         rows that never became a record, with the reason
 
 A record's split and its place in the shuffled order are functions of its content: neither moves when the data grows, and a
-record is found by its id with a look at one row group.
+record is found by its id with a look at one row group. With `data.splits.by: conversation` the split follows from how
+the conversation begins, which an id does not tell, and a record is looked for in each split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from forge_ray.config.data import DataConfig, Splits
-from forge_ray.data.record.schema import RECORD_HEX
+from forge_ray.data.record.conversation import opening_of
+from forge_ray.data.record.schema import RECORD_HEX, DataRecord
 from forge_ray.data.tokens.chat import load_tokenizer_dir
 from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.data.tokens.text_tools import FORM_FILE, Tools
@@ -109,12 +111,21 @@ def record_bytes(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()[: RECORD_HEX // 2]
 
 
-def split_of(record: bytes, splits: Splits) -> int:
-    """The number of the record's split: a pure function, so that a row never moves when the data grows."""
-    share = int.from_bytes(hashlib.sha256(b"split/" + record).digest()[:8], "big") / 2**64
+def split_of(decisive: bytes, splits: Splits) -> int:
+    """The number of a split: a pure function of what decides (`decisive_bytes`), so that a row never moves when the data
+    grows."""
+    share = int.from_bytes(hashlib.sha256(b"split/" + decisive).digest()[:8], "big") / 2**64
     if share < splits.test:
         return SPLITS.index("test")
     return SPLITS.index("validation" if share < splits.test + splits.validation else "train")
+
+
+def decisive_bytes(record: DataRecord, splits: Splits) -> bytes:
+    """What decides the split of a record: its id, or the opening of its conversation where `splits.by` says so and it has
+    one."""
+    if splits.by == "conversation" and (opening := opening_of(record)):
+        return opening
+    return record_bytes(record.canonical)
 
 
 def shuffle_key(record: bytes, seed: int) -> int:
@@ -122,9 +133,17 @@ def shuffle_key(record: bytes, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(b"shuffle/%d/" % seed + record).digest()[:8], "big")
 
 
-def place(record: bytes, config: DataConfig) -> tuple[int, int]:
+def place(record: DataRecord, config: DataConfig) -> tuple[int, int]:
     """(split, key) of a record."""
-    return split_of(record, config.splits), shuffle_key(record, config.shuffle_seed)
+    key = shuffle_key(record_bytes(record.canonical), config.shuffle_seed)
+    return split_of(decisive_bytes(record, config.splits), config.splits), key
+
+
+def places_of(record: bytes, config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """(split, key) wherever a dataset version of these settings can hold the record: in one split, or in each of them where
+    conversations are divided."""
+    splits, key = Splits.model_validate(config["splits"]), shuffle_key(record, config["shuffle_seed"])
+    return [(name, key) for name in (SPLITS if splits.by == "conversation" else (SPLITS[split_of(record, splits)],))]
 
 
 def content_digest(table: pa.Table) -> str:
@@ -173,13 +192,12 @@ def first_records(store: Store, manifest: DatasetManifest, split: str, count: in
 
 
 def find_record(store: Store, manifest: DatasetManifest, record: str) -> dict[str, Any]:
-    """One record of the dataset by id, with its split; raises `NotFound`. Reads one row group."""
+    """One record of the dataset by id, with its split; raises `NotFound`. Reads one row group of a split."""
     try:
         raw = bytes.fromhex(record.removeprefix("rec_"))
-        splits = Splits.model_validate(manifest.config["splits"])
-        split, key = SPLITS[split_of(raw, splits)], shuffle_key(raw, manifest.config["shuffle_seed"])
-        if len(raw) * 2 == RECORD_HEX and (row := _find(store, manifest, split, key, record)):
-            return {**row, "split": split}
+        for split, key in places_of(raw, manifest.config) if len(raw) * 2 == RECORD_HEX else ():
+            if row := _find(store, manifest, split, key, record):
+                return {**row, "split": split}
     except ValueError:
         pass
     raise NotFound(f"{record} is not in {manifest.id}", hint=f"forge data show {manifest.id} lists record ids")

@@ -15,7 +15,8 @@ from forge_ray.data.build import tombstones as erased
 from forge_ray.data.build.prepare import restore_tombstones
 from forge_ray.errors import ConfigError, EngineError, NotFound, StoreError
 from forge_ray.governance.erasure import outside
-from forge_ray.governance.erasure.certificate import certify, path_of, statement_of
+from forge_ray.governance.erasure.answers import remove_covered
+from forge_ray.governance.erasure.certificate import ANSWERS_REMOVED, certify, path_of, statement_of
 from forge_ray.governance.erasure.endpoints import wait_until_released
 from forge_ray.governance.erasure.options import Done, Facts, Options
 from forge_ray.governance.erasure.plan import ErasurePlan, extended, late_plan, plan_of, standing_for
@@ -42,6 +43,9 @@ def erase(store: Store, request: ErasureRequest, options: Options, why: str = ""
         restore_tombstones(store)
         record = _begun(catalog, request, options, why)
         done = Done()
+        # at each call: a person may have asked again since
+        if num_answers := remove_covered(catalog, erased.of_erasure(store, record.id)):
+            catalog.append(Event(kind="erasure", subject=record.id, data={"state": ANSWERS_REMOVED, "count": num_answers}))
         checked = _rounds(catalog, record, options, done)
         places = outside.clear(store, () if store.is_local else outside.purged_files(store))
         with stage("endpoints") as it:
@@ -171,11 +175,11 @@ def _begun(catalog: Catalog, request: ErasureRequest, options: Options, why: str
         return erasure
     with stage("tombstones") as it:
         reached = search(catalog, request)
-        if not reached.places:
+        if not reached.places and not reached.num_answers:
             hint = "`forge data find` looks for a record or a subject"
             if reached.variants:
                 hint = "`--plan` lists rows that nearly match, and how to erase them"
-            raise NotFound("no dataset version of this store holds such a row", hint=hint)
+            raise NotFound("no dataset version and no kept answer of this store holds such a row", hint=hint)
         catalog.check_may(*rights(plan_of(catalog, reached), options))
         erased.write_tombstones(catalog.store, erasure.id, reached.tombstones)
         catalog.sync()

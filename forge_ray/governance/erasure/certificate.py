@@ -20,6 +20,7 @@ from forge_ray.store.catalog import Catalog
 from forge_ray.store.exports import exported
 
 PREDICATE = "urn:forge-ray:erasure:1"
+ANSWERS_REMOVED = "answers removed"  # the state of an event
 NAMED = 100  # files that forge_ray did not write, by name
 NOT_REACHED = (
     "backups and snapshots of the store; copies that were exported, downloaded or logged to other systems, an MLflow server"
@@ -68,6 +69,11 @@ def certify(
                 "lists": {purged["list"]: purged["digest"] for purged in done.purged},
                 "leftovers": list(checked.removed),
                 "outside the store": places.removed,
+                "kept answers": sum(
+                    event.data["count"]
+                    for event in catalog.events("erasure", record.id)
+                    if event.data["state"] == ANSWERS_REMOVED
+                ),
             },
             "searched": {
                 "files": checked.examined.num_files,

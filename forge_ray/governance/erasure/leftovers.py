@@ -121,6 +121,8 @@ def _place(path: str, registered: Registered, runs: set[str]) -> str | None:
     top, hidden = parts[0], next((n for n, part in enumerate(parts) if part.startswith(".")), None)
     if top == paths.work():
         return "/".join(parts[: hidden + 1]) if hidden else ""
+    if top == paths.answers():
+        return "/".join(parts[: hidden + 1]) if hidden else ""
     if top in FACTS or top.startswith(FACT_FILES) or top == "images":
         return ""
     if hidden == 0 or (hidden == 1 and top in (*registered, paths.run())):

@@ -106,6 +106,7 @@ class ErasurePlan(Frozen):
     notes: tuple[str, ...]
     exported: tuple[ExportedCopy, ...] = ()
     sent: tuple[SentRows, ...] = ()
+    num_answers: int = 0  # answers that endpoints keep
     variants: tuple[Variant, ...] = ()  # for a decision before the start; not kept, for they name records
 
     def stored(self) -> dict[str, Any]:
@@ -146,6 +147,7 @@ def plan_of(catalog: Catalog, reached: ReachedRecords) -> ErasurePlan:
         notes=reached.notes,
         exported=exported(catalog, withdrawn),
         sent=sent_of(catalog, datasets),
+        num_answers=reached.num_answers,
         variants=reached.variants,
     )
 

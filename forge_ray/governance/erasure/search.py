@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -14,8 +14,8 @@ from forge_ray.data.dataset.index import Place, is_record_id
 from forge_ray.data.record.normal import row_digest
 from forge_ray.data.record.schema import DataRecord
 from forge_ray.data.record.subject import OTHER_CASE, erased_digests, subject_key
-from forge_ray.errors import ConfigError, DataError
-from forge_ray.governance.erasure import closure
+from forge_ray.errors import ConfigError, DataError, NotFound
+from forge_ray.governance.erasure import answers, closure
 from forge_ray.governance.erasure.variants import SAME, SIMILARITY, Texts, Variant, alike, contents
 from forge_ray.governance.trace import of_each, rows_of_file, subject_digests, subject_records
 from forge_ray.records import DatasetManifest
@@ -28,11 +28,11 @@ BY_RULE = "near duplicate, by a rule of its dataset version"
 
 @dataclass(frozen=True)
 class ErasureRequest:
-    """The rows to erase. `values`: one subject, record ids, or one path of a file with rows. `similarity`: Jaccard index
-    from which near duplicates go, None where they are only listed; `any_case`: rows of a subject go in whatever case it is
-    written; `keep`: ids of variants that stay."""
+    """The rows to erase. `values`: one subject, record ids, ids of kept answers, or one path of a file with rows.
+    `similarity`: Jaccard index from which near duplicates go, None where they are only listed; `any_case`: rows of a subject
+    go in whatever case it is written; `keep`: ids of variants that stay."""
 
-    by: Literal["subject", "record", "file"]
+    by: Literal["subject", "record", "file", "answer"]
     values: tuple[str, ...]
     near_duplicates: bool = True
     key_file: str = ""
@@ -57,7 +57,8 @@ class ErasureRequest:
 class ReachedRecords:
     """The records that a request covers. `near` are the variants and near duplicates of `asked`; `read` the ids of rows
     before rules masked them; `subjects` the names of the person (`subject.erased_digests`); `texts` the digests of the
-    normal forms of all these rows; `places` where they are, by dataset version; `variants` every match for a decision."""
+    normal forms of all these rows; `places` where they are, by dataset version; `variants` every match for a decision.
+    `answers`: ids of answers that were asked for, `num_answers` the kept ones that all of this covers."""
 
     asked: frozenset[str]
     near: frozenset[str]
@@ -67,6 +68,8 @@ class ReachedRecords:
     notes: tuple[str, ...]
     texts: frozenset[str] = frozenset()
     variants: tuple[Variant, ...] = ()
+    answers: frozenset[str] = frozenset()
+    num_answers: int = 0
 
     @property
     def records(self) -> set[str]:
@@ -74,7 +77,8 @@ class ReachedRecords:
 
     @property
     def tombstones(self) -> set[str]:
-        return {*self.asked, *self.near, *self.read, *self.subjects, *(erased.TEXT + text for text in self.texts)}
+        named = {*(erased.TEXT + text for text in self.texts), *(erased.ANSWER + answer for answer in self.answers)}
+        return {*self.asked, *self.near, *self.read, *self.subjects, *named}
 
 
 @dataclass
@@ -87,6 +91,7 @@ class Asked:
     subjects: set[str] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
     open_matches: dict[str, str] = field(default_factory=dict)
+    answers: set[str] = field(default_factory=set)
 
 
 def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
@@ -120,7 +125,7 @@ def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
     stay = {row_digest(row) for row in contents(store, manifests, kept | asked.open_matches.keys())}
     chosen = {*matches, *asked.open_matches, *asked.reasons}
     where = _everywhere(manifests, lambda manifest: _places(store, manifest, chosen)) if chosen else {}
-    return ReachedRecords(
+    reached = ReachedRecords(
         asked=frozenset(asked.records),
         near=frozenset(near),
         read=frozenset(read),
@@ -129,7 +134,9 @@ def search(catalog: Catalog, request: ErasureRequest) -> ReachedRecords:
         notes=tuple(dict.fromkeys(notes)),
         texts=frozenset({row_digest(row) for row in rows} - stay - {""}),
         variants=tuple(_variants(asked, matches, near, where)),
+        answers=frozenset(asked.answers),
     )
+    return replace(reached, num_answers=answers.count_covered(store, reached.tombstones))
 
 
 def _asked(catalog: Catalog, manifests: list[DatasetManifest], request: ErasureRequest) -> Asked:
@@ -146,7 +153,22 @@ def _asked(catalog: Catalog, manifests: list[DatasetManifest], request: ErasureR
             )
         records = [record for row in rows for record in row.records]
         return Asked({record.id for record in records}, records)
+    if request.by == "answer":
+        return _of_answers(catalog.store, request.values)
     return _of_subject(catalog.store, manifests, request)
+
+
+def _of_answers(store: Store, values: tuple[str, ...]) -> Asked:
+    """The kept answers of these ids, and the rows that can have been made of them."""
+    kept = answers.named(store, values)
+    names = set().union(*map(answers.names_of, kept))
+    if unknown := sorted(set(values) - names):
+        raise NotFound(
+            f"no kept answer has the id {unknown[0]}",
+            hint="it may have been removed; erase rows that were made of it with --record, --file or --subject",
+        )
+    rows = [record for answer in kept for record in answers.records_of(answer)]
+    return Asked({record.id for record in rows}, rows, answers=names)
 
 
 def _of_subject(store: Store, manifests: list[DatasetManifest], request: ErasureRequest) -> Asked:
@@ -154,8 +176,12 @@ def _of_subject(store: Store, manifests: list[DatasetManifest], request: Erasure
     value = request.values[0]
     digests = subject_digests(store, manifests, value, request.key_file)
     if not digests:
+        names = set(erased_digests(subject_key(store, request.key_file), value, request.any_case))
+        if answers.count_covered(store, names):
+            return Asked(subjects=names)
         raise ConfigError(
-            "no dataset version of this store has data.subject set, so rows cannot be found by subject",
+            "no dataset version of this store has data.subject set, so rows cannot be found by subject, and no kept"
+            " answer is of this user",
             hint="use --record or --file; data.subject applies to datasets that are prepared from now on",
         )
     files = {str(manifest.config["subject"].get("key_file", "")) for manifest in manifests if manifest.id in digests}

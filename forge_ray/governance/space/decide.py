@@ -16,6 +16,7 @@ Kind = Literal[
     "evaluation",
     "run",
     "images",
+    "answers",
     "reproduction",
     "cache",
     "half-built",
@@ -31,9 +32,9 @@ class StoredItem:
 
     `paths`: its folders and files, the first of which is its name. `size`: bytes; a file with several names (hard links)
     counts for the first item that has it. `idle_days`: days since anything in it changed. `needs`: names of items that have
-    to stay as long as this one. `is_released`: of a released version or its run; of
-    images, shown by a dataset. `is_finished`, `roles`: of a checkpoint,
-    whether its run has ended, and whether it is the last or the best one."""
+    to stay as long as this one. `is_released`: of a released version or its run; of images, shown by a dataset.
+    `is_finished`, `roles`: of a checkpoint, whether its run has ended, and whether it is the last or the best one; of kept
+    answers, whether their last day is over."""
 
     paths: tuple[str, ...]
     kind: Kind
@@ -124,6 +125,9 @@ def judged(item: StoredItem, policy: Retention) -> tuple[bool, str]:
             return (is_old, age) if policy.base_models else (False, "imported; --base-models removes unused ones")
         case "cache":
             return (True, "computed again when needed") if policy.caches else (False, "--caches removes it")
+        case "answers":
+            day = item.name.rpartition("/")[2]
+            return item.is_finished, f"prompts and answers, kept until {day}"
         case "images":
             return (False, "shown by a dataset") if item.is_released else (True, "shown by no dataset")
     return False, "kept always"

@@ -14,7 +14,7 @@ from forge_ray.governance.erasure.leftovers import FACT_FILES, FACTS
 from forge_ray.governance.impact import StoreUses
 from forge_ray.governance.space.decide import Kind, Role, StoredItem
 from forge_ray.governance.uses import Run
-from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, Record, RunRecord
+from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, Record, RunRecord, utc_now
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.removed import ASIDE
@@ -29,7 +29,7 @@ HALF = (".tmp-", ".new-", ".old-", ".building-", ".importing-", ASIDE)
 UNSHOWN = "images of no dataset"
 # the first item in this order that has a file counts its bytes
 ORDER: tuple[Kind, ...] = (
-    *("facts", "dataset", "base model", "version", "export", "checkpoint", "evaluation", "run", "images"),
+    *("facts", "dataset", "base model", "version", "export", "checkpoint", "evaluation", "run", "images", "answers"),
     *("other", "reproduction", "cache", "half-built"),
 )
 
@@ -121,6 +121,8 @@ def _place(path: str, catalog: Catalog, in_datasets: set[str]) -> tuple[str, Kin
         return upto(hidden + 1, "half-built")
     if top in FACTS or (len(parts) == 1 and top.startswith(FACT_FILES)):
         return upto(1, "facts")
+    if top == paths.answers():
+        return upto(min(2, len(parts)), "answers")
     if top == "images":
         return upto(1, "images") if parts[-1] in in_datasets else (UNSHOWN, "images", path)
     if len(parts) < 3 or top not in ("datasets", *DERIVED, "models", "evals", paths.run()):
@@ -186,6 +188,8 @@ def _details(catalog: Catalog, uses: StoreUses, parts: dict[str, _Part]) -> dict
                 item = replace(item, needs=_needs_of_run(run, parts), is_released=pieces[1] in released_runs)
             case "images":
                 item = replace(item, is_released=name != UNSHOWN)
+            case "answers":
+                item = replace(item, is_finished=pieces[-1] < utc_now()[:10])
         if part.kind == "checkpoint":
             if pieces[1] not in kept_steps:
                 kept_steps[pieces[1]] = _kept_steps(catalog, pieces[1])

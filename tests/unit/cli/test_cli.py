@@ -26,6 +26,7 @@ BOUNDS = {"--model", "--scope", "--rpm", "--tpm", "--concurrency", "--expires"} 
 SURFACE = {
     "quickstart": {"--config", "--port", "--set"},
     "init": {"--task", "--data", "--base-model", "--name", "--force", "--from"},
+    "feedback import": {"--out", "--form", "--good-from", "--contradictions", "--max-invalid", "--force"},
     "models import": {"--name", "--licence", "--alias"},
     "models check": set(),
     "models export": {"--out", "--form", "--precision"},
@@ -80,6 +81,7 @@ SURFACE = {
         "--subject",
         "--key-file",
         "--record",
+        "--answer",
         "--file",
         "--no-near-duplicates",
         "--similarity",

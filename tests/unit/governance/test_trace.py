@@ -20,7 +20,7 @@ from forge_ray.cli.main import cli
 from forge_ray.config.release import AliasRoute, Rule
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.order import order_of
-from forge_ray.data.dataset.version import SPLITS, place, record_bytes
+from forge_ray.data.dataset.version import SPLITS, place
 from forge_ray.data.record.schema import parse_record
 from forge_ray.data.record.subject import subject_digest, subject_key
 from forge_ray.errors import ConfigError
@@ -47,7 +47,7 @@ def config_of(manifest: DatasetManifest) -> Any:
 
 
 def split_of(manifest: DatasetManifest, number: int) -> str:
-    return SPLITS[place(record_bytes(record_of(number).canonical), config_of(manifest))[0]]
+    return SPLITS[place(record_of(number), config_of(manifest))[0]]
 
 
 def train_ids(count: int, start: int = 0) -> list[int]:
@@ -55,7 +55,7 @@ def train_ids(count: int, start: int = 0) -> list[int]:
     from forge_ray.config.data import DataConfig
 
     config = DataConfig.model_validate({"sources": [{"path": "x"}]})
-    numbers = (n for n in range(start, 10**6) if place(record_bytes(record_of(n).canonical), config)[0] == 0)
+    numbers = (n for n in range(start, 10**6) if place(record_of(n), config)[0] == 0)
     return [next(numbers) for _ in range(count)]
 
 
@@ -97,7 +97,7 @@ def dataset_rows(members: list[Any]) -> list[str]:
     from forge_ray.config.data import DataConfig
 
     config = DataConfig.model_validate({"sources": [{"path": "x"}]})
-    return [record.id for record in members if place(record_bytes(record.canonical), config)[0] == 0]
+    return [record.id for record in members if place(record, config)[0] == 0]
 
 
 def scan(catalog: Catalog, run_record: RunRecord, rows: list[list[str]]) -> dict[str, Counter[int]]:

@@ -34,6 +34,7 @@ def used(replica: str = "r0", name: str = "support@prod") -> Metrics:
     metrics.finished(name, "mv_1", 0.23, 200)
     metrics.token(name, "mv_1", None, first=True)  # of a second choice
     metrics.shadowed(name, "mv_2", 0.4, 503, 9)
+    metrics.kept("dropped")
     return metrics
 
 

@@ -11,10 +11,11 @@ from fabricated import dataset, record_of, store_at
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from forge_ray.config.data import Splits
 from forge_ray.data.dataset import index, sorted_numbers
 from forge_ray.data.dataset.index import Place, dropped, duplicates, of_subject, places, rows_with
 from forge_ray.data.dataset.sorted_numbers import CHUNK, Sorted, write_sorted
-from forge_ray.data.dataset.version import SPLITS, read_records
+from forge_ray.data.dataset.version import SPLITS, read_records, split_of
 from forge_ray.errors import ConfigError, DataError, StoreError
 from forge_ray.records import DatasetManifest
 from forge_ray.store.catalog import Catalog
@@ -33,7 +34,7 @@ def made(catalog: Catalog, seed: int = 0, count: int = 60, block_rows: int = 3) 
     rng = random.Random(seed)
     records = [record_of(n) for n in range(count)]
     probe = [r.id for r in records]
-    trained = [r for r in probe if index.split_of(bytes.fromhex(r[4:]), index.Splits()) == 0]
+    trained = [r for r in probe if split_of(bytes.fromhex(r[4:]), Splits()) == 0]
     rows = [rng.choices(trained, k=rng.randint(1, 4)) for _ in range(rng.randint(1, 40))]
     whole = len(rows) // block_rows
     subjects = {record: rng.choice(SUBJECTS) for record in probe if rng.random() < 0.7}

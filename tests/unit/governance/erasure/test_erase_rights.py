@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from fabricated import dataset, deployment, record_of, run, store_at, version
 
+from forge_ray.config.data import Splits
 from forge_ray.config.release import AliasRoute
-from forge_ray.data.dataset import index
+from forge_ray.data.dataset.version import split_of
 from forge_ray.errors import PolicyError
 from forge_ray.governance import signers
 from forge_ray.governance.erasure import purging
@@ -32,7 +33,7 @@ PEOPLE = {
     "rosa": ("releaser",),
     "edda": ("data_steward", "trainer", "releaser"),
 }
-TRAINED = [n for n in range(30) if index.split_of(bytes.fromhex(record_of(n).id[4:]), index.Splits()) == 0]
+TRAINED = [n for n in range(30) if split_of(bytes.fromhex(record_of(n).id[4:]), Splits()) == 0]
 HERS = record_of(TRAINED[0]).id
 
 

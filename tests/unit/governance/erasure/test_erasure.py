@@ -146,8 +146,8 @@ def test_withdrawn_version_stays_withdrawn(store: Store) -> None:
     [
         (["--record", "rec_" + "0" * 24], "give --plan or --apply"),
         (["--record", "rec_" + "0" * 24, "--plan", "--apply"], "give --plan or --apply"),
-        (["--plan"], "give --subject, --record or --file"),
-        (["--record", "rec_" + "0" * 24, "--subject", "x", "--plan"], "give --subject, --record or --file"),
+        (["--plan"], "give --subject, --record, --answer or --file"),
+        (["--record", "rec_" + "0" * 24, "--subject", "x", "--plan"], "give --subject, --record, --answer or --file"),
         (["--record", "rec_" + "0" * 24, "--key-file", "x", "--plan"], "--key-file needs --subject"),
         (["--record", "ds_1", "--plan"], "'ds_1' is not a record id"),
         (["--record", "rec_" + "0" * 24, "--any-case", "--plan"], "--any-case needs --subject"),
@@ -157,7 +157,10 @@ def test_withdrawn_version_stays_withdrawn(store: Store) -> None:
         (["--file", "nowhere.jsonl", "--plan"], "no file nowhere.jsonl"),
         (["--subject", "x", "--plan"], "no dataset version of this store has data.subject set"),
         (["--record", "rec_" + "0" * 24, "--apply"], "there is no terminal"),
-        (["--record", "rec_" + "0" * 24, "--apply", "--yes"], "no dataset version of this store holds such a row"),
+        (
+            ["--record", "rec_" + "0" * 24, "--apply", "--yes"],
+            "no dataset version and no kept answer of this store holds such a row",
+        ),
     ],
 )
 def test_refusals_say_what_to_do(store: Store, arguments: list[str], message: str) -> None:
