@@ -158,7 +158,7 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
             if not allow_archived:
                 promotion.refuse_archived(catalog, version.id)
         manifest = _prepare(config, catalog, named, quiet=True)
-        refuse_without_rows(config.train, manifest)
+        refuse_without_rows(config.train, store, manifest)
         if rows := general.general_rows(catalog, manifest, config.eval):  # refused now, not after hours of training
             general.refuse_trained(store, rows, manifest)
         begun = start.start_of(catalog, named, config.train)
@@ -245,6 +245,8 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
             named = import_base(config, catalog)
             base = start.full_base(catalog, named, config.train)
             dataset = stated or _prepare(config, catalog, named, quiet=True)
+        if isinstance(dataset, DatasetManifest):
+            preflight.refuse_without_rows(config.train, store, dataset)
         model = Model.of(preflight.configuration(store, base))
         planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)

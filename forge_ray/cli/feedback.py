@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +75,13 @@ def feedback_import(
     from forge_ray.store.catalog import Catalog
 
     target, unused = Path(out), Path(f"{out}.unused")
-    for file in (target, unused):
-        require_new(file, force)
+    require_new(target, force)
+    if os.path.lexists(target):  # else it is what an import left that wrote no rows
+        require_new(unused, force)
     with Catalog.read_only(store) as catalog, stage("feedback") as it:
         imported = import_feedback(catalog, files, form, good_from, contradictions, it)
         it.done(f"{imported.num_entries} entries, {len(imported.rows)} rows, {len(imported.unused)} not used")
-    write_new(unused, lines_of(map(asdict, imported.unused)), force)
+    write_new(unused, lines_of(map(asdict, imported.unused)), force=True)
     share = imported.num_invalid / imported.num_entries if imported.num_entries else 0.0
     if not as_json:
         _print(imported, unused)
@@ -87,7 +89,8 @@ def feedback_import(
         raise DataError(
             f"{imported.num_invalid} of {imported.num_entries} entries cannot be read or joined"
             f" ({share:.1%}, --max-invalid is {max_invalid:.1%}): {_first_reason(imported)}",
-            hint=f"no rows were written; {unused} lists each entry with its reason. --max-invalid 1 writes the others",
+            hint=f"no rows were written; {unused} lists each entry with its reason."
+            + (" --max-invalid 1 writes the others" if imported.rows else " The other entries give no row either"),
         )
     if not imported.rows:
         raise DataError(

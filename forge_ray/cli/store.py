@@ -126,7 +126,7 @@ def _print(decision: ItemDecision, verdict: str) -> None:
     from forge_ray.cli.show import size
 
     more = len(decision.why) - 2
-    why = "; ".join(decision.why[:2]) + (f"; and {more} more reasons" if more > 0 else "")
+    why = "; ".join(decision.why[:2]) + (f"; and {more} more reason{'s' if more > 1 else ''}" if more > 0 else "")
     echo(f"{size(decision.item.size):>10}  {decision.item.kind:<12}  {decision.item.name}")
     echo(f"{'':26}{verdict}{why}")
 

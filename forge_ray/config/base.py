@@ -110,6 +110,8 @@ def parse(model: type[C], values: Any, where: str = "") -> C:
         for place, item in items:
             if any(len(other) > len(place) and other[: len(place)] == place for other, _ in items):
                 continue  # the list itself is reported only because one of its items is invalid
+            if _is_other_type(place, item, items):
+                continue
             subject, rule, hint = _explain(model, list(place), item)
             problems[subject] = f"{problems[subject]}, or {rule}" if subject in problems else rule
             if hint and hint not in hints:
@@ -119,6 +121,13 @@ def parse(model: type[C], values: Any, where: str = "") -> C:
         if len(written) > MAX_PROBLEMS:
             written[MAX_PROBLEMS:] = [f"and {len(written) - MAX_PROBLEMS} more"]
         raise ConfigError(prefix + "; ".join(written), hint="; ".join(hints[:MAX_PROBLEMS])) from None
+
+
+def _is_other_type(place: tuple[str, ...], item: Any, items: list[tuple[tuple[str, ...], Any]]) -> bool:
+    """Whether the value is a section that breaks one of the section's own rules, and `item` says that it is not of the other
+    types that its key can have."""
+    broken = any(other == place and one["type"] == "value_error" for other, one in items)
+    return broken and item["type"] != "value_error" and isinstance(item["input"], dict)
 
 
 def _is_kind(part: str | int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from forge_ray.config.method import objective
 from forge_ray.papers.facts import BY_HAND, Facts
 from forge_ray.papers.markdown import as_text, code, counts, flops, hours, plain, table
 from forge_ray.papers.model_card import energy, general_rows, hardware, parameters, subject
@@ -180,8 +181,10 @@ def _design(facts: Facts) -> tuple[str, str]:
     adapter = train.get("adapter") or {}
     trained = f"{adapter.get('method')} r={adapter.get('r')}" if adapter else "all weights"
     rate = train.get("optimizer", {}).get("lr")
+    method = train.get("method")
+    sft_weight = method.get("sft_weight", 0.0) if isinstance(method, dict) else 0.0
     text = (
-        f"{run.method}, {trained}: cross-entropy of the trained tokens, {run.num_steps:,} steps of"
+        f"{run.method}, {trained}: {objective(run.method, sft_weight)}, {run.num_steps:,} steps of"
         f" {as_text(train.get('global_batch'))} rows,"
         f" learning rate {as_text(rate)}, seed {run.seed}; all settings {code(run.config_digest)}"
     )

@@ -301,7 +301,7 @@ def compute_table(facts: Facts) -> str:
             ],
         ),
         f"{FORMULA} Not in it: what activation checkpointing computes twice, steps done again after a failure, start-up,"
-        " validation, evaluation.\n",
+        " the pass of a reference model, validation, evaluation.\n",
         f"The line of a third: {THIRD_SOURCE}. Which side of it a model is on is not judged here.\n",
     ]
     return "\n".join(parts)

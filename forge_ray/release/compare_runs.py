@@ -13,6 +13,7 @@ from typing import Any
 
 from forge_ray.config.base import parse
 from forge_ray.config.gate import Gate
+from forge_ray.config.method import loss_name
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.evaluate.measures import is_share
 from forge_ray.records import EvalReport, ModelVersion, RunRecord
@@ -46,6 +47,12 @@ class Attempt:
     @property
     def score(self) -> float | None:
         return self.report.metrics.get(self.metric) if self.report else None
+
+    @property
+    def method(self) -> str:
+        """`sft`, or the kind of another method; a run that was not recorded is named by its settings."""
+        method = self.config.get("train", {}).get("method", "sft")
+        return str(method if isinstance(method, str) else method["kind"])
 
     @property
     def dataset(self) -> str:
@@ -220,7 +227,8 @@ def picture(runs: Sequence[Attempt], curves: Sequence[Curve]) -> bytes:
             steps, losses = zip(*drawn.validation, strict=True)
             named = None if drawn.train else _label(attempt)
             left.plot(steps, losses, "o-", color=colour, markersize=6, markeredgecolor="white", linewidth=1.8, label=named)
-    left.set(xlabel="step", ylabel="loss per trained token (nats)", title="loss: training (thin), validation (marks)")
+    losses_of = dict.fromkeys(loss_name(attempt.method) for attempt in runs)
+    left.set(xlabel="step", ylabel="; ".join(losses_of), title="loss: training (thin), validation (marks)")
     if any(drawn.train or drawn.validation for drawn in curves):
         left.legend(frameon=False, fontsize=9)
     if right is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from forge_ray.config.method import loss_name
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.order import Order
 from forge_ray.data.tokens.text_tools import write_form
@@ -48,7 +49,7 @@ def finish(
 ) -> None:
     """The facts of the finished run, for its record; the last thing written."""
     lines = metrics.read(folder / metrics.METRICS)
-    metrics.plot(lines, folder / metrics.CURVE, f"{job.name} · {job.run}")
+    metrics.plot(lines, folder / metrics.CURVE, f"{job.name} · {job.run}", loss_name(job.config.method_name))
     compute = sum(line["compute_s"] for line in lines)
     summary = {
         "loss": next(line["loss"] for line in reversed(lines) if "loss" in line),

@@ -64,8 +64,8 @@ def parse(written: str) -> list[dict[str, Any]]:
     return lines
 
 
-def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and validation loss over steps, as PNG."""
+def plot(lines: list[dict[str, Any]], path: Path, title: str, loss: str) -> None:
+    """Training and validation loss over steps, as PNG. `loss`: what it is of (`config.method.loss_name`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,7 +77,7 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.plot(*zip(*train, strict=True), color="#2563eb", linewidth=1.4, label="train")
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="#dc2626", markersize=4, label="validation")
-    axes.set(xlabel="step", ylabel="loss per trained token (nats)", title=title)
+    axes.set(xlabel="step", ylabel=loss, title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

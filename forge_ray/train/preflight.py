@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.config.adapter import Adapter
+from forge_ray.config.method import Preference
 from forge_ray.config.run import RunConfig
 from forge_ray.config.train import Scaling, TrainConfig, Workers
 from forge_ray.errors import ConfigError, TrainingError
@@ -20,6 +21,7 @@ from forge_ray.store import paths
 from forge_ray.store.files import Store
 from forge_ray.train import plan as planning
 from forge_ray.train.adapter import Coverage
+from forge_ray.train.methods.preference import refuse_ungraded
 from forge_ray.train.model import refuse_without_compiler
 from forge_ray.train.plan import Plan
 
@@ -230,8 +232,9 @@ def refuse_unplaceable(train: TrainConfig) -> None:
         )
 
 
-def refuse_without_rows(train: TrainConfig, manifest: DatasetManifest) -> None:
-    """Raises where the dataset has no rows that this method trains on, or none for the validation that the settings need."""
+def refuse_without_rows(train: TrainConfig, store: Store, manifest: DatasetManifest) -> None:
+    """Raises where the dataset has no rows that this method trains on, a pair without the margin that it needs, or none for
+    the validation that the settings need."""
     taken = ("chat", "text") if isinstance(train.method, str) else (train.method.rows,)
     others = manifest.kinds.keys() - {*taken, "multimodal"}
     if others or not manifest.splits["train"].num_rows:
@@ -240,10 +243,12 @@ def refuse_without_rows(train: TrainConfig, manifest: DatasetManifest) -> None:
         for name, rows in (("dpo", "preference"), ("kto", "feedback")):
             hint += f", or set train.method={{kind: {name}}}" if {rows} == others else ""
         raise TrainingError(
-            f"{manifest.id} has {'no packed rows' if not others else 'other rows'}: it holds {kinds};"
-            f" train.method={train.method_name} takes {' and '.join(f'{kind}s' for kind in taken)}",
+            f"{manifest.id} has {'no packed rows' if not others else 'other rows'}: it holds {kinds} records;"
+            f" train.method={train.method_name} takes {' and '.join(taken)} records",
             hint=hint,
         )
+    if isinstance(train.method, Preference):
+        refuse_ungraded(train.method, store, manifest)
     needs_validation = train.validation.early_stopping or train.validation.keep_best or train.export_step == "best"
     if needs_validation and not ("validation" in manifest.splits and manifest.splits["validation"].num_rows):
         raise ConfigError(

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from forge_ray.config.base import resolved
+from forge_ray.config.method import loss_name
 from forge_ray.config.run import RunConfig
 from forge_ray.machine import environment
 from forge_ray.records import RunRecord
@@ -69,5 +70,5 @@ def _redraw(job: TrainJob, validations: list[validation.Result]) -> None:
     with tempfile.TemporaryDirectory(prefix="forge-curve-") as folder:
         path = Path(folder) / metrics.CURVE
         scored = [line | ({"validation_loss": losses[line["step"]]} if line["step"] in losses else {}) for line in lines]
-        metrics.plot(scored, path, f"{job.name} · {job.run}")
+        metrics.plot(scored, path, f"{job.name} · {job.run}", loss_name(job.config.method_name))
         job.store.write(paths.run(job.run, metrics.CURVE), path.read_bytes())

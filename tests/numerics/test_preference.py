@@ -15,12 +15,15 @@ from torch import Tensor
 from forge_ray.config.base import parse
 from forge_ray.config.method import OF_PAIRS, Preference
 from forge_ray.data.dataset.stream import Rows
-from forge_ray.errors import DataError
+from forge_ray.config.train import TrainConfig
+from forge_ray.errors import DataError, TrainingError
 from forge_ray.records import DatasetManifest
+from forge_ray.store.files import Store
 from forge_ray.train import attention
 from forge_ray.train.job import TrainJob
 from forge_ray.train.methods.preference import judged_loss, num_documents, num_pairs, pair_loss, read_grades
 from forge_ray.train.model import load_for_training
+from forge_ray.train.preflight import refuse_without_rows
 from forge_ray.train.reference import Reference, pieces
 
 pytestmark = pytest.mark.numerics
@@ -210,8 +213,22 @@ def test_margin_that_is_missing_or_has_no_log_is_refused_with_its_record() -> No
         def records(self, numbers: list[int]) -> list[list[str]]:
             return [["rec_a", "rec_a", "rec_b", "rec_b"]]
 
-    with pytest.raises(DataError, match="rec_b has the margin nan"):
+    with pytest.raises(DataError, match="rec_b has no margin: "):
         read_grades(of_kind("offset"), Graded(), [0])  # type: ignore[arg-type]
+
+
+def test_rows_that_a_method_cannot_train_on_are_refused_before_a_run(
+    store: Store, judged: dict[str, DatasetManifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offset = TrainConfig(method=of_kind("offset"))
+    refuse_without_rows(offset, store, judged["preference"])
+    with pytest.raises(TrainingError, match="holds 48 feedback records; train.method=offset takes preference records"):
+        refuse_without_rows(offset, store, judged["feedback"])
+    grades = Rows.grades
+    monkeypatch.setattr(Rows, "grades", lambda rows, numbers: [[float("nan") for _ in row] for row in grades(rows, numbers)])
+    with pytest.raises(DataError, match="has no margin: train.method.kind=offset needs one on every pair"):
+        refuse_without_rows(offset, store, judged["preference"])
+    refuse_without_rows(TrainConfig(method=of_kind("dpo")), store, judged["preference"])
 
 
 def test_every_kind_has_a_test() -> None:

@@ -30,6 +30,8 @@ from torch import Tensor
 from forge_ray.config.method import Preference
 from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import DataError
+from forge_ray.records import DatasetManifest
+from forge_ray.store.files import Store
 from forge_ray.train.loss import segment_sums, token_logps
 from forge_ray.train.method import Batch, Column, Forward, Method, Sums
 from forge_ray.train.reference import Reference, by_segment
@@ -126,6 +128,15 @@ def _grades(config: Preference) -> Column | None:
     return Column("grades", "segment", blank=1.0, read=partial(read_grades, config))
 
 
+def refuse_ungraded(config: Preference, store: Store, manifest: DatasetManifest) -> None:
+    """Raises `DataError` where a row that the method can come to has no margin that it can use; reads that column alone."""
+    for split in ("train", "validation") if config.kind == "offset" else ():
+        if (stats := manifest.splits.get(split)) and stats.num_rows:
+            rows = Rows.of(store, manifest, split)
+            for start in range(0, rows.num_rows, rows.block_rows):
+                read_grades(config, rows, list(range(start, min(start + rows.block_rows, rows.num_rows))))
+
+
 def read_grades(config: Preference, rows: Rows, numbers: list[int]) -> npt.NDArray[np.float32]:
     """[B, S] fp32: 1 or -1 of each judged answer, or the margin of its pair. Raises `DataError` where a margin is missing or
     has no log."""
@@ -134,9 +145,9 @@ def read_grades(config: Preference, rows: Rows, numbers: list[int]) -> npt.NDArr
     if bad.any():
         lane, segment = np.argwhere(bad)[0].tolist()
         record, value = rows.records(numbers)[lane][segment], grades[lane, segment]
+        margin = f"the margin {value:g}" if np.isfinite(value) else "no margin"
         raise DataError(
-            f"{record} has the margin {value}: train.method.kind=offset needs one on every pair, and offset_scale=log one"
-            " above 0",
+            f"{record} has {margin}: train.method.kind=offset needs one on every pair, and offset_scale=log one above 0",
             hint="give the rows a column `margin` (or data.sources.mapping.margin), or use kind: dpo",
         )
     return grades

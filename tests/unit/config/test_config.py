@@ -65,6 +65,7 @@ def mistake(*overrides: str, base: dict[str, Any] | None = None) -> ConfigError:
         ("train.zero_stage=4", "train.zero_stage=4: input should be 0, 1, 2 or 3", "see train.zero_stage"),
         ("train.precision=fp16", "train.precision='fp16': input should be 'auto', 'bf16' or 'fp32'", "see train.precision"),
         ("train.method=dpo", "train.method='dpo': input should be 'sft'", "see train.method"),
+        ("train.method={kind: dpo, gamma: 1}", "train.method: gamma=1.0 has no effect with kind=dpo", "or use kind: simpo"),
         ("data.sources=[]", "data.sources=[]: tuple should have at least 1 item", "see data.sources"),
         ("data.sequence_length=4", "data.sequence_length=4: input should be greater than or equal to 8", "see data"),
         ("data.sources=[{}]", "data.sources.0.path: required and missing", "add data.sources.0.path to the file"),

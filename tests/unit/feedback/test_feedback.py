@@ -348,3 +348,13 @@ def test_a_folder_is_not_a_file_to_write(catalog: Catalog, tmp_path: Path) -> No
     done = run(catalog.store, written(tmp_path, {"id": "x", "verdict": 1}), "--out", str(tmp_path))
     assert done.exit_code == 2
     assert "is a folder" in done.output
+
+
+def test_a_refused_import_leaves_nothing_in_the_way_of_the_next(catalog: Catalog, tmp_path: Path) -> None:
+    file = written(tmp_path, {"prompt": "?", "answer": "!", "verdict": "good"}, {"id": "chatcmpl-0", "verdict": "good"})
+    arguments = ["feedback", "import", file, "--out", str(tmp_path / "rows.jsonl"), "--store", catalog.store.uri]
+    refused = CliRunner().invoke(cli, arguments)
+    assert refused.exit_code == 1
+    assert "--max-invalid 1 writes the others" in refused.output
+    assert CliRunner().invoke(cli, [*arguments, "--max-invalid", "1"]).exit_code == 0
+    assert CliRunner().invoke(cli, [*arguments, "--max-invalid", "1"]).exit_code == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from forge_ray.config.method import loss_name
 from forge_ray.train import metrics
 
 pytestmark = pytest.mark.unit
@@ -70,6 +71,6 @@ def test_plot_writes_png(tmp_path: Path) -> None:
     lines[3]["validation_loss"] = 1.0
     for number, chosen in enumerate((lines, lines[:1])):
         path = tmp_path / f"{number}.png"
-        metrics.plot(chosen, path, "a run")
+        metrics.plot(chosen, path, "a run", loss_name("dpo"))
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert path.stat().st_size > 4000

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from forge_ray.config.data import Splits
 from forge_ray.data.dataset import index, sorted_numbers
+from forge_ray.data.dataset.compare import holders
 from forge_ray.data.dataset.index import Place, dropped, duplicates, of_subject, places, rows_with
 from forge_ray.data.dataset.sorted_numbers import CHUNK, Sorted, write_sorted
 from forge_ray.data.dataset.version import SPLITS, read_records, split_of
@@ -206,3 +207,11 @@ def test_invalid_record_ids_are_rejected(tmp_path: Path) -> None:
         broken = dataset(catalog, [record_of(n) for n in range(9)], [["rec_not hex, but of 24 x"]])
         with pytest.raises(DataError, match=f"{broken.id}: a record id or a subject is not hex"):
             index.build(catalog.store, broken)
+
+
+def test_versions_that_do_not_hold_the_person_are_searched_too(tmp_path: Path) -> None:
+    with Catalog.open(Store(str(tmp_path))) as catalog:
+        with_subject = dataset(catalog, [record_of(number) for number in range(8)], subjects={record_of(3).id: "ab" * 32})
+        without = dataset(catalog, [record_of(number) for number in range(8, 12)], name="others")
+        held = holders(catalog.store, [without, with_subject], subjects={with_subject.id: ["ab" * 32], without.id: []})
+    assert [(row["dataset"], row["record"]) for row in held] == [(with_subject.id, record_of(3).id)]
