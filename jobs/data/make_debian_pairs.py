@@ -1,7 +1,7 @@
 """Make pairs of judged answers from debian_sections.jsonl: a package's own section against a plausible wrong one.
 
-Plausible are the five wrong sections whose packages share most words with this one (naive Bayes over the other rows); a hash of
-the row takes one of them. The same rows give the same bytes.
+Plausible are the five wrong sections whose packages share most words with this one (naive Bayes over the other rows); a hash
+of the row takes one of them. The same rows give the same bytes.
 
     python jobs/data/make_debian_pairs.py > jobs/data/debian_pairs.jsonl
 """

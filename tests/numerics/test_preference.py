@@ -14,8 +14,8 @@ from torch import Tensor
 
 from forge_ray.config.base import parse
 from forge_ray.config.method import OF_PAIRS, Preference
-from forge_ray.data.dataset.stream import Rows
 from forge_ray.config.train import TrainConfig
+from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import DataError, TrainingError
 from forge_ray.records import DatasetManifest
 from forge_ray.store.files import Store
@@ -222,11 +222,11 @@ def test_rows_that_a_method_cannot_train_on_are_refused_before_a_run(
 ) -> None:
     offset = TrainConfig(method=of_kind("offset"))
     refuse_without_rows(offset, store, judged["preference"])
-    with pytest.raises(TrainingError, match="holds 48 feedback records; train.method=offset takes preference records"):
+    with pytest.raises(TrainingError, match=r"holds 48 feedback records; train\.method=offset takes preference records"):
         refuse_without_rows(offset, store, judged["feedback"])
     grades = Rows.grades
     monkeypatch.setattr(Rows, "grades", lambda rows, numbers: [[float("nan") for _ in row] for row in grades(rows, numbers)])
-    with pytest.raises(DataError, match="has no margin: train.method.kind=offset needs one on every pair"):
+    with pytest.raises(DataError, match=r"has no margin: train\.method\.kind=offset needs one on every pair"):
         refuse_without_rows(offset, store, judged["preference"])
     refuse_without_rows(TrainConfig(method=of_kind("dpo")), store, judged["preference"])
 

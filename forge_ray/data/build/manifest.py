@@ -12,9 +12,11 @@ from forge_ray.data.build.settings import BuildSpec, segments
 from forge_ray.data.build.summaries import History, Partition, SourceCounts, source_counts, total
 from forge_ray.data.dataset.version import FORMAT, SPLITS, tokenizer_digest
 from forge_ray.data.tokens.lost import remedy
+from forge_ray.data.tokens.units import TOO_LONG
 from forge_ray.errors import DataError, NothingLeft
 from forge_ray.records import CurationStep, DatasetManifest, SourceFile, SourceStats, SplitStats
 
+LENGTH = "set a larger data.sequence_length, or data.overlong: truncate"
 REPAIR = "repair the rows, or raise data.max_invalid_fraction if these may be left out"
 
 
@@ -40,18 +42,23 @@ def check_invalid(config: DataConfig, history: History, num_files: int, places: 
     if not kept and not dropped:
         raise DataError(
             f"none of {num_rows} rows can be used: {table} ({places()})",
-            hint=remedy(reasons) or "see docs/guides/data.md for the accepted shapes",
+            hint=_remedy(reasons) or "see docs/guides/data.md for the accepted shapes",
         )
     if reasons.total() > config.max_invalid_fraction * num_rows:
         raise DataError(
             f"{reasons.total()} of {num_rows} rows are invalid, more than"
             f" data.max_invalid_fraction={config.max_invalid_fraction}: {table} ({places()})",
-            hint="; ".join(filter(None, [remedy(reasons), REPAIR])),
+            hint="; ".join(filter(None, [_remedy(reasons), REPAIR])),
         )
     if not kept:
         raise DataError(
             f"the rules of data.curate drop all of {dropped} records", hint="remove or loosen the rule that drops most"
         )
+
+
+def _remedy(reasons: Counter[str]) -> str:
+    is_too_long = any(TOO_LONG in reason for reason in reasons)
+    return "; ".join(filter(None, [remedy(reasons), LENGTH if is_too_long else ""]))
 
 
 def reject_reasons(history: History) -> Counter[str]:

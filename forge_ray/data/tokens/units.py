@@ -44,7 +44,7 @@ def together(documents: Sequence[list[Encoded] | Reject], sequence_length: int, 
     lengths = [len(half.ids) for half in halves]
     if sum(lengths) > sequence_length:
         if overlong == "reject":
-            return Reject(TOO_LONG if len(halves) == 1 else f"a pair of answers is {TOO_LONG} together")
+            return Reject(TOO_LONG if len(halves) == 1 else f"a pair, both answers together, is {TOO_LONG}")
         halves = _cut(halves, sequence_length)
         if not all(half.loss_mask[1:].any() for half in halves) or (
             len(halves) == 2 and np.array_equal(halves[0].ids, halves[1].ids)

@@ -60,7 +60,7 @@ def document(prompt: int, answer: int, first: int = 0) -> Encoded:
 def test_pair_that_is_longer_than_a_row_is_refused_or_cut_on_both_sides() -> None:
     long, short = document(4, 20), document(4, 6, first=100)
     refused = together([[long], [short]], 30, "reject")
-    assert str(refused) == "a pair of answers is longer than sequence_length together"
+    assert str(refused) == "a pair, both answers together, is longer than sequence_length"
     cut = together([[long], [short]], 30, "truncate")
     assert not isinstance(cut, Reject)
     assert [len(half.ids) for half in cut] == [20, 10]
