@@ -128,6 +128,8 @@ def _endpoints(
 
 def _side_by_side(store: Store, as_json: bool, data: str, compared: Compared, overrides: tuple[str, ...]) -> Any:
     from forge_ray import pipeline
+    from forge_ray.evaluate.standalone import trained_rows
+    from forge_ray.store.catalog import Catalog
 
     if not data:
         what = "--model" if compared.names else "--endpoint"
@@ -139,9 +141,18 @@ def _side_by_side(store: Store, as_json: bool, data: str, compared: Compared, ov
         config, rows = _settings(overrides)
         reports = pipeline.evaluate_models(compared, data, config, store, rows)
     names = (*compared.names, *(one.name for one in compared.endpoints))
+    with Catalog.read_only(store) as catalog:
+        trained = {
+            name: counts
+            for name, report in zip(compared.names, reports, strict=False)
+            if (counts := trained_rows(catalog, name, report))
+        }
     if not as_json:
         _print(store, names, reports)
-    return {"reports": dict(zip(names, reports, strict=True))}
+        for name, counts in trained.items():
+            for dataset, count in counts.items():
+                echo(f"{name} was trained on {count} of the rows of {reports[0].dataset} ({dataset}): not held out from it")
+    return {"reports": dict(zip(names, reports, strict=True)), "trained_rows": trained}
 
 
 def _settings(overrides: tuple[str, ...]) -> tuple[EvalConfig, dict[str, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from forge_ray.config.release import EvalConfig
+from forge_ray.data.dataset.version import records
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.chat_api import Endpoint
 from forge_ray.evaluate.endpoint import evaluate_endpoint, refuse_endpoint
@@ -15,6 +17,7 @@ from forge_ray.evaluate.score import EvaluatedModel
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.resolve import resolve
+from forge_ray.train.start import chain_of
 
 
 def subject_of(catalog: Catalog, name: str) -> tuple[EvaluatedModel, ModelVersion]:
@@ -62,3 +65,30 @@ def _dataset(
             hint="add --model NAME, or give a run file or a dataset (ds_…)",
         )
     return dataset_of(catalog, data, subjects[0][1], settings) if subjects else catalog.get_as(DatasetManifest, data)
+
+
+def trained_rows(catalog: Catalog, name: str, report: EvalReport) -> dict[str, int]:
+    """Dataset version → rows of the report's split that the model was trained on from there, itself or a version that it
+    started from. Their scores are not held-out ones."""
+    record = catalog.get(resolve(catalog, name))
+    runs = [record] if isinstance(record, RunRecord) else []
+    start = (
+        catalog.get_as(ModelVersion, record.initial_adapter or record.base_model)
+        if isinstance(record, RunRecord)
+        else record
+    )
+    versions = chain_of(catalog, start) if isinstance(start, ModelVersion) else ()
+    runs += [catalog.get_as(RunRecord, version.run) for version in versions if version.run and catalog.has(version.run)]
+    evaluated = {record for ids in _record_ids(catalog, report.dataset, report.split) for record in ids}
+    counts = {
+        run.dataset: sum(len(evaluated.intersection(ids)) for ids in _record_ids(catalog, run.dataset, "train"))
+        for run in runs
+    }
+    return {dataset: count for dataset, count in counts.items() if count}
+
+
+def _record_ids(catalog: Catalog, dataset: str, split: str) -> Iterator[list[str]]:
+    """Of a split, part after part; none where the rows were removed."""
+    if catalog.has(dataset):
+        for table in records(catalog.store, catalog.get_as(DatasetManifest, dataset), split, ["record"]):
+            yield table.column("record").to_pylist()
