@@ -242,6 +242,7 @@ def refuse_without_rows(train: TrainConfig, store: Store, manifest: DatasetManif
         hint = f"give the run file sources of {' or '.join(taken)} rows"
         for name, rows in (("dpo", "preference"), ("kto", "feedback")):
             hint += f", or set train.method={{kind: {name}}}" if {rows} == others else ""
+        hint += ", or leave out train.method" if others and others <= {"chat", "text"} else ""
         raise TrainingError(
             f"{manifest.id} has {'no packed rows' if not others else 'other rows'}: it holds {kinds} records;"
             f" train.method={train.method_name} takes {' and '.join(taken)} records",

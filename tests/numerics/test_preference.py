@@ -224,6 +224,10 @@ def test_rows_that_a_method_cannot_train_on_are_refused_before_a_run(
     refuse_without_rows(offset, store, judged["preference"])
     with pytest.raises(TrainingError, match=r"holds 48 feedback records; train\.method=offset takes preference records"):
         refuse_without_rows(offset, store, judged["feedback"])
+    chats = judged["feedback"].model_copy(update={"kinds": {"chat": 48}})
+    with pytest.raises(TrainingError, match="holds 48 chat records") as caught:
+        refuse_without_rows(offset, store, chats)
+    assert "or leave out train.method" in caught.value.hint
     grades = Rows.grades
     monkeypatch.setattr(Rows, "grades", lambda rows, numbers: [[float("nan") for _ in row] for row in grades(rows, numbers)])
     with pytest.raises(DataError, match=r"has no margin: train\.method\.kind=offset needs one on every pair"):
