@@ -27,7 +27,7 @@ def parts_of(url: str) -> SplitResult:
         )
     if parts.scheme == "http" and not is_loopback(host):
         raise SettingError(
-            f"{url[:200]!r} is not encrypted: http is for this machine's loopback alone", f"use https://{host}"
+            f"{url[:200]!r} is not encrypted: http is for this machine's loopback alone", f"use https{url[4:200]}"
         )
     return parts
 

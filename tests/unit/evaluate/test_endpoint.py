@@ -27,7 +27,7 @@ from signed_store import add_people, allow
 
 from forge_ray.cli.main import cli
 from forge_ray.config.base import SettingError
-from forge_ray.config.origins import origin_of
+from forge_ray.config.origins import origin_of, parts_of
 from forge_ray.data.record.schema import DataRecord
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate import chat_api
@@ -641,6 +641,12 @@ def test_hosts_are_compared_in_one_form(url: str, origin: str) -> None:
 def test_a_host_that_is_not_encrypted_is_none(url: str) -> None:
     with pytest.raises(SettingError):
         origin_of(url)
+
+
+def test_the_hint_to_encrypt_keeps_the_port_and_path() -> None:
+    with pytest.raises(SettingError) as caught:
+        parts_of("http://api.vendor.example:8443/v1")
+    assert caught.value.hint == "use https://api.vendor.example:8443/v1"
 
 
 def test_a_policy_names_hosts_as_a_whole(catalog: Catalog, people: dict[str, Any]) -> None:
