@@ -12,11 +12,9 @@ from forge_ray.data.build.settings import BuildSpec, segments
 from forge_ray.data.build.summaries import History, Partition, SourceCounts, source_counts, total
 from forge_ray.data.dataset.version import FORMAT, SPLITS, tokenizer_digest
 from forge_ray.data.tokens.lost import remedy
-from forge_ray.data.tokens.units import TOO_LONG
 from forge_ray.errors import DataError, NothingLeft
 from forge_ray.records import CurationStep, DatasetManifest, SourceFile, SourceStats, SplitStats
 
-LENGTH = "set a larger data.sequence_length, or data.overlong: truncate"
 REPAIR = "repair the rows, or raise data.max_invalid_fraction if these may be left out"
 
 
@@ -42,13 +40,13 @@ def check_invalid(config: DataConfig, history: History, num_files: int, places: 
     if not kept and not dropped:
         raise DataError(
             f"none of {num_rows} rows can be used: {table} ({places()})",
-            hint=_remedy(reasons) or "see docs/guides/data.md for the accepted shapes",
+            hint=_remedy(config, reasons) or "see docs/guides/data.md for the accepted shapes",
         )
     if reasons.total() > config.max_invalid_fraction * num_rows:
         raise DataError(
             f"{reasons.total()} of {num_rows} rows are invalid, more than"
             f" data.max_invalid_fraction={config.max_invalid_fraction}: {table} ({places()})",
-            hint="; ".join(filter(None, [_remedy(reasons), REPAIR])),
+            hint="; ".join(filter(None, [_remedy(config, reasons), REPAIR])),
         )
     if not kept:
         raise DataError(
@@ -56,9 +54,11 @@ def check_invalid(config: DataConfig, history: History, num_files: int, places: 
         )
 
 
-def _remedy(reasons: Counter[str]) -> str:
-    is_too_long = any(TOO_LONG in reason for reason in reasons)
-    return "; ".join(filter(None, [remedy(reasons), LENGTH if is_too_long else ""]))
+def _remedy(config: DataConfig, reasons: Counter[str]) -> str:
+    longer = "set a larger data.sequence_length" if any("sequence_length" in reason for reason in reasons) else ""
+    if longer and config.overlong == "reject":
+        longer += ", or data.overlong: truncate"
+    return "; ".join(filter(None, [remedy(reasons), longer]))
 
 
 def reject_reasons(history: History) -> Counter[str]:
