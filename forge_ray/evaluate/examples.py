@@ -88,7 +88,7 @@ def held_out(store: Store, manifest: DatasetManifest, config: EvalConfig) -> Hel
         raise DataError(
             f"{manifest.id} has no text and no chat that ends in an answer in its {config.split} split"
             + "".join(f"; {count} × {reason}" for reason, count in sorted(left_out.items())),
-            hint="raise data.splits, or evaluate the other split with eval.split",
+            hint=f"raise data.splits.{config.split}, add rows, or evaluate the other split with eval.split",
         )
     count = config.max_examples or None
     return HeldOutRows(tuple(chats[:count]), tuple(texts[:count]), dict(left_out))
@@ -111,7 +111,7 @@ def examples(store: Store, manifest: DatasetManifest, config: EvalConfig) -> tup
     if not chats:
         raise DataError(
             f"{manifest.id} has no chat that ends in a text in its {config.split} split",
-            hint="raise data.splits, or evaluate the other split with eval.split",
+            hint=f"raise data.splits.{config.split}, add rows, or evaluate the other split with eval.split",
         )
     return chats
 

@@ -19,7 +19,9 @@ def read_named(path: str, setting: str, kind: str) -> bytes:
         with filesystem.open_input_stream(place) as stream:
             return bytes(stream.read())
     except FileNotFoundError:
-        raise NotFound(f"{setting}: {path!r} does not exist", hint="name a file that exists; a path is relative to the current folder") from None
+        raise NotFound(
+            f"{setting}: {path!r} does not exist", hint="name a file that exists; a path is relative to the current folder"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}: {path!r} cannot be read: {error}", hint=f"give a {kind} file") from None
 
