@@ -103,13 +103,22 @@ def is_held(store: Store, path: str, lease: Lease) -> bool:
     return holder is not None and holder.token == lease.token
 
 
-def sign_of_life(store: Store, path: str, holder: Lease, valid_s: float, may_write: bool = True) -> str:
+def sign_of_life(store: Store, path: str, holder: Lease, valid_s: float) -> str:
     """In words why the holder of the lease at `path` counts as living; "" where it is dead, or was not seen for `valid_s`
     seconds on another machine."""
-    if holder.host == platform.node() and holder.boot == boot():
-        return "which is running" if started(holder.pid) == holder.started != "" else ""
-    seconds = age_s(store, path, may_write)
+    is_running = runs_here(holder)
+    if is_running is not None:
+        return "which is running" if is_running else ""
+    seconds = age_s(store, path)
     return last_seen(seconds) if seconds < valid_s else ""
+
+
+def runs_here(holder: Lease) -> bool | None:
+    """Whether the process of the holder runs on this machine; None for one of another machine, or from before this one was
+    started again."""
+    if holder.host != platform.node() or holder.boot != boot():
+        return None
+    return started(holder.pid) == holder.started != ""
 
 
 def in_words(holder: Lease) -> str:
