@@ -200,6 +200,7 @@ class Coordinator:
                 if not self.config.replicas.min:  # it serves without a replica: its state is that of its last event
                     await asyncio.to_thread(give_up, self.watcher.store, self.deployment.id, self.lease)
                 ray.kill(ray.get_runtime_context().current_actor)
+                return  # the actor lives for another moment, in which it must not take the lease again
             try:
                 await self.refresh()
                 self._roll_back_failing_canaries()
