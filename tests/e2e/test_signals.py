@@ -67,8 +67,8 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Running], bool]]] = {
         lambda running: running.has("runs/*/metrics.jsonl"),
     ),
     "evaluate": (
-        ("eval", "--model", "tiny", "--data", "ROWS", "--set", f"engine={json.dumps(ENGINE)}"),
-        lambda running: running.works("score") or running.works("eval") or running.works("_"),
+        ("eval", "--model", "tiny", "--data", "ROWS", "--set", f"eval.engine={json.dumps(ENGINE)}"),
+        lambda running: running.works("evaluate"),
     ),
     "deploy": (("serve", "tiny"), lambda running: running.works("ServeReplica")),
     "serve": (("serve", "tiny"), lambda running: "until Ctrl-C" in running.log.read_text()),
