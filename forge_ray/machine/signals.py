@@ -39,7 +39,7 @@ def raise_on_signals(first: Callable[[int], None]) -> None:
         global _received
         if not _received:
             _received = signum
-            # an event loop of asyncio that has run in the main thread leaves no wakeup descriptor behind
+            # an event loop that handled a signal itself in the main thread leaves no wakeup descriptor behind
             threading.Thread(target=call_first, args=(signum,), name="forge-end", daemon=True).start()
             raise KeyboardInterrupt
 
