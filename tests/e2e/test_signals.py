@@ -61,7 +61,7 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Running], bool]]] = {
     "start": (("run", "RUN"), lambda running: True),
     "import": (("models", "import", "LARGE", "--alias", "large"), lambda running: running.has("models/.*importing*/*")),
     "prepare": (("data", "prepare", "RUN"), lambda running: running.has("work/data/*")),
-    "train": (("train", "RUN"), lambda running: running.has("runs/*/metrics.jsonl")),
+    "train": (("train", "RUN"), lambda running: running.has("runs/*/attempts/*") and running.works("RayTrainWorker")),
     "train without Ray": (
         ("train", "RUN", "--set", "train.scaling.num_workers=0"),
         lambda running: running.has("runs/*/metrics.jsonl"),
