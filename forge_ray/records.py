@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from forge_ray.errors import StoreError
+from forge_ray.store.paths import relative_path
 
 ID_HEX = 16
 MEASURED_ANEW = frozenset({"latency_ms_per_token"})  # measured values, which are left out of ids
@@ -51,19 +50,6 @@ def _without_empty(value: dict[str, Any], *names: str) -> dict[str, Any]:
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-def relative_path(path: str) -> str:
-    """`path` itself, if it names one file below whatever folder it is joined with, on every system; else `StoreError`.
-    Whatever was written by somebody else is held to this before it is joined with a folder."""
-    parts = path.split("/")
-    if set(parts) & {"", ".", ".."} or "\\" in path or not path.isprintable() or re.match("[A-Za-z]:", path):
-        raise StoreError(
-            f"{path!r} does not name a file below a folder: a manifest names files by relative paths with `/`, without"
-            " empty parts, `.` or `..`, backslashes, drive letters and control characters",
-            hint="the manifest or record was changed, or written by another tool: restore it from a backup",
-        )
-    return path
 
 
 class FileEntry(Frozen):

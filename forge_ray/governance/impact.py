@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from forge_ray.config.release import AliasRoute
 from forge_ray.evaluate.items import splits_of
-from forge_ray.governance.endpoint_state import state_of
 from forge_ray.governance.uses import Run, Use, finished, unfinished
 from forge_ray.records import Deployment, EvalReport, ModelVersion, RunRecord
 from forge_ray.store import paths
 from forge_ray.store.aliases import route_of
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.disclosures import SentRows, sent
+from forge_ray.store.endpoint_state import RUNNING, state_of, was_silent
 from forge_ray.store.exports import ExportedCopy, exported
 from forge_ray.store.files import Store
 
@@ -52,11 +52,14 @@ class ReachedAlias:
 
 @dataclass(frozen=True)
 class ReachedDeployment:
+    """`seen`: when the endpoint was last seen, in words; "" without a lease."""
+
     deployment: str
     name: str
     state: str
     live: bool
     versions: tuple[str, ...]
+    seen: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ class StoreUses:
             served = started & versions
             end = ""
             last = states[one.id][-1] if states[one.id] else None
-            if last and last.data["state"] != "running":
+            if last and last.data["state"] != RUNNING and not was_silent(last):  # nobody saw the end of a silent one
                 end = last.at
             asked = {one.model, *one.models, *one.config.get("models", ())}
             own = {bases.get(version, version) for version in started}
@@ -209,9 +212,9 @@ class StoreUses:
                     if move.alias in asked or follows:
                         served.add(move.version)
             if served:
-                state = state_of(last) or "unknown"
-                live = state == "running" and last_of_name.get(one.name) == one.id
-                yield ReachedDeployment(one.id, one.name, state, live, tuple(sorted(served)))
+                now = state_of(self.catalog, one.id)
+                live = now.state == RUNNING and last_of_name.get(one.name, one.id) == one.id
+                yield ReachedDeployment(one.id, one.name, now.state or "unknown", live, tuple(sorted(served)), now.seen)
 
     def _reports(self, splits: Sequence[tuple[str, str, str]]) -> Iterator[ReachedReport]:
         for report in self.catalog.all(EvalReport):
