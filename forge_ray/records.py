@@ -246,6 +246,7 @@ class EvalReport(Record):
 
     subject: str = Field(description="id of the run or model version that was evaluated")
     subject_digest: str
+    step: int = Field(0, description="of the run's checkpoint that was evaluated; 0: its export, or a model version")
     dataset: str
     split: str
     config: dict[str, Any]
@@ -260,11 +261,16 @@ class EvalReport(Record):
     left_out: dict[str, int] = Field({}, description="rows of the split that were not evaluated, by the reason")
     seconds: float = 0.0
 
+    @property
+    def evaluated(self) -> str:
+        """The subject as `forge eval --model` takes it: a checkpoint is `run_…@120`."""
+        return f"{self.subject}@{self.step}" if self.step else self.subject
+
     def parents(self) -> tuple[str, ...]:
         return self.subject, self.dataset
 
     def identity(self) -> dict[str, Any]:
-        return _without_empty(super().identity(), "per_slice", "undefined", "left_out")
+        return _without_empty(super().identity(), "step", "per_slice", "undefined", "left_out")
 
 
 class Check(Frozen):
@@ -300,9 +306,7 @@ class ModelVersion(Record):
     evals: tuple[str, ...] = ()
     checks: tuple[Check, ...] = Field((), description="what its gate looked at, in the order of the run file")
     licence: str
-    source: str = Field(
-        default="", description="where imported weights came from: a file name and its sha256; of `merged`: what was merged"
-    )
+    source: str = Field("", description="of imported weights: a file name and its sha256; of `merged`: what was merged")
     log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
 
     def parents(self) -> tuple[str, ...]:
@@ -358,9 +362,7 @@ class Erasure(Record):
     why: str = ""
     by: str = Field("", description="user@host, as the system knows it")
     options: dict[str, Any] = Field(description="what is done with runs, weights and deployments")
-    plan: dict[str, Any] = Field(
-        description="what held the rows then: datasets, runs, versions, aliases, deployments, evals"
-    )
+    plan: dict[str, Any] = Field(description="what held the rows: datasets, runs, versions, aliases, deployments, evals")
 
 
 RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment, Erasure)

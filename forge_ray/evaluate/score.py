@@ -46,7 +46,7 @@ TIMED_TOKENS = 16
 @dataclass(frozen=True)
 class EvaluatedModel:
     """What is evaluated: `folder` (and `adapter` on top of it) are published directories of the store, which hold exactly
-    the files that the records name."""
+    the files that the records name. `step`: of the checkpoint, where it is one of the run `id`; else 0."""
 
     id: str
     digest: str
@@ -54,6 +54,7 @@ class EvaluatedModel:
     files: tuple[FileEntry, ...]
     adapter: str = ""
     adapter_files: tuple[FileEntry, ...] = ()
+    step: int = 0
 
     def fetch(self, store: Store) -> tuple[Path, Path | None]:
         """Both folders on this machine, verified."""
@@ -228,6 +229,7 @@ def evaluate(
     report = EvalReport(
         subject=subject.id,
         subject_digest=subject.digest,
+        step=subject.step,
         dataset=manifest.id,
         split=config.split,
         config=settings,
@@ -246,7 +248,7 @@ def evaluate(
         for name, lines in written.items():
             (target / name).write_bytes(lines)
         if labels:
-            plot_confusion(items, labels, target / "confusion.png", f"{subject.id} · {config.split} of {manifest.id}")
+            plot_confusion(items, labels, target / "confusion.png", f"{report.evaluated} · {config.split} of {manifest.id}")
     yield {"report": report.model_dump(mode="json")}
 
 

@@ -59,7 +59,8 @@ class ReachedDeployment:
 
 @dataclass(frozen=True)
 class ReachedReport:
-    """An evaluation with the record among its examples, or (`how` is `labels`) among the answers that form its label set."""
+    """An evaluation with the record among its examples, or (`how` is `labels`) among the answers that form its label set.
+    `subject`: a version, a run, or a checkpoint of a run as `run_…@step`."""
 
     report: str
     subject: str
@@ -216,9 +217,9 @@ class StoreUses:
                 (dataset, split) == (report.dataset, "train") for _, dataset, split in splits
             )
             if inside and _has_item(self.catalog.store, report, inside):
-                yield ReachedReport(report.id, report.subject, report.dataset, report.split)
+                yield ReachedReport(report.id, report.evaluated, report.dataset, report.split)
             elif labels:
-                yield ReachedReport(report.id, report.subject, report.dataset, "labels")
+                yield ReachedReport(report.id, report.evaluated, report.dataset, "labels")
 
 
 def _named(route: AliasRoute | None) -> set[str]:

@@ -224,7 +224,7 @@ def _worst(report: EvalReport, kind: str, scores_by_name: dict[str, dict[str, fl
 
 
 def subject(facts: Facts, report: EvalReport) -> str:
-    return "this version" if report in facts.own_evals else report.subject
+    return "this version" if report in facts.own_evals else report.evaluated
 
 
 def _gate(facts: Facts) -> str:
