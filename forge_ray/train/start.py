@@ -78,17 +78,21 @@ def chain_of(catalog: Catalog, version: ModelVersion) -> Iterator[ModelVersion]:
 
 
 def with_held_out(catalog: Catalog, named: ModelVersion, data: DataConfig) -> DataConfig:
-    """The settings of the rows of a run on `named`, with a rule that keeps the test records of earlier cycles out of its
-    training. It is added only where these settings could train on one: where the share of the test split fell."""
+    """The settings of the rows of a run on `named`, with a rule that keeps the test records of every earlier cycle, and
+    edited copies of them, out of its training. A first cycle's settings are returned as they are."""
     runs = [catalog.get_as(RunRecord, v.run) for v in chain_of(catalog, named) if v.run and catalog.has(v.run)]
     before = dict.fromkeys(run.dataset for run in runs if catalog.has(run.dataset))
-    manifests = [catalog.get_as(DatasetManifest, dataset) for dataset in before]
-    larger = [one.id for one in manifests if one.config.get("splits", {}).get("test", 0.0) > data.splits.test]
+    tested = [dataset for dataset in before if _num_tested(catalog, dataset)]
     stated = {dataset for rule in data.curate if rule.rule == "held_out" for dataset in rule.against}
-    missing = tuple(dataset for dataset in larger if dataset not in stated)
+    missing = tuple(dataset for dataset in tested if dataset not in stated)
     if not missing:
         return data
     return data.model_copy(update={"curate": (*data.curate, HeldOut(rule="held_out", against=missing))})
+
+
+def _num_tested(catalog: Catalog, dataset: str) -> int:
+    test = catalog.get_as(DatasetManifest, dataset).splits.get("test")
+    return test.num_records if test else 0
 
 
 def start_of(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> Start:

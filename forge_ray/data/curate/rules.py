@@ -30,7 +30,7 @@ from forge_ray.config.curate import (
 )
 from forge_ray.config.data import Splits
 from forge_ray.data.curate.decontaminate import contaminated
-from forge_ray.data.curate.heldout import is_held_out
+from forge_ray.data.curate.heldout import held_out_reason
 from forge_ray.data.curate.sensitive import masked, personal_data, secrets
 from forge_ray.data.curate.words import words
 from forge_ray.data.record.schema import DataRecord, texts, with_texts
@@ -73,7 +73,7 @@ def compile_rule(rule: Rule, index: npt.NDArray[np.uint64] | None = None, splits
     if isinstance(rule, HeldOut):
         assert index is not None
         assert splits is not None
-        return partial(_held_out, index, splits)
+        return partial(_held_out, rule, index, splits)
     raise AssertionError(f"{rule.rule} looks at all records at once")
 
 
@@ -188,5 +188,6 @@ def _decontaminate(rule: Decontaminate, index: npt.NDArray[np.uint64], record: D
     return Verdict(record)
 
 
-def _held_out(index: npt.NDArray[np.uint64], splits: Splits, record: DataRecord) -> Verdict:
-    return Verdict(None, "a test row of an earlier cycle") if is_held_out(record.id, index, splits) else Verdict(record)
+def _held_out(rule: HeldOut, index: npt.NDArray[np.uint64], splits: Splits, record: DataRecord) -> Verdict:
+    reason = held_out_reason(record, rule, index, splits)
+    return Verdict(None, reason) if reason else Verdict(record)
