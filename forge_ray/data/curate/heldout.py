@@ -104,7 +104,8 @@ def _own_runs(store: Store, manifest: DatasetManifest, ngram: int) -> list[int]:
     num_records = sum(split.num_records for split in manifest.splits.values())
     most = max(FEWEST_RECORDS, min(MOST_RECORDS, int(TEMPLATE_SHARE * num_records)))
     wording = np.array([mark for mark, count in counts.items() if count > most], np.uint64)
-    return _distinct([_apart(one, wording, ngram) for lists in of_test for one in lists]).tolist()
+    own_runs: list[int] = _distinct([_apart(one, wording, ngram) for lists in of_test for one in lists]).tolist()
+    return own_runs
 
 
 def _apart(own: npt.NDArray[np.uint64], wording: npt.NDArray[np.uint64], ngram: int) -> npt.NDArray[np.uint64]:
