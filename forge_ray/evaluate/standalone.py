@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forge_ray.config.base import parse
 from forge_ray.config.data import DataConfig
@@ -21,8 +21,9 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.resolve import resolve
 from forge_ray.store.uses import using
-from forge_ray.train.checkpoint_export import exported, step_of
-from forge_ray.train.job import TrainJob, job_of
+
+if TYPE_CHECKING:
+    from forge_ray.train.job import TrainJob
 
 LONGEST = 8192  # tokens of a held-out conversation, where the model has positions for more
 
@@ -42,6 +43,9 @@ class NamedCheckpoint:
 def checkpoint_of(catalog: Catalog, name: str) -> NamedCheckpoint | None:
     """The checkpoint that a name denotes; None for the name of anything else. Raises `NotFound` where the run has no such
     checkpoint, with those that it has, and `ConfigError` where the step is not one."""
+    from forge_ray.train.checkpoint_export import step_of
+    from forge_ray.train.job import job_of
+
     run, at, step = name.rpartition("@")
     if not at or not run.startswith(RunRecord.prefix + "_") or name in catalog.aliases():
         return None
@@ -112,6 +116,8 @@ def _evaluated(
 ) -> EvalReport:
     if not isinstance(one, NamedCheckpoint):
         return evaluate(catalog, one, manifest, config, name)
+    from forge_ray.train.checkpoint_export import exported
+
     connect()
     what = f"{one.job.run}@{one.step}"
     with exported(one.job, one.step, f"evaluation of {what}") as export:

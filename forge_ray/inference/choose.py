@@ -39,7 +39,7 @@ def write_merged(model_dir: Path, adapter_dir: Path | None, precision: str, fold
     """The weights in this precision (bf16 or fp32), an adapter summed into them in fp32 and rounded once, with everything
     else of the base's folder."""
     from forge_ray.inference.load import DTYPES
-    from forge_ray.models.merge import write_sum
+    from forge_ray.inference.merge import write_sum
 
     write_sum(model_dir, adapter_dir, folder, DTYPES[precision])
     for path in model_dir.iterdir():

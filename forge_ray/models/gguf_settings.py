@@ -9,15 +9,16 @@ the file; what is in none of these forms is refused, for the model would compute
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
-import torch
-from torch import Tensor
 
 from forge_ray.errors import ConfigError
 
-SETTINGS_KEY = "forge_ray.rope_parameters"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SETTINGS_KEY = "forge.rope_parameters"
 FREQUENCIES = "rope_freqs.weight"
 PLAIN = {"rope_type", "rope_theta", "partial_rotary_factor"}
 LINEAR = {"factor"}
@@ -73,6 +74,7 @@ def full_and_window(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def divisors(config: Any) -> Tensor | None:
     """[head / 2] what the frequency of each pair is divided by, as `rope_freqs.weight` has it; None where that is not how
     the positions are scaled."""
+    import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope, _ = full_and_window(config)
@@ -135,6 +137,8 @@ def _of_divisors(config: Any, file: gguf.GGUFReader) -> dict[str, Any]:
 
 
 def _check_divisors(config: Any, file: gguf.GGUFReader) -> None:
+    import torch
+
     scaled = [one for one in file.tensors if one.name.startswith("rope_f")]
     for tensor in scaled:
         own = divisors(config) if tensor.name == FREQUENCIES else None

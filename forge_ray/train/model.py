@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.version import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
+from forge_ray.inference.merge import write_sum
 from forge_ray.machine import supported
 from forge_ray.models.architecture import LM, Head, open_model, outside_text
-from forge_ray.models.merge import write_sum
 from forge_ray.train import attention, lora
 from forge_ray.train.adapter import load_weights, quantised, with_adapter
 from forge_ray.train.moe import freeze_routers

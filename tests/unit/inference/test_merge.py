@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from forge_ray.models import merge
+from forge_ray.inference import merge
+from forge_ray.inference.merge import write_sum
 from forge_ray.models.architecture import open_model
-from forge_ray.models.merge import write_sum
 
 pytestmark = pytest.mark.unit
 SMALL: dict[str, Any] = {
