@@ -64,7 +64,8 @@ class ReachedDeployment:
 
 @dataclass(frozen=True)
 class ReachedReport:
-    """An evaluation with the record among its examples, or (`how` is `labels`) among the answers that form its label set."""
+    """An evaluation with the record among its examples, or (`how` is `labels`) among the answers that form its label set.
+    `subject`: a version, a run, or a checkpoint of a run as `run_…@step`."""
 
     report: str
     subject: str
@@ -224,9 +225,9 @@ class StoreUses:
             )
             if hits and _has_item(self.catalog.store, report, {record for record, _ in hits}):
                 dataset, split = hits[0][1]
-                yield ReachedReport(report.id, report.subject, dataset, split)
+                yield ReachedReport(report.id, report.evaluated, dataset, split)
             elif labels:
-                yield ReachedReport(report.id, report.subject, report.dataset, "labels")
+                yield ReachedReport(report.id, report.evaluated, report.dataset, "labels")
 
 
 def _named(route: AliasRoute | None) -> set[str]:

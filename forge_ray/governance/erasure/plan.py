@@ -322,5 +322,5 @@ def _evals(
         quotes = closure.quoting(catalog.store.read(path), is_erased) if scored else 0
         labelled = report.config.get("labels") == "from_data" and bool(held.get("train"))
         if quotes or labelled or report.subject in subjects:
-            affected.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))
+            affected.append(AffectedEval(id=report.id, subject=report.evaluated, dataset=report.dataset, quotes=quotes))
     return tuple(affected)
