@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from forge_ray.store.paths import relative_path
+from forge_ray.file_names import relative_path
 
 ID_HEX = 16
 MEASURED_ANEW = frozenset({"latency_ms_per_token"})  # measured values, which are left out of ids

@@ -6,10 +6,6 @@ holds is the matter of the module that writes it, as long as no other one reads 
 
 from __future__ import annotations
 
-import re
-
-from forge_ray.errors import StoreError
-
 RECORDS, EVENTS, AUDIT, SIGNATURES, TOMBSTONES = "records", "events", "audit", "signatures", "tombstones"
 INDEX_FILE, MLFLOW_FILE = "catalog.sqlite", "mlflow.db"
 CHECKPOINT_KEY = "keys/checkpoints.key"
@@ -179,19 +175,3 @@ def answers(*names: str) -> str:
 def usage(*names: str) -> str:
     """Lines per day and replica: `usage(day, name)`."""
     return _below("usage", *names)
-
-
-# ---------------------------------------------------------------- names of others
-
-
-def relative_path(path: str) -> str:
-    """`path` itself, if it names one file below whatever folder it is joined with, on every system; else `StoreError`.
-    Whatever was written by somebody else is held to this before it is joined with a folder."""
-    parts = path.split("/")
-    if set(parts) & {"", ".", ".."} or "\\" in path or not path.isprintable() or re.match("[A-Za-z]:", path):
-        raise StoreError(
-            f"{path!r} does not name a file below a folder: a manifest names files by relative paths with `/`, without"
-            " empty parts, `.` or `..`, backslashes, drive letters and control characters",
-            hint="the manifest or record was changed, or written by another tool: restore it from a backup",
-        )
-    return path
