@@ -235,21 +235,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 # Every module of these imports heavy packages inside functions alone; of serve/, the gateway.
 LIGHT = (
-    *(
-        "errors",
-        "file_names",
-        "records",
-        "progress",
-        "client",
-        "config",
-        "store",
-        "machine",
-        "models",
-        "data",
-        "evaluate",
-        "doctor",
-    ),
-    *("pipeline", "governance", "cli", "serve.gateway"),
+    *("errors", "file_names", "records", "progress", "client", "config", "store", "machine", "models", "data", "evaluate"),
+    *("doctor", "pipeline", "governance", "cli", "serve.gateway"),
 )
 
 
