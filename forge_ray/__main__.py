@@ -17,9 +17,22 @@ def main() -> None:
     if problem:
         print(f"error: {problem.message}\nhint: {problem.hint}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
-    from forge_ray.cli.main import main as forge
+    from forge_ray.machine.signals import raise_on_signals
 
+    raise_on_signals(_stop_in_time)
+    try:  # the verbs take a moment to import
+        from forge_ray.cli.main import main as forge
+    except KeyboardInterrupt as error:
+        from forge_ray.cli.ends import report
+
+        sys.exit(report(error))
     forge()
+
+
+def _stop_in_time(signum: int) -> None:
+    from forge_ray.cli.ends import stop_in_time
+
+    stop_in_time(signum)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from forge_ray.errors import StoreError
+from forge_ray.file_names import relative_path
 
 ID_HEX = 16
 MEASURED_ANEW = frozenset({"latency_ms_per_token"})  # measured values, which are left out of ids
@@ -51,19 +50,6 @@ def _without_empty(value: dict[str, Any], *names: str) -> dict[str, Any]:
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-def relative_path(path: str) -> str:
-    """`path` itself, if it names one file below whatever folder it is joined with, on every system; else `StoreError`.
-    Whatever was written by somebody else is held to this before it is joined with a folder."""
-    parts = path.split("/")
-    if set(parts) & {"", ".", ".."} or "\\" in path or not path.isprintable() or re.match("[A-Za-z]:", path):
-        raise StoreError(
-            f"{path!r} does not name a file below a folder: a manifest names files by relative paths with `/`, without"
-            " empty parts, `.` or `..`, backslashes, drive letters and control characters",
-            hint="the manifest or record was changed, or written by another tool: restore it from a backup",
-        )
-    return path
 
 
 class FileEntry(Frozen):
@@ -246,6 +232,7 @@ class EvalReport(Record):
 
     subject: str = Field(description="id of the run or model version that was evaluated")
     subject_digest: str
+    step: int = Field(0, description="of the run's checkpoint that was evaluated; 0: its export, or a model version")
     dataset: str
     endpoint: str = Field("", description="URL of the API of another system that was evaluated; `subject` has its model")
     split: str
@@ -264,12 +251,17 @@ class EvalReport(Record):
     num_general: int = Field(0, description="general rows that were scored; they are not among num_examples")
     seconds: float = 0.0
 
+    @property
+    def evaluated(self) -> str:
+        """The subject as `forge eval --model` takes it: a checkpoint is `run_…@120`."""
+        return f"{self.subject}@{self.step}" if self.step else self.subject
+
     def parents(self) -> tuple[str, ...]:
         subject = () if self.endpoint else (self.subject,)
         return tuple(dict.fromkeys((*subject, self.dataset, *filter(None, [self.general]))))
 
     def identity(self) -> dict[str, Any]:
-        later = ("per_slice", "undefined", "left_out", "endpoint", "num_scored", "general", "num_general")
+        later = ("step", "per_slice", "undefined", "left_out", "endpoint", "num_scored", "general", "num_general")
         return _without_empty(super().identity(), *later)
 
 
@@ -306,9 +298,7 @@ class ModelVersion(Record):
     evals: tuple[str, ...] = ()
     checks: tuple[Check, ...] = Field((), description="what its gate looked at, in the order of the run file")
     licence: str
-    source: str = Field(
-        default="", description="where imported weights came from: a file name and its sha256; of `merged`: what was merged"
-    )
+    source: str = Field("", description="of imported weights: a file name and its sha256; of `merged`: what was merged")
     log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
 
     def parents(self) -> tuple[str, ...]:
@@ -364,9 +354,7 @@ class Erasure(Record):
     why: str = ""
     by: str = Field("", description="user@host, as the system knows it")
     options: dict[str, Any] = Field(description="what is done with runs, weights and deployments")
-    plan: dict[str, Any] = Field(
-        description="what held the rows then: datasets, runs, versions, aliases, deployments, evals"
-    )
+    plan: dict[str, Any] = Field(description="what held the rows: datasets, runs, versions, aliases, deployments, evals")
 
 
 RECORD_TYPES: tuple[type[Record], ...] = (DatasetManifest, RunRecord, EvalReport, ModelVersion, Deployment, Erasure)

@@ -28,6 +28,7 @@ MOST_LOGS = 20  # tracebacks that are kept; the oldest goes first
 MOST_LETTERS = 500  # of a library's message; the log has all of it
 _has_spoken = _is_in_order = False  # whether this process has said how it ends; whether that is no failure
 RESUMES = "the same command resumes: finished stages and checkpoints are kept"
+AGAIN = "the same command can be run again"
 
 
 def report(error: BaseException, as_json: bool = False) -> int:
@@ -35,7 +36,7 @@ def report(error: BaseException, as_json: bool = False) -> int:
     if isinstance(error, KeyboardInterrupt):
         stage, signum = error.stage if isinstance(error, Interrupted) else "", received()
         message = f"stopped by {_name(signum)}{f' in stage {stage}' if stage else ''}"
-        return _say("interrupted", message, RESUMES if stage else "", 128 + signum, as_json)
+        return _say("interrupted", message, RESUMES if stage else AGAIN, 128 + signum, as_json)
     cause = first_cause(error)
     if isinstance(cause, ForgeError):
         return _say(cause.code, cause.message, cause.hint, cause.exit_code, as_json)

@@ -253,7 +253,8 @@ def show(plan: ErasurePlan, begun: bool) -> None:
         versions = [(v.id, v.name, v.status, v.weights, aliases[v.id]) for v in plan.versions]
         print_table("Model versions to withdraw", ("version", "name", "status", "weights", "aliases"), versions)
     for deployment in plan.deployments:
-        echo(f"{deployment.id} {deployment.name} ({deployment.state}) serves {', '.join(deployment.versions)}")
+        state = ", ".join(filter(None, (deployment.state, deployment.seen)))
+        echo(f"{deployment.id} {deployment.name} ({state}) serves {', '.join(deployment.versions)}")
     for report in plan.evals:
         about = f"{report.quotes} items about the rows" if report.quotes else "answers or labels derived from them"
         echo(f"evaluation {report.id} of {report.subject}: {about}")

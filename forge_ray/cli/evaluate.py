@@ -30,7 +30,13 @@ verbs = Verbs()
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. eval.max_examples=50."
 )
 @click.option("--data", default="", metavar="DATA", help="With --model: a run file, a dataset (ds_…) or a file of rows.")
-@click.option("--model", "models", multiple=True, metavar="NAME", help="A base, version, alias or run. Repeatable.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="A base, version, alias, run, or checkpoint (run_…@step, @best, @last). Repeatable.",
+)
 @click.option(
     "--endpoint",
     default="",
@@ -66,7 +72,8 @@ def evaluate(
     """Score models on held-out rows.
 
     With RUN.yaml: its base model, and the trained one once there is a run. With --model: any models of the store side by
-    side, without a run. With --endpoint: a model of another system too. Intervals are of 95 %."""
+    side, without a run; a checkpoint (run_…@120) also while its run is training. With --endpoint: a model of another system
+    too. Intervals are of 95 %."""
     if file and data:
         raise ConfigError(f"both {file} and --data {data} name rows", hint="leave out one of them")
     endpoints = _endpoints(endpoint, their_models, reuse, **request)
@@ -128,7 +135,7 @@ def _endpoints(
 
 def _side_by_side(store: Store, as_json: bool, data: str, compared: Compared, overrides: tuple[str, ...]) -> Any:
     from forge_ray import pipeline
-    from forge_ray.evaluate.standalone import trained_rows
+    from forge_ray.evaluate.trained_rows import trained_rows
     from forge_ray.store.catalog import Catalog
 
     if not data:

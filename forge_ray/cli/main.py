@@ -19,7 +19,7 @@ from forge_ray.cli.catalog import catalog
 from forge_ray.cli.cycles import CYCLES
 from forge_ray.cli.data import data
 from forge_ray.cli.doctor import DOCTOR
-from forge_ray.cli.ends import show_exception, stop_in_time
+from forge_ray.cli.ends import show_exception
 from forge_ray.cli.erase import ERASE
 from forge_ray.cli.evaluate import EVALUATE
 from forge_ray.cli.feedback import feedback
@@ -38,7 +38,6 @@ from forge_ray.cli.trace import TRACING
 from forge_ray.cli.trust import TRUST
 from forge_ray.cli.verbs import Verbs, load_run_file, run_file, verb
 from forge_ray.errors import ConfigError
-from forge_ray.machine.signals import raise_on_signals
 from forge_ray.store import paths
 
 if TYPE_CHECKING:
@@ -261,5 +260,4 @@ def submit(store: Store, as_json: bool, file: str, address: str, overrides: tupl
 
 def main() -> None:
     sys.excepthook = show_exception
-    raise_on_signals(stop_in_time)
     cli(prog_name="forge")

@@ -69,7 +69,9 @@ def runs_show(store: Store, as_json: bool, run_id: str) -> Any:
 
 @verb(runs, "export", "forge runs export run_0123456789abcdef --step best")
 @click.argument("run_id", metavar="run_…")
-@click.option("--step", default="", help="Checkpoint step, or `best` (lowest validation loss). Default: latest.")
+@click.option(
+    "--step", default="last", show_default=True, help="Checkpoint step, `best` (lowest validation loss) or `last`."
+)
 def runs_export(store: Store, as_json: bool, run_id: str, step: str) -> Any:
     """Export a checkpoint as a model version (candidate).
 

@@ -29,7 +29,12 @@ def top() -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the deployment file. Repeatable."
 )
-@click.option("--status", "show_status", is_flag=True, help="Show what the cluster serves, and change nothing.")
+@click.option(
+    "--status",
+    "show_status",
+    is_flag=True,
+    help="Show what the cluster serves, and the endpoints elsewhere; change nothing.",
+)
 @click.option("--serve-yaml", is_flag=True, help="Print the file for Ray's `serve deploy`, and change nothing.")
 def deploy(
     store: Store,
@@ -50,7 +55,8 @@ def deploy(
 
     if serve_yaml:
         return _serve_yaml(store, as_json, _deploy_file(file, overrides))
-    if not (address or os.environ.get("RAY_ADDRESS")):
+    has_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
+    if not has_cluster and not show_status:
         raise ConfigError(
             "no cluster to deploy on", hint="give --address auto on one of its nodes, or use `forge serve` on this machine"
         )
@@ -58,8 +64,9 @@ def deploy(
         config = _deploy_file(file, overrides)
         connect(address, show_logs=False)
         return pipeline.deploy(config, store)
-    connect(address, show_logs=False)
-    return _status(store, as_json)
+    if has_cluster:
+        connect(address, show_logs=False)
+    return _status(store, as_json, has_cluster)
 
 
 def _deploy_file(file: str | None, overrides: tuple[str, ...]) -> Any:
@@ -88,19 +95,26 @@ def _serve_yaml(store: Store, as_json: bool, config: Any) -> Any:
     return serve_config
 
 
-def _status(store: Store, as_json: bool) -> Any:
+def _status(store: Store, as_json: bool, has_cluster: bool) -> Any:
     from forge_ray.cli.show import print_table
     from forge_ray.config.release import AliasRoute
     from forge_ray.release.traffic import in_words
-    from forge_ray.serve.deploy import status
+    from forge_ray.serve.endings import status_on_record
     from forge_ray.store.catalog import Catalog
 
     with Catalog.read_only(store) as index:
-        endpoints = status(index)
+        if has_cluster:
+            from forge_ray.serve.deploy import status
+
+            endpoints = status(index)
+        else:
+            endpoints = status_on_record(index, set())
     if not as_json:
         for endpoint in endpoints or [{"name": "nothing is deployed", "status": "", "url": "", "replicas": {}}]:
             echo(f"{endpoint['name']}  {endpoint['status'].lower()}  {endpoint['url']}  {endpoint.get('message', '')}")
-            table = endpoint.get("table", {"routes": {}, "broken": {}})
+            if "table" not in endpoint:  # it is not on this cluster, or its coordinator is not there
+                continue
+            table = endpoint["table"]
             routes = [(name, in_words(AliasRoute.model_validate(route))) for name, route in table["routes"].items()]
             print_table("Aliases", ("alias", "routes to"), routes)
             rows = [
@@ -122,19 +136,32 @@ def _status(store: Store, as_json: bool) -> Any:
 @click.argument("name")
 @click.option("--address", help="Address of the Ray cluster, e.g. auto on one of its nodes. Default: RAY_ADDRESS.")
 def undeploy(store: Store, as_json: bool, name: str, address: str | None) -> Any:
-    """Remove an endpoint after its running requests finish."""
+    """Remove an endpoint after its running requests finish.
+
+    Without a cluster, records the end of one that crashed or is silent."""
     import os
 
     from forge_ray.machine.cluster import connect
-    from forge_ray.serve.deploy import undeploy as stop
+    from forge_ray.serve.endings import note_unsaid_ends
     from forge_ray.store.catalog import Catalog
 
     if not (address or os.environ.get("RAY_ADDRESS")):
-        raise ConfigError("no cluster given", hint="give --address auto on one of its nodes, or set RAY_ADDRESS")
-    connect(address, show_logs=False)
-    with Catalog.open(store) as index:
-        stop(name, index)
-    return {"stopped": name}
+        with Catalog.open(store) as index:
+            ended = note_unsaid_ends(index, name)
+        if not ended:
+            raise ConfigError(
+                f"no cluster given, and no endpoint {name!r} of the store crashed or is silent",
+                hint="give --address auto on one of its nodes, or set RAY_ADDRESS; `forge deploy --status` lists endpoints",
+            )
+    else:
+        from forge_ray.serve.deploy import undeploy as stop
+
+        connect(address, show_logs=False)
+        with Catalog.open(store) as index:
+            ended = stop(name, index)
+    if ended and not as_json:
+        echo(f"the end of {', '.join(ended)} is on record: nobody saw it")
+    return {"stopped": name, "ended": ended}
 
 
 @verb(top, "serve", "forge serve support@prod")

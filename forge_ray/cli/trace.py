@@ -94,7 +94,7 @@ def lines(traced: Traced) -> Iterator[str]:
             for a in reached.aliases
         ]
         branches += [
-            f"deployment  {d.deployment}  {d.name}: {_up(d.live, d.state)}, {', '.join(d.versions)}"
+            f"deployment  {d.deployment}  {d.name}: {_up(d.live, d.state, d.seen)}, {', '.join(d.versions)}"
             for d in reached.deployments
         ]
         branches += [f"report      {e.report}  on {e.dataset} {e.how}, of {e.subject}" for e in reached.evals]
@@ -107,11 +107,11 @@ def lines(traced: Traced) -> Iterator[str]:
         yield from _tree(branches)
 
 
-def _up(live: bool, state: str) -> str:
-    """The state in words; `crashed` is one whose process is gone without an event."""
+def _up(live: bool, state: str, seen: str) -> str:
+    """The state in words; `crashed` is one whose process ended without an event, `silent` one that was not seen lately."""
     if live:
-        return "up, by its last event"
-    return "replaced" if state == "running" else state
+        return f"up, {seen}" if seen else "up, by its last event"
+    return "replaced" if state == "running" else f"{state}, {seen}" if seen else state
 
 
 def _tree(branches: list[str]) -> Iterator[str]:

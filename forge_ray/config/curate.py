@@ -10,6 +10,7 @@ from forge_ray.config.base import Config, SettingError
 
 Action = Literal["flag", "mask", "drop"]
 PersonalData = Literal["email", "phone", "iban", "card", "national_id", "ip"]
+MIN_NGRAM = 5  # words in a row: fewer in common are no evidence
 Secret = Literal["private_key", "cloud_key", "token", "jwt", "password", "high_entropy"]
 
 
@@ -141,13 +142,16 @@ class Decontaminate(Config):
     rule: Literal["decontaminate"]
     against: tuple[str, ...] = Field(min_length=1, description="Evaluation sets: files, globs or dataset versions")
     ngram: int = Field(
-        13, ge=5, le=50, description="Consecutive shared words that count as contamination (arXiv:2005.14165, appendix C)"
+        13,
+        ge=MIN_NGRAM,
+        le=50,
+        description="Consecutive shared words that count as contamination (arXiv:2005.14165, appendix C)",
     )
 
 
 class HeldOut(Config):
-    """Drops records that are test rows of other dataset versions, unless they are test rows here too. Added at the end of
-    the list where an earlier cycle of the base model had test rows that these settings would train on."""
+    """Drops records that are test rows of other dataset versions, or that share a run of words with one, unless they are
+    test rows here too. Added at the end of the list for every earlier cycle of the base model."""
 
     rule: Literal["held_out"]
     by: Literal["record", "conversation"] = Field(
@@ -158,6 +162,22 @@ class HeldOut(Config):
     against: tuple[Annotated[str, Field(pattern="^ds_")], ...] = Field(
         min_length=1, description="Dataset versions whose test records are not trained on"
     )
+    ngram: int = Field(
+        13,
+        ge=0,
+        le=50,
+        description="Consecutive words of its text or question that a record must share with a test record to be dropped,"
+        " at least 5; 0: equal records alone",
+    )
+
+    @model_validator(mode="after")
+    def _is_evidence(self) -> Self:
+        if 0 < self.ngram < MIN_NGRAM:
+            raise SettingError(
+                f"rule: held_out has ngram={self.ngram}, and so few words in common prove nothing",
+                f"ngram of at least {MIN_NGRAM}, or 0 for equal records alone",
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

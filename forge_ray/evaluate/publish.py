@@ -57,6 +57,7 @@ class Scored:
     seconds: float
     files: ScoringFiles
     endpoint: str = ""
+    step: int = 0  # of a run's checkpoint
 
 
 def shared_rows(
@@ -115,6 +116,7 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
     report = EvalReport(
         subject=of.subject,
         subject_digest=of.digest,
+        step=of.step,
         dataset=manifest.id,
         endpoint=of.endpoint,
         split=config.split,
@@ -137,7 +139,7 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
         for name, content in {**written, **of.files.sources}.items():
             (target / name).write_bytes(content)
         if rows.labels:
-            title = f"{of.subject} · {config.split} of {manifest.id}"
+            title = f"{report.evaluated} · {config.split} of {manifest.id}"
             answered = [item for item in own if "kind" not in item]  # with a text, which may be a label
             plot_confusion(answered, rows.labels, target / "confusion.png", title)
     return report

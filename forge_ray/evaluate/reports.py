@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.config.base import parse, resolved
@@ -23,6 +24,8 @@ from forge_ray.store.uses import using
 if TYPE_CHECKING:
     from forge_ray.evaluate.sample_size import Spread
     from forge_ray.evaluate.score import EvaluatedModel
+    from forge_ray.train.checkpoint_export import CheckpointExport
+    from forge_ray.train.job import TrainJob
 
 
 def evaluate_both(
@@ -40,6 +43,12 @@ def evaluate_both(
 def model_subject(catalog: Catalog, version: ModelVersion) -> EvaluatedModel:
     base = version.base_model if version.weights == "adapter" else ""
     return _subject(catalog, version.id, paths.model(version.id), version.files, base)
+
+
+def checkpoint_subject(catalog: Catalog, job: TrainJob, step: int, export: CheckpointExport) -> EvaluatedModel:
+    """A checkpoint of a run, finished or not, from its export."""
+    base = job.base.id if export.kind == "adapter" else ""
+    return replace(_subject(catalog, job.run, export.folder, catalog.store.files(export.folder), base), step=step)
 
 
 def run_subject(catalog: Catalog, record: RunRecord) -> EvaluatedModel:
@@ -72,7 +81,10 @@ def evaluate(
         settings |= {"general": {"dataset": general.id, "max_examples": config.general.max_examples}}
     arguments = (subject, manifest, config, files, settings, general)
     key = (subject.id, manifest.id, settings)
-    existing = next((r for r in reports_of(catalog, key) if is_whole(catalog, r, manifest, config)), None)
+    same = (r for r in reports_of(catalog, key) if r.step == subject.step)
+    if subject.step:  # a run that went back behind a step writes another checkpoint of it
+        same = (r for r in same if r.subject_digest == subject.digest)
+    existing = next((r for r in same if is_whole(catalog, r, manifest, config)), None)
     if general and not existing:
         refuse_trained(catalog.store, general, manifest)
     return _report(catalog, key, config, run_evaluation, arguments, what, quiet, existing, general)

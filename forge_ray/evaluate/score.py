@@ -41,7 +41,7 @@ TIMED_TOKENS = 16
 @dataclass(frozen=True)
 class EvaluatedModel:
     """What is evaluated: `folder` (and `adapter` on top of it) are published directories of the store, which hold exactly
-    the files that the records name."""
+    the files that the records name. `step`: of the checkpoint, where it is one of the run `id`; else 0."""
 
     id: str
     digest: str
@@ -49,6 +49,7 @@ class EvaluatedModel:
     files: tuple[FileEntry, ...]
     adapter: str = ""
     adapter_files: tuple[FileEntry, ...] = ()
+    step: int = 0
 
     def fetch(self, store: Store) -> tuple[Path, Path | None]:
         """Both folders on this machine, verified."""
@@ -191,6 +192,7 @@ def evaluate(
         engine.close()
     costs = {"size_bytes": float(size_bytes(store, subject))} | ({"latency_ms_per_token": latency} if latency else {})
     rows = ScoredRows(items, labels, answers, shared, left_out, general)
-    of = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started, files)
+    seconds = time.monotonic() - started
+    of = Scored(subject.id, subject.digest, settings, costs, seconds, files, step=subject.step)
     report = publish(store, manifest, config, rows, of)
     yield {"report": report.model_dump(mode="json")}

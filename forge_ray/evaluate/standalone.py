@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forge_ray.config.release import EvalConfig
-from forge_ray.data.dataset.version import records
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, NotFound
 from forge_ray.evaluate.chat_api import Endpoint
 from forge_ray.evaluate.endpoint import evaluate_endpoint, refuse_endpoint
-from forge_ray.evaluate.reports import evaluate, model_subject, run_subject
+from forge_ray.evaluate.reports import checkpoint_subject, evaluate, model_subject, run_subject
 from forge_ray.evaluate.rows import dataset_of
 from forge_ray.evaluate.score import EvaluatedModel
+from forge_ray.machine.cluster import connect
 from forge_ray.records import DatasetManifest, EvalReport, ModelVersion, RunRecord
+from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.resolve import resolve
-from forge_ray.train.start import chain_of
+from forge_ray.store.uses import using
+
+if TYPE_CHECKING:
+    from forge_ray.train.job import TrainJob
 
 
-def subject_of(catalog: Catalog, name: str) -> tuple[EvaluatedModel, ModelVersion]:
-    """A version, alias or finished run by its name, and the base model whose tokenizer it has."""
+@dataclass(frozen=True)
+class NamedCheckpoint:
+    """A checkpoint that a person names as `run_…@step`, where `step` is a number, `best` or `last`."""
+
+    job: TrainJob
+    step: int
+
+    @property
+    def folder(self) -> str:
+        return paths.checkpoint(self.job.run, self.step)
+
+
+def checkpoint_of(catalog: Catalog, name: str) -> NamedCheckpoint | None:
+    """The checkpoint that a name denotes; None for the name of anything else. Raises `NotFound` where the run has no such
+    checkpoint, with those that it has, and `ConfigError` where the step is not one."""
+    from forge_ray.train.checkpoint_export import step_of
+    from forge_ray.train.job import job_of
+
+    run, at, step = name.rpartition("@")
+    if not at or not run.startswith(RunRecord.prefix + "_") or name in catalog.aliases():
+        return None
+    job = job_of(catalog, run)
+    return NamedCheckpoint(job, step_of(job, step))
+
+
+def subject_of(catalog: Catalog, name: str) -> tuple[EvaluatedModel | NamedCheckpoint, ModelVersion]:
+    """A version, alias, finished run or checkpoint by its name, and the base model whose tokenizer it has."""
+    if checkpoint := checkpoint_of(catalog, name):
+        return checkpoint, checkpoint.job.base
+    if name not in catalog.aliases() and not catalog.has(name) and catalog.events("run", name):
+        raise NotFound(
+            f"the run {name} is not finished",
+            hint=f"--model {name}@last evaluates its newest checkpoint, {name}@best the best",
+        )
     record = catalog.get(resolve(catalog, name))
     if isinstance(record, RunRecord):
         return run_subject(catalog, record), catalog.get_as(ModelVersion, record.base_model)
@@ -44,51 +79,38 @@ class Compared:
 def evaluate_models(
     catalog: Catalog, compared: Compared, data: str | DatasetManifest, config: EvalConfig, settings: dict[str, Any]
 ) -> list[EvalReport]:
-    """A report of each, in order, on the rows that `data` holds out. What may not be sent is refused before any work."""
-    subjects = [subject_of(catalog, name) for name in compared.names]
+    """A report of each, in order, on the rows that `data` holds out. What may not be sent is refused before any work. A
+    checkpoint is exported aside for as long as it is evaluated; the run that it is of may be training."""
+    named = [subject_of(catalog, name) for name in compared.names]
     for endpoint in () if compared.reuse else compared.endpoints:
         refuse_endpoint(catalog, endpoint)
-    manifest = data if isinstance(data, DatasetManifest) else _dataset(catalog, data, subjects, settings)
-    named = zip(compared.names, subjects, strict=True)
-    reports = [evaluate(catalog, subject, manifest, config, name) for name, (subject, _) in named]
+    bases = [base for _, base in named]
+    manifest = data if isinstance(data, DatasetManifest) else _dataset(catalog, data, bases, settings)
+    checkpoints = [one.folder for one, _ in named if isinstance(one, NamedCheckpoint)]
+    with using(catalog.store, f"evaluation of {', '.join(compared.names)}", *checkpoints):
+        reports = [_evaluated(catalog, one, manifest, config, n) for n, (one, _) in zip(compared.names, named, strict=True)]
     return reports + [
         evaluate_endpoint(catalog, endpoint, manifest, config, compared.reuse) for endpoint in compared.endpoints
     ]
 
 
-def _dataset(
-    catalog: Catalog, data: str, subjects: list[tuple[EvaluatedModel, ModelVersion]], settings: dict[str, Any]
-) -> DatasetManifest:
-    if not subjects and not catalog.has(data):
+def _evaluated(
+    catalog: Catalog, one: EvaluatedModel | NamedCheckpoint, manifest: DatasetManifest, config: EvalConfig, name: str
+) -> EvalReport:
+    if not isinstance(one, NamedCheckpoint):
+        return evaluate(catalog, one, manifest, config, name)
+    from forge_ray.train.checkpoint_export import exported
+
+    connect()
+    what = f"{one.job.run}@{one.step}"
+    with exported(one.job, one.step, f"evaluation of {what}") as export:
+        return evaluate(catalog, checkpoint_subject(catalog, one.job, one.step, export), manifest, config, what)
+
+
+def _dataset(catalog: Catalog, data: str, bases: list[ModelVersion], settings: dict[str, Any]) -> DatasetManifest:
+    if not bases and not catalog.has(data):
         raise ConfigError(
             f"{data} is not a dataset of this store, and rows of a file are read for a model of it",
             hint="add --model NAME, or give a run file or a dataset (ds_…)",
         )
-    return dataset_of(catalog, data, subjects[0][1], settings) if subjects else catalog.get_as(DatasetManifest, data)
-
-
-def trained_rows(catalog: Catalog, name: str, report: EvalReport) -> dict[str, int]:
-    """Dataset version → rows of the report's split that the model was trained on from there, itself or a version that it
-    started from. Their scores are not held-out ones."""
-    record = catalog.get(resolve(catalog, name))
-    runs = [record] if isinstance(record, RunRecord) else []
-    start = (
-        catalog.get_as(ModelVersion, record.initial_adapter or record.base_model)
-        if isinstance(record, RunRecord)
-        else record
-    )
-    versions = chain_of(catalog, start) if isinstance(start, ModelVersion) else ()
-    runs += [catalog.get_as(RunRecord, version.run) for version in versions if version.run and catalog.has(version.run)]
-    evaluated = {record for ids in _record_ids(catalog, report.dataset, report.split) for record in ids}
-    counts = {
-        run.dataset: sum(len(evaluated.intersection(ids)) for ids in _record_ids(catalog, run.dataset, "train"))
-        for run in runs
-    }
-    return {dataset: count for dataset, count in counts.items() if count}
-
-
-def _record_ids(catalog: Catalog, dataset: str, split: str) -> Iterator[list[str]]:
-    """Of a split, part after part; none where the rows were removed."""
-    if catalog.has(dataset):
-        for table in records(catalog.store, catalog.get_as(DatasetManifest, dataset), split, ["record"]):
-            yield table.column("record").to_pylist()
+    return dataset_of(catalog, data, bases[0], settings) if bases else catalog.get_as(DatasetManifest, data)

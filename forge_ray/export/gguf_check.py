@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from forge_ray.errors import ConfigError, first_line
-from forge_ray.export.gguf_file import HF_INSTEAD, architecture_of, rounded, tensor_names, tensors
+from forge_ray.export.gguf_file import HF_INSTEAD, architecture_of, layout_of, read_back, tensors
 from forge_ray.export.gguf_tokens import tokens_of
 from forge_ray.models.import_model import convert_gguf
 from forge_ray.store.scratch import scratch
@@ -73,17 +73,18 @@ def _is_close(one: Any, other: Any) -> bool:
 def _compare_tensors(source: Path, folder: Path, config: Any, precision: str) -> None:
     from transformers import AutoConfig
 
-    names = tensor_names(source, config, architecture_of(config))
+    layout = layout_of(source, config, architecture_of(config))
     back_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    there = tensor_names(folder, back_config, architecture_of(back_config))
-    if missing := sorted(names.keys() ^ there.keys()):
-        raise ConfigError(f"the tensor {missing[0]!r} is not in the GGUF file when it is read back", hint=HF_INSTEAD)
-    read = dict(tensors(folder, there))  # mapped, not read: one at a time is compared
-    for name, tensor in tensors(source, names):
-        if not torch.equal(rounded(name, tensor, precision).float(), read[name]):
+    back = layout_of(folder, back_config, architecture_of(back_config))
+    if missing := sorted(layout.names.items() ^ back.names.items()):
+        raise ConfigError(
+            f"the tensor {missing[0][1][0]!r} is not in the GGUF file when it is read back as it was", hint=HF_INSTEAD
+        )
+    for (name, tensor), (_, read) in zip(tensors(source, layout), tensors(folder, back), strict=True):
+        if not torch.equal(read_back(name, tensor, layout, precision), read):
             raise ConfigError(
-                f"the tensor {name!r} reads back from the GGUF file with other numbers: the format stores it in a way that"
-                " is not written here",
+                f"the tensor {layout.names[name][0]!r} reads back from the GGUF file with other numbers: the format stores"
+                " it in a way that is not written here",
                 hint=HF_INSTEAD,
             )
 

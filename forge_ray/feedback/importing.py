@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from forge_ray.config.curate import HeldOut
 from forge_ray.config.data import DataConfig, Splits
 from forge_ray.data.build.tombstones import ANSWER, Erased, tombstones
 from forge_ray.data.build.tombstones import read as read_tombstones
-from forge_ray.data.curate.heldout import index_of, is_held_out
+from forge_ray.data.curate.heldout import held_out_reason, index_of
 from forge_ray.data.read.ingest import expand, index_listed
 from forge_ray.data.read.readers import Raw, read_raw
 from forge_ray.data.read.strict_json import Reject, decode
@@ -146,13 +145,14 @@ def _allowed(catalog: Catalog, items: list[Judged], result: Import) -> Iterator[
     of such a conversation is another record, and could be trained on."""
     store = catalog.store
     erased = read_tombstones(store, tombstones(store))
-    against = [one.id for one in catalog.datasets() if one.splits["test"].num_records]
-    index = index_of(against, store, "conversation") if items else np.zeros(0, np.uint64)
+    tested = tuple(one.id for one in catalog.datasets() if one.splits["test"].num_records) if items else ()
+    rule = HeldOut(rule="held_out", by="conversation", against=tested, ngram=0) if tested else None
+    index = index_of(rule, store) if rule else None
     nothing_tested = Splits(validation=0.0, test=0.0)
     for item in items:
         if is_erased(item, erased, store):
             _leave(result, item, ERASED)
-        elif is_held_out(item.record, index, nothing_tested, "conversation"):
+        elif rule is not None and index is not None and held_out_reason(item.record, rule, index, nothing_tested):
             _leave(result, item, HELD_OUT)
         else:
             yield item

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from forge_ray.config.release import AliasRoute
 from forge_ray.evaluate.items import splits_of
-from forge_ray.governance.endpoint_state import state_of
 from forge_ray.governance.uses import Run, Use, finished, unfinished
 from forge_ray.records import Deployment, EvalReport, ModelVersion, RunRecord
 from forge_ray.store import paths
 from forge_ray.store.aliases import route_of
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.disclosures import SentRows, sent
+from forge_ray.store.endpoint_state import RUNNING, state_of, was_silent
 from forge_ray.store.exports import ExportedCopy, exported
 from forge_ray.store.files import Store
 
@@ -52,16 +52,20 @@ class ReachedAlias:
 
 @dataclass(frozen=True)
 class ReachedDeployment:
+    """`seen`: when the endpoint was last seen, in words; "" without a lease."""
+
     deployment: str
     name: str
     state: str
     live: bool
     versions: tuple[str, ...]
+    seen: str = ""
 
 
 @dataclass(frozen=True)
 class ReachedReport:
-    """An evaluation with the record among its examples, or (`how` is `labels`) among the answers that form its label set."""
+    """An evaluation with the record among its examples, or (`how` is `labels`) among the answers that form its label set.
+    `subject`: a version, a run, or a checkpoint of a run as `run_…@step`."""
 
     report: str
     subject: str
@@ -199,7 +203,7 @@ class StoreUses:
             served = started & versions
             end = ""
             last = states[one.id][-1] if states[one.id] else None
-            if last and last.data["state"] != "running":
+            if last and last.data["state"] != RUNNING and not was_silent(last):  # nobody saw the end of a silent one
                 end = last.at
             asked = {one.model, *one.models, *one.config.get("models", ())}
             own = {bases.get(version, version) for version in started}
@@ -209,9 +213,9 @@ class StoreUses:
                     if move.alias in asked or follows:
                         served.add(move.version)
             if served:
-                state = state_of(last) or "unknown"
-                live = state == "running" and last_of_name.get(one.name) == one.id
-                yield ReachedDeployment(one.id, one.name, state, live, tuple(sorted(served)))
+                now = state_of(self.catalog, one.id)
+                live = now.state == RUNNING and last_of_name.get(one.name, one.id) == one.id
+                yield ReachedDeployment(one.id, one.name, now.state or "unknown", live, tuple(sorted(served)), now.seen)
 
     def _reports(self, splits: Sequence[tuple[str, str, str]]) -> Iterator[ReachedReport]:
         for report in self.catalog.all(EvalReport):
@@ -221,9 +225,9 @@ class StoreUses:
             )
             if hits and _has_item(self.catalog.store, report, {record for record, _ in hits}):
                 dataset, split = hits[0][1]
-                yield ReachedReport(report.id, report.subject, dataset, split)
+                yield ReachedReport(report.id, report.evaluated, dataset, split)
             elif labels:
-                yield ReachedReport(report.id, report.subject, report.dataset, "labels")
+                yield ReachedReport(report.id, report.evaluated, report.dataset, "labels")
 
 
 def _named(route: AliasRoute | None) -> set[str]:

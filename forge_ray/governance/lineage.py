@@ -71,8 +71,9 @@ def _label(record: Record | None) -> str:
             return f"{data['name']}: {data['method']}, {data['num_steps']} steps, {data['samples_seen']} samples"
         case "ev":
             scores = ", ".join(f"{key} {value:.3g}" for key, value in list(data["metrics"].items())[:3])
+            checkpoint = f"checkpoint of step {data['step']}: " if data["step"] else ""
             asked = f"{data['subject']} on " if data["endpoint"] else ""
-            return f"{asked}{data['split']} of {data['dataset']}: {scores}"
+            return f"{checkpoint}{asked}{data['split']} of {data['dataset']}: {scores}"
         case "er":
             return f"{data['num_records']} records by {data['asked_by']}: {data['why'] or 'no reason given'}"
         case "mv":

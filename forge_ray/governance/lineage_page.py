@@ -16,6 +16,7 @@ from typing import Any
 from forge_ray.governance.lineage import described
 from forge_ray.records import ModelVersion
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.endpoint_state import state_of
 
 BOX_W, BOX_H, GAP_X, GAP_Y, BEND_H, MARGIN = 264, 64, 72, 18, 10, 24
 CHARS = 36  # of a monospaced font of 11 pixels, 6.6 wide, that fit into a box
@@ -59,10 +60,13 @@ def graph_of(catalog: Catalog, tree: dict[str, Any]) -> Graph:
 
     def add(identifier: str, *status: str) -> None:
         kind, label = described(catalog, identifier)
-        events = catalog.events("deployment" if kind == "deployments" else "run", identifier)
         if kind == "models":
             status = (*status, catalog.get_as(ModelVersion, identifier).status)
-        status = (*status, *(str(event.data["state"]) for event in events[-1:]), *pointing.get(identifier, ()))
+        if kind == "deployments":
+            status = (*status, *filter(None, [state_of(catalog, identifier).state]))
+        else:
+            status = (*status, *(str(event.data["state"]) for event in catalog.events("run", identifier)[-1:]))
+        status = (*status, *pointing.get(identifier, ()))
         status = (*status, "archived") if identifier in archived else status
         graph.nodes[identifier] = Node(identifier, kind, label, " · ".join(status))
 

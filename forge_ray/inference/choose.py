@@ -38,12 +38,10 @@ def open_engine(
 def write_merged(model_dir: Path, adapter_dir: Path | None, precision: str, folder: Path) -> None:
     """The weights in this precision (bf16 or fp32), an adapter summed into them in fp32 and rounded once, with everything
     else of the base's folder."""
-    import torch
+    from forge_ray.inference.load import DTYPES
+    from forge_ray.inference.merge import write_sum
 
-    from forge_ray.inference.load import DTYPES, load_model
-
-    merge = adapter_dir is not None
-    load_model(model_dir, adapter_dir, DTYPES[precision], torch.device("cpu"), merge).save_pretrained(folder)
+    write_sum(model_dir, adapter_dir, folder, DTYPES[precision])
     for path in model_dir.iterdir():
         is_copied = path.is_file() and not (folder / path.name).exists() and path.name != MANIFEST
         if is_copied and ".safetensors" not in path.name:

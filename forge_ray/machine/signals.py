@@ -24,16 +24,23 @@ def raise_on_signals(first: Callable[[int], None]) -> None:
     called with the number at once, in a thread: Python runs a handler only when the main thread leaves a library's call."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
+    once = threading.Lock()
+
+    def call_first(signum: int) -> None:
+        if once.acquire(blocking=False):
+            first(signum)
 
     def watch() -> None:
         while number := os.read(reader, 1):
             if number[0] in ENDING:
-                first(number[0])
+                call_first(number[0])
 
     def handler(signum: int, frame: Any) -> None:
         global _received
         if not _received:
             _received = signum
+            # an event loop that handled a signal itself in the main thread leaves no wakeup descriptor behind
+            threading.Thread(target=call_first, args=(signum,), name="forge-end", daemon=True).start()
             raise KeyboardInterrupt
 
     for number in ENDING:

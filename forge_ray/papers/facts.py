@@ -191,6 +191,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         report
         for report in catalog.all(EvalReport)
         if report.subject in (version.id, version.run or version.id) and report not in evals
+        if not report.step or report.subject_digest == version.files_digest  # of another checkpoint of the run
     ]
     dataset_ids = [
         *(run.dataset for run in runs),

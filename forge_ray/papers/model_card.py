@@ -236,7 +236,7 @@ def general_rows(report: EvalReport) -> str:
 
 
 def subject(facts: Facts, report: EvalReport) -> str:
-    return "this version" if report in facts.own_evals else report.subject
+    return "this version" if report in facts.own_evals else report.evaluated
 
 
 def _gate(facts: Facts) -> str:

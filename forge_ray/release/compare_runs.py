@@ -63,7 +63,7 @@ def attempts(catalog: Catalog) -> list[Attempt]:
     """Every run that has started, oldest first."""
     reports: dict[str, EvalReport] = {}
     for report in catalog.all(EvalReport):
-        if "leak" not in report.config:
+        if "leak" not in report.config and not report.step:
             reports[report.subject] = report  # the newest
     versions = {version.run: version for version in catalog.all(ModelVersion) if version.run}
     versions |= {v.run: v for v in catalog.all(ModelVersion) if v.run and v.status in ("accepted", "rejected")}

@@ -2,9 +2,9 @@
 
 It reads the store's facts, computes tables from them, and moves all replicas from one table to the next: each prepares the
 new table, and once all living replicas have done so, it goes live everywhere. It also keeps what only a view over all
-replicas can tell: whether a canary exceeds its bounds, how much of its limits a key has used. It keeps no other state: when
-it dies, replicas continue with their table, Ray restarts it, and it reads the rest from the store. Its name contains the
-deployment's id, so a new deployment has its own.
+replicas can tell: whether a canary exceeds its bounds, how much of its limits a key has used, and whether the endpoint
+lives, which its lease says to other machines. It keeps no other state: when it dies, replicas continue with their table,
+Ray restarts it, and it reads the rest from the store. Its name contains the id of the deployment: a new one has its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.records import Deployment
 from forge_ray.serve.canary import AnswerOutcome, Outcomes, without_canaries
+from forge_ray.serve.endpoint_lease import EndpointLease, beat, give_up
 from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.limits import Counters, LimitVerdict
 from forge_ray.serve.metrics import store_metrics
@@ -29,6 +30,7 @@ from forge_ray.serve.routing import RoutingFacts, Table, table_of, versions_of
 from forge_ray.serve.watcher import StoreWatcher
 from forge_ray.store.aliases import alias_event, route_of
 from forge_ray.store.files import Store
+from forge_ray.store.lease import new_lease
 from forge_ray.store.log_reader import Line
 from forge_ray.store.placed import event_of, is_readable
 
@@ -77,6 +79,7 @@ class Coordinator:
         self._polling: asyncio.Task[None] | None = None
         self._last_report = time.monotonic()
         self.is_store_readable = True
+        self.lease = EndpointLease(new_lease())
 
     async def start(self) -> dict[str, Any]:
         """The table with which a new replica begins."""
@@ -139,6 +142,7 @@ class Coordinator:
             "deployment": self.deployment.id,
             "table": table.model_dump(mode="json"),
             "settled": self.live is not None and self.live.id == self.next.id,
+            "lease": self.lease.state,
             "replicas": {
                 name: {
                     "live": report.live == table.id,
@@ -193,7 +197,10 @@ class Coordinator:
         while True:
             await asyncio.sleep(self.watcher.standing.poll_s)
             if self._idle_for() > self.idle_s:
+                if not self.config.replicas.min:  # it serves without a replica: its state is that of its last event
+                    await asyncio.to_thread(give_up, self.watcher.store, self.deployment.id, self.lease)
                 ray.kill(ray.get_runtime_context().current_actor)
+                return  # the actor lives for another moment, in which it must not take the lease again
             try:
                 await self.refresh()
                 self._roll_back_failing_canaries()
@@ -202,6 +209,8 @@ class Coordinator:
             except Exception:  # the store may be unreachable for a moment; what was read before stays valid
                 self.is_store_readable = False
                 LOG.exception("the store could not be read")
+            if self._alive() or not self.config.replicas.min:
+                self.lease = await asyncio.to_thread(beat, self.watcher.store, self.deployment.id, self.lease)
 
     def _roll_back_failing_canaries(self) -> None:
         """Move the aliases of canaries that exceed their bounds back to the stable version."""

@@ -22,9 +22,10 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
 from forge_ray.machine.capacity import SAY_EVERY_S, Demand, is_short, missing, refuse_oversized
 from forge_ray.machine.ray_internals import started_here
-from forge_ray.records import Deployment, Event
+from forge_ray.records import Deployment
 from forge_ray.release import promotion
 from forge_ray.serve.coordinator import find_coordinator
+from forge_ray.serve.endings import last_deployment, note, note_replaced, note_unsaid_ends, status_on_record
 from forge_ray.serve.front import proxy_address
 from forge_ray.serve.gateway_config import GatewayConfig
 from forge_ray.serve.replica import Replica
@@ -155,17 +156,21 @@ def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900, gateway:
             hint=f"`forge undeploy {others[0]}` first, or use another cluster",
         )
     deployment = catalog.put(deployment)
+    before = last_deployment(catalog, config.name) if config.name in running else None
+    note_unsaid_ends(catalog, config.name, served=before.id if before else "")
     target = RunTarget(target=build_app(deployment, catalog.store.uri), name=config.name, route_prefix="/")
     try:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         wait_until_answering(config, deployment.id, time.monotonic() + wait_s, _url(host, port))
     except EngineError as error:
-        _note(catalog, deployment, "failed", reason=error.message)
+        note(catalog, deployment, "failed", reason=error.message)
         if config.name not in running:  # a first deployment that failed is removed again
             serve.delete(config.name)
         raise
+    if before is not None and before.id != deployment.id:
+        note_replaced(catalog, before, deployment)
     process = {"process": owner_mark()} if started_here() else {}  # with which it ends
-    _note(catalog, deployment, "running", url=base_url(config), **process)
+    note(catalog, deployment, "running", url=base_url(config), **process)
     return deployment
 
 
@@ -173,7 +178,7 @@ def note_end(deployment: Deployment, store: Store) -> None:
     """Record that an endpoint ends in order with this process. One on a cluster keeps running, and nothing is recorded."""
     if started_here():
         with Catalog.open(store) as catalog:
-            _note(catalog, deployment, "stopped")
+            note(catalog, deployment, "stopped")
 
 
 def replicas_demand(config: DeployConfig) -> Demand:
@@ -183,28 +188,25 @@ def replicas_demand(config: DeployConfig) -> Demand:
     return Demand(f"endpoint {config.name!r}", count, config.cpus_per_replica, config.gpus_per_replica, settings)
 
 
-def undeploy(name: str, catalog: Catalog | None = None) -> None:
-    """Remove the application after its running requests finish; with a catalogue, record that it stopped."""
+def undeploy(name: str, catalog: Catalog | None = None) -> list[str]:
+    """Remove the application after its running requests finish; with a catalogue, record that it stopped. The end of one
+    that is not on this cluster is recorded where the store shows that it crashed or is silent; the ids of these."""
     if name not in serve.status().applications:
+        if catalog is not None and (ended := note_unsaid_ends(catalog, name)):
+            return ended
         running = ", ".join(sorted(serve.status().applications)) or "nothing"
         raise NotFound(f"no deployment {name!r} is running on this cluster", hint=f"running: {running}")
     serve.delete(name)
     if catalog is not None and (record := last_deployment(catalog, name)):
         if coordinator := find_coordinator(record.id):
             ray.kill(coordinator)
-        _note(catalog, record, "stopped")
-
-
-def last_deployment(catalog: Catalog, name: str) -> Deployment | None:
-    """The deployment of this name that was started last."""
-    records = [record for record in catalog.all(Deployment) if record.name == name]
-    placed = {record.id: catalog.standing.placed("deployment", record.id) for record in records}
-    started = {record: max((event.line for event in events), default=0) for record, events in placed.items()}
-    return max(records, key=lambda record: (started[record.id], record.created_at), default=None)
+        note(catalog, record, "stopped")
+    return []
 
 
 def status(catalog: Catalog) -> list[dict[str, Any]]:
-    """What runs on this cluster: Serve's own state, and what the replicas reported to their coordinator."""
+    """What runs on this cluster: Serve's own state, and what the replicas reported to their coordinator; with what the store
+    knows of endpoints elsewhere."""
     endpoints = []
     for name, application in sorted(serve.status().applications.items()):
         record = last_deployment(catalog, name)
@@ -222,7 +224,7 @@ def status(catalog: Catalog) -> list[dict[str, Any]]:
                 **state,
             }
         )
-    return endpoints
+    return [*endpoints, *status_on_record(catalog, {endpoint["name"] for endpoint in endpoints})]
 
 
 def base_url(config: DeployConfig) -> str:
@@ -279,8 +281,3 @@ def _answers(client: httpx2.Client) -> str:
         return client.get("/health").headers.get("x-forge-deployment", "")
     except httpx2.TransportError:
         return ""
-
-
-def _note(catalog: Catalog, deployment: Deployment, state: str, **more: Any) -> None:
-    data = {"state": state, "name": deployment.name, "model_version": deployment.model_version, **more}
-    catalog.append(Event(kind="deployment", subject=deployment.id, data=data))

@@ -14,7 +14,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from forge_ray.errors import StoreError
-from forge_ray.records import FileEntry, relative_path
+from forge_ray.file_names import relative_path
+from forge_ray.records import FileEntry
 
 REPLACE_LINK = "put the file itself in its place"
 NFS_REMOVED = re.compile(r"\.nfs[0-9a-f]+")  # an NFS client's name for a removed file that a process still reads

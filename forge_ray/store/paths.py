@@ -10,6 +10,7 @@ RECORDS, EVENTS, AUDIT, SIGNATURES, TOMBSTONES = "records", "events", "audit", "
 INDEX_FILE, MLFLOW_FILE = "catalog.sqlite", "mlflow.db"
 CHECKPOINT_KEY = "keys/checkpoints.key"
 STEP = "step-"
+ENDPOINTS = "endpoints"  # in the work area
 
 
 def _below(*names: str) -> str:
@@ -98,8 +99,13 @@ def image(digest: str) -> str:
 
 
 def work(*names: str) -> str:
-    """What may be removed: finished pieces of dataset builds, reproductions that run."""
+    """What may be removed: finished pieces of dataset builds, reproductions that run, leases of endpoints."""
     return _below("work", *names)
+
+
+def endpoint(deployment: str) -> str:
+    """The lease of an endpoint, which its coordinator renews."""
+    return work(ENDPOINTS, f"{deployment}.json")
 
 
 # ---------------------------------------------------------------- runs

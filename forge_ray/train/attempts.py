@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import os
 import platform
-import threading
-import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forge_ray.errors import NotFound, PolicyError, StoreError, TrainingError
+from forge_ray.errors import PolicyError, TrainingError
 from forge_ray.machine.environment import code_commit, code_digest
 from forge_ray.records import canonical_json, utc_now
-from forge_ray.store import paths
+from forge_ray.store import lease, paths
 from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
-from forge_ray.store.owner import boot, started
 from forge_ray.store.walk import folders
 
 DRIVER = "driver.json"
@@ -96,74 +92,19 @@ def drivers(store: Store) -> dict[str, str]:
     scratch = [f"{folder}/{paths.run()}" for folder in folders(store, paths.work("reproduce"))]
     for run in (run for place in (paths.run(), *scratch) for run in folders(store, place)):
         path = f"{run}/{DRIVER}"
-        if (holder := _holder(store, path)) and (sign := _sign_of_life(store, path, holder)):
-            living[run] = f"pid {holder['pid']} on {holder['host']}, since {holder['at']}, {sign}"
+        if (holder := lease.read(store, path)) and (sign := lease.sign_of_life(store, path, holder, LEASE_S)):
+            living[run] = f"{lease.in_words(holder)}, {sign}"
     return living
 
 
 @contextmanager
 def driving(store: Store, run: str) -> Iterator[None]:
     """Hold the run's lease; raises `TrainingError` while another living driver holds it."""
-    token = uuid.uuid4().hex
-    holder = {
-        "token": token,
-        "host": platform.node(),
-        "boot": boot(),
-        "pid": os.getpid(),
-        "started": started(os.getpid()),
-        "at": utc_now(),
-    }
-    path, data = paths.run(run, DRIVER), canonical_json(holder)
-    if not store.create(path, data):
-        other = _holder(store, path)
-        if other and (sign := _sign_of_life(store, path, other)):
-            raise TrainingError(
-                f"{run} is being trained by another driver: pid {other['pid']} on {other['host']}, since {other['at']},"
-                f" {sign}",
-                hint="wait for it, or stop it and start again; `forge runs list` shows its state",
-            )
-        store.write(path, data)
-    over = threading.Event()
-
-    def renew() -> None:
-        while not over.wait(HEARTBEAT_S):
-            with suppress(OSError, NotFound, StoreError):  # an outage is not the end: the fence is what keeps order
-                if (_holder(store, path) or {}).get("token") != token:
-                    return
-                store.write(path, data)
-
-    threading.Thread(target=renew, name="forge-lease", daemon=True).start()
-    try:
+    path, own = paths.run(run, DRIVER), lease.new_lease()
+    if holder := lease.take(store, path, own, LEASE_S):
+        raise TrainingError(
+            f"{run} is being trained by another driver: {holder}",
+            hint="wait for it, or stop it and start again; `forge runs list` shows its state",
+        )
+    with lease.held(store, path, own, HEARTBEAT_S):  # the fence is what keeps order, not the lease
         yield
-    finally:
-        over.set()
-        if (_holder(store, path) or {}).get("token") == token:
-            store.delete(path)
-
-
-def _holder(store: Store, path: str) -> dict[str, Any] | None:
-    try:
-        value: dict[str, Any] = store.read_json(path)
-    except (NotFound, StoreError):
-        return None
-    return value
-
-
-def _sign_of_life(store: Store, path: str, other: dict[str, Any]) -> str:
-    """In words why the holder counts as living; "" where it is dead."""
-    if other["host"] == platform.node() and other["boot"] == boot():
-        living = started(other["pid"]) == other["started"] != ""
-        return "which is running" if living else ""
-    seconds = _age_s(store, path)
-    return f"last seen {seconds:.0f} s ago" if seconds < LEASE_S else ""
-
-
-def _age_s(store: Store, path: str) -> float:
-    """How long ago the lease was touched, by the clock of the store: those of two machines may differ."""
-    probe = f"{path.rsplit('/', 1)[0]}/.clock-{uuid.uuid4().hex}"
-    store.write(probe, b"")
-    try:
-        now, touched = (store.filesystem.get_file_info(store.path(name)).mtime_ns for name in (probe, path))
-    finally:
-        store.delete(probe)
-    return float((now or time.time_ns()) - (touched or 0)) / 1e9

@@ -24,11 +24,12 @@ import torch
 import torch.distributed as dist
 
 from forge_ray.config.train import TrainConfig
-from forge_ray.errors import ConfigError, ForgeError, PolicyError, StoreError, TrainingError
+from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError, StoreError, TrainingError
 from forge_ray.records import FileEntry, canonical_json, digest
 from forge_ray.store import paths
 from forge_ray.store.files import MANIFEST, Store
 from forge_ray.store.scratch import scratch_folder
+from forge_ray.store.uses import marked
 from forge_ray.train import validation
 from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
@@ -144,11 +145,12 @@ def _digest_of(store: Store, run: str, step: int) -> str:
 
 def retire(store: Store, run: str, keep: int, keep_best: bool = False) -> None:
     """Remove what lies behind the newest `keep` checkpoints that are whole; a broken one does not count as one of them. What
-    a validation still has to read stays too, and with `keep_best` the one that validated best."""
-    whole, stay = 0, validation.protected(store, run, keep_best)
+    a validation still has to read stays too, with `keep_best` the one that validated best, and what another process has
+    marked as in use: a later call removes that."""
+    whole, stay, in_use = 0, validation.protected(store, run, keep_best), marked(store)
     for step in steps(store, run):
         relative = paths.checkpoint(run, step)
-        if whole >= keep and step in stay:
+        if whole >= keep and (step in stay or relative in in_use):
             continue
         if whole >= keep:
             store.delete_dir(relative)
@@ -171,6 +173,13 @@ def steps(store: Store, run: str) -> list[int]:
     published = (path.split("/")[-2] for path in files if path.endswith("/" + MANIFEST))
     names = (name.removeprefix(paths.STEP) for name in published if name.startswith(paths.STEP))
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def require_step(store: Store, run: str, step: int) -> None:
+    """Raise `NotFound`, with the checkpoints that there are, where the run has none of `step`."""
+    if step not in (published := steps(store, run)):
+        listed = ", ".join(map(str, published)) or "none"
+        raise NotFound(f"{run} has no checkpoint of step {step}", hint=f"its checkpoints: {listed}")
 
 
 def find(store: Store, expected: Position, left_out: Callable[[int], str] | None = lambda step: "") -> Position | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from forge_ray.errors import ForgeError
 from forge_ray.progress import Stage
 from forge_ray.records import RunRecord
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 from forge_ray.train import incidents, metrics, status, validation
 from forge_ray.train.sinks import Sinks
+
+PROGRESS = "reference.json"  # in a run's folder, while the model that it starts from is asked about its rows
 
 
 @contextmanager
@@ -28,6 +31,8 @@ def followed(it: Stage, store: Store, run: str, sinks: Sinks) -> Iterator[None]:
                 is_shown = it.is_live  # elsewhere nobody sees them, and each look reads two folders
                 details = status.details(lines, validation.read(store, run), incidents.read(store, run)) if is_shown else ()
                 it.update(last["step"], last["of"], status.progress_line(last), details)
+            else:
+                _show_reference(it, store, run)
 
     thread = threading.Thread(target=follow, daemon=True)
     if store.is_local:
@@ -38,6 +43,13 @@ def followed(it: Stage, store: Store, run: str, sinks: Sinks) -> Iterator[None]:
         over.set()
         if store.is_local:
             thread.join()
+
+
+def _show_reference(it: Stage, store: Store, run: str) -> None:
+    """How far the model that the run starts from has been asked about its rows, where it is being asked."""
+    with suppress(ForgeError, OSError):  # it has just ended, or not begun
+        passed = store.read_json(paths.run(run, PROGRESS))
+        it.update(passed["done"], passed["total"], f"reference model: {passed['done']}/{passed['total']} parts of the rows")
 
 
 def closing_line(record: RunRecord) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.version import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
+from forge_ray.inference.merge import write_sum
 from forge_ray.machine import supported
 from forge_ray.models.architecture import LM, Head, open_model, outside_text
 from forge_ray.train import attention, lora
@@ -143,23 +144,9 @@ def export_full(base: Path, weights: dict[str, Tensor], folder: Path, head: Head
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path, head: Head = LM) -> None:
-    """Base and adapter as one plain model: the product B A is added in fp32, the sum rounded once. Raises `ConfigError` for
-    a sum that the base's dtype cannot hold."""
-    from peft import PeftModel
-
+    """Base and adapter as one plain model with the base's tokenizer, in its dtype (`write_sum`)."""
     quiet_transformers()
-    source = open_model(base, "auto", head=head)
-    dtype = source.dtype
-    merged: Any = PeftModel.from_pretrained(source.float(), str(adapter), local_files_only=True).merge_and_unload()
-    limit = torch.finfo(dtype).max
-    for name, weight in merged.named_parameters():
-        if (largest := float(weight.abs().max())) > limit:
-            raise ConfigError(
-                f"{name} holds {largest:g} once the adapter is added to it, and the base's"
-                f" {str(dtype).removeprefix('torch.')} ends at {limit:g}",
-                hint="import the base in bf16 or fp32, and train the adapter on that",
-            )
-    merged.to(dtype).save_pretrained(folder)
+    write_sum(base, adapter, folder, head=head)
     copy_tokenizer(base, folder)
 
 

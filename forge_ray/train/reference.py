@@ -23,11 +23,12 @@ import torch
 
 from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import StoreError
-from forge_ray.records import digest
+from forge_ray.records import canonical_json, digest
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
+from forge_ray.train.follow import PROGRESS
 from forge_ray.train.job import TrainJob
 from forge_ray.train.loss import segment_sums, token_logps
 from forge_ray.train.method import Column, Expect, Forward
@@ -35,7 +36,7 @@ from forge_ray.train.model import load_for_training
 
 FORMAT = 1
 SPLITS = ("train", "validation")
-PIECE_ROWS = 64  # packed rows of one file
+PIECE_ROWS = 16  # packed rows of one file
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,15 @@ class Reference:
 
     def keep(self, engine: TrainEngine, context: Context, expect: Expect) -> None:
         """Compute and publish what is missing; collective, and every rank does as many passes."""
-        job = self.job
-        if agree(job.store.is_published(self.folder), context):
+        job, store = self.job, self.job.store
+        if agree(store.is_published(self.folder), context):
             return
         missing = agree([piece for piece in pieces(job) if not job.store.exists(self._unfinished(piece))], context)
         engine.model.eval()
         for start in range(0, len(missing), context.data_size):
             expect("reference", start)
+            if context.is_first:
+                store.write(paths.run(job.run, PROGRESS), canonical_json({"done": start, "total": len(missing)}))
             own = missing[start + context.data_rank : start + context.data_rank + 1]
             piece = own[0] if own else missing[start]
             values = self._pass(engine, piece, context)
@@ -143,6 +146,7 @@ class Reference:
         with store.staged_dir(self.folder) as folder:
             for piece in pieces(self.job):
                 (folder / piece.name).write_bytes(store.read(self._unfinished(piece)))
+        store.delete(paths.run(self.job.run, PROGRESS))
         store.delete_dir(paths.work("references", f"{self.job.dataset.id}-{self.key}"))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.curate import HeldOut
-from forge_ray.config.data import DataConfig, Splits
+from forge_ray.config.data import DataConfig
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.progress import stage
@@ -78,23 +78,21 @@ def chain_of(catalog: Catalog, version: ModelVersion) -> Iterator[ModelVersion]:
 
 
 def with_held_out(catalog: Catalog, named: ModelVersion, data: DataConfig) -> DataConfig:
-    """The settings of the rows of a run on `named`, with a rule that keeps the test records of earlier cycles out of its
-    training. It is added only where these settings could train on one: where the share of the test split fell, or records
-    are divided by something else than there."""
+    """The settings of the rows of a run on `named`, with a rule that keeps the test records of every earlier cycle, and
+    edited copies of them, out of its training. A first cycle's settings are returned as they are."""
     runs = [catalog.get_as(RunRecord, v.run) for v in chain_of(catalog, named) if v.run and catalog.has(v.run)]
     before = dict.fromkeys(run.dataset for run in runs if catalog.has(run.dataset))
-    manifests = [catalog.get_as(DatasetManifest, dataset) for dataset in before]
-    before_splits = {one.id: Splits.model_validate(one.config.get("splits", {"test": 0.0})) for one in manifests}
-    moved = [
-        dataset
-        for dataset, splits in before_splits.items()
-        if splits.test > data.splits.test or (splits.test > 0 and splits.by != data.splits.by)
-    ]
+    tested = [dataset for dataset in before if _num_tested(catalog, dataset)]
     stated = {dataset for rule in data.curate if rule.rule == "held_out" for dataset in rule.against}
-    missing = tuple(dataset for dataset in moved if dataset not in stated)
+    missing = tuple(dataset for dataset in tested if dataset not in stated)
     if not missing:
         return data
     return data.model_copy(update={"curate": (*data.curate, HeldOut(rule="held_out", by=data.splits.by, against=missing))})
+
+
+def _num_tested(catalog: Catalog, dataset: str) -> int:
+    test = catalog.get_as(DatasetManifest, dataset).splits.get("test")
+    return test.num_records if test else 0
 
 
 def start_of(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> Start:

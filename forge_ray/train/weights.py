@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forge_ray.errors import NotFound, StoreError, TrainingError
+from forge_ray.errors import StoreError, TrainingError
 from forge_ray.store import paths
 from forge_ray.train import checkpoint, finish
 from forge_ray.train.checkpoint import Checkpoint, Position
@@ -20,15 +20,15 @@ from forge_ray.train.zero import consolidated
 
 
 def verified(job: TrainJob, step: int) -> Checkpoint:
-    """The checkpoint of `step`, authentic and every byte checked as a resume does. Raises `NotFound` where there is none,
-    `StoreError` where it is not whole or another run's, `PolicyError` where its manifest is not authentic."""
-    store, steps = job.store, checkpoint.steps(job.store, job.run)
-    if step not in steps:
-        listed = ", ".join(map(str, steps)) or "none"
-        raise NotFound(f"{job.run} has no checkpoint of step {step}", hint=f"its checkpoints: {listed}")
+    """The checkpoint of `step`, authentic and every byte checked as a resume does. Raises `NotFound` where there is none
+    or that the run removed while it was read, `StoreError` where it is not whole or another run's, `PolicyError` where its
+    manifest is not authentic."""
+    store = job.store
+    checkpoint.require_step(store, job.run, step)
     relative = paths.checkpoint(job.run, step)
     whole, reason = checkpoint.verify(store, relative, checkpoint.expected(job))
     if whole is None or whole.position.step != step:
+        checkpoint.require_step(store, job.run, step)
         reason = reason or f"it is of step {whole.position.step}"  # type: ignore[union-attr]
         raise StoreError(f"{relative} is not used: {reason}", hint="take another step")
     return whole

@@ -14,16 +14,20 @@ import pytest
 
 from forge_ray import pipeline
 from forge_ray.config.base import load, parse, resolved
-from forge_ray.config.release import DeployConfig
+from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound, PolicyError
-from forge_ray.governance.lineage import tree
-from forge_ray.records import Event, RunRecord, canonical_json
+from forge_ray.evaluate.items import items_of
+from forge_ray.governance.impact import StoreUses
+from forge_ray.governance.lineage import described, tree
+from forge_ray.records import EvalReport, Event, RunRecord, canonical_json
 from forge_ray.release import candidates, promotion
+from forge_ray.release.compare_runs import attempts
 from forge_ray.store import audit_log
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.store.signatures import record_path
+from forge_ray.store.uses import marked
 from forge_ray.train import incidents, loop, validating, validation
 from forge_ray.train.job import TrainJob
 
@@ -142,16 +146,54 @@ def test_checkpoint_is_served_by_version_id_only(store: Store, record: RunRecord
         engine.close()
     best = candidates.export_run(store, record.id, "best")
     assert (best.step, best.files_digest != version.files_digest) == (4, True)
-    assert candidates.export_run(store, record.id, "") == best
+    assert candidates.export_run(store, record.id, "last") == best
     with pytest.raises(NotFound, match="no checkpoint of step 5"):
         candidates.export_run(store, record.id, "5")
 
 
+def test_checkpoint_is_evaluated_while_its_run_has_no_record(store: Store, record: RunRecord, tmp_path: Path) -> None:
+    """The report is of the run and the step; nothing of the run changes, and nothing is left behind."""
+    earlier = before_its_record(store, record, tmp_path / "earlier")
+    with Catalog.open(earlier) as catalog:
+        catalog.append(Event(kind="run", subject=record.id, data={"state": "running"}))
+    names = (f"{record.id}@2", f"{record.id}@best", f"{record.id}@last")
+    before = earlier.list(f"runs/{record.id}", recursive=True)
+    config = EvalConfig(max_examples=4, max_new_tokens=2)
+    first, best, last = pipeline.evaluate_models(names, record.dataset, config, earlier, {})
+    assert (first.subject, first.step, first.evaluated) == (record.id, 2, names[0])
+    assert (best.id, best.step) == (last.id, 4)
+    assert first.subject_digest == candidates.export_run(earlier, record.id, "2").files_digest != best.subject_digest
+    assert earlier.list(f"runs/{record.id}", recursive=True) == before
+    assert marked(earlier) == {}
+    assert pipeline.evaluate_models(names[:1], record.dataset, config, earlier, {}) == [first]
+    with Catalog.open(earlier) as catalog:
+        assert f"{record.id}@2" in {one.subject for one in StoreUses.of(catalog).reached([], held_out(first, catalog)).evals}
+        origins = {node["id"]: node["label"] for node in tree(catalog, first.id)["origins"]}
+        assert origins == {record.id: "not finished", record.dataset: origins[record.dataset]}
+        assert "checkpoint of step 2" in described(catalog, first.id)[1]
+        assert [one.report for one in attempts(catalog)] == [None]  # the score of a run is that of its export
+    for name, error, says in (
+        (f"{record.id}@3", NotFound, "no checkpoint of step 3"),
+        (f"{record.id}@newest", ConfigError, "'newest' is not a step"),
+        (record.id, NotFound, "is not finished"),
+        ("run_0@2", NotFound, "'run_0' has no checkpoint"),
+    ):
+        with pytest.raises(error, match=says) as caught:
+            pipeline.evaluate_models((name,), record.dataset, config, earlier, {})
+        assert caught.value.hint
+        if name.endswith("@3"):
+            assert "4, 2" in caught.value.hint
+
+
+def held_out(report: EvalReport, catalog: Catalog) -> list[tuple[str, str, str]]:
+    return [(item["record"], report.dataset, report.split) for item in items_of(catalog.store, report)]
+
+
 def test_export_refusals_are_explained(store: Store, record: RunRecord) -> None:
-    with pytest.raises(ConfigError, match="--step 'last' is no step"):
-        candidates.export_run(store, record.id, "last")
+    with pytest.raises(ConfigError, match=f"'newest' is not a step of {record.id}"):
+        candidates.export_run(store, record.id, "newest")
     with pytest.raises(NotFound, match="'run_0' has no checkpoint"):
-        candidates.export_run(store, "run_0", "")
+        candidates.export_run(store, "run_0", "last")
     better = validation.Result(3, loss=0.0)
     validation.write(store, record.id, better)
     with pytest.raises(NotFound, match="was at step 3, whose checkpoint is gone") as caught:
@@ -163,7 +205,7 @@ def test_export_refusals_are_explained(store: Store, record: RunRecord) -> None:
     settings = store.read_json(written)
     store.write(written, canonical_json(settings | {"train": settings["train"] | {"seed": 7}}))
     with pytest.raises(ConfigError, match="was trained with settings that mean something else"):
-        candidates.export_run(store, record.id, "")
+        candidates.export_run(store, record.id, "last")
     store.write(written, canonical_json(settings))
 
 

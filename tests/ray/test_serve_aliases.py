@@ -20,7 +20,9 @@ from forge_ray.config.release import AliasRoute, Guard
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import ModelVersion
 from forge_ray.release import promotion, traffic
+from forge_ray.store import lease, paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.endpoint_state import state_of
 from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.ray
@@ -279,23 +281,40 @@ def test_killed_replica_restarts_with_every_published_adapter(
         assert answers == {expected[version.id]}
 
 
-def test_unused_coordinator_ends_and_a_killed_one_restarts(endpoint: Endpoint, store: Store) -> None:
+def test_unused_coordinator_ends_and_a_killed_one_restarts(endpoint: Endpoint, store: Store, catalog: Catalog) -> None:
+    """With a minimum of 0 replicas an unused one gives up the lease; one that restarts takes it over."""
     import ray
 
     from forge_ray.serve.coordinator import coordinator_of, find_coordinator
 
-    other = endpoint.deployment.model_copy(update={"name": "nobody's"}).sealed()
-    ray.get(coordinator_of(other, store.uri, idle_s=1).start.remote())
-    deadline = time.monotonic() + WAIT_S
+    more = {"name": "nobody's", "config": endpoint.deployment.config | {"replicas": {"min": 0, "max": 1}}}
+    other = endpoint.deployment.model_copy(update=more).sealed()
+    ray.get(coordinator_of(other, store.uri, idle_s=6).start.remote())
+    deadline, was_held = time.monotonic() + WAIT_S, False
     while find_coordinator(other.id) is not None:
         assert time.monotonic() < deadline
+        was_held = was_held or lease.read(store, paths.endpoint(other.id)) is not None
         time.sleep(0.2)
+    assert was_held
+    assert not store.exists(paths.endpoint(other.id))
+
+    path = paths.endpoint(endpoint.deployment.id)
+    before = lease.read(store, path)
+    assert before is not None
+    assert state_of(catalog, endpoint.deployment.id).lives
     ray.kill(find_coordinator(endpoint.deployment.id))
     while (coordinator := find_coordinator(endpoint.deployment.id)) is None or len(
         ray.get(coordinator.state.remote())["replicas"]
     ) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    while (holder := lease.read(store, path)) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert holder is not None
+    assert holder.pid != before.pid
+    assert lease.runs_here(before) is False
+    assert (state_of(catalog, endpoint.deployment.id).state, coordinator_state(endpoint)["lease"]) == ("running", "held")
 
 
 def test_second_application_and_rejected_version_are_refused(endpoint: Endpoint, catalog: Catalog) -> None:

@@ -15,6 +15,7 @@ from serving import MESSAGES, config, free_port
 
 from forge_ray.serve.deploy import base_url, deploy, undeploy
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.endpoint_state import state_of
 from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.ray
@@ -70,8 +71,9 @@ def test_scaling_and_rollout_break_no_stream(ray_cluster: None, store: Store) ->
     deploy_config = config(free_port(), replicas=SCALING, limits={"max_new_tokens": 100})
     url = base_url(deploy_config)
     with Catalog.open(store) as catalog:
-        deploy(deploy_config, catalog, wait_s=WAIT_S)
+        first_deployment = deploy(deploy_config, catalog, wait_s=WAIT_S)
         assert replica_states()["RUNNING"] == 0
+        assert state_of(catalog, first_deployment.id).state == "running"
         began = time.monotonic()
         first = httpx.post(
             f"{url}/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, "max_tokens": 4}, timeout=WAIT_S
@@ -98,4 +100,6 @@ def test_scaling_and_rollout_break_no_stream(ray_cluster: None, store: Store) ->
             )
             wait_for(lambda: sum(replica_states().values()) == 1, "old replicas leave")
         assert set(ends) == {"whole"}
+        replaced = catalog.last("deployment")[first_deployment.id].data
+        assert (replaced["state"], replaced["reason"]) == ("ended", f"replaced by {second.id}")
         undeploy(deploy_config.name, catalog)

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "forge_ray"
 
 # The rule, bottom first: a file imports earlier names or its own package, inside functions and for type checking too.
 ORDER = (
-    *("errors", "records", "progress", "client"),
+    *("errors", "file_names", "records", "progress", "client"),
     *(
         "config",
         "store",
@@ -37,7 +37,7 @@ ORDER = (
     *("pipeline", "governance", "cli"),
 )
 DATA = ("read", "record", "tokens", "dataset", "curate", "build")  # the same inside data/
-AT_THE_ROOT = {"errors", "records", "progress", "client", "pipeline", "__init__", "__main__"}
+AT_THE_ROOT = {"errors", "file_names", "records", "progress", "client", "pipeline", "__init__", "__main__"}
 MOST_LINES = 400
 
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "accelerate", "pandas", "matplotlib")
@@ -235,8 +235,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 # Every module of these imports heavy packages inside functions alone; of serve/, the gateway.
 LIGHT = (
-    *("errors", "records", "progress", "client", "config", "store", "machine", "models", "data", "evaluate", "doctor"),
-    *("pipeline", "governance", "cli", "serve.gateway"),
+    *("errors", "file_names", "records", "progress", "client", "config", "store", "machine", "models", "data", "evaluate"),
+    *("doctor", "pipeline", "governance", "cli", "serve.gateway"),
 )
 
 

@@ -171,7 +171,7 @@ def _indexes(config: DataConfig, segment: Segment, store: Store) -> dict[int, st
             if rule.rule == "decontaminate":
                 index = build_index(evaluation_texts(rule.against, store), rule.ngram)
             else:
-                index = index_of(rule.against, store, rule.by)
+                index = index_of(rule, store)
             name = f"index-{hex_of(digest(index.tobytes().hex()))[:32]}.npy"
             write_array(store, name, index)
             names[number] = name

@@ -30,7 +30,7 @@ from forge_ray.config.curate import (
 )
 from forge_ray.config.data import Splits
 from forge_ray.data.curate.decontaminate import contaminated
-from forge_ray.data.curate.heldout import is_held_out
+from forge_ray.data.curate.heldout import held_out_reason
 from forge_ray.data.curate.sensitive import masked, personal_data, secrets
 from forge_ray.data.curate.words import words
 from forge_ray.data.record.schema import DataRecord, texts, with_texts
@@ -189,6 +189,5 @@ def _decontaminate(rule: Decontaminate, index: npt.NDArray[np.uint64], record: D
 
 
 def _held_out(rule: HeldOut, index: npt.NDArray[np.uint64], splits: Splits, record: DataRecord) -> Verdict:
-    if not is_held_out(record, index, splits, rule.by):
-        return Verdict(record)
-    return Verdict(None, f"{'of the conversation of ' if rule.by == 'conversation' else ''}a test row of an earlier cycle")
+    reason = held_out_reason(record, rule, index, splits)
+    return Verdict(None, reason) if reason else Verdict(record)

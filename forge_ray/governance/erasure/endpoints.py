@@ -2,7 +2,8 @@
 
 A replica reports the versions in its memory to the coordinator of its deployment, which is asked on the Ray cluster that
 this process belongs to or RAY_ADDRESS names. Without one, an endpoint counts as ended where nothing answers at its address
-and it was started on this machine.
+and it was started on this machine. A lease may show that it is running; an old one proves nothing, because weights can be
+in memory behind a network that is cut: it only says when the endpoint was last seen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from forge_ray.machine.cluster import connect
 from forge_ray.records import Deployment, ModelVersion
 from forge_ray.store import audit_log
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.endpoint_state import CRASHED, RUNNING, SILENT, state_of, was_silent
 
 POLL_S = 1.0
 ANSWER_S = 5.0
@@ -42,6 +44,7 @@ def _running(catalog: Catalog, versions: Collection[str], deployments: Collectio
     """Deployments that run, as the store has it, and may have loaded one of the versions: those of the plan, and those that
     follow all aliases of a base."""
     last = catalog.last("deployment")
+    states = {one.id: state_of(catalog, one.id) for one in catalog.all(Deployment)}
     started = {
         one.id: max((e.at for e in catalog.events("deployment", one.id) if e.data["state"] == "running"), default="")
         for one in catalog.all(Deployment)
@@ -51,10 +54,12 @@ def _running(catalog: Catalog, versions: Collection[str], deployments: Collectio
     newest: dict[str, Deployment] = {}
     for one in sorted(catalog.all(Deployment), key=lambda one: started[one.id]):
         newest[one.name] = one  # a later one of the same name took its place
+    may_run = [one for one in newest.values() if states[one.id].state in (RUNNING, SILENT, CRASHED)]
+    unseen = [one for one in states if one in last and was_silent(last[one])]  # nobody saw that it ended
+    may_run += [one for one in catalog.all(Deployment) if one not in may_run and (one.id in unseen or states[one.id].lives)]
     return [
         one
-        for one in newest.values()
-        if one.id in last and last[one.id].data["state"] == "running"
+        for one in may_run
         if one.id in deployments
         or (one.config.get("published", True) and of_version.get(one.model_version, one.model_version) in bases)
     ]
@@ -74,9 +79,15 @@ def _trouble(catalog: Catalog, deployment: Deployment, versions: Collection[str]
     url = running.data["url"] if running else ""
     if url and (answering := _answering(url)):
         return f"{url} answers ({answering}), and this process is not connected to its Ray cluster"
-    if _host(catalog, deployment.id) == socket.gethostname():
+    now, last = state_of(catalog, deployment.id), catalog.last("deployment").get(deployment.id)
+    if now.lives:
+        return f"its coordinator is running ({now.seen}), and this process is not connected to its Ray cluster"
+    if last and was_silent(last):
+        return f"nobody saw it end: {last.data['reason']}"
+    if now.state == CRASHED or _host(catalog, deployment.id) == socket.gethostname():
         return ""  # it was started here, and nothing answers
-    return "it was started on another machine, and this process is not connected to its Ray cluster"
+    reason = "it was started on another machine, and this process is not connected to its Ray cluster"
+    return f"{reason}; it was {now.seen}" if now.seen else reason
 
 
 def _state(deployment: Deployment) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from typing import Any
 from forge_ray.data.dataset import index
 from forge_ray.data.dataset.index import Place
 from forge_ray.evaluate.items import splits_of
-from forge_ray.governance.endpoint_state import state_of
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.erasure.search import ReachedRecords
 from forge_ray.governance.erasure.variants import Variant
@@ -20,6 +19,7 @@ from forge_ray.serve.routing import versions_of
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.disclosures import SentRows, sent
+from forge_ray.store.endpoint_state import state_of
 from forge_ray.store.exports import ExportedCopy, exported
 
 TRAINED_ON = ("train", "validation")  # splits that can affect weights: validation may select the checkpoint or stop a run
@@ -73,10 +73,13 @@ class AffectedVersion(Frozen):
 
 
 class AffectedDeployment(Frozen):
+    """`seen`: when the endpoint was last seen, in words; "" without a lease."""
+
     id: str
     name: str
     state: str
     versions: tuple[str, ...]
+    seen: str = ""
 
 
 class AffectedEval(Frozen):
@@ -293,14 +296,15 @@ def merged_from(catalog: Catalog, version: str) -> str:
 def _deployments(
     catalog: Catalog, withdrawn: set[str], aliases: dict[str, tuple[str, ...]]
 ) -> tuple[AffectedDeployment, ...]:
-    last = catalog.last("deployment")
     affected = []
     for record in catalog.all(Deployment):
         now = {version for name in record.models for version in aliases.get(name, ())}
         hit = tuple(sorted((now | {record.model_version, *record.models.values()}) & withdrawn))
         if hit:
-            state = state_of(last.get(record.id))
-            affected.append(AffectedDeployment(id=record.id, name=record.name, state=state, versions=hit))
+            endpoint = state_of(catalog, record.id)
+            affected.append(
+                AffectedDeployment(id=record.id, name=record.name, state=endpoint.state, versions=hit, seen=endpoint.seen)
+            )
     return tuple(affected)
 
 
@@ -318,5 +322,5 @@ def _evals(
         quotes = closure.quoting(catalog.store.read(path), is_erased) if scored else 0
         labelled = report.config.get("labels") == "from_data" and bool(held.get("train"))
         if quotes or labelled or report.subject in subjects:
-            affected.append(AffectedEval(id=report.id, subject=report.subject, dataset=report.dataset, quotes=quotes))
+            affected.append(AffectedEval(id=report.id, subject=report.evaluated, dataset=report.dataset, quotes=quotes))
     return tuple(affected)

@@ -96,14 +96,22 @@ def purge(store: Store, chosen: Iterable[str]) -> None:
 
 
 def empty_work_area(store: Store) -> None:
-    """Delete what builds and reproductions have written. One that is writing may put a file into a folder that is being
-    deleted, so it is tried more than once."""
+    """Delete what builds and reproductions have written; the leases of endpoints stay, which hold no row. One that is
+    writing may put a file into a folder that is being deleted, so it is tried more than once."""
     for _ in range(TRIES - 1):
         try:
-            return store.delete_dir(paths.work())
+            return _empty(store)
         except OSError:
             time.sleep(0.2)
-    store.delete_dir(paths.work())
+    _empty(store)
+
+
+def _empty(store: Store) -> None:
+    selector = pafs.FileSelector(store.path(paths.work()), allow_not_found=True)
+    for info in store.filesystem.get_file_info(selector):
+        place = info.path.removeprefix(store.root + "/")
+        if place != paths.work(paths.ENDPOINTS):
+            remove(store, place)
 
 
 def remove(store: Store, place: str) -> None:

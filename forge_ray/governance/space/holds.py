@@ -11,6 +11,7 @@ from forge_ray.records import Deployment, Erasure, ModelVersion
 from forge_ray.serve.routing import versions_of
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.endpoint_state import CRASHED, ENDED, state_of
 from forge_ray.store.owner import is_alive
 from forge_ray.store.removed import original
 from forge_ray.store.uses import above, is_living, marked
@@ -70,20 +71,24 @@ def _traffic(catalog: Catalog) -> Iterable[tuple[str, str]]:
 
 
 def _deployed(catalog: Catalog) -> list[Deployment]:
-    """Deployments that may be running: the last of each name that was started, unless it was stopped; and those of which no
-    event says how they ended, as from a Serve config file."""
-    current: dict[str, list[Deployment]] = {}
+    """Deployments that may be running: the last of each name that was started, unless it was stopped, its end is on record
+    or it has crashed; those that are seen though another took their place; and those of which no event says how they ended,
+    as from a Serve config file. One that is silent may be running behind a network that is cut."""
+    current: dict[str, Deployment] = {}
     without_event, placed = [], []
     for record in catalog.all(Deployment):
         events = catalog.standing.placed("deployment", record.id)
         placed += [(event.line, record, str(event.event.data["state"])) for event in events]
         without_event += [] if events else [record]
     for _, record, state in sorted(placed, key=lambda entry: entry[0]):
-        if state == "stopped":
+        if state == "stopped" or (state == ENDED and current.get(record.name) == record):
             current.pop(record.name, None)
-        elif state != "failed":  # a roll-out that failed leaves the one before in place
-            current[record.name] = [record]
-    return [*without_event, *(record for records in current.values() for record in records)]
+        elif state not in ("failed", ENDED):  # a roll-out that failed leaves the one before in place
+            current[record.name] = record
+    states = {record.id: state_of(catalog, record.id) for record in catalog.all(Deployment)}
+    running = [record for record in current.values() if states[record.id].state != CRASHED]
+    back = [record for record in catalog.all(Deployment) if states[record.id].lives and record not in running]
+    return [*without_event, *running, *(record for record in back if record not in without_event)]
 
 
 def _trainings(catalog: Catalog) -> Iterable[tuple[str, str]]:

@@ -116,7 +116,7 @@ def _place(path: str, catalog: Catalog, in_datasets: set[str]) -> tuple[str, Kin
     if top == paths.work() and not is_aside:
         if len(parts) > 2 and parts[1] == "reproduce":
             return upto(3, "reproduction")
-        return upto(2, "facts" if path.startswith(f"{USES}/") else "cache")
+        return upto(2, "facts" if path.startswith((f"{USES}/", f"{paths.work(paths.ENDPOINTS)}/")) else "cache")
     if hidden is not None:
         return upto(hidden + 1, "half-built")
     if top in FACTS or (len(parts) == 1 and top.startswith(FACT_FILES)):

@@ -6,7 +6,7 @@ import pytest
 from fabricated import dataset, record_of, report, run, version
 
 from forge_ray.data.dataset.version import read_records
-from forge_ray.evaluate.standalone import trained_rows
+from forge_ray.evaluate.trained_rows import trained_rows
 from forge_ray.store.catalog import Catalog
 
 pytestmark = pytest.mark.unit

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from forge_ray.errors import TrainingError
+from forge_ray.store import lease
 from forge_ray.store.files import Store
 from forge_ray.train import attempts
 
@@ -98,7 +99,7 @@ def test_lease_heartbeat_and_takeover_of_corrupt_lease(place: Store, monkeypatch
     with attempts.driving(place, "run_a"):
         os.utime(place.path(path), (1, 1))
         deadline = time.monotonic() + 10
-        while attempts._age_s(place, path) > 60:
+        while lease.age_s(place, path) > 60:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         place.write(path, json.dumps({"token": "another's"}).encode())

@@ -13,6 +13,7 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.records import canonical_json
 from forge_ray.store import paths
 from forge_ray.store.files import Store
+from forge_ray.store.uses import using
 from forge_ray.train import checkpoint, validation
 from forge_ray.train.plan import Model, Stated, plan
 from forge_ray.train.preflight import left_bytes, num_kept
@@ -45,6 +46,16 @@ def test_ended_run_keeps_what_its_run_file_says(tmp_path: Path, keep_best: bool,
     checkpoint.tidy(store, RUN, config)
     assert checkpoint.steps(store, RUN) == kept
     assert not half.exists()
+
+
+def test_checkpoint_in_use_stays_until_it_is_not(tmp_path: Path) -> None:
+    store = store_at(tmp_path / "store")
+    written(store, 2, 4, 6)
+    with using(store, "evaluation", paths.checkpoint(RUN, 2)):
+        checkpoint.retire(store, RUN, keep=1)
+        assert checkpoint.steps(store, RUN) == [6, 2]
+    checkpoint.retire(store, RUN, keep=1)
+    assert checkpoint.steps(store, RUN) == [6]
 
 
 @pytest.mark.parametrize(
