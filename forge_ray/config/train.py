@@ -9,31 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import Config, SettingError
 from forge_ray.config.method import Preference
-
-
-class Optimizer(Config):
-    """AdamW (arXiv:1711.05101)."""
-
-    lr: float = Field(
-        2e-4, gt=0, description="Peak learning rate, after warm-up; 1e-4 to 1e-3 suits LoRA, 1e-5 to 5e-5 a full fine-tune"
-    )
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="Decay rates of the running means of the gradient and of its square"
-    )
-    eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update, for numerical stability")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay: each step shrinks the weights by lr * weight_decay")
-
-
-class Schedule(Config):
-    """Learning rate over the run: linear warm-up, then decay."""
-
-    name: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Shape of the decay after warm-up; `constant`: none"
-    )
-    warmup_ratio: float = Field(
-        0.03, ge=0, le=1, description="Share of all steps spent on warm-up; raise it when the loss is unstable at the start"
-    )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate / peak; not used by `constant`")
+from forge_ray.config.optimizer import Optimizer, Schedule
 
 
 class EarlyStopping(Config):
