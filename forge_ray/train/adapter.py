@@ -157,7 +157,7 @@ def _refuse_tied(model: Any, adapter: Adapter) -> None:
             ("target_modules", modules, name),
             ("target_parameters", adapter.target_parameters, weight),
         ):
-            if module not in shared or not any(_fits(target, pattern) for pattern in patterns):
+            if module not in shared or not any(fits(target, pattern) for pattern in patterns):
                 continue
             other = "output" if module is model.get_input_embeddings() else "embedding"
             raise ConfigError(
@@ -236,7 +236,7 @@ def _leaves(names: list[str]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
     """As PEFT matches a name of a list."""
     return name == pattern or name.endswith(f".{pattern}")
 
@@ -250,7 +250,7 @@ def _layers(names: Iterable[str]) -> dict[str, set[int | None]]:
 
 
 def _check(field_name: str, pattern: str, names: list[str]) -> None:
-    matched = _layers(name for name in names if _fits(name, pattern))
+    matched = _layers(name for name in names if fits(name, pattern))
     if not matched:
         what = "linear layers" if field_name == "target_modules" else "weights"
         raise ConfigError(
@@ -309,7 +309,7 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
         hits = {
             weight: reached[weight]
             for weight in among
-            if pattern == "all-linear" or _fits(weight, pattern) or _fits(weight.removesuffix(".weight"), pattern)
+            if pattern == "all-linear" or fits(weight, pattern) or fits(weight.removesuffix(".weight"), pattern)
         }
         kinds = {kind: (len(layers), len(there[kind])) for kind, layers in sorted(_layers(hits).items())}
         reaches.append(Reach(pattern, len(hits), sum(hits.values()), kinds))

@@ -18,10 +18,11 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.version import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
 from forge_ray.machine import supported
-from forge_ray.models.architecture import LM, Head, open_model, outside_text
+from forge_ray.models.architecture import LM, Head, open_model
 from forge_ray.train import attention, lora
 from forge_ray.train.adapter import load_weights, quantised, with_adapter
-from forge_ray.train.moe import freeze_routers
+from forge_ray.train.freezing import freeze_weights
+from forge_ray.train.neftune import add_noise
 from forge_ray.train.zero import open_deepspeed, zero_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -76,10 +77,9 @@ def load_for_training(
         if config.activation_checkpointing:
             model.enable_input_require_grads()
     else:
-        for name in outside_text(model):
-            model.get_submodule(name).requires_grad_(False)
-        if config.router == "frozen":
-            freeze_routers(model)
+        freeze_weights(model, config)
+    if config.neftune_alpha:
+        add_noise(model, config.neftune_alpha)
     if config.compile:
         compile_blocks(model)
     on_device: nn.Module = (model if settings else model.to(device)).train()

@@ -32,6 +32,7 @@ from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.models.architecture import empty_model, outside_text
 from forge_ray.records import DatasetManifest, SplitStats
 from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, with_adapter
+from forge_ray.train.freezing import freeze_weights, frozen_names
 from forge_ray.train.moe import routers
 from forge_ray.train.schedule import num_steps
 
@@ -87,6 +88,7 @@ class Model:
     def trained(self, config: TrainConfig) -> dict[str, tuple[int, ...]]:
         """Weights that a full fine-tune changes."""
         still = self.outside | (self.routers if config.router == "frozen" else set())
+        still |= _frozen(self.folder, config) if config.freeze else set()
         return {name: shape for name, shape in self.shapes.items() if name not in still}
 
     def num_trained(self, config: TrainConfig) -> int:
@@ -100,6 +102,13 @@ class Model:
 def _coverage(folder: Path, adapter: Adapter) -> Coverage:
     with torch.device("meta"):  # the adapter too: that of a large mixture's experts is gigabytes
         return coverage(with_adapter(empty_model(folder), adapter), adapter)
+
+
+@functools.lru_cache(maxsize=64)
+def _frozen(folder: Path, config: TrainConfig) -> frozenset[str]:
+    model = empty_model(folder)
+    freeze_weights(model, config)
+    return frozen_names(model)
 
 
 def _experts(shapes: dict[str, tuple[int, ...]]) -> int:

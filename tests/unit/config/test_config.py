@@ -45,7 +45,7 @@ def mistake(*overrides: str, base: dict[str, Any] | None = None) -> ConfigError:
         (
             "train.adapter={rank: 8}",
             "train.adapter.rank=8: unknown key",
-            "known keys: alpha, dropout, method, quantize, r, target_modules, target_parameters",
+            "known keys: alpha, dropout, lr_ratio, method, quantize, r, target_modules, target_parameters",
         ),
         ("eval.engine.pagesize=8", "eval.engine.pagesize=8: unknown key", "did you mean 'eval.engine.page_size'?"),
         (

@@ -167,6 +167,9 @@ def test_pattern_matches_only_layers_with_that_module(models: dict[str, Any]) ->
         ({"adapter": {}, "router": "trained"}, "cannot be combined with an adapter"),
         ({"adapter": {}, "router_aux_loss": 0.1}, "the router is frozen"),
         ({"router": "frozen", "router_aux_loss": 0.1}, "the router is frozen"),
+        ({"adapter": {}, "freeze": ["layers.0"]}, "freeze=.'layers.0'. has no effect with an adapter"),
+        ({"neftune_alpha": 5, "method": {"kind": "dpo"}}, "neftune_alpha=5.0 with method.kind=dpo"),
+        ({"neftune_alpha": 5, "sequence_parallel": 2, "scaling": {"num_workers": 2}}, "with sequence_parallel=2"),
     ],
 )
 def test_incompatible_adapter_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from forge_ray.config.base import parse
 from forge_ray.config.train import Offload, TrainConfig
+from forge_ray.errors import ConfigError
 from forge_ray.train.plan import Model, _is_allowed, memory, nearest, plan
 
 pytestmark = pytest.mark.unit
@@ -137,6 +138,17 @@ def test_mistral_small_4_size_from_config_alone() -> None:
     kept = memory(small, config.model_copy(update={"activation_checkpointing": False}), "bf16", 4096, 8)
     assert kept.activations - needs.activations > 35 * 6.4e9  # each layer keeps its adapted experts
     assert needs.working > 3 * 6.4e9  # gathered, adapted, and their gradient
+
+
+def test_frozen_weights_are_counted_out(model: Model) -> None:
+    config = parse(TrainConfig, {"freeze": ["embed_tokens", "layers.0"]})
+    frozen = [name for name in model.shapes if "embed_tokens" in name or ".layers.0." in name]
+    assert model.shapes.keys() - model.trained(config).keys() == set(frozen)
+    left = model.num_parameters - sum(math.prod(model.shapes[name]) for name in frozen)
+    assert model.num_trained(config) == left
+    assert of(model, engine="torch", zero_stage=0, freeze=list(config.freeze)).optimizer == 12 * left
+    with pytest.raises(ConfigError, match=r"'layers\.9' matches nothing"):
+        model.num_trained(parse(TrainConfig, {"freeze": ["layers.9"]}))
 
 
 def test_frozen_router_and_vision_tower_are_not_trained(tmp_path: Path) -> None:
