@@ -28,6 +28,11 @@ class Adapter(Config):
     target_parameters: tuple[str, ...] = Field(
         (), description="Weights to adapt that are not layers: [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
     )
+    modules_to_save: tuple[str, ...] = Field(
+        (),
+        description="Modules to train in full next to the adapter, such as [embed_tokens, lm_head] for new tokens; such"
+        " an adapter is served merged",
+    )
     lr_ratio: float = Field(
         1.0,
         gt=0,
@@ -41,7 +46,7 @@ class Adapter(Config):
     @model_serializer(mode="wrap")
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the newer settings where they are the default: the ids of runs from before them stay."""
-        return without_defaults(handler(self), {"lr_ratio": 1.0})
+        return without_defaults(handler(self), {"lr_ratio": 1.0, "modules_to_save": []})
 
     @model_validator(mode="after")
     def _reaches_parameters(self) -> Self:
@@ -54,6 +59,12 @@ class Adapter(Config):
             raise SettingError(
                 f"method=dora cannot be applied to target_parameters={list(self.target_parameters)}",
                 "set train.adapter.method=lora or rslora",
+            )
+        if self.modules_to_save and self.quantize != "none":
+            raise SettingError(
+                f"modules_to_save={list(self.modules_to_save)} with quantize={self.quantize}: weights in 4 bits cannot be"
+                " trained in full",
+                "set train.adapter.quantize=none, or remove train.adapter.modules_to_save",
             )
         if not self.target_parameters and not self.target_modules:
             raise SettingError("target_modules and target_parameters are both empty", "use target_modules: all-linear")

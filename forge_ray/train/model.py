@@ -124,7 +124,7 @@ def export_adapter(model: Any, weights: dict[str, Tensor], base_model: str, fold
     (folder / "README.md").unlink(missing_ok=True)  # PEFT writes a card with placeholders
     config = folder / "adapter_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
-    for name in ("target_modules", "target_parameters"):  # a set's order differs between processes
+    for name in ("target_modules", "target_parameters", "modules_to_save"):  # a set's order differs between processes
         if settings.get(name):
             settings[name] = sorted(settings[name])
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ from forge_ray.config.adapter import Adapter
 from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.models.architecture import empty_model, outside_text
 from forge_ray.records import DatasetManifest, SplitStats
-from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, with_adapter
+from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, saved_modules, with_adapter
 from forge_ray.train.freezing import freeze_weights, frozen_names
 from forge_ray.train.moe import routers
 from forge_ray.train.schedule import num_steps
@@ -85,6 +85,11 @@ class Model:
         """What the adapter reaches. Raises `ConfigError`."""
         return _coverage(self.folder, adapter)
 
+    def saved(self, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+        """Weights that are trained in full next to the adapter, which keeps a copy of the base's."""
+        names = _saved(self.folder, adapter) if adapter.modules_to_save else []
+        return {name: shape for name, shape in self.shapes.items() if name.rpartition(".")[0] in names}
+
     def trained(self, config: TrainConfig) -> dict[str, tuple[int, ...]]:
         """Weights that a full fine-tune changes."""
         still = self.outside | (self.routers if config.router == "frozen" else set())
@@ -102,6 +107,11 @@ class Model:
 def _coverage(folder: Path, adapter: Adapter) -> Coverage:
     with torch.device("meta"):  # the adapter too: that of a large mixture's experts is gigabytes
         return coverage(with_adapter(empty_model(folder), adapter), adapter)
+
+
+@functools.lru_cache(maxsize=64)
+def _saved(folder: Path, adapter: Adapter) -> list[str]:
+    return saved_modules(empty_model(folder), adapter)
 
 
 @functools.lru_cache(maxsize=64)
@@ -155,7 +165,8 @@ def memory(
 def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: int) -> tuple[int, int, int, int, int]:
     """(weights, gradients, optimizer, what a pass adds, what the optimizer's step adds)."""
     weights = w * (model.num_parameters + (trained if config.adapter else 0))
-    largest = max(math.prod(shape) for shape in model.trained(config).values()) if config.adapter is None else 0
+    full = model.saved(config.adapter) if config.adapter else model.trained(config)
+    largest = max((math.prod(shape) for shape in full.values()), default=0)  # of an adapter's own: next to nothing
     if config.engine == "torch":
         return (
             weights,
@@ -181,8 +192,9 @@ def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
         per_token += (8 + w) * sum(_heads(model.config))
     if config.adapter:  # the narrow side of each adapter, and the sum of both paths before the next layer takes it
         coverage = model.coverage(config.adapter)
-        experts = [one for one in coverage.patterns if one.pattern in config.adapter.target_parameters]
-        per_token += w * config.adapter.r * sum(one.modules for one in coverage.patterns if one not in experts) / layers
+        of_layers = [one for one in coverage.patterns if one.pattern not in config.adapter.modules_to_save]
+        experts = [one for one in of_layers if one.pattern in config.adapter.target_parameters]
+        per_token += w * config.adapter.r * sum(one.modules for one in of_layers if one not in experts) / layers
         adapted = w * sum(one.parameters for one in experts) // layers
     if config.activation_checkpointing:
         return int(tokens * (layers * w * hidden + per_token)) + 2 * adapted

@@ -86,9 +86,9 @@ def flops(folder: Path, config: TrainConfig, dataset: DatasetManifest) -> Flops 
         return None
     active = active_weights(model, model.shapes)
     outputs = [name for name in model.shapes if "lm_head" in name] or [name for name in model.shapes if "embed" in name]
-    changed = {} if config.adapter else model.trained(config)
-    trained = float(model.num_trained(config)) if config.adapter else active_weights(model, changed)
-    passed = active + (trained if config.adapter else 0.0)
+    changed = model.saved(config.adapter) if config.adapter else model.trained(config)
+    low_rank = model.num_trained(config) - sum(map(math.prod, changed.values())) if config.adapter else 0
+    passed, trained = active + low_rank, active_weights(model, changed) + low_rank
     document = stats.num_tokens / max(stats.num_records, 1)
     return Flops(4 * passed + 2 * trained + 6 * attention * document, head * (6 if changed.keys() & set(outputs) else 4))
 

@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "neftune": {"neftune_alpha": 5.0, "schedule": WSD},
     "loraplus": {"adapter": {"r": 4, "lr_ratio": 8.0}, "neftune_alpha": 5.0},
     "freeze": {"freeze": ["embed_tokens", "layers.0"]},
+    "saved": {"adapter": {"r": 4, "modules_to_save": ["lm_head", "embed_tokens"]}, "neftune_alpha": 5.0},
 }
 
 
@@ -42,7 +43,7 @@ def cases(*quick: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "case", cases("torch-neftune", "torch-loraplus", "zero2-loraplus", "zero3-loraplus", "zero2-freeze")
+    "case", cases("torch-neftune", "torch-loraplus", "zero2-loraplus", "zero3-loraplus", "zero2-freeze", "zero3-saved")
 )
 def test_resume_is_bit_identical(case: str, jobs: Jobs, run: Run) -> None:
     engine, _, name = case.partition("-")
@@ -242,3 +243,41 @@ def test_noise_is_over_whole_documents_of_a_batch() -> None:
     with pytest.raises(StopIteration):
         token_logps(forward, batch)
     assert handed["cu_seq_lens_q"].tolist() == [0, 3, 4, 6, 8]
+
+
+def test_modules_to_save_are_trained_in_full_exported_and_merged(jobs: Jobs, run: Run, tiny_model_dir: Path) -> None:
+    """In every engine alike; the merged export has the adapter's own embedding and output, and the base's norm."""
+    from safetensors.torch import load_file
+
+    engines = ("torch", "zero2", "zero3")
+    settings: dict[str, Any] = {"adapter": SETTINGS["saved"]["adapter"], "max_steps": 2}
+    runs = {name: jobs(f"saved-{name}", **settings, **ENGINES[name]) for name in engines}
+    merged = jobs("saved-merged", export="merged", **settings, **ENGINES["torch"])
+    run(*runs.values(), merged)
+    base = {name: value.float() for path in tiny_model_dir.glob("*.safetensors") for name, value in load_file(path).items()}
+    weights, whole = exported(runs["torch"]), exported(merged)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert float((weights[f"base_model.model.{name}"] - base[name]).abs().max()) > 1e-4
+        torch.testing.assert_close(whole[name], weights[f"base_model.model.{name}"])
+    assert torch.equal(whole["model.norm.weight"], base["model.norm.weight"])
+    assert len(weights) == 2 + 2 * 7 * 2
+    for name in engines[1:]:
+        assert losses(runs[name]) == pytest.approx(losses(runs["torch"]), rel=2e-6)
+        assert largest_difference(exported(runs[name]), weights) < 1e-5
+    assert merged.store.read_json(f"runs/{merged.run}/export/config.json")["tie_word_embeddings"] is False
+
+
+def test_adapter_with_saved_modules_is_trained_on(jobs: Jobs, run: Run, tiny_model_dir: Path) -> None:
+    """`init_from: continue` begins with the saved modules of the adapter, too."""
+    from forge_ray.train.adapter import load_weights, with_adapter
+
+    job = jobs("saved-before", adapter=SETTINGS["saved"]["adapter"], max_steps=1, **ENGINES["torch"])
+    run(job)
+    from transformers import LlamaForCausalLM
+
+    assert job.config.adapter is not None
+    model = with_adapter(LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32), job.config.adapter)
+    load_weights(model, job.store.local(f"runs/{job.run}/export"))
+    named = dict(model.named_parameters())
+    saved = named["base_model.model.lm_head.modules_to_save.default.weight"]
+    assert torch.equal(saved, exported(job)["base_model.model.lm_head.weight"])

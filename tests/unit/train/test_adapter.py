@@ -108,8 +108,48 @@ def test_adapter_on_one_side_of_a_tied_weight_is_refused(pattern: str, other: st
     if pattern == "embed_tokens":
         with pytest.raises(ConfigError, match=r"target_parameters: model\.embed_tokens\.weight shares its weight"):
             reach(tied, target_modules=(), target_parameters=("embed_tokens.weight",))
+    with pytest.raises(ConfigError, match=rf"modules_to_save: \S*{pattern} shares its weight with the model's {other}"):
+        reach(tied, modules_to_save=(pattern,))
     assert [one.modules for one in reach(untied, target_modules=("q_proj", pattern)).patterns] == [2, 1]
     assert "lm_head.weight" not in reach(tied).patterns[0].kinds  # all-linear leaves it out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"modules_to_save": ("head",)}, "modules_to_save: 'head' matches nothing", "embed_tokens"),
+        (
+            {"target_modules": ("o_proj",), "modules_to_save": ("self_attn.o_proj",)},
+            "modules_to_save and target_modules both name",
+            "leave o_proj out of one of the two",
+        ),
+        (
+            {"target_parameters": ("kv_b_proj.weight",), "modules_to_save": ("kv_b_proj",)},
+            "modules_to_save and target_parameters both name",
+            "leave kv_b_proj out",
+        ),
+    ],
+)
+def test_module_to_save_that_cannot_be_honoured_is_refused(
+    models: dict[str, Any], settings: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        reach(models["text"], **settings)
+    assert hint in error.value.hint
+
+
+def test_modules_to_save_are_counted_as_trained_in_full(models: dict[str, Any]) -> None:
+    model = models["text"]
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    plain = reach(model, r=4, target_modules=("o_proj",))
+    report = reach(model, r=4, target_modules=("o_proj",), modules_to_save=("lm_head", "input_layernorm"))
+    full = sizes["lm_head.weight"] + sum(size for key, size in sizes.items() if "input_layernorm" in key)
+    assert (report.parameters, report.trained) == (plain.parameters, plain.trained + full)
+    assert report.reached == plain.reached + full
+    assert [(one.pattern, one.modules) for one in report.patterns] == [("o_proj", 3), ("lm_head", 1), ("input_layernorm", 3)]
+    assert "lm_head.weight" not in report.unreached
+    in_full = reach(model, modules_to_save=("self_attn.o_proj",))  # all-linear leaves it out
+    assert "self_attn.o_proj.weight" not in in_full.patterns[0].kinds
 
 
 @pytest.mark.parametrize("name", ["text", "sees"])
@@ -164,6 +204,10 @@ def test_pattern_matches_only_layers_with_that_module(models: dict[str, Any]) ->
         ({"adapter": {"quantize": "nf4"}}, "needs a GPU"),
         ({"adapter": {"quantize": "nf4"}, "zero_stage": 3, "scaling": {"gpus_per_worker": 1}}, "cannot shard"),
         ({"adapter": {"method": "dora"}, "zero_stage": 3}, "whole weights"),
+        (
+            {"adapter": {"quantize": "nf4", "modules_to_save": ["lm_head"]}, "scaling": {"gpus_per_worker": 1}},
+            "weights in 4 bits cannot be trained in full",
+        ),
         ({"adapter": {}, "router": "trained"}, "cannot be combined with an adapter"),
         ({"adapter": {}, "router_aux_loss": 0.1}, "the router is frozen"),
         ({"router": "frozen", "router_aux_loss": 0.1}, "the router is frozen"),

@@ -140,6 +140,16 @@ def test_mistral_small_4_size_from_config_alone() -> None:
     assert needs.working > 3 * 6.4e9  # gathered, adapted, and their gradient
 
 
+def test_modules_to_save_are_counted_in_full(model: Model) -> None:
+    plain, saved = (parse(TrainConfig, {"adapter": {"r": 4, "modules_to_save": names}}) for names in ([], ["lm_head"]))
+    size = math.prod(model.shapes["lm_head.weight"])
+    assert model.num_trained(saved) == model.num_trained(plain) + size
+    before, after = (memory(model, config, "bf16", 128, 1) for config in (plain, saved))
+    assert after.weights == before.weights + 2 * size  # the base's own stays next to the trained copy
+    assert after.optimizer == before.optimizer + 12 * size
+    assert after.activations == before.activations
+
+
 def test_frozen_weights_are_counted_out(model: Model) -> None:
     config = parse(TrainConfig, {"freeze": ["embed_tokens", "layers.0"]})
     frozen = [name for name in model.shapes if "embed_tokens" in name or ".layers.0." in name]

@@ -57,6 +57,7 @@ def identifier(precision: str = "fp32", rows: str = "a", weights: str = "sha256:
         {"max_grad_norm": 0.5},
         {"adapter": {"r": 4}},
         {"adapter": {"lr_ratio": 4}},
+        {"adapter": {"modules_to_save": ["lm_head"]}},
         {"neftune_alpha": 5},
         {"freeze": ["embed_tokens"]},
         {"zero_stage": 3},
