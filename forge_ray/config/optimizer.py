@@ -8,20 +8,47 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from forge_ray.config.base import Config, SettingError, without_defaults
 
+BETAS, EPS = (0.9, 0.95), 1e-8
 DECAY_RATIO = 0.1
 
 
 class Optimizer(Config):
-    """AdamW (arXiv:1711.05101)."""
+    """AdamW (arXiv:1711.05101), or Adafactor (arXiv:1804.04235) where its state does not fit."""
 
+    name: Literal["adamw", "adafactor"] = Field(
+        "adamw",
+        description="`adafactor` keeps row and column means in place of two numbers a weight, and steps in proportion to the"
+        " size of the weights; a full fine-tune with engine=torch alone",
+    )
     lr: float = Field(
-        2e-4, gt=0, description="Peak learning rate, after warm-up; 1e-4 to 1e-3 suits LoRA, 1e-5 to 5e-5 a full fine-tune"
+        2e-4,
+        gt=0,
+        description="Peak learning rate, after warm-up; 1e-4 to 1e-3 suits LoRA, 1e-5 to 5e-5 a full fine-tune, 1e-3 to 1e-2"
+        " adafactor",
     )
     betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="Decay rates of the running means of the gradient and of its square"
+        BETAS, description="Decay rates of the running means of the gradient and of its square; of adamw"
     )
-    eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update, for numerical stability")
+    eps: float = Field(EPS, gt=0, description="Added to the denominator of the update, for numerical stability; of adamw")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay: each step shrinks the weights by lr * weight_decay")
+
+    @model_validator(mode="after")
+    def _every_setting_is_read(self) -> Self:
+        changed = {"betas": (self.betas, BETAS), "eps": (self.eps, EPS)}
+        for name, (value, default) in changed.items():
+            if self.name == "adafactor" and value != default:
+                raise SettingError(
+                    f"{name}={value} has no effect with name=adafactor",
+                    f"remove train.optimizer.{name}, or set train.optimizer.name=adamw",
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What this optimizer reads, and no `name` for adamw: the ids of runs from before that setting stay."""
+        values: dict[str, Any] = handler(self)
+        unread = {"name"} if self.name == "adamw" else {"betas", "eps"}
+        return {name: value for name, value in values.items() if name not in unread}
 
 
 class Schedule(Config):

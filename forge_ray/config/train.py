@@ -289,6 +289,22 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _factors_whole_weights(self) -> Self:
+        if self.optimizer.name == "adafactor" and self.engine != "torch":
+            raise SettingError(
+                f"optimizer.name=adafactor needs the rows and columns of weights, and engine={self.engine} lays weights"
+                " end to end",
+                "set train.engine=torch and train.zero_stage=0, or train.optimizer.name=adamw",
+            )
+        if self.optimizer.name == "adafactor" and self.adapter:
+            raise SettingError(
+                "optimizer.name=adafactor steps in proportion to the size of the weights, and an adapter's matrices B begin"
+                " at zero",
+                "set train.optimizer.name=adamw, or remove train.adapter",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _noise_is_possible(self) -> Self:
         if not self.neftune_alpha:
             return self

@@ -20,13 +20,15 @@ def lr_factors(config: TrainConfig) -> tuple[float, ...]:
 
 
 def make_optimizer(weights: Sequence[tuple[str, Tensor]], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the named weights: one group, or with LoRA+ (arXiv:2402.12354) a second one for the matrices B. It is
-    torch's own: DeepSpeed's are C++ extensions that want a compiler on every worker."""
+    """The optimizer of the run over the named weights: one group, or with LoRA+ (arXiv:2402.12354) a second one for the
+    matrices B. It is torch's own: DeepSpeed's are C++ extensions that want a compiler on every worker."""
     groups = [[weight for _, weight in weights]]
     if len(lr_factors(config)) > 1:
         is_up = [any(part in name for part in UP) for name, _ in weights]
         groups = [[weight for (_, weight), up in zip(weights, is_up, strict=True) if up is group] for group in (False, True)]
     options = config.optimizer
+    if options.name == "adafactor":
+        return torch.optim.Adafactor(groups[0], lr=options.lr, weight_decay=options.weight_decay)
     return torch.optim.AdamW(
         [{"params": group} for group in groups],
         lr=options.lr,

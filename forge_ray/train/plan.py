@@ -5,7 +5,7 @@ is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P al
 
     weights       w P, at ZeRO stage 3 w P / N
     gradients     engine torch: 4 T in which passes are summed; ZeRO: see `_states`
-    optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N
+    optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N; adafactor: see `_moments`
     host          what is offloaded is in main memory instead: gradients, optimizer, its step and w T / N; w P / N
     gathered      at stage 3 w times what one pass takes together: 500 million weights, or the experts of a layer if more
     working       the larger of a pass (activations, logits, half of its own gradients: they grow while activations shrink)
@@ -168,13 +168,9 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
     full = model.saved(config.adapter) if config.adapter else model.trained(config)
     largest = max((math.prod(shape) for shape in full.values()), default=0)  # of an adapter's own: next to nothing
     if config.engine == "torch":
-        return (
-            weights,
-            4 * trained,
-            (4 * trained if w == 2 else 0) + 8 * trained,
-            w * trained // 2,
-            4 * trained + 8 * largest,
-        )
+        states = (4 * trained if w == 2 else 0) + _moments(model, config)
+        temporaries = (8 if config.optimizer.name == "adamw" else 12) * largest
+        return weights, 4 * trained, states, w * trained // 2, 4 * trained + temporaries
     if config.zero_stage == 0:
         return weights, w * trained, 8 * trained, 0, 8 * largest
     share, bucket = -(-trained // workers), min(trained, BUCKET)
@@ -183,6 +179,15 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
         return weights, 4 * share, 12 * share, w * bucket + cast, 4 * share
     gathered = w * max(min(model.num_parameters, BUCKET), model.block)
     return -(-weights // workers), 4 * share, 12 * share, gathered + 2 * w * bucket + 4 * bucket, 4 * share
+
+
+def _moments(model: Model, config: TrainConfig) -> int:
+    """Bytes of what the optimizer keeps of gradients, in fp32: two numbers a weight; adafactor a mean for each row and
+    column of a matrix, one number for each other weight."""
+    if config.optimizer.name == "adamw":
+        return 8 * model.num_trained(config)
+    sizes = [(math.prod(shape), shape) for shape in model.trained(config).values()]
+    return 4 * sum(size // shape[-1] + size // shape[-2] if len(shape) > 1 else size for size, shape in sizes)
 
 
 def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
@@ -316,7 +321,7 @@ def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetMani
     epochs = steps * config.global_batch / max(stats.num_rows, 1)
     share = stats.num_trained_tokens / max(stats.num_tokens, 1)
     trained = model.num_trained(config)
-    checkpoint = trained * (12 + (BYTES[precision] if config.engine == "deepspeed" else 0))
+    checkpoint = 4 * trained + _moments(model, config) + (BYTES[precision] * trained if config.engine == "deepspeed" else 0)
     is_adapter = config.adapter is not None and config.export == "adapter"
     export = (trained if is_adapter else model.num_parameters) * BYTES[precision]
     return Plan(

@@ -57,6 +57,29 @@ def test_resume_is_bit_identical(case: str, jobs: Jobs, run: Run) -> None:
     assert export_digest(broken) == export_digest(whole)
 
 
+def test_adafactor_resumes_bit_identical_and_steps_in_proportion(jobs: Jobs, run: Run, tiny_model_dir: Path) -> None:
+    """A restart in each precision; two steps move each weight by at most the rate, of its own size."""
+    from transformers import LlamaForCausalLM
+
+    options: dict[str, Any] = {"optimizer": {"name": "adafactor", "lr": 1e-2, "weight_decay": 0.1}, **ENGINES["torch"]}
+    for precision in ("fp32", "bf16"):
+        whole = jobs(f"factor-{precision}", precision, max_steps=3, checkpoint={"every_steps": 1}, **options)
+        broken = replace(whole, run=f"{whole.run}-broken", name=f"{whole.run}-broken")
+        run(whole)
+        run(broken, kill_at=3, expect=KILLED)
+        run(broken)
+        assert first_steps(broken) == [0, 2]
+        assert losses(broken) == losses(whole)
+        assert export_digest(broken) == export_digest(whole)
+    before = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    first = load(jobs("factor-fp32", max_steps=3, checkpoint={"every_steps": 1}, **options), 2, torch.device("cpu"))
+    moved = [
+        float(((after - weight).square().mean().sqrt() / weight.square().mean().sqrt()).detach())
+        for (_, weight), (_, after) in zip(before.named_parameters(), first.named_parameters(), strict=True)
+    ]
+    assert all(0.001 < share < 0.04 for share in moved)
+
+
 def test_wsd_rates_reach_the_optimizer(jobs: Jobs, run: Run) -> None:
     settings = {**ENGINES["torch"], "max_steps": 4, "optimizer": {"lr": 1e-3}}
     wsd = jobs("wsd-wsd", schedule=WSD, **settings)

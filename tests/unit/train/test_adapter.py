@@ -208,6 +208,13 @@ def test_pattern_matches_only_layers_with_that_module(models: dict[str, Any]) ->
             {"adapter": {"quantize": "nf4", "modules_to_save": ["lm_head"]}, "scaling": {"gpus_per_worker": 1}},
             "weights in 4 bits cannot be trained in full",
         ),
+        ({"optimizer": {"name": "adafactor"}}, "engine=deepspeed lays weights end to end"),
+        (
+            {"optimizer": {"name": "adafactor"}, "engine": "torch", "zero_stage": 0, "adapter": {}},
+            "matrices B begin at zero",
+        ),
+        ({"optimizer": {"name": "adafactor", "eps": 1e-6}}, "eps=1e-06 has no effect with name=adafactor"),
+        ({"optimizer": {"name": "adamw8bit"}}, "optimizer.name='adamw8bit'"),
         ({"adapter": {}, "router": "trained"}, "cannot be combined with an adapter"),
         ({"adapter": {}, "router_aux_loss": 0.1}, "the router is frozen"),
         ({"router": "frozen", "router_aux_loss": 0.1}, "the router is frozen"),

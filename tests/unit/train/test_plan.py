@@ -13,6 +13,7 @@ import pytest
 from forge_ray.config.base import parse
 from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.errors import ConfigError
+from forge_ray.train.optimizer import make_optimizer
 from forge_ray.train.plan import Model, _is_allowed, memory, nearest, plan
 
 pytestmark = pytest.mark.unit
@@ -148,6 +149,21 @@ def test_modules_to_save_are_counted_in_full(model: Model) -> None:
     assert after.weights == before.weights + 2 * size  # the base's own stays next to the trained copy
     assert after.optimizer == before.optimizer + 12 * size
     assert after.activations == before.activations
+
+
+def test_adafactor_state_is_that_of_torch(model: Model, tiny_model_dir: Path) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config = parse(TrainConfig, {"optimizer": {"name": "adafactor"}, "engine": "torch", "zero_stage": 0})
+    real: Any = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    optimizer = make_optimizer(list(real.named_parameters()), config)
+    for parameter in real.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert memory(model, config, "fp32", 128, 1).optimizer == sum(4 * value.numel() for value in kept)
+    assert memory(model, config, "bf16", 128, 1).optimizer < 5 * model.num_parameters
 
 
 def test_frozen_weights_are_counted_out(model: Model) -> None:

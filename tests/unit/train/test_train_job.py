@@ -52,6 +52,7 @@ def identifier(precision: str = "fp32", rows: str = "a", weights: str = "sha256:
         {"micro_batch_size": 2},
         {"optimizer": {"lr": 1e-5}},
         {"optimizer": {"weight_decay": 0.1}},
+        {"optimizer": {"name": "adafactor"}, "engine": "torch", "zero_stage": 0},
         {"schedule": {"name": "linear"}},
         {"schedule": {"name": "wsd"}},
         {"max_grad_norm": 0.5},
