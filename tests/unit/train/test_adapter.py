@@ -14,6 +14,7 @@ from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.train.adapter import coverage, quantised, with_adapter
+from forge_ray.train.freezing import freeze_weights, frozen_names
 
 pytestmark = pytest.mark.unit
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -227,6 +228,16 @@ def test_incompatible_adapter_settings_are_refused(settings: dict[str, Any], mes
     with pytest.raises(ConfigError, match=message) as error:
         parse(TrainConfig, settings)
     assert error.value.hint
+
+
+@pytest.mark.parametrize("settings", [{"router": "trained"}, {"router_aux_loss": 0.1}], ids=str)
+def test_frozen_router_that_is_to_be_trained_is_refused(models: dict[str, Any], settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"freezes a router of this model, and train\.router.* trains it") as error:
+        freeze_weights(copy.deepcopy(models["text"]), parse(TrainConfig, {"freeze": ["mlp.gate"], **settings}))
+    assert "leave the routers out of train.freeze" in error.value.hint
+    model = copy.deepcopy(models["text"])
+    freeze_weights(model, parse(TrainConfig, {"freeze": ["mlp.gate"]}))
+    assert {name.partition(".mlp.")[2] for name in frozen_names(model)} == {"gate.weight"}
 
 
 def test_4bit_quantization_requires_gpu_and_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
