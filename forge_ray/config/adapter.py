@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from forge_ray.config.base import Config, SettingError
+from forge_ray.config.base import Config, SettingError, without_defaults
 
 
 class Adapter(Config):
@@ -28,9 +28,25 @@ class Adapter(Config):
     target_parameters: tuple[str, ...] = Field(
         (), description="Weights to adapt that are not layers: [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
     )
+    modules_to_save: tuple[str, ...] = Field(
+        (),
+        description="Modules to train in full next to the adapter, such as [embed_tokens, lm_head] for new tokens; such"
+        " an adapter is served merged",
+    )
+    lr_ratio: float = Field(
+        1.0,
+        gt=0,
+        description="Learning rate of B over that of A, which is `optimizer.lr` (LoRA+, arXiv:2402.12354); 4 to 16 learns"
+        " faster, with a lower `optimizer.lr`",
+    )
     quantize: Literal["none", "nf4"] = Field(
         "none", description="`nf4` keeps the base model in 4 bits (QLoRA, arXiv:2305.14314); needs a GPU"
     )
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the newer settings where they are the default: the ids of runs from before them stay."""
+        return without_defaults(handler(self), {"lr_ratio": 1.0, "modules_to_save": []})
 
     @model_validator(mode="after")
     def _reaches_parameters(self) -> Self:
@@ -43,6 +59,12 @@ class Adapter(Config):
             raise SettingError(
                 f"method=dora cannot be applied to target_parameters={list(self.target_parameters)}",
                 "set train.adapter.method=lora or rslora",
+            )
+        if self.modules_to_save and self.quantize != "none":
+            raise SettingError(
+                f"modules_to_save={list(self.modules_to_save)} with quantize={self.quantize}: weights in 4 bits cannot be"
+                " trained in full",
+                "set train.adapter.quantize=none, or remove train.adapter.modules_to_save",
             )
         if not self.target_parameters and not self.target_modules:
             raise SettingError("target_modules and target_parameters are both empty", "use target_modules: all-linear")

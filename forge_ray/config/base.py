@@ -165,6 +165,12 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> set[str]:
     return set(model.model_fields)
 
 
+def without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Serialised settings without those of `defaults` that have their default: for settings that are newer than ids which
+    follow from the others."""
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+
 def resolved(config: Config) -> dict[str, Any]:
     """Every setting, defaults included, as JSON-ready data."""
     return config.model_dump(mode="json")

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from forge_ray.config.base import Config, SettingError
+from forge_ray.config.base import Config, SettingError, without_defaults
 from forge_ray.config.curate import Rule
 from forge_ray.config.encodings import UTF_8, encoding_named
 
@@ -130,8 +130,7 @@ class Splits(Config):
     @model_serializer(mode="wrap")
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without `by` where it is the default: the ids of dataset versions from before that setting stay."""
-        values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name != "by" or value != "record"}
+        return without_defaults(handler(self), {"by": "record"})
 
     @model_validator(mode="after")
     def _are_shares(self) -> Self:
@@ -153,8 +152,7 @@ class Subject(Config):
     @model_serializer(mode="wrap")
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without `caseless` where it is off: the ids of dataset versions from before that setting stay."""
-        values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name != "caseless" or value}
+        return without_defaults(handler(self), {"caseless": False})
 
 
 class DataConfig(Config):
@@ -206,9 +204,7 @@ class DataConfig(Config):
     @model_serializer(mode="wrap")
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the newer settings where they are the default: the ids of dataset versions from before them stay."""
-        values: dict[str, Any] = handler(self)
-        defaults = {"reasoning": "train", "tools": "template", "date": ""}
-        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+        return without_defaults(handler(self), {"reasoning": "train", "tools": "template", "date": ""})
 
     @model_validator(mode="after")
     def _weights_on_all_or_none(self) -> Self:

@@ -48,9 +48,11 @@ class RunConfig(Config):
             raise SettingError(
                 "deploy.engine.max_adapters=0 serves no adapters, but train.adapter trains one", f"raise it, {merged}"
             )
-        if adapter.method == "dora" or adapter.target_parameters:
-            what = "method=dora" if adapter.method == "dora" else f"target_parameters={list(adapter.target_parameters)}"
-            raise SettingError(f"an adapter with {what} cannot share an engine with other adapters", f"use lora, {merged}")
+        settings = {"target_parameters": adapter.target_parameters, "modules_to_save": adapter.modules_to_save}
+        beyond = [f"{name}={list(value)}" for name, value in settings.items() if value]
+        if adapter.method == "dora" or beyond:
+            what, remedy = (beyond[0], "remove it") if beyond else ("method=dora", "use lora")
+            raise SettingError(f"an adapter with {what} cannot share an engine with other adapters", f"{remedy}, {merged}")
         return self
 
     @model_validator(mode="after")

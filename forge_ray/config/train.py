@@ -4,36 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from forge_ray.config.adapter import Adapter
-from forge_ray.config.base import Config, SettingError
+from forge_ray.config.base import Config, SettingError, without_defaults
 from forge_ray.config.method import Preference
-
-
-class Optimizer(Config):
-    """AdamW (arXiv:1711.05101)."""
-
-    lr: float = Field(
-        2e-4, gt=0, description="Peak learning rate, after warm-up; 1e-4 to 1e-3 suits LoRA, 1e-5 to 5e-5 a full fine-tune"
-    )
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="Decay rates of the running means of the gradient and of its square"
-    )
-    eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update, for numerical stability")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay: each step shrinks the weights by lr * weight_decay")
-
-
-class Schedule(Config):
-    """Learning rate over the run: linear warm-up, then decay."""
-
-    name: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Shape of the decay after warm-up; `constant`: none"
-    )
-    warmup_ratio: float = Field(
-        0.03, ge=0, le=1, description="Share of all steps spent on warm-up; raise it when the loss is unstable at the start"
-    )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate / peak; not used by `constant`")
+from forge_ray.config.optimizer import Optimizer, Schedule
+from forge_ray.config.scaling import Scaling, Workers
 
 
 class EarlyStopping(Config):
@@ -112,40 +89,6 @@ class Guards(Config):
     )
 
 
-class Workers(Config):
-    """Elastic: as many workers as the cluster has resources for, within these bounds."""
-
-    min: int = Field(ge=1, description="Minimum workers")
-    max: int = Field(ge=1, description="Maximum workers")
-    resize_every_s: float = Field(60.0, gt=0, description="Seconds between checks for resources for more workers")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min > self.max:
-            raise SettingError(f"min={self.min} exceeds max={self.max}", "swap them")
-        return self
-
-
-class Scaling(Config):
-    """How many workers, and the resources of each. Changes speed, never the order of samples."""
-
-    num_workers: int | Workers = Field(1, description="Number of workers; 0: this process, without Ray; {min, max}: elastic")
-    cpus_per_worker: float = Field(1, gt=0, description="CPU cores per worker")
-    gpus_per_worker: float = Field(0, ge=0, le=1, description="GPUs per worker: 0 to train on CPUs, 1 to train on GPUs")
-    max_failures: int = Field(2, ge=-1, description="Maximum restarts in a row without a new checkpoint; -1: no limit")
-
-    @field_validator("num_workers", mode="before")
-    @classmethod
-    def _a_number(cls, value: Any) -> Any:
-        if isinstance(value, bool) or (isinstance(value, int) and value < 0):
-            raise SettingError(f"num_workers={value} is not a number of workers", "use 0 or more, or {min, max}")
-        return value
-
-    @property
-    def max_workers(self) -> int:
-        return self.num_workers.max if isinstance(self.num_workers, Workers) else self.num_workers
-
-
 class TrainConfig(Config):
     """How the model is trained."""
 
@@ -169,6 +112,17 @@ class TrainConfig(Config):
     schedule: Schedule = Schedule()
     max_grad_norm: float = Field(1.0, ge=0, description="Norm to which larger gradients are clipped; 0 disables clipping")
     adapter: Adapter | None = Field(None, description="Train a LoRA adapter; null: train every weight")
+    freeze: tuple[str, ...] = Field(
+        (),
+        description="Modules or weights that a full fine-tune leaves as they are, by the end of their name: [embed_tokens,"
+        " layers.0]; a tied weight is one weight with two names",
+    )
+    neftune_alpha: float = Field(
+        0.0,
+        ge=0,
+        description="Noise on the embeddings of training rows, alpha / sqrt(tokens of the document * hidden size) (NEFTune,"
+        " arXiv:2310.05914); 5 to 15 for chats, 0: off",
+    )
     engine: Literal["deepspeed", "torch"] = Field(
         "deepspeed", description="Training engine; `torch` needs neither DeepSpeed nor Ray, and zero_stage 0"
     )
@@ -217,6 +171,11 @@ class TrainConfig(Config):
     sinks: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
         (), description="Trackers that receive the metrics too; see docs/design/training.md"
     )
+
+    @model_serializer(mode="wrap")
+    def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the newer settings where they are the default: the ids of runs from before them stay."""
+        return without_defaults(handler(self), {"freeze": [], "neftune_alpha": 0.0})
 
     @model_validator(mode="after")
     def _batch_reaches_all(self) -> Self:
@@ -326,6 +285,49 @@ class TrainConfig(Config):
                 f"method.kind={self.method.kind} with sequence_parallel={self.sequence_parallel}: a worker would see"
                 " parts of the answers that are compared",
                 "set train.sequence_parallel=1",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _factors_whole_weights(self) -> Self:
+        if self.optimizer.name == "adafactor" and self.engine != "torch":
+            raise SettingError(
+                f"optimizer.name=adafactor needs the rows and columns of weights, and engine={self.engine} lays weights"
+                " end to end",
+                "set train.engine=torch and train.zero_stage=0, or train.optimizer.name=adamw",
+            )
+        if self.optimizer.name == "adafactor" and self.adapter:
+            raise SettingError(
+                "optimizer.name=adafactor steps in proportion to the size of the weights, and an adapter's matrices B begin"
+                " at zero",
+                "set train.optimizer.name=adamw, or remove train.adapter",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_possible(self) -> Self:
+        if not self.neftune_alpha:
+            return self
+        if isinstance(self.method, Preference):
+            raise SettingError(
+                f"neftune_alpha={self.neftune_alpha} with method.kind={self.method.kind}: answers would be compared under"
+                " different noise",
+                "set train.neftune_alpha=0, or train.method=sft",
+            )
+        if self.sequence_parallel > 1:
+            raise SettingError(
+                f"neftune_alpha={self.neftune_alpha} with sequence_parallel={self.sequence_parallel}: a worker sees a slice"
+                " of a document, and the noise depends on its length",
+                "set train.sequence_parallel=1, or train.neftune_alpha=0",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _freezes_a_full_run(self) -> Self:
+        if self.freeze and self.adapter:
+            raise SettingError(
+                f"freeze={list(self.freeze)} has no effect with an adapter, which trains no weight of the base",
+                "remove train.freeze, and name what to train in train.adapter.target_modules",
             )
         return self
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.train import Scaling
+from forge_ray.config.scaling import Scaling
 from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.machine.hardware import available_memory, cpus, gpu_named, main_memory
 from forge_ray.machine.offline import SWITCHES, set_offline_switches

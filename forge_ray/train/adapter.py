@@ -25,6 +25,7 @@ from forge_ray.errors import ConfigError, first_line
 from forge_ray.models.architecture import outside_text
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+SAVED = ".modules_to_save.default."  # in the names of weights that are trained in full
 LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.|\.h\.(\d+)\.")
 
 
@@ -92,18 +93,21 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
     for field_name, kinds in (
         ("target_modules", _modules(model, outside)),
         ("target_parameters", _parameters(model, outside)),
+        ("modules_to_save", _owners(model, outside)),
     ):
         patterns = getattr(adapter, field_name)
         if patterns != "all-linear":
             for pattern in patterns:
                 _check(field_name, pattern, kinds)
     _refuse_tied(model, adapter)
+    _refuse_both(model, adapter)
     lora = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
         target_modules=adapter.target_modules if adapter.target_modules == "all-linear" else list(adapter.target_modules),
         target_parameters=list(adapter.target_parameters) or None,
+        modules_to_save=saved_modules(model, adapter) or None,
         exclude_modules=_beyond(outside, model) if outside else None,
         use_rslora=adapter.method == "rslora",
         use_dora=adapter.method == "dora",
@@ -156,8 +160,9 @@ def _refuse_tied(model: Any, adapter: Adapter) -> None:
         for field_name, patterns, target in (
             ("target_modules", modules, name),
             ("target_parameters", adapter.target_parameters, weight),
+            ("modules_to_save", adapter.modules_to_save, name),
         ):
-            if module not in shared or not any(_fits(target, pattern) for pattern in patterns):
+            if module not in shared or not any(fits(target, pattern) for pattern in patterns):
                 continue
             other = "output" if module is model.get_input_embeddings() else "embedding"
             raise ConfigError(
@@ -219,6 +224,17 @@ def _parameters(model: Any, outside: tuple[str, ...]) -> list[str]:
     ]
 
 
+def _owners(model: Any, outside: tuple[str, ...]) -> list[str]:
+    """Names of the text model's modules that own weights themselves."""
+    owners = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+    return [name for name in owners if not _is_in(name, outside)]
+
+
+def saved_modules(model: Any, adapter: Adapter) -> list[str]:
+    """Full names of what `modules_to_save` names, of a model without its adapter: PEFT would match the end of a word."""
+    return [name for name in _owners(model, outside_text(model)) if any(fits(name, one) for one in adapter.modules_to_save)]
+
+
 def count(parameter: Any) -> int:
     """Elements of a weight, of a partitioned one too."""
     return math.prod(getattr(parameter, "ds_shape", parameter.shape))
@@ -236,7 +252,7 @@ def _leaves(names: list[str]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
     """As PEFT matches a name of a list."""
     return name == pattern or name.endswith(f".{pattern}")
 
@@ -249,14 +265,27 @@ def _layers(names: Iterable[str]) -> dict[str, set[int | None]]:
     return dict(layers_of)
 
 
+def _refuse_both(model: Any, adapter: Adapter) -> None:
+    """A module is trained in full or adapted, not both."""
+    modules = () if adapter.target_modules == "all-linear" else adapter.target_modules
+    for name in saved_modules(model, adapter):
+        fields = {"target_modules": (name, modules), "target_parameters": (f"{name}.weight", adapter.target_parameters)}
+        for field_name, (target, patterns) in fields.items():
+            if any(fits(target, pattern) for pattern in patterns):
+                raise ConfigError(
+                    f"train.adapter: modules_to_save and {field_name} both name {name}, which is trained in full or adapted",
+                    hint=f"leave {_leaves([name])[0]} out of one of the two",
+                )
+
+
 def _check(field_name: str, pattern: str, names: list[str]) -> None:
-    matched = _layers(name for name in names if _fits(name, pattern))
+    matched = _layers(name for name in names if fits(name, pattern))
     if not matched:
-        what = "linear layers" if field_name == "target_modules" else "weights"
+        what = {"target_modules": "linear layers", "modules_to_save": "modules"}.get(field_name, "weights")
         raise ConfigError(
             f"train.adapter.{field_name}: {pattern!r} matches nothing of this model's text",
             hint=f"its {what} are "
-            + ", ".join(_leaves(names) if field_name == "target_modules" else sorted(_layers(names)))
+            + ", ".join(sorted(_layers(names)) if field_name == "target_parameters" else _leaves(names))
             + ("; or use all-linear" if field_name == "target_modules" else ""),
         )
     there = _layers(names)
@@ -279,9 +308,12 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
     trained: dict[str, int] = {}
     reached: dict[str, int] = {}
     wrapped: set[str] = set()  # reached as a weight, not as a layer
+    saved: dict[str, int] = {}  # trained in full
     for name, parameter in base.named_parameters():
-        if ".lora_" not in name:
-            sizes[name.replace(".base_layer", "")] = count(parameter)
+        if SAVED in name:
+            saved[name.replace(SAVED, ".")] = count(parameter)
+        elif ".lora_" not in name:
+            sizes[name.replace(".base_layer", "").replace(".original_module", "")] = count(parameter)
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
             layer: Any = module
@@ -295,21 +327,25 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
             if hasattr(layer, "parameter_name"):
                 wrapped.add(weight)
 
+    trained |= saved
+    reached |= saved
+
     def active(sizes_of: dict[str, int]) -> float:
         return sum(size * (share if is_expert(name) else 1.0) for name, size in sizes_of.items())
 
     there = _layers(sizes)
-    layers_reached = {weight for weight in reached if weight not in wrapped}
+    layers_reached = {weight for weight in reached if weight not in wrapped and weight not in saved}
     patterns = ("all-linear",) if adapter.target_modules == "all-linear" else adapter.target_modules
     reaches = []
     for pattern, among in (
         *((pattern, layers_reached) for pattern in patterns),
         *((pattern, wrapped) for pattern in adapter.target_parameters),
+        *((pattern, saved.keys()) for pattern in adapter.modules_to_save),
     ):
         hits = {
             weight: reached[weight]
             for weight in among
-            if pattern == "all-linear" or _fits(weight, pattern) or _fits(weight.removesuffix(".weight"), pattern)
+            if pattern == "all-linear" or fits(weight, pattern) or fits(weight.removesuffix(".weight"), pattern)
         }
         kinds = {kind: (len(layers), len(there[kind])) for kind, layers in sorted(_layers(hits).items())}
         reaches.append(Reach(pattern, len(hits), sum(hits.values()), kinds))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from forge_ray.config.train import TrainConfig
+from forge_ray.train.optimizer import lr_factors, make_optimizer, set_lr
 
 Write = Callable[[Any, str | Path], None]  # (state, path): what `torch.save` takes, in its order
 
@@ -71,10 +72,9 @@ class TorchEngine:
         self.max_grad_norm = config.max_grad_norm
         self.parameters = trained(model)
         self.masters = [p.detach().float().clone() if p.dtype != torch.float32 else p for _, p in self.parameters]
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.masters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
-        )
+        names = [name for name, _ in self.parameters]
+        self.optimizer = make_optimizer(list(zip(names, self.masters, strict=True)), config)
+        self.lr_factors = lr_factors(config)
         # fp32 accumulators: bf16 sums over many micro-batches would lose the small gradients
         self.gradients = [torch.zeros_like(master, dtype=torch.float32) for master in self.masters]
 
@@ -98,8 +98,7 @@ class TorchEngine:
                 total.zero_()
             return float("inf")
         scale = min(1.0, self.max_grad_norm / (float(norm) + 1e-6)) if self.max_grad_norm else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr, self.lr_factors)
         for master, total in zip(self.masters, self.gradients, strict=True):
             master.grad = total * scale
         self.optimizer.step()

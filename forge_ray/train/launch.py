@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from forge_ray.config.train import Workers
+from forge_ray.config.scaling import Workers
 from forge_ray.errors import ForgeError, TrainingError, first_cause, last_line
 from forge_ray.machine.capacity import wait_for
 from forge_ray.machine.ray_internals import RAY_SNAPSHOT, leave_sigint, remove_orphaned_groups

@@ -19,10 +19,11 @@ from forge_ray.data.dataset.version import TOKENIZER_FILES
 from forge_ray.errors import ConfigError
 from forge_ray.inference.merge import write_sum
 from forge_ray.machine import supported
-from forge_ray.models.architecture import LM, Head, open_model, outside_text
+from forge_ray.models.architecture import LM, Head, open_model
 from forge_ray.train import attention, lora
 from forge_ray.train.adapter import load_weights, quantised, with_adapter
-from forge_ray.train.moe import freeze_routers
+from forge_ray.train.freezing import freeze_weights
+from forge_ray.train.neftune import add_noise
 from forge_ray.train.zero import open_deepspeed, zero_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -77,10 +78,9 @@ def load_for_training(
         if config.activation_checkpointing:
             model.enable_input_require_grads()
     else:
-        for name in outside_text(model):
-            model.get_submodule(name).requires_grad_(False)
-        if config.router == "frozen":
-            freeze_routers(model)
+        freeze_weights(model, config)
+    if config.neftune_alpha:
+        add_noise(model, config.neftune_alpha)
     if config.compile:
         compile_blocks(model)
     on_device: nn.Module = (model if settings else model.to(device)).train()
@@ -125,7 +125,7 @@ def export_adapter(model: Any, weights: dict[str, Tensor], base_model: str, fold
     (folder / "README.md").unlink(missing_ok=True)  # PEFT writes a card with placeholders
     config = folder / "adapter_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
-    for name in ("target_modules", "target_parameters"):  # a set's order differs between processes
+    for name in ("target_modules", "target_parameters", "modules_to_save"):  # a set's order differs between processes
         if settings.get(name):
             settings[name] = sorted(settings[name])
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -22,11 +22,6 @@ def routers(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if kinds and isinstance(module, kinds)]
 
 
-def freeze_routers(model: Any) -> None:
-    for router in routers(model):
-        router.requires_grad_(False)
-
-
 def block_classes(model: Any) -> list[str]:
     """Classes of the modules that hold a router and its experts, with their module, as DeepSpeed names leaf modules.
 

@@ -5,7 +5,7 @@ is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P al
 
     weights       w P, at ZeRO stage 3 w P / N
     gradients     engine torch: 4 T in which passes are summed; ZeRO: see `_states`
-    optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N
+    optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N; adafactor: see `_moments`
     host          what is offloaded is in main memory instead: gradients, optimizer, its step and w T / N; w P / N
     gathered      at stage 3 w times what one pass takes together: 500 million weights, or the experts of a layer if more
     working       the larger of a pass (activations, logits, half of its own gradients: they grow while activations shrink)
@@ -31,7 +31,8 @@ from forge_ray.config.adapter import Adapter
 from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.models.architecture import empty_model, outside_text
 from forge_ray.records import DatasetManifest, SplitStats
-from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, with_adapter
+from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, saved_modules, with_adapter
+from forge_ray.train.freezing import freeze_weights, frozen_names
 from forge_ray.train.moe import routers
 from forge_ray.train.schedule import num_steps
 
@@ -84,9 +85,15 @@ class Model:
         """What the adapter reaches. Raises `ConfigError`."""
         return _coverage(self.folder, adapter)
 
+    def saved(self, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+        """Weights that are trained in full next to the adapter, which keeps a copy of the base's."""
+        names = _saved(self.folder, adapter) if adapter.modules_to_save else []
+        return {name: shape for name, shape in self.shapes.items() if name.rpartition(".")[0] in names}
+
     def trained(self, config: TrainConfig) -> dict[str, tuple[int, ...]]:
         """Weights that a full fine-tune changes."""
         still = self.outside | (self.routers if config.router == "frozen" else set())
+        still |= _frozen(self.folder, config) if config.freeze else set()
         return {name: shape for name, shape in self.shapes.items() if name not in still}
 
     def num_trained(self, config: TrainConfig) -> int:
@@ -100,6 +107,18 @@ class Model:
 def _coverage(folder: Path, adapter: Adapter) -> Coverage:
     with torch.device("meta"):  # the adapter too: that of a large mixture's experts is gigabytes
         return coverage(with_adapter(empty_model(folder), adapter), adapter)
+
+
+@functools.lru_cache(maxsize=64)
+def _saved(folder: Path, adapter: Adapter) -> list[str]:
+    return saved_modules(empty_model(folder), adapter)
+
+
+@functools.lru_cache(maxsize=64)
+def _frozen(folder: Path, config: TrainConfig) -> frozenset[str]:
+    model = empty_model(folder)
+    freeze_weights(model, config)
+    return frozen_names(model)
 
 
 def _experts(shapes: dict[str, tuple[int, ...]]) -> int:
@@ -146,15 +165,12 @@ def memory(
 def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: int) -> tuple[int, int, int, int, int]:
     """(weights, gradients, optimizer, what a pass adds, what the optimizer's step adds)."""
     weights = w * (model.num_parameters + (trained if config.adapter else 0))
-    largest = max(math.prod(shape) for shape in model.trained(config).values()) if config.adapter is None else 0
+    full = model.saved(config.adapter) if config.adapter else model.trained(config)
+    largest = max((math.prod(shape) for shape in full.values()), default=0)  # of an adapter's own: next to nothing
     if config.engine == "torch":
-        return (
-            weights,
-            4 * trained,
-            (4 * trained if w == 2 else 0) + 8 * trained,
-            w * trained // 2,
-            4 * trained + 8 * largest,
-        )
+        states = (4 * trained if w == 2 else 0) + _moments(model, config)
+        temporaries = (8 if config.optimizer.name == "adamw" else 12) * largest
+        return weights, 4 * trained, states, w * trained // 2, 4 * trained + temporaries
     if config.zero_stage == 0:
         return weights, w * trained, 8 * trained, 0, 8 * largest
     share, bucket = -(-trained // workers), min(trained, BUCKET)
@@ -165,6 +181,15 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
     return -(-weights // workers), 4 * share, 12 * share, gathered + 2 * w * bucket + 4 * bucket, 4 * share
 
 
+def _moments(model: Model, config: TrainConfig) -> int:
+    """Bytes of what the optimizer keeps of gradients, in fp32: two numbers a weight; adafactor a mean for each row and
+    column of a matrix, one number for each other weight."""
+    if config.optimizer.name == "adamw":
+        return 8 * model.num_trained(config)
+    sizes = [(math.prod(shape), shape) for shape in model.trained(config).values()]
+    return 4 * sum(size // shape[-1] + size // shape[-2] if len(shape) > 1 else size for size, shape in sizes)
+
+
 def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
     layers, hidden = int(model.config["num_hidden_layers"]), int(model.config["hidden_size"])
     per_token, adapted = _saved_per_token(model.config, w, bool(config.scaling.gpus_per_worker)), 0
@@ -172,8 +197,9 @@ def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
         per_token += (8 + w) * sum(_heads(model.config))
     if config.adapter:  # the narrow side of each adapter, and the sum of both paths before the next layer takes it
         coverage = model.coverage(config.adapter)
-        experts = [one for one in coverage.patterns if one.pattern in config.adapter.target_parameters]
-        per_token += w * config.adapter.r * sum(one.modules for one in coverage.patterns if one not in experts) / layers
+        of_layers = [one for one in coverage.patterns if one.pattern not in config.adapter.modules_to_save]
+        experts = [one for one in of_layers if one.pattern in config.adapter.target_parameters]
+        per_token += w * config.adapter.r * sum(one.modules for one in of_layers if one not in experts) / layers
         adapted = w * sum(one.parameters for one in experts) // layers
     if config.activation_checkpointing:
         return int(tokens * (layers * w * hidden + per_token)) + 2 * adapted
@@ -295,7 +321,7 @@ def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetMani
     epochs = steps * config.global_batch / max(stats.num_rows, 1)
     share = stats.num_trained_tokens / max(stats.num_tokens, 1)
     trained = model.num_trained(config)
-    checkpoint = trained * (12 + (BYTES[precision] if config.engine == "deepspeed" else 0))
+    checkpoint = 4 * trained + _moments(model, config) + (BYTES[precision] * trained if config.engine == "deepspeed" else 0)
     is_adapter = config.adapter is not None and config.export == "adapter"
     export = (trained if is_adapter else model.num_parameters) * BYTES[precision]
     return Plan(

@@ -11,7 +11,8 @@ from typing import Any
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.method import Preference
 from forge_ray.config.run import RunConfig
-from forge_ray.config.train import Scaling, TrainConfig, Workers
+from forge_ray.config.scaling import Scaling, Workers
+from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.machine.capacity import Demand, refuse_oversized
 from forge_ray.machine.cluster import connect, has_gpu, memory_per_worker

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from forge_ray.config.train import Schedule, TrainConfig
+from forge_ray.config.optimizer import Schedule
+from forge_ray.config.train import TrainConfig
 
 
 def num_steps(config: TrainConfig, num_rows: int) -> int:
@@ -20,7 +21,9 @@ def learning_rate(step: int, total: int, peak: float, schedule: Schedule) -> flo
         return peak * (step + 1) / warmup
     if schedule.name == "constant":
         return peak
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    progress = min(1.0, progress)
-    shape = 1 - progress if schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    first = warmup  # the first step of the decay is at the peak still
+    if schedule.name == "wsd":
+        first = max(total - 1 - max(1, round(schedule.decay_ratio * total)), warmup - 1, 0)
+    progress = min(1.0, max(0, step - first) / max(1, total - 1 - first))
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape)

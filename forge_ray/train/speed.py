@@ -5,7 +5,8 @@
 N: weights of the linear layers in the blocks that a token passes (of a mixture: its experts), an adapter's included; T: the
 trained ones among them. Forward takes 2 N, gradients of inputs 2 N, of weights 2 T: 6 N where all are trained. L layers of
 D = heads x head size attend to d / 2 positions on average, d being the mean length of a document. V H: the head, computed
-at trained positions only. What activation checkpointing computes twice does not count (model FLOPs, arXiv:2204.02311).
+at trained positions only. Gradients of inputs count in frozen layers below the first trained one too, where none is
+computed. What activation checkpointing computes twice does not count (model FLOPs, arXiv:2204.02311).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,17 +84,19 @@ def flops(folder: Path, config: TrainConfig, dataset: DatasetManifest) -> Flops 
         head = int(numbers["vocab_size"]) * hidden
     except (KeyError, TypeError, ValueError, OSError):
         return None
-    active = active_weights(model)
-    trained = float(model.num_trained(config)) if config.adapter else active
-    passed = active + (trained if config.adapter else 0.0)
+    active = active_weights(model, model.shapes)
+    outputs = [name for name in model.shapes if "lm_head" in name] or [name for name in model.shapes if "embed" in name]
+    changed = model.saved(config.adapter) if config.adapter else model.trained(config)
+    low_rank = model.num_trained(config) - sum(map(math.prod, changed.values())) if config.adapter else 0
+    passed, trained = active + low_rank, active_weights(model, changed) + low_rank
     document = stats.num_tokens / max(stats.num_records, 1)
-    return Flops(4 * passed + 2 * trained + 6 * attention * document, head * (4 if config.adapter else 6))
+    return Flops(4 * passed + 2 * trained + 6 * attention * document, head * (6 if changed.keys() & set(outputs) else 4))
 
 
-def active_weights(model: Model) -> float:
-    """Weights of the matrices inside the blocks that one token is multiplied with."""
+def active_weights(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Of some weights of the model, those of the matrices inside the blocks that one token is multiplied with."""
     share, total = active_share(model.config), 0.0
-    for name, shape in model.shapes.items():
+    for name, shape in shapes.items():
         if len(shape) >= 2 and name not in model.outside and not any(part in name for part in OUTSIDE):
             total += math.prod(shape) * (share if is_expert(name) else 1.0)
     return total

@@ -177,8 +177,8 @@ def refuse_other_adapter(catalog: Catalog, start: Start, adapter: Adapter | None
             f"train.adapter reaches other weights than the adapter of {version.id}, which init_from=continue trains on:"
             + (f" also {', '.join(more)}" if more else "")
             + (f"{' and' if more else ''} not {', '.join(fewer)}" if fewer else ""),
-            hint=f"set target_modules and target_parameters as in the run that made it ({version.run}; `forge init --from"
-            f" {version.id}` writes them), or train.init_from=merge for another adapter",
+            hint="set target_modules, target_parameters and modules_to_save as in the run that made it"
+            f" ({version.run}; `forge init --from {version.id}` writes them), or train.init_from=merge for another adapter",
         )
 
 
@@ -198,5 +198,5 @@ def _weights_of_new(base: Path, adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 def _layers(some: dict[str, tuple[int, ...]], others: dict[str, tuple[int, ...]]) -> list[str]:
     """The kinds of layers that only `some` has, or has in another shape."""
-    names = [name.partition(".lora_")[0] for name in some if some[name] != others.get(name)]
+    names = [name.partition(".lora_")[0].removesuffix(".weight") for name in some if some[name] != others.get(name)]
     return sorted({name.rpartition(".")[2] for name in names})

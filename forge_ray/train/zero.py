@@ -20,6 +20,7 @@ from forge_ray.config.train import Offload, TrainConfig
 from forge_ray.errors import ConfigError, TrainingError, first_line
 from forge_ray.train.engine import Write, trained
 from forge_ray.train.moe import block_classes
+from forge_ray.train.optimizer import lr_factors, make_optimizer, set_lr
 
 TAG = "state"
 FORCE_DATA, FORBID_DATA = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -134,15 +135,7 @@ class ZeroEngine:
         deepspeed = open_deepspeed()
         self.stage = config.zero_stage
         self.world_size = dist.get_world_size()
-        options = config.optimizer
-        # torch's AdamW: DeepSpeed's own are C++ extensions that want a compiler on every worker
-        optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in trained(model)],
-            lr=options.lr,
-            betas=options.betas,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-        )
+        optimizer, self.lr_factors = make_optimizer(trained(model), config), lr_factors(config)
         settings = zero_config(config, precision, self.world_size)
         if self.stage == 3 and (blocks := block_classes(model)):
             settings["zero_optimization"]["leaf_module"] = {"classes": blocks}
@@ -163,8 +156,7 @@ class ZeroEngine:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr, self.lr_factors)
         gradients = [p.grad for _, p in trained(self.model) if p.grad is not None] if self.is_plain else []
         plain_norm = torch.nn.utils.get_total_norm(gradients)
         if self.is_plain and not torch.isfinite(plain_norm):
@@ -197,6 +189,9 @@ class ZeroEngine:
             path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if path is None:
             raise TrainingError(f"DeepSpeed could not load {folder}", hint="remove that checkpoint; the one before is used")
+        if resharded:  # at stage 3 all groups are left with one tensor of steps, which each of them would count up
+            for state in self.optimizer.optimizer.state.values():
+                state["step"] = state["step"].clone() if torch.is_tensor(state["step"]) else state["step"]
 
     def weights(self, trained_only: bool) -> dict[str, Tensor]:
         import deepspeed

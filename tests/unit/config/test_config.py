@@ -45,7 +45,7 @@ def mistake(*overrides: str, base: dict[str, Any] | None = None) -> ConfigError:
         (
             "train.adapter={rank: 8}",
             "train.adapter.rank=8: unknown key",
-            "known keys: alpha, dropout, method, quantize, r, target_modules, target_parameters",
+            "known keys: alpha, dropout, lr_ratio, method, modules_to_save, quantize, r, target_modules, target_parameters",
         ),
         ("eval.engine.pagesize=8", "eval.engine.pagesize=8: unknown key", "did you mean 'eval.engine.page_size'?"),
         (
@@ -201,6 +201,11 @@ def test_a_missing_section_is_named() -> None:
             ("deploy={name: a, models: [b]}", "train.adapter={method: dora}"),
             "an adapter with method=dora cannot share an engine with other adapters",
             "use lora, or list",
+        ),
+        (
+            ("deploy={name: a, models: [b]}", "train.adapter={modules_to_save: [lm_head]}"),
+            "an adapter with modules_to_save=['lm_head'] cannot share an engine with other adapters",
+            "remove it, or list",
         ),
         (
             ("deploy={name: a, models: [b], aliases: {'-x': {versions: {c: 1}}}}",),

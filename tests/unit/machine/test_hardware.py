@@ -57,7 +57,7 @@ def test_memory_per_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best node of the cluster counts: its memory divided by the workers that fit on it, or the GPU of a known name."""
     import ray
 
-    from forge_ray.config.train import Scaling
+    from forge_ray.config.scaling import Scaling
     from forge_ray.machine import cluster
 
     def node(address: str, **resources: float) -> dict[str, object]:

@@ -17,7 +17,8 @@ import pytest
 from forge_ray import __main__ as entry
 from forge_ray import __version__
 from forge_ray.config.base import parse
-from forge_ray.config.train import Scaling, TrainConfig
+from forge_ray.config.scaling import Scaling
+from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.machine import supported
 from forge_ray.machine.supported import Machine, Problem, compiler_problem, unsupported

@@ -14,6 +14,7 @@ from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.train.adapter import coverage, quantised, with_adapter
+from forge_ray.train.freezing import freeze_weights, frozen_names
 
 pytestmark = pytest.mark.unit
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -108,8 +109,48 @@ def test_adapter_on_one_side_of_a_tied_weight_is_refused(pattern: str, other: st
     if pattern == "embed_tokens":
         with pytest.raises(ConfigError, match=r"target_parameters: model\.embed_tokens\.weight shares its weight"):
             reach(tied, target_modules=(), target_parameters=("embed_tokens.weight",))
+    with pytest.raises(ConfigError, match=rf"modules_to_save: \S*{pattern} shares its weight with the model's {other}"):
+        reach(tied, modules_to_save=(pattern,))
     assert [one.modules for one in reach(untied, target_modules=("q_proj", pattern)).patterns] == [2, 1]
     assert "lm_head.weight" not in reach(tied).patterns[0].kinds  # all-linear leaves it out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"modules_to_save": ("head",)}, "modules_to_save: 'head' matches nothing", "embed_tokens"),
+        (
+            {"target_modules": ("o_proj",), "modules_to_save": ("self_attn.o_proj",)},
+            "modules_to_save and target_modules both name",
+            "leave o_proj out of one of the two",
+        ),
+        (
+            {"target_parameters": ("kv_b_proj.weight",), "modules_to_save": ("kv_b_proj",)},
+            "modules_to_save and target_parameters both name",
+            "leave kv_b_proj out",
+        ),
+    ],
+)
+def test_module_to_save_that_cannot_be_honoured_is_refused(
+    models: dict[str, Any], settings: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        reach(models["text"], **settings)
+    assert hint in error.value.hint
+
+
+def test_modules_to_save_are_counted_as_trained_in_full(models: dict[str, Any]) -> None:
+    model = models["text"]
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    plain = reach(model, r=4, target_modules=("o_proj",))
+    report = reach(model, r=4, target_modules=("o_proj",), modules_to_save=("lm_head", "input_layernorm"))
+    full = sizes["lm_head.weight"] + sum(size for key, size in sizes.items() if "input_layernorm" in key)
+    assert (report.parameters, report.trained) == (plain.parameters, plain.trained + full)
+    assert report.reached == plain.reached + full
+    assert [(one.pattern, one.modules) for one in report.patterns] == [("o_proj", 3), ("lm_head", 1), ("input_layernorm", 3)]
+    assert "lm_head.weight" not in report.unreached
+    in_full = reach(model, modules_to_save=("self_attn.o_proj",))  # all-linear leaves it out
+    assert "self_attn.o_proj.weight" not in in_full.patterns[0].kinds
 
 
 @pytest.mark.parametrize("name", ["text", "sees"])
@@ -164,15 +205,39 @@ def test_pattern_matches_only_layers_with_that_module(models: dict[str, Any]) ->
         ({"adapter": {"quantize": "nf4"}}, "needs a GPU"),
         ({"adapter": {"quantize": "nf4"}, "zero_stage": 3, "scaling": {"gpus_per_worker": 1}}, "cannot shard"),
         ({"adapter": {"method": "dora"}, "zero_stage": 3}, "whole weights"),
+        (
+            {"adapter": {"quantize": "nf4", "modules_to_save": ["lm_head"]}, "scaling": {"gpus_per_worker": 1}},
+            "weights in 4 bits cannot be trained in full",
+        ),
+        ({"optimizer": {"name": "adafactor"}}, "engine=deepspeed lays weights end to end"),
+        (
+            {"optimizer": {"name": "adafactor"}, "engine": "torch", "zero_stage": 0, "adapter": {}},
+            "matrices B begin at zero",
+        ),
+        ({"optimizer": {"name": "adafactor", "eps": 1e-6}}, "eps=1e-06 has no effect with name=adafactor"),
+        ({"optimizer": {"name": "adamw8bit"}}, "optimizer.name='adamw8bit'"),
         ({"adapter": {}, "router": "trained"}, "cannot be combined with an adapter"),
         ({"adapter": {}, "router_aux_loss": 0.1}, "the router is frozen"),
         ({"router": "frozen", "router_aux_loss": 0.1}, "the router is frozen"),
+        ({"adapter": {}, "freeze": ["layers.0"]}, "freeze=.'layers.0'. has no effect with an adapter"),
+        ({"neftune_alpha": 5, "method": {"kind": "dpo"}}, "neftune_alpha=5.0 with method.kind=dpo"),
+        ({"neftune_alpha": 5, "sequence_parallel": 2, "scaling": {"num_workers": 2}}, "with sequence_parallel=2"),
     ],
 )
 def test_incompatible_adapter_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         parse(TrainConfig, settings)
     assert error.value.hint
+
+
+@pytest.mark.parametrize("settings", [{"router": "trained"}, {"router_aux_loss": 0.1}], ids=str)
+def test_frozen_router_that_is_to_be_trained_is_refused(models: dict[str, Any], settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"freezes a router of this model, and train\.router.* trains it") as error:
+        freeze_weights(copy.deepcopy(models["text"]), parse(TrainConfig, {"freeze": ["mlp.gate"], **settings}))
+    assert "leave the routers out of train.freeze" in error.value.hint
+    model = copy.deepcopy(models["text"])
+    freeze_weights(model, parse(TrainConfig, {"freeze": ["mlp.gate"]}))
+    assert {name.partition(".mlp.")[2] for name in frozen_names(model)} == {"gate.weight"}
 
 
 def test_4bit_quantization_requires_gpu_and_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from forge_ray.config.base import parse
 from forge_ray.config.train import Offload, TrainConfig
+from forge_ray.errors import ConfigError
+from forge_ray.train.optimizer import make_optimizer
 from forge_ray.train.plan import Model, _is_allowed, memory, nearest, plan
 
 pytestmark = pytest.mark.unit
@@ -137,6 +139,42 @@ def test_mistral_small_4_size_from_config_alone() -> None:
     kept = memory(small, config.model_copy(update={"activation_checkpointing": False}), "bf16", 4096, 8)
     assert kept.activations - needs.activations > 35 * 6.4e9  # each layer keeps its adapted experts
     assert needs.working > 3 * 6.4e9  # gathered, adapted, and their gradient
+
+
+def test_modules_to_save_are_counted_in_full(model: Model) -> None:
+    plain, saved = (parse(TrainConfig, {"adapter": {"r": 4, "modules_to_save": names}}) for names in ([], ["lm_head"]))
+    size = math.prod(model.shapes["lm_head.weight"])
+    assert model.num_trained(saved) == model.num_trained(plain) + size
+    before, after = (memory(model, config, "bf16", 128, 1) for config in (plain, saved))
+    assert after.weights == before.weights + 2 * size  # the base's own stays next to the trained copy
+    assert after.optimizer == before.optimizer + 12 * size
+    assert after.activations == before.activations
+
+
+def test_adafactor_state_is_that_of_torch(model: Model, tiny_model_dir: Path) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config = parse(TrainConfig, {"optimizer": {"name": "adafactor"}, "engine": "torch", "zero_stage": 0})
+    real: Any = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    optimizer = make_optimizer(list(real.named_parameters()), config)
+    for parameter in real.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert memory(model, config, "fp32", 128, 1).optimizer == sum(4 * value.numel() for value in kept)
+    assert memory(model, config, "bf16", 128, 1).optimizer < 5 * model.num_parameters
+
+
+def test_frozen_weights_are_counted_out(model: Model) -> None:
+    config = parse(TrainConfig, {"freeze": ["embed_tokens", "layers.0"]})
+    frozen = [name for name in model.shapes if "embed_tokens" in name or ".layers.0." in name]
+    assert model.shapes.keys() - model.trained(config).keys() == set(frozen)
+    left = model.num_parameters - sum(math.prod(model.shapes[name]) for name in frozen)
+    assert model.num_trained(config) == left
+    assert of(model, engine="torch", zero_stage=0, freeze=list(config.freeze)).optimizer == 12 * left
+    with pytest.raises(ConfigError, match=r"'layers\.9' matches nothing"):
+        model.num_trained(parse(TrainConfig, {"freeze": ["layers.9"]}))
 
 
 def test_frozen_router_and_vision_tower_are_not_trained(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import parse
-from forge_ray.config.train import Schedule, TrainConfig
+from forge_ray.config.optimizer import Schedule
+from forge_ray.config.train import TrainConfig
+from forge_ray.errors import ConfigError
 from forge_ray.train.schedule import learning_rate, num_steps
 
 pytestmark = pytest.mark.unit
@@ -40,10 +42,33 @@ def test_constant_schedule_keeps_peak() -> None:
     assert set(rates(20, name="constant", warmup_ratio=0)) == {1.0}
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_wsd_is_stable_between_warmup_and_linear_decay() -> None:
+    curve = rates(100, name="wsd", warmup_ratio=0.1, decay_ratio=0.2, min_lr_ratio=0.0)
+    assert curve[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert set(curve[9:80]) == {1.0}
+    assert curve[80:] == pytest.approx([1 - (step + 1) / 20 for step in range(20)])
+    assert rates(100, name="wsd", min_lr_ratio=0.1)[-1] == pytest.approx(0.1)
+    assert rates(10, name="wsd", warmup_ratio=0, decay_ratio=1) == rates(10, name="linear", warmup_ratio=0)
+    assert rates(10, name="wsd", warmup_ratio=0.5, decay_ratio=0.5)[4:6] == [1.0, pytest.approx(0.82)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"decay_ratio": 0.2}, "decay_ratio=0.2 has no effect with name=cosine", "set train.schedule.name=wsd"),
+        ({"name": "wsd", "warmup_ratio": 0.6, "decay_ratio": 0.5}, "warmup_ratio=0.6 .* are more than all steps", "at 1"),
+    ],
+)
+def test_decay_ratio_that_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse(Schedule, settings)
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_learning_rate_is_positive_in_short_runs(name: str, total: int) -> None:
-    for ratio in (0.0, 0.03, 0.5, 1.0):
+    for ratio in (0.0, 0.03, 0.5, 0.9 if name == "wsd" else 1.0):
         assert all(0 < rate <= 1 for rate in rates(total, name=name, warmup_ratio=ratio))
 
 

@@ -50,7 +50,12 @@ def test_flops_exclude_frozen_gradients_and_inactive_experts(tiny_model_dir: Pat
         "a.mlp.shared_experts.up_proj.weight": (10, 10),
         "embed_tokens.weight": (100, 10),
     }
-    assert speed.active_weights(Model(tiny_model_dir, shapes, {"num_local_experts": 2, "num_experts_per_tok": 1})) == 200
+    mixture = Model(tiny_model_dir, shapes, {"num_local_experts": 2, "num_experts_per_tok": 1})
+    assert speed.active_weights(mixture, shapes) == 200
+    half = speed.flops(tiny_model_dir, parse(TrainConfig, {"freeze": ["layers.0", "lm_head"]}), DATASET)
+    assert half is not None
+    assert 0.8 < half.per_token / full.per_token < 0.9  # of two layers alike, one without the third of its gradients
+    assert half.per_trained_token == lora.per_trained_token
     assert speed.flops(tiny_model_dir / "nowhere", parse(TrainConfig, {}), DATASET) is None
 
 

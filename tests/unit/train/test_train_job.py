@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from forge_ray.config.base import parse
+from forge_ray.config.base import load, parse
+from forge_ray.config.run import RunConfig
 from forge_ray.config.train import TrainConfig
-from forge_ray.records import DatasetManifest, ModelVersion
+from forge_ray.records import DatasetManifest, ModelVersion, digest, short_id
 from forge_ray.store.files import Store
-from forge_ray.train.job import TrainJob, identity_digest, run_id
+from forge_ray.train.job import TrainJob, identity, identity_digest, run_id
 
 pytestmark = pytest.mark.unit
 
@@ -51,9 +52,15 @@ def identifier(precision: str = "fp32", rows: str = "a", weights: str = "sha256:
         {"micro_batch_size": 2},
         {"optimizer": {"lr": 1e-5}},
         {"optimizer": {"weight_decay": 0.1}},
+        {"optimizer": {"name": "adafactor"}, "engine": "torch", "zero_stage": 0},
         {"schedule": {"name": "linear"}},
+        {"schedule": {"name": "wsd"}},
         {"max_grad_norm": 0.5},
         {"adapter": {"r": 4}},
+        {"adapter": {"lr_ratio": 4}},
+        {"adapter": {"modules_to_save": ["lm_head"]}},
+        {"neftune_alpha": 5},
+        {"freeze": ["embed_tokens"]},
         {"zero_stage": 3},
         {"engine": "torch", "zero_stage": 0},
         {"activation_checkpointing": True},
@@ -64,6 +71,29 @@ def identifier(precision: str = "fp32", rows: str = "a", weights: str = "sha256:
 )
 def test_settings_that_affect_weights_change_run_id(settings: dict[str, Any]) -> None:
     assert identifier(**settings) != identifier()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "38454d9ffa538f842572cdc215a5e74901405b3ec9df086ad98797e3499251aa"),
+        ({"adapter": {}}, "90eb74b23106d6388323e9c659b60026ec5db0a0720b0ea6725bf56b8cdd9243"),
+        (
+            {"engine": "torch", "zero_stage": 0, "optimizer": {"lr": 1e-5}, "schedule": {"name": "constant"}},
+            "59280bd1ad5c67327c0d5398a3b7a547db5c0ae5a001103536d6491ea33b0a97",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_used_keep_the_identity_of_earlier_runs(settings: dict[str, Any], expected: str) -> None:
+    assert digest(parse(TrainConfig, settings).identity()) == f"sha256:{expected}"
+
+
+def test_quick_start_keeps_its_run_ids() -> None:
+    config = load(RunConfig, Path(__file__).parents[3] / "jobs" / "quickstart.yaml").train
+    rows, weights = "ds_1fefad2e07351f35", "sha256:502110d5a8e245a17a1daa0f6dd19d90b1fa9a6fb503d1bec80b0b82f42e18bf"
+    run_ids = [short_id("run", identity(config, precision, rows, weights, "")) for precision in ("fp32", "bf16")]
+    assert run_ids == ["run_d468bdbf2fe20f06", "run_a1ea28bbea7f4613"]
 
 
 def test_dataset_base_model_and_precision_change_run_id() -> None:
