@@ -148,6 +148,7 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
     """Dataset + base model → run record; an unfinished run of the same settings is resumed. `allow_archived`: a repetition
     may start from a version that was taken out of use since."""
     from forge_ray.train import start
+    from forge_ray.train.labels import report_labels
     from forge_ray.train.preflight import refuse_without_rows
 
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
@@ -159,6 +160,7 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
                 promotion.refuse_archived(catalog, version.id)
         manifest = _prepare(config, catalog, named, quiet=True)
         refuse_without_rows(config.train, manifest)
+        report_labels(store, config.train, manifest)
         if rows := general.general_rows(catalog, manifest, config.eval):  # refused now, not after hours of training
             general.refuse_trained(store, rows, manifest)
         begun = start.start_of(catalog, named, config.train)
@@ -175,6 +177,7 @@ def train_on(
 ) -> RunRecord:
     """Train on what the store holds; the sources of the rows are not looked at. `initial`: the version whose adapter is
     trained on, where it is not a new one."""
+    from forge_ray.models.architecture import Head
     from forge_ray.release.candidates import export_best
     from forge_ray.train import attempts, checkpoint, follow, launch, run_folder
     from forge_ray.train.job import TrainJob, run_id
@@ -202,11 +205,11 @@ def train_on(
             identifier, config.name, config.train, store, manifest, base, precision, under_ray=False, initial=initial
         )
         job.check_may_publish()
-        refuse_other_adapter(catalog, Start(base, initial), config.train.adapter)
+        refuse_other_adapter(catalog, Start(base, initial), config.train.adapter, config.train.targets)
         # every byte is checked before a GPU hour is spent on it
         store.fetch_dir(paths.dataset(manifest.id), files=manifest.files)
         run_folder.write_config(store, identifier, config)
-        report_reach(store, identifier, base, config.train.adapter)
+        report_reach(store, identifier, base, config.train.adapter, Head(config.train.targets))
         tags = {f"forge.{name}": value for name, value in started.items()}
         sinks = open_sinks(store, identifier, config.name, config.train, tags)
         try:
@@ -233,19 +236,20 @@ def train_on(
 def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
     """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. Where a number of
     rows is assumed instead, `base_model` may be a folder that holds `config.json` alone."""
+    from forge_ray.models.architecture import Head
     from forge_ray.train import preflight, start
     from forge_ray.train.plan import Model, Stated
 
     stated = Stated.of(assumptions.num_rows, config.data.sequence_length) if assumptions.num_rows else None
     rows, folder = f"{assumptions.num_rows} rows, as stated", Path(config.base_model)
     if stated and (folder / "config.json").is_file():
-        planned = preflight.Planned(Model.of(folder), stated, config.base_model, rows)
+        planned = preflight.Planned(Model.of(folder, Head(config.train.targets)), stated, config.base_model, rows)
     else:
         with Catalog.open(store) as catalog:
             named = import_base(config, catalog)
             base = start.full_base(catalog, named, config.train)
             dataset = stated or _prepare(config, catalog, named, quiet=True)
-        model = Model.of(preflight.configuration(store, base))
+        model = Model.of(preflight.configuration(store, base), Head(config.train.targets))
         planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     return preflight.estimate(config.train, store, precision, planned, assumptions)

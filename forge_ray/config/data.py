@@ -178,6 +178,11 @@ class DataConfig(Config):
         "train",
         description="What is done with the reasoning of answers: trained; in the context and not trained; or removed",
     )
+    form: Literal["answers", "labels"] = Field(
+        "answers",
+        description="What a chat's document is. `answers`: the conversation, of which the answers are trained; `labels`: the"
+        " prompt of its last answer, which is kept as the label, for `train.method: {kind: classify}`",
+    )
     tools: Literal["template", "text"] = Field(
         "template",
         description="How tools, tool calls and tool results are written: by the model's chat template; or as text, for"
@@ -207,7 +212,7 @@ class DataConfig(Config):
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the newer settings where they are the default: the ids of dataset versions from before them stay."""
         values: dict[str, Any] = handler(self)
-        defaults = {"reasoning": "train", "tools": "template", "date": ""}
+        defaults = {"reasoning": "train", "form": "answers", "tools": "template", "date": ""}
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from forge_ray.config.base import Config, SettingError
+from forge_ray.config.classify import Classify
 from forge_ray.config.data import DataConfig
 from forge_ray.config.gate import LeakBounds
 from forge_ray.config.measurements import GENERAL
@@ -51,6 +52,33 @@ class RunConfig(Config):
         if adapter.method == "dora" or adapter.target_parameters:
             what = "method=dora" if adapter.method == "dora" else f"target_parameters={list(adapter.target_parameters)}"
             raise SettingError(f"an adapter with {what} cannot share an engine with other adapters", f"use lora, {merged}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_for_classifiers(self) -> Self:
+        is_classifier, form = isinstance(self.train.method, Classify), self.data.form
+        if is_classifier != (form == "labels"):
+            raise SettingError(
+                f"train.method={self.train.method_name} with data.form={form}: a head over labels reads prompts, and other"
+                " methods train answers",
+                "set data.form=labels" if is_classifier else "set data.form=answers, or train.method={kind: classify, …}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classifier_generates_nothing(self) -> Self:
+        if not isinstance(self.train.method, Classify):
+            return self
+        generated = ("metrics", "json_schema", "safety", "general", "leak", "max_new_tokens", "safety_max_new_tokens")
+        unread = [f"eval.{name}" for name in generated if name in self.eval.model_fields_set and getattr(self.eval, name)]
+        unread += ["eval.engine.kind=vllm"] if self.eval.engine.kind == "vllm" else []
+        unread += ["deploy"] if self.deploy else []
+        if unread:
+            raise SettingError(
+                f"{unread[0]} is for models that generate text, and train.method=classify trains one that does not",
+                "remove it"
+                + ("; open the version with transformers' AutoModelForSequenceClassification" if self.deploy else ""),
+            )
         return self
 
     @model_validator(mode="after")

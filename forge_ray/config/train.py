@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import Config, SettingError
+from forge_ray.config.classify import Classify, Target
 from forge_ray.config.method import Preference
 
 
@@ -149,10 +150,10 @@ class Scaling(Config):
 class TrainConfig(Config):
     """How the model is trained."""
 
-    method: Literal["sft"] | Preference = Field(
+    method: Literal["sft"] | Annotated[Preference | Classify, Field(discriminator="kind")] = Field(
         "sft",
         description="`sft`: supervised fine-tuning; on plain text it is continued pre-training. Training on judged answers"
-        " has settings of its own, for example {kind: dpo}",
+        " has settings of its own, for example {kind: dpo}; so has a head over labels, {kind: classify, targets: […]}",
     )
     seed: int = Field(0, ge=0, description="Seed of the order of rows, the adapter's initial weights and dropout")
     epochs: float = Field(
@@ -320,11 +321,11 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _pairs_stay_whole(self) -> Self:
-        if isinstance(self.method, Preference) and self.sequence_parallel > 1:
+    def _documents_stay_whole(self) -> Self:
+        if not isinstance(self.method, str) and self.sequence_parallel > 1:
             raise SettingError(
                 f"method.kind={self.method.kind} with sequence_parallel={self.sequence_parallel}: a worker would see"
-                " parts of the answers that are compared",
+                " parts of the documents whose losses need all of their tokens",
                 "set train.sequence_parallel=1",
             )
         return self
@@ -332,6 +333,10 @@ class TrainConfig(Config):
     @property
     def method_name(self) -> str:
         return self.method if isinstance(self.method, str) else self.method.kind
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.method.targets if isinstance(self.method, Classify) else ()
 
     @property
     def keeps_best(self) -> bool:

@@ -22,7 +22,7 @@ from torch import nn
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.errors import ConfigError, first_line
-from forge_ray.models.architecture import outside_text
+from forge_ray.models.architecture import LM, Head, outside_text
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.|\.h\.(\d+)\.")
@@ -84,8 +84,9 @@ class Coverage:
         return lines
 
 
-def with_adapter(model: Any, adapter: Adapter) -> Any:
-    """`model` with its adapter in its own dtype (the fp32 master copy is the optimizer's). Raises `ConfigError`."""
+def with_adapter(model: Any, adapter: Adapter, head: Head = LM) -> Any:
+    """`model` with its adapter in its own dtype (the fp32 master copy is the optimizer's); a head over labels is trained in
+    full, and is part of it. Raises `ConfigError`."""
     from peft import LoraConfig, get_peft_model
 
     outside = outside_text(model)
@@ -107,7 +108,7 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
         exclude_modules=_beyond(outside, model) if outside else None,
         use_rslora=adapter.method == "rslora",
         use_dora=adapter.method == "dora",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if head.targets else "CAUSAL_LM",
     )
     try:
         with warnings.catch_warnings():
@@ -279,8 +280,13 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
     trained: dict[str, int] = {}
     reached: dict[str, int] = {}
     wrapped: set[str] = set()  # reached as a weight, not as a layer
+    full: set[str] = set()  # trained in full: a head over labels
     for name, parameter in base.named_parameters():
-        if ".lora_" not in name:
+        if ".modules_to_save." in name:
+            weight = name.replace(".modules_to_save.default", "")
+            full.add(weight)
+            sizes[weight] = trained[weight] = reached[weight] = count(parameter)
+        elif ".lora_" not in name and ".original_module." not in name:
             sizes[name.replace(".base_layer", "")] = count(parameter)
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
@@ -299,7 +305,7 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
         return sum(size * (share if is_expert(name) else 1.0) for name, size in sizes_of.items())
 
     there = _layers(sizes)
-    layers_reached = {weight for weight in reached if weight not in wrapped}
+    layers_reached = {weight for weight in reached if weight not in wrapped and weight not in full}
     patterns = ("all-linear",) if adapter.target_modules == "all-linear" else adapter.target_modules
     reaches = []
     for pattern, among in (

@@ -28,8 +28,10 @@ import torch
 from pydantic import ValidationError
 
 from forge_ray.config.adapter import Adapter
+from forge_ray.config.classify import class_names
+from forge_ray.config.method import Preference
 from forge_ray.config.train import Offload, TrainConfig
-from forge_ray.models.architecture import empty_model, outside_text
+from forge_ray.models.architecture import LM, Head, empty_model, outside_text
 from forge_ray.records import DatasetManifest, SplitStats
 from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, with_adapter
 from forge_ray.train.moe import routers
@@ -50,11 +52,12 @@ class Model:
     config: dict[str, Any]
     outside: frozenset[str] = frozenset()  # weights that text does not pass
     routers: frozenset[str] = frozenset()
+    head: Head = LM
 
     @classmethod
-    def of(cls, folder: Path) -> Model:
+    def of(cls, folder: Path, head: Head = LM) -> Model:
         """No weight is read; the folder may hold `config.json` alone."""
-        model = empty_model(folder)
+        model = empty_model(folder, head)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         not_text, routing = outside_text(model), {id(weight) for router in routers(model) for weight in router.parameters()}
         return cls(
@@ -63,11 +66,17 @@ class Model:
             model.config.get_text_config().to_dict(),
             frozenset(name for name in shapes if any(name.startswith(f"{part}.") for part in not_text)),
             frozenset(name for name, parameter in model.named_parameters() if id(parameter) in routing),
+            head,
         )
 
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def num_logits(self) -> int:
+        """Of a position at which the head is read."""
+        return len(class_names(self.head.targets)) or int(self.config["vocab_size"])
 
     @property
     def num_active(self) -> int:
@@ -82,7 +91,7 @@ class Model:
 
     def coverage(self, adapter: Adapter) -> Coverage:
         """What the adapter reaches. Raises `ConfigError`."""
-        return _coverage(self.folder, adapter)
+        return _coverage(self.folder, adapter, self.head)
 
     def trained(self, config: TrainConfig) -> dict[str, tuple[int, ...]]:
         """Weights that a full fine-tune changes."""
@@ -97,9 +106,9 @@ class Model:
 
 
 @functools.lru_cache(maxsize=64)
-def _coverage(folder: Path, adapter: Adapter) -> Coverage:
+def _coverage(folder: Path, adapter: Adapter, head: Head) -> Coverage:
     with torch.device("meta"):  # the adapter too: that of a large mixture's experts is gigabytes
-        return coverage(with_adapter(empty_model(folder), adapter), adapter)
+        return coverage(with_adapter(empty_model(folder, head), adapter, head), adapter)
 
 
 def _experts(shapes: dict[str, tuple[int, ...]]) -> int:
@@ -130,7 +139,7 @@ def memory(
     w, trained = BYTES[precision], model.num_trained(config)
     tokens = sequence_length * config.micro_batch_size // config.sequence_parallel
     activations = _activations(model, config, w, tokens)
-    logits = int(tokens * trained_share) * int(model.config["vocab_size"]) * w
+    logits = int(tokens * trained_share) * model.num_logits * w
     weights, gradients, optimizer, of_a_pass, of_a_step = _states(model, config, w, trained, num_workers)
     host = 0
     if config.offload.optimizer != "none":  # the step, its gradients and the trained weights that it sends back
@@ -316,6 +325,6 @@ def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetMani
 
 
 def _reference_tokens(config: TrainConfig, dataset: DatasetManifest | Stated) -> int:
-    if isinstance(config.method, str) or not config.method.has_reference:
+    if not isinstance(config.method, Preference) or not config.method.has_reference:
         return 0
     return sum(stats.num_tokens for split, stats in dataset.splits.items() if split in ("train", "validation"))
