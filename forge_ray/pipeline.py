@@ -262,7 +262,7 @@ def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
 
 
 def _evaluate_run(config: RunConfig, catalog: Catalog, record: RunRecord) -> tuple[EvalReport, EvalReport]:
-    both = reports.evaluate_both(catalog, record, config.eval)
+    both = reports.evaluate_both(catalog, record, config.scoring)
     if config.eval.leak:
         reports.audit_leak(catalog, record, config.eval)
     return both
@@ -277,7 +277,7 @@ def evaluate_file(config: RunConfig, store: Store) -> tuple[EvalReport, EvalRepo
             return _evaluate_run(config, catalog, lookup.record)
         promotion.refuse_withdrawn(catalog, lookup.named.id)
         subject = reports.model_subject(catalog, lookup.named)
-        return reports.evaluate(catalog, subject, lookup.manifest, config.eval, "base"), None
+        return reports.evaluate(catalog, subject, lookup.manifest, config.scoring, "base"), None
 
 
 def evaluate_models(
@@ -336,13 +336,13 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
 
 def _release_run(config: RunConfig, catalog: Catalog, record: RunRecord, promote: bool = True) -> ModelVersion:
     store = catalog.store
-    base_report, report = reports.evaluate_both(catalog, record, config.eval, quiet=True)
+    base_report, report = reports.evaluate_both(catalog, record, config.scoring, quiet=True)
     leak = reports.audit_leak(catalog, record, config.eval, quiet=True) if config.eval.leak else None
     manifest = catalog.get_as(DatasetManifest, record.dataset)
     incumbents: dict[str, EvalReport | None] = {"base": base_report}
     for name in gate.incumbents_of(config.release.gate):
         if name not in incumbents:
-            incumbents[name] = reports.incumbent(catalog, name, record, manifest, config.eval)
+            incumbents[name] = reports.incumbent(catalog, name, record, manifest, config.scoring)
     with stage("release") as it:
         checks = gate.checks(config.release.gate, report, incumbents, leak, partial(items_of, store))
         reasons = gate.reasons(checks)

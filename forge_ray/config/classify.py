@@ -30,6 +30,14 @@ class Target(Config):
             raise SettingError(f"target {self.name} has an empty label", "remove it: every row has a text as its label")
         if repeated := [label for number, label in enumerate(self.labels) if label in self.labels[:number]]:
             raise SettingError(f"target {self.name} lists the label {repeated[0]!r} twice", "remove one of them")
+        by_form: dict[str, str] = {}
+        for label in self.labels:
+            if (other := by_form.setdefault(normalise(label), label)) != label:
+                raise SettingError(
+                    f"the labels {other!r} and {label!r} of target {self.name} are one to the scores: case, white space and"
+                    " a final full stop do not count",
+                    "write the label in one way in the rows, and list it once",
+                )
         if self.loss == "single" and len(self.labels) < 2:
             raise SettingError(
                 f"target {self.name} has one label, {self.labels[0]!r}: with loss=single it always holds",
@@ -79,6 +87,11 @@ class Classify(Config):
                     "leave out rows that should not count",
                 )
         return self
+
+
+def normalise(text: str) -> str:
+    """Case, surrounding white space and a final full stop do not decide whether an answer is right."""
+    return " ".join(text.split()).removesuffix(".").casefold()
 
 
 def class_names(targets: tuple[Target, ...]) -> tuple[str, ...]:
