@@ -40,6 +40,7 @@ from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
 from forge_ray.store.home import expanded
 from forge_ray.store.removed import require
+from forge_ray.train.labels import report_labels
 
 if TYPE_CHECKING:
     from forge_ray.evaluate.standalone import Compared
@@ -121,6 +122,7 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
     with Catalog.open(store) as catalog:
         manifest = _prepare(config, catalog, import_base(config, catalog))
         general.general_rows(catalog, manifest, config.eval)
+        report_labels(store, config.train, manifest)
         return manifest
 
 
@@ -148,7 +150,6 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
     """Dataset + base model → run record; an unfinished run of the same settings is resumed. `allow_archived`: a repetition
     may start from a version that was taken out of use since."""
     from forge_ray.train import start
-    from forge_ray.train.labels import report_labels
     from forge_ray.train.preflight import refuse_without_rows
 
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
@@ -249,6 +250,8 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
             named = import_base(config, catalog)
             base = start.full_base(catalog, named, config.train)
             dataset = stated or _prepare(config, catalog, named, quiet=True)
+            if isinstance(dataset, DatasetManifest):
+                report_labels(store, config.train, dataset)
         model = Model.of(preflight.configuration(store, base), Head(config.train.targets))
         planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)

@@ -31,7 +31,7 @@ def report_labels(store: Store, train: TrainConfig, manifest: DatasetManifest) -
                 f" ({counts.num_unreadable} of {counts.num_documents} {split} rows have such labels)",
                 hint="add it to train.method.targets, correct the rows, or drop them with a rule of data.curate",
             )
-        if counts and split == "train":
+        if counts and split == "train" and counts.num_documents:
             _judge(train, manifest, counts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -12,21 +13,25 @@ import torch
 import torch.nn.functional as F
 from conftest import SEQUENCE_LENGTH, Jobs, Run, export_digest, exported, first_steps, largest_difference, losses, written
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from forge_ray.config.base import parse
-from forge_ray.config.classify import Classify
+from forge_ray.config.classify import Classify, Target
 from forge_ray.data.build.pack import Document, pack
 from forge_ray.data.dataset.labels import values_of
 from forge_ray.data.dataset.version import LABELLED
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.models.architecture import open_model
 from forge_ray.models.class_head import targets_of
-from forge_ray.records import DatasetManifest
+from forge_ray.records import DatasetManifest, ModelVersion, files_digest
+from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train.job import TrainJob
 from forge_ray.train.labels import report_labels
 from forge_ray.train.methods.classes import label_weights, loss, num_labelled
+from forge_ray.train.start import Start, refuse_other_adapter
+from forge_ray.train.weights import export_checkpoint
 
 pytestmark = pytest.mark.numerics
 TORCH: dict[str, Any] = {"engine": "torch", "zero_stage": 0, "optimizer": {"lr": 1e-3, "eps": 1e-6}}
@@ -283,3 +288,43 @@ def test_labels_are_reported_and_those_without_a_row_refused(
     job = job_of(jobs, labelled["one"], "classes-more", more)
     with pytest.raises(DataError, match="has the label 'four'"):
         report_labels(job.store, job.config, job.dataset)
+
+
+# ---------------------------------------------------------------- from a checkpoint, and trained on
+
+
+def test_the_best_checkpoint_is_exported_with_its_head(jobs: Jobs, labelled: dict[str, DatasetManifest], run: Run) -> None:
+    """Without the workers that wrote it, the last checkpoint comes to what the end of the run exported."""
+    settings = {"checkpoint": {"every_steps": 2}, "max_steps": 4}
+    job = job_of(jobs, labelled["one"], "classes-checkpoint", **LORA, **settings)
+    run(job)
+    assert export_checkpoint(job.to_json(), 4, "runs/classes-checkpoint/again") == "adapter"
+    (path,) = job.store.local("runs/classes-checkpoint/again").glob("*.safetensors")
+    again = {name: weight.float() for name, weight in load_file(path).items()}
+    assert largest_difference(again, exported(job)) == 0
+    assert targets_of(path.parent)[0].labels == STRIDES
+
+
+def test_adapter_is_trained_on_with_its_head(jobs: Jobs, labelled: dict[str, DatasetManifest], run: Run) -> None:
+    """A learning rate that moves nothing leaves it as it was; targets in another order are refused."""
+    first = job_of(jobs, labelled["one"], "classes-first", **LORA)
+    run(first)
+    store = first.store
+    with Catalog.open(store) as catalog:
+        folder = "models/.classes-first"
+        with store.staged_dir(folder) as target:
+            for path in store.local("runs/classes-first/export").iterdir():
+                (target / path.name).write_bytes(path.read_bytes())
+        files = store.files(folder)
+        kept = {"files": files, "files_digest": files_digest(files), "base_model": first.base.id, "licence": "mit"}
+        version = catalog.put(ModelVersion(name="strides", status="accepted", weights="adapter", **kept).sealed())
+        store.move_dir(folder, f"models/{version.id}")
+    still = {"init_from": "continue", "optimizer": {"lr": 1e-30}, "max_steps": 1}
+    on = replace(job_of(jobs, labelled["one"], "classes-on", **LORA, **still), initial=version)
+    run(on)
+    assert largest_difference(exported(on), exported(first)) == 0
+    with Catalog.open(store) as catalog:
+        turned = Target(labels=STRIDES[::-1])
+        with pytest.raises(ConfigError, match=r"has a head over the labels \['one', 'two', 'three'\]"):
+            refuse_other_adapter(catalog, Start(first.base, version), on.config.adapter, (turned,))
+        refuse_other_adapter(catalog, Start(first.base, version), on.config.adapter, on.config.targets)
