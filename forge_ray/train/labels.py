@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from forge_ray.config.classify import class_names
+from forge_ray.config.classify import Target, class_names, columns_of
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.labels import LabelCounts, count_labels
 from forge_ray.data.dataset.version import find_record
@@ -44,16 +44,21 @@ def _judge(train: TrainConfig, manifest: DatasetManifest, counts: LabelCounts) -
             + (f", nor {len(unused) - 1} others of train.method.targets" if len(unused) > 1 else ""),
             hint="remove it from train.method.targets, or add rows; a label is never learned without one",
         )
-    for line in label_lines(names, counts):
+    for line in label_lines(train.targets, counts):
         print(f"  labels    {visible(line)}", file=sys.stderr, flush=True)
 
 
-def label_lines(names: tuple[str, ...], counts: LabelCounts) -> list[str]:
+def label_lines(targets: tuple[Target, ...], counts: LabelCounts) -> list[str]:
     """For a person."""
+    names = class_names(targets)
     order = sorted(range(len(names)), key=lambda number: -int(counts.positive[number]))
     listed = [f"{names[number]} {counts.positive[number]}" for number in order]
     more = f", and {len(listed) - SHOWN} more down to {listed[-1]}" if len(listed) > SHOWN else ""
     lines = [f"of {counts.num_documents} training rows: {', '.join(listed[:SHOWN])}{more}"]
+    for target, columns in zip(targets, columns_of(targets), strict=True):
+        missing = counts.num_documents - int(counts.positive[columns.start] + counts.negative[columns.start])
+        if missing and len(targets) > 1:
+            lines.append(f"{missing} rows have no label of {target.name}, which is not trained on them")
     if counts.unlabelled:
         lines.append(f"{counts.unlabelled} rows have a label of no target, and are not trained")
     for name, count in counts.other.items():

@@ -284,6 +284,9 @@ def test_labels_are_reported_and_those_without_a_row_refused(
     _, strides, _ = counting(5, 60)
     assert f"one {strides.count(1)}" in printed
     assert "51 rows have a label of has, which no target reads" in printed
+    both = job_of(jobs, labelled["several"], "classes-both", SEVERAL)
+    report_labels(both.store, both.config, both.dataset)
+    assert "9 rows have no label of has, which is not trained on them" in capsys.readouterr().err
     more = {"kind": "classify", "targets": [{"labels": [*STRIDES, "four"]}]}
     job = job_of(jobs, labelled["one"], "classes-more", more)
     with pytest.raises(DataError, match="has the label 'four'"):
