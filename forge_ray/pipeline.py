@@ -40,6 +40,7 @@ from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
 from forge_ray.store.home import expanded
 from forge_ray.store.removed import require
+from forge_ray.train.labels import report_labels
 
 if TYPE_CHECKING:
     from forge_ray.evaluate.standalone import Compared
@@ -121,6 +122,7 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
     with Catalog.open(store) as catalog:
         manifest = _prepare(config, catalog, import_base(config, catalog))
         general.general_rows(catalog, manifest, config.eval)
+        report_labels(store, config.train, manifest)
         return manifest
 
 
@@ -159,6 +161,7 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
                 promotion.refuse_archived(catalog, version.id)
         manifest = _prepare(config, catalog, named, quiet=True)
         refuse_without_rows(config.train, store, manifest)
+        report_labels(store, config.train, manifest)
         if rows := general.general_rows(catalog, manifest, config.eval):  # refused now, not after hours of training
             general.refuse_trained(store, rows, manifest)
         begun = start.start_of(catalog, named, config.train)
@@ -175,6 +178,7 @@ def train_on(
 ) -> RunRecord:
     """Train on what the store holds; the sources of the rows are not looked at. `initial`: the version whose adapter is
     trained on, where it is not a new one."""
+    from forge_ray.models.architecture import Head
     from forge_ray.release.candidates import export_best
     from forge_ray.train import attempts, checkpoint, follow, launch, run_folder
     from forge_ray.train.job import TrainJob, run_id
@@ -202,11 +206,11 @@ def train_on(
             identifier, config.name, config.train, store, manifest, base, precision, under_ray=False, initial=initial
         )
         job.check_may_publish()
-        refuse_other_adapter(catalog, Start(base, initial), config.train.adapter)
+        refuse_other_adapter(catalog, Start(base, initial), config.train.adapter, config.train.targets)
         # every byte is checked before a GPU hour is spent on it
         store.fetch_dir(paths.dataset(manifest.id), files=manifest.files)
         run_folder.write_config(store, identifier, config)
-        report_reach(store, identifier, base, config.train.adapter)
+        report_reach(store, identifier, base, config.train.adapter, Head(config.train.targets))
         tags = {f"forge.{name}": value for name, value in started.items()}
         sinks = open_sinks(store, identifier, config.name, config.train, tags)
         try:
@@ -233,21 +237,23 @@ def train_on(
 def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
     """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. Where a number of
     rows is assumed instead, `base_model` may be a folder that holds `config.json` alone."""
+    from forge_ray.models.architecture import Head
     from forge_ray.train import preflight, start
     from forge_ray.train.plan import Model, Stated
 
     stated = Stated.of(assumptions.num_rows, config.data.sequence_length) if assumptions.num_rows else None
     rows, folder = f"{assumptions.num_rows} rows, as stated", Path(config.base_model)
     if stated and (folder / "config.json").is_file():
-        planned = preflight.Planned(Model.of(folder), stated, config.base_model, rows)
+        planned = preflight.Planned(Model.of(folder, Head(config.train.targets)), stated, config.base_model, rows)
     else:
         with Catalog.open(store) as catalog:
             named = import_base(config, catalog)
             base = start.full_base(catalog, named, config.train)
             dataset = stated or _prepare(config, catalog, named, quiet=True)
-        if isinstance(dataset, DatasetManifest):
-            preflight.refuse_without_rows(config.train, store, dataset)
-        model = Model.of(preflight.configuration(store, base))
+            if isinstance(dataset, DatasetManifest):
+                preflight.refuse_without_rows(config.train, store, dataset)
+                report_labels(store, config.train, dataset)
+        model = Model.of(preflight.configuration(store, base), Head(config.train.targets))
         planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     return preflight.estimate(config.train, store, precision, planned, assumptions)
@@ -260,7 +266,7 @@ def evaluate(config: RunConfig, store: Store) -> tuple[EvalReport, EvalReport]:
 
 
 def _evaluate_run(config: RunConfig, catalog: Catalog, record: RunRecord) -> tuple[EvalReport, EvalReport]:
-    both = reports.evaluate_both(catalog, record, config.eval)
+    both = reports.evaluate_both(catalog, record, config.scoring)
     if config.eval.leak:
         reports.audit_leak(catalog, record, config.eval)
     return both
@@ -275,7 +281,7 @@ def evaluate_file(config: RunConfig, store: Store) -> tuple[EvalReport, EvalRepo
             return _evaluate_run(config, catalog, lookup.record)
         promotion.refuse_withdrawn(catalog, lookup.named.id)
         subject = reports.model_subject(catalog, lookup.named)
-        return reports.evaluate(catalog, subject, lookup.manifest, config.eval, "base"), None
+        return reports.evaluate(catalog, subject, lookup.manifest, config.scoring, "base"), None
 
 
 def evaluate_models(
@@ -334,13 +340,13 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
 
 def _release_run(config: RunConfig, catalog: Catalog, record: RunRecord, promote: bool = True) -> ModelVersion:
     store = catalog.store
-    base_report, report = reports.evaluate_both(catalog, record, config.eval, quiet=True)
+    base_report, report = reports.evaluate_both(catalog, record, config.scoring, quiet=True)
     leak = reports.audit_leak(catalog, record, config.eval, quiet=True) if config.eval.leak else None
     manifest = catalog.get_as(DatasetManifest, record.dataset)
     incumbents: dict[str, EvalReport | None] = {"base": base_report}
     for name in gate.incumbents_of(config.release.gate):
         if name not in incumbents:
-            incumbents[name] = reports.incumbent(catalog, name, record, manifest, config.eval)
+            incumbents[name] = reports.incumbent(catalog, name, record, manifest, config.scoring)
     with stage("release") as it:
         checks = gate.checks(config.release.gate, report, incumbents, leak, partial(items_of, store))
         reasons = gate.reasons(checks)

@@ -84,8 +84,10 @@ def _reference_difference(store: Store, run: str, method: Any) -> tuple[float, f
     """Of a run that compares with a reference model, how far the kept numbers are from computed ones; None for others."""
     from forge_ray.config.base import parse
     from forge_ray.config.method import Preference
+    from forge_ray.config.train import TrainConfig
 
-    if isinstance(method, str) or not parse(Preference, method).has_reference:
+    parsed = parse(TrainConfig, {"method": method}).method
+    if not isinstance(parsed, Preference) or not parsed.has_reference:
         return None
     from forge_ray.store.catalog import Catalog
     from forge_ray.train.job import job_of

@@ -143,7 +143,7 @@ def _side_by_side(store: Store, as_json: bool, data: str, compared: Compared, ov
         raise ConfigError(f"{what} needs rows", hint="add --data with a run file, a dataset (ds_…) or a file of rows")
     if Path(data).suffix in (".yaml", ".yml"):
         run = load_run_file(data, overrides)
-        reports = pipeline.evaluate_models(compared, run, run.eval, store, {})
+        reports = pipeline.evaluate_models(compared, run, run.scoring, store, {})
     else:
         config, rows = _settings(overrides)
         reports = pipeline.evaluate_models(compared, data, config, store, rows)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def packed_rows(catalog: Catalog, reference: str, split: str, count: int) -> list[dict[str, Any]]:
-    """The first packed rows: for each document its record and its tokens, with whether each is trained."""
+    """The first packed rows: for each document its record, its label where it has one, and its tokens, with whether
+    each is trained."""
     from forge_ray.data.dataset.stream import Rows
     from forge_ray.data.dataset.version import load_tokenizer
 
@@ -34,13 +35,16 @@ def packed_rows(catalog: Catalog, reference: str, split: str, count: int) -> lis
     tokenizer = load_tokenizer(catalog.store, manifest.base_model)
     columns = rows.take(numbers)
     packed = []
+    labels = rows.labels(numbers) if manifest.config.get("form") == "labels" else []
     for number, records in zip(numbers, rows.records(numbers), strict=True):
-        documents = []
+        documents: list[dict[str, Any]] = []
         for segment, record in enumerate(records, start=1):
             where = columns["segment_ids"][number] == segment
             ids, mask = columns["input_ids"][number][where].tolist(), columns["loss_mask"][number][where].tolist()
             pieces = [tokenizer.decode([token]) for token in ids]
-            documents.append({"record": record, "tokens": pieces, "ids": ids, "trained": [bool(bit) for bit in mask]})
+            label = {"label": labels[number][segment - 1]} if labels else {}
+            tokens = {"tokens": pieces, "ids": ids, "trained": [bool(bit) for bit in mask]}
+            documents.append({"record": record, **label, **tokens})
         used = int((columns["segment_ids"][number] > 0).sum())
         packed.append(
             {"row": number, "num_tokens": used, "padding": manifest.sequence_length - used, "documents": documents}
@@ -57,7 +61,9 @@ def print_packed_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         console.print(f"[bold]row {row['row']}[/bold]  {row['num_tokens']} tokens, {row['padding']} padding")
         for document in row["documents"]:
-            console.print(f"  [cyan]{document['record']}[/cyan]")
+            console.print(f"  [cyan]{document['record']}[/cyan]", end="" if "label" in document else "\n")
+            if "label" in document:
+                console.print(Text(f"  {visible(document['label'])}"), soft_wrap=True)
             text = Text("    ")
             for token, trained in zip(document["tokens"], document["trained"], strict=True):
                 piece = visible(token).replace("\n", "⏎\n    ")

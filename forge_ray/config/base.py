@@ -34,9 +34,11 @@ class Config(Frozen):
 
 C = TypeVar("C", bound=Config)
 
+KIND = re.compile(r"int|(literal|tuple|dict|tagged-union|function-[a-z]+)\[.*\]", re.DOTALL)
 # pydantic's error types → rules in the terms of YAML
 KINDS = {
     "model_type": "must be a section of keys",
+    "model_attributes_type": "must be a section of keys",
     "dict_type": "must be a section of keys",
     "tuple_type": "must be a list",
     "finite_number": "must be a finite number",
@@ -106,7 +108,7 @@ def parse(model: type[C], values: Any, where: str = "") -> C:
     except ValidationError as error:
         problems: dict[str, str] = {}  # "key=value: " → the rules that it breaks; several for a value of several types
         hints: list[str] = []
-        items = [(tuple(str(part) for part in item["loc"] if not _is_kind(part)), item) for item in error.errors()]
+        items = [(_place(item["loc"]), item) for item in error.errors()]
         for place, item in items:
             if any(len(other) > len(place) and other[: len(place)] == place for other, _ in items):
                 continue  # the list itself is reported only because one of its items is invalid
@@ -130,9 +132,15 @@ def _is_other_type(place: tuple[str, ...], item: Any, items: list[tuple[tuple[st
     return broken and item["type"] != "value_error" and isinstance(item["input"], dict)
 
 
-def _is_kind(part: str | int) -> bool:
-    """Whether pydantic added this part to the path: the name of the type it tried, where a key has several types."""
-    return isinstance(part, str) and re.fullmatch(r"int|(literal|tuple|function-[a-z]+)\[.*\]", part) is not None
+def _place(parts: tuple[str | int, ...]) -> tuple[str, ...]:
+    """A path without what pydantic adds where a key has several types: the name of the type it tried, and of sections that
+    name their kind, that kind."""
+    place, is_tag = [], False
+    for part in map(str, parts):
+        if not is_tag and not KIND.fullmatch(part):
+            place.append(part)
+        is_tag = part.startswith("tagged-union[")
+    return tuple(place)
 
 
 def _explain(model: type[BaseModel], path: list[str], item: Any) -> tuple[str, str, str]:
@@ -154,15 +162,18 @@ def _explain(model: type[BaseModel], path: list[str], item: Any) -> tuple[str, s
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> set[str]:
-    """Field names of the section at `path`; list positions are skipped."""
+    """Field names of the section at `path`, of each kind that it may be; list positions are skipped."""
+    models = [model]
     for part in path:
-        field = model.model_fields.get(part)
-        if field is None:
-            continue
-        candidates = [field.annotation, *get_args(field.annotation)]
-        candidates += [inner for outer in candidates for inner in get_args(outer)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
-    return set(model.model_fields)
+        annotations = [one.model_fields[part].annotation for one in models if part in one.model_fields]
+        models = [inner for annotation in annotations for inner in _models(annotation)] or models
+    return {name for one in models for name in one.model_fields}
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
 
 
 def without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -176,6 +176,11 @@ class DataConfig(Config):
         "train",
         description="What is done with the reasoning of answers: trained; in the context and not trained; or removed",
     )
+    form: Literal["answers", "labels"] = Field(
+        "answers",
+        description="What a chat's document is. `answers`: the conversation, of which the answers are trained; `labels`: the"
+        " prompt of its last answer, which is kept as the label, for `train.method: {kind: classify}`",
+    )
     tools: Literal["template", "text"] = Field(
         "template",
         description="How tools, tool calls and tool results are written: by the model's chat template; or as text, for"
@@ -204,7 +209,7 @@ class DataConfig(Config):
     @model_serializer(mode="wrap")
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the newer settings where they are the default: the ids of dataset versions from before them stay."""
-        return without_defaults(handler(self), {"reasoning": "train", "tools": "template", "date": ""})
+        return without_defaults(handler(self), {"reasoning": "train", "form": "answers", "tools": "template", "date": ""})
 
     @model_validator(mode="after")
     def _weights_on_all_or_none(self) -> Self:

@@ -84,3 +84,14 @@ class Schedule(Config):
         """Without `decay_ratio` where it is not read: the ids of runs from before that setting stay."""
         values: dict[str, Any] = handler(self)
         return values if self.name == "wsd" else without_defaults(values, {"decay_ratio": DECAY_RATIO})
+
+
+class Offload(Config):
+    """What ZeRO keeps in main memory when the GPU's is too small (arXiv:2101.06840); the optimizer then runs on the CPU."""
+
+    optimizer: Literal["none", "cpu"] = Field(
+        "none", description="`cpu` keeps AdamW's moments and fp32 weights in main memory; needs zero_stage 1 to 3"
+    )
+    parameters: Literal["none", "cpu"] = Field(
+        "none", description="`cpu` keeps the model's weights in main memory; needs zero_stage 3"
+    )

@@ -44,6 +44,11 @@ EXAMPLES = {
     "data.subject": "data: {subject: {field: customer_id}}",
     "train": "train: {epochs: 3, global_batch: 32, micro_batch_size: 4}",
     "train.method": "train: {method: {kind: dpo, beta: 0.1}}",
+    "train.method:classify": "{data: {form: labels}, train: {method: {kind: classify, targets: [{labels: [spam, ham]}]}}}",
+    "train.method.targets": (
+        "{data: {form: labels}, train: {method: {kind: classify, targets: [{name: topic, labels: [card, loan], loss: multi},"
+        " {name: urgent, labels: ['yes', 'no']}]}}}"
+    ),
     "train.optimizer": "train: {optimizer: {lr: 1e-4}}",
     "train.schedule": "train: {schedule: {name: linear, warmup_ratio: 0.1}}",
     "train.adapter": "train: {adapter: {r: 32, alpha: 64}}",
@@ -95,24 +100,32 @@ class Setting:
 
 @dataclass(frozen=True)
 class Section:
-    """A table of the page. `rule`: name of the rule, for an item of `data.curate`."""
+    """A table of the page. `rule`: name of the rule, for an item of `data.curate`; `kind`: that of a section which may have
+    several, all but the first one's."""
 
     path: str
     meaning: str
     settings: list[Setting] = field(default_factory=list)
     rule: str = ""
+    kind: str = ""
+
+    @property
+    def key(self) -> str:
+        """In `EXAMPLES`."""
+        return f"{self.path}:{self.kind}" if self.kind else self.path
 
 
-def sections(model: type[Config], path: str = "", meaning: str = "") -> Iterator[Section]:
+def sections(model: type[Config], path: str = "", meaning: str = "", kind: str = "") -> Iterator[Section]:
     """The section of `model` and its subsections, depth first."""
-    own = Section(path, meaning or _doc(model))
+    own = Section(path, meaning or _doc(model), kind=kind)
     below: list[Iterator[Section]] = []
     for name, info in model.model_fields.items():
         key = f"{path}.{name}".lstrip(".")
         if name == "curate":
             below.append(_curate(key, info.description or ""))
-        elif inner := _section_of(info.annotation):
-            below.append(sections(inner, key, _about(info, inner)))
+        elif models := _sections_of(info.annotation):
+            for number, inner in enumerate(models):
+                below.append(sections(inner, key, _about(info, inner), _kind(inner) if number else ""))
             if plain := _plain(info.annotation):
                 own.settings.append(Setting(name, f"{plain} \\| section", _default(info), _meaning(info)))
         else:
@@ -152,18 +165,22 @@ def _about(info: FieldInfo, model: type[Config]) -> str:
     return " ".join(filter(None, parts))
 
 
-def _section_of(annotation: Any) -> type[Config] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Config):
-            return candidate
-    return None
+def _sections_of(annotation: Any) -> list[type[Config]]:
+    """The sections that a setting may be; several where a key of theirs says which (`_kind`)."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _sections_of(part)]
+
+
+def _kind(model: type[Config]) -> str:
+    return str(get_args(model.model_fields["kind"].annotation)[0])
 
 
 def _plain(annotation: Any) -> str:
     """The types that a setting may have instead of being a section; "" where it is always one, or null."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return ""
-    others = [part for part in get_args(annotation) if part is not type(None) and not _section_of(part)]
+    others = [part for part in get_args(annotation) if part is not type(None) and not _sections_of(part)]
     return " \\| ".join(map(_type, others))
 
 
@@ -201,8 +218,9 @@ def reference() -> str:
         if section.rule:
             parts.append(f"\n#### `{section.path}`, `rule: {section.rule}`\n\n{section.meaning}\n")
         else:
-            parts.append(f"\n### `{section.path}`\n\n" if section.path else "\n")
-            parts.append(f"{section.meaning}\n\nExample: `{EXAMPLES[section.path]}`\n")
+            kind = f", `kind: {section.kind}`" if section.kind else ""
+            parts.append(f"\n### `{section.path}`{kind}\n\n" if section.path else "\n")
+            parts.append(f"{section.meaning}\n\nExample: `{EXAMPLES[section.key]}`\n")
         if section.settings:
             parts.append("\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n")
         for one in section.settings:

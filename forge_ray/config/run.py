@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from forge_ray.config.base import Config, SettingError
+from forge_ray.config.classify import Classify, normalise
 from forge_ray.config.data import DataConfig
 from forge_ray.config.gate import LeakBounds
 from forge_ray.config.measurements import GENERAL
@@ -54,6 +55,52 @@ class RunConfig(Config):
             what, remedy = (beyond[0], "remove it") if beyond else ("method=dora", "use lora")
             raise SettingError(f"an adapter with {what} cannot share an engine with other adapters", f"{remedy}, {merged}")
         return self
+
+    @model_validator(mode="after")
+    def _labels_are_for_classifiers(self) -> Self:
+        is_classifier, form = isinstance(self.train.method, Classify), self.data.form
+        if is_classifier != (form == "labels"):
+            raise SettingError(
+                f"train.method={self.train.method_name} with data.form={form}: a head over labels reads prompts, and other"
+                " methods train answers",
+                "set data.form=labels" if is_classifier else "set data.form=answers, or train.method={kind: classify, …}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classifier_generates_nothing(self) -> Self:
+        if not isinstance(self.train.method, Classify):
+            return self
+        generated = ("metrics", "json_schema", "safety", "general", "leak")
+        unread = [f"eval.{name}" for name in generated if name in self.eval.model_fields_set and getattr(self.eval, name)]
+        unread += ["release.gate.budgets.latency_ms_per_token"] if self.release.gate.budgets.latency_ms_per_token else []
+        unread += ["eval.engine.kind=vllm"] if self.eval.engine.kind == "vllm" else []
+        unread += ["deploy"] if self.deploy else []
+        if unread:
+            raise SettingError(
+                f"{unread[0]} is for models that generate text, and train.method=classify trains one that does not",
+                "remove it"
+                + ("; transformers' AutoModelForSequenceClassification opens the version" if unread == ["deploy"] else ""),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_those_of_targets(self) -> Self:
+        if self.train.targets and isinstance(self.eval.labels, tuple):
+            raise SettingError(
+                f"eval.labels={list(self.eval.labels)} with train.method=classify, whose targets list the labels",
+                "remove eval.labels",
+            )
+        return self
+
+    @property
+    def scoring(self) -> EvalConfig:
+        """The settings of the run's evaluations: base and trained model are scored on the same labels, those of a
+        classifier's only target."""
+        targets = self.train.targets
+        if len(targets) != 1 or targets[0].loss == "multi" or self.eval.labels:
+            return self.eval
+        return self.eval.model_copy(update={"labels": tuple(map(normalise, targets[0].labels))})
 
     @model_validator(mode="after")
     def _rows_can_be_shared(self) -> Self:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import Config, SettingError, without_defaults
+from forge_ray.config.classify import Classify, Target
 from forge_ray.config.method import Preference
-from forge_ray.config.optimizer import Optimizer, Schedule
+from forge_ray.config.optimizer import Offload, Optimizer, Schedule
 from forge_ray.config.scaling import Scaling, Workers
 
 
@@ -58,17 +59,6 @@ class Spike(Config):
     patience: int = Field(3, ge=1, description="Steps in a row above these bounds before the run goes back")
 
 
-class Offload(Config):
-    """What ZeRO keeps in main memory when the GPU's is too small (arXiv:2101.06840); the optimizer then runs on the CPU."""
-
-    optimizer: Literal["none", "cpu"] = Field(
-        "none", description="`cpu` keeps AdamW's moments and fp32 weights in main memory; needs zero_stage 1 to 3"
-    )
-    parameters: Literal["none", "cpu"] = Field(
-        "none", description="`cpu` keeps the model's weights in main memory; needs zero_stage 3"
-    )
-
-
 class Guards(Config):
     """When a run recovers automatically, and when it stops. Each intervention is an incident in the run's record."""
 
@@ -92,10 +82,10 @@ class Guards(Config):
 class TrainConfig(Config):
     """How the model is trained."""
 
-    method: Literal["sft"] | Preference = Field(
+    method: Literal["sft"] | Annotated[Preference | Classify, Field(discriminator="kind")] = Field(
         "sft",
         description="`sft`: supervised fine-tuning; on plain text it is continued pre-training. Training on judged answers"
-        " has settings of its own, for example {kind: dpo}",
+        " has settings of its own, for example {kind: dpo}; so has a head over labels, {kind: classify, targets: […]}",
     )
     seed: int = Field(0, ge=0, description="Seed of the order of rows, the adapter's initial weights and dropout")
     epochs: float = Field(
@@ -279,11 +269,11 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _pairs_stay_whole(self) -> Self:
-        if isinstance(self.method, Preference) and self.sequence_parallel > 1:
+    def _documents_stay_whole(self) -> Self:
+        if not isinstance(self.method, str) and self.sequence_parallel > 1:
             raise SettingError(
                 f"method.kind={self.method.kind} with sequence_parallel={self.sequence_parallel}: a worker would see"
-                " parts of the answers that are compared",
+                " parts of the documents whose losses need all of their tokens",
                 "set train.sequence_parallel=1",
             )
         return self
@@ -334,6 +324,10 @@ class TrainConfig(Config):
     @property
     def method_name(self) -> str:
         return self.method if isinstance(self.method, str) else self.method.kind
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.method.targets if isinstance(self.method, Classify) else ()
 
     @property
     def keeps_best(self) -> bool:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from forge_ray.config.classify import normalise
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.curate.canaries import is_canary
 from forge_ray.data.dataset.version import read_records
@@ -127,8 +128,3 @@ def label_set(store: Store, manifest: DatasetManifest, config: EvalConfig) -> tu
         return config.labels or ()
     train = EvalConfig(split="validation").model_copy(update={"split": "train"})
     return tuple(sorted({normalise(example.answer) for example in examples(store, manifest, train)}))
-
-
-def normalise(text: str) -> str:
-    """Case, surrounding white space and a final full stop do not decide whether an answer is right."""
-    return " ".join(text.split()).removesuffix(".").casefold()

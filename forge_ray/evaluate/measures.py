@@ -4,6 +4,7 @@
   JSON object (extraction): the object, and precision and recall of its fields
 - a chat that ends in calls: the calls as a whole, their names, their arguments; and calls where a text was expected
 - a pair of a preferred and a rejected answer: also which of them is likelier, and by how many nats
+- a chat that a classifier answers: also its classes and its probabilities (`class_measures.py`)
 - either, with functions of the user's own: the mean of each of their scores over the rows that have it
 - a plain text: loss, perplexity, and bits per byte, which can be compared over tokenizers
 - general rows: the loss of their answers or texts, under names that begin with `general_`
@@ -19,15 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from forge_ray.config.classify import normalise
 from forge_ray.config.measurements import GENERAL
-from forge_ray.evaluate.chance import Difference, Floats, Statistic, difference, interval, mapped, ratio, share
-from forge_ray.evaluate.examples import normalise
+from forge_ray.evaluate.chance import Difference, Statistic, difference, interval, mapped, ratio, share
+from forge_ray.evaluate.class_measures import class_statistics, macro_f1
 from forge_ray.records import EvalReport
 
 Items = Sequence[dict[str, Any]]
 CALL, TEXT = "call", "text"
 GENERAL_ANSWER, GENERAL_TEXT = "general_answer", "general_text"
-NUMBERS = ("loss", "perplexity", "bits_per_byte", "margin")  # what is no share: names end so
+NUMBERS = ("loss", "perplexity", "bits_per_byte", "margin", "temperature")  # what is no share: names end so
 
 
 def is_share(report: EvalReport, metric: str) -> bool:
@@ -53,7 +55,10 @@ def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
         if all("likeliest" in item for item in chats):
             by_metric["label_likelihood"] = share([item["likeliest"] == normalise(item["reference"]) for item in chats])
         by_metric["macro_f1"] = _macro_f1(chats, labels)
-    if chats and not labels and (references := objects(chats)):
+    is_classified = bool(chats) and all("predicted" in item for item in chats)
+    if is_classified:
+        by_metric |= class_statistics(chats)
+    if chats and not labels and not is_classified and (references := objects(chats)):
         by_metric |= _extraction(references, [_object(item["prediction"]) for item in chats])
     if calls:
         by_metric |= {name: share([rule(item) for item in calls]) for name, rule in CALL_RULES.items()}
@@ -146,17 +151,7 @@ def _macro_f1(chats: Items, labels: Sequence[str]) -> Statistic:
     """Of the classes that occur, of the generated answers."""
     actual = np.array([[normalise(item["reference"]) == label for label in labels] for item in chats], np.float64)
     predicted = np.array([[normalise(item["prediction"]) == label for label in labels] for item in chats], np.float64)
-
-    def of(counts: Floats) -> Floats:
-        support = counts @ actual
-        total = support + counts @ predicted
-        f1 = np.divide(2 * (counts @ (actual * predicted)), total, out=np.zeros_like(total), where=total > 0)
-        mean: Floats = (f1 * (support > 0)).sum(axis=1) / np.maximum(1, (support > 0).sum(axis=1))
-        return mean
-
-    scores = [class_scores(chats, label) for label in labels]
-    present = [one["f1"] for one in scores if one["support"]]
-    return Statistic(sum(present) / max(1, len(present)), len(chats), of)
+    return macro_f1(actual, predicted)
 
 
 def class_scores(chats: Items, label: str) -> dict[str, float]:

@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from forge_ray.config.measurements import GENERAL, Contamination
@@ -15,11 +14,12 @@ from forge_ray.config.release import EvalConfig
 from forge_ray.data.curate.contamination import contaminated, stream_records
 from forge_ray.errors import DataError
 from forge_ray.evaluate.chance import wilson
-from forge_ray.evaluate.examples import GENERAL_SPLIT, HeldOutRows, normalise
+from forge_ray.evaluate.examples import GENERAL_SPLIT, HeldOutRows
 from forge_ray.evaluate.measures import intervals, is_general
 from forge_ray.evaluate.own import num_scored
+from forge_ray.evaluate.plots import plot_confusion, plot_reliability
 from forge_ray.evaluate.scoring_files import ScoringFiles
-from forge_ray.evaluate.summary import OTHER, only_finite, slice_scores, summarise
+from forge_ray.evaluate.summary import only_finite, slice_scores, summarise
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import paths
 from forge_ray.store.files import Store
@@ -44,6 +44,7 @@ class ScoredRows:
     shared: SharedRows | None
     left_out: Mapping[str, int]
     general: DatasetManifest | None = None  # whose rows are among the items
+    temperatures: Mapping[str, float] = field(default_factory=dict)  # of a classifier, by target
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
             )
     metrics, per_class = summarise(rows.items, rows.labels)
     bounds = intervals(rows.items, rows.labels)
+    for name, value in rows.temperatures.items():
+        metrics["temperature" if len(rows.temperatures) == 1 else f"{name}_temperature"] = value
     kept = {"items.jsonl": rows.items}
     if rows.safety:
         passed = [not answer["failures"] for answer in rows.safety]
@@ -142,6 +145,8 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
             title = f"{report.evaluated} · {config.split} of {manifest.id}"
             answered = [item for item in own if "kind" not in item]  # with a text, which may be a label
             plot_confusion(answered, rows.labels, target / "confusion.png", title)
+        if classified := [item for item in own if "targets" in item]:
+            plot_reliability(classified, target / "reliability.png", f"{of.subject} · {config.split} of {manifest.id}")
     return report
 
 
@@ -149,33 +154,3 @@ def json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
     """One object a line; what is not a finite number is null, for JSON has no word for it."""
     plain = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
     return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in plain).encode()
-
-
-def plot_confusion(items: Sequence[dict[str, Any]], labels: Sequence[str], path: Path, title: str) -> None:
-    """Reference by generated answer, as PNG; answers outside the label set are one column."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = [*labels, OTHER]
-    counts = [[0] * len(columns) for _ in labels]
-    for item in items:
-        reference, prediction = normalise(item["reference"]), normalise(item["prediction"])
-        if reference in labels:
-            column = columns.index(prediction) if prediction in labels else len(labels)
-            counts[list(labels).index(reference)][column] += 1
-    size = max(4.0, 0.45 * len(columns) + 2)
-    figure = Figure(figsize=(size, size), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.imshow(counts, cmap="Blues")
-    high = max(map(max, counts), default=0)
-    for row, values in enumerate(counts):
-        for column, value in enumerate(values):
-            if value:
-                colour = "white" if value > high / 2 else "black"
-                axes.text(column, row, str(value), ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set(xlabel="generated answer", ylabel="reference")
-    axes.set_title(title, fontsize=9)
-    figure.savefig(path)

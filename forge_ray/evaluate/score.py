@@ -11,10 +11,11 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from forge_ray.config.classify import normalise
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, load_tokenizer_dir, prompt_ids
@@ -22,7 +23,8 @@ from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.evaluate.answer_schema import refuse_unfit, with_validity
 from forge_ray.evaluate.calls import call_fields, call_form, calls_in
-from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out, label_set, normalise
+from forge_ray.evaluate.classified import classify_rows, open_classifier
+from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out, label_set
 from forge_ray.evaluate.losses import general_held_out, score_general
 from forge_ray.evaluate.own import scored, try_functions
 from forge_ray.evaluate.publish import Scored, ScoredRows, publish, shared_rows
@@ -30,6 +32,7 @@ from forge_ray.evaluate.safety import answer_prompts
 from forge_ray.evaluate.scoring_files import ScoringFiles
 from forge_ray.evaluate.texts import score_texts
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
+from forge_ray.models.class_head import targets_of
 from forge_ray.records import DatasetManifest, FileEntry
 from forge_ray.store.files import Store
 
@@ -164,6 +167,14 @@ def evaluate(
     held, labels = held_out(store, manifest, config), label_set(store, manifest, config)
     general_held = general_held_out(store, general, config)
     shared = shared_rows(store, config, manifest, held, general, general_held)
+    if targets := targets_of(adapter) or targets_of(folder):
+        classifier = open_classifier(folder, adapter, targets, tokenizer, config)
+        rows = yield from classify_rows(store, manifest, held, classifier, config, files)
+        costs = {"size_bytes": float(size_bytes(store, subject))}
+        of = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started, files)
+        report = publish(store, manifest, config, replace(rows, labels=rows.labels or labels, shared=shared), of)
+        yield {"report": report.model_dump(mode="json")}
+        return
     refuse_unfit(files.schema, held.chats)
     try_functions(files.functions, held.chats, config.slices, labels)
     engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)

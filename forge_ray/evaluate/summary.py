@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from forge_ray.evaluate.examples import normalise
+from forge_ray.config.classify import normalise
+from forge_ray.evaluate.class_measures import by_class
 from forge_ray.evaluate.measures import class_scores, field_scores, is_general, statistics
 
 OTHER = "(other)"
+OF_ALL_CLASSES = ("macro_f1", "average_precision")  # say nothing of rows of one class
 
 
 def summarise(
@@ -18,6 +20,8 @@ def summarise(
     """(metrics, per class; per field where the answers are objects)."""
     metrics = {name: statistic.value for name, statistic in statistics(items, labels).items()}
     chats = [item for item in items if "kind" not in item]
+    if chats and all("predicted" in item for item in chats):
+        return metrics, by_class(chats)
     per_class = {label: class_scores(chats, label) for label in labels} if chats else {}
     return metrics, per_class or field_scores(chats)
 
@@ -35,7 +39,7 @@ def slice_scores(
                 groups.setdefault(value, []).append(item)
         per_slice[kind] = {}
         for of, group in sorted(groups.items()):
-            scores = {name: score for name, score in summarise(group, labels)[0].items() if name != "macro_f1"}
+            scores = {name: score for name, score in summarise(group, labels)[0].items() if name not in OF_ALL_CLASSES}
             per_slice[kind][of] = scores | {"count": float(len(group))}
     return per_slice
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from forge_ray.inference.choose import write_merged
+from forge_ray.models.class_head import is_classifier
 from forge_ray.papers.bom import bom
 from forge_ray.papers.facts import Facts
 from forge_ray.papers.markdown import code, plain
@@ -33,6 +34,8 @@ OPENING = {
     " `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`.",
     "merged": "`AutoModelForCausalLM.from_pretrained(FOLDER)` and `AutoTokenizer.from_pretrained(FOLDER)` of transformers,"
     " or `vllm serve FOLDER`.",
+    "classifier": "`AutoModelForSequenceClassification.from_pretrained(FOLDER)` and"
+    " `AutoTokenizer.from_pretrained(FOLDER)` of transformers; `classes.json` says which logits belong to which target.",
     "gguf": "`llama-server -m FILE.gguf`, and every program that is built on llama.cpp.",
 }
 
@@ -149,4 +152,5 @@ def _this_copy(held: StoredWeights, form: Form, precision: str, folder: Path) ->
     else:
         what = f"The weights of {version.id} in {precision}."
     licence = f"Licence: {plain(version.licence)}; its text: {', '.join(texts) or 'not in the store it comes from'}."
-    return f"## This copy\n\n{what}\n\n{OPENING[form]}\n\n{licence}\n"
+    opening = OPENING["classifier" if form == "merged" and is_classifier(version) else form]
+    return f"## This copy\n\n{what}\n\n{opening}\n\n{licence}\n"

@@ -27,6 +27,7 @@ from forge_ray.export.folder import (
     write_gguf_folder,
     write_merged_folder,
 )
+from forge_ray.models.class_head import is_classifier
 from forge_ray.papers.facts import gather, num_parameters
 from forge_ray.progress import Stage, stage
 from forge_ray.records import ModelVersion, files_digest
@@ -96,6 +97,13 @@ def _check_form(version: ModelVersion, form: Form, precision: Precision | None) 
         raise ConfigError(
             f"--precision {precision} converts weights, and --form adapter copies them as they are",
             hint="leave it out, or take --form merged",
+        )
+    if is_classifier(version) and (form == "gguf" or precision or (form == "merged" and version.weights == "adapter")):
+        kept = "--form adapter" if version.weights == "adapter" else "--form merged without --precision"
+        raise ConfigError(
+            f"{version.id} is a classifier: --form {form}{f' --precision {precision}' if precision else ''} is for models"
+            " that generate text",
+            hint=f"{kept} copies it as it is; a run with train.export=merged has full weights",
         )
     if form == "merged" and precision == "fp16":
         raise ConfigError("--precision fp16 is for --form gguf", hint="--precision bf16 or fp32")

@@ -16,6 +16,7 @@ from forge_ray.inference.projection import linear_layers
 from forge_ray.inference.transformers_engine import TransformersEngine
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.models.architecture import open_model
+from forge_ray.models.class_head import refuse_classifier
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -53,6 +54,7 @@ def load_model(
     """The base model. A PEFT adapter is left unmerged, or summed into the weights in fp32, which are then rounded once."""
     if not list(model_dir.glob("*.safetensors")):
         raise PolicyError(f"{model_dir} has no .safetensors weights", hint="convert the weights to safetensors first")
+    refuse_classifier(adapter_dir)
     model: Any = open_model(model_dir, torch.float32 if merge else dtype)
     if adapter_dir is not None:
         if not (adapter_dir / WEIGHTS).is_file():

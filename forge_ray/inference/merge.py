@@ -2,8 +2,8 @@
 
 The base is read, summed and written one file of weights at a time, under the names of its own files. So the memory is that
 of the largest file (5 GB and less as transformers and most publishers cut them) and of the adapter, whatever the size of
-the base. Of a base whose tensors have other names than those that transformers writes, the whole model is held once, in its
-own dtype, and one layer at a time in fp32.
+the base. Of a base whose tensors have other names than those that transformers writes, and where modules or a head were
+trained in full, the whole model is held once, in its own dtype, and one layer at a time in fp32.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.models.architecture import LM, Head, empty_model, open_model
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # transformers' names
+ADAPTER_CONFIG = "adapter_config.json"
 DEFAULT = "default"  # PEFT's name of the only adapter
 
 
@@ -41,8 +42,9 @@ def write_sum(base: Path, adapter: Path | None, folder: Path, dtype: torch.dtype
     stored = {name for names in shards.values() for name in names}
     model = empty_model(base)
     own_config, class_name = model.config, type(model).__name__
-    changes = _changes(model, adapter) if adapter and shards and head == LM else {}
-    if not shards or head != LM or not changes.keys() <= stored:
+    is_sum = bool(shards) and head == LM and not (adapter and _has_whole_modules(adapter))
+    changes = _changes(model, adapter) if adapter and is_sum else {}
+    if not is_sum or not changes.keys() <= stored:
         _write_whole(base, adapter, folder, dtype, head)
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,11 @@ def write_sum(base: Path, adapter: Path | None, folder: Path, dtype: torch.dtype
     if dtype is not None:
         own_config.dtype = dtype
     own_config.save_pretrained(folder)
+
+
+def _has_whole_modules(adapter: Path) -> bool:
+    """Whether an adapter also has modules that were trained in full, which take the place of the base's."""
+    return bool(json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("modules_to_save"))
 
 
 def _shards(base: Path) -> dict[str, list[str]]:
@@ -191,5 +198,5 @@ def _write_whole(base: Path, adapter: Path | None, folder: Path, dtype: torch.dt
             _parameter(layer).data = _parameter(layer).data.float()
             layer.merge()
             _parameter(layer).data = _rounded(name, _parameter(layer).data, target)
-        model = adapted.unload()
+        model = adapted.merge_and_unload()  # layers are summed already: modules that were trained in full are put in place
     model.to(target).save_pretrained(folder)

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from forge_ray.config.classify import Target, class_names
 from forge_ray.errors import ConfigError, first_line
+from forge_ray.models.class_head import refuse_classifier
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a model ends in: logits over the vocabulary (`lm`), or over `labels` (`classes`)."""
+    """What a model ends in: logits over the vocabulary, or, where there are targets, over their labels side by side."""
 
-    kind: Literal["lm", "classes"] = "lm"
-    labels: tuple[str, ...] = ()
+    targets: tuple[Target, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
         """What `from_pretrained` takes for it."""
-        if self.kind == "lm":
+        if not self.targets:
             return {}
-        names = dict(enumerate(self.labels))
-        return {"num_labels": len(names), "id2label": names, "label2id": {label: index for index, label in names.items()}}
+        names = dict(enumerate(class_names(self.targets)))
+        by_name = {name: index for index, name in names.items()}
+        kinds = {"single": "single_label_classification", "multi": "multi_label_classification"}
+        kind = kinds[self.targets[0].loss] if len(self.targets) == 1 else None
+        return {"num_labels": len(names), "id2label": names, "label2id": by_name, "problem_type": kind}
 
 
 LM = Head()
@@ -37,7 +41,7 @@ def model_class(config: Any, head: Head = LM) -> Any:
     import transformers
 
     mappings: tuple[Any, ...]
-    if head.kind == "lm":
+    if not head.targets:
         mappings = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
         what, advice = "language model's head", "use a model that generates text"
     else:
@@ -55,20 +59,24 @@ def model_class(config: Any, head: Head = LM) -> Any:
 def open_model(folder: Path, dtype: Any, attention: str = "", head: Head = LM, **settings: Any) -> Any:
     """The model of a folder: safetensors alone, nothing of a hub, no code but transformers'. `attention`, else torch's own
     function where the model allows it (Gemma 2 caps its scores and does not). A head that the folder has no weights for is
-    drawn from torch's random numbers."""
+    drawn from torch's random numbers. Raises `ConfigError` where the head of the folder is over labels and `head` is not."""
+    if not head.targets:
+        refuse_classifier(folder)
     only: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     kind = model_class(_config(folder), head)
     attention = attention or ("sdpa" if kind._supports_sdpa else "eager")
     return kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **only, **head.settings, **settings)
 
 
-def empty_model(folder: Path) -> Any:
+def empty_model(folder: Path, head: Head = LM) -> Any:
     """The model of a `config.json` on the meta device: shapes without weights. No other file is read."""
     import torch
 
     config = _config(folder)
+    for name, value in head.settings.items():
+        setattr(config, name, value)
     with torch.device("meta"):
-        return model_class(config)(config)
+        return model_class(config, head)(config)
 
 
 def _config(folder: Path) -> Any:

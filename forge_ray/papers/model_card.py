@@ -7,10 +7,11 @@ from typing import Any
 import yaml
 
 from forge_ray.evaluate.items import split_of, splits_of
+from forge_ray.models.class_head import is_classifier
 from forge_ray.papers.compute import FORMULA, GPAI_FLOPS, THIRD, THIRD_SOURCE
 from forge_ray.papers.facts import BY_HAND, NOT_RECORDED, Facts, spdx
 from forge_ray.papers.markdown import as_text, code, counts, flops, hours, plain, table
-from forge_ray.records import EvalReport
+from forge_ray.records import EvalReport, ModelVersion
 
 WORST = 10  # classes shown
 SHOWN_INCIDENTS = 20
@@ -47,6 +48,11 @@ def model_card(facts: Facts, library: str = "") -> bytes:
     return "\n".join(sections).encode()
 
 
+def _task(version: ModelVersion) -> str:
+    """By the hub's name."""
+    return "text-classification" if is_classifier(version) else "text-generation"
+
+
 def _front_matter(facts: Facts, library: str) -> str:
     version, base = facts.version, facts.base
     licence = spdx(version.licence).lower()
@@ -55,7 +61,7 @@ def _front_matter(facts: Facts, library: str) -> str:
         value["license_name"] = version.licence
     value |= {
         "library_name": library or ("peft" if version.weights == "adapter" else "transformers"),
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _task(version),
         "model_name": version.name,
     }
     if base:
@@ -65,7 +71,7 @@ def _front_matter(facts: Facts, library: str) -> str:
     value["tags"] = [tag for tag in ("forge-ray", version.id, version.run) if tag]
     results = [
         {
-            "task": {"type": "text-generation"},
+            "task": {"type": _task(version)},
             "dataset": {"name": _dataset_name(facts, dataset), "type": dataset, "split": split},
             "metrics": metrics,
         }

@@ -23,7 +23,12 @@ Incumbents = dict[str, EvalReport | None]
 
 def is_lower_better(report: EvalReport, metric: str) -> bool:
     """Which way a metric is better; of the user's own as the settings of the report say (`lower_is_better`)."""
-    return metric in LOWER_IS_BETTER or any(metric in one["lower_is_better"] for one in report.config.get("metrics", []))
+    is_calibration = f"_{metric}".endswith(("_ece", "_ece_uncalibrated"))  # of a classifier's target
+    return (
+        metric in LOWER_IS_BETTER
+        or is_calibration
+        or any(metric in one["lower_is_better"] for one in report.config.get("metrics", []))
+    )
 
 
 def incumbents_of(gate: Gate) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from forge_ray.data.tokens.text_tools import tools_of, with_tools
 from forge_ray.errors import EngineError, ForgeError, StoreError
 from forge_ray.inference.choose import open_engine
 from forge_ray.inference.engine import Engine, EngineHealth, GenerationRequest
+from forge_ray.models.class_head import refuse_classifier
 from forge_ray.records import ModelVersion
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.routing import ServedVersion
@@ -144,6 +145,7 @@ class EnginePool:
             raise StoreError(
                 f"{version.id} has digest {record.files_digest}, not {version.digest}", hint="import or release it again"
             )
+        refuse_classifier(folder)
         self._folders[version.id] = folder
         if version.engine not in self.engines:
             self.engines[version.engine] = self._open(version, folder)

@@ -22,7 +22,7 @@ from torch import nn
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.errors import ConfigError, first_line
-from forge_ray.models.architecture import outside_text
+from forge_ray.models.architecture import LM, Head, outside_text
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 SAVED = ".modules_to_save.default."  # in the names of weights that are trained in full
@@ -85,8 +85,9 @@ class Coverage:
         return lines
 
 
-def with_adapter(model: Any, adapter: Adapter) -> Any:
-    """`model` with its adapter in its own dtype (the fp32 master copy is the optimizer's). Raises `ConfigError`."""
+def with_adapter(model: Any, adapter: Adapter, head: Head = LM) -> Any:
+    """`model` with its adapter in its own dtype (the fp32 master copy is the optimizer's); a head over labels is trained in
+    full, and is part of it. Raises `ConfigError`."""
     from peft import LoraConfig, get_peft_model
 
     outside = outside_text(model)
@@ -111,7 +112,7 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
         exclude_modules=_beyond(outside, model) if outside else None,
         use_rslora=adapter.method == "rslora",
         use_dora=adapter.method == "dora",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if head.targets else "CAUSAL_LM",
     )
     try:
         with warnings.catch_warnings():
@@ -308,10 +309,12 @@ def coverage(model: Any, adapter: Adapter) -> Coverage:
     trained: dict[str, int] = {}
     reached: dict[str, int] = {}
     wrapped: set[str] = set()  # reached as a weight, not as a layer
-    saved: dict[str, int] = {}  # trained in full
+    saved: dict[str, int] = {}  # trained in full: a head over labels, and what modules_to_save names
     for name, parameter in base.named_parameters():
         if SAVED in name:
-            saved[name.replace(SAVED, ".")] = count(parameter)
+            weight = name.replace(SAVED, ".")
+            saved[weight] = count(parameter)
+            sizes.setdefault(weight, count(parameter))
         elif ".lora_" not in name:
             sizes[name.replace(".base_layer", "").replace(".original_module", "")] = count(parameter)
     for name, module in base.named_modules():

@@ -29,11 +29,11 @@ def export(job: TrainJob, model: Any, weights: dict[str, Tensor], base: Path, he
         if job.config.adapter is None:
             export_full(base, weights, target, head)
         elif job.config.export == "adapter":
-            export_adapter(model, weights, job.base.id, target)
+            export_adapter(model, weights, job.base.id, target, head)
         else:
             with scratch("adapter") as adapter:
-                export_adapter(model, weights, job.base.id, adapter)
-                merge_adapter(base, adapter, target, head)
+                export_adapter(model, weights, job.base.id, adapter, head)
+                merge_adapter(base, adapter, target)
         write_form(target, job.dataset.config.get("tools", "template"))
         job.check_may_publish()
     return export_kind(job.config)

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forge_ray.config.classify import class_names
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.version import TOKENIZER_FILES
+from forge_ray.data.tokens.chat import load_tokenizer_dir
 from forge_ray.errors import ConfigError
 from forge_ray.inference.merge import write_sum
 from forge_ray.machine import supported
 from forge_ray.models.architecture import LM, Head, open_model
+from forge_ray.models.class_head import draw, read_at_positions, targets_of, write_targets
 from forge_ray.train import attention, lora
 from forge_ray.train.adapter import load_weights, quantised, with_adapter
 from forge_ray.train.freezing import freeze_weights
@@ -65,13 +68,15 @@ def load_for_training(
     torch.manual_seed(config.seed)
     with _partitioned_while_loading(config, precision, world_size):
         model: Any = open_model(folder, DTYPES[precision], attention.register(), head, **settings)
+    if head.targets:
+        prepare_head(model, folder, head, config.seed)
     attention.refuse_unknown(model)
     model.config.get_text_config().use_cache = False  # with a cache the packed documents would see each other
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.adapter:
         torch.manual_seed(config.seed)
-        model = with_adapter(model, config.adapter)
+        model = with_adapter(model, config.adapter, head)
         if initial:
             load_weights(model, initial)
         lora.fuse(model, config)
@@ -85,6 +90,21 @@ def load_for_training(
         compile_blocks(model)
     on_device: nn.Module = (model if settings else model.to(device)).train()
     return on_device
+
+
+def prepare_head(model: Any, folder: Path, head: Head, seed: int) -> None:
+    """A head over labels that packed rows are trained with: a new one, or that of the folder, if it has these labels.
+    Raises `ConfigError` where it has others."""
+    read_at_positions(model)
+    own = targets_of(folder)
+    if not own:
+        draw(model, seed)
+    elif class_names(own) != class_names(head.targets):
+        raise ConfigError(
+            f"base_model is a classifier with the labels {list(class_names(own))}, and train.method.targets has"
+            f" {list(class_names(head.targets))}",
+            hint="list the labels of the base model in its order, or start from the model that it was trained on",
+        )
 
 
 def quiet_transformers() -> None:
@@ -117,8 +137,10 @@ def compile_blocks(model: Any) -> None:
             module.compile()
 
 
-def export_adapter(model: Any, weights: dict[str, Tensor], base_model: str, folder: Path) -> None:
+def export_adapter(model: Any, weights: dict[str, Tensor], base_model: str, folder: Path, head: Head = LM) -> None:
     """PEFT's own files; `base_model` is the id of the version that the adapter belongs to, not a path."""
+    if head.targets:
+        write_targets(folder, head.targets)
     model.peft_config["default"].base_model_name_or_path = base_model
     model.peft_config["default"].inference_mode = True
     model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
@@ -139,14 +161,36 @@ def export_full(base: Path, weights: dict[str, Tensor], folder: Path, head: Head
     tied = set(model.all_tied_weights_keys)
     if unexpected or set(missing) - tied:
         raise ConfigError(f"export: weights do not fit the base: {sorted(unexpected)[:3]} {sorted(missing)[:3]}", hint="")
+    save_full(model, base, folder, head)
+
+
+def save_full(model: Any, base: Path, folder: Path, head: Head) -> None:
+    """Weights, configuration and tokenizer."""
     model.save_pretrained(folder)
+    _name_classes(base, folder, head)
     copy_tokenizer(base, folder)
 
 
-def merge_adapter(base: Path, adapter: Path, folder: Path, head: Head = LM) -> None:
-    """Base and adapter as one plain model with the base's tokenizer, in its dtype (`write_sum`)."""
+def _name_classes(base: Path, folder: Path, head: Head) -> None:
+    """Of a classifier: its targets, and in its configuration the pad token, without which transformers reads one text at a
+    time."""
+    if not head.targets:
+        return
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.get_text_config().pad_token_id = load_tokenizer_dir(base).pad_id
+    config.save_pretrained(folder)
+    write_targets(folder, head.targets)
+
+
+def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
+    """Base and adapter as one plain model with the base's tokenizer, in its dtype (`write_sum`); a head that the adapter has
+    takes the place of the base's."""
     quiet_transformers()
+    head = Head(targets_of(adapter))
     write_sum(base, adapter, folder, head=head)
+    _name_classes(base, folder, head)
     copy_tokenizer(base, folder)
 
 
@@ -160,8 +204,6 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
 def name_ends(folder: Path) -> None:
     """Name in generation_config.json every token at which a turn ends, as the chat template writes it: so that whoever
     generates with the folder stops where the training stopped."""
-    from forge_ray.data.tokens.chat import load_tokenizer_dir
-
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     listed = settings.get("eos_token_id")

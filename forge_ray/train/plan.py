@@ -28,8 +28,11 @@ import torch
 from pydantic import ValidationError
 
 from forge_ray.config.adapter import Adapter
-from forge_ray.config.train import Offload, TrainConfig
-from forge_ray.models.architecture import empty_model, outside_text
+from forge_ray.config.classify import class_names
+from forge_ray.config.method import Preference
+from forge_ray.config.optimizer import Offload
+from forge_ray.config.train import TrainConfig
+from forge_ray.models.architecture import LM, Head, empty_model, outside_text
 from forge_ray.records import DatasetManifest, SplitStats
 from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, saved_modules, with_adapter
 from forge_ray.train.freezing import freeze_weights, frozen_names
@@ -51,11 +54,12 @@ class Model:
     config: dict[str, Any]
     outside: frozenset[str] = frozenset()  # weights that text does not pass
     routers: frozenset[str] = frozenset()
+    head: Head = LM
 
     @classmethod
-    def of(cls, folder: Path) -> Model:
+    def of(cls, folder: Path, head: Head = LM) -> Model:
         """No weight is read; the folder may hold `config.json` alone."""
-        model = empty_model(folder)
+        model = empty_model(folder, head)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         not_text, routing = outside_text(model), {id(weight) for router in routers(model) for weight in router.parameters()}
         return cls(
@@ -64,11 +68,17 @@ class Model:
             model.config.get_text_config().to_dict(),
             frozenset(name for name in shapes if any(name.startswith(f"{part}.") for part in not_text)),
             frozenset(name for name, parameter in model.named_parameters() if id(parameter) in routing),
+            head,
         )
 
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def num_logits(self) -> int:
+        """Of a position at which the head is read."""
+        return len(class_names(self.head.targets)) or int(self.config["vocab_size"])
 
     @property
     def num_active(self) -> int:
@@ -83,7 +93,7 @@ class Model:
 
     def coverage(self, adapter: Adapter) -> Coverage:
         """What the adapter reaches. Raises `ConfigError`."""
-        return _coverage(self.folder, adapter)
+        return _coverage(self.folder, adapter, self.head)
 
     def saved(self, adapter: Adapter) -> dict[str, tuple[int, ...]]:
         """Weights that are trained in full next to the adapter, which keeps a copy of the base's."""
@@ -104,9 +114,9 @@ class Model:
 
 
 @functools.lru_cache(maxsize=64)
-def _coverage(folder: Path, adapter: Adapter) -> Coverage:
+def _coverage(folder: Path, adapter: Adapter, head: Head) -> Coverage:
     with torch.device("meta"):  # the adapter too: that of a large mixture's experts is gigabytes
-        return coverage(with_adapter(empty_model(folder), adapter), adapter)
+        return coverage(with_adapter(empty_model(folder, head), adapter, head), adapter)
 
 
 @functools.lru_cache(maxsize=64)
@@ -149,7 +159,7 @@ def memory(
     w, trained = BYTES[precision], model.num_trained(config)
     tokens = sequence_length * config.micro_batch_size // config.sequence_parallel
     activations = _activations(model, config, w, tokens)
-    logits = int(tokens * trained_share) * int(model.config["vocab_size"]) * w
+    logits = int(tokens * trained_share) * model.num_logits * w
     weights, gradients, optimizer, of_a_pass, of_a_step = _states(model, config, w, trained, num_workers)
     host = 0
     if config.offload.optimizer != "none":  # the step, its gradients and the trained weights that it sends back
@@ -342,6 +352,6 @@ def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetMani
 
 
 def _reference_tokens(config: TrainConfig, dataset: DatasetManifest | Stated) -> int:
-    if isinstance(config.method, str) or not config.method.has_reference:
+    if not isinstance(config.method, Preference) or not config.method.has_reference:
         return 0
     return sum(stats.num_tokens for split, stats in dataset.splits.items() if split in ("train", "validation"))

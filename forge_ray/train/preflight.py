@@ -16,6 +16,7 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.machine.capacity import Demand, refuse_oversized
 from forge_ray.machine.cluster import connect, has_gpu, memory_per_worker
+from forge_ray.models.architecture import LM, Head
 from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, ModelVersion, canonical_json
 from forge_ray.store import paths
@@ -195,7 +196,8 @@ def refuse_impossible(
     if not config.train.guards.refuse_impossible or store.list(paths.checkpoints(run), recursive=True):
         return  # one that has got as far as a checkpoint fits
     try:
-        planned = Planned(planning.Model.of(configuration(store, base)), manifest, base.id, manifest.id)
+        model = planning.Model.of(configuration(store, base), Head(config.train.targets))
+        planned = Planned(model, manifest, base.id, manifest.id)
         limit = memory_per_worker(scaling)
         judgement = judge(config.train, store, precision, planned, max(scaling.max_workers, 1), limit)
     except (KeyError, TypeError, ZeroDivisionError) as error:  # an architecture that the plan has no numbers of
@@ -236,7 +238,7 @@ def refuse_unplaceable(train: TrainConfig) -> None:
 def refuse_without_rows(train: TrainConfig, store: Store, manifest: DatasetManifest) -> None:
     """Raises where the dataset has no rows that this method trains on, a pair without the margin that it needs, or none for
     the validation that the settings need."""
-    taken = ("chat", "text") if isinstance(train.method, str) else (train.method.rows,)
+    taken = (train.method.rows,) if isinstance(train.method, Preference) else ("chat", "text")
     others = manifest.kinds.keys() - {*taken, "multimodal"}
     if others or not manifest.splits["train"].num_rows:
         kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())
@@ -268,11 +270,11 @@ def _workers_are_here(scaling: Scaling) -> bool:
     return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]} == {ray.util.get_node_ip_address()}
 
 
-def report_reach(store: Store, run: str, base: ModelVersion, adapter: Adapter | None) -> None:
+def report_reach(store: Store, run: str, base: ModelVersion, adapter: Adapter | None, head: Head = LM) -> None:
     """Say and write down what the adapter reaches, before anything is taken. Raises `ConfigError` where that is less than
     its patterns name."""
     if adapter is None:
         return
-    coverage = planning.Model.of(configuration(store, base)).coverage(adapter)
+    coverage = planning.Model.of(configuration(store, base), head).coverage(adapter)
     print("\n".join(f"  adapter   {visible(line)}" for line in coverage.lines()), file=sys.stderr, flush=True)
     store.write(paths.run(run, "adapter.json"), canonical_json(coverage.to_json()))

@@ -24,6 +24,7 @@ import torch
 
 from forge_ray.config.train import TrainConfig
 from forge_ray.machine.hardware import gpu_named
+from forge_ray.models.architecture import Head
 from forge_ray.records import DatasetManifest
 from forge_ray.train.adapter import active_share, is_expert
 from forge_ray.train.metrics import StepClock
@@ -77,11 +78,11 @@ class Meter:
 def flops(folder: Path, config: TrainConfig, dataset: DatasetManifest) -> Flops | None:
     """From the configuration of the base model; None for an architecture whose numbers are not where they usually are."""
     try:
-        model = Model.of(folder)
+        model = Model.of(folder, Head(config.targets))
         numbers, stats = model.config, dataset.splits["train"]
         hidden, heads = int(numbers["hidden_size"]), int(numbers["num_attention_heads"])
         attention = int(numbers["num_hidden_layers"]) * heads * int(numbers.get("head_dim") or hidden // heads)
-        head = int(numbers["vocab_size"]) * hidden
+        head = model.num_logits * hidden
     except (KeyError, TypeError, ValueError, OSError):
         return None
     active = active_weights(model, model.shapes)

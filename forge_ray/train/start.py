@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge_ray.config.adapter import Adapter
+from forge_ray.config.classify import Target, class_names
 from forge_ray.config.curate import HeldOut
 from forge_ray.config.data import DataConfig
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
+from forge_ray.models.architecture import Head
+from forge_ray.models.class_head import refuse_version, targets_of
 from forge_ray.progress import stage
 from forge_ray.records import DatasetManifest, ModelVersion, RunRecord, files_digest
 from forge_ray.store import paths
@@ -35,7 +38,10 @@ class Start:
 
 def full_base(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> ModelVersion:
     """The full weights below the version that a run file names, whose tokenizer its rows are built with. Raises
-    `ConfigError` where `init_from` does not fit the version, `NotFound` where the base of an adapter is gone."""
+    `ConfigError` where `init_from` does not fit the version, or a classifier is to learn to write; `NotFound` where the base
+    of an adapter is gone."""
+    if not train.targets:
+        refuse_version(named, f"train.method={train.method_name} from it")
     if named.weights == "full":
         if train.init_from:
             raise ConfigError(
@@ -147,9 +153,9 @@ def _merge(catalog: Catalog, adapter: ModelVersion, base: ModelVersion) -> Model
         store.delete_dir(staging)
 
 
-def refuse_other_adapter(catalog: Catalog, start: Start, adapter: Adapter | None) -> None:
-    """Raise `ConfigError` where `train.adapter` is not the adapter that is trained on: of another rank, scale or method, or
-    on other weights. Shapes alone are looked at."""
+def refuse_other_adapter(catalog: Catalog, start: Start, adapter: Adapter | None, targets: tuple[Target, ...] = ()) -> None:
+    """Raise `ConfigError` where `train.adapter` is not the adapter that is trained on: of another rank, scale or method, on
+    other weights, or with a head over other labels (`targets`: those of the run). Shapes alone are looked at."""
     from forge_ray.train.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, shapes_of
 
     version = start.initial
@@ -170,7 +176,14 @@ def refuse_other_adapter(catalog: Catalog, start: Start, adapter: Adapter | None
             " train.init_from=merge for another adapter",
         )
     base = store.fetch_dir(paths.model(start.base.id), files=start.base.files, verify=False)
-    own, kept = _weights_of_new(base, adapter), shapes_of(folder / ADAPTER_WEIGHTS)
+    if (before := class_names(targets_of(folder))) != class_names(targets):
+        raise ConfigError(
+            f"the adapter of {version.id} has a head over the labels {list(before)}, and this run's targets have"
+            f" {list(class_names(targets))}",
+            hint="init_from=continue trains the head on too: list the same labels in the same order, or start from"
+            f" {start.base.id}",
+        )
+    own, kept = _weights_of_new(base, adapter, Head(targets)), shapes_of(folder / ADAPTER_WEIGHTS)
     if own != kept:
         more, fewer = _layers(own, kept), _layers(kept, own)
         raise ConfigError(
@@ -182,7 +195,7 @@ def refuse_other_adapter(catalog: Catalog, start: Start, adapter: Adapter | None
         )
 
 
-def _weights_of_new(base: Path, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+def _weights_of_new(base: Path, adapter: Adapter, head: Head) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights that a new adapter would have."""
     import torch
     from peft import get_peft_model_state_dict
@@ -191,7 +204,7 @@ def _weights_of_new(base: Path, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     from forge_ray.train.adapter import with_adapter
 
     with torch.device("meta"):
-        model = with_adapter(empty_model(base), adapter)
+        model = with_adapter(empty_model(base, head), adapter, head)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(weight.shape) for name, weight in weights.items()}
 

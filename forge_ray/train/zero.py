@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from forge_ray.config.train import Offload, TrainConfig
+from forge_ray.config.optimizer import Offload
+from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, TrainingError, first_line
 from forge_ray.train.engine import Write, trained
 from forge_ray.train.moe import block_classes

@@ -37,6 +37,7 @@ from forge_ray.train.job import TrainJob
 
 SEQUENCE_LENGTH = 48
 BLOCK_ROWS = 4
+OfRecords = tuple[pa.Field, dict[str, Any]]  # a further column of packed rows, and its value of each record
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
@@ -65,7 +66,7 @@ def pairs(seed: int, count: int) -> list[Document]:
     return generated
 
 
-def _shard(rows: list[PackedRow], grades: dict[str, float] | None = None) -> bytes:
+def _shard(rows: list[PackedRow], more: OfRecords | None) -> bytes:
     columns = {
         "input_ids": [row.input_ids for row in rows],
         "loss_mask": [row.loss_mask for row in rows],
@@ -73,9 +74,10 @@ def _shard(rows: list[PackedRow], grades: dict[str, float] | None = None) -> byt
         "records": [row.records for row in rows],
         "sources": [[0] * len(row.records) for row in rows],
     }
-    schema = GRADED if grades else PACKED
-    if grades:
-        columns["grades"] = [[grades[record] for record in row.records] for row in rows]
+    schema = PACKED
+    for field, values in [more] if more else []:
+        schema = schema.append(field)
+        columns[field.name] = [[values[record] for record in row.records] for row in rows]
     arrays = {name: pa.array([list(value) for value in values], schema.field(name).type) for name, values in columns.items()}
     sink = io.BytesIO()
     pq.write_table(pa.table(arrays, schema=schema), sink, row_group_size=BLOCK_ROWS)
@@ -98,7 +100,7 @@ def judged(store: Store) -> dict[str, DatasetManifest]:
             packed[split] = pack(pairs(seed, count), SEQUENCE_LENGTH, 0, size)
             for number in range(count):
                 grades[f"rec_pair_{seed}_{number}"] = 1.0 + number if size == 2 else 1.0 - 2 * (number % 2)
-        manifests[kind] = written(store, kind, packed, {kind: 48}, grades)
+        manifests[kind] = written(store, kind, packed, {kind: 48}, (GRADED.field("grades"), grades))
     return manifests
 
 
@@ -107,10 +109,11 @@ def written(
     name: str,
     packed: dict[str, list[PackedRow]],
     kinds: dict[str, int],
-    grades: dict[str, float] | None = None,
+    more: OfRecords | None = None,
+    row_length: int = SEQUENCE_LENGTH,
 ) -> DatasetManifest:
     """A dataset version written without Ray Data, in the layout of `data/dataset/version.py`."""
-    shards = {f"packed/{split}/shard-00000.parquet": _shard(rows, grades) for split, rows in packed.items()}
+    shards = {f"packed/{split}/shard-00000.parquet": _shard(rows, more) for split, rows in packed.items()}
     with Catalog.open(store) as catalog:
         base = catalog.model("tiny")
     manifest = DatasetManifest(
@@ -128,7 +131,7 @@ def written(
                 num_rows=len(rows),
                 num_tokens=sum(int((row.segment_ids > 0).sum()) for row in rows),
                 num_trained_tokens=sum(int(row.loss_mask.sum()) for row in rows),
-                rows_digest=digest([row.input_ids.tolist() for row in rows]),
+                rows_digest=digest([[row.input_ids.tolist() for row in rows], more[1] if more else {}]),
                 block_rows=BLOCK_ROWS,
                 shard_rows=(len(rows),),
             )
@@ -136,7 +139,7 @@ def written(
         },
         num_duplicates=0,
         rejects={},
-        sequence_length=SEQUENCE_LENGTH,
+        sequence_length=row_length,
         files=tuple(
             FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for path, data in shards.items()
         ),

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forge_ray.data.dataset.stream import Rows
-from forge_ray.models.architecture import Head
-from forge_ray.train import attention
 from forge_ray.train.context import Context
 from forge_ray.train.engine import TrainEngine
 from forge_ray.train.job import TrainJob
@@ -25,7 +23,6 @@ from forge_ray.train.loss import token_logps
 from forge_ray.train.method import Batch, Column, DerivedRows, Forward, Method, ReadRows, Sums
 
 NUM_SEGMENTS = 12
-LABELS = ("even", "odd")
 
 
 def pair_of_segments(rows: Rows, numbers: list[int]) -> npt.NDArray[Any]:
@@ -75,29 +72,10 @@ def repeated(read: ReadRows, engine: TrainEngine, context: Context) -> DerivedRo
     return DerivedRows([read.numbers[lane] for lane in order], arrays, digest)
 
 
-def label_of_row(rows: Rows, numbers: list[int]) -> npt.NDArray[Any]:
-    return np.array(numbers, np.int64) % len(LABELS)
-
-
-def label_weight(batch: Batch) -> Tensor:
-    return (batch["label"] >= 0).sum()
-
-
-def label_loss(forward: Forward, batch: Batch) -> Sums:
-    """One row a pass: the logits of its last token."""
-    bounds = attention.bounds(attention.edges(batch["position_ids"][0]))
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    logits = forward(**inputs, use_cache=False, **bounds).logits
-    return Sums(F.cross_entropy(logits, batch["label"], ignore_index=-1, reduction="sum"))
-
-
 def method_of(job: TrainJob) -> Method:
     """By the name of the run."""
     if "undeclared" in job.run:
         return Method(loss=loss, weight=weight, columns=(PAIR, STRENGTH), make=repeated)
-    if "labels" in job.run:
-        label = Column("label", "row", blank=-1, read=label_of_row)
-        return Method(loss=label_loss, weight=label_weight, columns=(label,), head=Head("classes", LABELS))
     if "made" in job.run:
         return Method(loss=loss, weight=weight, columns=(PAIR, STRENGTH, STEP), make=repeated, watched="")
     return Method(loss=loss, weight=weight, columns=(PAIR, STRENGTH), watched="margin")

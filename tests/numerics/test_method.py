@@ -7,10 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from conftest import Jobs, Run, export_digest, exported, first_steps, largest_difference, losses
-from pairs import LABELS
-from transformers import AutoModelForSequenceClassification
 
 from forge_ray.data.dataset.order import order_of
 from forge_ray.data.dataset.stream import Rows
@@ -74,15 +71,6 @@ def test_row_left_out_weighs_nothing(jobs: Jobs, run: Run) -> None:
     assert losses(without) != losses(plain)
     assert losses(without, "tokens")[0] < losses(plain, "tokens")[0]
     assert losses(without, "rows_sum") == losses(plain, "rows_sum")  # it was read all the same
-
-
-def test_another_head_is_trained_and_exported(jobs: Jobs, run: Run) -> None:
-    job = jobs("labels", **TORCH, max_steps=6, validation={"every_steps": 6, "max_rows": 4})
-    run(job, method="pairs")
-    model = AutoModelForSequenceClassification.from_pretrained(job.store.local(f"runs/{job.run}/export"))
-    assert model.config.id2label == dict(enumerate(LABELS))
-    assert torch.equal(model.score.weight, exported(job)["score.weight"])
-    assert len(losses(job, "validation_loss")) == 1
 
 
 def test_column_that_nobody_declared_is_refused(jobs: Jobs, run: Run) -> None:

@@ -111,7 +111,12 @@ def _encoded(
     """The records that have a place in a dataset, with their documents; the others go to `out`."""
     packable = [item for item in batch if not is_multimodal(item.record)]
     results = encode_batch(
-        tokenizer, [item.record for item in packable], config.sequence_length, config.overlong, config.reasoning
+        tokenizer,
+        [item.record for item in packable],
+        config.sequence_length,
+        config.overlong,
+        config.reasoning,
+        config.form,
     )
     by_item = {id(item): result for item, result in zip(packable, results, strict=True)}
     kept, documents = [], []

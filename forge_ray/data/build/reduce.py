@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +24,8 @@ from forge_ray.data.build.pack import Documents, PackedRows, pack_flat
 from forge_ray.data.build.plan import PartitionTask, ReducePlan, reduce_plan
 from forge_ray.data.build.summaries import Partition, PartitionSummary, SourceCounts, WorkFile
 from forge_ray.data.build.work import WORK, once, read_batches
-from forge_ray.data.dataset.version import GRADED, PACKED, RECORDS, SPLITS, UNUSED, content_digest, load_tokenizer
+from forge_ray.data.dataset.version import GRADED, LABELLED, PACKED, RECORDS, SPLITS, UNUSED, content_digest, load_tokenizer
+from forge_ray.data.tokens.labels import label_text
 from forge_ray.data.tokens.proof import prove_packed
 from forge_ray.data.tokens.units import UNITS
 from forge_ray.errors import DataError
@@ -197,13 +199,13 @@ def _packed(table: pa.Table, config: DataConfig, pad_id: int) -> tuple[pa.Table,
         )
     names, sources = _names(table), table.column("source").to_numpy()
     owners = [[int(owner[index]) for index in members] for members in rows.members]
-    graded = packed_table(
+    packed = packed_table(
         rows, [[names[i] for i in row] for row in owners], [[int(sources[i]) for i in row] for row in owners]
     )
-    if grades := _grades(table):
-        column = pa.array([[grades[i] for i in row] for row in owners], GRADED.field("grades").type)
-        graded = graded.append_column(GRADED.field("grades"), column)
-    return graded, _by_source(sources[owner], lengths, mask)
+    for field, values in _of_records(table, config):
+        column = pa.array([[values[i] for i in row] for row in owners], field.type)
+        packed = packed.append_column(field, column)
+    return packed, _by_source(sources[owner], lengths, mask)
 
 
 def _unit_sizes(kinds: list[str], num_documents: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -212,12 +214,15 @@ def _unit_sizes(kinds: list[str], num_documents: npt.NDArray[Any]) -> npt.NDArra
     return np.repeat(size, num_documents // size)
 
 
-def _grades(table: pa.Table) -> list[float]:
-    """Per record of judged answers, its number (`GRADED`); empty for records of other kinds."""
-    if table.column("kind")[0].as_py() not in ("preference", "feedback"):
-        return []
-    contents = map(json.loads, table.column("content").to_pylist())
-    return [float(2 * one["label"] - 1) if "label" in one else float(one.get("margin", "nan")) for one in contents]
+def _of_records(table: pa.Table, config: DataConfig) -> Iterator[tuple[pa.Field, list[Any]]]:
+    """More columns of packed rows, a value per record: of judged answers their number (`GRADED`), with `data.form: labels`
+    the label (`LABELLED`)."""
+    contents = map(json.loads, table.column("content").to_pylist())  # one at a time, where a value is taken
+    if config.form == "labels":
+        yield LABELLED.field("labels"), [label_text(content) for content in contents]
+    elif table.column("kind")[0].as_py() in ("preference", "feedback"):
+        numbers = [float(2 * one["label"] - 1) if "label" in one else float(one.get("margin", "nan")) for one in contents]
+        yield GRADED.field("grades"), numbers
 
 
 def packed_table(rows: PackedRows, records: list[list[str]], sources: list[list[int]]) -> pa.Table:

@@ -73,19 +73,22 @@ class Rows:
 
     def records(self, rows: list[int]) -> list[list[str]]:
         """The record ids inside each of the rows, in segment order."""
-        record_ids = []
+        return self._of_documents(rows, "records")
+
+    def _of_documents(self, rows: list[int], column: str) -> list[list[Any]]:
+        values = []
         for row in rows:
             block, offset = divmod(row, self.block_rows)
-            record_ids.append(_read_block(self, block, ("records",))["records"][offset].as_py())
-        return record_ids
+            values.append(_read_block(self, block, (column,))[column][offset].as_py())
+        return values
 
     def grades(self, rows: list[int]) -> list[list[float]]:
         """The number of each document of the rows (`version.GRADED`), in segment order."""
-        grades = []
-        for row in rows:
-            block, offset = divmod(row, self.block_rows)
-            grades.append(_read_block(self, block, ("grades",))["grades"][offset].as_py())
-        return grades
+        return self._of_documents(rows, "grades")
+
+    def labels(self, rows: list[int]) -> list[list[str]]:
+        """The label of each document of the rows (`version.LABELLED`), in segment order."""
+        return self._of_documents(rows, "labels")
 
     def block_records(self, number: int) -> list[list[str]]:
         """The record ids inside each row of a block."""

@@ -59,6 +59,8 @@ PACKED = pa.schema(
 )
 # of judged answers, also a number per document: 1 or -1 of a feedback, a pair's margin (NaN where its row has none)
 GRADED = PACKED.append(pa.field("grades", pa.list_(pa.float32())))
+# of `data.form: labels`, also what each document is labelled
+LABELLED = PACKED.append(pa.field("labels", pa.list_(pa.string())))
 RECORDS = pa.schema(
     [
         ("key", pa.uint64()),
@@ -153,8 +155,9 @@ def content_digest(table: pa.Table) -> str:
         for values in table.column(name).chunks:
             hasher.update(np.ascontiguousarray(values.flatten().to_numpy(zero_copy_only=False)).tobytes())
     hasher.update("\n".join(",".join(row) for row in table.column("records").to_pylist()).encode())
-    if "grades" in table.column_names:
-        hasher.update(repr(table.column("grades").to_pylist()).encode())
+    for name in ("grades", "labels"):
+        if name in table.column_names:
+            hasher.update(repr(table.column(name).to_pylist()).encode())
     return hasher.hexdigest()
 
 

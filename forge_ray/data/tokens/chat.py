@@ -18,6 +18,7 @@ import numpy as np
 from forge_ray.data.record.schema import DataRecord, Reject
 from forge_ray.data.tokens.answers import split
 from forge_ray.data.tokens.hf import HfTokenizer
+from forge_ray.data.tokens.labels import label_document
 from forge_ray.data.tokens.proof import prove
 from forge_ray.data.tokens.template import Chat, ChatTokenizer, Encoded
 from forge_ray.data.tokens.text_tools import Tools, tools_of, with_tools
@@ -116,12 +117,19 @@ def encode(tokenizer: Any, record: DataRecord, sequence_length: int, overlong: s
 
 
 def encode_batch(
-    tokenizer: Any, records: Sequence[DataRecord], sequence_length: int, overlong: str, reasoning: str = "train"
+    tokenizer: Any,
+    records: Sequence[DataRecord],
+    sequence_length: int,
+    overlong: str,
+    reasoning: str = "train",
+    form: str = "answers",
 ) -> list[list[Encoded] | Reject]:
     """Per record its documents, or why it cannot be used. They are several where a plain text is longer than the sequence, a
     template writes the history of each answer anew, or two answers are compared (`units.py`). `reasoning`: that of answers
-    is trained, kept as context, or dropped."""
+    is trained, kept as context, or dropped. `form`: of `labels` the prompt alone is the document (`labels.py`)."""
     tokenizer = chat_tokenizer(tokenizer)
+    if form == "labels":
+        return [label_document(tokenizer, record, sequence_length, overlong, reasoning) for record in records]
     results: list[list[Encoded] | Reject] = [NO_DOCUMENT] * len(records)
     texts = [i for i, record in enumerate(records) if "text" in record.content]
     conversations: list[Chat] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from forge_ray.config.classify import Classify
 from forge_ray.config.method import Preference
 from forge_ray.train.job import TrainJob
 from forge_ray.train.method import Method
@@ -19,3 +20,7 @@ def method_of(job: TrainJob) -> Method:
             from forge_ray.train.reference import Reference
 
             return preference(config, Reference(job) if config.has_reference else None)
+        case Classify() as config:
+            from forge_ray.train.methods.classes import classes
+
+            return classes(job, config)

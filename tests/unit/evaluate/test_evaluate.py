@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import parse
+from forge_ray.config.classify import normalise
 from forge_ray.config.gate import Gate
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.tokens.text_tools import Tools, write_form
 from forge_ray.errors import ConfigError
-from forge_ray.evaluate.examples import Example, normalise
+from forge_ray.evaluate.examples import Example
 from forge_ray.evaluate.publish import plot_confusion
 from forge_ray.evaluate.score import score_examples, tokenizer_for
 from forge_ray.evaluate.summary import summarise

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ import torch
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import parse
+from forge_ray.config.classify import Target
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
+from forge_ray.models.architecture import Head
 from forge_ray.train.adapter import coverage, quantised, with_adapter
 from forge_ray.train.freezing import freeze_weights, frozen_names
+from forge_ray.train.plan import Model
 
 pytestmark = pytest.mark.unit
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -248,3 +253,15 @@ def test_4bit_quantization_requires_gpu_and_bitsandbytes(monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match="needs bitsandbytes") as error:
         quantised(Adapter(quantize="nf4"), torch.device("cuda", 0))
     assert "forge-ray[qlora]" in error.value.hint
+
+
+def test_a_head_over_labels_is_part_of_the_adapter(tiny_model_dir: Path) -> None:
+    """Trained in full: C rows of the hidden size, which the plan counts too."""
+    head = Head((Target(labels=("a", "b", "c")),))
+    whole, plain = Model.of(tiny_model_dir, head), Model.of(tiny_model_dir)
+    adapter = Adapter(r=4)
+    ours, theirs = whole.coverage(adapter), plain.coverage(adapter)
+    assert ours.trained == theirs.trained + 3 * 64
+    assert whole.num_parameters == sum(math.prod(shape) for name, shape in whole.shapes.items() if "original" not in name)
+    assert "score.weight" not in ours.unreached
+    assert whole.num_logits == 3

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import parse
-from forge_ray.config.train import Offload, TrainConfig
+from forge_ray.config.optimizer import Offload
+from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.train.optimizer import make_optimizer
 from forge_ray.train.plan import Model, _is_allowed, memory, nearest, plan
