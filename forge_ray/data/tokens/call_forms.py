@@ -303,8 +303,8 @@ def _constant(node: Any) -> Any:
 def text_behind(form: CallForm, text: str) -> str:
     """What an answer says in `text`, which follows its last call: without the marks of the form, of which the last one may
     be cut off."""
-    rest, closing = text.strip(), form.closing.strip()
-    for mark in (closing, closing.removeprefix("]").lstrip(), form.after_call.strip()):  # "]": of a list as Python writes it
+    rest, closing, after = text.strip(), form.closing.strip(), form.after_call.strip()
+    for mark in (after, closing, closing.removeprefix("]").lstrip(), after):  # "]": of a list as Python writes it
         if mark.startswith(rest):
             return ""
         rest = rest.removeprefix(mark).lstrip()
