@@ -131,7 +131,7 @@ def test_general_rows_that_are_trained_on_are_refused_before_training(store: Sto
     curated = config("overlap", f"eval.general.rows={rows}", f"data.curate=[{{rule: held_out, against: [{general}]}}]")
     manifest = pipeline.prepare(curated, store)
     assert manifest.curation[0].before > manifest.curation[0].after
-    assert pipeline.evaluate_base(curated, store).general == general  # the rule of the hint is the remedy
+    assert pipeline.evaluate_file(curated, store)[0].general == general  # the rule of the hint is the remedy
 
 
 def test_conversations_are_refused_for_a_model_without_a_chat_template_and_texts_are_not(
@@ -146,16 +146,16 @@ def test_conversations_are_refused_for_a_model_without_a_chat_template_and_texts
     with pytest.raises(DataError, match=r"^eval\.general\.rows=chats: none of 120 rows can be used") as refused:
         pipeline.train(with_chats, store)
     assert "`texts`" in refused.value.hint
-    report = pipeline.evaluate_base(config("bare", *texts, "eval.general={rows: texts}", "release.gate={}"), store)
+    report = pipeline.evaluate_file(config("bare", *texts, "eval.general={rows: texts}", "release.gate={}"), store)[0]
     assert report.num_general == 40
     assert "general_bits_per_byte" in report.intervals
 
 
 def test_rows_that_come_along_are_scored_for_a_model_of_any_template(store: Store) -> None:
-    report = pipeline.evaluate_base(config("carried", "eval.general={rows: chats, max_examples: 20}"), store)
+    report = pipeline.evaluate_file(config("carried", "eval.general={rows: chats, max_examples: 20}"), store)[0]
     assert report.num_general == 20
     assert report.intervals["general_loss"][0] < report.metrics["general_loss"] < report.intervals["general_loss"][1]
-    texts = pipeline.evaluate_base(config("carried", "eval.general={rows: texts}"), store)
+    texts = pipeline.evaluate_file(config("carried", "eval.general={rows: texts}"), store)[0]
     assert (texts.num_general, texts.left_out) == (40, {})
     assert texts.general != report.general
 
