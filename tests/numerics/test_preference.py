@@ -148,7 +148,8 @@ def test_neither_passes_nor_workers_nor_zero_change_what_is_trained(
         for name in ("loss", "validation_loss", "verdict_accuracy" if kind == "kto" else "pair_accuracy"):
             assert losses(other, name) == pytest.approx(losses(one, name), rel=1e-4, abs=1e-5), (other.run, name)
         assert largest_difference(exported(other), exported(one)) < 2e-5
-    assert losses(one, "validation_loss")[1] < losses(one, "validation_loss")[0]
+    if kind != "kto":  # whose verdicts follow no rule here
+        assert losses(one, "validation_loss")[1] < losses(one, "validation_loss")[0]
 
 
 def test_killed_and_resumed_equals_uninterrupted(jobs: Jobs, judged: dict[str, DatasetManifest], run: Run) -> None:

@@ -26,6 +26,7 @@ from forge_ray.data.build.work import WORK
 from forge_ray.data.dataset import version as dataset
 from forge_ray.data.dataset.compare import diff, holders
 from forge_ray.data.dataset.export import export
+from forge_ray.data.dataset.stream import Rows
 from forge_ray.data.record.schema import parse_record
 from forge_ray.data.record.subject import subject_digest, subject_key
 from forge_ray.data.tokens.lost import AS_TEXT, CALLS
@@ -385,13 +386,15 @@ def test_exact_duplicates_as_a_rule(tmp_path: Path, base: ModelVersion, own: Sto
     assert [row["input_ids"] for row in packed(own, plain)] == [row["input_ids"] for row in packed(own, manifest)]
 
 
-def test_preference_rows_are_kept_but_not_packed(tmp_path: Path, base: ModelVersion, own: Store) -> None:
+def test_both_answers_of_a_preference_are_packed_together(tmp_path: Path, base: ModelVersion, own: Store) -> None:
     pairs = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(30)]
     write(tmp_path / "a.jsonl", pairs)
     manifest = prepare(config_of(tmp_path), base, own)
     assert manifest.kinds == {"preference": 30}
     assert sum(stats.num_records for stats in manifest.splits.values()) == 30
-    assert sum(stats.num_rows for stats in manifest.splits.values()) == 0
+    packed_rows = Rows.of(own, manifest, "train")
+    for records in packed_rows.records(list(range(packed_rows.num_rows))):
+        assert records[0::2] == records[1::2] != []
     rows = dataset.read_records(own, manifest, "train")
     assert {"messages", "chosen", "rejected"} <= rows[0]["content"].keys()
     write(tmp_path / "b.jsonl", [chat(1)])

@@ -77,8 +77,8 @@ def test_pairs_from_rows_to_a_verdict(store: Store, tmp_path: Path) -> None:
 
 def test_rows_of_another_kind_are_refused_with_the_method_that_takes_them(store: Store, tmp_path: Path) -> None:
     rows = pairs(tmp_path)
-    with pytest.raises(TrainingError, match=r"train\.method=sft takes chats and texts") as caught:
+    with pytest.raises(TrainingError, match=r"train\.method=sft takes chat and text records") as caught:
         pipeline.train(config(rows, "train.method=sft"), store)
     assert "train.method={kind: dpo}" in caught.value.hint
-    with pytest.raises(TrainingError, match=r"train\.method=dpo takes preferences"):
+    with pytest.raises(TrainingError, match=r"train\.method=dpo takes preference records"):
         pipeline.train(config(RUN.parent / "colours.jsonl"), store)
