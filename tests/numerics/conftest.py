@@ -131,7 +131,7 @@ def written(
                 num_rows=len(rows),
                 num_tokens=sum(int((row.segment_ids > 0).sum()) for row in rows),
                 num_trained_tokens=sum(int(row.loss_mask.sum()) for row in rows),
-                rows_digest=digest([[row.input_ids.tolist() for row in rows], more[1] if more else {}]),
+                rows_digest=digest([row.input_ids.tolist() for row in rows] + ([more[1]] if more else [])),
                 block_rows=BLOCK_ROWS,
                 shard_rows=(len(rows),),
             )
