@@ -26,6 +26,10 @@ BETTER_TEXTS = (
 RIGHT_ANSWERS = "better_than: [{incumbent: base}]  # released only if more answers are right"
 LEAST_RIGHT = "thresholds: {exact_match: {min: 0.8}}  # the least share of right answers that you accept"
 ADAPTER = "adapter: {r: 16, alpha: 32}  # LoRA; without this line every weight is trained: set optimizer: {lr: 2e-5}"
+MORE_PAIRS = (
+    "better_than: [{incumbent: base, metric: pair_accuracy}]  # released only if it prefers more of the right answers"
+)
+DPO = "method: {kind: dpo, beta: 0.1}  # other losses, and single answers judged good or bad: docs/guides/preferences.md"
 LONG_ANSWERS = "max_new_tokens: 256  # tokens; longer answers are cut off and count as wrong"
 GENERAL = "general: {rows: chats}  # short conversations about anything: what did training make it forget?"
 GENERAL_TEXTS = "general: {rows: texts}  # short texts about anything: what did training make it forget?"
@@ -40,11 +44,12 @@ class Task:
     """What is specific to the run file of a task. `gate` and `evaluation`: the lines of these sections."""
 
     purpose: str
-    rows: str
+    rows: str  # of a line of a file
     sequence_length: int
     gate: tuple[str, ...] = (BETTER_ANSWERS, KEEPS_ANSWERS)
     evaluation: tuple[str, ...] = (GENERAL,)
-    train: str = ADAPTER
+    train: tuple[str, ...] = (ADAPTER,)
+    other_rows: str = ""
 
 
 TASKS = {
@@ -75,7 +80,16 @@ TASKS = {
         2048,
         (BETTER_TEXTS, KEEPS_TEXTS),
         (GENERAL_TEXTS,),
-        train="optimizer: {lr: 2e-5}  # every weight is trained",
+        train=("optimizer: {lr: 2e-5}  # every weight is trained",),
+        other_rows=", or a folder of documents",
+    ),
+    "preferences": Task(
+        "Train on pairs of answers, of which people preferred one.",
+        '{"prompt": "…", "chosen": "…", "rejected": "…"}',
+        2048,
+        (MORE_PAIRS, KEEPS_ANSWERS),
+        (GENERAL,),
+        train=(DPO, ADAPTER),
     ),
 }
 
@@ -90,10 +104,10 @@ def run_file_text(task: str, data: str, base_model: str, name: str) -> str:
         f"name: {name}",
         f"base_model: {base_model}  # an alias or version of the store, or a folder or GGUF file to import",
         "data:",
-        f"  sources: [{{path: {data}}}]  # one {chosen.rows} per line",
+        f"  sources: [{{path: {data}}}]  # one {chosen.rows} per line{chosen.other_rows}",
         f"  sequence_length: {chosen.sequence_length}  # tokens",
         "train:",
-        f"  {chosen.train}",
+        *(f"  {line}" for line in chosen.train),
         "eval:",
         *(f"  {line}" for line in chosen.evaluation),
         "release:",

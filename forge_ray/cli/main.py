@@ -183,7 +183,9 @@ def train(store: Store, as_json: bool, config: RunConfig, force: bool) -> Any:
 
     A run that cannot fit is refused (exit code 2)."""
     from forge_ray import pipeline
+    from forge_ray.evaluate.reports import refuse_unusable
 
+    refuse_unusable(config.eval)
     record = pipeline.train(_forced(config) if force else config, store)
     if not as_json:
         echo(f"metrics, loss curve, checkpoints and export: {store.place}/{paths.run(record.id)}")

@@ -135,7 +135,7 @@ async def _follow(client: Any, job: str) -> str:
 
 def _result(logs: str) -> Any:
     """The job's JSON output: the last line of its log that is an object."""
-    for line in reversed(logs.splitlines()):
+    for line in reversed(logs.split("\n")):  # splitlines() would end a line at U+2028 too
         if line.startswith("{"):
             try:
                 return json.loads(line)

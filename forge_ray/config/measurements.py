@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -28,6 +29,11 @@ class Contamination(Config):
     )
 
 
+def is_dataset_id(rows: str) -> bool:
+    """Whether a setting that takes a file or a dataset version names the version: `ds_…`, and there is no such file."""
+    return rows.startswith("ds_") and not Path(rows).exists()
+
+
 class GeneralConfig(Config):
     """Rows of general ability on which the loss of the trained model and of its base are compared: what training made it
     forget."""
@@ -44,7 +50,7 @@ class GeneralConfig(Config):
 
     @model_validator(mode="after")
     def _pins_a_file(self) -> Self:
-        if self.sha256 and self.rows.startswith("ds_"):
+        if self.sha256 and is_dataset_id(self.rows):
             raise SettingError(
                 f"general.sha256 pins a file, and rows={self.rows} is a dataset version, whose id is a digest already",
                 "remove sha256",

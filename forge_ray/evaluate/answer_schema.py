@@ -7,6 +7,7 @@ itself: none is fetched.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,14 +41,21 @@ class AnswerSchema:
     def valid(self, answer: str) -> bool:
         """Whether the answer is one JSON value, and conforms."""
         try:
-            value = json.loads(answer, parse_constant=_refuse_constant)
+            value = json.loads(answer, parse_constant=_refuse_constant, parse_float=_finite)
             return bool(_validator(json.loads(self.source)).is_valid(value))
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, OverflowError):  # the last: a quotient that `multipleOf` asks for
             return False
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    """Raises `ValueError` of a number beyond the range of a float, 1e999: no rule of a schema is about infinity."""
+    if math.isinf(value := float(digits)):
+        raise ValueError(f"{digits[:40]} is beyond the range of numbers")
+    return value
 
 
 def _validator(schema: dict[str, Any]) -> Any:

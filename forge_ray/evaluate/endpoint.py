@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forge_ray.config.release import EvalConfig
-from forge_ray.errors import DataError, EngineError
+from forge_ray.errors import ConfigError, DataError, EngineError
 from forge_ray.evaluate.answer_schema import refuse_unfit, with_validity
 from forge_ray.evaluate.calls import call_fields
 from forge_ray.evaluate.chat_api import Connection, Endpoint, answers, connected
 from forge_ray.evaluate.chat_format import ChatAnswer, Unanswered, request_of
-from forge_ray.evaluate.examples import GENERAL_SPLIT, Example, HeldOutRows, held_out, label_set
+from forge_ray.evaluate.examples import Example, HeldOutRows, held_out, label_set
 from forge_ray.evaluate.general import general_rows
-from forge_ray.evaluate.losses import OF_GENERAL
+from forge_ray.evaluate.losses import OF_GENERAL, general_held_out
 from forge_ray.evaluate.own import scored, try_functions
 from forge_ray.evaluate.publish import Scored, ScoredRows, publish, shared_rows
 from forge_ray.evaluate.reports import reports_of
@@ -67,13 +67,13 @@ def evaluate_endpoint(
     catalog: Catalog, endpoint: Endpoint, manifest: DatasetManifest, config: EvalConfig, reuse: bool = False
 ) -> EvalReport:
     """The report of a model behind an API on the held-out rows of `manifest`. Raises `PolicyError` where rows may not be
-    sent there, `DataError` where no row was answered, and what `chat_api.answers` raises. With `reuse` the last report of
-    the same rows and settings is enough, where there is one, and nothing is sent."""
+    sent there, `DataError` where no row was answered, `ConfigError` where a function of `eval.metrics` fails (the answers
+    are kept in a report without it), and what `chat_api.answers` raises. With `reuse` the last report of the same rows and
+    settings is enough, where there is one, and nothing is sent."""
     started = time.monotonic()
-    files, digests = files_of(config)
-    scoring = {name: value for name, value in config.scoring().items() if name not in MACHINE}
-    asked_with = {"model": endpoint.model, "url": endpoint.url, "options": dict(endpoint.options)}
-    settings = scoring | digests | {"endpoint": asked_with}
+    files, _ = files_of(config)
+    general = general_rows(catalog, manifest, config)
+    settings = _settings(endpoint, config, general)
     with stage("evaluate") as it:
         existing = list(reports_of(catalog, (endpoint.name, manifest.id, settings))) if reuse else []
         if existing:
@@ -89,17 +89,43 @@ def evaluate_endpoint(
             try_functions(files.functions, held.chats, config.slices, labels)
             shared = shared_rows(catalog.store, config, manifest, held)
             asked = _sent(catalog, endpoint, manifest, config, held, files.prompts, it)
-            asked.left_out.update(_general(catalog, manifest, config))
-        valid = with_validity(iter(asked.items), files.schema)
-        items = list(scored(valid, files.functions, held.chats, config.slices, labels))
-        rows = ScoredRows(items, labels, asked.safety, shared, asked.left_out)
+            asked.left_out.update(_not_scored(general_held_out(catalog.store, general, config)))
+        valid = list(with_validity(iter(asked.items), files.schema))
         costs = {name: float(count) for name, count in asked.num_tokens.items() if count}
-        of = Scored(endpoint.name, "", settings, costs, time.monotonic() - started, files, endpoint.url)
-        report = publish(catalog.store, manifest, config, rows, of)
-        refuse_erased(catalog.store, report.id, manifest.id, folder=paths.report(report.id))
+
+        def published(config: EvalConfig) -> EvalReport:
+            files, _ = files_of(config)
+            items = list(scored(iter(valid), files.functions, held.chats, config.slices, labels))
+            rows = ScoredRows(items, labels, asked.safety, shared, asked.left_out)
+            of_endpoint = _settings(endpoint, config, general)
+            of = Scored(endpoint.name, "", of_endpoint, costs, time.monotonic() - started, files, endpoint.url)
+            report = publish(catalog.store, manifest, config, rows, of)
+            refuse_erased(catalog.store, report.id, manifest.id, folder=paths.report(report.id))
+            return catalog.put(report)
+
+        try:
+            report = published(config)
+        except ConfigError as error:
+            if not config.metrics:
+                raise
+            report = published(config.model_copy(update={"metrics": ()}))
+            raise ConfigError(
+                f"{error.message}; the answers of {endpoint.name} are kept as {report.id}, without scores of eval.metrics",
+                hint=error.hint,
+            ) from error
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
         it.done(f"{report.id}  {endpoint.name}: {scores}")
-        return catalog.put(report)
+        return report
+
+
+def _settings(endpoint: Endpoint, config: EvalConfig, general: DatasetManifest | None) -> dict[str, Any]:
+    """What the report is known by: what decides the scores, the bytes of files and the general rows included."""
+    scoring = {name: value for name, value in config.scoring().items() if name not in MACHINE}
+    asked_with = {"model": endpoint.model, "url": endpoint.url, "options": dict(endpoint.options)}
+    settings = scoring | files_of(config)[1] | {"endpoint": asked_with}
+    if general and config.general:
+        settings["general"] = {"dataset": general.id, "max_examples": config.general.max_examples}
+    return settings
 
 
 def _sent(
@@ -136,10 +162,10 @@ def _sent(
     return asked
 
 
-def _general(catalog: Catalog, manifest: DatasetManifest, config: EvalConfig) -> dict[str, int]:
-    """How many general rows were not scored, by the reason: of them only the loss is."""
-    general = general_rows(catalog, manifest, config)
-    return {f"{OF_GENERAL}{NO_LOSS}": general.splits[GENERAL_SPLIT].num_records} if general else {}
+def _not_scored(general: HeldOutRows) -> dict[str, int]:
+    """How many general rows were not scored, by the reason: only a loss is measured of them."""
+    num_rows = len(general.chats) + len(general.texts)
+    return dict(general.left_out) | ({f"{OF_GENERAL}{NO_LOSS}": num_rows} if num_rows else {})
 
 
 def _has_image(chat: Example) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from forge_ray.config.data import DataConfig
-from forge_ray.config.measurements import GeneralConfig
+from forge_ray.config.measurements import GeneralConfig, is_dataset_id
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.build.prepare import existing_version
 from forge_ray.data.dataset.version import records
@@ -30,9 +30,10 @@ def general_rows(catalog: Catalog, manifest: DatasetManifest, config: EvalConfig
     where none is set. A row that the model's template has no place for is counted in the report (`left_out`)."""
     if config.general is None:
         return None
-    base, rows = catalog.get_as(ModelVersion, manifest.base_model), place_of(config.general)
+    rows = place_of(config.general)
     if is_version(catalog, rows):
         return catalog.get_as(DatasetManifest, rows)
+    base = catalog.get_as(ModelVersion, manifest.base_model)
     settings: dict[str, Any] = {key: manifest.config[key] for key in ("tools", "date") if key in manifest.config}
     settings["max_invalid_fraction"] = 1.0
     data = rows_of_file(catalog, rows, base, settings)
@@ -57,7 +58,7 @@ def require_rows(general: GeneralConfig) -> list[IndexedFile]:
     """The files of the rows, by their bytes; none for a dataset version. Raises `NotFound` where there is no file,
     `DataError` where its digest is not `sha256`."""
     rows = place_of(general)
-    if rows.startswith("ds_"):
+    if is_dataset_id(rows):
         return []
     data = DataConfig.model_validate({"sources": [{"path": rows}]})
     try:

@@ -141,8 +141,13 @@ def _is_usable(content: dict[str, Any]) -> bool:
         return False
     if "text" in content:
         return len(content["text"].split()) >= 4
-    messages = content.get("messages", [])
+    messages = _conversation(content)
     return bool(messages) and messages[-1]["role"] == "assistant" and bool(messages[-1].get("content"))
+
+
+def _conversation(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a chat; of a judged row its prompt with the preferred answer, or the one that was judged."""
+    return [*content.get("messages", ()), *(content.get("chosen") or content.get("answer") or ())]
 
 
 def used_records(training: TrainedOrder) -> Iterator[str]:
@@ -179,8 +184,9 @@ def sample_of(tokenizer: Any, row: dict[str, Any], most: int) -> Sample:
             raise ids
         ids = ids[:most]
         return Sample(row["record"], tuple(ids[: len(ids) // 2]), tuple(ids[len(ids) // 2 :]))
-    context = tuple({**message, "weight": 0} for message in content["messages"][:-1])
-    example = Example(row["record"], context, content.get("tools"), content["messages"][-1]["content"])
+    messages = _conversation(content)
+    context = tuple({**message, "weight": 0} for message in messages[:-1])
+    example = Example(row["record"], context, content.get("tools"), messages[-1]["content"])
     prompt = prompt_ids(tokenizer, list(context), example.tools)[: most - 1]
     return Sample(row["record"], tuple(prompt), tuple(answer_ids(tokenizer, example, example.turn)[: most - len(prompt)]))
 

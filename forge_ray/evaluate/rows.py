@@ -7,6 +7,7 @@ from typing import Any
 
 from forge_ray.config.base import parse
 from forge_ray.config.data import DataConfig
+from forge_ray.config.measurements import is_dataset_id
 from forge_ray.machine import sessions
 from forge_ray.machine.cluster import connect
 from forge_ray.progress import stage
@@ -47,7 +48,7 @@ def dataset_of(catalog: Catalog, data: str, base: ModelVersion, settings: dict[s
 
 def is_version(catalog: Catalog, data: str) -> bool:
     """Whether `data` is the id of a dataset version, here or elsewhere, and no file."""
-    return catalog.has(data) or (data.startswith("ds_") and not Path(data).exists())
+    return catalog.has(data) or is_dataset_id(data)
 
 
 def name_of(file: str) -> str:

@@ -69,17 +69,18 @@ def score_examples(
     form = call_form(tokenizer) if any(example.tools for example in chats) else None
     label_ids: dict[str, list[int]] = {}
     for start in range(0, len(chats), BATCH):
-        posed: list[tuple[Example, tuple[int, ...], list[int]]] = []
+        posed: list[tuple[Example, tuple[int, ...], list[list[int]]]] = []
         for example in chats[start : start + BATCH]:
             try:
                 prompt = tuple(prompt_ids(tokenizer, list(example.messages), example.tools))
-                posed.append((example, prompt, answer_ids(tokenizer, example, example.turn)))
+                turns = [example.turn, *([example.rejected] if example.rejected else [])]
+                posed.append((example, prompt, [answer_ids(tokenizer, example, turn) for turn in turns]))
             except Reject as reason:
                 yield {"record": example.record, "left_out": f"{UNPOSED}{reason}"}
         requests = [
             GenerationRequest(prompt, config.max_new_tokens, stop_token_ids=tokenizer.end_ids) for _, prompt, _ in posed
         ]
-        for (example, prompt, answer), generation in zip(posed, engine.generate(requests), strict=True):
+        for (example, prompt, (answer, *rejected)), generation in zip(posed, engine.generate(requests), strict=True):
             is_labelled = bool(labels) and not example.calls
             if is_labelled and not label_ids:
                 label_ids = {
@@ -88,7 +89,6 @@ def score_examples(
             candidates = dict(label_ids) if is_labelled else {}
             reference = normalise(example.answer) if is_labelled else example.answer
             candidates.setdefault(reference, answer)
-            rejected = [answer_ids(tokenizer, example, example.rejected)] if example.rejected else []
             scored = engine.score(prompt, [*candidates.values(), *rejected])
             scores = dict(zip(candidates, scored, strict=False))
             yield {

@@ -28,8 +28,8 @@ Frame = tuple[bytes, bytes]
 
 
 class LimitedProcess:
-    """A process of `python -m module` and its pipes. Raises `EOFError` where it ends at its start: one that ends later
-    exceeded its limits."""
+    """A process of `python -m module` and its pipes. Raises `EOFError` where it ends at its start, or does not come to it
+    within `wall_s` seconds: one that ends later exceeded its limits."""
 
     def __init__(self, module: str, environment: Mapping[str, str], wall_s: float, *options: str) -> None:
         command = [sys.executable, *options, "-m", module]
@@ -42,10 +42,15 @@ class LimitedProcess:
         self.poll = select.poll()
         self.poll.register(self.answers, select.POLLIN)
         self.pid, self.buffer = os.getpid(), bytearray()
-        if self.answer(wall_s) is None:
-            code = self.process.wait()
+        try:
+            if self.answer(wall_s) is None:
+                raise EOFError(f"ended at its start, with code {self.process.wait()}")
+        except TimeoutError:
             self.end()
-            raise EOFError(f"ended at its start, with code {code}")
+            raise EOFError(f"did not start within {wall_s:.0f} s") from None
+        except BaseException:
+            self.end()
+            raise
 
     def ask(self, request: dict[str, Any], data: bytes) -> None:
         body = json.dumps(request).encode()

@@ -103,7 +103,7 @@ def lines(store: Store, since: str = "") -> Iterator[Used]:
     for path in store.list(paths.usage(), recursive=True):
         day = path.split("/")[1]
         if day >= since and path.endswith(".jsonl"):
-            for line in store.read(path).decode().splitlines():
+            for line in store.read(path).splitlines():  # of bytes: U+2028 in a name ends no line
                 yield Used.model_validate_json(line)
 
 

@@ -55,7 +55,7 @@ def batches(store: Store) -> list[str]:
 def read_batch(store: Store, path: str) -> list[str]:
     """The lines of a batch; none where it was removed meanwhile."""
     try:
-        return store.read(path).decode().splitlines()
+        return [line.decode() for line in store.read(path).splitlines()]  # of bytes: U+2028 in an answer ends no line
     except NotFound:
         return []
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forge_ray.config.data import DataConfig
+from forge_ray.config.measurements import is_dataset_id
 from forge_ray.data.curate.words import hashes, mixed, runs, words
 from forge_ray.data.dataset.version import SPLITS, records
 from forge_ray.data.read.ingest import expand, index_listed
@@ -55,7 +56,7 @@ def marks(text: str, ngram: int) -> npt.NDArray[np.uint64]:
 def evaluation_texts(against: tuple[str, ...], store: Store) -> Iterator[str]:
     """Every text of the files or dataset versions that a decontamination rule names."""
     for place in against:
-        if place.startswith("ds_"):
+        if is_dataset_id(place):
             manifest = DatasetManifest.model_validate(store.read_json(paths.record("datasets", place)))
             for split in SPLITS:
                 for table in records(store, manifest, split, ["content", "kind"]):

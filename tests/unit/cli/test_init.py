@@ -59,6 +59,8 @@ def test_tasks_differ_in_what_they_need() -> None:
     assert {task for task, config in configs.items() if config.eval.labels} == {"classify"}
     assert {task for task, config in configs.items() if config.eval.max_new_tokens > 32} == {"extract", "tools"}
     assert {task for task, config in configs.items() if config.train.adapter is None} == {"pretrain"}
+    methods = {task: config.train.method for task, config in configs.items() if config.train.method != "sft"}
+    assert {task: method.kind for task, method in methods.items()} == {"preferences": "dpo"}
     assert all(config.deploy and config.release.gate.better_than for config in configs.values())
     (rule,) = configs["pretrain"].release.gate.better_than
     assert rule.metric == "bits_per_byte"

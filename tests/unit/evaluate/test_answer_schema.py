@@ -51,6 +51,8 @@ def schema_of(folder: Path, content: Any) -> AnswerSchema:
         ('{"total": Infinity}', False),
         ("[" * 100_000, False),
         ("9" * 5000, False),
+        ('{"total": 1e999}', False),
+        ('{"total": -1e999}', False),
     ],
 )
 def test_answers_conform_or_not(tmp_path: Path, answer: str, valid: bool) -> None:

@@ -503,6 +503,48 @@ def test_safety_prompts_are_put_to_it_too(catalog: Catalog, people: dict[str, An
     assert [data.get("num_sent") for data in disclosed(catalog, manifest)] == [None, 3]  # rows alone
 
 
+@pytest.mark.parametrize(
+    ("source", "clause"),
+    [
+        ("def f(row, answer):\n    return {'size': 1 / (answer['text'] != 'odd')}\n", "ZeroDivisionError"),
+        ("def f(row, answer):\n    return {} if answer['text'] == 'odd' else {'size': 1}\n", "lower_is_better"),
+    ],
+    ids=["fails on a late row", "has no such score"],
+)
+def test_answers_are_kept_where_a_function_fails_on_them(
+    catalog: Catalog, people: dict[str, Any], vendor: Vendor, tmp_path: Path, source: str, clause: str
+) -> None:
+    manifest = chats(catalog)
+    named(catalog, people, vendor)
+    (tmp_path / "own.py").write_text(source)
+    vendor.answer = lambda number, body: says("odd")
+    lower = "" if "Zero" in clause else ', "lower_is_better": ["size"]'
+    metrics = f'eval.metrics=[{{"function": "{tmp_path}/own.py:f"{lower}}}]'
+    code, failure = evaluate(catalog, vendor, manifest, "--set", metrics)
+    assert code == 2
+    assert clause in failure["error"]["message"]
+    (report,) = catalog.all(EvalReport)
+    assert f"the answers of gpt-x at {vendor.url} are kept as {report.id}" in failure["error"]["message"]
+    assert len(items_of(catalog.store, report)) == len(vendor.bodies) == 12
+    assert report.metrics == {"exact_match": 0.0}
+    assert evaluate(catalog, vendor, manifest, "--reuse")[1] == report
+    assert len(vendor.bodies) == 12  # nothing is paid for twice
+
+
+def test_general_rows_are_read_before_a_row_is_sent_and_decide_which_report_it_is(
+    catalog: Catalog, people: dict[str, Any], vendor: Vendor
+) -> None:
+    manifest, general = chats(catalog, 3), held(catalog, *(chat(f"general {n}", "yes") for n in range(5)))
+    named(catalog, people, vendor)
+    code, failure = evaluate(catalog, vendor, manifest, "--set", "eval.general.rows=ds_0000000000000000")
+    assert code == 2, failure
+    assert not vendor.bodies
+    settings = ("--set", f"eval.general.rows={general.id}", "--set", "eval.general.max_examples=2")
+    _, report = evaluate(catalog, vendor, manifest, *settings)
+    assert report.left_out == {"general row, an endpoint gives no loss of it": 2}
+    assert report.config["general"] == {"dataset": general.id, "max_examples": 2}
+
+
 def test_options_change_the_requests_and_are_part_of_the_report(
     catalog: Catalog, people: dict[str, Any], vendor: Vendor
 ) -> None:

@@ -152,6 +152,29 @@ def test_prompts_equal_those_of_training_and_labels_end_with_the_turn(tiny_model
     assert items[1]["num_tokens"] == green
 
 
+def test_a_pair_whose_other_answer_has_no_place_in_the_template_is_left_out_by_name(tiny_model_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    calls = [{"function": {"name": "pour", "arguments": "{}"}}]
+    chats = [
+        Example(
+            "rec_1", ({"role": "user", "content": "tea?"},), None, "yes", rejected={"role": "assistant", "content": "no"}
+        ),
+        Example(
+            "rec_2",
+            ({"role": "user", "content": "milk?"},),
+            None,
+            "yes",
+            rejected={"role": "assistant", "tool_calls": calls},
+        ),
+    ]
+    left_out, pair = score_examples(Echo(tokenizer), tokenizer, chats, (), EvalConfig())
+    assert (pair["logprob"], pair["rejected_logprob"]) == (0.0, -1.0)
+    assert left_out["record"] == "rec_2"
+    assert "tool calls" in left_out["left_out"]
+
+
 def test_the_confusion_matrix_is_a_picture(tmp_path: Path) -> None:
     plot_confusion([item("a", "b"), item("b", "b"), item("a", "?")], ("a", "b"), tmp_path / "c.png", "t")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")

@@ -71,10 +71,15 @@ def test_none_of_them_is_a_row_of_the_quick_start() -> None:
         assert own.isdisjoint(parse_line(line).id for line in (ROOT / place).read_bytes().splitlines())
 
 
-def test_a_name_stands_for_the_rows_that_come_along_and_a_path_for_a_file(tmp_path: Path) -> None:
+def test_a_name_stands_for_the_rows_that_come_along_and_a_path_for_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert place_of(GeneralConfig(rows="chats")) == str(ROOT / "jobs/data/general_chats.jsonl")
     assert place_of(GeneralConfig(rows="./chats")) == "./chats"
     assert require_rows(GeneralConfig(rows="ds_0123456789abcdef")) == []
+    monkeypatch.chdir(tmp_path)
+    Path("ds_old.jsonl").write_text('{"text": "one"}\n')
+    assert [file.name for file in require_rows(GeneralConfig(rows="ds_old.jsonl"))] == ["ds_old.jsonl"]  # a file named so
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "one"}\n')
     digest = hashlib.sha256(file.read_bytes()).hexdigest()

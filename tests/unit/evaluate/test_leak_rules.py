@@ -17,7 +17,17 @@ from forge_ray.data.curate.contamination import contaminated
 from forge_ray.data.dataset.order import Order
 from forge_ray.data.record.schema import parse_record
 from forge_ray.errors import ConfigError, DataError, ForgeError, NotFound
-from forge_ray.evaluate.leak import Findings, TrainedOrder, auc, auc_interval, exposure, metrics_of, used_rows
+from forge_ray.evaluate.leak import (
+    Findings,
+    TrainedOrder,
+    _is_usable,
+    auc,
+    auc_interval,
+    exposure,
+    metrics_of,
+    sample_of,
+    used_rows,
+)
 from forge_ray.evaluate.safety import SafetyPrompt, answer_prompts, read_prompts
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
 
@@ -183,6 +193,25 @@ def test_training_rows_are_only_those_the_run_used() -> None:
 
 
 # ---------------------------------------------------------------- safety
+
+
+@pytest.mark.parametrize(
+    ("judged", "answer"),
+    [({"chosen": "yes", "rejected": "no"}, "yes"), ({"completion": "yes", "label": True}, "yes"), ({}, "")],
+    ids=["pair", "judged answer", "prompt alone"],
+)
+def test_judged_rows_are_audited_by_the_answer_that_was_trained(tokenizer: Any, judged: dict[str, Any], answer: str) -> None:
+    turn = [{"role": "user", "content": "open?"}]
+    sides = {
+        name: [{"role": "assistant", "content": value}] if name in ("chosen", "rejected") else value
+        for name, value in judged.items()
+    }
+    row = {"messages": turn} if not judged else parse_record({"prompt": turn, **sides}).content
+    assert _is_usable(row) is bool(answer)
+    if answer:
+        sample = sample_of(tokenizer, {"record": "rec_1", "content": row}, 500)
+        assert answer in tokenizer.decode(list(sample.answer))
+        assert "open?" in tokenizer.decode(list(sample.prompt))
 
 
 def test_an_answer_must_match_every_must_and_no_must_not() -> None:

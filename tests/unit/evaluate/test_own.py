@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from forge_ray import pipeline
 from forge_ray.cli.evaluate import _print as print_reports
+from forge_ray.cli.main import cli
 from forge_ray.config.base import parse
 from forge_ray.config.own_metric import BUILT_IN, RESERVED
 from forge_ray.config.release import EvalConfig
@@ -175,6 +178,22 @@ def test_function_that_waits_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(own, "WALL_S", 0.5)
         with pytest.raises(ConfigError, match="gave no answer within 2 s; row rec_1"):
             call({"id": "rec_1"}, {})
+
+
+def test_process_that_does_not_start_in_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = functions_of(tmp_path, "def f(row, answer):\n    return {}")
+    processes: list[Any] = []
+    popen = subprocess.Popen
+
+    def started(*arguments: Any, **options: Any) -> Any:
+        processes.append(popen(*arguments, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(own, "WALL_S", 0.0)
+    with pytest.raises(ConfigError, match="has no process: it did not start within 0 s"), running(functions[0]):
+        pass
+    assert processes[0].returncode is not None
 
 
 @pytest.mark.parametrize(
@@ -343,3 +362,6 @@ def test_run_is_refused_before_its_base_is_looked_for(
     with pytest.raises(ForgeError) as caught:
         pipeline.run(config, Store(str(tmp_path / "store")))
     assert caught.value.message == error
+    Path("run.yaml").write_text(json.dumps(values | {"eval": setting}))
+    done = CliRunner().invoke(cli, ["train", "run.yaml", "--store", str(tmp_path / "store"), "--json"])
+    assert json.loads(done.stdout.splitlines()[-1])["error"]["message"] == error

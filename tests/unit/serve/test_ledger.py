@@ -65,6 +65,13 @@ def test_lines_are_grouped_by_day_and_replica(store: Store) -> None:
     assert len(list(lines(store, "2027-03-02"))) == 1
 
 
+def test_separators_in_a_name_end_no_line(store: Store) -> None:
+    ledger = slow(store, "r0", Clock())
+    ledger.add(used(model="support\u2028de\x85"))
+    ledger.close()
+    assert [line.model for line in lines(store)] == ["support\u2028de\x85"]
+
+
 def test_full_segments_are_closed_and_earlier_ones_never_overwritten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "SEGMENT_BYTES", 500)
     for _ in range(2):  # the second has the first one's name

@@ -19,7 +19,7 @@ from forge_ray.governance.erasure.search import ErasureRequest, search
 from forge_ray.governance.space.decide import Retention
 from forge_ray.governance.space.prune import examine, prune
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.kept_answers import KeptAnswer, kept_answers, write_batch
+from forge_ray.store.kept_answers import KeptAnswer, kept_answers, remove_lines, write_batch
 
 pytestmark = pytest.mark.unit
 QUESTION = {"role": "user", "content": "When is my surgery?"}
@@ -126,3 +126,12 @@ def test_disk_use_lists_kept_answers_and_removes_them_after_their_last_day(fille
     assert [name for name, one in decisions.items() if one.removes] == ["answers/2020-01-01"]
     prune(filled, Retention())
     assert left(filled) == [1, 2, 3, 4, 5]
+
+
+def test_separators_in_a_text_end_no_line_of_a_batch(catalog: Catalog) -> None:
+    odd = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven"
+    lines = [kept(number, messages=[{"role": "user", "content": odd}]).model_dump_json() for number in (1, 2)]
+    write_batch(catalog.store, "answers/2999-01-01/r-0.jsonl", lines)
+    assert [answer.messages[0]["content"] for answer in kept_answers(catalog.store)] == [odd, odd]
+    assert remove_lines(catalog.store, lambda answer: answer.id == "chatcmpl-1") == 1
+    assert left(catalog) == [2]
