@@ -74,6 +74,7 @@ def run(config: RunConfig, store: Store) -> Outcome:
         general.require_rows(config.eval.general)
     _refuse_unplaceable(config)
     dataset = prepare(config, store)
+    reports.refuse_empty_split(dataset, config.eval)
     record = train(config, store)
     with Catalog.open(store) as catalog:
         base_report, report = _evaluate_run(config, catalog, record)

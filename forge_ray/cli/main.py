@@ -155,10 +155,13 @@ def plan(
     """Estimate steps, memory, disk and time of a run.
 
     Also the held-out rows that a gate with a confidence needs.
-    Exit code 2 if the run cannot fit, as `forge train` would end."""
+    Exit code 2 if the run cannot fit, as `forge train` would end, or could not be evaluated, as `forge run` would."""
     from forge_ray import pipeline
     from forge_ray.cli.show import print_plan
+    from forge_ray.evaluate.reports import refuse_empty_split
+    from forge_ray.records import DatasetManifest
     from forge_ray.release.rows_needed import line, rows_needed_of
+    from forge_ray.store.catalog import Catalog
     from forge_ray.train.preflight import Assumptions
 
     estimate = pipeline.plan(config, store, Assumptions(workers, memory_gb, tokens_per_s, cost_per_hour, rows))
@@ -166,6 +169,9 @@ def plan(
         print_plan(estimate)
     if estimate.problem:
         raise ConfigError(estimate.problem, hint=estimate.remedy)
+    if not rows:
+        with Catalog.read_only(store) as catalog:
+            refuse_empty_split(catalog.get_as(DatasetManifest, estimate.dataset), config.eval)
     needed = rows_needed_of(config, store, "" if rows else estimate.dataset)
     for one in needed if not as_json else ():
         echo(line(one, config.eval.split))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from forge_ray.config.base import parse, resolved
 from forge_ray.config.measurements import LeakConfig
 from forge_ray.config.release import EvalConfig
-from forge_ray.errors import NotFound
+from forge_ray.errors import DataError, NotFound
 from forge_ray.machine.capacity import Demand, wait_for
 from forge_ray.machine.cluster import connect
 from forge_ray.progress import stage
@@ -97,6 +97,16 @@ def refuse_unusable(config: EvalConfig) -> None:
 
     files, _ = files_of(config)
     check_loads(files.functions)
+
+
+def refuse_empty_split(manifest: DatasetManifest, config: EvalConfig) -> None:
+    """Raises `DataError` where a run on this dataset could be trained, and then not be evaluated."""
+    stats = manifest.splits.get(config.split)
+    if not (stats and stats.num_records):
+        raise DataError(
+            f"{manifest.id} has no records in its {config.split} split: a run on it could not be evaluated or released",
+            hint=f"raise data.splits.{config.split}, add rows, or evaluate the other split with eval.split",
+        )
 
 
 def reports_of(catalog: Catalog, key: tuple[str, str, dict[str, Any]]) -> Iterator[EvalReport]:

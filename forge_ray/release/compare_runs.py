@@ -211,26 +211,31 @@ def curve(store: Store, run: str) -> Curve:
 
 
 def picture(runs: Sequence[Attempt], curves: Sequence[Curve]) -> bytes:
-    """PNG: the curves left (thin: training, marks: validation), the scores right, in one colour per run."""
+    """PNG: the curves left (thin: training, marks: validation), those of each method's loss in a panel, the scores right, in
+    one colour per run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = _shared_scores(runs)
-    figure = Figure(figsize=(12.5 if names else 8, 5), dpi=120, layout="constrained")
+    losses_of = dict.fromkeys(loss_name(attempt.method) for attempt in runs)  # a panel each: their units differ
+    widths = [3.0] * len(losses_of) + [2.0] * bool(names)
+    figure = Figure(figsize=(2.5 * sum(widths) + 0.5 * (not names), 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2)) if names else (figure.subplots(), None)
+    panels = list(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
+    left_of, right = dict(zip(losses_of, panels, strict=False)), panels[-1] if names else None
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
     for attempt, drawn, colour in zip(runs, curves, colours, strict=True):
+        left = left_of[loss_name(attempt.method)]
         if drawn.train:
             left.plot(*zip(*drawn.train, strict=True), color=colour, linewidth=1.1, alpha=0.6, label=_label(attempt))
         if drawn.validation:
             steps, losses = zip(*drawn.validation, strict=True)
             named = None if drawn.train else _label(attempt)
             left.plot(steps, losses, "o-", color=colour, markersize=6, markeredgecolor="white", linewidth=1.8, label=named)
-    losses_of = dict.fromkeys(loss_name(attempt.method) for attempt in runs)
-    left.set(xlabel="step", ylabel="; ".join(losses_of), title="loss: training (thin), validation (marks)")
-    if any(drawn.train or drawn.validation for drawn in curves):
-        left.legend(frameon=False, fontsize=9)
+    for loss, left in left_of.items():
+        left.set(xlabel="step", ylabel=loss, title="loss: training (thin), validation (marks)")
+        if left.get_legend_handles_labels()[1]:
+            left.legend(frameon=False, fontsize=9)
     if right is not None:
         height = 0.8 / len(runs)
         for number, (attempt, colour) in enumerate(zip(runs, colours, strict=True)):
@@ -245,7 +250,7 @@ def picture(runs: Sequence[Attempt], curves: Sequence[Curve]) -> bytes:
         right.invert_yaxis()
         right.set(xlim=(0, 1.14), xlabel="share", title="scores")
         right.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    for axes in (left, right) if right is not None else (left,):
+    for axes in panels:
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

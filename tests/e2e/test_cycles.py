@@ -16,6 +16,7 @@ from forge_ray.cli.main import cli
 from forge_ray.config.base import parse
 from forge_ray.config.run import RunConfig
 from forge_ray.data.dataset.version import SPLITS, read_records
+from forge_ray.errors import DataError
 from forge_ray.governance.erasure.apply import erase
 from forge_ray.governance.erasure.options import Options
 from forge_ray.governance.erasure.search import ErasureRequest
@@ -140,11 +141,13 @@ def test_test_rows_of_an_earlier_cycle_are_not_trained_on(own: Store, tmp_path: 
     values: dict[str, Any] = config_of(path, steps=2).model_dump(mode="json")
     values["base_model"], values["train"]["init_from"] = one.version.id, "continue"
     values["data"]["splits"] = {"test": 0.0, "validation": 0.1}
+    with pytest.raises(DataError, match="no records in its test split: a run on it could not be evaluated"):
+        pipeline.run(parse(RunConfig, values), own)  # before it trains
     two = pipeline.train(parse(RunConfig, values), own)
     with Catalog.open(own) as catalog:
         manifest = catalog.get_as(DatasetManifest, two.dataset)
     (step,) = [step for step in manifest.curation if step.rule == "held_out"]
     assert step.before - step.after == len(tested) > 5
-    assert step.reasons == {"a test row of an earlier cycle": len(tested)}
+    assert step.reasons == {f"a test row of {one.dataset.id}": len(tested)}
     assert not tested & {row["record"] for split in SPLITS for row in read_records(own, manifest, split)}
     assert reproduce(own, two.id, rebuild_data=True)["verdict"] == "equal"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from forge_ray.config.base import apply_overrides, parse, resolved
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.records import EvalReport, Event, ModelVersion, RunRecord, canonical_json
-from forge_ray.release.compare_runs import attempts, compare, curve, differences, in_words, listed, table
+from forge_ray.release.compare_runs import (
+    attempts,
+    chosen,
+    compare,
+    curve,
+    differences,
+    in_words,
+    listed,
+    picture,
+    table,
+)
 from forge_ray.store.catalog import Catalog
 from forge_ray.train import validation
 
@@ -96,6 +107,17 @@ def test_curves_join_losses_of_the_loop_and_of_validation_tasks(catalog: Catalog
     drawn = curve(catalog.store, "run_a")
     assert drawn.train == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
     assert drawn.validation == [(2, 1.5), (4, 1.0)]  # a loss that is no number is not drawn
+
+
+def test_losses_of_different_methods_have_a_panel_each(catalog: Catalog) -> None:
+    def width(*methods: str) -> int:
+        runs = [
+            replace(attempt, config={"train": {"method": method if method == "sft" else {"kind": method}}})
+            for attempt, method in zip(chosen(catalog, ("run_a", "run_b")), methods, strict=True)
+        ]
+        return int.from_bytes(picture(runs, [curve(catalog.store, attempt.run) for attempt in runs])[16:20], "big")
+
+    assert width("sft", "dpo") > width("sft", "sft") == width("dpo", "dpo")
 
 
 def test_compare_writes_a_png_or_an_html_page(catalog: Catalog, tmp_path: Path) -> None:
