@@ -10,6 +10,7 @@ from typing import Any
 
 OURS = ("model", "messages", "tools", "stream", "n")  # fields of a request that the rows and the evaluation decide
 NO_COMPLETION = "the answer is not a chat completion"
+NO_TEXT = "the answer holds half of a surrogate pair, which is not text"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def error_of(content: bytes, key: str) -> tuple[str, str]:
         message = str(error.get("message", ""))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         code, message = "", content[:2000].decode(errors="replace")
+    message = message.encode(errors="replace").decode()  # a lone surrogate cannot be written
     return code, (message.replace(key, "…") if key else message)[:200]
 
 
@@ -104,9 +106,21 @@ def reply_of(content: bytes) -> ChatAnswer | Unanswered:
         answered_by = " ".join(str(body[name]) for name in ("model", "system_fingerprint") if body.get(name))
         if not isinstance(text, str):
             return Unanswered(NO_COMPLETION)
-        return ChatAnswer(text, calls, str(choice.get("finish_reason") or ""), answered_by[:200], counts[0], counts[1])
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        finish_reason = str(choice.get("finish_reason") or "")
+        if not _is_text([text, calls, finish_reason, answered_by]):
+            return Unanswered(NO_TEXT)
+        return ChatAnswer(text, calls, finish_reason, answered_by[:200], counts[0], counts[1])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return Unanswered(NO_COMPLETION)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all of it can be written: an escaped half of a surrogate pair is not text."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _call(function: dict[str, Any]) -> dict[str, Any]:

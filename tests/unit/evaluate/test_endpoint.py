@@ -31,7 +31,7 @@ from forge_ray.config.origins import origin_of, parts_of
 from forge_ray.data.record.schema import DataRecord
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate import chat_api
-from forge_ray.evaluate.chat_format import error_of, wire_messages
+from forge_ray.evaluate.chat_format import ChatAnswer, Unanswered, error_of, reply_of, wire_messages
 from forge_ray.evaluate.items import items_of
 from forge_ray.records import DatasetManifest, EvalReport, Event
 from forge_ray.store import signing
@@ -334,6 +334,28 @@ def test_what_holds_for_all_requests_ends_it_and_is_on_record(
     assert ended["num_answered"] == 0
     assert 1 <= ended["num_sent"] < 40
     assert catalog.all(EvalReport) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"choices":[{"message":{"content":"a \\ud800"}}]}', "half of a surrogate pair"),
+        (
+            b'{"choices":[{"message":{"tool_calls":[{"function":{"name":"f","arguments":"{\\"a\\":\\"\\\\ud800\\"}"}}]}}]}',
+            "half of a surrogate pair",
+        ),
+        (b'{"choices":[{"message":{"content":"a"},"finish_reason":"\\udfff"}]}', "half of a surrogate pair"),
+        (b'{"choices":[{"message":{"content":"a"}}],"usage":{"prompt_tokens":1e999}}', "not a chat completion"),
+    ],
+)
+def test_a_reply_that_cannot_be_written_costs_no_other_one(content: bytes, reason: str) -> None:
+    reply = reply_of(content)
+    assert isinstance(reply, Unanswered)
+    assert reason in reply.reason
+    reply = reply_of(b'{"choices":[{"message":{"content":"\\ud83d\\ude00\\u0000"}}]}')
+    assert isinstance(reply, ChatAnswer)
+    assert reply.text == "\U0001f600\0"
+    assert error_of(b'{"error":{"message":"\\ud800 x"}}', "") == ("", "? x")
 
 
 def test_a_busy_endpoint_is_asked_again_when_it_says(catalog: Catalog, people: dict[str, Any], vendor: Vendor) -> None:
