@@ -25,7 +25,7 @@ from forge_ray.models.import_model import import_model
 from forge_ray.records import DatasetManifest, ModelVersion, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.files import Store
+from forge_ray.store.files import MANIFEST, Store
 from forge_ray.train import attention, reference_files
 from forge_ray.train import reference as reference_module
 from forge_ray.train.context import join
@@ -93,13 +93,16 @@ def test_neither_passes_nor_workers_nor_zero_change_what_is_trained(jobs: Jobs, 
     passes = job_of(jobs, teacher, "distil-passes", **looking, micro_batch_size=3)
     two = job_of(jobs, teacher, "distil-two", **looking)
     three = job_of(jobs, teacher, "distil-three", **looking)
-    sliced = job_of(jobs, teacher, "distil-sliced", **looking, sequence_parallel=2)
+    sliced = job_of(jobs, teacher, "distil-sliced", **looking, sequence_parallel=2, scaling={"num_workers": 2})
     zero = [
         job_of(jobs, teacher, f"distil-zero-{stage}", **looking, engine="deepspeed", zero_stage=stage) for stage in (0, 2, 3)
     ]
-    run(one, passes)
-    run(two, sliced, *zero, ranks=2)
-    run(three, ranks=3)
+    kept = []
+    for group, ranks in (([one, passes], 1), ([sliced, two, *zero], 2), ([three], 3)):
+        one.store.delete_dir(paths.reference(one.dataset.id))
+        run(*group, ranks=ranks)
+        kept.append(one.store.files(kept_by(one).folder))
+    assert kept[0] == kept[1] == kept[2]  # each by as many workers: the same bytes
     for other in (passes, two, three, sliced, *zero):
         for name in ("loss", "hard_loss", "teacher_kl", "validation_loss", "validation_teacher_kl"):
             assert losses(other, name) == pytest.approx(losses(one, name), rel=1e-4, abs=1e-5), (other.run, name)
@@ -247,13 +250,13 @@ def test_folder_of_a_faster_run_stays(jobs: Jobs, teacher: FrozenModel, monkeypa
         if relative.startswith(reference._work):
             monkeypatch.setattr(Store, "read", read)
             alone(job_of(jobs, teacher, "distil-faster-2", method={"k": 2}))
-            published.append(store.read(f"{reference.folder}/manifest.json"))
+            published.append(store.read(f"{reference.folder}/{MANIFEST}"))
         return read(self, relative)
 
     published: list[bytes] = []
     monkeypatch.setattr(Store, "read", overtaken)
     alone(job)
-    assert published == [store.read(f"{reference.folder}/manifest.json")]
+    assert published == [store.read(f"{reference.folder}/{MANIFEST}")]
     listed = {Path(path).name for path in store.list(paths.reference(job.dataset.id))}
     assert not [name for name in listed if name.startswith(".")]
 
