@@ -23,15 +23,7 @@ from forge_ray.machine.capacity import refuse_oversized
 from forge_ray.machine.cluster import connect, open_store
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.progress import stage
-from forge_ray.records import (
-    DatasetManifest,
-    Deployment,
-    EvalReport,
-    Event,
-    ModelVersion,
-    RunRecord,
-    files_digest,
-)
+from forge_ray.records import DatasetManifest, Deployment, EvalReport, Event, ModelVersion, RunRecord, files_digest
 from forge_ray.release import gate, promotion
 from forge_ray.serve.front import proxy_address, refuse_public
 from forge_ray.store import paths
@@ -45,6 +37,7 @@ from forge_ray.train.labels import report_labels
 if TYPE_CHECKING:
     from forge_ray.evaluate.standalone import Compared
     from forge_ray.serve.gateway_config import GatewayConfig
+    from forge_ray.train.frozen import FrozenModel
     from forge_ray.train.preflight import Assumptions, Estimate
 
 __all__ = ["Outcome", "deploy", "evaluate", "open_store", "prepare", "release", "run", "train"]
@@ -128,11 +121,13 @@ def prepare(config: RunConfig, store: Store) -> DatasetManifest:
 
 
 def _prepare(config: RunConfig, catalog: Catalog, named: ModelVersion, quiet: bool = False) -> DatasetManifest:
-    """`named`: the base model of the run file."""
-    from forge_ray.train import start
+    """`named`: the base model of the run file. `quiet`: it may be there already, and whoever calls looks at the teacher."""
+    from forge_ray.train import frozen, start
 
     _refuse_absent(config)
     base, data = start.full_base(catalog, named, config.train), start.with_held_out(catalog, named, config.data)
+    if not quiet:
+        frozen.frozen_of(catalog, config.train, base)
     connect()
     sessions.note(catalog.store)
     from forge_ray.data.build.prepare import existing_version, prepare_version
@@ -165,8 +160,8 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
         report_labels(store, config.train, manifest)
         if rows := general.general_rows(catalog, manifest, config.eval):  # refused now, not after hours of training
             general.refuse_trained(store, rows, manifest)
-        begun = start.start_of(catalog, named, config.train)
-        return train_on(config, catalog, begun.base, manifest, precision, begun.initial)
+        begun = start.start_of(catalog, named, config.train, "archived" if allow_archived else "active")
+        return train_on(config, catalog, begun.base, manifest, precision, begun.initial, begun.frozen)
 
 
 def train_on(
@@ -176,9 +171,10 @@ def train_on(
     manifest: DatasetManifest,
     precision: Literal["bf16", "fp32"],
     initial: ModelVersion | None = None,
+    frozen: FrozenModel | None = None,
 ) -> RunRecord:
     """Train on what the store holds; the sources of the rows are not looked at. `initial`: the version whose adapter is
-    trained on, where it is not a new one."""
+    trained on, where it is not a new one; `frozen`: a teacher, or another reference."""
     from forge_ray.models.architecture import Head
     from forge_ray.release.candidates import export_best
     from forge_ray.train import attempts, checkpoint, follow, launch, run_folder
@@ -190,8 +186,9 @@ def train_on(
     from forge_ray.train.start import Start, refuse_other_adapter
     from forge_ray.train.validating import validate_checkpoint
 
-    store, identifier = catalog.store, run_id(config.train, precision, manifest, base, initial)
+    store, identifier = catalog.store, run_id(config.train, precision, manifest, base, initial, frozen)
     started = {"dataset": manifest.id, "base_model": base.id} | ({"initial_adapter": initial.id} if initial else {})
+    started |= {"frozen_model": frozen.version.id} if frozen else {}
     with stage("train") as it:
         if catalog.has(identifier):
             versions = [version.id for version in catalog.all(ModelVersion) if version.run == identifier]
@@ -202,10 +199,8 @@ def train_on(
             connect()
             sessions.note(store)
         if not store.exists(paths.result(identifier)):
-            refuse_impossible(config, store, precision, base, manifest, identifier)
-        job = TrainJob(
-            identifier, config.name, config.train, store, manifest, base, precision, under_ray=False, initial=initial
-        )
+            refuse_impossible(config, store, precision, base, manifest, identifier, frozen)
+        job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, False, initial, frozen)
         job.check_may_publish()
         refuse_other_adapter(catalog, Start(base, initial), config.train.adapter, config.train.targets)
         # every byte is checked before a GPU hour is spent on it
@@ -240,22 +235,25 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
     rows is assumed instead, `base_model` may be a folder that holds `config.json` alone."""
     from forge_ray.models.architecture import Head
     from forge_ray.train import preflight, start
+    from forge_ray.train.frozen import frozen_of
     from forge_ray.train.plan import Model, Stated
 
     stated = Stated.of(assumptions.num_rows, config.data.sequence_length) if assumptions.num_rows else None
     rows, folder = f"{assumptions.num_rows} rows, as stated", Path(config.base_model)
     if stated and (folder / "config.json").is_file():
-        planned = preflight.Planned(Model.of(folder, Head(config.train.targets)), stated, config.base_model, rows)
+        asked = preflight.stated_frozen(config.train, store)
+        planned = preflight.Planned(Model.of(folder, Head(config.train.targets)), stated, config.base_model, rows, asked)
     else:
         with Catalog.open(store) as catalog:
             named = import_base(config, catalog)
             base = start.full_base(catalog, named, config.train)
+            asked = preflight.shapes_of_frozen(store, frozen_of(catalog, config.train, base))
             dataset = stated or _prepare(config, catalog, named, quiet=True)
             if isinstance(dataset, DatasetManifest):
                 preflight.refuse_without_rows(config.train, store, dataset)
                 report_labels(store, config.train, dataset)
         model = Model.of(preflight.configuration(store, base), Head(config.train.targets))
-        planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id)
+        planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id, asked)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     return preflight.estimate(config.train, store, precision, planned, assumptions)
 
@@ -318,8 +316,8 @@ def _lookup(config: RunConfig, catalog: Catalog) -> _Lookup:
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     if config.train.init_from == "merge" and start.merged_version(catalog, named) is None:
         return _Lookup(named, manifest, "", None)
-    begun = start.start_of(catalog, named, config.train)
-    identifier = run_id(config.train, precision, manifest, begun.base, begun.initial)
+    begun = start.start_of(catalog, named, config.train, "any")
+    identifier = run_id(config.train, precision, manifest, begun.base, begun.initial, begun.frozen)
     record = catalog.get_as(RunRecord, identifier) if catalog.has(identifier) else None
     return _Lookup(named, manifest, identifier, record)
 
@@ -340,6 +338,8 @@ def release(config: RunConfig, store: Store, promote: bool = True) -> ModelVersi
 
 
 def _release_run(config: RunConfig, catalog: Catalog, record: RunRecord, promote: bool = True) -> ModelVersion:
+    from forge_ray.train import start
+
     store = catalog.store
     base_report, report = reports.evaluate_both(catalog, record, config.scoring, quiet=True)
     leak = reports.audit_leak(catalog, record, config.eval, quiet=True) if config.eval.leak else None
@@ -362,13 +362,13 @@ def _release_run(config: RunConfig, catalog: Catalog, record: RunRecord, promote
             run=record.id,
             evals=_ids(report, base_report, leak, *incumbents.values()),
             checks=checks,
-            licence=catalog.get_as(ModelVersion, record.base_model).licence,
+            licence=start.licence_of(catalog, record),
         ).sealed()
         is_known = catalog.has(version.id)
         if not store.is_published(paths.model(version.id)):
             require(catalog, paths.export(record.id))
         store.copy_dir(paths.export(record.id), paths.model(version.id))
-        for origin in (record.base_model, record.initial_adapter):
+        for origin in (record.base_model, record.initial_adapter, record.frozen_model):
             refuse_erased(store, version.id, manifest.id, origin, "" if is_known else paths.model(version.id))
         version = catalog.put(version)
         if reasons:

@@ -194,6 +194,8 @@ class RunRecord(Record):
     base_digest: str
     initial_adapter: str = Field("", description="the version whose adapter was trained on (train.init_from=continue)")
     initial_digest: str = Field("", description="digest of that adapter's files")
+    frozen_model: str = Field("", description="the version that the loss reads numbers of: a teacher, or another reference")
+    frozen_digest: str = Field("", description="digest of that version's files")
     seed: int
     num_steps: int
     samples_seen: int
@@ -217,10 +219,12 @@ class RunRecord(Record):
         raise TypeError("a run's id is fixed at its start; build the record with id=run_id(...)")
 
     def identity(self) -> dict[str, Any]:
-        return _without_empty(super().identity(), "order_key", "initial_adapter", "initial_digest")
+        return _without_empty(
+            super().identity(), "order_key", "initial_adapter", "initial_digest", "frozen_model", "frozen_digest"
+        )
 
     def parents(self) -> tuple[str, ...]:
-        return tuple(parent for parent in (self.dataset, self.base_model, self.initial_adapter) if parent)
+        return tuple(filter(None, (self.dataset, self.base_model, self.initial_adapter, self.frozen_model)))
 
 
 class EvalReport(Record):

@@ -48,7 +48,8 @@ def audit_data(store: Store, as_json: bool, run: str, steps_to_list: tuple[int, 
     with stage("audit") as it:
         report = auditing.audit(facts, it.update)
         it.done(f"{run}  {report.steps_compared} of {report.num_steps} steps compared")
-    problems, drift = list(report.problems), _reference_difference(store, run, facts.method)
+    problems, kept = list(report.problems), _reference_difference(store, run, facts.method)
+    drift = kept if isinstance(kept, tuple) else None
     if drift and drift[0] > TOLERANCE * max(1.0, drift[1]):
         problems.append(
             f"the kept log probabilities of the reference model differ by {drift[0]:.3g} nats from computed ones"
@@ -67,6 +68,8 @@ def audit_data(store: Store, as_json: bool, run: str, steps_to_list: tuple[int, 
                 echo(f"  lane {item['lane']}: row {item['row']}: {' '.join(item['records'])}")
         if drift:
             echo(f"reference model: {SAMPLED_ROWS} rows computed again, largest difference {drift[0]:.3g} nats")
+        if isinstance(kept, str):
+            echo(f"reference model: {kept}")
         for problem in problems[:20]:
             echo(f"  {problem}")
         if not report.problems:
@@ -76,26 +79,31 @@ def audit_data(store: Store, as_json: bool, run: str, steps_to_list: tuple[int, 
             f"{run} did not train on the recorded rows: {problems[0]} ({len(problems)} problems)",
             hint="do not release what it trained; compare the store with a backup",
         )
-    more = {"reference": {"rows": SAMPLED_ROWS, "largest_difference": drift[0]}} if drift else {}
+    more: dict[str, Any] = {"reference": {"rows": SAMPLED_ROWS, "largest_difference": drift[0]}} if drift else {}
+    more |= {"reference": {"rows": 0, "why": kept}} if isinstance(kept, str) else {}
     return asdict(report) | {"problems": problems, "steps": steps, **more}
 
 
-def _reference_difference(store: Store, run: str, method: Any) -> tuple[float, float] | None:
-    """Of a run that compares with a reference model, how far the kept numbers are from computed ones; None for others."""
+def _reference_difference(store: Store, run: str, method: Any) -> tuple[float, float] | str | None:
+    """Of a run that compares with a reference model or a teacher, how far the kept numbers are from computed ones, or why
+    they are not computed; None for others."""
     from forge_ray.config.base import parse
+    from forge_ray.config.distil import Distil
     from forge_ray.config.method import Preference
     from forge_ray.config.train import TrainConfig
 
     parsed = parse(TrainConfig, {"method": method}).method
-    if not isinstance(parsed, Preference) or not parsed.has_reference:
+    if not isinstance(parsed, Distil) and not (isinstance(parsed, Preference) and parsed.has_reference):
         return None
     from forge_ray.store.catalog import Catalog
     from forge_ray.train.job import job_of
-    from forge_ray.train.reference import Reference
+    from forge_ray.train.methods import reference_of
 
     with Catalog.read_only(store) as catalog:
-        job = job_of(catalog, run)
-    return Reference(job).difference(SAMPLED_ROWS)
+        reference = reference_of(job_of(catalog, run))
+    if reference is None or reference.is_quantised:
+        return "not computed again, for its base was kept in 4 bits (adapter.quantize=nf4), which needs the GPU"
+    return reference.difference(SAMPLED_ROWS)
 
 
 @verb(audit, "leak", "forge audit leak support@prod")

@@ -65,6 +65,14 @@ def policy_show(store: Store, as_json: bool) -> Any:
     help="Let `forge eval --endpoint` send held-out rows to this host, e.g. https://api.vendor.example. Repeatable.",
 )
 @click.option("--no-endpoints", is_flag=True, help="Send rows to no host.")
+@click.option(
+    "--refuse-licence",
+    "licences",
+    multiple=True,
+    metavar="LICENCE",
+    help="Let no run learn from a teacher with this licence (train.method.teacher), e.g. CC-BY-NC-4.0. Repeatable.",
+)
+@click.option("--refuse-no-licence", is_flag=True, help="Let runs learn from teachers with any licence.")
 @WHY
 def policy_set(
     store: Store,
@@ -77,6 +85,8 @@ def policy_set(
     no_export: bool | None,
     endpoints: tuple[str, ...],
     no_endpoints: bool,
+    licences: tuple[str, ...],
+    refuse_no_licence: bool,
     why: str,
 ) -> Any:
     """Change the policy; requires an owner's signature.
@@ -89,6 +99,8 @@ def policy_set(
         raise ConfigError("--protect and --protect-none contradict each other", hint="give one of them")
     if endpoints and no_endpoints:
         raise ConfigError("--endpoint and --no-endpoints contradict each other", hint="give one of them")
+    if licences and refuse_no_licence:
+        raise ConfigError("--refuse-licence and --refuse-no-licence contradict each other", hint="give one of them")
     options: dict[str, Any] = {
         "roles": roles,
         "signatures": signatures,
@@ -99,6 +111,8 @@ def policy_set(
         options["protected"] = list(protect)
     if endpoints or no_endpoints:
         options["endpoints"] = list(endpoints)
+    if licences or refuse_no_licence:
+        options["refused_licences"] = list(licences)
     changes = {name: value for name, value in options.items() if value is not None}
     if not changes:
         raise ConfigError("no policy setting to change", hint="--roles, --signatures, --protect ALIAS, …")

@@ -142,6 +142,7 @@ def _how(how: str) -> str:
         "trained": "trained on it",
         "chosen": "selected by a validation on it",
         "base": "started from a version trained on it",
+        "frozen": "learned from a teacher or reference trained on it",
     }
     return meanings[how]
 

@@ -6,12 +6,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from forge_ray.config.base import Config, SettingError
+from forge_ray.config.base import Config, SettingError, without_defaults
 
 OF_PAIRS = ("dpo", "robust", "ipo", "hinge", "offset", "simpo", "orpo")
 WITHOUT_REFERENCE = ("simpo", "orpo")
 # settings that only some kinds read
 READ_BY = {
+    "reference": ("dpo", "robust", "ipo", "hinge", "offset", "kto"),
     "label_smoothing": ("dpo", "robust", "simpo"),
     "sft_weight": ("dpo", "robust", "ipo", "hinge", "offset", "simpo"),
     "gamma": ("simpo",),
@@ -26,6 +27,8 @@ def loss_name(method: str) -> str:
     """What the loss of a run by this method (`sft` or a kind) is of, as an axis of a curve says it."""
     if method == "sft":
         return "loss per trained token (nats)"
+    if method == "distil":
+        return "distil loss per trained token (nats)"
     return f"{method} loss per {'pair' if method in OF_PAIRS else 'answer'}"
 
 
@@ -33,6 +36,8 @@ def objective(method: str, sft_weight: float) -> str:
     """What a run by this method minimises, as documents say it. `sft_weight`: 0 where the method has none."""
     if method == "sft":
         return "cross-entropy of the trained tokens"
+    if method == "distil":
+        return "divergence from a teacher's distributions at the trained tokens, mixed with their cross-entropy"
     rows = "pairs of a preferred and a rejected answer" if method in OF_PAIRS else "single answers, judged good or bad"
     added = f" plus {sft_weight:g} times the preferred answer's cross-entropy per token" if sft_weight else ""
     return f"{method} loss of {rows}{added}"
@@ -49,6 +54,11 @@ class Preference(Config):
     )
     beta: float = Field(
         0.1, gt=0, description="Strength of the pull to the reference model; of `orpo`, weight of its term of odds"
+    )
+    reference: str = Field(
+        "",
+        description="Model that answers are compared with: a version of the store or an alias; default: the model that the"
+        " run starts from",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="Share of pairs whose judgement is taken to be wrong (dpo, robust, simpo)"
@@ -85,6 +95,6 @@ class Preference(Config):
 
     @model_serializer(mode="wrap")
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The settings that this kind reads: what decides the weights."""
-        values: dict[str, Any] = handler(self)
+        """The settings that this kind reads: what decides the weights. `reference` is newer than ids of runs."""
+        values = without_defaults(handler(self), {"reference": ""})
         return {name: value for name, value in values.items() if self.kind in READ_BY.get(name, (self.kind,))}

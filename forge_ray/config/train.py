@@ -9,6 +9,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import Config, SettingError, without_defaults
 from forge_ray.config.classify import Classify, Target
+from forge_ray.config.distil import Distil
+from forge_ray.config.guards import Guards
 from forge_ray.config.method import Preference
 from forge_ray.config.optimizer import Offload, Optimizer, Schedule
 from forge_ray.config.scaling import Scaling, Workers
@@ -46,46 +48,14 @@ class Checkpointing(Config):
     keep: int = Field(2, ge=2, description="Newest complete checkpoints to keep; two or more, in case one is damaged")
 
 
-class Spike(Config):
-    """A spike is a loss above mean + sigma * deviation of the `window` steps before, and `rise` nats above that mean, for
-    `patience` steps in a row. The run resumes from the checkpoint before the spike and skips the spike's steps (PaLM,
-    arXiv:2204.02311, section 5.1)."""
-
-    sigma: float = Field(
-        6.0, gt=0, description="Standard deviations above the mean of the recent losses that count as a rise"
-    )
-    rise: float = Field(0.5, gt=0, description="Minimum rise above that mean, in nats per token")
-    window: int = Field(50, ge=8, description="Number of recent losses, one a step, in the mean and the deviation")
-    patience: int = Field(3, ge=1, description="Steps in a row above these bounds before the run goes back")
-
-
-class Guards(Config):
-    """When a run recovers automatically, and when it stops. Each intervention is an incident in the run's record."""
-
-    spike: Spike | None = Field(Spike(), description="Go back to a checkpoint when the loss rises and stays high; null: off")
-    max_skipped: float = Field(
-        0.01, ge=0, le=1, description="Maximum share of steps or rows left out before the run stops; 3 are always allowed"
-    )
-    hang_factor: float = Field(
-        3.0, ge=1, description="A step is hung after this many times the median step, plus `hang_slack_s`"
-    )
-    hang_slack_s: float = Field(10.0, gt=0, description="Seconds added to the time after which a step is hung")
-    first_step_s: float = Field(
-        1800.0, gt=0, description="Seconds after which a step or save is hung while its median is unknown, as at the start"
-    )
-    slow_rank: float = Field(1.5, gt=1, description="Report a worker that takes this many times the median of all workers")
-    refuse_impossible: bool = Field(
-        True, description="Refuse to start what the plan predicts will not fit; false (`--force`): start anyway"
-    )
-
-
 class TrainConfig(Config):
     """How the model is trained."""
 
-    method: Literal["sft"] | Annotated[Preference | Classify, Field(discriminator="kind")] = Field(
+    method: Literal["sft"] | Annotated[Preference | Classify | Distil, Field(discriminator="kind")] = Field(
         "sft",
         description="`sft`: supervised fine-tuning; on plain text it is continued pre-training. Training on judged answers"
-        " has settings of its own, for example {kind: dpo}; so has a head over labels, {kind: classify, targets: […]}",
+        " has settings of its own, for example {kind: dpo}; so have a head over labels, {kind: classify, targets: […]}, and"
+        " distillation, {kind: distil, teacher: …}",
     )
     seed: int = Field(0, ge=0, description="Seed of the order of rows, the adapter's initial weights and dropout")
     epochs: float = Field(
@@ -270,7 +240,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _documents_stay_whole(self) -> Self:
-        if not isinstance(self.method, str) and self.sequence_parallel > 1:
+        if not isinstance(self.method, str | Distil) and self.sequence_parallel > 1:
             raise SettingError(
                 f"method.kind={self.method.kind} with sequence_parallel={self.sequence_parallel}: a worker would see"
                 " parts of the documents whose losses need all of their tokens",
@@ -330,16 +300,26 @@ class TrainConfig(Config):
         return self.method.targets if isinstance(self.method, Classify) else ()
 
     @property
+    def frozen_model(self) -> str:
+        """The model, besides the one that the run starts from, whose numbers the loss reads: a teacher, or another
+        reference; "" where there is none."""
+        if isinstance(self.method, Distil):
+            return self.method.teacher
+        return self.method.reference if isinstance(self.method, Preference) else ""
+
+    @property
     def keeps_best(self) -> bool:
         return self.validation.keep_best or self.export_step == "best"
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine the weights. Not among them: validation, checkpoints, number of workers, sequence
         parallelism, parameter offload, trackers, and guards, whose interventions are the incidents of the record. Validation
-        counts if it decides when to stop or what to export. `init_from` is left out: what a run starts from is named by its
-        digests (`job.identity`)."""
+        counts if it decides when to stop or what to export. `init_from` and a frozen model's name are left out: models are
+        named by their digests (`job.identity`)."""
         around = {"validation", "checkpoint", "scaling", "guards", "sinks", "sequence_parallel", "init_from"}
         value = self.model_dump(mode="json", exclude=dict.fromkeys(around, True) | {"offload": {"parameters"}})
+        if self.frozen_model:
+            value["method"] = {key: item for key, item in value["method"].items() if key not in ("teacher", "reference")}
         if self.validation.early_stopping or self.export_step == "best":
             decides = {"every_steps", "max_rows", "background", "early_stopping"}
             value["validation"] = self.validation.model_dump(mode="json", include=decides)

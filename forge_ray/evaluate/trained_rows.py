@@ -27,15 +27,29 @@ def _datasets(catalog: Catalog, name: str) -> list[str]:
     """What the model was trained on, newest first."""
     if checkpoint := checkpoint_of(catalog, name):
         job = checkpoint.job
-        own, start = [job.dataset.id], job.initial or job.base
+        own, starts = [job.dataset.id], [job.initial or job.base, *([job.frozen.version] if job.frozen else [])]
     else:
         record = catalog.get(resolve(catalog, name))
         if isinstance(record, RunRecord):
-            own, start = [record.dataset], catalog.get_as(ModelVersion, record.initial_adapter or record.base_model)
+            own, starts = [record.dataset], [*_starts(catalog, record)]
         else:
-            own, start = [], catalog.get_as(ModelVersion, record.id)
-    runs = [version.run for version in chain_of(catalog, start) if version.run and catalog.has(version.run)]
-    return list(dict.fromkeys([*own, *(catalog.get_as(RunRecord, run).dataset for run in runs)]))
+            own, starts = [], [catalog.get_as(ModelVersion, record.id)]
+    datasets, seen = dict.fromkeys(own), set[str]()
+    while starts:
+        for version in chain_of(catalog, starts.pop(0)):
+            if version.id not in seen and version.run and catalog.has(version.run):
+                run = catalog.get_as(RunRecord, version.run)
+                datasets.setdefault(run.dataset)
+                starts += [each for each in _starts(catalog, run) if each.id == run.frozen_model]
+            seen.add(version.id)
+    return list(datasets)
+
+
+def _starts(catalog: Catalog, run: RunRecord) -> Iterator[ModelVersion]:
+    """The versions that a run started from, and whose numbers its loss read."""
+    for version in (run.initial_adapter or run.base_model, run.frozen_model):
+        if version and (version == run.base_model or catalog.has(version)):
+            yield catalog.get_as(ModelVersion, version)
 
 
 def _record_ids(catalog: Catalog, dataset: str, split: str) -> Iterator[list[str]]:

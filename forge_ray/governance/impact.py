@@ -22,7 +22,8 @@ from forge_ray.store.files import Store
 @dataclass(frozen=True)
 class ReachedRun:
     """A run that a record reached. `how`: `trained` on it, `chosen` (a validation with it selected the checkpoint or the
-    end), or `base` (it started from a version that was reached)."""
+    end), `base` (it started from a version that was reached), or `frozen` (its loss read numbers of such a version: a
+    teacher, or a reference)."""
 
     run: str
     name: str
@@ -155,10 +156,11 @@ class StoreUses:
         while grown:
             grown = False
             for run in self.runs.values():
-                if run.run not in runs and any(version in reached for version in run.starts_from):
-                    runs[run.run], grown = "base", True
+                if run.run not in runs and (hit := [version for version in run.starts_from if version in reached]):
+                    runs[run.run], grown = "frozen" if hit == [run.frozen_model] else "base", True
             for version in self.versions:
-                how = "base" if version.base_model in reached or runs.get(version.run) == "base" else ""
+                how = runs.get(version.run, "") if runs.get(version.run) in ("base", "frozen") else ""
+                how = how or ("base" if version.base_model in reached else "")
                 if version.run in direct and self._took_part(version, direct[version.run], uses):
                     how = direct[version.run]
                 if how and version.id not in reached:

@@ -31,6 +31,7 @@ from forge_ray.store.files import MANIFEST, Store, verify_files
 from forge_ray.store.removed import why_absent
 from forge_ray.store.resolve import resolve
 from forge_ray.store.uses import using
+from forge_ray.train.frozen import FrozenModel, of_version
 
 ON_A_TERMINAL = 5
 R = TypeVar("R", bound=Record)
@@ -48,13 +49,15 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
         record, version = run_of(catalog, reference)
         base = _sealed(catalog.get_as(ModelVersion, record.base_model))
         initial = _sealed(catalog.get_as(ModelVersion, record.initial_adapter)) if record.initial_adapter else None
+        frozen = _frozen(catalog, record)
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
         promotion.refuse_withdrawn(catalog, version.id if version else "")
-        models = tuple(paths.model(one.id) for one in (base, initial) if one)
+        others = {one.id: one for one in (initial, *(frozen.versions if frozen else ())) if one and one.id != base.id}
+        models = tuple(map(paths.model, (base.id, *others)))
         _require_inputs(catalog, record, (*(() if rebuild_data else (paths.dataset(manifest.id),)), *models))
         config, notes = settings(record)
         catalog.check_may("reproduction events")  # before hours are spent on one
-        differences = _before(record, base, initial, version)
+        differences = _before(record, base, initial, frozen, version)
         for line in (*difference.lines(differences | _here(store, record)), *notes):
             print(f"  {visible(line)}", file=sys.stderr, flush=True)
         scratch = _below(store, folder)
@@ -63,9 +66,10 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
             with in_use, Catalog.open(scratch) as there, stage("verify") as it:
                 size = _link(store, folder, paths.model(base.id), base.files, "the base model")
                 there.put(base)
-                if initial:
-                    size += _link(store, folder, paths.model(initial.id), initial.files, "the adapter that was trained on")
-                    there.put(initial)
+                for one in others.values():
+                    what = "the adapter that was trained on" if one is initial else "the teacher or reference"
+                    size += _link(store, folder, paths.model(one.id), one.files, what)
+                    there.put(one)
                 if rebuild_data:
                     _link_held_out(catalog, folder, there, manifest)
                     rebuilt = _rebuild(config, store, folder, there, base, manifest, it)
@@ -73,11 +77,11 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
                 if not scratch.is_published(paths.dataset(manifest.id)):
                     size += _link(store, folder, paths.dataset(manifest.id), manifest.files, "the dataset")
                 there.put(manifest)
-                taken = ", ".join([base.id, *([initial.id] if initial else []), manifest.id])
+                taken = ", ".join([base.id, *others, manifest.id])
                 it.done(f"{record.id}  {taken}: {size / 1e6:.1f} MB as recorded")
             with Catalog.open(scratch) as there:
-                precision = _precision(config, record, manifest, base, initial)
-                again = pipeline.train_on(config, there, base, manifest, precision, initial)
+                precision = _precision(config, record, manifest, base, initial, frozen)
+                again = pipeline.train_on(config, there, base, manifest, precision, initial, frozen)
             differences |= _after(store, record, scratch, again)
             weights = _weights(store, record, version, scratch, again)
             verdict = "equal" if weights["is_equal"] and "data" not in differences else "differs"
@@ -178,8 +182,20 @@ def _sealed(record: R) -> R:
     return record
 
 
+def _frozen(catalog: Catalog, record: RunRecord) -> FrozenModel | None:
+    """The teacher or reference of a run, whose numbers are computed again."""
+    if not record.frozen_model:
+        return None
+    frozen = of_version(catalog, catalog.get_as(ModelVersion, record.frozen_model))
+    return FrozenModel(_sealed(frozen.version), _sealed(frozen.base) if frozen.base else None)
+
+
 def _before(
-    record: RunRecord, base: ModelVersion, initial: ModelVersion | None, version: ModelVersion | None
+    record: RunRecord,
+    base: ModelVersion,
+    initial: ModelVersion | None,
+    frozen: FrozenModel | None,
+    version: ModelVersion | None,
 ) -> Differences:
     """The differences that are known before the start: what it starts from, export of the version, code."""
     differences: Differences = {}
@@ -187,6 +203,8 @@ def _before(
         differences["base_model"] = [record.base_digest, base.files_digest]
     if initial and initial.files_digest != record.initial_digest:
         differences["initial_adapter"] = [record.initial_digest, initial.files_digest]
+    if frozen and frozen.version.files_digest != record.frozen_digest:
+        differences["frozen_model"] = [record.frozen_digest, frozen.version.files_digest]
     if version and version.files_digest != files_digest(record.export):
         differences["version"] = [version.files_digest, files_digest(record.export)]
     if record.code_digest != environment.code_digest():
@@ -278,14 +296,19 @@ def _counts(manifest: DatasetManifest) -> dict[str, Any]:
 
 
 def _precision(
-    config: RunConfig, record: RunRecord, manifest: DatasetManifest, base: ModelVersion, initial: ModelVersion | None
+    config: RunConfig,
+    record: RunRecord,
+    manifest: DatasetManifest,
+    base: ModelVersion,
+    initial: ModelVersion | None,
+    frozen: FrozenModel | None,
 ) -> Literal["bf16", "fp32"]:
     """The precision that `auto` meant on the machine that trained: the one that gives the run's id."""
     from forge_ray.train.job import run_id
 
     precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     for precision in precisions:
-        if run_id(config.train, precision, manifest, base, initial) == record.id:
+        if run_id(config.train, precision, manifest, base, initial, frozen) == record.id:
             return precision
     return resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
 

@@ -117,7 +117,11 @@ def set_policy(catalog: Catalog, changes: dict[str, Any], why: str) -> Policy:
     if policy.signatures and not authority.policy.signatures:
         _refuse_to_strand(catalog)
     settings = policy.model_dump(mode="json")
-    for later in ("no_export", "endpoints"):  # releases that do not know a setting pass over a policy that has it
+    for later in (
+        "no_export",
+        "endpoints",
+        "refused_licences",
+    ):  # releases that do not know a setting pass over a policy that has it
         if not settings[later]:
             del settings[later]
     catalog.append(Event(kind="policy", subject="policy", data=settings | ({"why": why} if why else {})))

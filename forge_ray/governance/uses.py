@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from forge_ray.config.base import parse
@@ -16,7 +17,8 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train import incidents, metrics, run_folder
-from forge_ray.train.job import run_id
+from forge_ray.train.frozen import FrozenModel
+from forge_ray.train.job import frozen_with, run_id
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,12 @@ class Run:
     computed: dict[int, bool]
     order_key: str = ""  # "" for old runs, whose order follows from the dataset's id
     initial_adapter: str = ""  # the version whose adapter it trains on
+    frozen_model: str = ""  # the version, besides these, whose numbers its loss reads: a teacher, or another reference
 
     @property
     def starts_from(self) -> tuple[str, ...]:
         """The versions that its weights depend on."""
-        return tuple(version for version in (self.base_model, self.initial_adapter) if version)
+        return tuple(version for version in (self.base_model, self.initial_adapter, self.frozen_model) if version)
 
     def trained_on(self, manifest: DatasetManifest, record: str, rows: Sequence[int]) -> Iterator[Use]:
         """The steps at which the rows were used, if any."""
@@ -110,6 +113,7 @@ def finished(store: Store, record: RunRecord) -> Run:
         _computed_steps(store, record.id),
         record.order_key,
         record.initial_adapter,
+        record.frozen_model,
     )
 
 
@@ -130,8 +134,10 @@ def unfinished(catalog: Catalog, run: str, candidates: Sequence[ModelVersion]) -
     base = base or next((models.get(p["base_digest"], "") for p in positions), "")
     initial = started.get("initial_adapter", "")
     initial = initial or next((models.get(p.get("initial_digest", ""), "") for p in positions), "")
+    frozen = started.get("frozen_model", "")
+    frozen = frozen or next((models.get(p.get("frozen_digest", ""), "") for p in positions), "")
     if settings and not (dataset and base):
-        dataset, base, initial = _by_id(catalog, run, settings) or (dataset, base, initial)
+        dataset, base, initial, frozen = _by_id(catalog, run, settings) or (dataset, base, initial, frozen)
     return Run(
         run,
         config.get("name", ""),
@@ -145,6 +151,7 @@ def unfinished(catalog: Catalog, run: str, candidates: Sequence[ModelVersion]) -
         computed,
         _order_key(catalog, dataset, positions),
         initial,
+        frozen,
     )
 
 
@@ -155,16 +162,17 @@ def _order_key(catalog: Catalog, dataset: str, positions: Sequence[dict[str, Any
     return catalog.get_as(DatasetManifest, dataset).splits["train"].rows_digest if catalog.has(dataset) else ""
 
 
-def _by_id(catalog: Catalog, run: str, settings: TrainConfig) -> tuple[str, str, str] | None:
-    """(dataset, base, initial adapter or "") of a run before its first checkpoint: those that give its id."""
+def _by_id(catalog: Catalog, run: str, settings: TrainConfig) -> tuple[str, str, str, str] | None:
+    """(dataset, base, initial adapter or "", frozen model or "") of a run before its first checkpoint: those that give its
+    id."""
     starts: list[tuple[ModelVersion, ModelVersion | None]] = [(version, None) for version in catalog.all(ModelVersion)]
     if settings.init_from == "continue":
         adapters = [version for version, _ in starts if version.weights == "adapter" and catalog.has(version.base_model)]
         starts = [(catalog.get_as(ModelVersion, version.base_model), version) for version in adapters]
-    for dataset in catalog.all(DatasetManifest):
-        for base, initial in starts:
-            if run in (run_id(settings, precision, dataset, base, initial) for precision in ("bf16", "fp32")):
-                return dataset.id, base.id, initial.id if initial else ""
+    asked: list[FrozenModel | None] = [*frozen_with(catalog)] if settings.frozen_model else [None]
+    for dataset, (base, initial), frozen in product(catalog.all(DatasetManifest), starts, asked):
+        if run in (run_id(settings, precision, dataset, base, initial, frozen) for precision in ("bf16", "fp32")):
+            return dataset.id, base.id, initial.id if initial else "", frozen.version.id if frozen else ""
     return None
 
 

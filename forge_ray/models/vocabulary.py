@@ -12,7 +12,7 @@ from forge_ray.errors import PolicyError
 def refuse_rowless_tokens(folder: Path) -> None:
     """Raise `PolicyError` where the tokenizer of a folder has a token whose id the embedding has no row for. More rows than
     tokens are padding, and fine."""
-    rows, tokens = _rows(folder), _tokens(folder)
+    rows, tokens = num_rows(_json(folder / "config.json")), _tokens(folder)
     if rows is None or not tokens:
         return
     beyond = sorted((token_id, token) for token, token_id in tokens.items() if token_id >= rows)
@@ -26,8 +26,8 @@ def refuse_rowless_tokens(folder: Path) -> None:
         )
 
 
-def _rows(folder: Path) -> int | None:
-    config = _json(folder / "config.json")
+def num_rows(config: dict[str, Any]) -> int | None:
+    """Of the embedding, as a model's `config.json` says; None where it does not."""
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and type(part.get("vocab_size")) is int:
             return int(part["vocab_size"])

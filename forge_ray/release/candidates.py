@@ -11,6 +11,7 @@ from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
 from forge_ray.train import validation
 from forge_ray.train.checkpoint_export import CheckpointExport, export_step, exported, step_of
+from forge_ray.train.frozen import joined_licence
 from forge_ray.train.job import TrainJob, job_of
 
 
@@ -54,12 +55,12 @@ def _register(catalog: Catalog, job: TrainJob, step: int, export: CheckpointExpo
         run=run,
         step=step,
         dataset=job.dataset.id,
-        licence=job.base.licence,
+        licence=joined_licence(job.base.licence, job.frozen.version if job.frozen else None),
     ).sealed()
     store.copy_dir(export.folder, paths.model(version.id))
     is_registered = catalog.has(version.id)
     folder = "" if is_registered else paths.model(version.id)
-    for origin in (job.base.id, job.initial.id if job.initial else ""):
+    for origin in job.origins:
         refuse_erased(store, version.id, job.dataset.id, origin, folder)
     version = catalog.put(version)
     it.done(f"{version.id}  {'already there: ' if is_registered else ''}step {step} of {run}, candidate")

@@ -74,13 +74,13 @@ def _path(run: str, number: int) -> str:
     return paths.attempt(run, number)
 
 
-def check_may_publish(store: Store, run: str, dataset: str, base: str, number: int | None = None, initial: str = "") -> None:
-    """Raise `TrainingError` where nothing of the run may be published any more: an erasure has withdrawn its dataset, its
-    base model or the version whose adapter it trains on (`initial`), or (with `number`) a younger attempt has started."""
+def check_may_publish(store: Store, run: str, dataset: str, *versions: str, number: int | None = None) -> None:
+    """Raise `TrainingError` where nothing of the run may be published any more: an erasure has withdrawn its dataset or one
+    of the versions that its weights depend on, or (with `number`) a younger attempt has started."""
     if number is not None:
         check_newest(store, run, number)
     try:
-        for version in (base, initial):
+        for version in versions or ("",):
             refuse_erased(store, run, dataset, version)
     except PolicyError as error:
         raise TrainingError(error.message, hint=error.hint) from None

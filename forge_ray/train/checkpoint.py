@@ -61,6 +61,7 @@ class Position:
     left_out: str = ""  # digest of the steps and rows that guards left out before this step
     order_key: str = ""  # what the order of samples follows from; "" before it was written down: the dataset's id
     initial_digest: str = ""  # of the adapter that is trained on; "": a new one, or every weight
+    frozen_digest: str = ""  # of the version that the loss reads numbers of; "": none, or the model of the start
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def expected(job: TrainJob) -> Position:
         world_size=0,
         order_key=job.dataset.splits["train"].rows_digest,
         initial_digest=job.initial.files_digest if job.initial else "",
+        frozen_digest=job.frozen.version.files_digest if job.frozen else "",
     )
 
 

@@ -14,7 +14,7 @@ from forge_ray.store.files import Store
 from forge_ray.train import incidents, metrics, status, validation
 from forge_ray.train.sinks import Sinks
 
-PROGRESS = "reference.json"  # in a run's folder, while the model that it starts from is asked about its rows
+PROGRESS = "reference.json"  # in a run's folder, while a frozen model is asked about its rows
 
 
 @contextmanager
@@ -46,10 +46,10 @@ def followed(it: Stage, store: Store, run: str, sinks: Sinks) -> Iterator[None]:
 
 
 def _show_reference(it: Stage, store: Store, run: str) -> None:
-    """How far the model that the run starts from has been asked about its rows, where it is being asked."""
+    """How far a frozen model has been asked about the rows, where it is being asked."""
     with suppress(ForgeError, OSError):  # it has just ended, or not begun
         passed = store.read_json(paths.run(run, PROGRESS))
-        it.update(passed["done"], passed["total"], f"reference model: {passed['done']}/{passed['total']} parts of the rows")
+        it.update(passed["done"], passed["total"], f"{passed['what']}: {passed['done']}/{passed['total']} parts of the rows")
 
 
 def closing_line(record: RunRecord) -> str:

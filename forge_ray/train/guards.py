@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from forge_ray.config.train import Spike
+from forge_ray.config.guards import Spike
 from forge_ray.data.dataset.order import Order
 from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import TrainingError, first_line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train import attempts, run_folder
+from forge_ray.train.frozen import FrozenModel, of_version
 
 LOOP = 3  # raised when the loop changes what the same settings compute
 
@@ -31,11 +33,16 @@ class TrainJob:
     precision: str
     under_ray: bool
     initial: ModelVersion | None = None  # the adapter that is trained on; None: a new one, or every weight
+    frozen: FrozenModel | None = None  # whose numbers the loss reads; None: nobody's, or those of the start
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The versions that the weights of the run depend on."""
+        return origins(self.base, self.initial, self.frozen)
 
     def check_may_publish(self, number: int | None = None) -> None:
         """As `attempts.check_may_publish`, for this run."""
-        initial = self.initial.id if self.initial else ""
-        attempts.check_may_publish(self.store, self.run, self.dataset.id, self.base.id, number, initial)
+        attempts.check_may_publish(self.store, self.run, self.dataset.id, *self.origins, number=number)
 
     def to_json(self) -> dict[str, Any]:
         """For Ray Train's `train_loop_config`."""
@@ -49,6 +56,7 @@ class TrainJob:
             "precision": self.precision,
             "under_ray": self.under_ray,
             "initial": self.initial.model_dump(mode="json") if self.initial else None,
+            "frozen": self.frozen.to_json() if self.frozen else None,
         }
 
     @classmethod
@@ -63,26 +71,44 @@ class TrainJob:
             precision=value["precision"],
             under_ray=value["under_ray"],
             initial=ModelVersion.model_validate(value["initial"]) if value["initial"] else None,
+            frozen=FrozenModel.from_json(value["frozen"]) if value["frozen"] else None,
         )
 
 
-def identity(config: TrainConfig, precision: str, dataset: str, base_digest: str, initial_digest: str) -> dict[str, Any]:
+def origins(base: ModelVersion, initial: ModelVersion | None, frozen: FrozenModel | None) -> tuple[str, ...]:
+    """Ids of the versions that the weights of a run depend on, that of its base first."""
+    versions = (base, *([initial] if initial else []), *(frozen.versions if frozen else ()))
+    return tuple(dict.fromkeys(version.id for version in versions))
+
+
+def identity(
+    config: TrainConfig,
+    precision: str,
+    dataset: str,
+    base: ModelVersion,
+    initial: ModelVersion | None = None,
+    frozen: FrozenModel | None = None,
+) -> dict[str, Any]:
     """What decides the weights of a run; its hash is the run's id, so the same request finds the same run."""
     settings = config.identity() | {"precision": precision}
-    start = {"base": base_digest} | ({"initial": initial_digest} if initial_digest else {})
+    start: dict[str, Any] = {"base": base.files_digest} | ({"initial": initial.files_digest} if initial else {})
+    start |= {"frozen": frozen.digests} if frozen else {}
     return {"loop": LOOP, "config": settings, "dataset": dataset} | start
 
 
 def run_id(
-    config: TrainConfig, precision: str, dataset: DatasetManifest, base: ModelVersion, initial: ModelVersion | None = None
+    config: TrainConfig,
+    precision: str,
+    dataset: DatasetManifest,
+    base: ModelVersion,
+    initial: ModelVersion | None = None,
+    frozen: FrozenModel | None = None,
 ) -> str:
-    digest_of_initial = initial.files_digest if initial else ""
-    return short_id("run", identity(config, precision, dataset.id, base.files_digest, digest_of_initial))
+    return short_id("run", identity(config, precision, dataset.id, base, initial, frozen))
 
 
 def identity_digest(job: TrainJob) -> str:
-    initial_digest = job.initial.files_digest if job.initial else ""
-    return digest(identity(job.config, job.precision, job.dataset.id, job.base.files_digest, initial_digest))
+    return digest(identity(job.config, job.precision, job.dataset.id, job.base, job.initial, job.frozen))
 
 
 def job_of(catalog: Catalog, run: str) -> TrainJob:
@@ -92,7 +118,8 @@ def job_of(catalog: Catalog, run: str) -> TrainJob:
     path, position = run_folder.config_path(store, run), next(run_folder.positions(store, run), None)
     if catalog.has(run):
         record = catalog.get_as(RunRecord, run)
-        position = {name: getattr(record, name) for name in ("dataset", "base_digest", "initial_digest")}
+        names = ("dataset", "base_digest", "initial_digest", "frozen_digest")
+        position = {name: getattr(record, name) for name in names}
         settings: dict[str, Any] = {"name": record.name, **record.config}
     elif path is None or position is None:
         raise NotFound(f"{run!r} has no checkpoint", hint="`forge runs list` shows the runs of this store")
@@ -102,11 +129,13 @@ def job_of(catalog: Catalog, run: str) -> TrainJob:
     dataset = catalog.get_as(DatasetManifest, position["dataset"])
     initial_digest = position.get("initial_digest", "")
     initials: list[ModelVersion | None] = [*_published(catalog, initial_digest)] if initial_digest else [None]
-    for base, initial in product(_published(catalog, position["base_digest"]), initials):
+    frozen_digest = position.get("frozen_digest", "")
+    asked: list[FrozenModel | None] = [*frozen_with(catalog, frozen_digest)] if frozen_digest else [None]
+    for base, initial, frozen in product(_published(catalog, position["base_digest"]), initials, asked):
         for precision in ("bf16", "fp32"):  # `auto` was resolved on the machine that trained
-            if run_id(config, precision, dataset, base, initial) == run:
+            if run_id(config, precision, dataset, base, initial, frozen) == run:
                 name = settings["name"]
-                return TrainJob(run, name, config, store, dataset, base, precision, under_ray=False, initial=initial)
+                return TrainJob(run, name, config, store, dataset, base, precision, False, initial, frozen)
     raise ConfigError(
         f"{run} was trained with settings that mean something else in this version, or its base model is gone",
         hint="take the version that trained it (its record's code_digest), or train again",
@@ -117,3 +146,11 @@ def _published(catalog: Catalog, files_digest: str) -> list[ModelVersion]:
     """The versions with these files whose files are in the store."""
     same = [version for version in catalog.all(ModelVersion) if version.files_digest == files_digest]
     return [version for version in same if catalog.store.is_published(paths.model(version.id))]
+
+
+def frozen_with(catalog: Catalog, files_digest: str = "") -> Iterator[FrozenModel]:
+    """The versions with these files (all, without a digest) as frozen models, where the records of their bases are here."""
+    for version in catalog.all(ModelVersion):
+        is_whole = version.weights == "full" or catalog.has(version.base_model)
+        if is_whole and files_digest in ("", version.files_digest):
+            yield of_version(catalog, version)

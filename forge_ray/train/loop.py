@@ -17,7 +17,7 @@ from forge_ray.data.dataset.stream import Feed, Rows, local_batches, ray_batches
 from forge_ray.machine import environment
 from forge_ray.store import paths
 from forge_ray.store.scratch import scratch_folder
-from forge_ray.train import attempts, checkpoint, launch, metrics, speed, watchdog
+from forge_ray.train import attempts, checkpoint, follow, launch, metrics, speed, watchdog
 from forge_ray.train.context import Context, agree, gather, join
 from forge_ray.train.engine import TorchEngine, TrainEngine
 from forge_ray.train.fingerprint import fingerprint
@@ -75,6 +75,10 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
 
     base = store.fetch_dir(paths.model(job.base.id), files=job.base.files, verify=not store.is_local)
     method = method_of(job)
+    if context.is_first:
+        store.delete(paths.run(job.run, follow.PROGRESS))  # of a pass that was killed
+    if method.prepare:
+        method.prepare(context, expect)
     initial = store.fetch_dir(paths.model(job.initial.id), files=job.initial.files) if job.initial else None
     model = load_for_training(base, config, job.precision, context.device, context.world_size, method.head, initial)
     slices = Slices(model, rows.sequence_length, context, method.columns)
@@ -95,8 +99,7 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
     if context.is_first:
         checkpoint.sweep(store, job.run)
     keep, in_background = config.checkpoint.keep, config.checkpoint.asynchronous
-    initial_adapter = job.initial.id if job.initial else ""
-    saver = Saver(engine, store, context, keep, in_background, config.keeps_best, job.base.id, initial_adapter)
+    saver = Saver(engine, store, context, keep, in_background, config.keeps_best, job.origins)
     validations = open_validations(job, context, first_step, planned_steps, guards.left_out.digest)
     if restored and validations.ask(first_step):
         launch.report({"step": first_step}, job, paths.checkpoint(job.run, first_step), validate=True)

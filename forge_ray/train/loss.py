@@ -26,6 +26,13 @@ def token_logps(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[
     pass without a trained token gives one log p of 0, at position 0. A slice of a pass (`sequence_parallel.py`) brings
     `edges`, and one token more than it has positions; positions then count within the slice.
     """
+    logits, targets, kept = trained_logits(forward, batch)
+    return target_logps(logits, targets), (kept + 1).where(targets != IGNORED, 0)
+
+
+def trained_logits(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits [K, V] where the next token is trained, that token [K], the flat position of the logits [K]). Of a pass
+    without a trained token, one position whose token is `IGNORED`."""
     kept, targets = trained_targets(batch["input_ids"], batch["loss_mask"])
     positions = batch["position_ids"].reshape(1, -1)
     edges = batch["edges"] if "edges" in batch else attention.edges(positions[0])
@@ -36,7 +43,7 @@ def token_logps(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[
         use_cache=False,
         **attention.bounds(edges),
     )
-    return target_logps(output.logits[0], targets), (kept + 1).where(targets != IGNORED, 0)
+    return output.logits[0], targets, kept
 
 
 def trained_targets(input_ids_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:

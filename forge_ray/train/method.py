@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from forge_ray.data.dataset.stream import Arrays, Rows
@@ -44,7 +45,13 @@ class Sums:
     """Of one pass over some rows. The loop divides each once, by the weight of the whole step over all ranks."""
 
     loss: Tensor  # fp32 [], differentiable
-    metrics: Mapping[str, float] = field(default_factory=dict)  # the same names in every pass and on every rank
+    # [] each, left on the device; the same names in every pass and on every rank
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def fetch(self) -> tuple[float, dict[str, float]]:
+        """Loss and metrics as numbers: one transfer from the device, which waits for the pass once."""
+        values = torch.stack([value.detach().double() for value in (self.loss, *self.metrics.values())]).tolist()
+        return values[0], dict(zip(self.metrics, values[1:], strict=True))
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,15 @@ class DerivedRows:
 @dataclass(frozen=True)
 class Method:
     """`weight` counts a batch's units (tokens, pairs, examples) before any forward pass: [], 0 for a blank row. Losses and
-    metrics are divided by its sum over the step. `begin` is called at the start of every attempt, with the weights that the
-    run starts from, and is collective. `make` is collective: (rows as read, engine, context) → rows to train on, whose
-    number may differ between steps and ranks."""
+    metrics are divided by its sum over the step. Both are collective and called at the start of every attempt: `prepare`
+    before the model is loaded, `begin` with the weights that the run starts from. `make` is collective: (rows as read,
+    engine, context) → rows to train on, whose number may differ between steps and ranks."""
 
     loss: Callable[[Forward, Batch], Sums]
     weight: Callable[[Batch], Tensor]
     columns: tuple[Column, ...] = ()  # beside `STORED`
     make: Callable[[ReadRows, TrainEngine, Context], DerivedRows] | None = None
+    prepare: Callable[[Context, Expect], None] | None = None
     begin: Callable[[TrainEngine, Context, Expect], None] | None = None
     watched: str = "loss"  # the metric that the spike guard watches; "" where none says that training diverges
     head: Head = LM

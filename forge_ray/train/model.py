@@ -92,6 +92,20 @@ def load_for_training(
     return on_device
 
 
+def load_frozen(folder: Path, adapter: Path | None, precision: str, device: torch.device) -> nn.Module:
+    """A model that is asked about packed rows and not trained, with the adapter of a PEFT folder on it."""
+    quiet_transformers()
+    model: Any = open_model(folder, DTYPES[precision], attention.register())
+    attention.refuse_unknown(model)
+    model.config.get_text_config().use_cache = False
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=False).get_base_model()
+    frozen: nn.Module = model.to(device).eval().requires_grad_(False)
+    return frozen
+
+
 def prepare_head(model: Any, folder: Path, head: Head, seed: int) -> None:
     """A head over labels that packed rows are trained with: a new one, or that of the folder, if it has these labels.
     Raises `ConfigError` where it has others."""

@@ -10,7 +10,7 @@ is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P al
     gathered      at stage 3 w times what one pass takes together: 500 million weights, or the experts of a layer if more
     working       the larger of a pass (activations, logits, half of its own gradients: they grow while activations shrink)
                   and the optimizer's step (gradients scaled, 4 T, and two temporaries of the largest weight)
-    activations   per layer and token what autograd keeps (`_saved_per_token`); with activation checkpointing w times hidden
+    activations   per layer and token what autograd keeps (`saved_per_token`); with activation checkpointing w times hidden
                   size a layer, and one layer in full; experts that are adapted: a copy of a layer's, w times its experts,
                   for each layer that is kept, and once more for its gradient
     logits        trained positions, times vocabulary, times w: their gradient takes their place
@@ -29,12 +29,14 @@ from pydantic import ValidationError
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.classify import class_names
-from forge_ray.config.method import Preference
+from forge_ray.config.distil import Distil
+from forge_ray.config.method import OF_PAIRS, Preference
 from forge_ray.config.optimizer import Offload
 from forge_ray.config.train import TrainConfig
 from forge_ray.models.architecture import LM, Head, empty_model, outside_text
 from forge_ray.records import DatasetManifest, SplitStats
-from forge_ray.train.adapter import Coverage, active_share, coverage, experts_of, is_expert, saved_modules, with_adapter
+from forge_ray.train.activations import heads_of, saved_per_token
+from forge_ray.train.adapter import Coverage, active_share, coverage, is_expert, saved_modules, with_adapter
 from forge_ray.train.freezing import freeze_weights, frozen_names
 from forge_ray.train.moe import routers
 from forge_ray.train.schedule import num_steps
@@ -202,9 +204,9 @@ def _moments(model: Model, config: TrainConfig) -> int:
 
 def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
     layers, hidden = int(model.config["num_hidden_layers"]), int(model.config["hidden_size"])
-    per_token, adapted = _saved_per_token(model.config, w, bool(config.scaling.gpus_per_worker)), 0
+    per_token, adapted = saved_per_token(model.config, w, bool(config.scaling.gpus_per_worker)), 0
     if any(name.endswith("q_norm.weight") for name in model.shapes):
-        per_token += (8 + w) * sum(_heads(model.config))
+        per_token += (8 + w) * sum(heads_of(model.config))
     if config.adapter:  # the narrow side of each adapter, and the sum of both paths before the next layer takes it
         coverage = model.coverage(config.adapter)
         of_layers = [one for one in coverage.patterns if one.pattern not in config.adapter.modules_to_save]
@@ -214,43 +216,6 @@ def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
     if config.activation_checkpointing:
         return int(tokens * (layers * w * hidden + per_token)) + 2 * adapted
     return int(tokens * layers * per_token) + (layers + 1) * adapted
-
-
-def _saved_per_token(config: dict[str, Any], w: int, on_gpu: bool) -> float:
-    """What autograd keeps of one token in one block: inputs of linear layers, of norms (in fp32), of the activation; also
-    queries, keys, values and what comes of them, on a CPU in fp32 and with as many heads on all sides (`attention.py`)."""
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    norms, a = 2 * (2 * 4 * hidden + w * hidden), w if on_gpu else 4
-    if config.get("kv_lora_rank"):
-        return norms + _latent_attention(config, w, a, heads) + _feed_forward(config, w, hidden)
-    queries, keys = _heads(config)
-    attention = a * (2 * queries + 2 * (keys if on_gpu else queries)) + w * queries
-    return norms + attention + _feed_forward(config, w, hidden)
-
-
-def _heads(config: dict[str, Any]) -> tuple[int, int]:
-    """(neurons of all queries, of all keys)."""
-    heads = int(config["num_attention_heads"])
-    head = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    return heads * head, int(config.get("num_key_value_heads") or heads) * head
-
-
-def _latent_attention(config: dict[str, Any], w: int, a: int, heads: int) -> float:
-    """MLA (arXiv:2405.04434): norms of the latents, queries, keys put together, keys and values as expanded."""
-    latents = int(config.get("q_lora_rank") or 0) + int(config["kv_lora_rank"])
-    nope, rope, value = (int(config[f"{name}_head_dim"]) for name in ("qk_nope", "qk_rope", "v"))
-    return (8 + w) * latents + heads * (a * 2 * (nope + rope + value) + w * (nope + value))
-
-
-def _feed_forward(config: dict[str, Any], w: int, hidden: int) -> float:
-    """Four times the neurons that a token passes; for each of its experts a copy of the token before and after."""
-    taken, dense = int(config.get("num_experts_per_tok") or 0), int(config["intermediate_size"])
-    if not taken or not experts_of(config):
-        return w * 4 * dense
-    width = int(config.get("moe_intermediate_size") or dense)
-    layers, plain = int(config["num_hidden_layers"]), int(config.get("first_k_dense_replace") or 0)
-    mixture = 4 * width * (taken + int(config.get("n_shared_experts") or 0)) + 2 * taken * hidden
-    return w * (plain * 4 * dense + (layers - plain) * mixture) / layers
 
 
 @dataclass(frozen=True)
@@ -291,11 +256,27 @@ class Plan:
     checkpoint_bytes: int
     export_bytes: int
     disk_bytes: int
-    reference_tokens: int = 0  # once for a dataset, forward only: for losses that compare with the model of the start
+    # of what a frozen model says of the rows, once for a dataset: tokens forward, bytes kept, its weights that a token
+    # passes, and memory of a worker, 0 where the model of the start is asked
+    reference_tokens: int = 0
+    reference_bytes: int = 0
+    reference_active: int = 0
+    reference_memory: int = 0
+
+    @property
+    def worker_bytes(self) -> int:
+        """What one worker holds when it holds most: the frozen model is released before the run's own is loaded."""
+        return max(self.memory.total, self.reference_memory)
 
 
 def nearest(
-    model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest | Stated, num_workers: int, limit: int
+    model: Model,
+    config: TrainConfig,
+    precision: str,
+    dataset: DatasetManifest | Stated,
+    num_workers: int,
+    limit: int,
+    frozen: Model | None = None,
 ) -> TrainConfig | None:
     """The settings nearest to these that fit into `limit` bytes per worker; None where none do. First what costs least:
     a smaller pass, then recomputed activations, then states divided further (which another run id follows from), then moved
@@ -311,7 +292,7 @@ def nearest(
             stage = max(tried.zero_stage, change.get("zero_stage", 0))
             changed = tried.model_copy(update=change | {"zero_stage": stage})
             tried = changed if _is_allowed(changed) else tried
-        if plan(model, tried, precision, dataset, num_workers).memory.total <= limit:
+        if plan(model, tried, precision, dataset, num_workers, frozen).worker_bytes <= limit:
             return tried
     return None
 
@@ -325,7 +306,15 @@ def _is_allowed(config: TrainConfig) -> bool:
     return True
 
 
-def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetManifest | Stated, num_workers: int) -> Plan:
+def plan(
+    model: Model,
+    config: TrainConfig,
+    precision: str,
+    dataset: DatasetManifest | Stated,
+    num_workers: int,
+    frozen: Model | None = None,
+) -> Plan:
+    """`frozen`: the model, besides the one of the start, whose numbers the loss reads."""
     stats = dataset.splits["train"]
     steps = num_steps(config, stats.num_rows)
     epochs = steps * config.global_batch / max(stats.num_rows, 1)
@@ -347,11 +336,33 @@ def plan(model: Model, config: TrainConfig, precision: str, dataset: DatasetMani
         checkpoint_bytes=checkpoint,
         export_bytes=export,
         disk_bytes=checkpoint * (config.checkpoint.keep + 1) + export,
-        reference_tokens=_reference_tokens(config, dataset),
+        **_reference(config, precision, dataset, frozen),
     )
 
 
-def _reference_tokens(config: TrainConfig, dataset: DatasetManifest | Stated) -> int:
-    if not isinstance(config.method, Preference) or not config.method.has_reference:
-        return 0
-    return sum(stats.num_tokens for split, stats in dataset.splits.items() if split in ("train", "validation"))
+def _reference(
+    config: TrainConfig, precision: str, dataset: DatasetManifest | Stated, frozen: Model | None
+) -> dict[str, int]:
+    """The fields of a plan about what a frozen model says of the rows."""
+    method, splits = config.method, [s for name, s in dataset.splits.items() if name in ("train", "validation")]
+    if isinstance(method, Distil):  # ids, log probabilities and positions
+        kept = sum(stats.num_trained_tokens for stats in splits) * (8 * method.k + 4)
+    elif isinstance(method, Preference) and method.has_reference:
+        kept = sum(stats.num_records for stats in splits) * (8 if method.kind in OF_PAIRS else 4)
+    else:
+        return {}
+    tokens = sum(stats.num_tokens for stats in splits)
+    return {
+        "reference_tokens": tokens,
+        "reference_bytes": kept,
+        "reference_active": frozen.num_active if frozen else 0,
+        "reference_memory": _forward_bytes(frozen, config, precision, dataset.sequence_length) if frozen else 0,
+    }
+
+
+def _forward_bytes(model: Model, config: TrainConfig, precision: str, tokens: int) -> int:
+    """Memory of a model that is asked about one packed row at a time: its weights, what one block computes, and logits, at
+    every position in the worst case."""
+    w = BYTES[precision]
+    block = tokens * saved_per_token(model.config, w, bool(config.scaling.gpus_per_worker))
+    return int(w * model.num_parameters + block + w * tokens * model.num_logits)

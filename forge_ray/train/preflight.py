@@ -20,9 +20,11 @@ from forge_ray.models.architecture import LM, Head
 from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, ModelVersion, canonical_json
 from forge_ray.store import paths
+from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train import plan as planning
 from forge_ray.train.adapter import Coverage
+from forge_ray.train.frozen import FrozenModel, of_version
 from forge_ray.train.methods.preference import refuse_ungraded
 from forge_ray.train.model import refuse_without_compiler
 from forge_ray.train.plan import Plan
@@ -47,6 +49,7 @@ class Planned:
     dataset: DatasetManifest | planning.Stated
     base_name: str
     dataset_name: str
+    frozen: planning.Model | None = None  # whose numbers the loss reads, where that is not the model of the start
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def estimate(train: TrainConfig, store: Store, precision: str, planned: Planned,
     rate = assumptions.tokens_per_s * num_workers
     # a forward pass is half of a step where the base is frozen, else a third (`benchmarks/train_step.py` has the formula)
     forward_only = judgement.plan.reference_tokens / (2 if train.adapter else 3)
+    if active := judgement.plan.reference_active:  # of another model, larger or smaller
+        forward_only *= active / judgement.plan.num_active
     seconds = (judgement.plan.num_tokens + forward_only) / rate if rate else None
     paid = seconds is not None and assumptions.cost_per_hour
     return Estimate(
@@ -131,10 +136,17 @@ def judge(
     train: TrainConfig, store: Store, precision: str, planned: Planned, num_workers: int, limit: int | None
 ) -> Judgement:
     """Whether it fits into `limit` bytes per worker and onto the store's disk."""
-    plan = planning.plan(planned.model, train, precision, planned.dataset, num_workers)
+    plan = planning.plan(planned.model, train, precision, planned.dataset, num_workers, planned.frozen)
     free, disk = store.free_bytes(), disk_bytes(train, plan)
+    if limit and plan.reference_memory > limit:
+        return Judgement(
+            plan,
+            f"{train.frozen_model} needs {_size(plan.reference_memory)} in each worker while it is asked about the rows,"
+            f" there are {_size(limit)}",
+            "take workers with more memory, a smaller model in its place, or its answers as rows of train.method=sft",
+        )
     if limit and plan.memory.total > limit:
-        near = planning.nearest(planned.model, train, precision, planned.dataset, num_workers, limit)
+        near = planning.nearest(planned.model, train, precision, planned.dataset, num_workers, limit, planned.frozen)
         names = ("micro_batch_size", "activation_checkpointing", "engine", "zero_stage")
         changes = [
             f"train.{name}={getattr(near, name)}" for name in names if near and getattr(near, name) != getattr(train, name)
@@ -159,7 +171,7 @@ def _size(num_bytes: float) -> str:
 def disk_bytes(train: TrainConfig, plan: Plan) -> int:
     """The plan counts the newest checkpoints; the best one, and the one that a task reads, may be kept in addition."""
     more = int(train.keeps_best) + int(train.validation.background)
-    return plan.disk_bytes + more * plan.checkpoint_bytes
+    return plan.disk_bytes + more * plan.checkpoint_bytes + 2 * plan.reference_bytes  # in pieces, and put together
 
 
 def num_kept(train: TrainConfig, plan: Plan) -> int:
@@ -172,7 +184,7 @@ def num_kept(train: TrainConfig, plan: Plan) -> int:
 def left_bytes(train: TrainConfig, plan: Plan) -> int:
     """What a run leaves on the disk when it has ended: checkpoints and the export. A version that is released from it shares
     the export's files on a local store."""
-    return num_kept(train, plan) * plan.checkpoint_bytes + plan.export_bytes
+    return num_kept(train, plan) * plan.checkpoint_bytes + plan.export_bytes + plan.reference_bytes
 
 
 def configuration(store: Store, base: ModelVersion) -> Path:
@@ -184,8 +196,30 @@ def configuration(store: Store, base: ModelVersion) -> Path:
     return folder
 
 
+def shapes_of_frozen(store: Store, frozen: FrozenModel | None) -> planning.Model | None:
+    """Of a frozen model as it is loaded; an adapter on it is small."""
+    return planning.Model.of(configuration(store, frozen.full)) if frozen else None
+
+
+def stated_frozen(train: TrainConfig, store: Store) -> planning.Model | None:
+    """Of a frozen model as a run file names it, where rows are stated and nothing is looked up but its shapes: a folder that
+    holds `config.json`, or a version of the store."""
+    if not train.frozen_model:
+        return None
+    if (Path(train.frozen_model) / "config.json").is_file():
+        return planning.Model.of(Path(train.frozen_model))
+    with Catalog.read_only(store) as catalog:
+        return shapes_of_frozen(store, of_version(catalog, catalog.model(train.frozen_model)))
+
+
 def refuse_impossible(
-    config: RunConfig, store: Store, precision: str, base: ModelVersion, manifest: DatasetManifest, run: str
+    config: RunConfig,
+    store: Store,
+    precision: str,
+    base: ModelVersion,
+    manifest: DatasetManifest,
+    run: str,
+    frozen: FrozenModel | None = None,
 ) -> None:
     """Before anything is taken: `ConfigError` where the run cannot fit, with the nearest settings that do, or where it needs
     a compiler that is not here. In a cluster of several machines each worker looks for its own."""
@@ -197,7 +231,7 @@ def refuse_impossible(
         return  # one that has got as far as a checkpoint fits
     try:
         model = planning.Model.of(configuration(store, base), Head(config.train.targets))
-        planned = Planned(model, manifest, base.id, manifest.id)
+        planned = Planned(model, manifest, base.id, manifest.id, shapes_of_frozen(store, frozen))
         limit = memory_per_worker(scaling)
         judgement = judge(config.train, store, precision, planned, max(scaling.max_workers, 1), limit)
     except (KeyError, TypeError, ZeroDivisionError) as error:  # an architecture that the plan has no numbers of

@@ -40,6 +40,8 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
         base_digest=job.base.files_digest,
         initial_adapter=job.initial.id if job.initial else "",
         initial_digest=job.initial.files_digest if job.initial else "",
+        frozen_model=job.frozen.version.id if job.frozen else "",
+        frozen_digest=job.frozen.version.files_digest if job.frozen else "",
         seed=job.config.seed,
         num_steps=result["num_steps"],
         samples_seen=result["samples_seen"],

@@ -1,193 +1,218 @@
-"""Log probabilities of every document under the model that a run starts from, which some losses compare with.
+"""What a frozen model says of every packed row of a dataset, which some losses compare with: made once, read in every step.
 
-    references/<dataset>/<key>/<split>-<first row>.parquet      per packed row, the log p of each document's trained tokens
+    references/<dataset>/<key>/<split>-<first row>.parquet      what `Measure` makes of each row, `FILE_ROWS` rows a file
+    references/<dataset>/<key>/made_by.json                     the versions whose numbers they are
 
-They are computed once for a dataset, by the run's own engine before its first step: the weights are then those of the base
-(a new adapter adds nothing), so no second model is held, and what trains fits. Every run that starts from the same weights
-in the same precision reads them again. A pass that was killed continues with the pieces that are there.
+The frozen model is the one that a run starts from, and the run's own engine is asked before its first step (the weights are
+then those of the base, for a new adapter adds nothing). Or it is another version: each worker loads it before the run's own
+model, and releases it. Each row is a pass of its own, so that the numbers depend neither on the run's micro-batch nor on the
+number of workers. A pass that was killed continues with the pieces that are there (`work/references/…`).
 """
 
 from __future__ import annotations
 
+import gc
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from random import Random
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.stream import Rows
-from forge_ray.errors import StoreError
-from forge_ray.records import canonical_json, digest
+from forge_ray.errors import NotFound, TrainingError
+from forge_ray.records import ModelVersion, canonical_json, digest
 from forge_ray.store import paths
-from forge_ray.store.files import Store
+from forge_ray.store.owner import owner_mark
 from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
 from forge_ray.train.follow import PROGRESS
 from forge_ray.train.job import TrainJob
-from forge_ray.train.loss import segment_sums, token_logps
-from forge_ray.train.method import Column, Expect, Forward
-from forge_ray.train.model import load_for_training
+from forge_ray.train.measure import PIECE_ROWS, Measure, RowValues, by_segment
+from forge_ray.train.method import Expect, Forward
+from forge_ray.train.model import load_for_training, load_frozen
+from forge_ray.train.reference_files import FILE_ROWS, RowRange, fetched, files_of, group_of, parquet, pieces, schema_of
 
-FORMAT = 1
-SPLITS = ("train", "validation")
-PIECE_ROWS = 16  # packed rows of one file
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """Some neighbouring packed rows of a split."""
-
-    split: str
-    first: int
-    num_rows: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}-{self.first:09d}.parquet"
+FORMAT = 2
+MADE_BY = "made_by.json"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Of the model that a job starts from, over the rows of its dataset."""
+    """Of the job's frozen model, or of the model that it starts from, over the rows of its dataset."""
 
     job: TrainJob
+    measure: Measure
 
     @property
     def key(self) -> str:
-        """What decides the numbers, beside the dataset."""
+        """What decides the numbers, besides the dataset."""
+        job, weights = self.job, [version.files_digest for version in self._versions]
+        how = ["nf4"] if self.is_quantised else []
+        return digest([FORMAT, weights, job.precision, *how, *self.measure.settings]).removeprefix("sha256:")[:16]
+
+    @property
+    def _versions(self) -> list[ModelVersion]:
         job = self.job
-        weights = [job.base.files_digest, *([job.initial.files_digest] if job.initial else [])]
-        return digest([FORMAT, weights, job.precision]).removeprefix("sha256:")[:16]
+        return list(job.frozen.versions) if job.frozen else [job.base, *([job.initial] if job.initial else [])]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the run's own base gives the numbers, in 4 bits."""
+        adapter = self.job.config.adapter
+        return self.job.frozen is None and adapter is not None and adapter.quantize != "none"
 
     @property
     def folder(self) -> str:
         return paths.reference(self.job.dataset.id, self.key)
 
-    @property
-    def column(self) -> Column:
-        return Column("reference_logps", "segment", blank=0.0, read=self.read)
+    def read(self, rows: Rows, numbers: Sequence[int]) -> list[RowValues]:
+        """Of packed rows by number."""
+        return [self._of_row(rows, number) for number in numbers]
 
-    def read(self, rows: Rows, numbers: list[int]) -> npt.NDArray[np.float32]:
-        """[B, S] fp32: of each document of the rows, 0 where a row has fewer; S is even."""
-        return by_segment([self._of_row(rows, number) for number in numbers], 0.0)
+    def _of_row(self, rows: Rows, number: int) -> RowValues:
+        first, size = number - number % FILE_ROWS, self.measure.group_rows
+        file = RowRange(rows.split, first, min(FILE_ROWS, rows.num_rows - first))
+        group, place = divmod(number - first, size)
+        return group_of(self.job.store, self.folder, file, group)[place]
 
-    def _of_row(self, rows: Rows, number: int) -> list[float]:
-        first = number - number % PIECE_ROWS
-        piece = RowRange(rows.split, first, min(PIECE_ROWS, rows.num_rows - first))
-        return _values(self.job.store, self.folder, piece)[number - first]
+    def prepare(self, context: Context, expect: Expect) -> None:
+        """Where another model is asked: load it, compute and publish what is missing, release it; collective."""
+        missing = self._missing(context)
+        if missing:
+            model: Any = self._opened(context.device)
+            self._compute(model, missing, context, expect, together=False)
+            del model
+            gc.collect()
+            if context.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self._publish(missing, context, expect)
 
-    def keep(self, engine: TrainEngine, context: Context, expect: Expect) -> None:
-        """Compute and publish what is missing; collective, and every rank does as many passes."""
+    def begin(self, engine: TrainEngine, context: Context, expect: Expect) -> None:
+        """Where the run's own start is asked: compute and publish what is missing; collective."""
+        missing = self._missing(context)
+        if missing:
+            engine.model.eval()
+            self._compute(engine.forward, missing, context, expect, together=True)
+            engine.model.train()
+        self._publish(missing, context, expect)
+
+    def _opened(self, device: torch.device) -> Any:
+        """The frozen model, its weights verified."""
         job, store = self.job, self.job.store
-        if agree(store.is_published(self.folder), context):
-            return
-        missing = agree([piece for piece in pieces(job) if not job.store.exists(self._unfinished(piece))], context)
-        engine.model.eval()
-        for start in range(0, len(missing), context.data_size):
+        assert job.frozen
+        full, version = job.frozen.full, job.frozen.version
+        base = store.fetch_dir(paths.model(full.id), files=full.files)
+        adapter = store.fetch_dir(paths.model(version.id), files=version.files) if job.frozen.base else None
+        return load_frozen(base, adapter, job.precision, device)
+
+    def _missing(self, context: Context) -> list[RowRange] | None:
+        """Pieces that nobody has computed yet, as rank 0 sees it; None where all is published."""
+        missing: list[RowRange] | None = None
+        if context.is_first and not self.job.store.is_published(self.folder):
+            there = {path.rsplit("/", 1)[-1] for path in self.job.store.list(self._work)}
+            missing = [piece for piece in pieces(self.job.dataset) if piece.name not in there]
+        agreed: list[RowRange] | None = agree(missing, context)
+        return agreed
+
+    def _compute(self, forward: Forward, missing: list[RowRange], context: Context, expect: Expect, together: bool) -> None:
+        """`together`: every rank does as many passes, for with ZeRO-3 each of them is collective."""
+        job, store = self.job, self.job.store
+        rank, size = (context.data_rank, context.data_size) if together else (context.rank, context.world_size)
+        for start in range(0, len(missing), size):
             expect("reference", start)
             if context.is_first:
-                store.write(paths.run(job.run, PROGRESS), canonical_json({"done": start, "total": len(missing)}))
-            own = missing[start + context.data_rank : start + context.data_rank + 1]
-            piece = own[0] if own else missing[start]
-            values = self._pass(engine, piece, context)
-            if own and not context.sp_rank:
-                job.store.write(self._unfinished(piece), _parquet(values))
-        engine.model.train()
-        agree(None, context)  # every rank has written its pieces once rank 0 goes on
-        if context.is_first:
-            self._publish()
-        agree(None, context)
-
-    def difference(self, num_rows: int) -> tuple[float, float]:
-        """(largest difference, largest log p) in nats over a few training rows, computed once more in this process by the
-        model that the run started from."""
-        job, rows = self.job, Rows.of(self.job.store, self.job.dataset, "train")
-        chosen = sorted(Random(job.run).sample(range(rows.num_rows), min(num_rows, rows.num_rows)))
-        config = job.config.model_copy(
-            update={"engine": "torch", "zero_stage": 0, "adapter": job.config.adapter if job.initial else None}
-        )
-        base = job.store.fetch_dir(paths.model(job.base.id), files=job.base.files)
-        initial = job.store.fetch_dir(paths.model(job.initial.id), files=job.initial.files) if job.initial else None
-        model: Any = load_for_training(base, config, job.precision, torch.device("cpu"), 1, initial=initial).eval()
-        again = by_segment([self._logps(model, rows, [number], torch.device("cpu"))[0] for number in chosen], 0.0)
-        kept = self.read(rows, chosen)
-        return float(np.abs(again - kept).max()), float(np.abs(kept).max())
-
-    def _pass(self, engine: TrainEngine, piece: RowRange, context: Context) -> list[list[float]]:
-        """Per row of the piece, the log p of each of its documents; `PIECE_ROWS` rows' worth of passes on every rank."""
-        rows, size = Rows.of(self.job.store, self.job.dataset, piece.split), self.job.config.micro_batch_size
-        values: list[list[float]] = []
-        for offset in range(0, PIECE_ROWS, size):
-            numbers = [piece.first + place for place in range(offset, min(offset + size, piece.num_rows))]
-            values += self._logps(engine.forward, rows, numbers or [piece.first], context.device)[: len(numbers)]
-        return values
+                progress = {"what": self._what, "done": start, "total": len(missing)}
+                store.write(paths.run(job.run, PROGRESS), canonical_json(progress))
+            own = missing[start + rank : start + rank + 1]
+            for piece in own or missing[start : start + together]:
+                rows = Rows.of(store, job.dataset, piece.split)
+                last = piece.first + piece.num_rows - 1
+                places = range(PIECE_ROWS if together else piece.num_rows)
+                numbers = [min(piece.first + place, last) for place in places]
+                values = [self._of_pass(forward, rows, number, context.device) for number in numbers]
+                if own and not (together and context.sp_rank):
+                    store.write(f"{self._work}/{piece.name}", parquet(values[: piece.num_rows], self.measure))
 
     @torch.no_grad()
-    def _logps(self, forward: Forward, rows: Rows, numbers: list[int], device: torch.device) -> list[list[float]]:
-        """Per row, the log p of each of its documents; one pass."""
-        batch = {name: torch.from_numpy(array).to(device) for name, array in rows.batch(numbers).items()}
-        logps_K, positions_K = token_logps(forward, batch)
-        sums_BS, _ = segment_sums(logps_K, positions_K, batch)
-        counts = batch["segment_ids"].amax(dim=1).tolist()
-        return [row[:count] for row, count in zip(sums_BS.tolist(), counts, strict=True)]
+    def _of_pass(self, forward: Forward, rows: Rows, number: int, device: torch.device) -> RowValues:
+        batch = {name: torch.from_numpy(array).to(device) for name, array in rows.batch([number]).items()}
+        values = self.measure.compute(forward, batch)
+        if not all(np.isfinite(value).all() for value in values.values()):
+            raise TrainingError(
+                f"{self._what}: row {number} of {rows.split} has no finite log probabilities ({self.job.precision})",
+                hint="the model's weights overflow in this precision: set train.precision=fp32, or take another model",
+            )
+        return values
 
-    def _unfinished(self, piece: RowRange) -> str:
-        return paths.work("references", f"{self.job.dataset.id}-{self.key}", piece.name)
+    @property
+    def _what(self) -> str:
+        role = "teacher" if self.job.config.method_name == "distil" else "reference"
+        return f"{role} {self.job.frozen.version.id if self.job.frozen else 'model'}"
 
-    def _publish(self) -> None:
+    @property
+    def _work(self) -> str:
+        return paths.work("references", f"{self.job.dataset.id}-{self.key}")
+
+    def _publish(self, missing: list[RowRange] | None, context: Context, expect: Expect) -> None:
+        """Collective. Another run may have published the same at any time: its folder stays. Read back now, not in the first
+        step: the watchdog gives both the time of a start."""
+        if missing is not None:
+            expect("publish", 0)
+            agree(None, context)  # every rank has written its pieces once rank 0 goes on
+            if context.is_first:
+                self._publish_alone()
+            agree(None, context)
+            expect("start", 0)
+        fetched(self.job.store, self.folder)
+
+    def _publish_alone(self) -> None:
         store = self.job.store
         self.job.check_may_publish()
-        with store.staged_dir(self.folder) as folder:
-            for piece in pieces(self.job):
-                (folder / piece.name).write_bytes(store.read(self._unfinished(piece)))
+        staging = paths.reference(self.job.dataset.id, f".building-{self.key}-{owner_mark()}")
+        try:
+            with store.staged_dir(staging) as folder:
+                for file, parts in files_of(self.job.dataset):
+                    with pq.ParquetWriter(folder / file.name, schema_of(self.measure), compression="zstd") as writer:
+                        for piece in parts:
+                            table = pq.read_table(io.BytesIO(store.read(f"{self._work}/{piece.name}")))
+                            writer.write_table(table, row_group_size=self.measure.group_rows)
+                ids = [version.id for version in self._versions]
+                (folder / MADE_BY).write_bytes(canonical_json({"versions": ids, "precision": self.job.precision}))
+            store.move_dir(staging, self.folder)
+        except NotFound:  # another run was faster, and has removed the pieces
+            if not store.is_published(self.folder):
+                raise
+        finally:
+            store.delete_dir(staging)
         store.delete(paths.run(self.job.run, PROGRESS))
-        store.delete_dir(paths.work("references", f"{self.job.dataset.id}-{self.key}"))
+        store.delete_dir(self._work)
+
+    def difference(self, num_rows: int) -> tuple[float, float]:
+        """(the largest difference between what is kept and what this process computes, the largest number), in nats, over a
+        few training rows."""
+        job, rows = self.job, Rows.of(self.job.store, self.job.dataset, "train")
+        device = torch.device("cpu")
+        chosen = sorted(Random(job.run).sample(range(rows.num_rows), min(num_rows, rows.num_rows)))
+        model: Any = self._opened(device) if job.frozen else self._started(job.config, device)
+        again = [self._of_pass(model, rows, number, device) for number in chosen]
+        results = list(map(self.measure.difference, self.read(rows, chosen), again))
+        return max((first for first, _ in results), default=0.0), max((size for _, size in results), default=0.0)
+
+    def _started(self, config: TrainConfig, device: torch.device) -> Any:
+        """The model that the run started from."""
+        job = self.job
+        alone = {"engine": "torch", "zero_stage": 0, "adapter": config.adapter if job.initial else None, "freeze": ()}
+        base = job.store.fetch_dir(paths.model(job.base.id), files=job.base.files)
+        initial = job.store.fetch_dir(paths.model(job.initial.id), files=job.initial.files) if job.initial else None
+        return load_for_training(base, config.model_copy(update=alone), job.precision, device, 1, initial=initial).eval()
 
 
-def by_segment(values: list[list[float]], blank: float) -> npt.NDArray[np.float32]:
-    """Numbers per document of each row as [B, S] fp32, S even as in `segment_sums`; `blank` where a row has fewer."""
-    most = max(map(len, values), default=0)
-    filled = np.full((len(values), most + most % 2), blank, np.float32)
-    for lane, numbers in enumerate(values):
-        filled[lane, : len(numbers)] = numbers
-    return filled
-
-
-def pieces(job: TrainJob) -> list[RowRange]:
-    """Of the splits that training looks at."""
-    return [
-        RowRange(split, first, min(PIECE_ROWS, stats.num_rows - first))
-        for split in SPLITS
-        if (stats := job.dataset.splits.get(split))
-        for first in range(0, stats.num_rows, PIECE_ROWS)
-    ]
-
-
-@lru_cache(maxsize=256)
-def _values(store: Store, folder: str, piece: RowRange) -> list[list[float]]:
-    path = _fetched(store, folder) / piece.name
-    values: list[list[float]] = pq.read_table(path).column("logps").to_pylist() if path.is_file() else []
-    if len(values) != piece.num_rows:
-        raise StoreError(
-            f"{folder}/{piece.name} has {len(values)} rows and the dataset {piece.num_rows}",
-            hint=f"remove {folder}: the next run computes it again",
-        )
-    return values
-
-
-@lru_cache(maxsize=4)
-def _fetched(store: Store, folder: str) -> Any:
-    """The folder on this machine, each file verified against its manifest."""
-    return store.fetch_dir(folder)
-
-
-def _parquet(values: list[list[float]]) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"logps": pa.array(values, pa.list_(pa.float32()))}), sink, compression="zstd")
-    return sink.getvalue()
+def read_document_logps(reference: Reference, rows: Rows, numbers: list[int]) -> npt.NDArray[np.float32]:
+    """[B, S] fp32: of each document of the rows, 0 where a row has fewer; S is even."""
+    return by_segment([values["logps"].tolist() for values in reference.read(rows, numbers)], 0.0)

@@ -55,11 +55,11 @@ class Saver:
         keep: int,
         in_background: bool = True,
         keep_best: bool = False,
-        base: str = "",
-        initial: str = "",
+        origins: tuple[str, ...] = (),
     ) -> None:
+        """`origins`: the versions that the run's weights depend on."""
         self.engine, self.store, self.context, self.keep, self.keep_best = engine, store, context, keep, keep_best
-        self.in_background, self.base, self.initial = in_background, base, initial
+        self.in_background, self.origins = in_background, origins
         self._work: threading.Thread | None = None
         self._position: Position | None = None
         self._publishing = False
@@ -181,7 +181,7 @@ class Saver:
         files = sorted((FileEntry.model_validate(entry) for part in parts for entry in part["files"]), key=lambda e: e.path)
         manifest = checkpoint.manifest(self.store, tuple(files), position)
         relative = paths.checkpoint(position.run, position.step)
-        attempts.check_may_publish(self.store, position.run, position.dataset, self.base, position.attempt, self.initial)
+        attempts.check_may_publish(self.store, position.run, position.dataset, *self.origins, number=position.attempt)
         if self.store.is_local:
             folder = self.store.local(_aside(position))
             shutil.rmtree(folder / PARTS)

@@ -26,14 +26,17 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import refuse_erased
 from forge_ray.store.owner import owner_mark
+from forge_ray.train.frozen import Asked, FrozenModel, frozen_of, joined_licence
 
 
 @dataclass(frozen=True)
 class Start:
-    """`base` has full weights; `initial` is the version whose adapter is trained on, None where it is a new one."""
+    """`base` has full weights; `initial` is the version whose adapter is trained on, None where it is a new one. `frozen`:
+    the model, besides these, whose numbers the loss reads."""
 
     base: ModelVersion
     initial: ModelVersion | None = None
+    frozen: FrozenModel | None = None
 
 
 def full_base(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> ModelVersion:
@@ -101,12 +104,20 @@ def _num_tested(catalog: Catalog, dataset: str) -> int:
     return test.num_records if test else 0
 
 
-def start_of(catalog: Catalog, named: ModelVersion, train: TrainConfig) -> Start:
-    """What a run on the version starts from; the merged version is made now where there is none yet."""
+def start_of(catalog: Catalog, named: ModelVersion, train: TrainConfig, asked: Asked = "active") -> Start:
+    """What a run on the version starts from; the merged version is made now where there is none yet. `asked`: as in
+    `frozen_of`, which says what this raises."""
     base = full_base(catalog, named, train)
+    frozen = frozen_of(catalog, train, base, asked)
     if train.init_from == "merge":
-        return Start(merged_version(catalog, named) or _merge(catalog, named, base))
-    return Start(base, named if train.init_from == "continue" else None)
+        return Start(merged_version(catalog, named) or _merge(catalog, named, base), frozen=frozen)
+    return Start(base, named if train.init_from == "continue" else None, frozen)
+
+
+def licence_of(catalog: Catalog, run: RunRecord) -> str:
+    """Of what a run made: that of its base, and of the model whose numbers its loss read."""
+    frozen = catalog.get_as(ModelVersion, run.frozen_model) if run.frozen_model else None
+    return joined_licence(catalog.get_as(ModelVersion, run.base_model).licence, frozen)
 
 
 def merged_version(catalog: Catalog, adapter: ModelVersion) -> ModelVersion | None:

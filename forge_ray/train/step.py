@@ -155,7 +155,7 @@ class Steps:
                 used, pass_weight = part["segment_ids"] > 0, self.method.weight(part)
                 extra = self.balance.loss(used, pass_weight) if self.balance else 0.0
                 self.engine.backward((pass_sums.loss + extra) / weight, is_last=number == num_passes - 1)
-                sums = sums.plus(float(pass_sums.loss.detach()), pass_sums.metrics)
+                sums = sums.plus(*pass_sums.fetch())
         return sums
 
     def _rows_per_pass(self, step: int) -> int:

@@ -60,19 +60,14 @@ def validate(
         read = numbers or sample[:1]  # a rank whose rows have run out takes part, and counts nothing
         batch = tensors(with_columns(method, rows, read, rows.batch(read)), method, context)
         part = slices.cut(batch) if slices else batch
-        pass_sums = method.loss(engine.forward, part)
-        counted = float if numbers else _nothing
-        sums = sums.plus(counted(pass_sums.loss), {name: counted(value) for name, value in pass_sums.metrics.items()})
-        weight += counted(method.weight(batch))
+        loss, metrics = method.loss(engine.forward, part).fetch()
+        sums = sums.plus(loss if numbers else 0.0, {name: value if numbers else 0.0 for name, value in metrics.items()})
+        weight += float(method.weight(batch)) if numbers else 0.0
     engine.model.train()
     names = ["loss", *sorted(sums.metrics)]
     *totals, weight = sum_over_ranks([sums.loss, *(sums.metrics[name] for name in names[1:]), weight], context)
     weight = max(weight / context.sp_size, 1.0)  # ranks that share their rows counted them once each
     return {f"validation_{name}": total / weight for name, total in zip(names, totals, strict=True)}
-
-
-def _nothing(_: Any) -> float:
-    return 0.0
 
 
 def validate_checkpoint(values: dict[str, Any], step: int) -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from forge_ray.store import paths
 
 if TYPE_CHECKING:
-    from forge_ray.config.train import Guards
+    from forge_ray.config.guards import Guards
 
 LOOK_EVERY_S = 0.2
 OTHERS_S = 3.0  # the worker is kept for so long after its stacks were taken: the others' are taken in the same moment

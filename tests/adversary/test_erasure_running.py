@@ -92,7 +92,7 @@ def test_training_on_erased_rows_publishes_no_checkpoint_export_or_result(place:
     for one, publishes in ((job, False), (clean, True)):
         position = replace(checkpoint.expected(one), step=4, run="run_of_" + one.dataset.name, attempt=1)
         engine, alone = Engine(), join(False, 1, False, 1)
-        saver = Saver(engine, store, alone, 1, in_background=False, base=one.base.id)  # type: ignore[arg-type]
+        saver = Saver(engine, store, alone, 1, in_background=False, origins=one.origins)  # type: ignore[arg-type]
         if publishes:
             assert saver.begin(position)
         else:

@@ -54,12 +54,12 @@ def loss(forward: Forward, batch: Batch) -> Sums:
     segments_K = batch["segment_ids"].flatten()[positions_K] + positions_K // length * (NUM_SEGMENTS + 1)
     values_K = logps_K * batch["strength"].flatten()[positions_K]
     sums_BS = torch.zeros(num_rows * (NUM_SEGMENTS + 1)).index_add(0, segments_K, values_K).view(num_rows, -1)[:, 1:]
-    total, margin = torch.zeros(()), 0.0
+    total, margin = torch.zeros(()), torch.zeros(())
     for pair in range(1, NUM_SEGMENTS // 2 + 1):
         chosen_B, rejected_B = ((sums_BS * (batch["pair"] == sign * pair)).sum(dim=1) for sign in (1, -1))
         there_B = (batch["pair"] == pair).any(dim=1)
         total = total - (F.logsigmoid(chosen_B - rejected_B) * there_B).sum()
-        margin += float(((chosen_B - rejected_B) * there_B).sum().detach())
+        margin = margin + ((chosen_B - rejected_B) * there_B).sum()
     return Sums(total, {"margin": margin})
 
 

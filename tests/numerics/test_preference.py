@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,17 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import DataError, TrainingError
 from forge_ray.records import DatasetManifest
+from forge_ray.store import paths
 from forge_ray.store.files import Store
 from forge_ray.train import attention
+from forge_ray.train.follow import PROGRESS
 from forge_ray.train.job import TrainJob
+from forge_ray.train.measure import PIECE_ROWS, document_logps
 from forge_ray.train.methods.preference import judged_loss, num_documents, num_pairs, pair_loss, read_grades
 from forge_ray.train.model import load_for_training
 from forge_ray.train.preflight import refuse_without_rows
-from forge_ray.train.reference import Reference, pieces
+from forge_ray.train.reference import Reference, read_document_logps
+from forge_ray.train.reference_files import parquet, pieces
 
 pytestmark = pytest.mark.numerics
 TORCH: dict[str, Any] = {"engine": "torch", "zero_stage": 0, "optimizer": {"lr": 1e-3, "eps": 1e-6}}
@@ -167,7 +172,7 @@ def test_reference_is_the_model_without_its_adapter(jobs: Jobs, judged: dict[str
     job = job_of(jobs, judged, "dpo-reference", "dpo", **LORA, max_steps=3)
     run(job, ranks=2)
     rows = Rows.of(job.store, job.dataset, "train")
-    kept = Reference(job).read(rows, list(range(rows.num_rows)))
+    kept = read_document_logps(Reference(job, document_logps()), rows, list(range(rows.num_rows)))
     config = job.config.model_copy(update={"adapter": None})
     model: Any = load_for_training(job.store.local(f"models/{job.base.id}"), config, "fp32", torch.device("cpu"), 1).eval()
     for number in range(rows.num_rows):
@@ -190,20 +195,54 @@ def test_reference_is_the_model_without_its_adapter(jobs: Jobs, judged: dict[str
 def test_reference_is_computed_once_and_a_killed_pass_continues(
     jobs: Jobs, judged: dict[str, DatasetManifest], run: Run
 ) -> None:
+    """The next attempt takes a piece as it was left: what a run then reads of it is not what it would have computed."""
     first = job_of(jobs, judged, "kto-first", "kto", **LORA, max_steps=1)
-    reference = Reference(first)
-    store, listed = first.store, pieces(first)
+    reference = Reference(first, document_logps())
+    store, rows = first.store, Rows.of(first.store, first.dataset, "train")
     store.delete_dir(reference.folder)
     run(first)
-    values = {piece.name: store.read(f"{reference.folder}/{piece.name}") for piece in listed}
+    files = store.files(reference.folder)
+    values = reference.read(rows, list(range(PIECE_ROWS)))
     store.delete_dir(reference.folder)
-    left = reference._unfinished(listed[0])
-    store.write(left, values[listed[0].name])  # what a pass that was killed had written
+    piece = pieces(first.dataset)[0]
+    left = [{"logps": row["logps"] - 1} for row in values]
+    store.write(f"{reference._work}/{piece.name}", parquet(left, reference.measure))
+    store.write(paths.run("kto-again", PROGRESS), b"{}")  # of that pass
     again = job_of(jobs, judged, "kto-again", "kto", **LORA, max_steps=1)
     run(again)
-    assert {piece.name: store.read(f"{reference.folder}/{piece.name}") for piece in listed} == values
-    assert not store.exists(left)
-    assert export_digest(again) == export_digest(first)
+    assert first_steps(again) == [0]
+    assert not store.list(reference._work)
+    assert not store.exists(paths.run("kto-again", PROGRESS))
+    (path,) = [path for path in store.list(reference.folder) if "/train-" in path]
+    kept = pq.read_table(store.local(path)).column("logps").to_pylist()
+    for number, row in enumerate(values):
+        assert kept[number] == (row["logps"] - 1).tolist()
+    assert losses(again, "good_reward") != losses(first, "good_reward")
+    store.delete_dir(reference.folder)
+    run(job_of(jobs, judged, "kto-third", "kto", **LORA, max_steps=1))
+    assert store.files(reference.folder) == files
+
+
+def test_numbers_of_a_pass_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fetch waits for the device: the loss and every metric come in one."""
+    batch, logits = two_pairs()
+    batch["grades"] = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+
+    def forward(**inputs: Any) -> Any:
+        return SimpleNamespace(logits=logits[None, inputs["logits_to_keep"]].clone())
+
+    fetched: list[str] = []
+    for name in ("__float__", "tolist"):
+        fetch = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, fetch=fetch, name=name: fetched.append(name) or fetch(self))
+    for loss, kind in ((pair_loss, "dpo"), (judged_loss, "kto")):
+        sums = loss(of_kind(kind), forward, batch)
+        assert not fetched
+        value, metrics = sums.fetch()
+        assert fetched == ["tolist"]
+        assert len(metrics) >= 3
+        assert math.isfinite(value)
+        fetched.clear()
 
 
 def test_margin_that_is_missing_or_has_no_log_is_refused_with_its_record() -> None:

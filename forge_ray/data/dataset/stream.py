@@ -76,11 +76,10 @@ class Rows:
         return self._of_documents(rows, "records")
 
     def _of_documents(self, rows: list[int], column: str) -> list[list[Any]]:
-        values = []
-        for row in rows:
-            block, offset = divmod(row, self.block_rows)
-            values.append(_read_block(self, block, (column,))[column][offset].as_py())
-        return values
+        """Reads each block once."""
+        numbers = dict.fromkeys(row // self.block_rows for row in rows)
+        blocks = {number: _read_block(self, number, (column,))[column].combine_chunks() for number in numbers}
+        return [blocks[row // self.block_rows][row % self.block_rows].as_py() for row in rows]
 
     def grades(self, rows: list[int]) -> list[list[float]]:
         """The number of each document of the rows (`version.GRADED`), in segment order."""

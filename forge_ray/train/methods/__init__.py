@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from forge_ray.config.classify import Classify
+from forge_ray.config.distil import Distil
 from forge_ray.config.method import Preference
 from forge_ray.train.job import TrainJob
 from forge_ray.train.method import Method
+
+if TYPE_CHECKING:
+    from forge_ray.train.reference import Reference
 
 
 def method_of(job: TrainJob) -> Method:
@@ -17,10 +23,30 @@ def method_of(job: TrainJob) -> Method:
             return sft()
         case Preference() as config:
             from forge_ray.train.methods.preference import preference
-            from forge_ray.train.reference import Reference
 
-            return preference(config, Reference(job) if config.has_reference else None)
+            return preference(config, reference_of(job))
+        case Distil() as config:
+            from forge_ray.train.methods.distil import distil
+
+            teacher = reference_of(job)
+            assert teacher
+            return distil(config, teacher)
         case Classify() as config:
             from forge_ray.train.methods.classes import classes
 
             return classes(job, config)
+
+
+def reference_of(job: TrainJob) -> Reference | None:
+    """What the loss reads of a frozen model, the teacher or the reference; None where it reads none."""
+    from forge_ray.train.measure import document_logps
+    from forge_ray.train.reference import Reference
+
+    config = job.config.method
+    if isinstance(config, Distil) and job.frozen:
+        from forge_ray.train.frozen import vocabulary
+        from forge_ray.train.methods.distil import likeliest
+
+        num_tokens = vocabulary(job.store, job.frozen, job.base)
+        return Reference(job, likeliest(config.k, config.temperature, num_tokens))
+    return Reference(job, document_logps()) if isinstance(config, Preference) and config.has_reference else None

@@ -98,7 +98,7 @@ def loss(config: Classify, weights_C: Tensor, forward: Forward, batch: Batch) ->
             right[has_K] += ((logits > 0) == (truth > 0)).all(dim=1).float()
         asked[has_K] += 1
         total = total + target.weight * losses.sum()
-    return Sums(total, {"accuracy": float((right / asked.clamp(min=1)).sum())})
+    return Sums(total, {"accuracy": (right / asked.clamp(min=1)).sum()})
 
 
 def logits_and_labels(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:

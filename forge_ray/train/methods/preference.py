@@ -19,6 +19,7 @@ Losses are per pair, and divided by the pairs of the whole step.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -33,17 +34,19 @@ from forge_ray.errors import DataError
 from forge_ray.records import DatasetManifest
 from forge_ray.store.files import Store
 from forge_ray.train.loss import segment_sums, token_logps
+from forge_ray.train.measure import by_segment
 from forge_ray.train.method import Batch, Column, Forward, Method, Sums
-from forge_ray.train.reference import Reference, by_segment
+from forge_ray.train.reference import Reference, read_document_logps
 
 
 def preference(config: Preference, reference: Reference | None) -> Method:
     """`reference`: of the kinds that compare with one."""
-    columns = tuple(column for column in (reference.column if reference else None, _grades(config)) if column)
-    begin = reference.keep if reference else None
-    if config.kind == "kto":
-        return Method(loss=partial(judged_loss, config), weight=num_documents, columns=columns, begin=begin)
-    return Method(loss=partial(pair_loss, config), weight=num_pairs, columns=columns, begin=begin)
+    columns = tuple(column for column in (_reference_logps(reference), _grades(config)) if column)
+    loss, weight = (judged_loss, num_documents) if config.kind == "kto" else (pair_loss, num_pairs)
+    method = Method(loss=partial(loss, config), weight=weight, columns=columns)
+    if reference and reference.job.frozen:
+        return replace(method, prepare=reference.prepare)
+    return replace(method, begin=reference.begin) if reference else method
 
 
 def num_documents(batch: Batch) -> Tensor:
@@ -91,13 +94,13 @@ def pair_loss(config: Preference, forward: Forward, batch: Batch) -> Sums:
             losses = -chosen_rate - beta * F.logsigmoid(odds)
     losses = losses - config.sft_weight * chosen_rate
     sums = {
-        "pair_accuracy": float((better > 0).sum()),
-        "reward_margin": float(beta * better.detach().sum()),
-        "chosen_logps": float(chosen.detach().sum()),
-        "rejected_logps": float(rejected.detach().sum()),
+        "pair_accuracy": (better > 0).sum(),
+        "reward_margin": beta * better.sum(),
+        "chosen_logps": chosen.sum(),
+        "rejected_logps": rejected.sum(),
     }
     if config.has_reference:
-        sums["chosen_drift"] = float((chosen_ratio / chosen_len).detach().sum())
+        sums["chosen_drift"] = (chosen_ratio / chosen_len).sum()
     return Sums(losses.sum() + 0 * logps_K.sum(), sums)
 
 
@@ -109,9 +112,9 @@ def judged_loss(config: Preference, forward: Forward, batch: Batch) -> Sums:
     good = batch["grades"][:, : logps_BS.shape[1]][is_document] > 0
     losses = torch.where(good, config.good_weight * torch.sigmoid(-rewards), config.bad_weight * torch.sigmoid(rewards))
     sums = {
-        "good_reward": float(rewards[good].detach().sum()),
-        "bad_reward": float(rewards[~good].detach().sum()),
-        "verdict_accuracy": float(((rewards > 0) == good).sum()),
+        "good_reward": rewards[good].sum(),
+        "bad_reward": rewards[~good].sum(),
+        "verdict_accuracy": ((rewards > 0) == good).sum(),
     }
     return Sums(losses.sum() + 0 * logps_K.sum(), sums)
 
@@ -120,6 +123,11 @@ def _log1mexp(values: Tensor) -> Tensor:
     """log(1 - exp(x)) of x < 0, exact near 0 and far from it (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
     values = values.clamp(max=-1e-7)
     return torch.where(values > -0.6931472, torch.log(-torch.expm1(values)), torch.log1p(-torch.exp(values)))
+
+
+def _reference_logps(reference: Reference | None) -> Column | None:
+    read = partial(read_document_logps, reference) if reference else None
+    return Column("reference_logps", "segment", blank=0.0, read=read) if reference else None
 
 
 def _grades(config: Preference) -> Column | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from forge_ray.config.train import Guards
+from forge_ray.config.guards import Guards
 from forge_ray.store.files import Store
 from forge_ray.train import guards, incidents, watchdog
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 WORKER = """
 import sys, time
-from forge_ray.config.train import Guards
+from forge_ray.config.guards import Guards
 from forge_ray.train.watchdog import Watchdog
 dog = Watchdog(Guards(hang_slack_s=0.5, first_step_s=60), sys.argv[1], "run_a", 3)
 for step in range(1, 6):

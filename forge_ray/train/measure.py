@@ -1,0 +1,58 @@
+"""What is computed of packed rows by a frozen model: of each document its log probability, or what a method asks for.
+
+Shapes: B rows, S documents of a row, K trained positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from forge_ray.train.loss import segment_sums, token_logps
+from forge_ray.train.method import Batch, Forward
+
+PIECE_ROWS = 16  # packed rows that one worker computes between two writes
+RowValues = dict[str, npt.NDArray[Any]]  # of one packed row: by column, one dimension
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is computed of a packed row. `settings` decide the numbers, with weights, precision and rows. `compute` takes one
+    row as a batch. `group_rows`: rows that are read together. `difference`: (how far two results for a row are apart, how
+    large they are), both in nats."""
+
+    settings: tuple[Any, ...]
+    types: Mapping[str, pa.DataType]
+    group_rows: int
+    compute: Callable[[Forward, Batch], RowValues]
+    difference: Callable[[RowValues, RowValues], tuple[float, float]]
+
+
+def document_logps() -> Measure:
+    """Of each document of a row, the log p of its trained tokens."""
+    return Measure((), {"logps": pa.float32()}, PIECE_ROWS, _document_logps, _largest)
+
+
+def _document_logps(forward: Forward, batch: Batch) -> RowValues:
+    logps_K, positions_K = token_logps(forward, batch)
+    sums_BS, _ = segment_sums(logps_K, positions_K, batch)
+    return {"logps": sums_BS[0, : int(batch["segment_ids"].max())].float().cpu().numpy()}
+
+
+def _largest(kept: RowValues, again: RowValues) -> tuple[float, float]:
+    difference = np.abs(kept["logps"] - again["logps"]).max(initial=0.0)
+    return float(difference), float(np.abs(kept["logps"]).max(initial=0.0))
+
+
+def by_segment(values: list[list[float]], blank: float) -> npt.NDArray[np.float32]:
+    """Numbers per document of each row as [B, S] fp32, S even as in `segment_sums`; `blank` where a row has fewer."""
+    most = max(map(len, values), default=0)
+    filled = np.full((len(values), most + most % 2), blank, np.float32)
+    for lane, numbers in enumerate(values):
+        filled[lane, : len(numbers)] = numbers
+    return filled
