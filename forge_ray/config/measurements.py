@@ -58,6 +58,13 @@ class GeneralConfig(Config):
         return self
 
 
+class KlConfig(Config):
+    """The KL divergence to the model that a run started from, at the tokens of held-out answers; see
+    docs/guides/preferences.md."""
+
+    max_examples: int = Field(64, ge=1, description="Maximum held-out answers, the first ones by record id")
+
+
 class LeakConfig(Config):
     """Compares training records with held-out ones, and planted canaries with unplanted ones; see docs/design/gates.md."""
 

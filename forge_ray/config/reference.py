@@ -64,6 +64,7 @@ EXAMPLES = {
     "eval.metrics": "eval: {metrics: [{function: metrics/tone.py:tone, lower_is_better: [rudeness]}]}",
     "eval.contamination": "eval: {contamination: {ngram: 13}}",
     "eval.general": "eval: {general: {rows: chats}}",
+    "eval.kl": "eval: {kl: {max_examples: 64}}",
     "eval.leak": "eval: {leak: {max_records: 64}}",
     "eval.engine": "eval: {engine: {num_blocks: 1024}}",
     "release": "release: {alias: support@prod}",

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from forge_ray.config.base import Config, SettingError
 from forge_ray.config.endpoint import KeepAnswers, Replicas
 from forge_ray.config.gate import Gate
-from forge_ray.config.measurements import Contamination, GeneralConfig, LeakConfig
+from forge_ray.config.measurements import Contamination, GeneralConfig, KlConfig, LeakConfig
 from forge_ray.config.own_metric import OwnMetric
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -82,6 +82,9 @@ class EvalConfig(Config):
     general: GeneralConfig | None = Field(
         None, description="Measure what training made the model forget, by its loss on general rows; null: off"
     )
+    kl: KlConfig | None = Field(
+        None, description="Measure how far training moved the model from the one it started from; null: off"
+    )
     engine: EngineConfig = EngineConfig()
     cpus: float = Field(1, gt=0, description="CPU cores of the evaluation task")
     gpus: float = Field(0, ge=0, description="GPUs of the evaluation task; 0: evaluate on the CPU")
@@ -97,6 +100,7 @@ class EvalConfig(Config):
         out while they have their defaults, so that older reports are still found; the leak audit has its own report. General
         rows are in a report by their dataset version, not by their place."""
         later: dict[str, Any] = {"slices": [], "safety": [], "metrics": [], "json_schema": "", "contamination": None}
+        later["kl"] = None
         value = self.model_dump(mode="json", exclude={"leak", "general"})
         if not self.safety:
             value.pop("safety_max_new_tokens")

@@ -71,7 +71,7 @@ class RunConfig(Config):
     def _classifier_generates_nothing(self) -> Self:
         if not isinstance(self.train.method, Classify):
             return self
-        generated = ("metrics", "json_schema", "safety", "general", "leak")
+        generated = ("metrics", "json_schema", "safety", "general", "leak", "kl")
         unread = [f"eval.{name}" for name in generated if name in self.eval.model_fields_set and getattr(self.eval, name)]
         unread += ["release.gate.budgets.latency_ms_per_token"] if self.release.gate.budgets.latency_ms_per_token else []
         unread += ["eval.engine.kind=vllm"] if self.eval.engine.kind == "vllm" else []
@@ -124,6 +124,12 @@ class RunConfig(Config):
         if self.eval.general is None and (unmeasured := [name for name in judged if name.startswith(GENERAL)]):
             raise SettingError(
                 f"release.gate judges {unmeasured[0]}, but eval.general is not set", "set eval.general={rows: chats}"
+            )
+        if self.eval.kl is None and "kl" in judged:
+            raise SettingError("release.gate judges kl, but eval.kl is not set", "set eval.kl={}")
+        if "kl" in judged[len(gate.thresholds) :]:
+            raise SettingError(
+                "release.gate compares kl with another model's, which is of another start", "set thresholds: {kl: {max: …}}"
             )
         for rule in gate.no_worse_than:
             if rule.slices != "none" and rule.slices not in self.eval.slices:

@@ -4,6 +4,7 @@
   JSON object (extraction): the object, and precision and recall of its fields
 - a chat that ends in calls: the calls as a whole, their names, their arguments; and calls where a text was expected
 - a pair of a preferred and a rejected answer: also which of them is likelier, and by how many nats
+- either, where `eval.kl` asks: the KL divergence to the model that the run started from, nats per token (`kl.py`)
 - a chat that a classifier answers: also its classes and its probabilities (`class_measures.py`)
 - either, with functions of the user's own: the mean of each of their scores over the rows that have it
 - a plain text: loss, perplexity, and bits per byte, which can be compared over tokenizers
@@ -29,7 +30,7 @@ from forge_ray.records import EvalReport
 Items = Sequence[dict[str, Any]]
 CALL, TEXT = "call", "text"
 GENERAL_ANSWER, GENERAL_TEXT = "general_answer", "general_text"
-NUMBERS = ("loss", "perplexity", "bits_per_byte", "margin", "temperature")  # what is no share: names end so
+NUMBERS = ("loss", "perplexity", "bits_per_byte", "margin", "temperature", "kl")  # what is no share: names end so
 
 
 def is_share(report: EvalReport, metric: str) -> bool:
@@ -71,6 +72,8 @@ def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
         margins = [item["logprob"] - item["rejected_logprob"] for item in pairs]
         by_metric["pair_accuracy"] = share([margin > 0 for margin in margins])
         by_metric["pair_margin"] = ratio(margins, [1.0] * len(pairs))
+    if moved := [item for item in items if "kl" in item]:
+        by_metric["kl"] = ratio([item["kl"] for item in moved], [item["kl_tokens"] for item in moved])
     if texts:
         by_metric |= _text_losses("", texts)
     if general_answers := [item for item in items if item.get("kind") == GENERAL_ANSWER]:

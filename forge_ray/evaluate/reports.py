@@ -22,6 +22,7 @@ from forge_ray.store.resolve import resolve
 from forge_ray.store.uses import using
 
 if TYPE_CHECKING:
+    from forge_ray.evaluate.kl import StartWeights
     from forge_ray.evaluate.sample_size import Spread
     from forge_ray.evaluate.score import EvaluatedModel
     from forge_ray.train.checkpoint_export import CheckpointExport
@@ -42,18 +43,34 @@ def evaluate_both(
 
 def model_subject(catalog: Catalog, version: ModelVersion) -> EvaluatedModel:
     base = version.base_model if version.weights == "adapter" else ""
-    return _subject(catalog, version.id, paths.model(version.id), version.files, base)
+    subject = _subject(catalog, version.id, paths.model(version.id), version.files, base)
+    made_by = version.run and catalog.has(version.run)
+    return replace(subject, start=_start_of(catalog, catalog.get_as(RunRecord, version.run))) if made_by else subject
 
 
 def checkpoint_subject(catalog: Catalog, job: TrainJob, step: int, export: CheckpointExport) -> EvaluatedModel:
     """A checkpoint of a run, finished or not, from its export."""
     base = job.base.id if export.kind == "adapter" else ""
-    return replace(_subject(catalog, job.run, export.folder, catalog.store.files(export.folder), base), step=step)
+    subject = _subject(catalog, job.run, export.folder, catalog.store.files(export.folder), base)
+    return replace(subject, step=step, start=_start_weights(job.base, job.initial))
 
 
 def run_subject(catalog: Catalog, record: RunRecord) -> EvaluatedModel:
     base = record.base_model if record.export_kind == "adapter" else ""
-    return _subject(catalog, record.id, paths.export(record.id), record.export, base)
+    subject = _subject(catalog, record.id, paths.export(record.id), record.export, base)
+    return replace(subject, start=_start_of(catalog, record))
+
+
+def _start_of(catalog: Catalog, record: RunRecord) -> StartWeights:
+    initial = catalog.get_as(ModelVersion, record.initial_adapter) if record.initial_adapter else None
+    return _start_weights(catalog.get_as(ModelVersion, record.base_model), initial)
+
+
+def _start_weights(base: ModelVersion, initial: ModelVersion | None) -> StartWeights:
+    from forge_ray.evaluate.kl import StartWeights
+
+    more = (paths.model(initial.id), initial.files) if initial else ()
+    return StartWeights(paths.model(base.id), base.files, *more)
 
 
 def _subject(catalog: Catalog, identifier: str, folder: str, files: tuple[FileEntry, ...], base: str) -> EvaluatedModel:
@@ -148,7 +165,8 @@ def _report(
         for read in datasets:
             refuse_erased(catalog.store, f"the evaluation of {subject}", read, subject)
         model: EvaluatedModel = arguments[0]
-        folders = [folder for folder in (model.folder, model.adapter, *map(paths.dataset, datasets)) if folder]
+        start = (model.start.folder, model.start.adapter) if config.kl and model.start else ()
+        folders = [folder for folder in (model.folder, model.adapter, *start, *map(paths.dataset, datasets)) if folder]
         require(catalog, *folders)
         connect()
         import ray

@@ -25,7 +25,9 @@ from forge_ray.evaluate.answer_schema import refuse_unfit, with_validity
 from forge_ray.evaluate.calls import call_fields, call_form, calls_in
 from forge_ray.evaluate.classified import classify_rows, open_classifier
 from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out, label_set
+from forge_ray.evaluate.kl import StartWeights, score_kl
 from forge_ray.evaluate.losses import general_held_out, score_general
+from forge_ray.evaluate.measures import is_general
 from forge_ray.evaluate.own import scored, try_functions
 from forge_ray.evaluate.publish import Scored, ScoredRows, publish, shared_rows
 from forge_ray.evaluate.safety import answer_prompts
@@ -44,7 +46,8 @@ TIMED_TOKENS = 16
 @dataclass(frozen=True)
 class EvaluatedModel:
     """What is evaluated: `folder` (and `adapter` on top of it) are published directories of the store, which hold exactly
-    the files that the records name. `step`: of the checkpoint, where it is one of the run `id`; else 0."""
+    the files that the records name. `step`: of the checkpoint, where it is one of the run `id`; else 0. `start`: what the
+    run started from; None of a model that no run of this store made."""
 
     id: str
     digest: str
@@ -53,6 +56,7 @@ class EvaluatedModel:
     adapter: str = ""
     adapter_files: tuple[FileEntry, ...] = ()
     step: int = 0
+    start: StartWeights | None = None
 
     def fetch(self, store: Store) -> tuple[Path, Path | None]:
         """Both folders on this machine, verified."""
@@ -201,6 +205,13 @@ def evaluate(
         latency = latency_ms_per_token(engine, list(itertools.islice(timed_prompts(tokenizer, held), 4 * TIMED_PROMPTS)))
     finally:
         engine.close()
+    if config.kl and subject.start:
+        del engine  # its weights
+        by_record = {}
+        for score in score_kl((folder, adapter), subject.start.fetch(store), tokenizer, held.chats, config):
+            by_record[score["record"]] = score
+            yield {"done": len(items) + len(answers), "total": total}
+        items = [item | by_record.get(item["record"], {}) if not is_general(item) else item for item in items]
     costs = {"size_bytes": float(size_bytes(store, subject))} | ({"latency_ms_per_token": latency} if latency else {})
     rows = ScoredRows(items, labels, answers, shared, left_out, general)
     seconds = time.monotonic() - started

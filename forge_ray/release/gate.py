@@ -15,7 +15,7 @@ from forge_ray.release.bounds import Rows, shown
 OF_ROWS = ("loss", "perplexity", "text_loss", "text_perplexity", "bits_per_byte", "contamination")
 LOWER_IS_BETTER = frozenset(
     {name for of_rows in OF_ROWS for name in (of_rows, f"{GENERAL}{of_rows}")}
-    | {"needless_calls", "size_bytes", "latency_ms_per_token", "leak_auc", "leak_auc_gain", "leak_gap"}
+    | {"kl", "needless_calls", "size_bytes", "latency_ms_per_token", "leak_auc", "leak_auc_gain", "leak_gap"}
     | {"extraction_rate", "extraction_gain", "exposure_mean", "exposure_max"}
 )
 Incumbents = dict[str, EvalReport | None]

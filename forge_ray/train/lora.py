@@ -41,10 +41,13 @@ def fuse(model: Any, config: TrainConfig) -> int:
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
+    if layer.disable_adapters:
+        output: Tensor = layer.get_base_layer()(x)
+        return output
     (name,) = layer.active_adapters
     base, scaling = layer.get_base_layer(), layer.scaling[name]
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    output: Tensor = _Lora.apply(x, base.weight, base.bias, down, up, scaling)  # type: ignore[no-untyped-call]
+    output = _Lora.apply(x, base.weight, base.bias, down, up, scaling)  # type: ignore[no-untyped-call]
     return output
 
 

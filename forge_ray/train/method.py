@@ -75,9 +75,10 @@ class DerivedRows:
 @dataclass(frozen=True)
 class Method:
     """`weight` counts a batch's units (tokens, pairs, examples) before any forward pass: [], 0 for a blank row. Losses and
-    metrics are divided by its sum over the step. Both are collective and called at the start of every attempt: `prepare`
-    before the model is loaded, `begin` with the weights that the run starts from. `make` is collective: (rows as read,
-    engine, context) → rows to train on, whose number may differ between steps and ranks."""
+    metrics are divided by its sum over the step; a metric that `divisors` names, by another metric's sum. Two are collective
+    and called at the start of every attempt: `prepare` before the model is loaded, `begin` with the weights that the run
+    starts from. `make` is collective: (rows as read, engine, context) → rows to train on, whose number may differ between
+    steps and ranks."""
 
     loss: Callable[[Forward, Batch], Sums]
     weight: Callable[[Batch], Tensor]
@@ -85,5 +86,6 @@ class Method:
     make: Callable[[ReadRows, TrainEngine, Context], DerivedRows] | None = None
     prepare: Callable[[Context, Expect], None] | None = None
     begin: Callable[[TrainEngine, Context, Expect], None] | None = None
+    divisors: Mapping[str, str] = field(default_factory=dict)  # metric → the metric that counts what it is a mean over
     watched: str = "loss"  # the metric that the spike guard watches; "" where none says that training diverges
     head: Head = LM

@@ -277,7 +277,7 @@ def refuse_without_rows(train: TrainConfig, store: Store, manifest: DatasetManif
     if others or not manifest.splits["train"].num_rows:
         kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())
         hint = f"give the run file sources of {' or '.join(taken)} rows"
-        for name, rows in (("dpo", "preference"), ("kto", "feedback")):
+        for name, rows in (("dpo", "preference"), ("apo_zero", "feedback")):
             hint += f", or set train.method={{kind: {name}}}" if {rows} == others else ""
         hint += ", or leave out train.method" if others and others <= {"chat", "text"} else ""
         raise TrainingError(

@@ -119,7 +119,7 @@ class Steps:
             if losses:
                 checkpoint.set_rng_state(random_state)
             totals = self._over_ranks(self.passes(rows, weight, num_passes))
-            values = {name: total / weight for name, total in totals.items()}
+            values = averages(totals, weight, self.method)
             loss, grad_norm = values.pop("loss"), self.engine.step(lr)
             if math.isfinite(loss) and grad_norm < math.inf:
                 if losses:
@@ -164,6 +164,13 @@ class Steps:
 
     def _num_passes(self, step: int, sums: StepSums) -> int:
         return max(1, -(-int(max(sums.num_rows)) // self._rows_per_pass(step)))
+
+
+def averages(totals: Mapping[str, float], weight: float, method: Method) -> dict[str, float]:
+    """Sums over all ranks → means: over the units of the method, or over what `Method.divisors` names. A mean over nothing
+    is left out."""
+    counts = {name: totals[method.divisors[name]] if name in method.divisors else weight for name in totals}
+    return {name: total / counts[name] for name, total in totals.items() if counts[name]}
 
 
 def tensors(arrays: Arrays, method: Method, context: Context) -> Batch:

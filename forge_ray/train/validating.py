@@ -17,7 +17,7 @@ from forge_ray.train.job import TrainJob
 from forge_ray.train.method import Method
 from forge_ray.train.methods import method_of
 from forge_ray.train.sequence_parallel import Slices
-from forge_ray.train.step import PassSums, tensors, with_columns
+from forge_ray.train.step import PassSums, averages, tensors, with_columns
 from forge_ray.train.validation import Result, write
 from forge_ray.train.weights import load, verified
 
@@ -67,7 +67,8 @@ def validate(
     names = ["loss", *sorted(sums.metrics)]
     *totals, weight = sum_over_ranks([sums.loss, *(sums.metrics[name] for name in names[1:]), weight], context)
     weight = max(weight / context.sp_size, 1.0)  # ranks that share their rows counted them once each
-    return {f"validation_{name}": total / weight for name, total in zip(names, totals, strict=True)}
+    means = averages(dict(zip(names, totals, strict=True)), weight, method)
+    return {f"validation_{name}": value for name, value in means.items()}
 
 
 def validate_checkpoint(values: dict[str, Any], step: int) -> None:

@@ -17,19 +17,21 @@ from forge_ray.config.base import parse
 from forge_ray.config.method import OF_PAIRS, Preference
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.stream import Rows
-from forge_ray.errors import DataError, TrainingError
+from forge_ray.errors import ConfigError, DataError, TrainingError
 from forge_ray.records import DatasetManifest
 from forge_ray.store import paths
 from forge_ray.store.files import Store
 from forge_ray.train import attention
 from forge_ray.train.follow import PROGRESS
 from forge_ray.train.job import TrainJob
+from forge_ray.train.loss import segment_sums, token_logps
 from forge_ray.train.measure import PIECE_ROWS, document_logps
-from forge_ray.train.methods.preference import judged_loss, num_documents, num_pairs, pair_loss, read_grades
+from forge_ray.train.methods.preference import judged_loss, num_documents, num_pairs, pair_loss, preference, read_grades
 from forge_ray.train.model import load_for_training
 from forge_ray.train.preflight import refuse_without_rows
 from forge_ray.train.reference import Reference, read_document_logps
 from forge_ray.train.reference_files import parquet, pieces
+from forge_ray.train.step import averages
 
 pytestmark = pytest.mark.numerics
 TORCH: dict[str, Any] = {"engine": "torch", "zero_stage": 0, "optimizer": {"lr": 1e-3, "eps": 1e-6}}
@@ -43,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "offset": {"beta": 0.3, "offset_weight": 0.5},
     "simpo": {"beta": 2.0, "gamma": 0.5},
     "orpo": {"beta": 0.2},
-    "kto": {"beta": 0.3, "good_weight": 1.5, "bad_weight": 0.5},
+    "apo_zero": {"beta": 0.3, "good_weight": 1.5, "bad_weight": 0.5},
 }
 
 
@@ -108,13 +110,13 @@ def expected(kind: str, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
             good, bad = torch.sigmoid(beta * r_chosen), torch.sigmoid(beta * r_rejected)
             loss = 1.5 * (1 - good) + 0.5 * bad
         total = total + loss
-    return total / (4 if kind == "kto" else 2)
+    return total / (4 if kind == "apo_zero" else 2)
 
 
 @pytest.mark.parametrize("kind", sorted(SETTINGS))
 def test_each_loss_and_its_gradient_are_those_of_the_papers(kind: str) -> None:
     batch, logits = two_pairs()
-    if kind == "kto":
+    if kind == "apo_zero":
         batch["grades"] = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
     right = expected(kind, logits, batch)
     (gradient,) = torch.autograd.grad(right, logits)
@@ -123,14 +125,14 @@ def test_each_loss_and_its_gradient_are_those_of_the_papers(kind: str) -> None:
     def forward(**inputs: Any) -> Any:
         return SimpleNamespace(logits=other[None, inputs["logits_to_keep"]].clone())
 
-    loss = judged_loss if kind == "kto" else pair_loss
-    sums, units = loss(of_kind(kind), forward, batch), (num_documents if kind == "kto" else num_pairs)(batch)
+    loss = judged_loss if kind == "apo_zero" else pair_loss
+    sums, units = loss(of_kind(kind), forward, batch), (num_documents if kind == "apo_zero" else num_pairs)(batch)
     value = sums.loss / units
     value.backward()
     assert float(value.detach()) == pytest.approx(float(right.detach()), rel=1e-5)
     assert other.grad is not None
     assert torch.allclose(other.grad, gradient, atol=1e-6)
-    assert int(units) == (4 if kind == "kto" else 2)
+    assert int(units) == (4 if kind == "apo_zero" else 2)
 
 
 def job_of(jobs: Jobs, judged: dict[str, DatasetManifest], run: str, kind: str, **settings: Any) -> TrainJob:
@@ -138,7 +140,7 @@ def job_of(jobs: Jobs, judged: dict[str, DatasetManifest], run: str, kind: str, 
     return jobs.on(jobs(run, **(TORCH | settings), method=method), judged[of_kind(kind).rows])
 
 
-@pytest.mark.parametrize("kind", ["dpo", "offset", "orpo", "kto"])
+@pytest.mark.parametrize("kind", ["dpo", "offset", "orpo", "apo_zero"])
 def test_neither_passes_nor_workers_nor_zero_change_what_is_trained(
     jobs: Jobs, judged: dict[str, DatasetManifest], run: Run, kind: str
 ) -> None:
@@ -150,10 +152,10 @@ def test_neither_passes_nor_workers_nor_zero_change_what_is_trained(
     run(one, three)
     run(two, zero, ranks=2)
     for other in (three, two, zero):
-        for name in ("loss", "validation_loss", "verdict_accuracy" if kind == "kto" else "pair_accuracy"):
+        for name in ("loss", "validation_loss", "verdict_accuracy" if kind == "apo_zero" else "pair_accuracy"):
             assert losses(other, name) == pytest.approx(losses(one, name), rel=1e-4, abs=1e-5), (other.run, name)
         assert largest_difference(exported(other), exported(one)) < 2e-5
-    if kind != "kto":  # whose verdicts follow no rule here
+    if kind != "apo_zero":  # whose verdicts follow no rule here
         assert losses(one, "validation_loss")[1] < losses(one, "validation_loss")[0]
 
 
@@ -192,11 +194,34 @@ def test_reference_is_the_model_without_its_adapter(jobs: Jobs, judged: dict[str
     assert losses(job, "reward_margin")[0] == pytest.approx(0.0, abs=1e-4)  # before the first update both are the same
 
 
+def test_dpo_of_an_adapter_is_dpo_with_the_adapter_switched_off_as_reference(
+    jobs: Jobs, judged: dict[str, DatasetManifest], run: Run
+) -> None:
+    job = job_of(jobs, judged, "dpo-switched-off", "dpo", **LORA, max_steps=6)
+    run(job)
+    base, adapter = job.store.local(f"models/{job.base.id}"), job.store.local(paths.export(job.run))
+    model: Any = load_for_training(base, job.config, "fp32", torch.device("cpu"), 1, initial=adapter)
+    rows, numbers = Rows.of(job.store, job.dataset, "train"), [0, 1, 2]
+    batch = {name: torch.from_numpy(value) for name, value in rows.batch(numbers).items()}
+    with torch.no_grad(), model.disable_adapter():
+        switched_off, _ = segment_sums(*token_logps(model, batch), batch)
+    results = []
+    for logps in (torch.from_numpy(Reference(job).read(rows, numbers)), switched_off):
+        model.zero_grad()
+        sums = pair_loss(of_kind("dpo"), model, {**batch, "reference_logps": logps})
+        sums.loss.backward()
+        assert abs(sums.metrics["reward_margin"]) > 0.1  # the adapter has learned something
+        results.append([sums.loss.detach(), *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+    assert len(results[0]) > 2
+    for kept, computed in zip(*results, strict=True):
+        assert torch.allclose(kept, computed, rtol=1e-5, atol=1e-5)
+
+
 def test_reference_is_computed_once_and_a_killed_pass_continues(
     jobs: Jobs, judged: dict[str, DatasetManifest], run: Run
 ) -> None:
     """The next attempt takes a piece as it was left: what a run then reads of it is not what it would have computed."""
-    first = job_of(jobs, judged, "kto-first", "kto", **LORA, max_steps=1)
+    first = job_of(jobs, judged, "apo_zero-first", "apo_zero", **LORA, max_steps=1)
     reference = Reference(first, document_logps())
     store, rows = first.store, Rows.of(first.store, first.dataset, "train")
     store.delete_dir(reference.folder)
@@ -207,19 +232,19 @@ def test_reference_is_computed_once_and_a_killed_pass_continues(
     piece = pieces(first.dataset)[0]
     left = [{"logps": row["logps"] - 1} for row in values]
     store.write(f"{reference._work}/{piece.name}", parquet(left, reference.measure))
-    store.write(paths.run("kto-again", PROGRESS), b"{}")  # of that pass
-    again = job_of(jobs, judged, "kto-again", "kto", **LORA, max_steps=1)
+    store.write(paths.run("apo_zero-again", PROGRESS), b"{}")  # of that pass
+    again = job_of(jobs, judged, "apo_zero-again", "apo_zero", **LORA, max_steps=1)
     run(again)
     assert first_steps(again) == [0]
     assert not store.list(reference._work)
-    assert not store.exists(paths.run("kto-again", PROGRESS))
+    assert not store.exists(paths.run("apo_zero-again", PROGRESS))
     (path,) = [path for path in store.list(reference.folder) if "/train-" in path]
     kept = pq.read_table(store.local(path)).column("logps").to_pylist()
     for number, row in enumerate(values):
         assert kept[number] == (row["logps"] - 1).tolist()
     assert losses(again, "good_reward") != losses(first, "good_reward")
     store.delete_dir(reference.folder)
-    run(job_of(jobs, judged, "kto-third", "kto", **LORA, max_steps=1))
+    run(job_of(jobs, judged, "apo_zero-third", "apo_zero", **LORA, max_steps=1))
     assert store.files(reference.folder) == files
 
 
@@ -235,7 +260,7 @@ def test_numbers_of_a_pass_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("__float__", "tolist"):
         fetch = getattr(Tensor, name)
         monkeypatch.setattr(Tensor, name, lambda self, fetch=fetch, name=name: fetched.append(name) or fetch(self))
-    for loss, kind in ((pair_loss, "dpo"), (judged_loss, "kto")):
+    for loss, kind in ((pair_loss, "dpo"), (judged_loss, "apo_zero")):
         sums = loss(of_kind(kind), forward, batch)
         assert not fetched
         value, metrics = sums.fetch()
@@ -253,8 +278,14 @@ def test_margin_that_is_missing_or_has_no_log_is_refused_with_its_record() -> No
         def records(self, numbers: list[int]) -> list[list[str]]:
             return [["rec_a", "rec_a", "rec_b", "rec_b"]]
 
+    rows: Any = Graded()
     with pytest.raises(DataError, match="rec_b has no margin: "):
-        read_grades(of_kind("offset"), Graded(), [0])  # type: ignore[arg-type]
+        read_grades(of_kind("offset"), rows, [0])
+    with pytest.raises(DataError, match=r"rec_b has a margin that is not a finite number \(a string\): "):
+        read_grades(of_kind("offset"), rows, [0], {"rec_b": "a string"}.__getitem__)
+    rows.grades = lambda numbers: [[1.0, 1.0, 1e39, 1e39]]
+    with pytest.raises(DataError, match=r"rec_b has a margin beyond fp32 \(3\.4e\+38\): "):
+        read_grades(of_kind("offset"), rows, [0])
 
 
 def test_rows_that_a_method_cannot_train_on_are_refused_before_a_run(
@@ -275,5 +306,40 @@ def test_rows_that_a_method_cannot_train_on_are_refused_before_a_run(
     refuse_without_rows(TrainConfig(method=of_kind("dpo")), store, judged["preference"])
 
 
+@pytest.mark.parametrize(
+    ("verdict", "counts"), [(1.0, "80 training answers judged good and 0"), (-1.0, "0 training answers")]
+)
+def test_answers_that_are_all_good_or_all_bad_are_refused(
+    store: Store, judged: dict[str, DatasetManifest], monkeypatch: pytest.MonkeyPatch, verdict: float, counts: str
+) -> None:
+    config = TrainConfig(method=of_kind("apo_zero"))
+    refuse_without_rows(config, store, judged["feedback"])
+    grades = Rows.grades
+    monkeypatch.setattr(Rows, "grades", lambda rows, numbers: [[verdict for _ in row] for row in grades(rows, numbers)])
+    with pytest.raises(DataError, match=counts) as caught:
+        refuse_without_rows(config, store, judged["feedback"])
+    assert "add rows with the other label" in caught.value.hint
+
+
+def test_rewards_are_means_over_the_answers_of_their_verdict() -> None:
+    """Of three good answers and a bad one, over a step; a step without a bad one has no mean of them."""
+    method, sums = preference(of_kind("apo_zero"), None), {"loss": 2.0, "good_reward": 6.0, "bad_reward": -1.0}
+    means = averages({**sums, "good_share": 3.0, "bad_share": 1.0}, 4.0, method)
+    assert means == {"loss": 0.5, "good_reward": 2.0, "bad_reward": -1.0, "good_share": 0.75, "bad_share": 0.25}
+    assert "bad_reward" not in averages({**sums, "good_share": 3.0, "bad_share": 0.0}, 3.0, method)
+
+
+def test_kto_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="kind=kto is not computed: its reference point z0") as caught:
+        parse(Preference, {"kind": "kto"})
+    assert "apo_zero" in caught.value.hint
+
+
+@pytest.mark.parametrize("beta", [0, -0.1])
+def test_beta_of_zero_is_refused(beta: float) -> None:
+    with pytest.raises(ConfigError, match=rf"beta={beta}: input should be greater than 0"):
+        parse(Preference, {"kind": "dpo", "beta": beta})
+
+
 def test_every_kind_has_a_test() -> None:
-    assert set(SETTINGS) == {*OF_PAIRS, "kto"}
+    assert set(SETTINGS) == {*OF_PAIRS, "apo_zero"}

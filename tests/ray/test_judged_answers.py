@@ -45,8 +45,8 @@ def config(rows: Path, *overrides: str) -> RunConfig:
         f"data.sources=[{{path: {rows}}}]",
         "train={epochs: 10, global_batch: 4, micro_batch_size: 4, optimizer: {lr: 5.0e-3}, engine: torch, zero_stage: 0,"
         " precision: fp32, scaling: {num_workers: 0}, method: {kind: dpo, beta: 0.2}}",
-        "eval.slices=[source]",
-        "release={alias: pairs, gate: {thresholds: {pair_accuracy: {min: 0.9}},"
+        "eval={slices: [source], kl: {max_examples: 8}}",
+        "release={alias: pairs, gate: {thresholds: {pair_accuracy: {min: 0.9}, kl: {max: 1.0e6}},"
         " better_than: [{incumbent: base, metric: pair_accuracy, margin: 0.2}]}}",
         "deploy=null",
     )
@@ -65,6 +65,8 @@ def test_pairs_from_rows_to_a_verdict(store: Store, tmp_path: Path) -> None:
     assert outcome.report.metrics["pair_accuracy"] >= 0.9
     assert outcome.report.metrics["pair_accuracy"] > outcome.base_report.metrics["pair_accuracy"] + 0.2
     assert outcome.report.metrics["pair_margin"] > 0
+    assert outcome.report.metrics["kl"] > 0.01
+    assert "kl" not in outcome.base_report.metrics  # which no run made
     assert {"pair_accuracy", "pair_margin"} <= outcome.report.intervals.keys()
     assert reproduce(store, run.id)["verdict"] == "equal"
 

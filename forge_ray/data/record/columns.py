@@ -157,8 +157,10 @@ def scalar_text(value: Any, column: str) -> str:
     return str(value) if isinstance(value, int) and abs(value) < 1 << 64 else string_of(value, column)
 
 
-def number_of(value: Any, column: str) -> float:
-    """A finite number; a text is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Reject(f"`{column}` is not a finite number: {quoted(value)}")
-    return float(value)
+def number_of(value: Any) -> float | None:
+    """A finite number as fp64; None for one beyond it, and for a text."""
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

@@ -45,6 +45,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 MAIN = frozenset(column for columns in COLUMNS.values() for column in columns) - {"label"}
 COLUMNS_SHOWN = 5
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+BOTH_IN_ONE = "a pair is one row with both answers; join the files or datasets on their prompt"
 VERDICTS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 equal True and False
 
 
@@ -71,6 +72,9 @@ def detect(row: Row) -> str:
     if len(names) != 1:
         if names:
             raise Reject(f"columns of two shapes: {names[0]} and {names[1]}")
+        for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            if row.get(one) is not None and row.get(other) is None:
+                raise Reject(f"`{one}` without `{other}`: {BOTH_IN_ONE}")
         columns = ", ".join(repr(str(column)[:30]) for column in sorted(row, key=str)[:COLUMNS_SHOWN])
         raise Reject(f"no columns of a known shape: {columns or 'none'}{', …' if len(row) > COLUMNS_SHOWN else ''}")
     (name,) = names
@@ -206,13 +210,23 @@ def _preference(row: Row) -> Converted:
 
 
 def _margin(row: Row) -> Row:
-    """By how much the preferred answer is better, where the row says it: `margin`, or the difference of two scores."""
+    """By how much the preferred answer is better, where the row says it: `margin`, or the difference of two scores. One that
+    is not a finite number stays as what it is: the losses that read margins refuse the pair, and the others do not."""
     if row.get("margin") is not None:
-        return {"margin": number_of(row["margin"], "margin")}
+        margin = number_of(row["margin"])
+        return {"unusable_margin": _number_or_type(row["margin"])} if margin is None else {"margin": margin}
     for better, worse in SCORES:
         if row.get(better) is not None and row.get(worse) is not None:
-            return {"margin": number_of(row[better], better) - number_of(row[worse], worse)}
+            high, low = number_of(row[better]), number_of(row[worse])
+            margin = None if high is None or low is None else number_of(high - low)
+            as_text = f"{_number_or_type(row[better])} less {_number_or_type(row[worse])}"
+            return {"unusable_margin": as_text} if margin is None else {"margin": margin}
     return {}
+
+
+def _number_or_type(value: Any) -> str:
+    """A text may say anything, so it is not kept."""
+    return quoted(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else type_name(value)
 
 
 def _role(turns: list[Any]) -> Any:

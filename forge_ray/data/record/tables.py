@@ -37,7 +37,11 @@ ARROW: dict[str, pa.Schema] = {
     "chat": pa.schema(PROMPT),
     "text": pa.schema([("id", pa.string()), ("text", pa.string())]),
     "preference": pa.schema(
-        [*PROMPT, ("chosen", pa.list_(MESSAGE)), ("rejected", pa.list_(MESSAGE)), ("margin", pa.float64())]
+        [
+            *PROMPT,
+            *(("chosen", pa.list_(MESSAGE)), ("rejected", pa.list_(MESSAGE))),
+            *(("margin", pa.float64()), ("unusable_margin", pa.string())),
+        ]
     ),
     "feedback": pa.schema([*PROMPT, ("answer", pa.list_(MESSAGE)), ("label", pa.bool_())]),
 }

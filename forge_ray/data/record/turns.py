@@ -48,7 +48,7 @@ def content_of(kind: str, row: dict[str, Any], images: Images) -> dict[str, Any]
         return content | {"label": row["label"]}
     if content["chosen"] == content["rejected"]:
         raise Reject("`chosen` and `rejected` are the same")
-    return content | ({"margin": row["margin"]} if "margin" in row else {})
+    return content | {name: row[name] for name in ("margin", "unusable_margin") if name in row}
 
 
 def _without_weights(messages: list[Message]) -> list[Message]:

@@ -1,5 +1,5 @@
 """Training on judged answers. Pairs (y preferred, z rejected, prompt x), of which both documents stand in one packed row, or
-single answers with a verdict. Left out: divergences other than the reverse KL, and the term z0 of KTO (below).
+single answers with a verdict. Left out: divergences other than the reverse KL, and KTO's z0 (below).
 
 r(y) = log p(y|x) - log p_reference(y|x), summed over the answer's tokens; mean(·) is per token of the answer; s = sigmoid.
 Losses are per pair, and divided by the pairs of the whole step.
@@ -11,14 +11,18 @@ Losses are per pair, and divided by the pairs of the whole step.
     offset   -log s(b d - a f(margin)), f the log or the margin itself                         (arXiv:2402.10571, eq. 5)
     simpo    -log s(b (mean log p(y) - mean log p(z)) - gamma)                                (arXiv:2405.14734, eq. 6)
     orpo     -mean log p(y) - b log s(log odds(y) - log odds(z)), odds of mean log p           (arXiv:2403.07691, eq. 6, 7)
-    kto      1 - s(b r(y)) of a good answer, s(b r(y)) of a bad one: KTO (arXiv:2402.01306, eq. 8) with z0 = 0, which is
-             APO-zero's loss of one answer (arXiv:2408.06266). KTO's own z0 asks for answers of other prompts.
+    apo_zero 1 - s(b r(y)) of a good answer, s(b r(y)) of a bad one                           (arXiv:2408.06266, eq. 7)
 
-`sft_weight` w adds -w mean log p(y) (arXiv:2404.19733, eq. 1).
+KTO (arXiv:2402.01306, eq. 8) has b (r(y) - z0) there, z0 the mean r of the step's answers, each put to another row's prompt.
+It is not computed: it needs a reference of documents that no dataset holds, and two passes more over every step.
+
+`sft_weight` w adds -w mean log p(y) (arXiv:2404.19733, eq. 1). TRL 1.16 takes that mean over all tokens of a batch and not
+of each answer, and ORPO's first term over the prompt too; `tests/numerics/test_trl_losses.py` compares the rest with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -30,7 +34,8 @@ from torch import Tensor
 
 from forge_ray.config.method import Preference
 from forge_ray.data.dataset.stream import Rows
-from forge_ray.errors import DataError
+from forge_ray.data.dataset.version import find_record
+from forge_ray.errors import DataError, NotFound
 from forge_ray.records import DatasetManifest
 from forge_ray.store.files import Store
 from forge_ray.train.loss import segment_sums, token_logps
@@ -38,12 +43,16 @@ from forge_ray.train.measure import by_segment
 from forge_ray.train.method import Batch, Column, Forward, Method, Sums
 from forge_ray.train.reference import Reference, read_document_logps
 
+DIVISORS = {"good_reward": "good_share", "bad_reward": "bad_share"}
+
 
 def preference(config: Preference, reference: Reference | None) -> Method:
     """`reference`: of the kinds that compare with one."""
     columns = tuple(column for column in (_reference_logps(reference), _grades(config)) if column)
-    loss, weight = (judged_loss, num_documents) if config.kind == "kto" else (pair_loss, num_pairs)
-    method = Method(loss=partial(loss, config), weight=weight, columns=columns)
+    if config.kind == "apo_zero":
+        method = Method(partial(judged_loss, config), num_documents, columns, divisors=DIVISORS)
+    else:
+        method = Method(partial(pair_loss, config), num_pairs, columns)
     if reference and reference.job.frozen:
         return replace(method, prepare=reference.prepare)
     return replace(method, begin=reference.begin) if reference else method
@@ -114,6 +123,8 @@ def judged_loss(config: Preference, forward: Forward, batch: Batch) -> Sums:
     sums = {
         "good_reward": rewards[good].sum(),
         "bad_reward": rewards[~good].sum(),
+        "good_share": good.sum(),
+        "bad_share": (~good).sum(),
         "verdict_accuracy": ((rewards > 0) == good).sum(),
     }
     return Sums(losses.sum() + 0 * logps_K.sum(), sums)
@@ -131,31 +142,59 @@ def _reference_logps(reference: Reference | None) -> Column | None:
 
 
 def _grades(config: Preference) -> Column | None:
-    if config.kind not in ("offset", "kto"):
+    if config.kind not in ("offset", "apo_zero"):
         return None
     return Column("grades", "segment", blank=1.0, read=partial(read_grades, config))
 
 
 def refuse_ungraded(config: Preference, store: Store, manifest: DatasetManifest) -> None:
-    """Raises `DataError` where a row that the method can come to has no margin that it can use; reads that column alone."""
-    for split in ("train", "validation") if config.kind == "offset" else ():
+    """Raises `DataError` where a row that the method can come to has no margin that it can use, or where all judged answers
+    of the training rows are good, or all bad; reads that column alone."""
+    counts = dict.fromkeys((True, False), 0)
+    for split in {"offset": ("train", "validation"), "apo_zero": ("train",)}.get(config.kind, ()):
         if (stats := manifest.splits.get(split)) and stats.num_rows:
             rows = Rows.of(store, manifest, split)
             for start in range(0, rows.num_rows, rows.block_rows):
-                read_grades(config, rows, list(range(start, min(start + rows.block_rows, rows.num_rows))))
+                numbers = list(range(start, min(start + rows.block_rows, rows.num_rows)))
+                read_grades(config, rows, numbers, partial(_unusable, store, manifest))
+                for is_good in (True, False) if config.kind == "apo_zero" else ():
+                    counts[is_good] += sum((grade > 0) == is_good for row in rows.grades(numbers) for grade in row)
+    if config.kind == "apo_zero" and not all(counts.values()):
+        raise DataError(
+            f"{manifest.id} has {counts[True]} training answers judged good and {counts[False]} judged bad:"
+            f" train.method.kind={config.kind} needs both, for with one alone it moves every answer the same way",
+            hint="add rows with the other label; or fine-tune on the good answers: leave out train.method, and give them as"
+            " chats",
+        )
 
 
-def read_grades(config: Preference, rows: Rows, numbers: list[int]) -> npt.NDArray[np.float32]:
-    """[B, S] fp32: 1 or -1 of each judged answer, or the margin of its pair. Raises `DataError` where a margin is missing or
-    has no log."""
+def _unusable(store: Store, manifest: DatasetManifest, record: str) -> str:
+    """What a pair's row has as its margin, where that is no number."""
+    try:
+        return str(find_record(store, manifest, record)["content"].get("unusable_margin", ""))
+    except NotFound:
+        return ""
+
+
+def read_grades(
+    config: Preference, rows: Rows, numbers: list[int], unusable: Callable[[str], str] = lambda record: ""
+) -> npt.NDArray[np.float32]:
+    """[B, S] fp32: 1 or -1 of each judged answer, or the margin of its pair. Raises `DataError` where a margin is missing,
+    is no finite number of fp32, or has no log. `unusable`: of a record, its margin that is no number."""
     grades = by_segment(rows.grades(numbers), 1.0)
     bad = ~np.isfinite(grades) | ((grades <= 0) & (config.kind == "offset") & (config.offset_scale == "log"))
     if bad.any():
         lane, segment = np.argwhere(bad)[0].tolist()
         record, value = rows.records(numbers)[lane][segment], grades[lane, segment]
-        margin = f"the margin {value:g}" if np.isfinite(value) else "no margin"
+        if np.isnan(value):
+            text = unusable(record)
+            margin = f"a margin that is not a finite number ({text})" if text else "no margin"
+        else:
+            margin = (
+                f"the margin {value:g}" if np.isfinite(value) else f"a margin beyond fp32 ({np.finfo(np.float32).max:.1e})"
+            )
         raise DataError(
             f"{record} has {margin}: train.method.kind=offset needs one on every pair, and offset_scale=log one above 0",
-            hint="give the rows a column `margin` (or data.sources.mapping.margin), or use kind: dpo",
+            hint="correct the row's `margin` (or data.sources.mapping.margin) or leave the row out, or use kind: dpo",
         )
     return grades

@@ -15,6 +15,6 @@ def test_cross_entropy_is_said_of_supervised_training_alone() -> None:
     for kind in OF_PAIRS:
         assert objective(kind, 0.0) == f"{kind} loss of pairs of a preferred and a rejected answer"
         assert loss_name(kind) == f"{kind} loss per pair"
-    assert objective("kto", 0.0) == "kto loss of single answers, judged good or bad"
-    assert loss_name("kto") == "kto loss per answer"
+    assert objective("apo_zero", 0.0) == "apo_zero loss of single answers, judged good or bad"
+    assert loss_name("apo_zero") == "apo_zero loss per answer"
     assert objective("dpo", 0.5).endswith("plus 0.5 times the preferred answer's cross-entropy per token")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from forge_ray.config.data import Mapping, Shape
 from forge_ray.data.record.columns import SPEAKERS
 from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record, require_mistral_ids, texts, with_texts
-from forge_ray.data.record.shapes import COLUMNS, CONVERTERS, detect
+from forge_ray.data.record.shapes import BOTH_IN_ONE, COLUMNS, CONVERTERS, detect
 from forge_ray.data.record.tables import ARROW, from_arrow, to_arrow
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
@@ -451,6 +451,8 @@ REJECTED: list[tuple[Any, str]] = [
     ({"prompt": "a", "chosen": "b", "rejected": 7}, "`rejected` is not a string: a number"),
     ({"prompt": "a", "chosen": [], "rejected": "b"}, "`chosen` is not a non-empty list"),
     ({"chosen": "b", "rejected": "c"}, "`chosen` and `rejected` share no prompt"),
+    ({"prompt": "a", "chosen": "b"}, f"`chosen` without `rejected`: {BOTH_IN_ONE}"),
+    ({"prompt": "a", "rejected": "b", "margin": 1}, f"`rejected` without `chosen`: {BOTH_IN_ONE}"),
     (PAIR | {"rejected": [user("3+3?"), said("6")]}, "`chosen` and `rejected` share no prompt"),
     (PAIR | {"prompt": "3+3?"}, "`prompt` differs from the start of `chosen`"),
     ({"prompt": "a", "chosen": [said(), user(), said()], "rejected": "c"}, "`chosen` is not an assistant's answer"),

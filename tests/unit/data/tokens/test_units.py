@@ -9,6 +9,7 @@ import pytest
 from conftest import tiny_tokenizer
 
 from forge_ray.data.record.schema import DataRecord, Reject, parse_record
+from forge_ray.data.record.tables import from_arrow, to_arrow
 from forge_ray.data.tokens.chat import encode_batch
 from forge_ray.data.tokens.template import Encoded
 from forge_ray.data.tokens.units import CUT_AWAY, SAME_IDS, SEVERAL, together
@@ -92,7 +93,24 @@ def test_margin_of_a_pair_is_read(more: dict[str, Any], margin: float | None) ->
     assert parse_record(PAIR | more).content.get("margin") == margin
 
 
-@pytest.mark.parametrize("value", ["much", True, float("inf")])
-def test_margin_that_is_no_number_is_refused(value: Any) -> None:
-    with pytest.raises(Reject, match="`margin` is not a finite number"):
-        parse_record(PAIR | {"margin": value})
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"margin": "much"}, "a string"),
+        ({"margin": True}, "a boolean"),
+        ({"margin": [1]}, "a list"),
+        ({"margin": 10**400}, f"1{'0' * 41}"),
+        ({"score_chosen": "high", "score_rejected": 1}, "a string less 1"),
+        ({"score_chosen": 1.7e308, "score_rejected": -1.7e308}, "1.7e+308 less -1.7e+308"),
+    ],
+)
+def test_margin_that_is_no_number_stays_as_its_text(more: dict[str, Any], text: str) -> None:
+    """The pair is trained on by the losses that read no margin."""
+    record = parse_record(PAIR | more)
+    assert "margin" not in record.content
+    assert record.content["unusable_margin"] == text
+    assert next(from_arrow(to_arrow([record]))) == record.content
+
+
+def test_margin_beyond_fp32_is_read() -> None:
+    assert parse_record(PAIR | {"margin": 1e39}).content["margin"] == 1e39
