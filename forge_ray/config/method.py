@@ -9,17 +9,18 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from forge_ray.config.base import Config, SettingError, without_defaults
 
 OF_PAIRS = ("dpo", "robust", "ipo", "hinge", "offset", "simpo", "orpo")
+OF_ANSWERS = ("kto", "apo_zero")
 WITHOUT_REFERENCE = ("simpo", "orpo")
 # settings that only some kinds read
 READ_BY = {
-    "reference": ("dpo", "robust", "ipo", "hinge", "offset", "apo_zero"),
+    "reference": ("dpo", "robust", "ipo", "hinge", "offset", "kto", "apo_zero"),
     "label_smoothing": ("dpo", "robust", "simpo"),
     "sft_weight": ("dpo", "robust", "ipo", "hinge", "offset", "simpo"),
     "gamma": ("simpo",),
     "offset_weight": ("offset",),
     "offset_scale": ("offset",),
-    "good_weight": ("apo_zero",),
-    "bad_weight": ("apo_zero",),
+    "good_weight": OF_ANSWERS,
+    "bad_weight": OF_ANSWERS,
 }
 
 
@@ -44,13 +45,13 @@ def objective(method: str, sft_weight: float) -> str:
 
 
 class Preference(Config):
-    """Training on judged answers: pairs of a preferred and a rejected one, or with `apo_zero` single ones. Equations and
-    papers: `docs/guides/preferences.md`."""
+    """Training on judged answers: pairs of a preferred and a rejected one, or with `kto` and `apo_zero` single ones.
+    Equations and papers: `docs/guides/preferences.md`."""
 
-    kind: Literal["dpo", "robust", "ipo", "hinge", "offset", "simpo", "orpo", "apo_zero"] = Field(
+    kind: Literal["dpo", "robust", "ipo", "hinge", "offset", "simpo", "orpo", "kto", "apo_zero"] = Field(
         description="Loss. `dpo`: the usual one; `robust`: where some judgements are wrong; `ipo`: does not overfit certain"
         " pairs; `hinge`: SLiC's; `offset`: where pairs have a `margin`; `simpo`, `orpo`: without a reference model;"
-        " `apo_zero`: single answers, each good or bad (KTO with its reference point at 0)"
+        " `kto`: single answers, each good or bad; `apo_zero`: the same with the reference point at 0"
     )
     beta: float = Field(
         0.1, gt=0, description="Strength of the pull to the reference model; of `orpo`, weight of its term of odds"
@@ -71,19 +72,8 @@ class Preference(Config):
     gamma: float = Field(0.5, ge=0, description="Margin that the pair's difference should exceed (simpo)")
     offset_weight: float = Field(1.0, gt=0, description="Factor of the offset that a pair's margin gives (offset)")
     offset_scale: Literal["log", "linear"] = Field("log", description="Whether the offset grows with the margin or its log")
-    good_weight: float = Field(1.0, gt=0, description="Weight of answers judged good (apo_zero)")
-    bad_weight: float = Field(1.0, gt=0, description="Weight of answers judged bad (apo_zero)")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_mismatched_answers(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("kind") == "kto":
-            raise SettingError(
-                "kind=kto is not computed: its reference point z0 is a mean over all answers of a step, each put to another"
-                " row's prompt",
-                "use kind: apo_zero, which is KTO's loss with z0 = 0",
-            )
-        return value
+    good_weight: float = Field(1.0, gt=0, description="Weight of answers judged good (kto, apo_zero)")
+    bad_weight: float = Field(1.0, gt=0, description="Weight of answers judged bad (kto, apo_zero)")
 
     @model_validator(mode="after")
     def _every_setting_is_read(self) -> Self:
@@ -102,7 +92,7 @@ class Preference(Config):
     @property
     def rows(self) -> str:
         """The kind of the records that are trained on."""
-        return "feedback" if self.kind == "apo_zero" else "preference"
+        return "feedback" if self.kind in OF_ANSWERS else "preference"
 
     @model_serializer(mode="wrap")
     def _serialised(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Measure:
 
 def document_logps() -> Measure:
     """Of each document of a row, the log p of its trained tokens."""
-    return Measure((), {"logps": pa.float32()}, PIECE_ROWS, _document_logps, _largest)
+    return Measure((), {"logps": pa.float32()}, PIECE_ROWS, _document_logps, largest_difference)
 
 
 def _document_logps(forward: Forward, batch: Batch) -> RowValues:
@@ -44,9 +44,10 @@ def _document_logps(forward: Forward, batch: Batch) -> RowValues:
     return {"logps": sums_BS[0, : int(batch["segment_ids"].max())].float().cpu().numpy()}
 
 
-def _largest(kept: RowValues, again: RowValues) -> tuple[float, float]:
-    difference = np.abs(kept["logps"] - again["logps"]).max(initial=0.0)
-    return float(difference), float(np.abs(kept["logps"]).max(initial=0.0))
+def largest_difference(kept: RowValues, again: RowValues) -> tuple[float, float]:
+    """Over all columns of two results for a row: how far they are apart, and how large they are."""
+    differences = [np.abs(kept[name] - again[name]).max(initial=0.0) for name in kept]
+    return float(max(differences)), float(max(np.abs(values).max(initial=0.0) for values in kept.values()))
 
 
 def by_segment(values: list[list[float]], blank: float) -> npt.NDArray[np.float32]:

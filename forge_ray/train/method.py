@@ -40,6 +40,9 @@ class Column:
 STORED = tuple(Column(name, "token") for name in ("input_ids", "position_ids", "segment_ids", "loss_mask"))
 
 
+STEP_MEAN = "step_mean"  # a column of every pass where `Method.step_mean` is set
+
+
 @dataclass(frozen=True)
 class Sums:
     """Of one pass over some rows. The loop divides each once, by the weight of the whole step over all ranks."""
@@ -78,7 +81,8 @@ class Method:
     metrics are divided by its sum over the step; a metric that `divisors` names, by another metric's sum. Two are collective
     and called at the start of every attempt: `prepare` before the model is loaded, `begin` with the weights that the run
     starts from. `make` is collective: (rows as read, engine, context) → rows to train on, whose number may differ between
-    steps and ranks."""
+    steps and ranks. `step_mean` gives (sum, count) of a pass, fp32 [] each, without a gradient: those of all passes of a
+    step (or of a validation) give the mean that every loss reads as the column `STEP_MEAN`, fp32 []."""
 
     loss: Callable[[Forward, Batch], Sums]
     weight: Callable[[Batch], Tensor]
@@ -86,6 +90,7 @@ class Method:
     make: Callable[[ReadRows, TrainEngine, Context], DerivedRows] | None = None
     prepare: Callable[[Context, Expect], None] | None = None
     begin: Callable[[TrainEngine, Context, Expect], None] | None = None
+    step_mean: Callable[[Forward, Batch], tuple[Tensor, Tensor]] | None = None
     divisors: Mapping[str, str] = field(default_factory=dict)  # metric → the metric that counts what it is a mean over
     watched: str = "loss"  # the metric that the spike guard watches; "" where none says that training diverges
     head: Head = LM

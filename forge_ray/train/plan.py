@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.classify import class_names
 from forge_ray.config.distil import Distil
-from forge_ray.config.method import OF_PAIRS, Preference
+from forge_ray.config.method import Preference
 from forge_ray.config.optimizer import Offload
 from forge_ray.config.train import TrainConfig
 from forge_ray.models.architecture import LM, Head, empty_model, outside_text
@@ -348,10 +348,10 @@ def _reference(
     if isinstance(method, Distil):  # ids, log probabilities and positions
         kept = sum(stats.num_trained_tokens for stats in splits) * (8 * method.k + 4)
     elif isinstance(method, Preference) and method.has_reference:
-        kept = sum(stats.num_records for stats in splits) * (8 if method.kind in OF_PAIRS else 4)
+        kept = sum(stats.num_records for stats in splits) * (4 if method.kind == "apo_zero" else 8)
     else:
         return {}
-    tokens = sum(stats.num_tokens for stats in splits)
+    tokens = sum(stats.num_tokens for stats in splits) * (2 if config.method_name == "kto" else 1)  # with moved answers
     return {
         "reference_tokens": tokens,
         "reference_bytes": kept,

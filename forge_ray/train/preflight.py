@@ -102,6 +102,8 @@ def estimate(train: TrainConfig, store: Store, precision: str, planned: Planned,
     forward_only = judgement.plan.reference_tokens / (2 if train.adapter else 3)
     if active := judgement.plan.reference_active:  # of another model, larger or smaller
         forward_only *= active / judgement.plan.num_active
+    if train.method_name == "kto":  # each step looks at its answers with other prompts first
+        forward_only += judgement.plan.num_tokens / (2 if train.adapter else 3)
     seconds = (judgement.plan.num_tokens + forward_only) / rate if rate else None
     paid = seconds is not None and assumptions.cost_per_hour
     return Estimate(
@@ -277,7 +279,7 @@ def refuse_without_rows(train: TrainConfig, store: Store, manifest: DatasetManif
     if others or not manifest.splits["train"].num_rows:
         kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())
         hint = f"give the run file sources of {' or '.join(taken)} rows"
-        for name, rows in (("dpo", "preference"), ("apo_zero", "feedback")):
+        for name, rows in (("dpo", "preference"), ("kto", "feedback")):
             hint += f", or set train.method={{kind: {name}}}" if {rows} == others else ""
         hint += ", or leave out train.method" if others and others <= {"chat", "text"} else ""
         raise TrainingError(

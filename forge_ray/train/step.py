@@ -6,7 +6,7 @@ It knows the method and the engine, and nothing of checkpoints, validations or t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from forge_ray.train import checkpoint
 from forge_ray.train.context import Context, sum_over_ranks
 from forge_ray.train.engine import TrainEngine
 from forge_ray.train.guards import AttemptGuards
-from forge_ray.train.method import STORED, Batch, Column, Method, ReadRows
+from forge_ray.train.method import STEP_MEAN, STORED, Batch, Column, Method, ReadRows
 from forge_ray.train.moe import Balance
 from forge_ray.train.sequence_parallel import Slices
 
@@ -118,7 +118,7 @@ class Steps:
         for _ in range(2):
             if losses:
                 checkpoint.set_rng_state(random_state)
-            totals = self._over_ranks(self.passes(rows, weight, num_passes))
+            totals = self._over_ranks(self.passes(rows, weight, num_passes, self._step_mean(rows, num_passes)))
             values = averages(totals, weight, self.method)
             loss, grad_norm = values.pop("loss"), self.engine.step(lr)
             if math.isfinite(loss) and grad_norm < math.inf:
@@ -141,22 +141,40 @@ class Steps:
             named["router_balance"] = self.balance.take()
         return dict(zip(named, sum_over_ranks(list(named.values()), self.context), strict=True))
 
-    def passes(self, rows: StepRows, weight: float, num_passes: int) -> PassSums:
-        """Forward and backward over this rank's rows; adds to the gradients. Passes are collective, so every rank does
-        `num_passes`: where its rows have run out, over a blank one. The balance of routers is not part of the loss."""
-        size, sums = self._rows_per_pass(rows.step), PassSums()
-        for number in range(num_passes):
-            lanes = slice(number * size, (number + 1) * size)
-            part = {name: value[lanes] for name, value in rows.batch.items()}
-            with self.guards.blaming(rows.step, rows.numbers[lanes]):
-                if not len(part["input_ids"]):
-                    part = blank_row(rows.batch, self.method.columns)
-                pass_sums = self.method.loss(self.engine.forward, self.slices.cut(part))
+    def passes(self, rows: StepRows, weight: float, num_passes: int, whole: Batch) -> PassSums:
+        """Forward and backward over this rank's rows; adds to the gradients. `whole`: columns that every pass has alike. The
+        balance of routers is not part of the loss."""
+        sums = PassSums()
+        for number, (numbers, part) in enumerate(self._parts(rows, num_passes)):
+            with self.guards.blaming(rows.step, numbers):
+                pass_sums = self.method.loss(self.engine.forward, self.slices.cut(part) | whole)
                 used, pass_weight = part["segment_ids"] > 0, self.method.weight(part)
                 extra = self.balance.loss(used, pass_weight) if self.balance else 0.0
                 self.engine.backward((pass_sums.loss + extra) / weight, is_last=number == num_passes - 1)
                 sums = sums.plus(*pass_sums.fetch())
         return sums
+
+    def _parts(self, rows: StepRows, num_passes: int) -> Iterator[tuple[list[int], Batch]]:
+        """(packed rows, their batch) of each pass. Passes are collective, so every rank does `num_passes`: where its rows
+        have run out, over a blank one."""
+        size = self._rows_per_pass(rows.step)
+        for number in range(num_passes):
+            lanes = slice(number * size, (number + 1) * size)
+            part = {name: value[lanes] for name, value in rows.batch.items()}
+            yield rows.numbers[lanes], part if len(part["input_ids"]) else blank_row(rows.batch, self.method.columns)
+
+    @torch.no_grad()
+    def _step_mean(self, rows: StepRows, num_passes: int) -> Batch:
+        """The column `STEP_MEAN` where the method has one; collective."""
+        if not self.method.step_mean:
+            return {}
+        sums: list[tuple[Tensor, Tensor]] = []
+        self.engine.model.eval()
+        for numbers, part in self._parts(rows, num_passes):
+            with self.guards.blaming(rows.step, numbers):
+                sums.append(self.method.step_mean(self.engine.forward, self.slices.cut(part)))
+        self.engine.model.train()
+        return step_mean(sums, self.context)
 
     def _rows_per_pass(self, step: int) -> int:
         """One where a worker failed in this step before, so that the row at fault is known."""
@@ -164,6 +182,13 @@ class Steps:
 
     def _num_passes(self, step: int, sums: StepSums) -> int:
         return max(1, -(-int(max(sums.num_rows)) // self._rows_per_pass(step)))
+
+
+def step_mean(sums: Sequence[tuple[Tensor, Tensor]], context: Context) -> Batch:
+    """The column `STEP_MEAN` of (sum, count) of the passes of all ranks; 0 where nothing was counted."""
+    totals = torch.stack([torch.stack(one).double() for one in sums]).sum(dim=0).tolist()
+    total, count = sum_over_ranks(totals, context)
+    return {STEP_MEAN: torch.tensor(total / count if count else 0.0, dtype=torch.float32, device=context.device)}
 
 
 def averages(totals: Mapping[str, float], weight: float, method: Method) -> dict[str, float]:

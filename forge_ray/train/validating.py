@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,10 @@ from forge_ray.errors import TrainingError
 from forge_ray.train.context import Context, join, sum_over_ranks
 from forge_ray.train.engine import TrainEngine
 from forge_ray.train.job import TrainJob
-from forge_ray.train.method import Method
+from forge_ray.train.method import Batch, Method
 from forge_ray.train.methods import method_of
 from forge_ray.train.sequence_parallel import Slices
-from forge_ray.train.step import PassSums, averages, tensors, with_columns
+from forge_ray.train.step import PassSums, averages, step_mean, tensors, with_columns
 from forge_ray.train.validation import Result, write
 from forge_ray.train.weights import load, verified
 
@@ -52,17 +53,26 @@ def validate(
         )
     order = order_of(job.dataset, "validation", 0, global_batch=1)
     sample = [order.row(index) for index in range(num_rows)]
-    engine.model.eval()
-    sums, weight = PassSums(), 0.0
     size = job.config.micro_batch_size
-    for start in range(0, num_rows, size * context.data_size):
-        numbers = sample[start + context.data_rank * size : start + (context.data_rank + 1) * size]
-        read = numbers or sample[:1]  # a rank whose rows have run out takes part, and counts nothing
-        batch = tensors(with_columns(method, rows, read, rows.batch(read)), method, context)
-        part = slices.cut(batch) if slices else batch
-        loss, metrics = method.loss(engine.forward, part).fetch()
-        sums = sums.plus(loss if numbers else 0.0, {name: value if numbers else 0.0 for name, value in metrics.items()})
-        weight += float(method.weight(batch)) if numbers else 0.0
+
+    def parts() -> Iterator[tuple[bool, Batch, Batch]]:
+        """(does it count, its rows, this rank's slice of them); a rank whose rows have run out takes part, and counts
+        nothing."""
+        for start in range(0, num_rows, size * context.data_size):
+            numbers = sample[start + context.data_rank * size : start + (context.data_rank + 1) * size]
+            read = numbers or sample[:1]
+            batch = tensors(with_columns(method, rows, read, rows.batch(read)), method, context)
+            yield bool(numbers), batch, slices.cut(batch) if slices else batch
+
+    engine.model.eval()
+    sums, weight, whole = PassSums(), 0.0, Batch()
+    if method.step_mean:
+        of_passes = [(counts, method.step_mean(engine.forward, part)) for counts, _, part in parts()]
+        whole = step_mean([(total * counts, count * counts) for counts, (total, count) in of_passes], context)
+    for counts, batch, part in parts():
+        loss, metrics = method.loss(engine.forward, part | whole).fetch()
+        sums = sums.plus(loss * counts, {name: value * counts for name, value in metrics.items()})
+        weight += float(method.weight(batch)) * counts
     engine.model.train()
     names = ["loss", *sorted(sums.metrics)]
     *totals, weight = sum_over_ranks([sums.loss, *(sums.metrics[name] for name in names[1:]), weight], context)

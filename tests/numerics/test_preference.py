@@ -14,7 +14,7 @@ from conftest import Jobs, Run, export_digest, exported, first_steps, largest_di
 from torch import Tensor
 
 from forge_ray.config.base import parse
-from forge_ray.config.method import OF_PAIRS, Preference
+from forge_ray.config.method import OF_ANSWERS, OF_PAIRS, Preference
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.stream import Rows
 from forge_ray.errors import ConfigError, DataError, TrainingError
@@ -26,7 +26,9 @@ from forge_ray.train.follow import PROGRESS
 from forge_ray.train.job import TrainJob
 from forge_ray.train.loss import segment_sums, token_logps
 from forge_ray.train.measure import PIECE_ROWS, document_logps
+from forge_ray.train.method import STEP_MEAN
 from forge_ray.train.methods.preference import judged_loss, num_documents, num_pairs, pair_loss, preference, read_grades
+from forge_ray.train.mismatched import moved_answers
 from forge_ray.train.model import load_for_training
 from forge_ray.train.preflight import refuse_without_rows
 from forge_ray.train.reference import Reference, read_document_logps
@@ -45,8 +47,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "offset": {"beta": 0.3, "offset_weight": 0.5},
     "simpo": {"beta": 2.0, "gamma": 0.5},
     "orpo": {"beta": 0.2},
+    "kto": {"beta": 0.3, "good_weight": 3.0, "bad_weight": 0.1},
     "apo_zero": {"beta": 0.3, "good_weight": 1.5, "bad_weight": 0.5},
 }
+REFERENCE_POINT = 1.7  # z0 of the comparison with the papers
 
 
 def of_kind(kind: str) -> Preference:
@@ -107,17 +111,19 @@ def expected(kind: str, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
             p, q = (chosen / lengths[first]).exp(), (rejected / lengths[first + 1]).exp()
             loss = -chosen / lengths[first] - beta * F.logsigmoid(torch.log(p / (1 - p)) - torch.log(q / (1 - q)))
         else:
-            good, bad = torch.sigmoid(beta * r_chosen), torch.sigmoid(beta * r_rejected)
-            loss = 1.5 * (1 - good) + 0.5 * bad
+            z0 = REFERENCE_POINT if kind == "kto" else 0.0
+            good, bad = torch.sigmoid(beta * (r_chosen - z0)), torch.sigmoid(beta * (r_rejected - z0))
+            loss = settings["good_weight"] * (1 - good) + settings["bad_weight"] * bad
         total = total + loss
-    return total / (4 if kind == "apo_zero" else 2)
+    return total / (4 if kind in OF_ANSWERS else 2)
 
 
 @pytest.mark.parametrize("kind", sorted(SETTINGS))
 def test_each_loss_and_its_gradient_are_those_of_the_papers(kind: str) -> None:
     batch, logits = two_pairs()
-    if kind == "apo_zero":
+    if kind in OF_ANSWERS:
         batch["grades"] = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+        batch[STEP_MEAN] = torch.tensor(REFERENCE_POINT)
     right = expected(kind, logits, batch)
     (gradient,) = torch.autograd.grad(right, logits)
     other = logits.detach().clone().requires_grad_()
@@ -125,14 +131,14 @@ def test_each_loss_and_its_gradient_are_those_of_the_papers(kind: str) -> None:
     def forward(**inputs: Any) -> Any:
         return SimpleNamespace(logits=other[None, inputs["logits_to_keep"]].clone())
 
-    loss = judged_loss if kind == "apo_zero" else pair_loss
-    sums, units = loss(of_kind(kind), forward, batch), (num_documents if kind == "apo_zero" else num_pairs)(batch)
+    loss = judged_loss if kind in OF_ANSWERS else pair_loss
+    sums, units = loss(of_kind(kind), forward, batch), (num_documents if kind in OF_ANSWERS else num_pairs)(batch)
     value = sums.loss / units
     value.backward()
     assert float(value.detach()) == pytest.approx(float(right.detach()), rel=1e-5)
     assert other.grad is not None
     assert torch.allclose(other.grad, gradient, atol=1e-6)
-    assert int(units) == (4 if kind == "apo_zero" else 2)
+    assert int(units) == (4 if kind in OF_ANSWERS else 2)
 
 
 def job_of(jobs: Jobs, judged: dict[str, DatasetManifest], run: str, kind: str, **settings: Any) -> TrainJob:
@@ -140,7 +146,7 @@ def job_of(jobs: Jobs, judged: dict[str, DatasetManifest], run: str, kind: str, 
     return jobs.on(jobs(run, **(TORCH | settings), method=method), judged[of_kind(kind).rows])
 
 
-@pytest.mark.parametrize("kind", ["dpo", "offset", "orpo", "apo_zero"])
+@pytest.mark.parametrize("kind", ["dpo", "offset", "orpo", "kto", "apo_zero"])
 def test_neither_passes_nor_workers_nor_zero_change_what_is_trained(
     jobs: Jobs, judged: dict[str, DatasetManifest], run: Run, kind: str
 ) -> None:
@@ -152,11 +158,26 @@ def test_neither_passes_nor_workers_nor_zero_change_what_is_trained(
     run(one, three)
     run(two, zero, ranks=2)
     for other in (three, two, zero):
-        for name in ("loss", "validation_loss", "verdict_accuracy" if kind == "apo_zero" else "pair_accuracy"):
+        for name in ("loss", "validation_loss", "verdict_accuracy" if kind in OF_ANSWERS else "pair_accuracy"):
             assert losses(other, name) == pytest.approx(losses(one, name), rel=1e-4, abs=1e-5), (other.run, name)
         assert largest_difference(exported(other), exported(one)) < 2e-5
-    if kind != "apo_zero":  # whose verdicts follow no rule here
+    if kind == "kto":
+        for name in ("reference_point", "validation_reference_point"):
+            assert losses(zero, name) == pytest.approx(losses(one, name), rel=1e-4, abs=1e-4)
+            assert max(losses(one, name)) > 0
+    if kind not in OF_ANSWERS:  # whose verdicts follow no rule here
         assert losses(one, "validation_loss")[1] < losses(one, "validation_loss")[0]
+
+
+def test_answers_are_moved_to_the_next_prompt_of_their_row() -> None:
+    row = {"input_ids": [1, 2, 21, 22, 3, 31, 4, 5, 41, 42, 43, 0], "segment_ids": [1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 0]}
+    row["loss_mask"] = [0, 0, 1, 1, 0, 1, 0, 0, 1, 0, 1, 0]
+    alone = {"input_ids": [7, 8, 9] + [0] * 9, "segment_ids": [1] * 3 + [0] * 9, "loss_mask": [0, 1, 1] + [0] * 9}
+    moved = moved_answers({name: torch.tensor([row[name], alone[name]]) for name in row})
+    assert moved["input_ids"].tolist() == [[1, 2, 41, 42, 43, 3, 21, 22, 4, 5, 31, 0], [0] * 12]
+    assert moved["segment_ids"].tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0], [0] * 12]
+    assert moved["loss_mask"].tolist() == [[0, 0, 1, 0, 1, 0, 1, 1, 0, 0, 1, 0], [0] * 12]
+    assert moved["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 0], list(range(12))]
 
 
 def test_killed_and_resumed_equals_uninterrupted(jobs: Jobs, judged: dict[str, DatasetManifest], run: Run) -> None:
@@ -206,7 +227,8 @@ def test_dpo_of_an_adapter_is_dpo_with_the_adapter_switched_off_as_reference(
     with torch.no_grad(), model.disable_adapter():
         switched_off, _ = segment_sums(*token_logps(model, batch), batch)
     results = []
-    for logps in (torch.from_numpy(Reference(job).read(rows, numbers)), switched_off):
+    kept = read_document_logps(Reference(job, document_logps()), rows, numbers)
+    for logps in (torch.from_numpy(kept), switched_off):
         model.zero_grad()
         sums = pair_loss(of_kind("dpo"), model, {**batch, "reference_logps": logps})
         sums.loss.backward()
@@ -329,12 +351,6 @@ def test_rewards_are_means_over_the_answers_of_their_verdict() -> None:
     assert "bad_reward" not in averages({**sums, "good_share": 3.0, "bad_share": 0.0}, 3.0, method)
 
 
-def test_kto_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="kind=kto is not computed: its reference point z0") as caught:
-        parse(Preference, {"kind": "kto"})
-    assert "apo_zero" in caught.value.hint
-
-
 @pytest.mark.parametrize("beta", [0, -0.1])
 def test_beta_of_zero_is_refused(beta: float) -> None:
     with pytest.raises(ConfigError, match=rf"beta={beta}: input should be greater than 0"):
@@ -342,4 +358,4 @@ def test_beta_of_zero_is_refused(beta: float) -> None:
 
 
 def test_every_kind_has_a_test() -> None:
-    assert set(SETTINGS) == {*OF_PAIRS, "apo_zero"}
+    assert set(SETTINGS) == {*OF_PAIRS, *OF_ANSWERS}

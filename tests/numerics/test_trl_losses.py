@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trl_losses import GOLDEN, PAIRS, SETTINGS, moved, of_gradients, of_trl
+from trl_losses import GOLDEN, PAIRS, SETTINGS, moved, of_gradients, of_trl, rows_of
 
 from forge_ray.config.base import parse
-from forge_ray.config.method import OF_PAIRS, Preference
+from forge_ray.config.method import OF_ANSWERS, OF_PAIRS, Preference
 from forge_ray.config.train import TrainConfig
 from forge_ray.train.loss import segment_sums, token_logps
+from forge_ray.train.method import STEP_MEAN
 from forge_ray.train.methods.preference import judged_loss, num_documents, num_pairs, pair_loss
+from forge_ray.train.mismatched import change_of_moved, moved_answers
 from forge_ray.train.model import load_for_training
 
 pytestmark = pytest.mark.numerics
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.numerics
 
 def packed() -> dict[str, Tensor]:
     """The pairs in two rows: two pairs, and one with padding."""
-    rows = [[(prompt, answer) for prompt, *both in pairs for answer in both] for pairs in (PAIRS[:2], PAIRS[2:])]
+    rows = rows_of(PAIRS)
     width = max(sum(len(prompt + answer) for prompt, answer in row) for row in rows) + 3
     columns: dict[str, list[list[int]]] = {"input_ids": [], "loss_mask": [], "segment_ids": [], "position_ids": []}
     for row in rows:
@@ -53,7 +55,14 @@ def ours(folder: Path, name: str) -> tuple[float, dict[str, Tensor]]:
     with torch.no_grad():
         batch["reference_logps"], _ = segment_sums(*token_logps(reference, batch), batch)
     batch["grades"] = torch.tensor([1.0, -1.0]).repeat(2)[None].expand(2, -1)
-    is_judged = config.kind == "apo_zero"
+    is_judged = config.kind in OF_ANSWERS
+    if config.kind == "kto":
+        with torch.no_grad():
+            batch["moved_logps"], _ = segment_sums(*token_logps(reference, moved_answers(batch)), moved_answers(batch))
+            total, count = change_of_moved(policy, batch)
+        assert int(count) == 6
+        assert total > 0  # else z0 is 0, and the loss that of `apo_zero`
+        batch[STEP_MEAN] = total / count
     sums = (judged_loss if is_judged else pair_loss)(config, policy, batch)
     loss = sums.loss / (num_documents if is_judged else num_pairs)(batch)
     loss.backward()
@@ -86,4 +95,4 @@ def test_loss_and_gradient_are_those_of_trl(tiny_model_dir: Path, name: str) -> 
 
 
 def test_every_kind_is_compared_with_trl() -> None:
-    assert {settings["kind"] for settings in SETTINGS.values()} == {*OF_PAIRS, "apo_zero"} - {"offset"}
+    assert {settings["kind"] for settings in SETTINGS.values()} == {*OF_PAIRS, *OF_ANSWERS} - {"offset"}

@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "simpo": {"kind": "simpo", "beta": 2.0, "gamma": 0.5},
     "simpo_sft": {"kind": "simpo", "beta": 2.0, "gamma": 0.5, "label_smoothing": 0.1, "sft_weight": 0.7},
     "orpo": {"kind": "orpo", "beta": 0.2},
+    "kto": {"kind": "kto", "beta": 0.3, "good_weight": 1.5, "bad_weight": 0.5},
     "apo_zero": {"kind": "apo_zero", "beta": 0.3, "good_weight": 1.5, "bad_weight": 0.5},
 }
 
@@ -90,12 +91,13 @@ def of_trl(folder: Path, name: str) -> tuple[float, dict[str, Tensor]]:
         "processing_class": AutoTokenizer.from_pretrained(folder),
         "train_dataset": Dataset.from_list([{"prompt": "one", "chosen": " two", "rejected": " three"}] * 2),
     }
-    if kind == "apo_zero":
+    if kind in ("kto", "apo_zero"):
         weights = {"desirable_weight": settings["good_weight"], "undesirable_weight": settings["bad_weight"]}
         single = Dataset.from_list([{"prompt": "a", "completion": " b", "label": label} for label in (True, False)])
-        args = KTOConfig(**common, **weights, loss_type="apo_zero_unpaired")
+        loss_type = "apo_zero_unpaired" if kind == "apo_zero" else kind
+        args = KTOConfig(**common, **weights, loss_type=loss_type, train_sampling_strategy="sequential")
         trainer: Any = KTOTrainer(args=args, ref_model=reference, **opened | {"train_dataset": single})
-        loss = trainer.compute_loss(trainer.model, judged_batch())
+        loss = trainer.compute_loss(trainer.model, judged_batch() | (moved_batch() if kind == "kto" else {}))
     elif kind == "simpo":
         args = CPOConfig(
             **common, loss_type="simpo", simpo_gamma=settings["gamma"], cpo_alpha=sft_weight, label_smoothing=smoothing
@@ -135,6 +137,22 @@ def pair_batch(turned: bool = False) -> dict[str, Tensor]:
 
 def judged_batch() -> dict[str, Tensor]:
     return pair_batch() | {"label": torch.tensor([True] * len(PAIRS) + [False] * len(PAIRS))}
+
+
+def moved_batch() -> dict[str, Tensor]:
+    """Each answer behind the prompt of the document after it in its packed row (`rows_of`)."""
+    moved = [(prompt, row[number - 1][1]) for row in rows_of(PAIRS) for number, (prompt, _) in enumerate(row)]
+    columns = {
+        "input_ids": [prompt + answer for prompt, answer in moved],
+        "attention_mask": [[1] * len(prompt + answer) for prompt, answer in moved],
+        "completion_mask": [[0] * len(prompt) + [1] * len(answer) for prompt, answer in moved],
+    }
+    return {f"KL_{name}": padded(values, 0) for name, values in columns.items()}
+
+
+def rows_of(pairs: Any) -> list[list[tuple[list[int], list[int]]]]:
+    """The documents (prompt, answer) of two packed rows: of two pairs, and of one."""
+    return [[(prompt, answer) for prompt, *both in part for answer in both] for part in (pairs[:2], pairs[2:])]
 
 
 def two_sided_batch() -> dict[str, Tensor]:

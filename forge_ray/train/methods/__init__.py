@@ -49,4 +49,10 @@ def reference_of(job: TrainJob) -> Reference | None:
 
         num_tokens = vocabulary(job.store, job.frozen, job.base)
         return Reference(job, likeliest(config.k, config.temperature, num_tokens))
-    return Reference(job, document_logps()) if isinstance(config, Preference) and config.has_reference else None
+    if not (isinstance(config, Preference) and config.has_reference):
+        return None
+    if config.kind == "kto":
+        from forge_ray.train.mismatched import logps_with_moved
+
+        return Reference(job, logps_with_moved())
+    return Reference(job, document_logps())

@@ -1,5 +1,5 @@
 """Training on judged answers. Pairs (y preferred, z rejected, prompt x), of which both documents stand in one packed row, or
-single answers with a verdict. Left out: divergences other than the reverse KL, and KTO's z0 (below).
+single answers with a verdict. Left out: divergences other than the reverse KL.
 
 r(y) = log p(y|x) - log p_reference(y|x), summed over the answer's tokens; mean(·) is per token of the answer; s = sigmoid.
 Losses are per pair, and divided by the pairs of the whole step.
@@ -11,10 +11,9 @@ Losses are per pair, and divided by the pairs of the whole step.
     offset   -log s(b d - a f(margin)), f the log or the margin itself                         (arXiv:2402.10571, eq. 5)
     simpo    -log s(b (mean log p(y) - mean log p(z)) - gamma)                                (arXiv:2405.14734, eq. 6)
     orpo     -mean log p(y) - b log s(log odds(y) - log odds(z)), odds of mean log p           (arXiv:2403.07691, eq. 6, 7)
-    apo_zero 1 - s(b r(y)) of a good answer, s(b r(y)) of a bad one                           (arXiv:2408.06266, eq. 7)
-
-KTO (arXiv:2402.01306, eq. 8) has b (r(y) - z0) there, z0 the mean r of the step's answers, each put to another row's prompt.
-It is not computed: it needs a reference of documents that no dataset holds, and two passes more over every step.
+    kto      1 - s(b (r(y) - z0)) of a good answer, s(b (r(y) - z0)) of a bad one             (arXiv:2402.01306, eq. 8);
+             z0 = max(0, mean r of the step's answers, each put to another prompt of its row): `train/mismatched.py`
+    apo_zero the same with z0 = 0                                                             (arXiv:2408.06266, eq. 7)
 
 `sft_weight` w adds -w mean log p(y) (arXiv:2404.19733, eq. 1). TRL 1.16 takes that mean over all tokens of a batch and not
 of each answer, and ORPO's first term over the prompt too; `tests/numerics/test_trl_losses.py` compares the rest with it.
@@ -32,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forge_ray.config.method import Preference
+from forge_ray.config.method import OF_ANSWERS, Preference
 from forge_ray.data.dataset.stream import Rows
 from forge_ray.data.dataset.version import find_record
 from forge_ray.errors import DataError, NotFound
@@ -40,7 +39,8 @@ from forge_ray.records import DatasetManifest
 from forge_ray.store.files import Store
 from forge_ray.train.loss import segment_sums, token_logps
 from forge_ray.train.measure import by_segment
-from forge_ray.train.method import Batch, Column, Forward, Method, Sums
+from forge_ray.train.method import STEP_MEAN, Batch, Column, Forward, Method, Sums
+from forge_ray.train.mismatched import change_of_moved, moved_logps
 from forge_ray.train.reference import Reference, read_document_logps
 
 DIVISORS = {"good_reward": "good_share", "bad_reward": "bad_share"}
@@ -49,8 +49,10 @@ DIVISORS = {"good_reward": "good_share", "bad_reward": "bad_share"}
 def preference(config: Preference, reference: Reference | None) -> Method:
     """`reference`: of the kinds that compare with one."""
     columns = tuple(column for column in (_reference_logps(reference), _grades(config)) if column)
-    if config.kind == "apo_zero":
+    if config.kind in OF_ANSWERS:
         method = Method(partial(judged_loss, config), num_documents, columns, divisors=DIVISORS)
+        if config.kind == "kto" and reference:
+            method = replace(method, columns=(*columns, moved_logps(reference)), step_mean=change_of_moved)
     else:
         method = Method(partial(pair_loss, config), num_pairs, columns)
     if reference and reference.job.frozen:
@@ -119,14 +121,18 @@ def judged_loss(config: Preference, forward: Forward, batch: Batch) -> Sums:
     is_document = lengths_BS > 0
     rewards = config.beta * (logps_BS - batch["reference_logps"][:, : logps_BS.shape[1]])[is_document]
     good = batch["grades"][:, : logps_BS.shape[1]][is_document] > 0
-    losses = torch.where(good, config.good_weight * torch.sigmoid(-rewards), config.bad_weight * torch.sigmoid(rewards))
+    reference_point = batch[STEP_MEAN].clamp(min=0.0) if config.kind == "kto" else rewards.new_zeros([])
+    gains = rewards - config.beta * reference_point
+    losses = torch.where(good, config.good_weight * torch.sigmoid(-gains), config.bad_weight * torch.sigmoid(gains))
     sums = {
         "good_reward": rewards[good].sum(),
         "bad_reward": rewards[~good].sum(),
         "good_share": good.sum(),
         "bad_share": (~good).sum(),
-        "verdict_accuracy": ((rewards > 0) == good).sum(),
+        "verdict_accuracy": ((gains > 0) == good).sum(),
     }
+    if config.kind == "kto":
+        sums["reference_point"] = reference_point * len(rewards)
     return Sums(losses.sum() + 0 * logps_K.sum(), sums)
 
 
@@ -142,7 +148,7 @@ def _reference_logps(reference: Reference | None) -> Column | None:
 
 
 def _grades(config: Preference) -> Column | None:
-    if config.kind not in ("offset", "apo_zero"):
+    if config.kind not in ("offset", *OF_ANSWERS):
         return None
     return Column("grades", "segment", blank=1.0, read=partial(read_grades, config))
 
@@ -151,15 +157,15 @@ def refuse_ungraded(config: Preference, store: Store, manifest: DatasetManifest)
     """Raises `DataError` where a row that the method can come to has no margin that it can use, or where all judged answers
     of the training rows are good, or all bad; reads that column alone."""
     counts = dict.fromkeys((True, False), 0)
-    for split in {"offset": ("train", "validation"), "apo_zero": ("train",)}.get(config.kind, ()):
+    for split in {"offset": ("train", "validation"), "kto": ("train",), "apo_zero": ("train",)}.get(config.kind, ()):
         if (stats := manifest.splits.get(split)) and stats.num_rows:
             rows = Rows.of(store, manifest, split)
             for start in range(0, rows.num_rows, rows.block_rows):
                 numbers = list(range(start, min(start + rows.block_rows, rows.num_rows)))
                 read_grades(config, rows, numbers, partial(_unusable, store, manifest))
-                for is_good in (True, False) if config.kind == "apo_zero" else ():
+                for is_good in (True, False) if config.kind in OF_ANSWERS else ():
                     counts[is_good] += sum((grade > 0) == is_good for row in rows.grades(numbers) for grade in row)
-    if config.kind == "apo_zero" and not all(counts.values()):
+    if config.kind in OF_ANSWERS and not all(counts.values()):
         raise DataError(
             f"{manifest.id} has {counts[True]} training answers judged good and {counts[False]} judged bad:"
             f" train.method.kind={config.kind} needs both, for with one alone it moves every answer the same way",
