@@ -47,6 +47,34 @@ def models_import(store: Store, as_json: bool, path: str, name: str | None, lice
     return version
 
 
+@verb(models, "shrink", "forge models shrink base --layers 0,2,4,6,8,10 --out base-half")
+@click.argument("reference", metavar="VERSION|ALIAS")
+@click.option("--layers", required=True, metavar="N,N,…", help="Layers to keep, by number from 0.")
+@click.option("--out", "name", required=True, metavar="NAME", help="Name of the new version.")
+@click.option("--alias", default="", help="Alias to point at the version.")
+def models_shrink(store: Store, as_json: bool, reference: str, layers: str, name: str, alias: str) -> Any:
+    """Make a version of some layers of another: a student to distil into.
+
+    It answers badly until it is trained (docs/guides/distil.md)."""
+    from forge_ray.errors import ConfigError
+    from forge_ray.models.shrink import shrink
+    from forge_ray.progress import stage
+    from forge_ray.release import promotion
+    from forge_ray.store.catalog import Catalog
+
+    parts = [part.strip() for part in layers.split(",")]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise ConfigError(f"--layers {layers!r}: {wrong[0]!r} is not a number", hint="for example --layers 0,2,4")
+    with Catalog.open(store) as index, stage("shrink") as it:
+        if alias:
+            promotion.refuse_name(index, alias)  # before the work
+        version = shrink(index, reference, [int(part) for part in parts], name)
+        if alias:
+            promotion.promote(index, version.id, alias)
+        it.done(f"{version.id}  {version.name}: {version.source}{f' ← {alias}' if alias else ''}")
+    return version
+
+
 @verb(models, "export", "forge models export support@prod --out support --form merged")
 @click.argument("reference", metavar="VERSION|ALIAS")
 @click.option("--out", required=True, metavar="DIR", help="New folder for the copy.")

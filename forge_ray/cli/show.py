@@ -176,7 +176,7 @@ def print_plan(estimate: Estimate) -> None:
         *(("adapter" if not number else "", line) for number, line in enumerate(estimate.reaches)),
         ("data", f"{plan.num_rows:,} packed rows × {plan.epochs:.2f} epochs ({estimate.dataset})"),
         ("tokens", f"{plan.num_tokens:,}, of which {plan.num_trained_tokens:,} are trained"),
-        *([("reference", f"{plan.reference_tokens:,} tokens forward, once")] if plan.reference_tokens else []),
+        *([("reference pass", _reference_pass(estimate))] if plan.reference_tokens else []),
         ("steps", f"{plan.steps:,}"),
         ("workers", f"{estimate.num_workers}, {estimate.precision}"),
         ("worker memory", f"{size(memory.total)} plus libraries{limit}"),
@@ -190,6 +190,13 @@ def print_plan(estimate: Estimate) -> None:
     if estimate.cost is not None:
         rows.append(("cost", f"{estimate.cost:.2f}"))
     print_table("Plan", ("", ""), rows)
+
+
+def _reference_pass(estimate: Estimate) -> str:
+    """What asking a frozen model about the rows takes."""
+    plan = estimate.plan
+    loaded = f", {size(plan.reference_memory)} in each worker meanwhile" if plan.reference_memory else ""
+    return f"{plan.reference_tokens:,} tokens forward, once; {size(plan.reference_bytes)} kept with the dataset{loaded}"
 
 
 def print_quickstart(result: QuickstartResult, store: Store) -> None:

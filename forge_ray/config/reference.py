@@ -45,6 +45,7 @@ EXAMPLES = {
     "train": "train: {epochs: 3, global_batch: 32, micro_batch_size: 4}",
     "train.method": "train: {method: {kind: dpo, beta: 0.1}}",
     "train.method:classify": "{data: {form: labels}, train: {method: {kind: classify, targets: [{labels: [spam, ham]}]}}}",
+    "train.method:distil": "train: {method: {kind: distil, teacher: support-large, k: 64, temperature: 1.0}}",
     "train.method.targets": (
         "{data: {form: labels}, train: {method: {kind: classify, targets: [{name: topic, labels: [card, loan], loss: multi},"
         " {name: urgent, labels: ['yes', 'no']}]}}}"

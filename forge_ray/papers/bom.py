@@ -27,6 +27,7 @@ def bom(facts: Facts) -> bytes:
     initial = {each.id: runs[each.run].initial_adapter for each in facts.chain if each.run in runs}
     components = [
         *(_model(each, initial.get(each.id, "")) for each in facts.chain[1:]),
+        *(_model(each, "") for each in facts.frozen if each not in facts.chain),
         *(_dataset(dataset) for dataset in facts.datasets),
         *([forge] if facts.training else []),
         *packages,
@@ -163,8 +164,11 @@ def _dependencies(facts: Facts, packages: list[str]) -> list[Json]:
     runs = {training.run.id: training.run for training in facts.trainings}
     for version in facts.chain:
         run = runs.get(version.run)
-        made_from = [version.base_model, run.initial_adapter if run else "", run.dataset if run else version.dataset]
+        made_from = [version.base_model, *([run.initial_adapter, run.frozen_model] if run else [])]
+        made_from.append(run.dataset if run else version.dataset)
         rows[version.id] = [name for name in made_from if name in present]
+    for version in facts.frozen:
+        rows.setdefault(version.id, [version.base_model] if version.base_model in present else [])
     if facts.training:
         rows[facts.version.id] += ["forge-ray", *packages]
     for dataset in facts.datasets:

@@ -349,7 +349,8 @@ def _line(facts: Facts) -> str:
 
 def _ancestors(facts: Facts) -> tuple[str, str]:
     names = [f"{plain(v.name)} ({v.id}), {plain(v.licence)}, {code(v.source)}" for v in facts.chain[1:]]
-    return ", ".join(names), _ids(*(version.id for version in facts.chain[1:]))
+    names += [f"{plain(v.name)} ({v.id}), {plain(v.licence)}, as teacher or reference" for v in facts.frozen]
+    return ", ".join(names), _ids(*(version.id for version in (*facts.chain[1:], *facts.frozen)))
 
 
 def _endpoints(facts: Facts) -> tuple[str, str]:

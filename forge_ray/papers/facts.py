@@ -74,9 +74,9 @@ class Approval:
 @dataclass(frozen=True)
 class Facts:
     """Everything on record about a version. `chain`: the version, what its run started from (an adapter that was trained on,
-    or its base), and so on to the imported model; `trainings`:
-    newest first; `signatures`: record → signers with a valid signature. `at`: time of the newest record or event, used as
-    the time of the documents, so that equal stores give equal documents."""
+    or its base), and so on to the imported model; `trainings`: newest first; `frozen`: the versions whose numbers the losses
+    of these runs read; `signatures`: record → signers with a valid signature. `at`: time of the newest record or event, used
+    as the time of the documents, so that equal stores give equal documents."""
 
     version: ModelVersion
     chain: tuple[ModelVersion, ...]
@@ -95,6 +95,7 @@ class Facts:
     at: str
     power_w: float | None
     base_flops: float | None
+    frozen: tuple[ModelVersion, ...] = ()
     forge_version: str = __version__
 
     @property
@@ -157,7 +158,7 @@ class Facts:
     def records(self) -> tuple[Record, ...]:
         """Every record that the documents mention, each once."""
         runs = tuple(training.run for training in self.trainings)
-        all_records: tuple[Record, ...] = (*self.chain, *runs, *self.datasets, *self.evals, *self.deployments)
+        all_records: tuple[Record, ...] = (*self.chain, *self.frozen, *runs, *self.datasets, *self.evals, *self.deployments)
         return tuple({record.id: record for record in all_records}.values())
 
 
@@ -186,6 +187,8 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
     while (before := look_up(started_from(catalog, chain[-1]), ModelVersion)) and before not in chain:
         chain.append(before)
     runs: list[RunRecord] = [run for each in chain if (run := look_up(each.run, RunRecord))]
+    asked = dict.fromkeys(run.frozen_model for run in runs if run.frozen_model)
+    frozen: list[ModelVersion] = [each for name in asked if (each := look_up(name, ModelVersion))]
     evals: list[EvalReport] = [report for name in version.evals if (report := look_up(name, EvalReport))]
     evals += [
         report
@@ -217,7 +220,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
     )
     subjects = [version.id, *(run.id for run in runs), *by_id]
     events = _events(catalog, version.id, subjects, [deployment.id for deployment in deployments])
-    records: list[Record] = [*chain, *runs, *datasets, *evals, *deployments]
+    records: list[Record] = [*chain, *frozen, *runs, *datasets, *evals, *deployments]
     return Facts(
         version=version,
         chain=tuple(chain),
@@ -236,6 +239,7 @@ def gather(catalog: Catalog, reference: str, power_w: float | None = None, base_
         at=max([record.created_at for record in records] + [event.at for event in events]),
         power_w=power_w,
         base_flops=base_flops,
+        frozen=tuple(frozen),
     )
 
 

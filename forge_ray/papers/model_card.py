@@ -8,6 +8,7 @@ import yaml
 
 from forge_ray.evaluate.items import split_of, splits_of
 from forge_ray.models.class_head import is_classifier
+from forge_ray.models.shrink import LAYERS
 from forge_ray.papers.compute import FORMULA, GPAI_FLOPS, THIRD, THIRD_SOURCE
 from forge_ray.papers.facts import BY_HAND, NOT_RECORDED, Facts, spdx
 from forge_ray.papers.markdown import as_text, code, counts, flops, hours, plain, table
@@ -95,6 +96,8 @@ def _dataset_name(facts: Facts, identifier: str) -> str:
 
 def _summary(facts: Facts) -> str:
     version, base, training = facts.version, facts.base, facts.training
+    if version.status == "imported" and version.source.startswith(LAYERS):
+        return f"A base model that this store made of another one: {plain(version.source)}. No gate has judged it.\n"
     if version.status == "imported" or not base:
         return f"A base model, imported from {code(version.source)}.\n"
     if version.status == "merged":
@@ -104,7 +107,22 @@ def _summary(facts: Facts) -> str:
     how = f" ({training.run.method}, {training.run.num_steps:,} steps)" if training else ""
     initial = training.run.initial_adapter if training else ""
     begun = f" The run trained the adapter of {initial} on." if initial else ""
-    return f"{what} {plain(base.name)} ({base.id}), trained{rows}{how}.{begun}\n"
+    return f"{what} {plain(base.name)} ({base.id}), trained{rows}{how}.{begun}{_distilled(facts)}\n"
+
+
+def _distilled(facts: Facts) -> str:
+    """Of whom the weights, or those that they start from, are a distillate."""
+    named = {version.id: version for version in facts.frozen}
+    parts = ""
+    for run in (training.run for training in facts.trainings if training.run.frozen_model):
+        frozen = named.get(run.frozen_model)
+        who = f"{plain(frozen.name)} ({frozen.id}, licence {plain(frozen.licence)})" if frozen else run.frozen_model
+        if run.method == "distil":
+            own = "It is" if run.id == facts.version.run else f"What {run.id} made, from which it comes, is"
+            parts += f" {own} a distillate of {who}: a student that learned this teacher's distributions."
+        else:
+            parts += f" Its answers were compared with those of {who}."
+    return parts
 
 
 def _glance(facts: Facts) -> list[tuple[str, str]]:
@@ -119,6 +137,15 @@ def _glance(facts: Facts) -> list[tuple[str, str]]:
         ("context", as_text(facts.architecture.get("max_position_embeddings"))),
         ("licence", plain(version.licence)),
         ("base model", f"{plain(origin.name)} ({origin.id}), {plain(origin.licence)}, from {code(origin.source)}"),
+        *(
+            (
+                "teacher" if training.run.method == "distil" else "reference",
+                f"{plain(frozen.name)} ({frozen.id}), {plain(frozen.licence)}",
+            )
+            for training in facts.trainings
+            for frozen in facts.frozen
+            if training.run.frozen_model == frozen.id
+        ),
         ("on record since", f"{version.created_at[:19]} UTC"),
         ("signed by", plain(", ".join(facts.signatures.get(version.id, ()))) or NOT_RECORDED),
     ]

@@ -103,6 +103,7 @@ def _training(facts: Facts, training: RunFacts) -> LineageStep:
             _dataset_named(facts, run.dataset),
             _named(facts, run.base_model, run.base_digest),
             *([_named(facts, run.initial_adapter, run.initial_digest)] if run.initial_adapter else []),
+            *([_named(facts, run.frozen_model, run.frozen_digest)] if run.frozen_model else []),
         ],
         outputs=[_named(facts, run.id, run.order_digest, [entry.model_dump() for entry in run.export])],
         facet={

@@ -36,6 +36,8 @@ def _trained(facts: Facts) -> Json:
     needed = [_thing(run.base_model, run.base_digest)]
     if run.initial_adapter:
         needed.append(_thing(run.initial_adapter, run.initial_digest, "initial adapter"))
+    if run.frozen_model:
+        needed.append(_thing(run.frozen_model, run.frozen_digest, "teacher" if run.method == "distil" else "reference"))
     needed.append(_thing(run.dataset, sha256_of(facts.training.dataset) if facts.training.dataset else ""))
     if facts.training.dataset:
         needed += [_thing(source.path, source.sha256, "source") for source in facts.training.dataset.sources]

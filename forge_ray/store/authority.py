@@ -83,8 +83,8 @@ class Policy(Config):
         False, description="a protected alias takes a version only if a validator approved it who did not train it"
     )
     no_export: bool = Field(False, description="the weights of model versions do not leave the store by a command")
-    refused_licences: tuple[str, ...] = Field((), description="licences of models that no run learns from as its teacher")
     endpoints: tuple[str, ...] = Field((), description="hosts of other systems that held-out rows may be sent to")
+    refused_licences: tuple[str, ...] = Field((), description="licences of models that no run learns from as its teacher")
 
     @field_validator("endpoints")
     @classmethod

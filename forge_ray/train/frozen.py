@@ -22,6 +22,7 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
+MADE_BY = "made_by.json"  # in a folder of what a frozen model says of a dataset's rows: its versions
 Asked = Literal["active", "archived", "any"]
 
 

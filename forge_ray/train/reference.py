@@ -32,6 +32,7 @@ from forge_ray.store.owner import owner_mark
 from forge_ray.train.context import Context, agree
 from forge_ray.train.engine import TrainEngine
 from forge_ray.train.follow import PROGRESS
+from forge_ray.train.frozen import MADE_BY
 from forge_ray.train.job import TrainJob
 from forge_ray.train.measure import PIECE_ROWS, Measure, RowValues, by_segment
 from forge_ray.train.method import Expect, Forward
@@ -39,7 +40,6 @@ from forge_ray.train.model import load_for_training, load_frozen
 from forge_ray.train.reference_files import FILE_ROWS, RowRange, fetched, files_of, group_of, parquet, pieces, schema_of
 
 FORMAT = 2
-MADE_BY = "made_by.json"
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class AffectedDataset(Frozen):
 class AffectedRun(Frozen):
     """A run on an affected dataset or base model. `used`: whether it was trained on the rows, or on weights that were; if
     not, only its dataset holds them. `steps`: number of its optimizer steps with one of the rows in the batch. `begun`: the
-    adapter version that it started from (train.init_from), which is trained anew before it."""
+    adapter version that it started from (train.init_from), which is trained anew before it; `frozen`: its teacher or another
+    reference."""
 
     id: str
     name: str
@@ -57,6 +58,7 @@ class AffectedRun(Frozen):
     worker_hours: float
     gpu_hours: float
     begun: str = ""
+    frozen: str = ""
 
     @property
     def origin(self) -> str:
@@ -284,6 +286,7 @@ def _run(catalog: Catalog, run: Run, record: RunRecord | None, used: bool, place
         worker_hours=hours,
         gpu_hours=hours * gpus,
         begun=(record.initial_adapter if record is not None else "") or merged_from(catalog, run.base_model),
+        frozen=run.frozen_model,
     )
 
 

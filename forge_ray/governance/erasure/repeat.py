@@ -68,6 +68,8 @@ def retrain(
         values = {**record.config, "base_model": versions.get(run.origin, run.origin), "deploy": None}
         if run.origin != run.base_model and not record.initial_adapter:  # its run file may name the merged version itself
             values["train"] = record.config["train"] | {"init_from": "merge"}
+        if run.frozen:
+            values["train"] = with_frozen(values["train"], versions.get(run.frozen, run.frozen))
         config = parse(RunConfig, values | {"data": without_datasets(record.config["data"], datasets)})
         new = pipeline.train(config, store, allow_archived=True)
         if run.base_model in withdrawn and run.base_model != run.origin:  # a merged version, made anew for this run
@@ -83,14 +85,20 @@ def retrain(
     return {"runs": runs, "versions": versions}
 
 
+def with_frozen(train: Facts, version: str) -> Facts:
+    """Settings of a training with another teacher or reference."""
+    key = "teacher" if train["method"]["kind"] == "distil" else "reference"
+    return train | {"method": train["method"] | {key: version}}
+
+
 def _runs_in_use(plan: ErasurePlan, of_run: dict[str, list[ModelVersion]]) -> set[str]:
-    """Runs whose versions an alias routes to, and the runs of the versions that these started from."""
+    """Runs whose versions an alias routes to, and the runs of the versions that these started from or learned from."""
     named = {version for hit in plan.aliases.values() for version in hit}
     in_use: set[str] = set()
     for run in reversed(plan.runs):
         if any(version.id in named for version in of_run[run.id]):
             in_use.add(run.id)
-            named.add(run.origin)
+            named |= {run.origin, run.frozen}
     return in_use
 
 
@@ -110,4 +118,6 @@ def fate_of(
         return "removed: no row is left"
     if run.origin in withdrawn and run.origin not in versions:
         return "removed: its base has no replacement"
+    if run.frozen in withdrawn and run.frozen not in versions:
+        return "removed: its teacher or reference has no replacement"
     return "retrained"

@@ -92,7 +92,7 @@ def test_settings_that_are_not_used_keep_the_identity_of_earlier_runs(settings: 
 def test_quick_start_keeps_its_run_ids() -> None:
     config = load(RunConfig, Path(__file__).parents[3] / "jobs" / "quickstart.yaml").train
     rows, weights = "ds_1fefad2e07351f35", "sha256:502110d5a8e245a17a1daa0f6dd19d90b1fa9a6fb503d1bec80b0b82f42e18bf"
-    run_ids = [short_id("run", identity(config, precision, rows, weights, "")) for precision in ("fp32", "bf16")]
+    run_ids = [short_id("run", identity(config, precision, rows, base(weights))) for precision in ("fp32", "bf16")]
     assert run_ids == ["run_d468bdbf2fe20f06", "run_a1ea28bbea7f4613"]
 
 
