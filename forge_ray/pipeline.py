@@ -362,6 +362,7 @@ def _release_run(config: RunConfig, catalog: Catalog, record: RunRecord, promote
             evals=_ids(report, base_report, leak, *incumbents.values()),
             checks=checks,
             licence=catalog.get_as(ModelVersion, record.base_model).licence,
+            flags=config.flags,
         ).sealed()
         is_known = catalog.has(version.id)
         if not store.is_published(paths.model(version.id)):

@@ -101,6 +101,23 @@ def class_names(targets: tuple[Target, ...]) -> tuple[str, ...]:
     return tuple(f"{target.name}/{label}" for target in targets for label in target.labels)
 
 
+OF_CLASSIFIERS = frozenset({"average_precision", "ece", "ece_uncalibrated", "temperature"})  # and of no model that writes
+OF_ALL_CLASSES = ("macro_f1", "average_precision")  # say nothing of rows of one class
+OF_WHOLE_SPLIT = ("temperature", "contamination", "size_bytes")  # no slice has them
+
+
+def metrics_of(targets: tuple[Target, ...]) -> frozenset[str]:
+    """Names of what the evaluation of a classifier with these targets measures."""
+    names = {"exact_match", "macro_f1", "average_precision", "contamination", "size_bytes"}
+    if len(targets) == 1 and targets[0].loss == "single":
+        names.add("label_likelihood")
+    for target in targets:
+        prefix = f"{target.name}_" if len(targets) > 1 else ""
+        names |= {f"{prefix}{name}" for name in ("ece", "ece_uncalibrated", "temperature")}
+        names |= {f"{prefix}accuracy"} if prefix else set()
+    return frozenset(names)
+
+
 def columns_of(targets: tuple[Target, ...]) -> tuple[slice, ...]:
     """Where the logits of each target stand."""
     ends = [sum(len(target.labels) for target in targets[: number + 1]) for number in range(len(targets))]

@@ -10,9 +10,10 @@ import pytest
 from forge_ray.config.classify import Target
 from forge_ray.evaluate.chance import difference
 from forge_ray.evaluate.class_measures import by_class, class_statistics, reliability
-from forge_ray.evaluate.classified import probabilities, temperature_of
+from forge_ray.evaluate.classified import temperature_of
 from forge_ray.evaluate.measures import intervals, paired, statistics
 from forge_ray.evaluate.summary import summarise
+from forge_ray.inference.classifier import probabilities
 from forge_ray.records import EvalReport
 from forge_ray.release.gate import is_lower_better
 

@@ -143,7 +143,7 @@ def test_prompts_equal_those_of_training_and_labels_end_with_the_turn(tiny_model
         Example("rec_2", ({"role": "user", "content": "grass?", "weight": 0},), None, "green"),
         Example("rec_3", ({"role": "user", "content": "snow?", "weight": 0},), None, "white"),
     ]
-    items = list(score_examples(engine, tokenizer, chats, ("blue", "green"), EvalConfig()))
+    items = list(score_examples(engine, tokenizer, chats, {"blue": "blue", "green": "green"}, EvalConfig()))
     assert engine.prompts[0] == "<|im_start|>user\nsky?<|im_end|>\n<|im_start|>assistant\n"
     assert [i["prediction"] for i in items] == ["blue"] * 3
     assert [i["likeliest"] for i in items] == ["blue"] * 3
