@@ -1,4 +1,4 @@
-"""A classifier from rows to verdict: trained, scored next to the model that writes labels, released, and not served."""
+"""A classifier from rows to verdict: trained, scored next to the model that writes labels, released, and what serves it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from transformers import AutoModelForSequenceClassification
 
 from forge_ray import pipeline
 from forge_ray.config.base import parse
-from forge_ray.config.release import DeployConfig, EvalConfig
+from forge_ray.config.release import DeployConfig, EvalConfig, Moderation
 from forge_ray.config.run import RunConfig
+from forge_ray.config.thresholds import Goal
 from forge_ray.data.dataset.version import load_tokenizer
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.items import items_of
 from forge_ray.evaluate.standalone import Compared
 from forge_ray.export.leave import export_version
+from forge_ray.models.class_head import targets_of
+from forge_ray.serve.calibration import head_of
 from forge_ray.serve.deploy import deployment_of
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
@@ -54,10 +57,13 @@ def config_of(folder: Path, name: str, targets: list[dict[str, Any]], rows: list
     return parse(RunConfig, values)
 
 
-def test_classifier_is_trained_scored_released_and_not_served(store: Store, tmp_path: Path) -> None:
+def test_classifier_is_trained_scored_released_and_may_be_served(store: Store, tmp_path: Path) -> None:
     words = {"small": "ant bee", "large": "ox elk"}
     rows = [{"text": f"{words[SIZES[n % 2]]} number {n}", "label": SIZES[n % 2]} for n in range(160)]
     config = config_of(tmp_path, "sizes", [{"labels": SIZES}], rows)
+    scoring = config.eval.model_copy(update={"thresholds": {"all": Goal(precision=0.9)}})
+    released = config.release.model_copy(update={"moderation": Moderation(safe=("small",))})
+    config = parse(RunConfig, config.model_copy(update={"eval": scoring, "release": released}).model_dump(mode="json"))
     outcome = pipeline.run(config, store)
     report, version = outcome.report, outcome.version
     assert version.status == "accepted", version.reasons
@@ -83,13 +89,17 @@ def test_classifier_is_trained_scored_released_and_not_served(store: Store, tmp_
 
     with Catalog.open(store) as catalog:
         served = parse(DeployConfig, {"name": "sizes", "models": ["sizes"]})
-        with pytest.raises(ConfigError, match=r"\(sizes\) is a classifier: serving it as sizes") as caught:
-            deployment_of(served, catalog)
-        assert "AutoModelForSequenceClassification" in caught.value.hint
+        assert deployment_of(served, catalog).model_version == version.id
+        head = head_of(store, version, targets_of(exported))
         with pytest.raises(ConfigError, match="is a classifier: --form gguf"):
             export_version(catalog, "sizes", str(tmp_path / "gguf"), "gguf", None)
         left = export_version(catalog, "sizes", str(tmp_path / "left"), "merged", None)
     assert left.form == "merged"
+    assert head.temperatures == {"label": report.metrics["temperature"]}
+    assert (head.thresholds, head.flags, head.report) == (report.thresholds, ("large",), report.id)
+    assert set(report.thresholds) == set(SIZES)
+    assert report.per_class["large"].keys() >= {"threshold", "precision_at_threshold", "recall_at_threshold"}
+    assert outcome.base_report.thresholds == {}
     assert "AutoModelForSequenceClassification" in (tmp_path / "left" / "README.md").read_text()
 
     on = config.model_copy(update={"base_model": "sizes", "name": "sizes-chat"})
@@ -97,6 +107,9 @@ def test_classifier_is_trained_scored_released_and_not_served(store: Store, tmp_
     with pytest.raises(ConfigError, match=r"is a classifier: train.method=sft from it"):
         pipeline.train(on.model_copy(update=chat), store)
 
+    name = f"{outcome.run.id}@last"
+    (checkpoint,) = pipeline.evaluate_models(Compared((name,)), outcome.dataset.id, EvalConfig(cpus=1), store, {})
+    assert checkpoint.evaluated == f"{outcome.run.id}@{outcome.run.num_steps}"
     (alone,) = pipeline.evaluate_models(Compared(("sizes",)), outcome.dataset.id, EvalConfig(cpus=1), store, {})
     assert alone.metrics["exact_match"] == report.metrics["exact_match"]
     general = parse(EvalConfig, {"safety": [str(_prompts(tmp_path))]})
@@ -127,7 +140,8 @@ def test_several_targets_with_an_adapter(store: Store, tmp_path: Path) -> None:
     assert report.metrics["size_accuracy"] > 0.7
     assert set(report.per_class) == {"size/small", "size/large", "animals/ant", "animals/bee", "animals/ox"}
     items = items_of(store, report)
-    assert any(set(item["targets"]) == {"size"} for item in items)
+    assert all(set(item["targets"]) == {"size", "animals"} for item in items)
+    assert any(item["targets"]["animals"] is None for item in items)
     assert all(item["reference"].startswith("{") for item in items)
     with Catalog.open(store) as catalog, pytest.raises(ConfigError, match="is a classifier: --form merged"):
         export_version(catalog, outcome.version.id, str(tmp_path / "merged"), "merged", None)
