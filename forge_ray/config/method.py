@@ -26,13 +26,19 @@ def loss_name(method: str) -> str:
     """What the loss of a run by this method (`sft` or a kind) is of, as an axis of a curve says it."""
     if method == "sft":
         return "loss per trained token (nats)"
-    return f"{method} loss per {'pair' if method in OF_PAIRS else 'answer'}"
+    if method == "classify":
+        return "classify loss per labelled text"
+    return f"{method} loss per {'pair' if method in (*OF_PAIRS, 'reward') else 'answer'}"
 
 
 def objective(method: str, sft_weight: float) -> str:
     """What a run by this method minimises, as documents say it. `sft_weight`: 0 where the method has none."""
     if method == "sft":
         return "cross-entropy of the trained tokens"
+    if method == "classify":
+        return "cross-entropy of the labels of texts, read at their last token"
+    if method == "reward":
+        return "Bradley-Terry loss of the rewards of preferred and rejected answers"
     rows = "pairs of a preferred and a rejected answer" if method in OF_PAIRS else "single answers, judged good or bad"
     added = f" plus {sft_weight:g} times the preferred answer's cross-entropy per token" if sft_weight else ""
     return f"{method} loss of {rows}{added}"

@@ -12,6 +12,7 @@ from forge_ray.config.classify import (
     OF_CLASSIFIERS,
     OF_WHOLE_SPLIT,
     Classify,
+    Reward,
     Target,
     class_names,
     metrics_of,
@@ -79,15 +80,17 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _classifier_generates_nothing(self) -> Self:
-        if not isinstance(self.train.method, Classify):
+        if not self.train.targets:
             return self
         generated = ("metrics", "json_schema", "safety", "general", "leak")
         unread = [f"eval.{name}" for name in generated if name in self.eval.model_fields_set and getattr(self.eval, name)]
         unread += ["release.gate.budgets.latency_ms_per_token"] if self.release.gate.budgets.latency_ms_per_token else []
         unread += ["eval.engine.kind=vllm"] if self.eval.engine.kind == "vllm" else []
+        unread += ["deploy"] if self.deploy and isinstance(self.train.method, Reward) else []
         if unread:
             raise SettingError(
-                f"{unread[0]} is for models that generate text, and train.method=classify trains one that does not",
+                f"{unread[0]} is for models that generate text, and train.method={self.train.method_name} trains"
+                " one that does not",
                 "remove it",
             )
         return self
@@ -119,7 +122,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _settings_of_classifiers(self) -> Self:
-        names = class_names(self.train.targets)
+        names = class_names(self.train.targets) if isinstance(self.train.method, Classify) else ()
         for name, is_set in (("eval.thresholds", self.eval.thresholds), ("release.moderation", self.release.moderation)):
             if is_set is not None and is_set != {} and not names:
                 raise SettingError(
@@ -147,9 +150,11 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _labels_are_those_of_targets(self) -> Self:
-        if self.train.targets and isinstance(self.eval.labels, tuple):
+        is_reward = isinstance(self.train.method, Reward)
+        if (is_reward and self.eval.labels) or (self.train.targets and isinstance(self.eval.labels, tuple)):
             raise SettingError(
-                f"eval.labels={list(self.eval.labels)} with train.method=classify, whose targets list the labels",
+                f"eval.labels={self.eval.labels} with train.method={self.train.method_name}: the targets of a classifier"
+                " list the labels, and a reward model has none",
                 "remove eval.labels",
             )
         return self
@@ -159,7 +164,7 @@ class RunConfig(Config):
         """The settings of the run's evaluations: base and trained model are scored on the same labels, those of a
         classifier's only target."""
         targets = self.train.targets
-        if len(targets) != 1 or targets[0].loss == "multi" or self.eval.labels:
+        if len(targets) != 1 or targets[0].loss != "single" or self.eval.labels:
             return self.eval
         return self.eval.model_copy(update={"labels": tuple(map(normalise, targets[0].labels))})
 

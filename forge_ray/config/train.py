@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import Config, SettingError, without_defaults
-from forge_ray.config.classify import Classify, Target
+from forge_ray.config.classify import REWARD, Classify, Reward, Target
 from forge_ray.config.method import Preference
 from forge_ray.config.optimizer import Offload, Optimizer, Schedule
 from forge_ray.config.scaling import Scaling, Workers
@@ -82,7 +82,7 @@ class Guards(Config):
 class TrainConfig(Config):
     """How the model is trained."""
 
-    method: Literal["sft"] | Annotated[Preference | Classify, Field(discriminator="kind")] = Field(
+    method: Literal["sft"] | Annotated[Preference | Classify | Reward, Field(discriminator="kind")] = Field(
         "sft",
         description="`sft`: supervised fine-tuning; on plain text it is continued pre-training. Training on judged answers"
         " has settings of its own, for example {kind: dpo}; so has a head over labels, {kind: classify, targets: […]}",
@@ -298,7 +298,7 @@ class TrainConfig(Config):
     def _noise_is_possible(self) -> Self:
         if not self.neftune_alpha:
             return self
-        if isinstance(self.method, Preference):
+        if isinstance(self.method, Preference | Reward):
             raise SettingError(
                 f"neftune_alpha={self.neftune_alpha} with method.kind={self.method.kind}: answers would be compared under"
                 " different noise",
@@ -327,6 +327,9 @@ class TrainConfig(Config):
 
     @property
     def targets(self) -> tuple[Target, ...]:
+        """What the head answers; () of a model that writes."""
+        if isinstance(self.method, Reward):
+            return (REWARD,)
         return self.method.targets if isinstance(self.method, Classify) else ()
 
     @property

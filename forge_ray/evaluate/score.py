@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.classify import normalise
+from forge_ray.config.classify import REWARD, normalise
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, load_tokenizer_dir, prompt_ids
@@ -28,6 +28,7 @@ from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_id
 from forge_ray.evaluate.losses import general_held_out, score_general
 from forge_ray.evaluate.own import scored, try_functions
 from forge_ray.evaluate.publish import Scored, ScoredRows, publish, shared_rows
+from forge_ray.evaluate.rewarded import reward_rows
 from forge_ray.evaluate.safety import answer_prompts
 from forge_ray.evaluate.scoring_files import ScoringFiles
 from forge_ray.evaluate.texts import score_texts
@@ -173,7 +174,10 @@ def evaluate(
     shared = shared_rows(store, config, manifest, held, general, general_held)
     if targets := targets_of(adapter) or targets_of(folder):
         classifier = open_classifier(folder, adapter, targets, tokenizer, config.engine, config.gpus > 0)
-        rows = yield from classify_rows(store, manifest, held, classifier, config, files)
+        if targets == (REWARD,):
+            rows = yield from reward_rows(held, classifier, config, files)
+        else:
+            rows = yield from classify_rows(store, manifest, held, classifier, config, files)
         costs = {"size_bytes": float(size_bytes(store, subject))}
         of = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started, files, step=subject.step)
         report = publish(store, manifest, config, replace(rows, labels=rows.labels or labels, shared=shared), of)

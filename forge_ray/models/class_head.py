@@ -16,7 +16,7 @@ from types import MethodType
 from typing import Any
 
 from forge_ray.config.base import parse
-from forge_ray.config.classify import Target
+from forge_ray.config.classify import REWARD, Target
 from forge_ray.errors import ConfigError, StoreError
 from forge_ray.records import ModelVersion
 from forge_ray.store import paths
@@ -41,6 +41,15 @@ def targets_of(folder: Path | None) -> tuple[Target, ...]:
     if folder is None or not (folder / HEAD_FILE).is_file():
         return ()
     return _targets(str(folder / HEAD_FILE), json.loads((folder / HEAD_FILE).read_text(encoding="utf-8")))
+
+
+def refuse_reward_model(store: Store, version: ModelVersion) -> None:
+    """`ConfigError` for a version that no endpoint serves: its answers are numbers, of whole conversations."""
+    if targets_in(store, version) == (REWARD,):
+        raise ConfigError(
+            f"{version.id} ({version.name}) is a reward model, which no endpoint serves",
+            hint="score pairs with `forge eval`, or open it with transformers' AutoModelForSequenceClassification",
+        )
 
 
 def targets_in(store: Store, version: ModelVersion) -> tuple[Target, ...]:

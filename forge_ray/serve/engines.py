@@ -25,7 +25,7 @@ from forge_ray.inference.choose import open_engine
 from forge_ray.inference.class_engine import ClassEngine
 from forge_ray.inference.classifier import open_classifier
 from forge_ray.inference.engine import Engine, EngineHealth, GenerationRequest
-from forge_ray.models.class_head import targets_of
+from forge_ray.models.class_head import refuse_reward_model, targets_of
 from forge_ray.records import ModelVersion
 from forge_ray.serve.calibration import head_of
 from forge_ray.serve.loaded import Loaded
@@ -156,6 +156,7 @@ class EnginePool:
             raise StoreError(
                 f"{version.id} has digest {record.files_digest}, not {version.digest}", hint="import or release it again"
             )
+        refuse_reward_model(self.store, record)
         self._folders[version.id] = folder
         if version.engine not in self.engines:
             self.engines[version.engine] = self._open(version, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forge_ray.config.classify import Classify
+from forge_ray.config.classify import Classify, Reward
 from forge_ray.config.method import Preference
 from forge_ray.train.job import TrainJob
 from forge_ray.train.method import Method
@@ -20,6 +20,10 @@ def method_of(job: TrainJob) -> Method:
             from forge_ray.train.reference import Reference
 
             return preference(config, Reference(job) if config.has_reference else None)
+        case Reward():
+            from forge_ray.train.methods.reward import reward
+
+            return reward(job)
         case Classify() as config:
             from forge_ray.train.methods.classes import classes
 
