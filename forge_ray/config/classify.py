@@ -100,12 +100,12 @@ class Reward(Config):
     kind: Literal["reward"] = Field(description="The head learns to give the preferred answer of a pair the higher number")
 
 
-REWARD = Target(name="reward", labels=("reward",), loss="pair")  # what the head of a reward model is, next to other heads
-
-
 def normalise(text: str) -> str:
     """Case, surrounding white space and a final full stop do not decide whether an answer is right."""
     return " ".join(text.split()).removesuffix(".").casefold()
+
+
+REWARD = Target(name="reward", labels=("reward",), loss="pair")  # what the head of a reward model is, next to other heads
 
 
 def class_names(targets: tuple[Target, ...]) -> tuple[str, ...]:

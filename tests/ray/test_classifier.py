@@ -145,3 +145,28 @@ def test_several_targets_with_an_adapter(store: Store, tmp_path: Path) -> None:
     assert all(item["reference"].startswith("{") for item in items)
     with Catalog.open(store) as catalog, pytest.raises(ConfigError, match="is a classifier: --form merged"):
         export_version(catalog, outcome.version.id, str(tmp_path / "merged"), "merged", None)
+
+
+def test_reward_model_is_scored_by_pairs_and_served_by_nothing(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    answers = ("short and kind", "long rude words")
+    rows = [{"prompt": f"question {n}", "chosen": answers[0], "rejected": answers[1]} for n in range(80)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config_of(tmp_path, "kind", [{"labels": SIZES}], []).model_dump(mode="json")
+    train = settings["train"] | {"method": {"kind": "reward"}, "epochs": 4, "max_steps": 0}
+    gate = {"thresholds": {"pair_accuracy": {"min": 0.9}}, "no_worse_than": [{"metric": "pair_accuracy"}]}
+    data = settings["data"] | {"form": "answers", "sources": [{"path": str(path)}]}
+    values = settings | {"train": train, "data": data, "release": {"alias": "kind", "gate": gate}}
+    outcome = pipeline.run(parse(RunConfig, values), store)
+    assert outcome.report.metrics["pair_accuracy"] == 1.0
+    assert outcome.report.metrics["reward_margin"] > 0
+    assert outcome.report.intervals["pair_accuracy"][0] > 0.5  # Wilson's, of a share
+    assert {"pair_accuracy", "pair_margin", "loss"} <= outcome.base_report.metrics.keys()
+    exported = store.local(f"models/{outcome.version.id}")
+    assert AutoModelForSequenceClassification.from_pretrained(exported).config.num_labels == 1
+    deployment = parse(DeployConfig, {"name": "kind", "models": [outcome.version.id]})
+    with Catalog.open(store) as catalog, pytest.raises(ConfigError, match="is a reward model, which no endpoint serves"):
+        deployment_of(deployment, catalog)
+    labels = parse(EvalConfig, {"labels": ["a", "b"]})
+    with pytest.raises(ConfigError, match=r"eval.labels asks for text or labels"):
+        pipeline.evaluate_models(Compared((outcome.version.id,)), outcome.dataset.id, labels, store, {})

@@ -14,6 +14,7 @@ from forge_ray.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 TARGETS = [{"labels": ["spam", "ham"]}]
+REWARD = {"kind": "reward"}
 
 
 def run_of(method: dict[str, Any] | str, form: str = "labels", **sections: Any) -> RunConfig:
@@ -94,6 +95,18 @@ def gated(**rules: Any) -> dict[str, Any]:
             "slices: none",
         ),
         ("sft", {"eval": {"thresholds": {"precision": 0.9}}}, "eval.thresholds is for classifiers", "remove"),
+        (REWARD, {"eval": {"thresholds": {"precision": 0.9}}}, "eval.thresholds is for classifiers", "remove"),
+        (REWARD, {"release": {"alias": "a", "moderation": {}}}, "release.moderation is for classifiers", "remove"),
+        (REWARD, {"eval": {"labels": "from_data"}}, "a reward model has none", "remove eval.labels"),
+        (REWARD, {"deploy": {"name": "d", "models": ["a"]}}, "deploy is for models that generate text", "remove"),
+        (REWARD, gated(thresholds={"exact_match": {"min": 1}}), "judges exact_match", "pair_accuracy, reward_margin"),
+        (REWARD, {"train": {"method": REWARD, "neftune_alpha": 5}}, "different noise", "neftune_alpha=0"),
+        (
+            classify(targets=[{"labels": ["a", "b"], "loss": "pair"}]),
+            {},
+            "loss=pair is that of a reward model",
+            "kind: reward",
+        ),
         (classify(), {"eval": {"thresholds": {"egg": {"precision": 0.9}}}}, "eval.thresholds names 'egg'", "correct"),
         (classify(), {"eval": {"thresholds": {"ham": {}}}}, "exactly one of them", "precision"),
         (
@@ -110,7 +123,7 @@ def gated(**rules: Any) -> dict[str, Any]:
 )
 def test_what_a_release_would_refuse_is_refused_at_load(method: Any, sections: dict[str, Any], says: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        run_of(method, form="answers" if method == "sft" else "labels", **sections)
+        run_of(method, form="answers" if method in ("sft", REWARD) else "labels", **sections)
     assert says in caught.value.message
     assert hint in caught.value.hint
 
