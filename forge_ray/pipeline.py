@@ -360,9 +360,10 @@ def _release_run(config: RunConfig, catalog: Catalog, record: RunRecord, promote
             files_digest=files_digest(record.export),
             base_model=record.base_model,
             run=record.id,
-            evals=_ids(report, base_report, leak, *incumbents.values()),
+            evals=tuple(dict.fromkeys(one.id for one in (report, base_report, leak, *incumbents.values()) if one)),
             checks=checks,
             licence=start.licence_of(catalog, record),
+            flags=config.flags,
         ).sealed()
         is_known = catalog.has(version.id)
         if not store.is_published(paths.model(version.id)):
@@ -379,10 +380,6 @@ def _release_run(config: RunConfig, catalog: Catalog, record: RunRecord, promote
             where = f" → {config.release.alias}" if promote else ""
             it.done(f"{version.id}  {'already ' if is_known else ''}accepted{where}")
         return version
-
-
-def _ids(*reports: EvalReport | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(report.id for report in reports if report))
 
 
 def deploy(config: DeployConfig, store: Store, gateway: GatewayConfig | None = None) -> Deployment:

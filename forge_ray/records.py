@@ -253,6 +253,8 @@ class EvalReport(Record):
     num_scored: dict[str, int] = Field({}, description="the user's own metrics → rows that they are means over")
     general: str = Field("", description="dataset version of the general rows, whose test split was scored too")
     num_general: int = Field(0, description="general rows that were scored; they are not among num_examples")
+    thresholds: dict[str, float] = Field({}, description="of a classifier: label → probability from which it holds")
+    unreached: dict[str, str] = Field({}, description="label → what eval.thresholds asks for and no probability reaches")
     seconds: float = 0.0
 
     @property
@@ -266,7 +268,7 @@ class EvalReport(Record):
 
     def identity(self) -> dict[str, Any]:
         later = ("step", "per_slice", "undefined", "left_out", "endpoint", "num_scored", "general", "num_general")
-        return _without_empty(super().identity(), *later)
+        return _without_empty(super().identity(), *later, "thresholds", "unreached")
 
 
 class Check(Frozen):
@@ -302,6 +304,7 @@ class ModelVersion(Record):
     evals: tuple[str, ...] = ()
     checks: tuple[Check, ...] = Field((), description="what its gate looked at, in the order of the run file")
     licence: str
+    flags: tuple[str, ...] = Field((), description="labels for which /v1/moderations flags a text (release.moderation)")
     source: str = Field("", description="of imported weights: a file name and its sha256; of `merged`: what was merged")
     log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
 
@@ -309,7 +312,7 @@ class ModelVersion(Record):
         return tuple(parent for parent in (self.run, self.dataset, self.base_model, *self.evals) if parent)
 
     def identity(self) -> dict[str, Any]:
-        value = _without_empty(super().identity(), "checks")
+        value = _without_empty(super().identity(), "checks", "flags")
         for check in value.get("checks", []):
             if check["name"] in MEASURED_ANEW:
                 check["value"] = None

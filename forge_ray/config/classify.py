@@ -19,8 +19,10 @@ class Target(Config):
         "label", min_length=1, pattern=r"^[^/]*$", description="Name of the target in rows that have several, and in scores"
     )
     labels: tuple[str, ...] = Field(min_length=1, description="Its labels, in the order of the head's logits")
-    loss: Literal["single", "multi"] = Field(
-        "single", description="`single`: exactly one label holds (softmax); `multi`: any number of them (a sigmoid each)"
+    loss: Literal["single", "multi", "pair"] = Field(
+        "single",
+        description="`single`: exactly one label holds (softmax); `multi`: any number of them (a sigmoid each). `pair` is"
+        " that of {kind: reward}, which has no targets of its own",
     )
     weight: float = Field(1.0, gt=0, description="Weight of its loss among the targets")
 
@@ -71,6 +73,8 @@ class Classify(Config):
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:
+        if any(target.loss == "pair" for target in self.targets):
+            raise SettingError("loss=pair is that of a reward model", "use train.method={kind: reward}, without targets")
         names = [target.name for target in self.targets]
         if len(set(names)) < len(names):
             raise SettingError(f"the targets {names} do not have distinct names", "give each target a name of its own")
@@ -89,9 +93,19 @@ class Classify(Config):
         return self
 
 
+class Reward(Config):
+    """Training a reward model: the base model with a head of one number, read at the last token of each answer. Needs rows
+    of a preferred and a rejected answer."""
+
+    kind: Literal["reward"] = Field(description="The head learns to give the preferred answer of a pair the higher number")
+
+
 def normalise(text: str) -> str:
     """Case, surrounding white space and a final full stop do not decide whether an answer is right."""
     return " ".join(text.split()).removesuffix(".").casefold()
+
+
+REWARD = Target(name="reward", labels=("reward",), loss="pair")  # what the head of a reward model is, next to other heads
 
 
 def class_names(targets: tuple[Target, ...]) -> tuple[str, ...]:
@@ -99,6 +113,25 @@ def class_names(targets: tuple[Target, ...]) -> tuple[str, ...]:
     if len(targets) == 1:
         return targets[0].labels
     return tuple(f"{target.name}/{label}" for target in targets for label in target.labels)
+
+
+OF_CLASSIFIERS = frozenset({"average_precision", "ece", "ece_uncalibrated", "temperature"})  # and of no model that writes
+OF_ALL_CLASSES = ("macro_f1", "average_precision")  # say nothing of rows of one class
+OF_WHOLE_SPLIT = ("temperature", "contamination", "size_bytes")  # no slice has them
+
+
+def metrics_of(targets: tuple[Target, ...]) -> frozenset[str]:
+    """Names of what the evaluation of a classifier with these targets measures."""
+    if targets == (REWARD,):
+        return frozenset({"pair_accuracy", "reward_margin", "contamination", "size_bytes"})
+    names = {"exact_match", "macro_f1", "average_precision", "contamination", "size_bytes"}
+    if len(targets) == 1 and targets[0].loss == "single":
+        names.add("label_likelihood")
+    for target in targets:
+        prefix = f"{target.name}_" if len(targets) > 1 else ""
+        names |= {f"{prefix}{name}" for name in ("ece", "ece_uncalibrated", "temperature")}
+        names |= {f"{prefix}accuracy"} if prefix else set()
+    return frozenset(names)
 
 
 def columns_of(targets: tuple[Target, ...]) -> tuple[slice, ...]:

@@ -30,7 +30,9 @@ def loss_name(method: str) -> str:
         return "loss per trained token (nats)"
     if method == "distil":
         return "distil loss per trained token (nats)"
-    return f"{method} loss per {'pair' if method in OF_PAIRS else 'answer'}"
+    if method == "classify":
+        return "classify loss per labelled text"
+    return f"{method} loss per {'pair' if method in (*OF_PAIRS, 'reward') else 'answer'}"
 
 
 def objective(method: str, sft_weight: float) -> str:
@@ -39,6 +41,10 @@ def objective(method: str, sft_weight: float) -> str:
         return "cross-entropy of the trained tokens"
     if method == "distil":
         return "divergence from a teacher's distributions at the trained tokens, mixed with their cross-entropy"
+    if method == "classify":
+        return "cross-entropy of the labels of texts, read at their last token"
+    if method == "reward":
+        return "Bradley-Terry loss of the rewards of preferred and rejected answers"
     rows = "pairs of a preferred and a rejected answer" if method in OF_PAIRS else "single answers, judged good or bad"
     added = f" plus {sft_weight:g} times the preferred answer's cross-entropy per token" if sft_weight else ""
     return f"{method} loss of {rows}{added}"

@@ -14,7 +14,7 @@ NAME = r"[a-z0-9_]+"
 BUILT_IN = frozenset(
     {"exact_match", "loss", "perplexity", "label_likelihood", "macro_f1", "text_loss", "text_perplexity", "bits_per_byte"}
     | {"json_valid", "json_match", "valid_schema", "field_precision", "field_recall", "field_f1"}
-    | {"pair_accuracy", "pair_margin", "kl"}
+    | {"pair_accuracy", "pair_margin", "reward_margin", "kl", "average_precision", "ece", "ece_uncalibrated", "temperature"}
     | {"calls_match", "calls_match_any_order", "call_names_match", "needless_calls", "contamination"}
     | {"size_bytes", "latency_ms_per_token", "count"}
 )

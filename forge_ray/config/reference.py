@@ -46,6 +46,7 @@ EXAMPLES = {
     "train.method": "train: {method: {kind: dpo, beta: 0.1}}",
     "train.method:classify": "{data: {form: labels}, train: {method: {kind: classify, targets: [{labels: [spam, ham]}]}}}",
     "train.method:distil": "train: {method: {kind: distil, teacher: support-large, k: 64, temperature: 1.0}}",
+    "train.method:reward": "train: {method: {kind: reward}}",
     "train.method.targets": (
         "{data: {form: labels}, train: {method: {kind: classify, targets: [{name: topic, labels: [card, loan], loss: multi},"
         " {name: urgent, labels: ['yes', 'no']}]}}}"
@@ -66,6 +67,10 @@ EXAMPLES = {
     "eval.contamination": "eval: {contamination: {ngram: 13}}",
     "eval.general": "eval: {general: {rows: chats}}",
     "eval.kl": "eval: {kl: {max_examples: 64}}",
+    "eval.thresholds": (
+        "{data: {form: labels}, train: {method: {kind: classify, targets: [{labels: [spam, ham]}]}},"
+        " eval: {thresholds: {spam: {precision: 0.95}}}}"
+    ),
     "eval.leak": "eval: {leak: {max_records: 64}}",
     "eval.engine": "eval: {engine: {num_blocks: 1024}}",
     "release": "release: {alias: support@prod}",
@@ -75,6 +80,10 @@ EXAMPLES = {
     "release.gate.no_worse_than": "release: {gate: {no_worse_than: [{incumbent: support@prod, tolerance: 0.02}]}}",
     "release.gate.budgets": "release: {gate: {budgets: {latency_ms_per_token: 50}}}",
     "release.gate.leak": "{eval: {leak: {}}, release: {gate: {leak: {max_auc: 0.6}}}}",
+    "release.moderation": (
+        "{data: {form: labels}, train: {method: {kind: classify, targets: [{labels: [spam, ham]}]}},"
+        " release: {moderation: {safe: [ham]}}}"
+    ),
     "deploy": "deploy: {name: support, models: [support@prod], port: 8000}",
     "deploy.aliases": "deploy: {name: support, models: [mv_a], aliases: {support@prod: {versions: {mv_a: 95, mv_b: 5}}}}",
     "deploy.aliases.rules": (

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from forge_ray.config.base import Config, SettingError
+from forge_ray.config.classify import normalise
 from forge_ray.config.endpoint import KeepAnswers, Replicas
 from forge_ray.config.gate import Gate
 from forge_ray.config.measurements import Contamination, GeneralConfig, KlConfig, LeakConfig
 from forge_ray.config.own_metric import OwnMetric
+from forge_ray.config.thresholds import Goal, by_label
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$"  # as clients send it: support@prod, ft:base:org:suffix:id
@@ -64,6 +66,11 @@ class EvalConfig(Config):
         description="Labels of a classification task; `from_data`: the distinct answers of the training split; null: free"
         " text",
     )
+    thresholds: dict[str, Goal] = Field(
+        {},
+        description="Of a classifier: precision or recall that each label should reach, from which its probability threshold"
+        " follows on the validation rows: `{mail: {precision: 0.95}}`, or one for all labels, `{precision: 0.9}`",
+    )
     slices: tuple[Literal["label", "source"], ...] = Field(
         (), description="Additional scores for each reference label, for each source, or both"
     )
@@ -89,6 +96,32 @@ class EvalConfig(Config):
     cpus: float = Field(1, gt=0, description="CPU cores of the evaluation task")
     gpus: float = Field(0, ge=0, description="GPUs of the evaluation task; 0: evaluate on the CPU")
 
+    @field_validator("thresholds", mode="before")
+    @classmethod
+    def _by_label(cls, value: Any) -> Any:
+        return by_label(value)
+
+    @model_validator(mode="after")
+    def _thresholds_have_rows(self) -> Self:
+        if self.thresholds and self.split == "validation":
+            raise SettingError(
+                "eval.thresholds with eval.split=validation: they are fitted on the rows that they would be measured on",
+                "set eval.split=test, or remove eval.thresholds",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> Self:
+        by_form: dict[str, str] = {}
+        for label in self.labels if isinstance(self.labels, tuple) else ():
+            if (other := by_form.setdefault(normalise(label), label)) != label:
+                raise SettingError(
+                    f"eval.labels lists {other!r} and {label!r}, which are one to the scores: case, white space and a final"
+                    " full stop do not count",
+                    "list one of them",
+                )
+        return self
+
     @model_validator(mode="after")
     def _labels_to_slice_by(self) -> Self:
         if "label" in self.slices and not self.labels:
@@ -100,11 +133,19 @@ class EvalConfig(Config):
         out while they have their defaults, so that older reports are still found; the leak audit has its own report. General
         rows are in a report by their dataset version, not by their place."""
         later: dict[str, Any] = {"slices": [], "safety": [], "metrics": [], "json_schema": "", "contamination": None}
-        later["kl"] = None
+        later |= {"kl": None, "thresholds": {}}
         value = self.model_dump(mode="json", exclude={"leak", "general"})
         if not self.safety:
             value.pop("safety_max_new_tokens")
         return {key: item for key, item in value.items() if key not in later or item != later[key]}
+
+
+class Moderation(Config):
+    """A classifier that `/v1/moderations` answers with."""
+
+    safe: tuple[str, ...] = Field(
+        (), description="Labels that are no reason to flag a text (`target/label` where there are several targets)"
+    )
 
 
 class ReleaseConfig(Config):
@@ -112,6 +153,9 @@ class ReleaseConfig(Config):
 
     alias: str = Field(pattern=ALIAS, description="Alias that is moved to the new version if it passes the gate")
     gate: Gate = Gate()
+    moderation: Moderation | None = Field(
+        None, description="Of a classifier: answer /v1/moderations with it; `{}` where every label is a reason to flag"
+    )
 
 
 class Limits(Config):

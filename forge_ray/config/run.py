@@ -7,11 +7,22 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from forge_ray.config.base import Config, SettingError
-from forge_ray.config.classify import Classify, normalise
+from forge_ray.config.classify import (
+    OF_ALL_CLASSES,
+    OF_CLASSIFIERS,
+    OF_WHOLE_SPLIT,
+    Classify,
+    Reward,
+    Target,
+    class_names,
+    metrics_of,
+    normalise,
+)
 from forge_ray.config.data import DataConfig
 from forge_ray.config.gate import LeakBounds
 from forge_ray.config.measurements import GENERAL
-from forge_ray.config.release import NAME, DeployConfig, EvalConfig, ReleaseConfig
+from forge_ray.config.release import NAME, DeployConfig, EvalConfig, Moderation, ReleaseConfig
+from forge_ray.config.thresholds import goals_of
 from forge_ray.config.train import TrainConfig
 
 
@@ -36,7 +47,7 @@ class RunConfig(Config):
     def _can_be_served(self) -> Self:
         """Check before training that the deployment can serve the adapter."""
         adapter, deploy = self.train.adapter, self.deploy
-        if adapter is None or deploy is None or self.release.alias in deploy.merged:
+        if adapter is None or deploy is None or self.release.alias in deploy.merged or self.train.targets:
             return self
         engine, merged = deploy.engine, f"or list {self.release.alias!r} in deploy.merged"
         if adapter.r > engine.max_lora_rank:
@@ -69,26 +80,81 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _classifier_generates_nothing(self) -> Self:
-        if not isinstance(self.train.method, Classify):
+        if not self.train.targets:
             return self
         generated = ("metrics", "json_schema", "safety", "general", "leak", "kl")
         unread = [f"eval.{name}" for name in generated if name in self.eval.model_fields_set and getattr(self.eval, name)]
         unread += ["release.gate.budgets.latency_ms_per_token"] if self.release.gate.budgets.latency_ms_per_token else []
         unread += ["eval.engine.kind=vllm"] if self.eval.engine.kind == "vllm" else []
-        unread += ["deploy"] if self.deploy else []
+        unread += ["deploy"] if self.deploy and isinstance(self.train.method, Reward) else []
         if unread:
             raise SettingError(
-                f"{unread[0]} is for models that generate text, and train.method=classify trains one that does not",
-                "remove it"
-                + ("; transformers' AutoModelForSequenceClassification opens the version" if unread == ["deploy"] else ""),
+                f"{unread[0]} is for models that generate text, and train.method={self.train.method_name} trains"
+                " one that does not",
+                "remove it",
             )
         return self
 
     @model_validator(mode="after")
-    def _labels_are_those_of_targets(self) -> Self:
-        if self.train.targets and isinstance(self.eval.labels, tuple):
+    def _gate_has_its_metrics(self) -> Self:
+        """Refused before training, not at the release."""
+        targets, gate = self.train.targets, self.release.gate
+        slices = {rule.metric for rule in gate.no_worse_than if rule.slices != "none"}
+        judged = [*gate.thresholds, *(rule.metric for rule in gate.comparisons)]
+        if not targets:
+            unmeasured = [name for name in judged if name in OF_CLASSIFIERS]
+        else:
+            unmeasured = [name for name in judged if name not in metrics_of(targets)]
+        if unmeasured:
             raise SettingError(
-                f"eval.labels={list(self.eval.labels)} with train.method=classify, whose targets list the labels",
+                f"release.gate judges {unmeasured[0]}, which the evaluation of train.method={self.train.method_name} does"
+                " not measure",
+                f"judge one of {', '.join(sorted(metrics_of(targets)))}"
+                if targets
+                else "remove it, or train a head over labels with train.method={kind: classify, …}",
+            )
+        if whole := sorted(slices & {*OF_ALL_CLASSES, *OF_WHOLE_SPLIT}):
+            raise SettingError(
+                f"release.gate.no_worse_than compares {whole[0]} of slices, which do not have it",
+                "compare exact_match, or set slices: none",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_classifiers(self) -> Self:
+        names = class_names(self.train.targets) if isinstance(self.train.method, Classify) else ()
+        for name, is_set in (("eval.thresholds", self.eval.thresholds), ("release.moderation", self.release.moderation)):
+            if is_set is not None and is_set != {} and not names:
+                raise SettingError(
+                    f"{name} is for classifiers, and train.method={self.train.method_name} trains none",
+                    f"remove {name}, or set train.method={{kind: classify, …}}",
+                )
+        if names:
+            goals_of(self.eval.thresholds, names)
+        if moderation := self.release.moderation:
+            if unknown := [name for name in moderation.safe if name not in names]:
+                raise SettingError(
+                    f"release.moderation.safe names {unknown[0]!r}, which is not one of the labels {list(names[:8])}",
+                    "correct the name",
+                )
+            if not flags_of(self.train.targets, moderation):
+                raise SettingError(
+                    f"release.moderation.safe={list(moderation.safe)} leaves no label that flags a text", "list fewer"
+                )
+        return self
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Labels for which the version flags a text; () where it is no moderation model."""
+        return flags_of(self.train.targets, self.release.moderation) if self.release.moderation else ()
+
+    @model_validator(mode="after")
+    def _labels_are_those_of_targets(self) -> Self:
+        is_reward = isinstance(self.train.method, Reward)
+        if (is_reward and self.eval.labels) or (self.train.targets and isinstance(self.eval.labels, tuple)):
+            raise SettingError(
+                f"eval.labels={self.eval.labels} with train.method={self.train.method_name}: the targets of a classifier"
+                " list the labels, and a reward model has none",
                 "remove eval.labels",
             )
         return self
@@ -98,7 +164,7 @@ class RunConfig(Config):
         """The settings of the run's evaluations: base and trained model are scored on the same labels, those of a
         classifier's only target."""
         targets = self.train.targets
-        if len(targets) != 1 or targets[0].loss == "multi" or self.eval.labels:
+        if len(targets) != 1 or targets[0].loss != "single" or self.eval.labels:
             return self.eval
         return self.eval.model_copy(update={"labels": tuple(map(normalise, targets[0].labels))})
 
@@ -139,3 +205,7 @@ class RunConfig(Config):
                     f"add {rule.slices} to eval.slices",
                 )
         return self
+
+
+def flags_of(targets: tuple[Target, ...], moderation: Moderation) -> tuple[str, ...]:
+    return tuple(name for name in class_names(targets) if name not in moderation.safe)

@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from forge_ray.config.adapter import Adapter
 from forge_ray.config.base import Config, SettingError, without_defaults
-from forge_ray.config.classify import Classify, Target
+from forge_ray.config.classify import REWARD, Classify, Reward, Target
 from forge_ray.config.distil import Distil
 from forge_ray.config.guards import Guards
 from forge_ray.config.method import Preference
@@ -51,7 +51,7 @@ class Checkpointing(Config):
 class TrainConfig(Config):
     """How the model is trained."""
 
-    method: Literal["sft"] | Annotated[Preference | Classify | Distil, Field(discriminator="kind")] = Field(
+    method: Literal["sft"] | Annotated[Preference | Classify | Reward | Distil, Field(discriminator="kind")] = Field(
         "sft",
         description="`sft`: supervised fine-tuning; on plain text it is continued pre-training. Training on judged answers"
         " has settings of its own, for example {kind: dpo}; so have a head over labels, {kind: classify, targets: […]}, and"
@@ -268,7 +268,7 @@ class TrainConfig(Config):
     def _noise_is_possible(self) -> Self:
         if not self.neftune_alpha:
             return self
-        if isinstance(self.method, Preference):
+        if isinstance(self.method, Preference | Reward):
             raise SettingError(
                 f"neftune_alpha={self.neftune_alpha} with method.kind={self.method.kind}: answers would be compared under"
                 " different noise",
@@ -297,6 +297,9 @@ class TrainConfig(Config):
 
     @property
     def targets(self) -> tuple[Target, ...]:
+        """What the head answers; () of a model that writes."""
+        if isinstance(self.method, Reward):
+            return (REWARD,)
         return self.method.targets if isinstance(self.method, Classify) else ()
 
     @property

@@ -1,9 +1,9 @@
 """Items of a classifier → scores (pure): labels by class, and whether its probabilities can be believed.
 
 An item has, besides `reference` and `prediction`, `true` and `predicted` (names of classes), `probabilities` by class, and
-`targets`: for each target that the row has a label of, `reference`, `prediction`, `confidence` (the probability of the
-prediction after temperature scaling; of a `multi` target that of each of its labels, on the side predicted) and
-`raw_confidence` (before it), and whether each of these is `right`.
+`targets`: for each target null where the row has no label of it, else `reference`, `prediction`, `confidence` (the
+probability of the prediction after temperature scaling; of a `multi` target that of each of its labels, on the side
+predicted) and `raw_confidence` (before it), and whether each of these is `right`.
 
     ece                 sum over 15 bins of equal width of |confidence - share that is right|, weighted by rows
                         (M. P. Naeini et al., AAAI 2015); `ece_uncalibrated`: the same before temperature scaling
@@ -30,7 +30,9 @@ def class_statistics(items: Items) -> dict[str, Statistic]:
     by_metric = {"macro_f1": macro_f1(*matrices(items)), "average_precision": _average_precision(items)}
     for name in names:
         prefix = f"{name}_" if len(names) > 1 else ""
-        answers = [item["targets"][name] for item in items if name in item["targets"]]
+        answers = _of_target(items, name)
+        if not answers:  # of these rows, as of a slice
+            continue
         if prefix:
             by_metric[f"{prefix}accuracy"] = share([one["prediction"] == one["reference"] for one in answers])
         by_metric[f"{prefix}ece"] = _calibration(answers, "confidence")
@@ -78,13 +80,17 @@ def by_class(items: Items) -> dict[str, dict[str, float]]:
 
 def reliability(items: Items, name: str) -> list[tuple[float, float, int]]:
     """(mean confidence, share that is right, number) of each bin that is not empty, of a target."""
-    answers = [item["targets"][name] for item in items if name in item["targets"]]
-    confidence, right, _ = _answers(answers, "confidence")
+    confidence, right, _ = _answers(_of_target(items, name), "confidence")
     bins = _bins(confidence)
     return [
         (float(confidence[bins == number].mean()), float(right[bins == number].mean()), int((bins == number).sum()))
         for number in np.unique(bins).tolist()
     ]
+
+
+def _of_target(items: Items, name: str) -> list[dict[str, Any]]:
+    """What the items that have a label of a target say of it."""
+    return [answer for item in items if (answer := item["targets"].get(name)) is not None]
 
 
 def _answers(answers: Items, column: str) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
@@ -112,8 +118,11 @@ def _calibration(answers: Items, column: str) -> Statistic:
 
 
 def _average_precision(items: Items) -> Statistic:
-    """Ties of probabilities count in the order of the items."""
+    """Of a class, over the rows that have a label of its target. Ties of probabilities count in the order of the items."""
     names = classes_of(items)
+    targets = list(dict.fromkeys(target for item in items for target in item["targets"]))
+    of_target = {name: name.partition("/")[0] if len(targets) > 1 else targets[0] for name in names}
+    asked = np.array([[item["targets"].get(of_target[name]) is not None for name in names] for item in items], np.float64)
     actual, _ = matrices(items)
     scores = np.array([[item["probabilities"].get(name, 0.0) for name in names] for item in items])
     orders = np.argsort(-scores, axis=0, kind="stable")
@@ -121,7 +130,7 @@ def _average_precision(items: Items) -> Statistic:
     def of(counts: Floats) -> Floats:
         total, present = np.zeros(len(counts)), np.zeros(len(counts))
         for column in range(len(names)):
-            ranked = counts[:, orders[:, column]]
+            ranked = counts[:, orders[:, column]] * asked[orders[:, column], column]
             hits = np.cumsum(ranked * actual[orders[:, column], column], axis=1)
             seen = np.cumsum(ranked, axis=1)
             precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)

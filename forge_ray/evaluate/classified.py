@@ -1,4 +1,4 @@
-"""Held-out rows through a classifier: batched forward passes of transformers' own class, and temperatures.
+"""Held-out rows through a classifier (`inference/classifier.py`): its items, and temperatures.
 
 Logits are divided by a temperature for each target, which makes the validation rows likeliest (C. Guo et al., "On
 Calibration of Modern Neural Networks", arXiv:1706.04599, section 4.2). No prediction changes by it. Without validation rows,
@@ -9,85 +9,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from forge_ray.config.base import SettingError
 from forge_ray.config.classify import Target, class_names, columns_of, normalise
 from forge_ray.config.data import DataConfig
 from forge_ray.config.release import EvalConfig
+from forge_ray.config.thresholds import Goal, goals_of
 from forge_ray.data.dataset.labels import ABSENT, Values, by_target, values_of, written
 from forge_ray.data.record.schema import DataRecord, Reject
 from forge_ray.data.tokens.labels import label_document
-from forge_ray.data.tokens.template import ChatTokenizer, Encoded
+from forge_ray.data.tokens.template import Encoded
 from forge_ray.errors import ConfigError, DataError
+from forge_ray.evaluate.class_thresholds import Thresholds, chosen, measured
 from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, held_out
 from forge_ray.evaluate.publish import ScoredRows
 from forge_ray.evaluate.scoring_files import ScoringFiles
 from forge_ray.evaluate.summary import OTHER
-from forge_ray.machine.hardware import resolve_precision
+from forge_ray.inference.classifier import Classifier, Logits, logits_of, probabilities
 from forge_ray.records import DatasetManifest
 from forge_ray.store.files import Store
 
-Logits = npt.NDArray[np.float64]
 UNLABELLED = "a text without a label"
 NO_TARGET = "a row without a label of any target"
 MANY_VALIDATION_ROWS = 2000  # temperatures are single numbers: more rows change them little
 LARGEST, SMALLEST, ROUNDS = 20.0, 0.05, 60  # of 1 / temperature
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A model with a head over the labels of `targets`, on its device."""
-
-    model: Any
-    tokenizer: ChatTokenizer
-    targets: tuple[Target, ...]
-    max_batch_tokens: int
-
-
-def open_classifier(
-    folder: Path, adapter: Path | None, targets: tuple[Target, ...], tokenizer: ChatTokenizer, config: EvalConfig
-) -> Classifier:
-    import torch
-
-    from forge_ray.inference.load import DTYPES
-    from forge_ray.models.architecture import Head, open_model
-
-    use_gpu = config.gpus > 0
-    model = open_model(folder, DTYPES[resolve_precision(config.engine.precision, use_gpu)], head=Head(targets))
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_id
-    device = torch.device("cuda" if use_gpu else "cpu")
-    return Classifier(model.to(device).eval(), tokenizer, targets, config.engine.max_batch_tokens)
-
-
-def logits_of(classifier: Classifier, documents: Sequence[Encoded]) -> Iterator[tuple[int, Logits]]:
-    """(number of a document, its logits [C]) in the order of lengths; as many in a pass as `max_batch_tokens` allows."""
-    import torch
-
-    order = sorted(range(len(documents)), key=lambda number: len(documents[number].ids))
-    device, start = next(classifier.model.parameters()).device, 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and len(documents[order[end]].ids) * (end + 1 - start) <= classifier.max_batch_tokens:
-            end += 1
-        ids = [documents[number].ids for number in order[start:end]]
-        padded = np.full((len(ids), len(ids[-1])), classifier.tokenizer.pad_id, np.int64)
-        mask = np.zeros(padded.shape, np.int64)
-        for row, own in enumerate(ids):
-            padded[row, : len(own)], mask[row, : len(own)] = own, 1
-        with torch.no_grad():
-            inputs = {"input_ids": torch.from_numpy(padded), "attention_mask": torch.from_numpy(mask)}
-            output = classifier.model(**{name: value.to(device) for name, value in inputs.items()})
-        yield from zip(order[start:end], output.logits.double().cpu().numpy(), strict=True)
-        start = end
 
 
 def score_classified(
@@ -113,7 +62,7 @@ def score_classified(
             continue
         posed.append((example, values))
         documents.append(document)
-    by_number = dict(logits_of(classifier, documents))
+    by_number = dict(logits_of(classifier, [document.ids for document in documents]))
     for number, (example, values) in enumerate(posed):
         yield _item(classifier.targets, example, values, by_number[number], temperatures)
 
@@ -133,15 +82,18 @@ def classify_rows(
         raise ConfigError(f"eval.{texts[0]} asks for text, and a classifier writes none", hint=f"remove eval.{texts[0]}")
     only = classifier.targets[0] if len(classifier.targets) == 1 else None
     labels = tuple(map(normalise, only.labels)) if only and only.loss == "single" else ()
-    temperatures, items = fitted(store, manifest, classifier, config), []
+    fit = fitted(store, manifest, classifier, config)
+    items: list[dict[str, Any]] = []
     left_out = Counter(held.left_out) + Counter({UNLABELLED: len(held.texts)})
-    for item in score_classified(manifest, held.chats, classifier, temperatures):
+    for item in score_classified(manifest, held.chats, classifier, fit.temperatures):
         if "left_out" in item:
             left_out[item["left_out"]] += 1
         else:
             items.append(item)
             yield {"done": len(items), "total": len(held.chats)}
-    return ScoredRows(items, labels, [], None, left_out, temperatures=temperatures)
+    at = _at_thresholds(fit.thresholds, classifier.targets, items) if items and fit.thresholds.values else {}
+    scored = ScoredRows(items, labels, [], None, left_out)
+    return replace(scored, temperatures=fit.temperatures, thresholds=fit.thresholds, at_thresholds=at)
 
 
 def _document(classifier: Classifier, manifest: DatasetManifest, example: Example) -> Encoded | Reject:
@@ -152,15 +104,54 @@ def _document(classifier: Classifier, manifest: DatasetManifest, example: Exampl
     return document if isinstance(document, Reject) else document[0]
 
 
-def fitted(store: Store, manifest: DatasetManifest, classifier: Classifier, config: EvalConfig) -> dict[str, float]:
-    """The temperature of each target, fitted on the validation rows; {} where there are none to fit on."""
+@dataclass(frozen=True)
+class Fitted:
+    """What the validation rows say of a classifier: a temperature for each target, and the thresholds asked for."""
+
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+
+def fitted(store: Store, manifest: DatasetManifest, classifier: Classifier, config: EvalConfig) -> Fitted:
+    """Fitted on the validation rows; empty where there are none to fit on. Raises `DataError` where thresholds are asked for
+    and no row has a label."""
+    logits, truth = _validation(store, manifest, classifier, config)
+    if not len(logits):
+        if config.thresholds:
+            raise DataError(
+                f"eval.thresholds are fitted on validation rows, and {manifest.id} has none with a label",
+                hint="raise data.splits.validation, or remove eval.thresholds",
+            )
+        return Fitted()
+    temperatures, shares = {}, np.zeros(logits.shape)
+    for target, columns in zip(classifier.targets, columns_of(classifier.targets), strict=True):
+        has = truth[:, columns.start] != ABSENT
+        if has.any():
+            temperatures[target.name] = temperature_of(target, logits[has][:, columns], truth[has][:, columns])
+        shares[:, columns] = probabilities(target, logits[:, columns], temperatures.get(target.name, 1.0))
+    names = class_names(classifier.targets)
+    return Fitted(temperatures, chosen(_goals(config, names), names, shares, truth))
+
+
+def _goals(config: EvalConfig, names: tuple[str, ...]) -> dict[str, Goal]:
+    try:
+        return goals_of(config.thresholds, names)
+    except SettingError as error:
+        raise ConfigError(str(error), hint=error.hint) from None
+
+
+def _validation(
+    store: Store, manifest: DatasetManifest, classifier: Classifier, config: EvalConfig
+) -> tuple[Logits, Logits]:
+    """(logits, values) [n, C] of the validation rows, which are not those that are evaluated; n may be 0."""
+    nothing = np.zeros((0, len(class_names(classifier.targets))))
     if config.split == "validation" or not ("validation" in manifest.splits and manifest.splits["validation"].num_records):
-        return {}
+        return nothing, nothing
     others = EvalConfig(split="validation", max_examples=MANY_VALIDATION_ROWS)
     try:
         chats = held_out(store, manifest, others).chats
     except DataError:  # plain texts alone
-        return {}
+        return nothing, nothing
     documents, values = [], []
     for example in chats:
         document = _document(classifier, manifest, example)
@@ -169,19 +160,24 @@ def fitted(store: Store, manifest: DatasetManifest, classifier: Classifier, conf
         except Reject:
             continue
         if not isinstance(document, Reject):
-            documents.append(document)
+            documents.append(document.ids)
             values.append(labels)
     if not documents:
-        return {}
+        return nothing, nothing
     by_number = dict(logits_of(classifier, documents))
-    logits = np.array([by_number[number] for number in range(len(documents))])
-    temperatures = {}
-    for target, columns in zip(classifier.targets, columns_of(classifier.targets), strict=True):
-        has = [number for number, labels in enumerate(values) if labels[columns.start] != ABSENT]
-        if has:
-            truth = np.array([values[number][columns] for number in has], np.float64)
-            temperatures[target.name] = temperature_of(target, logits[has][:, columns], truth)
-    return temperatures
+    return np.array([by_number[number] for number in range(len(documents))]), np.array(values, np.float64)
+
+
+def _at_thresholds(
+    thresholds: Thresholds, targets: tuple[Target, ...], items: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """What the thresholds come to on the evaluated rows, by label."""
+    names = class_names(targets)
+    shares = np.array([[item["probabilities"][name] for name in names] for item in items])
+    truth = np.array([[name in item["true"] for name in names] for item in items], np.float64)
+    for target, columns in zip(targets, columns_of(targets), strict=True):
+        truth[[item["targets"][target.name] is None for item in items], columns] = ABSENT
+    return measured(thresholds.values, names, shares, truth)
 
 
 def temperature_of(target: Target, logits: Logits, truth: Logits) -> float:
@@ -202,23 +198,14 @@ def temperature_of(target: Target, logits: Logits, truth: Logits) -> float:
     return 2 / (low + high)
 
 
-def probabilities(target: Target, logits: Logits, temperature: float = 1.0) -> Logits:
-    """[C] of logits [C]."""
-    scaled = logits / temperature
-    if target.loss == "multi":
-        independent: Logits = np.exp(-np.logaddexp(0, -scaled))
-        return independent
-    shares: Logits = np.exp(scaled - np.logaddexp.reduce(scaled))
-    return shares
-
-
 def _item(
     targets: tuple[Target, ...], example: Example, values: Values | None, logits: Logits, temperatures: Mapping[str, float]
 ) -> dict[str, Any]:
     """A row whose label was never trained has no value: no prediction is right."""
     unknown = "" if values is not None else by_target(targets, example.answer)[targets[0].name]
     values = np.zeros(len(logits), np.int8) if values is None else values
-    predicted, by_name, shares = np.zeros(len(values), np.int8), {}, np.zeros(len(values))
+    predicted, shares = np.zeros(len(values), np.int8), np.zeros(len(values))
+    by_name: dict[str, dict[str, Any] | None] = {}
     for target, columns in zip(targets, columns_of(targets), strict=True):
         temperature = temperatures.get(target.name, 1.0)
         raw, scaled = probabilities(target, logits[columns]), probabilities(target, logits[columns], temperature)
@@ -229,6 +216,7 @@ def _item(
             predicted[columns.start + int(logits[columns].argmax())] = 1
         if values[columns.start] == ABSENT:
             predicted[columns] = ABSENT
+            by_name[target.name] = None
             continue
         chosen, truth = predicted[columns] == 1, values[columns] == 1
         is_multi = target.loss == "multi"

@@ -124,7 +124,15 @@ def source_name(manifest: DatasetManifest, row: dict[str, Any]) -> str:
 
 
 def label_set(store: Store, manifest: DatasetManifest, config: EvalConfig) -> tuple[str, ...]:
+    """The labels of `label_forms`."""
+    return tuple(label_forms(store, manifest, config))
+
+
+def label_forms(store: Store, manifest: DatasetManifest, config: EvalConfig) -> dict[str, str]:
+    """Label as it is compared (`normalise`) → as an answer writes it: as in the settings, or as most training rows do."""
     if config.labels != "from_data":
-        return config.labels or ()
+        return {normalise(label): label for label in config.labels or ()}
     train = EvalConfig(split="validation").model_copy(update={"split": "train"})
-    return tuple(sorted({normalise(example.answer) for example in examples(store, manifest, train)}))
+    counts = Counter(example.answer for example in examples(store, manifest, train))
+    forms = {normalise(text): text for text, _ in sorted(counts.items(), key=lambda item: (item[1], item[0]))}
+    return dict(sorted(forms.items()))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from forge_ray.config.classify import normalise
 from forge_ray.config.measurements import GENERAL
 from forge_ray.errors import StoreError
 from forge_ray.evaluate.answer_schema import KEPT_AS
@@ -14,6 +15,7 @@ from forge_ray.evaluate.examples import GENERAL_SPLIT
 from forge_ray.evaluate.measures import differences
 from forge_ray.evaluate.named_files import sha256_of
 from forge_ray.evaluate.own import kept_name
+from forge_ray.evaluate.summary import OTHER
 from forge_ray.records import EvalReport
 from forge_ray.store import paths
 from forge_ray.store.files import Store
@@ -59,8 +61,9 @@ def split_of(report: EvalReport, metric: str) -> tuple[str, str]:
 
 
 def labels_of(report: EvalReport) -> tuple[str, ...]:
-    """The label set that a report was made with."""
-    return tuple(report.per_class) if report.config.get("labels") else ()
+    """The label set that a report was made with, as labels are compared."""
+    names = tuple(dict.fromkeys(map(normalise, report.per_class)))
+    return tuple(name for name in names if name != OTHER) if report.config.get("labels") else ()
 
 
 def compared(store: Store, ours: EvalReport, theirs: EvalReport, confidence: float) -> dict[str, Difference | None]:

@@ -5,6 +5,7 @@
 - a chat that ends in calls: the calls as a whole, their names, their arguments; and calls where a text was expected
 - a pair of a preferred and a rejected answer: also which of them is likelier, and by how many nats
 - either, where `eval.kl` asks: the KL divergence to the model that the run started from, nats per token (`kl.py`)
+- a pair that a reward model scores: whether the preferred answer has more, and how much (`rewarded.py`)
 - a chat that a classifier answers: also its classes and its probabilities (`class_measures.py`)
 - either, with functions of the user's own: the mean of each of their scores over the rows that have it
 - a plain text: loss, perplexity, and bits per byte, which can be compared over tokenizers
@@ -28,7 +29,7 @@ from forge_ray.evaluate.class_measures import class_statistics, macro_f1
 from forge_ray.records import EvalReport
 
 Items = Sequence[dict[str, Any]]
-CALL, TEXT = "call", "text"
+CALL, TEXT, REWARDED = "call", "text", "reward"
 GENERAL_ANSWER, GENERAL_TEXT = "general_answer", "general_text"
 NUMBERS = ("loss", "perplexity", "bits_per_byte", "margin", "temperature", "kl")  # what is no share: names end so
 
@@ -74,6 +75,10 @@ def statistics(items: Items, labels: Sequence[str]) -> dict[str, Statistic]:
         by_metric["pair_margin"] = ratio(margins, [1.0] * len(pairs))
     if moved := [item for item in items if "kl" in item]:
         by_metric["kl"] = ratio([item["kl"] for item in moved], [item["kl_tokens"] for item in moved])
+    if rewarded := [item for item in items if item.get("kind") == REWARDED]:
+        gaps = [item["chosen_reward"] - item["rejected_reward"] for item in rewarded]
+        by_metric["pair_accuracy"] = share([gap > 0 for gap in gaps])
+        by_metric["reward_margin"] = ratio(gaps, [1.0] * len(rewarded))
     if texts:
         by_metric |= _text_losses("", texts)
     if general_answers := [item for item in items if item.get("kind") == GENERAL_ANSWER]:

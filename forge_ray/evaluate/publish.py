@@ -14,6 +14,7 @@ from forge_ray.config.release import EvalConfig
 from forge_ray.data.curate.contamination import contaminated, stream_records
 from forge_ray.errors import DataError
 from forge_ray.evaluate.chance import wilson
+from forge_ray.evaluate.class_thresholds import Thresholds
 from forge_ray.evaluate.examples import GENERAL_SPLIT, HeldOutRows
 from forge_ray.evaluate.measures import intervals, is_general
 from forge_ray.evaluate.own import num_scored
@@ -45,6 +46,8 @@ class ScoredRows:
     left_out: Mapping[str, int]
     general: DatasetManifest | None = None  # whose rows are among the items
     temperatures: Mapping[str, float] = field(default_factory=dict)  # of a classifier, by target
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    at_thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of these rows, by label
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,11 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
             )
     metrics, per_class = summarise(rows.items, rows.labels)
     bounds = intervals(rows.items, rows.labels)
+    of_several = any(len(item.get("targets", ())) > 1 for item in rows.items)
     for name, value in rows.temperatures.items():
-        metrics["temperature" if len(rows.temperatures) == 1 else f"{name}_temperature"] = value
+        metrics[f"{name}_temperature" if of_several else "temperature"] = value
+    for name, measured in rows.at_thresholds.items():
+        per_class[name] = {**per_class.get(name, {}), **measured}
     kept = {"items.jsonl": rows.items}
     if rows.safety:
         passed = [not answer["failures"] for answer in rows.safety]
@@ -133,6 +139,8 @@ def publish(store: Store, manifest: DatasetManifest, config: EvalConfig, rows: S
         left_out=dict(rows.left_out),
         general=rows.general.id if rows.general else "",
         num_general=num_general,
+        thresholds=dict(rows.thresholds.values),
+        unreached=dict(rows.thresholds.unreached),
         num_scored=num_scored(rows.items, of.files.functions),
         items_sha256=hashlib.sha256(b"".join(written.values())).hexdigest(),
         costs=of.costs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from forge_ray.config.release import EvalConfig
 from forge_ray.errors import DataError, NotFound
 from forge_ray.machine.capacity import Demand, wait_for
 from forge_ray.machine.cluster import connect
-from forge_ray.progress import stage
+from forge_ray.progress import stage, visible
 from forge_ray.records import DatasetManifest, EvalReport, FileEntry, ModelVersion, RunRecord, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
@@ -187,6 +188,9 @@ def _report(
             refuse_erased(catalog.store, report.id, read, subject, paths.report(report.id))
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
         it.done(f"{report.id}  {what}: {scores}")
+        for name, why in report.unreached.items():
+            line = f"  threshold {visible(name)} has none, and holds from one half: {why}"
+            print(line, file=sys.stderr, flush=True)
         return catalog.put(report)
 
 

@@ -10,12 +10,12 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forge_ray.config.classify import normalise
+from forge_ray.config.classify import REWARD, normalise
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, load_tokenizer_dir, prompt_ids
@@ -23,16 +23,18 @@ from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.data.tokens.text_tools import tools_of
 from forge_ray.evaluate.answer_schema import refuse_unfit, with_validity
 from forge_ray.evaluate.calls import call_fields, call_form, calls_in
-from forge_ray.evaluate.classified import classify_rows, open_classifier
-from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out, label_set
+from forge_ray.evaluate.classified import classify_rows
+from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out, label_forms
 from forge_ray.evaluate.kl import StartWeights, score_kl
 from forge_ray.evaluate.losses import general_held_out, score_general
 from forge_ray.evaluate.measures import is_general
 from forge_ray.evaluate.own import scored, try_functions
 from forge_ray.evaluate.publish import Scored, ScoredRows, publish, shared_rows
+from forge_ray.evaluate.rewarded import reward_rows
 from forge_ray.evaluate.safety import answer_prompts
 from forge_ray.evaluate.scoring_files import ScoringFiles
 from forge_ray.evaluate.texts import score_texts
+from forge_ray.inference.classifier import open_classifier
 from forge_ray.inference.engine import Engine, GenerationRequest, Score
 from forge_ray.models.class_head import targets_of
 from forge_ray.records import DatasetManifest, FileEntry
@@ -65,10 +67,11 @@ class EvaluatedModel:
 
 
 def score_examples(
-    engine: Engine, tokenizer: Any, chats: Sequence[Example], labels: Sequence[str], config: EvalConfig
+    engine: Engine, tokenizer: Any, chats: Sequence[Example], labels: Mapping[str, str], config: EvalConfig
 ) -> Iterator[dict[str, Any]]:
-    """One item per example, in order: reference, prediction, likeliest label, log-probability of the reference; and calls,
-    where tools are offered. An example that the model's template has no place for is an item with `left_out`, the reason."""
+    """One item per example, in order: reference, prediction, likeliest label (of `label_forms`), log-probability of the
+    reference; and calls, where tools are offered. An example that the model's template has no place for is an item with
+    `left_out`, the reason."""
     tokenizer = chat_tokenizer(tokenizer)
     form = call_form(tokenizer) if any(example.tools for example in chats) else None
     label_ids: dict[str, list[int]] = {}
@@ -88,7 +91,8 @@ def score_examples(
             is_labelled = bool(labels) and not example.calls
             if is_labelled and not label_ids:
                 label_ids = {
-                    label: answer_ids(tokenizer, example, {"role": "assistant", "content": label}) for label in labels
+                    label: answer_ids(tokenizer, example, {"role": "assistant", "content": text})
+                    for label, text in labels.items()
                 }
             candidates = dict(label_ids) if is_labelled else {}
             reference = normalise(example.answer) if is_labelled else example.answer
@@ -101,7 +105,7 @@ def score_examples(
                 "reference": example.answer,
                 "prediction": answer_of(tokenizer, generation.token_ids),
                 "finish_reason": generation.finish_reason,
-                "likeliest": _likeliest(scores, labels) if is_labelled else "",
+                "likeliest": _likeliest(scores, tuple(labels)) if is_labelled else "",
                 "logprob": scores[reference].logprob,
                 "num_tokens": scores[reference].num_tokens,
                 **({"rejected_logprob": scored[-1].logprob} if rejected else {}),
@@ -168,14 +172,18 @@ def evaluate(
     torch.set_num_threads(max(1, int(config.cpus)))
     folder, adapter = subject.fetch(store)
     tokenizer = tokenizer_for(manifest, folder, adapter)
-    held, labels = held_out(store, manifest, config), label_set(store, manifest, config)
+    held, forms = held_out(store, manifest, config), label_forms(store, manifest, config)
+    labels = tuple(forms)
     general_held = general_held_out(store, general, config)
     shared = shared_rows(store, config, manifest, held, general, general_held)
     if targets := targets_of(adapter) or targets_of(folder):
-        classifier = open_classifier(folder, adapter, targets, tokenizer, config)
-        rows = yield from classify_rows(store, manifest, held, classifier, config, files)
+        classifier = open_classifier(folder, adapter, targets, tokenizer, config.engine, config.gpus > 0)
+        if targets == (REWARD,):
+            rows = yield from reward_rows(held, classifier, config, files)
+        else:
+            rows = yield from classify_rows(store, manifest, held, classifier, config, files)
         costs = {"size_bytes": float(size_bytes(store, subject))}
-        of = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started, files)
+        of = Scored(subject.id, subject.digest, settings, costs, time.monotonic() - started, files, step=subject.step)
         report = publish(store, manifest, config, replace(rows, labels=rows.labels or labels, shared=shared), of)
         yield {"report": report.model_dump(mode="json")}
         return
@@ -188,7 +196,7 @@ def evaluate(
     try:
         for item in itertools.chain(
             scored(
-                with_validity(score_examples(engine, tokenizer, held.chats, labels, config), files.schema),
+                with_validity(score_examples(engine, tokenizer, held.chats, forms, config), files.schema),
                 *(files.functions, held.chats, config.slices, labels),
             ),
             score_texts(engine, tokenizer, held.texts, manifest.sequence_length),

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from forge_ray.config.classify import normalise
+from forge_ray.config.classify import OF_ALL_CLASSES, normalise
 from forge_ray.evaluate.class_measures import by_class
 from forge_ray.evaluate.measures import class_scores, field_scores, is_general, statistics
 
 OTHER = "(other)"
-OF_ALL_CLASSES = ("macro_f1", "average_precision")  # say nothing of rows of one class
 
 
 def summarise(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from forge_ray.errors import ConfigError
 from forge_ray.models.architecture import LM, Head, empty_model, open_model
+from forge_ray.models.class_head import refuse_classifier
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # transformers' names
 ADAPTER_CONFIG = "adapter_config.json"
@@ -38,6 +39,8 @@ class Change:
 def write_sum(base: Path, adapter: Path | None, folder: Path, dtype: torch.dtype | None = None, head: Head = LM) -> None:
     """Write config.json and the weights of `base` with `adapter` added to `folder`; nothing else of the base. `dtype`: of
     the result; None: each tensor in that of the base. Raises `ConfigError` for a sum that it cannot hold."""
+    for part in (base, adapter) if head == LM else ():
+        refuse_classifier(part)
     shards = _shards(base)
     stored = {name for names in shards.values() for name in names}
     model = empty_model(base)

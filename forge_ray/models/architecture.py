@@ -29,7 +29,7 @@ class Head:
         names = dict(enumerate(class_names(self.targets)))
         by_name = {name: index for index, name in names.items()}
         kinds = {"single": "single_label_classification", "multi": "multi_label_classification"}
-        kind = kinds[self.targets[0].loss] if len(self.targets) == 1 else None
+        kind = kinds.get(self.targets[0].loss) if len(self.targets) == 1 else None
         return {"num_labels": len(names), "id2label": names, "label2id": by_name, "problem_type": kind}
 
 

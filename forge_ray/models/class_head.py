@@ -16,15 +16,17 @@ from types import MethodType
 from typing import Any
 
 from forge_ray.config.base import parse
-from forge_ray.config.classify import Target
+from forge_ray.config.classify import REWARD, Target
 from forge_ray.errors import ConfigError, StoreError
 from forge_ray.records import ModelVersion
+from forge_ray.store import paths
+from forge_ray.store.files import Store
 
 HEAD_FILE = "classes.json"
 FORMAT = 1
 OPENED_BY = (
-    "open it with transformers' AutoModelForSequenceClassification, or score it with `forge eval`; for a model that writes"
-    " labels, train with train.method=sft"
+    "serve it (`forge serve`) and send texts to /v1/classifications, score it with `forge eval`, or open it with"
+    " transformers' AutoModelForSequenceClassification; for a model that writes labels, train with train.method=sft"
 )
 
 
@@ -38,11 +40,27 @@ def targets_of(folder: Path | None) -> tuple[Target, ...]:
     """What the head of a folder answers; () where it has none. Raises `StoreError` for a form that is not known."""
     if folder is None or not (folder / HEAD_FILE).is_file():
         return ()
-    value = json.loads((folder / HEAD_FILE).read_text(encoding="utf-8"))
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise StoreError(
-            f"{folder / HEAD_FILE} is not of format {FORMAT}", hint="use the version of forge_ray that wrote the model"
+    return _targets(str(folder / HEAD_FILE), json.loads((folder / HEAD_FILE).read_text(encoding="utf-8")))
+
+
+def refuse_reward_model(store: Store, version: ModelVersion) -> None:
+    """`ConfigError` for a version that no endpoint serves: its answers are numbers, of whole conversations."""
+    if targets_in(store, version) == (REWARD,):
+        raise ConfigError(
+            f"{version.id} ({version.name}) is a reward model, which no endpoint serves",
+            hint="score pairs with `forge eval`, or open it with transformers' AutoModelForSequenceClassification",
         )
+
+
+def targets_in(store: Store, version: ModelVersion) -> tuple[Target, ...]:
+    """As `targets_of`, of a version whose files stay in the store."""
+    path = paths.model(version.id, HEAD_FILE)
+    return _targets(path, store.read_json(path)) if is_classifier(version) else ()
+
+
+def _targets(path: str, value: Any) -> tuple[Target, ...]:
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise StoreError(f"{path} is not of format {FORMAT}", hint="use the version of forge_ray that wrote the model")
     return tuple(parse(Target, target, where=HEAD_FILE) for target in value["targets"])
 
 

@@ -22,8 +22,10 @@ Incumbents = dict[str, EvalReport | None]
 
 
 def is_lower_better(report: EvalReport, metric: str) -> bool:
-    """Which way a metric is better; of the user's own as the settings of the report say (`lower_is_better`)."""
-    is_calibration = f"_{metric}".endswith(("_ece", "_ece_uncalibrated"))  # of a classifier's target
+    """Which way a metric is better; of the user's own as the settings of the report say (`lower_is_better`), whatever they
+    are called."""
+    is_own = metric in report.num_scored
+    is_calibration = not is_own and f"_{metric}".endswith(("_ece", "_ece_uncalibrated"))  # of a classifier's target
     return (
         metric in LOWER_IS_BETTER
         or is_calibration

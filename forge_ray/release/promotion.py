@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 
+from forge_ray.config.classify import class_names
 from forge_ray.config.release import ALIAS, AliasRoute
 from forge_ray.errors import ConfigError, NotFound, PolicyError
+from forge_ray.models.class_head import is_classifier, targets_in
 from forge_ray.records import Event, ModelVersion
 from forge_ray.store import paths, signatures, signing
 from forge_ray.store.aliases import alias_event
@@ -100,7 +102,40 @@ def resolved_route(catalog: Catalog, alias: str, route: AliasRoute) -> AliasRout
     )
     versions = {releasable(catalog, reference).id: weight for reference, weight in route.versions.items()}
     shadow = tuple(catalog.model(reference).id for reference in route.shadow)
-    return route.model_copy(update={"versions": versions, "rules": rules, "shadow": shadow})
+    resolved = route.model_copy(update={"versions": versions, "rules": rules, "shadow": shadow})
+    refuse_mixture(catalog, alias, resolved)
+    refuse_unknown_label(catalog, resolved)
+    return resolved
+
+
+def refuse_mixture(catalog: Catalog, alias: str, route: AliasRoute) -> None:
+    """Raise `ConfigError` where some versions of a route are classifiers and others generate text: no request can be put to
+    both."""
+    names = [*route.versions, *route.shadow, *(rule.to for rule in route.rules if rule.to != "base")]
+    kinds = {name: is_classifier(catalog.model(name)) for name in names}
+    if kinds[route.stable] and (route.fallback == "base" or any(rule.to == "base" for rule in route.rules)):
+        raise ConfigError(
+            f"{alias!r} stands for the classifier {route.stable}, and names `base`, which generates text",
+            hint="remove the fallback and the rules to `base`",
+        )
+    if other := next((name for name, kind in kinds.items() if kind != kinds[route.stable]), None):
+        one, two = ("is a classifier", "generates text") if kinds[route.stable] else ("generates text", "is a classifier")
+        raise ConfigError(
+            f"{alias!r} cannot stand for both: {route.stable} {one}, and {other} {two}", hint="give each an alias of its own"
+        )
+
+
+def refuse_unknown_label(catalog: Catalog, route: AliasRoute) -> None:
+    """Raise `ConfigError` where a rule asks for a label that its classifier never gives."""
+    for rule in route.rules:
+        if not rule.classifier or not is_classifier(catalog.model(rule.classifier)):
+            continue
+        names = class_names(targets_in(catalog.store, catalog.model(rule.classifier)))
+        if rule.label not in names:
+            raise ConfigError(
+                f"a rule asks for the label {rule.label!r}, which the classifier {rule.classifier} does not have",
+                hint=f"one of {', '.join(names)}",
+            )
 
 
 def set_route(catalog: Catalog, alias: str, route: AliasRoute | None, why: str = "") -> None:

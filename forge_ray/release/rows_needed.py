@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from forge_ray.config.classify import Target
 from forge_ray.config.gate import BetterThan, Gate, NoWorseThan
 from forge_ray.config.own_metric import RESERVED
 from forge_ray.config.run import RunConfig
+from forge_ray.data.dataset.labels import by_target
+from forge_ray.data.record.schema import Reject
 from forge_ray.evaluate import reports
 from forge_ray.evaluate.examples import HeldOutRows, held_out, label_set
 from forge_ray.evaluate.measures import CALL, CALL_RULES, TEXT
@@ -22,7 +25,16 @@ DISCORDANCE = 0.5  # of two models whose answers are independent, each right on 
 GAIN = 0.05  # that is assumed of a share where the margin is 0: twice of it would be 0 too
 EFFECT = 0.2  # the same for a mean, in standard deviations: a small effect (J. Cohen, 1988)
 SHARES = frozenset(
-    {"exact_match", "label_likelihood", "json_valid", "json_match", "valid_schema", "needless_calls", *CALL_RULES}
+    {
+        "exact_match",
+        "label_likelihood",
+        "pair_accuracy",
+        "json_valid",
+        "json_match",
+        "valid_schema",
+        "needless_calls",
+        *CALL_RULES,
+    }
 )
 OF_TEXTS = ("text_loss", "text_perplexity", "bits_per_byte")
 NO_ROWS = ("contamination", "size_bytes", "latency_ms_per_token")
@@ -59,32 +71,46 @@ def rows_needed_of(config: RunConfig, store: Store, dataset: str) -> tuple[RowsN
     """What the gate's rules with a confidence ask of the held-out rows. `dataset`: its id, "" where there is none yet."""
     rules, split = config.release.gate, config.eval.split
     if not dataset or not any(rule.confidence for rule in rules.comparisons):
-        return rows_needed(rules, None, (), {}, split)
+        return rows_needed(rules, None, (), {}, split, config.train.targets)
     with Catalog.read_only(store) as catalog:
         manifest = catalog.get_as(DatasetManifest, dataset)
         by_label = any(rule.slices == "label" for rule in rules.no_worse_than)
         labels = label_set(store, manifest, config.eval) if by_label else ()
         spreads = reports.measured_spreads(catalog, config.name)
-        return rows_needed(rules, held_out(store, manifest, config.eval), labels, spreads, split)
+        return rows_needed(rules, held_out(store, manifest, config.eval), labels, spreads, split, config.train.targets)
 
 
 def rows_needed(
-    gate: Gate, held: HeldOutRows | None, labels: Sequence[str], measured: Mapping[str, Spread], split: str
+    gate: Gate,
+    held: HeldOutRows | None,
+    labels: Sequence[str],
+    measured: Mapping[str, Spread],
+    split: str,
+    targets: tuple[Target, ...] = (),
 ) -> tuple[RowsNeeded, ...]:
     """Of each rule with a confidence, in the order of the run file. `held`: None where there is no dataset yet;
-    `measured`: spreads by metric, as far as an earlier version has them."""
+    `measured`: spreads by metric, as far as an earlier version has them; `targets`: of a classifier."""
     rules = [rule for rule in gate.comparisons if rule.confidence is not None]
-    return tuple(_needed(rule, held, labels, measured.get(rule.metric), split) for rule in rules)
+    return tuple(_needed(rule, held, labels, measured.get(rule.metric), split, targets) for rule in rules)
 
 
-def _needed(rule: Rule, held: HeldOutRows | None, labels: Sequence[str], measured: Spread | None, split: str) -> RowsNeeded:
+def _needed(
+    rule: Rule,
+    held: HeldOutRows | None,
+    labels: Sequence[str],
+    measured: Spread | None,
+    split: str,
+    targets: tuple[Target, ...],
+) -> RowsNeeded:
     assert rule.confidence is not None
     kind = rule.slices if isinstance(rule, NoWorseThan) else "none"
     text = rule_text(rule) + (f", in each {kind}" if kind != "none" else "")
     if rule.metric in NO_ROWS or rule.metric.startswith(RESERVED):
         return RowsNeeded(text, POWER, f"{rule.metric} is not scored on the rows of the {split} split")
-    available = _available(rule, held, labels) if held else None
-    spread = measured or (Spread(DISCORDANCE, True) if rule.metric in SHARES else None)
+    of_target = next((target for target in targets if len(targets) > 1 and rule.metric.startswith(f"{target.name}_")), None)
+    available = _available(rule, held, labels, targets, of_target) if held else None
+    is_share = rule.metric in SHARES or (of_target is not None and rule.metric == f"{of_target.name}_accuracy")
+    spread = measured or (Spread(DISCORDANCE, True) if is_share else None)
     margin = rule.margin if isinstance(rule, BetterThan) else -rule.tolerance
     if spread is None:
         if margin:
@@ -125,9 +151,13 @@ def _assumed_gain(margin: float, spread: Spread) -> float:
     return min(2 * margin, 1.0) if spread.is_share else 2 * margin
 
 
-def _available(rule: Rule, held: HeldOutRows, labels: Sequence[str]) -> int:
+def _available(
+    rule: Rule, held: HeldOutRows, labels: Sequence[str], targets: tuple[Target, ...], of_target: Target | None
+) -> int:
     """Rows that a rule's metric is scored on; with slices, those of the smallest one that it compares."""
-    rows = [_row(chat.source, chat.answer, bool(chat.calls), bool(chat.tools)) for chat in held.chats]
+    chats = [chat for chat in held.chats if of_target is None or _has_label(targets, of_target, chat.answer)]
+    chats = [chat for chat in chats if chat.rejected or not rule.metric.startswith("pair_")]
+    rows = [_row(chat.source, chat.answer, bool(chat.calls), bool(chat.tools)) for chat in chats]
     rows += [{"source": text.source, "reference": "", "kind": TEXT} for text in held.texts]
     counted = [row for row in rows if _is_scored(rule.metric, row)]
     if not isinstance(rule, NoWorseThan) or rule.slices == "none":
@@ -137,6 +167,13 @@ def _available(rule: Rule, held: HeldOutRows, labels: Sequence[str]) -> int:
         if (value := slice_of(row, rule.slices, labels)) is not None:
             sizes[value] = sizes.get(value, 0) + 1
     return min((size for size in sizes.values() if size >= rule.min_examples), default=0)
+
+
+def _has_label(targets: tuple[Target, ...], target: Target, answer: str) -> bool:
+    try:
+        return target.name in by_target(targets, answer)
+    except Reject:
+        return False
 
 
 def _row(source: str, answer: str, has_calls: bool, has_tools: bool) -> dict[str, Any]:

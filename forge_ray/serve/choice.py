@@ -36,14 +36,14 @@ async def answer_choice(loaded: Loaded, body: ChatRequest | CompletionRequest, c
         if splitter is not None:
             marks |= marks_of(tokenizer)
     if prompt.beginnings and parser is not None:
-        beginning = await _chosen_beginning(loaded.engine, generation, prompt.beginnings)
+        beginning = await _chosen_beginning(loaded.generator, generation, prompt.beginnings)
         generation = replace(generation, prompt_ids=(*prompt.ids, *beginning.ids), json_schema=beginning.json_schema)
         parser.push(beginning.text)
         splitter = None  # the answer begins with the call
     if prompt.prefix:
         yield Part(prompt.prefix)
     num_calls = num_reasoning = 0
-    stream = answer(loaded.engine, loaded.tokenizer, generation, body.stops, marks)
+    stream = answer(loaded.generator, loaded.tokenizer, generation, body.stops, marks)
     async with _refusals(prompt), aclosing(stream) as deltas:
         async for delta in deltas:
             pieces = tuple(Piece(piece.token, piece.offset + len(prompt.prefix)) for piece in delta.pieces)

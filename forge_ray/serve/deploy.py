@@ -22,7 +22,7 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
 from forge_ray.machine.capacity import SAY_EVERY_S, Demand, is_short, missing, refuse_oversized
 from forge_ray.machine.ray_internals import started_here
-from forge_ray.models.class_head import refuse_version
+from forge_ray.models.class_head import refuse_reward_model
 from forge_ray.records import Deployment
 from forge_ray.release import promotion
 from forge_ray.serve.coordinator import find_coordinator
@@ -125,7 +125,7 @@ def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
             )
         if version.id in archived:
             raise PolicyError(f"{version.id} is archived", hint=f"`forge models restore {version.id}` first")
-        refuse_version(version, f"serving it as {name}")
+        refuse_reward_model(catalog.store, version)
         promotion.require_signed(catalog, version)
         models[name] = version.id
     first = catalog.model(config.models[0])

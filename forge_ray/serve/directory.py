@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from forge_ray.config.release import AliasRoute
 from forge_ray.errors import EngineError
 from forge_ray.inference.engine import Engine, GenerationRequest
+from forge_ray.serve.class_results import card_of, holding, logits_of_group, shares_of
 from forge_ray.serve.context import Caller, Chosen
 from forge_ray.serve.engines import EnginePool
 from forge_ray.serve.loaded import Loaded
@@ -25,6 +27,7 @@ from forge_ray.serve.routing import RoutingInputs, ServedVersion, Table, decide,
 
 SETTLED_S = 30.0  # after this, requests that chose from an older table have reached their engine
 MAX_LABEL_TOKENS = 8
+ROUTES = "(routes)"  # whose turn it is when prompts are labelled for a route
 LOG = logging.getLogger(__name__)
 
 
@@ -90,7 +93,7 @@ class ReplicaDirectory:
         if route is None:
             chosen = Chosen(name, _by_id(snapshot, name, name))
         else:
-            inputs = replace(inputs, labels=await self._labels(snapshot, route, inputs.prompt_ids))
+            inputs = replace(inputs, labels=await self._labels(snapshot, route, inputs))
             draw = sticky(name, inputs.user) if inputs.user else random.random()
             target, why = decide(route, inputs, draw)
             version = snapshot.table.base_of(route) if target == "base" else target
@@ -109,25 +112,32 @@ class ReplicaDirectory:
             except EngineError as error:
                 raise ApiError(503, error.message, param="model", code="adapter_unavailable") from None
 
-    async def _labels(self, snapshot: Snapshot, route: AliasRoute, prompt_ids: tuple[int, ...]) -> dict[str, str]:
-        """The label that each classifier of the route gives the prompt: one short greedy answer."""
-        labels = {}
+    async def _labels(self, snapshot: Snapshot, route: AliasRoute, inputs: RoutingInputs) -> dict[str, tuple[str, ...]]:
+        """The labels that each classifier of the route gives the prompt: those of its head that hold, or one short greedy
+        answer; none where its template or its context has no place for the prompt."""
+        labels: dict[str, tuple[str, ...]] = {}
         for version in {rule.classifier for rule in route.rules if rule.classifier} & snapshot.loaded.keys():
             loaded = snapshot.loaded[version]
             await self._ensure_adapter(snapshot, loaded)
-            labels[version] = await _answer(loaded.engine, loaded, prompt_ids)
+            try:
+                prompt_ids = await inputs.prompt_by(loaded) if inputs.prompt_by else inputs.prompt_ids
+            except ApiError:
+                continue
+            if 1 <= len(prompt_ids) <= loaded.engine.max_request_tokens:
+                labels[version] = await _labels_of(loaded, prompt_ids)
         return labels
 
     def cards(self, caller: Caller) -> list[dict[str, Any]]:
         snapshot, sees_routes = self.current, caller.key is not None and "admin" in caller.key.scopes
         table = snapshot.table
         cards = [
-            _card(name, table.versions[route.stable], route if sees_routes else None)
+            _card(name, table.versions[route.stable], snapshot.loaded, route if sees_routes else None)
             for name, route in self._routes(table)
             if _can_answer(snapshot, route)
         ]
         hidden = {*table.archived, *(() if sees_routes else _helpers(table))}
-        return cards + [_card(version.id, version) for version in table.versions.values() if version.id not in hidden]
+        listed = [version for version in table.versions.values() if version.id not in hidden]
+        return cards + [_card(version.id, version, snapshot.loaded) for version in listed]
 
     @staticmethod
     def _routes(table: Table) -> list[tuple[str, AliasRoute]]:
@@ -172,15 +182,28 @@ def _by_id(snapshot: Snapshot, name: str, version: str) -> Loaded:
     raise ApiError(404, f"model {name!r} is not served here", param="model", code="model_not_found")
 
 
+async def _labels_of(loaded: Loaded, prompt_ids: tuple[int, ...]) -> tuple[str, ...]:
+    if loaded.head is None:
+        return (await _answer(loaded.generator, loaded, prompt_ids),)
+    if prompt_ids[-1] == loaded.tokenizer.pad_id:  # a head is not read there
+        return ()
+    logits = await logits_of_group(loaded, [prompt_ids], ROUTES)
+    return holding(loaded.head, shares_of(loaded.head, logits[0]))
+
+
 async def _answer(engine: Engine, loaded: Loaded, prompt_ids: tuple[int, ...]) -> str:
     request = GenerationRequest(prompt_ids, MAX_LABEL_TOKENS, stop_token_ids=loaded.stop_token_ids, adapter=loaded.adapter)
     ids = [token.token_id async for token in engine.stream(request) if token.token_id is not None]
     return str(loaded.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _card(name: str, version: ServedVersion, route: AliasRoute | None = None) -> dict[str, Any]:
-    """OpenAI's model object, with what the answers come from: version, base, dataset, run; and the route, for who may see
-    it."""
+def _card(
+    name: str, version: ServedVersion, loaded: Mapping[str, Loaded], route: AliasRoute | None = None
+) -> dict[str, Any]:
+    """OpenAI's model object, with what the answers come from: version, base, dataset, run; what it can do (Mistral's
+    `capabilities`), of a classifier also its labels; and the route, for who may see it."""
+    head = loaded[version.id].head if version.id in loaded else None
+    is_text = not version.classifier
     card = {
         "id": name,
         "object": "model",
@@ -194,7 +217,14 @@ def _card(name: str, version: ServedVersion, route: AliasRoute | None = None) ->
         "dataset": version.dataset or None,
         "run": version.run or None,
         "licence": version.licence or None,
+        "capabilities": {
+            "completion_chat": is_text,
+            "classification": version.classifier,
+            "moderation": bool(head and head.flags),
+        },
     }
+    if head is not None:
+        card["classifier"] = card_of(head)
     if route and (len(route.versions) > 1 or route.rules or route.shadow or route.fallback):
         card["route"] = route.model_dump(mode="json", exclude_defaults=True)
     return card

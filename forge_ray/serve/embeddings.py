@@ -39,15 +39,16 @@ async def embed(context: ServingContext, request: Request, body: EmbeddingReques
     chosen, prompts = await routed(context, request, body)
     loaded = chosen.loaded
     _check_embeddable(context, loaded, prompts)
-    num_tokens = sum(len(prompt.ids) for prompt in prompts)
+    documents = [prompt.ids for prompt in prompts]
+    num_tokens = sum(map(len, documents))
     started = time.monotonic()
     admission = await admitted(context, caller_of(request), chosen, num_tokens, 0, started)
     status, num_embedded = 503, 0
     vectors: list[list[float]] = []
     try:
         limit = FIRST_BATCH_TOKENS
-        while len(vectors) < len(prompts):
-            batch = _batch(prompts[len(vectors) :], limit)
+        while len(vectors) < len(documents):
+            batch = first_batch(documents[len(vectors) :], min(limit, MAX_BATCH_TOKENS))
             num_embedded += sum(map(len, batch))
             more, seconds = await unless_gone(request, _embedded(context, caller_of(request), loaded, batch))
             vectors += more
@@ -83,7 +84,7 @@ async def _embedded(
     loop = asyncio.get_running_loop()
     async with context.turns.of(f"{caller.holder} embeds"):
         started = time.monotonic()
-        vectors = await loop.run_in_executor(context.embedding, loaded.engine.embed, batch, loaded.adapter)
+        vectors = await loop.run_in_executor(context.embedding, loaded.generator.embed, batch, loaded.adapter)
         seconds = time.monotonic() - started
         health = loaded.engine.health()
         if health.num_running or health.num_waiting:
@@ -91,14 +92,16 @@ async def _embedded(
         return vectors, seconds
 
 
-def _batch(prompts: Sequence[Prompt], limit: int) -> list[Ids]:
-    """The first inputs that one forward pass embeds, at least one, of `limit` tokens with their padding; between two passes
-    other work has its turn, and a client may have left."""
+def first_batch(documents: Sequence[Ids], limit: int, most: int = MAX_BATCH) -> list[Ids]:
+    """The first inputs that one forward pass takes, at least one and `most`, of `limit` tokens with their padding; between
+    two passes other work has its turn, and a client may have left."""
     batch: list[Ids] = []
-    for prompt in prompts[:MAX_BATCH]:
-        if batch and _padded([*batch, prompt.ids]) > min(limit, MAX_BATCH_TOKENS):
+    longest = 0
+    for ids in documents[:most]:
+        longest = max(longest, len(ids))
+        if batch and (len(batch) + 1) * longest > limit:
             break
-        batch.append(prompt.ids)
+        batch.append(ids)
     return batch
 
 
@@ -153,8 +156,9 @@ def _text(tokenizer: ChatTokenizer, ids: tuple[int, ...]) -> str:
 
 
 def _check_embeddable(context: ServingContext, loaded: Loaded, prompts: Sequence[Prompt]) -> None:
-    if "embeddings" in loaded.engine.lacks:
-        rule = f"this deployment's engine does not support embeddings; {loaded.engine.lacks['embeddings']} does"
+    lacks = loaded.generator.lacks
+    if "embeddings" in lacks:
+        rule = f"this deployment's engine does not support embeddings; {lacks['embeddings']} does"
         raise ApiError(400, rule, param="model", code="unsupported_parameter")
     longest = loaded.engine.max_request_tokens
     limit = min(context.config.limits.max_prompt_tokens or longest, longest)

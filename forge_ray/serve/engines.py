@@ -22,9 +22,12 @@ from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.data.tokens.text_tools import tools_of, with_tools
 from forge_ray.errors import EngineError, ForgeError, StoreError
 from forge_ray.inference.choose import open_engine
+from forge_ray.inference.class_engine import ClassEngine
+from forge_ray.inference.classifier import open_classifier
 from forge_ray.inference.engine import Engine, EngineHealth, GenerationRequest
-from forge_ray.models.class_head import refuse_classifier
+from forge_ray.models.class_head import refuse_reward_model, targets_of
 from forge_ray.records import ModelVersion
+from forge_ray.serve.calibration import head_of
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.routing import ServedVersion
 from forge_ray.store import paths
@@ -60,12 +63,17 @@ def end_token_ids(tokenizer: Any, model_dir: Path) -> tuple[int, ...]:
 class LoadedEngine:
     """One engine, and when each adapter in its memory was last chosen."""
 
-    engine: Engine
+    engine: Engine | ClassEngine
     tokenizer: ChatTokenizer
     stop_token_ids: tuple[int, ...]
     max_adapters: int
     last_used: dict[str, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def _generator(self) -> Engine:
+        assert not isinstance(self.engine, ClassEngine), "a classifier has an engine of its own, and no adapters"
+        return self.engine
 
     def touch(self, adapter: str) -> bool:
         """Whether the adapter is in memory; if so, it counts as used now."""
@@ -82,14 +90,17 @@ class LoadedEngine:
                 return
             while len(self.last_used) >= self.max_adapters:
                 self._evict_least_recent()
-            self.engine.load_adapter(adapter, folder)
+            self._generator.load_adapter(adapter, folder)
             self.warm_up(adapter)
             self.last_used[adapter] = time.monotonic()
 
     def warm_up(self, adapter: str) -> None:
         (ids,) = self.tokenizer.text_ids(["Hello"])
         prompt = (0,) if isinstance(ids, Reject) else tuple(ids) or (0,)
-        self.engine.generate([GenerationRequest(prompt, 1, adapter=adapter)])
+        if isinstance(self.engine, ClassEngine):
+            self.engine.submit([prompt]).result()
+        else:
+            self.engine.generate([GenerationRequest(prompt, 1, adapter=adapter)])
 
     def unload(self, adapter: str) -> bool:
         """Unload an adapter if no request needs it."""
@@ -101,7 +112,7 @@ class LoadedEngine:
             return False
         last = self.last_used.pop(adapter)  # before unloading: a request that comes now has it loaded again
         try:
-            self.engine.unload_adapter(adapter)
+            self._generator.unload_adapter(adapter)
         except EngineError:
             self.last_used[adapter] = last
             return False
@@ -145,11 +156,14 @@ class EnginePool:
             raise StoreError(
                 f"{version.id} has digest {record.files_digest}, not {version.digest}", hint="import or release it again"
             )
-        refuse_classifier(folder)
+        refuse_reward_model(self.store, record)
         self._folders[version.id] = folder
         if version.engine not in self.engines:
             self.engines[version.engine] = self._open(version, folder)
         engine = self.engines[version.engine]
+        if isinstance(engine.engine, ClassEngine):
+            head = head_of(self.store, record, engine.engine.classifier.targets)
+            return Loaded(version.id, version.digest, engine.engine, "", engine.tokenizer, (), head)
         adapter = version.digest if version.weights == "adapter" else ""
         if adapter and not engine.max_adapters:
             raise EngineError(
@@ -163,6 +177,11 @@ class EnginePool:
         tokenizer = load_tokenizer_dir(model_dir)
         merged = folder if version.weights == "merged" else None
         on_gpu = self.config.gpus_per_replica > 0
+        if targets := targets_of(folder):
+            classifier = open_classifier(model_dir, merged, targets, tokenizer, self.config.engine, on_gpu)
+            loaded_engine = LoadedEngine(ClassEngine(classifier), tokenizer, (), 0)
+            loaded_engine.warm_up("")
+            return loaded_engine
         engine = open_engine(model_dir, merged, self.config.engine, on_gpu, merge=merged is not None)
         end_tokens = end_token_ids(tokenizer, model_dir)
         loaded_engine = LoadedEngine(engine, tokenizer, end_tokens, self.config.engine.max_adapters)

@@ -20,6 +20,8 @@ from forge_ray.errors import EngineError
 from forge_ray.inference.engine import EngineHealth
 from forge_ray.serve.access import GrantedDirectory, Site
 from forge_ray.serve.bodies import BodyMiddleware
+from forge_ray.serve.class_fields import ChatClassificationRequest, ChatModerationRequest, ClassificationRequest
+from forge_ray.serve.classifications import classify, moderate
 from forge_ray.serve.complete import complete
 from forge_ray.serve.context import ServingContext
 from forge_ray.serve.embeddings import detokenize, embed, tokenize
@@ -112,6 +114,22 @@ def build_http(context: ServingContext) -> ASGIApp:
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         return await embed(context, request, await read(EmbeddingRequest, request))
+
+    @app.post("/v1/classifications")
+    async def classifications(request: Request) -> Response:
+        return await classify(context, shadows, request, await read(ClassificationRequest, request))
+
+    @app.post("/v1/chat/classifications")
+    async def chat_classifications(request: Request) -> Response:
+        return await classify(context, shadows, request, await read(ChatClassificationRequest, request))
+
+    @app.post("/v1/moderations")
+    async def moderations(request: Request) -> Response:
+        return await moderate(context, shadows, request, await read(ClassificationRequest, request))
+
+    @app.post("/v1/chat/moderations")
+    async def chat_moderations(request: Request) -> Response:
+        return await moderate(context, shadows, request, await read(ChatModerationRequest, request))
 
     @app.post("/tokenize")
     @app.post("/v1/tokenize")

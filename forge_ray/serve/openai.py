@@ -15,6 +15,12 @@ from pydantic import BaseModel, ValidationError
 
 from forge_ray.config.release import Limits
 from forge_ray.data.read.strict_json import Reject, decode, reject_deep
+from forge_ray.serve.class_fields import (
+    ChatClassificationRequest,
+    ChatModerationRequest,
+    ClassificationRequest,
+    ClassifyingRequest,
+)
 from forge_ray.serve.fields import (
     ChatRequest,
     CompletionOptions,
@@ -28,7 +34,7 @@ from forge_ray.serve.response_fields import STATELESS, ResponsesRequest
 from forge_ray.serve.wire import Wire
 
 MAX_PROMPTS = 64  # per request to /v1/completions
-MAX_INPUTS = 2048  # per request to /v1/embeddings, as OpenAI's
+MAX_INPUTS = 2048  # per request to /v1/embeddings, as OpenAI's, and to a classifier
 
 # Values of unsupported fields that have no effect; null never has one
 NO_OP: dict[str, tuple[Any, ...]] = {
@@ -103,7 +109,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-R = TypeVar("R", ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, ResponsesRequest)
+R = TypeVar("R", bound=Wire)
 
 
 def parse_request(model: type[R], raw: bytes, limits: Limits) -> R:
@@ -166,6 +172,10 @@ def _check_limits(request: BaseModel, limits: Limits) -> None:
         check("tools", len(request.tools or []), limits.max_tools)
     if isinstance(request, EmbeddingRequest):
         check("input", len(request.inputs), MAX_INPUTS)
+    if isinstance(request, ClassifyingRequest):
+        check("input", len(request.conversations), MAX_INPUTS)
+        for messages in request.conversations:
+            check("input", len(messages), limits.max_messages)
 
 
 def _is_no_op(no_op: dict[str, tuple[Any, ...]], key: str, value: Any) -> bool:
@@ -203,5 +213,8 @@ def _fields_of(annotation: Any) -> set[str]:
     return own.union(*(_fields_of(field.annotation) for field in fields.values()))
 
 
-REQUESTS = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, ResponsesRequest)
+REQUESTS = (
+    *(ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, ResponsesRequest),
+    *(ClassificationRequest, ChatClassificationRequest, ChatModerationRequest),
+)
 KNOWN_FIELDS = set[str](REASONING_NAMES).union(*map(_fields_of, REQUESTS))

@@ -11,10 +11,10 @@ from typing import TypeVar
 from fastapi import Request
 
 from forge_ray.data.tokens.chat import ChatTokenizer
+from forge_ray.serve.class_fields import ClassifyingRequest
 from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext
 from forge_ray.serve.fields import (
     ChatRequest,
-    CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     Message,
@@ -22,7 +22,7 @@ from forge_ray.serve.fields import (
 )
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.prompt import Prompt, prompts_of
+from forge_ray.serve.prompt import Asking, Prompt, prompts_of
 from forge_ray.serve.routing import RoutingInputs
 from forge_ray.serve.streams import unless_gone
 from forge_ray.serve.tool_fields import Tool
@@ -32,7 +32,8 @@ T = TypeVar("T")
 TOKEN_CHARACTERS = 128  # the longest token of the vocabularies in use, a run of blanks; no prompt that fits has more of each
 LONG_CHARACTERS = 1 << 15  # tokenised in the other thread; some 30 ms
 
-Texts = ChatRequest | CompletionRequest | EmbeddingRequest | TokenizeRequest | DetokenizeRequest
+Texts = Asking | TokenizeRequest | DetokenizeRequest
+USE_CLASSIFICATIONS = "send texts to /v1/classifications, or conversations to /v1/chat/classifications"
 
 
 def caller_of(request: Request) -> Caller:
@@ -87,6 +88,8 @@ def sizes_of(body: Texts) -> list[tuple[str, int, int]]:
     """(field, characters, token ids) of each text of a request."""
     if isinstance(body, ChatRequest):
         return [("messages", _characters(body.messages, body.offered), 0)]
+    if isinstance(body, ClassifyingRequest):
+        return [("input", _characters(messages, ()), 0) for messages in body.conversations]
     if isinstance(body, DetokenizeRequest):
         return [("tokens", 0, len(body.tokens))]
     if isinstance(body, TokenizeRequest):
@@ -103,22 +106,41 @@ def _characters(messages: Iterable[Message], tools: Iterable[Tool]) -> int:
     return sum(len(message.text) for message in messages) + called + described
 
 
-async def routed(
-    context: ServingContext, request: Request, body: ChatRequest | CompletionRequest | EmbeddingRequest
-) -> tuple[Chosen, list[Prompt]]:
+async def routed(context: ServingContext, request: Request, body: Asking) -> tuple[Chosen, list[Prompt]]:
     """The version that answers, and the request's prompts by that version's tokenizer and template.
 
-    The route may depend on the prompt's length, so the stable version's tokenizer encodes it first.
+    The route may depend on the prompt's length, so the stable version's tokenizer encodes it first. `ApiError` 400 where the
+    version is a classifier and the request asks for text, or the other way round.
     """
     caller = caller_of(request)
     stable = context.directory.stable(body.model, caller)
+    refuse_other_kind(stable, body)
     size = await begun(context, caller, stable, body)
     prompts = await tokenised(context, request, stable, prompts_of, body, size)
-    inputs = RoutingInputs(request.headers, body.user or "", prompts[0].ids)
+
+    async def prompt_by(loaded: Loaded) -> tuple[int, ...]:
+        if loaded.tokenizer is stable.tokenizer:
+            return prompts[0].ids
+        return (await tokenised(context, request, loaded, prompts_of, body, size))[0].ids
+
+    inputs = RoutingInputs(request.headers, getattr(body, "user", "") or "", prompts[0].ids, prompt_by=prompt_by)
     chosen = await context.directory.choose(body.model, caller, inputs)
+    refuse_other_kind(chosen.loaded, body)
     if chosen.loaded.tokenizer is not stable.tokenizer:
         prompts = await tokenised(context, request, chosen.loaded, prompts_of, body, size)
     return chosen, prompts
+
+
+def refuse_other_kind(loaded: Loaded, body: Asking) -> None:
+    """`ApiError` 400 for text of a classifier, and for labels of a model that generates text."""
+    asks_for_labels = isinstance(body, ClassifyingRequest)
+    if asks_for_labels == (loaded.head is not None):
+        return
+    if asks_for_labels:
+        rule = f"model {body.model!r} generates text: send conversations to /v1/chat/completions"
+    else:
+        rule = f"model {body.model!r} is a classifier, which generates no text: {USE_CLASSIFICATIONS}"
+    raise ApiError(400, rule, param="model", code="wrong_kind_of_model")
 
 
 async def admitted(

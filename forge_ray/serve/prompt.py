@@ -14,6 +14,7 @@ from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.adapt import with_short_ids
 from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.inference.engine import GenerationRequest
+from forge_ray.serve.class_fields import ClassifyingRequest
 from forge_ray.serve.conform import check_strict
 from forge_ray.serve.fields import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest, EmbeddingRequest, Message
 from forge_ray.serve.loaded import Loaded
@@ -50,10 +51,15 @@ class Choice:
     generation: GenerationRequest
 
 
-def prompts_of(tokenizer: ChatTokenizer, body: ChatRequest | CompletionRequest | EmbeddingRequest) -> list[Prompt]:
+Asking = ChatRequest | CompletionRequest | EmbeddingRequest | ClassifyingRequest
+
+
+def prompts_of(tokenizer: ChatTokenizer, body: Asking) -> list[Prompt]:
     """The request's prompts as token ids: by the version's own chat template, of plain texts, or the ids that were sent."""
     if isinstance(body, EmbeddingRequest):
         return [Prompt(ids_of(tokenizer, text, "input")) for text in body.inputs]
+    if isinstance(body, ClassifyingRequest):
+        return [Prompt(_class_ids(tokenizer, messages)) for messages in body.conversations]
     if isinstance(body, ChatRequest):
         return [_chat_prompt(tokenizer, body)]
     prompts = body.prompts
@@ -87,6 +93,16 @@ def _chat_prompt(tokenizer: ChatTokenizer, body: ChatRequest) -> Prompt:
             raise ApiError(400, rule, param="tool_choice")
     schema = body.response_format.text if body.response_format is not None else ""
     return Prompt(tuple(ids), prefix.text if prefix else "", call_beginnings, schema)
+
+
+def _class_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> tuple[int, ...]:
+    """The document that a classifier was trained on: up to where an answer would begin."""
+    if messages[-1].prefix:
+        raise ApiError(400, "input: a prefix is the beginning of an answer, and a classifier writes none", param="input")
+    try:
+        return tuple(chat_ids(tokenizer, messages, []))
+    except ApiError as error:
+        raise ApiError(400, f"input: {error.message}", param="input", code=error.code) from None
 
 
 def chat_ids(tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
@@ -177,7 +193,7 @@ def _check_supported(loaded: Loaded, body: ChatRequest | CompletionRequest, choi
     names = {"num_logprobs": "logprobs", "json_schema": "tool_choice" if call else "response_format"}
     if body.first_seed is not None and getattr(body, "seed", None) is None:
         names["seed"] = "random_seed"
-    lacks = loaded.engine.lacks
+    lacks = loaded.generator.lacks
     if len(choice.prompt.beginnings) > 1 and "logit_bias" in lacks:  # `choice` picks the function by it
         raise _unsupported("tool_choice", lacks["logit_bias"])
     for name, engine in lacks.items():

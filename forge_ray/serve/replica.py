@@ -202,7 +202,8 @@ class _OutcomeRecorder:
         self.chosen, self.outcomes, self.started = chosen, outcomes, started
 
     def close(self, prompt_tokens: int, completion_tokens: int, status: int) -> None:
-        token_s = (time.monotonic() - self.started) / completion_tokens if completion_tokens else 0.0
+        tokens = completion_tokens if self.chosen.loaded.head is None else prompt_tokens  # a classifier reads alone
+        token_s = (time.monotonic() - self.started) / tokens if tokens else 0.0
         if self.chosen.route:
             self.outcomes.append(AnswerOutcome(self.chosen.name, self.chosen.loaded.version, status, token_s))
 

@@ -7,17 +7,20 @@ reads the same facts has the same table, and its digest names it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from forge_ray.config.release import AliasRoute, DeployConfig, Rule
 from forge_ray.errors import ForgeError
+from forge_ray.models.class_head import is_classifier
 from forge_ray.records import Frozen, ModelVersion, digest, hex_of
+from forge_ray.serve.loaded import Loaded
 
 
 class ServedVersion(Frozen):
-    """One version of a table. `engine` names the weights that it runs on: its base's, or its own where full or merged."""
+    """One version of a table. `engine` names the weights that it runs on: its base's, or its own where full, merged, or of a
+    classifier."""
 
     id: str
     digest: str
@@ -29,6 +32,7 @@ class ServedVersion(Frozen):
     run: str
     dataset: str
     created_at: str
+    classifier: bool = False
 
 
 class Table(Frozen):
@@ -79,8 +83,9 @@ def table_of(config: DeployConfig, facts: RoutingFacts, broken: Mapping[str, str
 
     def add(identifier: str) -> None:
         record = None if identifier in versions else record_of(identifier)
-        if record and record.weights == "full":
-            versions[identifier] = _served(record, identifier, merged=False)
+        if record and (record.weights == "full" or is_classifier(record)):
+            base_id = record.base_model if record.weights == "adapter" else identifier
+            versions[identifier] = _served(record, base_id, merged=is_classifier(record))
         elif record and (base := record_of(record.base_model)) and base.weights == "full":
             versions.setdefault(base.id, _served(base, base.id, merged=False))
             versions[identifier] = _served(record, base.id, merged=identifier in merged)
@@ -98,7 +103,7 @@ def table_of(config: DeployConfig, facts: RoutingFacts, broken: Mapping[str, str
         else:
             add(name)
     if config.published:
-        bases = {version.base for version in versions.values()}
+        bases = {version.base for version in versions.values() if version.weights == "full" or not version.classifier}
         for name, route in facts.routes.items():
             stable = record_of(route.stable)
             if name not in routes and stable and (stable.base_model or stable.id) in bases:
@@ -130,18 +135,20 @@ def _served(record: ModelVersion, base: str, merged: bool) -> ServedVersion:
         run=record.run,
         dataset=record.dataset,
         created_at=record.created_at,
+        classifier=is_classifier(record),
     )
 
 
 @dataclass(frozen=True)
 class RoutingInputs:
-    """What the rules of a route may depend on. `prompt_ids`: the prompt by the stable version's template; `labels`: the
-    answer of each classifier, by its version."""
+    """What the rules of a route may depend on. `prompt_ids`: the prompt by the stable version's template, `prompt_by`: by
+    that of another; `labels`: those that each classifier gives it, by its version."""
 
     headers: Mapping[str, str]
     user: str
     prompt_ids: tuple[int, ...]
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prompt_by: Callable[[Loaded], Awaitable[tuple[int, ...]]] | None = None
 
 
 def decide(route: AliasRoute, inputs: RoutingInputs, draw: float) -> tuple[str, str]:
@@ -164,7 +171,7 @@ def _matches(rule: Rule, inputs: RoutingInputs) -> bool:
         and (not rule.user or inputs.user in rule.user)
         and (not rule.prompt_tokens_below or num_prompt_tokens < rule.prompt_tokens_below)
         and num_prompt_tokens >= rule.prompt_tokens_from
-        and (not rule.classifier or inputs.labels.get(rule.classifier) == rule.label)
+        and (not rule.classifier or rule.label in inputs.labels.get(rule.classifier, ()))
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from forge_ray.config.classify import Target, class_names, columns_of
+from forge_ray.config.classify import Classify, Target, class_names, columns_of
 from forge_ray.config.train import TrainConfig
 from forge_ray.data.dataset.labels import LabelCounts, count_labels
 from forge_ray.data.dataset.version import find_record
@@ -19,7 +19,7 @@ SHOWN = 12
 def report_labels(store: Store, train: TrainConfig, manifest: DatasetManifest) -> None:
     """Print how many training documents each label has, and what no target reads. Raises `DataError` with the first row of a
     label that is in no target, where a label has no training row, or where no document has a label."""
-    if not train.targets:
+    if not isinstance(train.method, Classify):
         return
     for split in ("train", "validation"):
         counts = count_labels(store, manifest, split, train.targets) if split in manifest.splits else None

@@ -99,13 +99,14 @@ class Model:
 
     def saved(self, adapter: Adapter) -> dict[str, tuple[int, ...]]:
         """Weights that are trained in full next to the adapter, which keeps a copy of the base's."""
-        names = _saved(self.folder, adapter) if adapter.modules_to_save else []
+        names = _saved(self.folder, adapter, self.head) if adapter.modules_to_save else []
+        names += ["score"] if self.head.targets else []
         return {name: shape for name, shape in self.shapes.items() if name.rpartition(".")[0] in names}
 
     def trained(self, config: TrainConfig) -> dict[str, tuple[int, ...]]:
         """Weights that a full fine-tune changes."""
         still = self.outside | (self.routers if config.router == "frozen" else set())
-        still |= _frozen(self.folder, config) if config.freeze else set()
+        still |= _frozen(self.folder, config, self.head) if config.freeze else set()
         return {name: shape for name, shape in self.shapes.items() if name not in still}
 
     def num_trained(self, config: TrainConfig) -> int:
@@ -122,13 +123,13 @@ def _coverage(folder: Path, adapter: Adapter, head: Head) -> Coverage:
 
 
 @functools.lru_cache(maxsize=64)
-def _saved(folder: Path, adapter: Adapter) -> list[str]:
-    return saved_modules(empty_model(folder), adapter)
+def _saved(folder: Path, adapter: Adapter, head: Head) -> list[str]:
+    return saved_modules(empty_model(folder, head), adapter)
 
 
 @functools.lru_cache(maxsize=64)
-def _frozen(folder: Path, config: TrainConfig) -> frozenset[str]:
-    model = empty_model(folder)
+def _frozen(folder: Path, config: TrainConfig, head: Head) -> frozenset[str]:
+    model = empty_model(folder, head)
     freeze_weights(model, config)
     return frozen_names(model)
 

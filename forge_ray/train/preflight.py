@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.config.adapter import Adapter
+from forge_ray.config.classify import Reward
 from forge_ray.config.method import Preference
 from forge_ray.config.run import RunConfig
 from forge_ray.config.scaling import Scaling, Workers
@@ -274,7 +275,9 @@ def refuse_unplaceable(train: TrainConfig) -> None:
 def refuse_without_rows(train: TrainConfig, store: Store, manifest: DatasetManifest) -> None:
     """Raises where the dataset has no rows that this method trains on, a pair without the margin that it needs, or none for
     the validation that the settings need."""
-    taken = (train.method.rows,) if isinstance(train.method, Preference) else ("chat", "text")
+    taken: tuple[str, ...] = ("chat", "text")
+    if isinstance(train.method, Preference | Reward):
+        taken = ("preference",) if isinstance(train.method, Reward) else (train.method.rows,)
     others = manifest.kinds.keys() - {*taken, "multimodal"}
     if others or not manifest.splits["train"].num_rows:
         kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())

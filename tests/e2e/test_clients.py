@@ -308,6 +308,34 @@ def test_mistral(url: str) -> None:
         assert (refused.value.status_code, json.loads(refused.value.body)["error"]["param"]) == (400, "safe_prompt")
 
 
+def test_clients_of_classifiers(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Mistral's four calls; OpenAI's moderations, whose strict types know OpenAI's own categories alone."""
+    from classifiers import TOXIC, loaded_classifier, make_classifier
+    from mistralai.client import Mistral
+
+    folder = make_classifier(tiny_model_dir, tmp_path / "model", TOXIC)
+    toxic = loaded_classifier(folder, TOXIC, flags=TOXIC.labels)
+    try:
+        with running(build_http(deployment(Fixed(toxic=toxic)))) as url:
+            with Mistral(api_key="none", server_url=url) as mistral:
+                single = mistral.classifiers.classify(model="toxic", inputs="one two", metadata={"k": "v"})
+                chat: Any = {"messages": [{"role": "user", "content": "one two"}]}
+                chats = mistral.classifiers.classify_chat(model="toxic", input=[chat, chat])
+                scores = single.results[0]["toxic"].scores
+                assert list(scores) == list(TOXIC.labels)
+                assert [result["toxic"].scores for result in chats.results] == [pytest.approx(scores, abs=1e-6)] * 2
+                moderated = mistral.classifiers.moderate(model="toxic", inputs=["one two", "three"])
+                assert moderated.results[0].category_scores == pytest.approx(scores, abs=1e-6)
+                of_chat = mistral.classifiers.moderate_chat(model="toxic", inputs=chat["messages"])
+                assert of_chat.results[0].categories == moderated.results[0].categories
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+                answer = client.moderations.create(model="toxic", input=["one two", "three"])
+                assert answer.results[0].flagged == any(moderated.results[0].categories.values())  # type: ignore[union-attr]
+                assert answer.results[1].category_scores.model_extra == moderated.results[1].category_scores
+    finally:
+        toxic.engine.close()
+
+
 # ---------------------------------------------------------------- langchain
 
 

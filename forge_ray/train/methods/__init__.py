@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forge_ray.config.classify import Classify
+from forge_ray.config.classify import Classify, Reward
 from forge_ray.config.distil import Distil
 from forge_ray.config.method import Preference
 from forge_ray.train.job import TrainJob
@@ -31,6 +31,10 @@ def method_of(job: TrainJob) -> Method:
             teacher = reference_of(job)
             assert teacher
             return distil(config, teacher)
+        case Reward():
+            from forge_ray.train.methods.reward import reward
+
+            return reward(job)
         case Classify() as config:
             from forge_ray.train.methods.classes import classes
 

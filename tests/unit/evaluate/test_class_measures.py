@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 
 from forge_ray.config.classify import Target
+from forge_ray.config.thresholds import Goal
+from forge_ray.data.dataset.labels import ABSENT
 from forge_ray.evaluate.chance import difference
 from forge_ray.evaluate.class_measures import by_class, class_statistics, reliability
-from forge_ray.evaluate.classified import probabilities, temperature_of
+from forge_ray.evaluate.class_thresholds import chosen, measured
+from forge_ray.evaluate.classified import temperature_of
+from forge_ray.evaluate.items import labels_of
 from forge_ray.evaluate.measures import intervals, paired, statistics
 from forge_ray.evaluate.summary import summarise
+from forge_ray.inference.classifier import probabilities
 from forge_ray.records import EvalReport
 from forge_ray.release.gate import is_lower_better
 
@@ -60,6 +65,39 @@ def test_average_precision_is_the_area_under_precision_by_recall() -> None:
     assert class_statistics(items())["average_precision"].value == pytest.approx((of_a + of_b) / 2)
 
 
+def test_rows_without_a_label_of_a_target_count_in_none_of_its_scores() -> None:
+    """The names are those of all targets, whichever labels the rows at hand have, and a missing label is no negative."""
+    rows = []
+    for number, one in enumerate(items()):
+        answer = one["targets"]["label"]
+        shares = {f"size/{name}": share for name, share in one["probabilities"].items()} | {"has/x": 1 - number / 20}
+        lacks = number % 2 == 0
+        has = None if lacks else {"reference": "x", "prediction": "x", "confidence": [0.9], "raw_confidence": [0.9]}
+        has = has and has | {"right": [True]}
+        true = [f"size/{one['reference']}"] + ([] if lacks else ["has/x"])
+        rows.append(one | {"probabilities": shares, "true": true, "targets": {"size": answer, "has": has}})
+    by_metric = class_statistics(rows)
+    assert {"size_ece", "has_ece", "size_accuracy", "has_accuracy"} <= by_metric.keys()
+    assert by_metric["has_accuracy"].num_rows == 6
+    of_size = class_statistics(items())["average_precision"].value
+    assert by_metric["average_precision"].value == pytest.approx((2 * of_size + 1.0) / 3)  # all that are asked have x
+    without = class_statistics([row for row in rows if row["targets"]["has"] is None])
+    assert {"size_ece", "size_accuracy"} <= without.keys()
+    assert "ece" not in without
+    assert "has_ece" not in without
+
+
+def test_labels_of_a_report_are_compared_as_answers_are() -> None:
+    per_class = {"Mail": {}, "Sound FX": {}, "(other)": {}}
+    report = EvalReport.model_construct(config={"labels": ["mail", "sound fx"]}, per_class=per_class)
+    assert labels_of(report) == ("mail", "sound fx")
+    assert labels_of(report.model_copy(update={"config": {}})) == ()
+    written = [
+        {"record": f"r{n}", "source": "s", "reference": "Mail", "prediction": p} for n, p in enumerate(("mail", "Mail."))
+    ]
+    assert statistics(written, labels_of(report))["macro_f1"].value == 1.0
+
+
 def test_calibration_error_is_the_gap_of_confidence_and_accuracy() -> None:
     by_metric = class_statistics(items())
     assert by_metric["ece_uncalibrated"].value == pytest.approx(0.99 - 9 / 12)  # one bin
@@ -86,6 +124,11 @@ def test_lower_calibration_errors_are_better() -> None:
     assert is_lower_better(report, "ece")
     assert is_lower_better(report, "urgent_ece_uncalibrated")
     assert not is_lower_better(report, "average_precision")
+    own = EvalReport.model_construct(
+        config={"metrics": [{"lower_is_better": ["noise"]}]}, num_scored={"my_ece": 3, "noise": 3}
+    )
+    assert not is_lower_better(own, "my_ece")  # the file says nothing of it
+    assert is_lower_better(own, "noise")
 
 
 @pytest.mark.parametrize("loss", ["single", "multi"])
@@ -102,3 +145,40 @@ def test_the_temperature_of_labels_drawn_at_it_is_found_again(loss: Any, tempera
     else:
         truth = (random.random((4000, 3)) < shares).astype(np.float64)
     assert temperature_of(target, logits, truth) == pytest.approx(temperature, rel=0.1)
+
+
+# ---------------------------------------------------------------- thresholds
+
+SHARES = np.array([[0.9], [0.8], [0.8], [0.6], [0.4], [0.2], [0.95]])
+TRUTH = np.array([[1.0], [1.0], [0.0], [1.0], [0.0], [0.0], [ABSENT]])  # the last row has no label of the target
+
+
+@pytest.mark.parametrize(
+    ("goal", "threshold"),
+    [
+        ({"precision": 0.75}, 0.6),  # 3 of 4
+        ({"precision": 0.6}, 0.4),  # 3 of 5
+        ({"precision": 0.99}, 0.9),  # 0.8 twice, of which one is wrong, holds as a whole or not at all
+        ({"recall": 1}, 0.6),
+        ({"recall": 0.5}, 0.8),
+        ({"recall": 0.3}, 0.9),
+    ],
+)
+def test_thresholds_are_as_low_or_as_high_as_the_goal_allows(goal: dict[str, float], threshold: float) -> None:
+    result = chosen({"mail": Goal(**goal)}, ("mail",), SHARES, TRUTH)
+    assert (result.values, result.unreached) == ({"mail": threshold}, {})
+    (scores,) = measured(result.values, ("mail",), SHARES, TRUTH).values()
+    name, share = next(iter(goal.items()))
+    assert scores[f"{name}_at_threshold"] >= share
+    assert scores["threshold"] == threshold
+
+
+def test_goal_that_cannot_be_reached_is_said_by_name() -> None:
+    goals = {"a": Goal(precision=0.99), "b": Goal(recall=0.5)}
+    shares = np.array([[0.9, 0.5], [0.8, 0.5]])
+    result = chosen(goals, ("a", "b"), shares, np.array([[0.0, 0.0], [1.0, 0.0]]))
+    assert result.values == {}
+    assert result.unreached == {
+        "a": "precision 0.99: the highest on 2 validation rows is 0.5",
+        "b": "recall 0.5: no validation row has the label",
+    }

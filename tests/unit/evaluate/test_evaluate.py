@@ -14,13 +14,14 @@ from forge_ray.config.gate import Gate
 from forge_ray.config.release import EvalConfig
 from forge_ray.data.tokens.text_tools import Tools, write_form
 from forge_ray.errors import ConfigError
-from forge_ray.evaluate.examples import Example
+from forge_ray.evaluate.examples import Example, label_forms
 from forge_ray.evaluate.publish import plot_confusion
 from forge_ray.evaluate.score import score_examples, tokenizer_for
 from forge_ray.evaluate.summary import summarise
 from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.release.gate import judge
+from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.unit
 
@@ -143,7 +144,7 @@ def test_prompts_equal_those_of_training_and_labels_end_with_the_turn(tiny_model
         Example("rec_2", ({"role": "user", "content": "grass?", "weight": 0},), None, "green"),
         Example("rec_3", ({"role": "user", "content": "snow?", "weight": 0},), None, "white"),
     ]
-    items = list(score_examples(engine, tokenizer, chats, ("blue", "green"), EvalConfig()))
+    items = list(score_examples(engine, tokenizer, chats, {"blue": "blue", "green": "green"}, EvalConfig()))
     assert engine.prompts[0] == "<|im_start|>user\nsky?<|im_end|>\n<|im_start|>assistant\n"
     assert [i["prediction"] for i in items] == ["blue"] * 3
     assert [i["likeliest"] for i in items] == ["blue"] * 3
@@ -173,6 +174,22 @@ def test_a_pair_whose_other_answer_has_no_place_in_the_template_is_left_out_by_n
     assert (pair["logprob"], pair["rejected_logprob"]) == (0.0, -1.0)
     assert left_out["record"] == "rec_2"
     assert "tool calls" in left_out["left_out"]
+
+
+def test_labels_with_capitals_are_written_as_they_are_and_compared_without(tiny_model_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    config = EvalConfig(labels=("Blue", "Green"))
+    forms = label_forms(Store("/nowhere"), DatasetManifest.model_construct(), config)
+    assert forms == {"blue": "Blue", "green": "Green"}
+    chats = [Example("rec_1", ({"role": "user", "content": "sky?", "weight": 0},), None, "Blue")]
+    (one,) = score_examples(Echo(tokenizer), tokenizer, chats, forms, config)
+    assert one["likeliest"] == "blue"
+    assert one["num_tokens"] == len(tokenizer("Blue")["input_ids"]) + 1
+    metrics, per_class = summarise([one], tuple(forms))
+    assert (metrics["label_likelihood"], metrics["macro_f1"], metrics["exact_match"]) == (1.0, 1.0, 1.0)
+    assert set(per_class) == {"blue", "green"}
 
 
 def test_the_confusion_matrix_is_a_picture(tmp_path: Path) -> None:

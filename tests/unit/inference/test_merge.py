@@ -13,9 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from forge_ray.config.classify import Target
+from forge_ray.errors import ConfigError
 from forge_ray.inference import merge
 from forge_ray.inference.merge import write_sum
 from forge_ray.models.architecture import open_model
+from forge_ray.models.class_head import HEAD_FILE, write_targets
 
 pytestmark = pytest.mark.unit
 SMALL: dict[str, Any] = {
@@ -101,6 +104,17 @@ def test_memory_is_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_sum(tmp_path / "base", tmp_path / "adapter", tmp_path / "sum")
     assert [line.split()[0] for line in order] == ["read", "write"] * (len(order) // 2)
     assert len({line.split()[1] for line in order}) == len(order) // 2 > 3
+
+
+def test_classifier_is_not_summed_as_a_model_that_writes(tmp_path: Path) -> None:
+    """Whether the base has the head or the adapter, a sum without it would be another model."""
+    make(tmp_path, "Llama", {}, LINEAR, torch.float32)
+    for part in ("base", "adapter"):
+        write_targets(tmp_path / part, (Target(labels=("a", "b")),))
+        with pytest.raises(ConfigError, match="is a classifier"):
+            write_sum(tmp_path / "base", tmp_path / "adapter", tmp_path / "sum")
+        (tmp_path / part / HEAD_FILE).unlink()
+    write_sum(tmp_path / "base", tmp_path / "adapter", tmp_path / "sum")
 
 
 def test_names_that_transformers_does_not_write_are_summed_whole(tmp_path: Path) -> None:

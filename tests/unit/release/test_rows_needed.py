@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import parse
+from forge_ray.config.classify import Target
 from forge_ray.config.gate import Gate
 from forge_ray.evaluate.examples import Example, HeldOutRows, TextExample
 from forge_ray.evaluate.measures import statistics
@@ -104,6 +105,21 @@ def test_rows_are_those_that_the_metric_is_of(metric: str, count: int) -> None:
     assert needed(held(3, 5, 11, 4), metric=metric).num_held_out == count
 
 
+def test_accuracy_of_a_target_and_of_pairs_are_shares_of_the_rows_that_have_them() -> None:
+    targets = (Target(name="size", labels=("small", "large")), Target(name="has", labels=("ant",), loss="multi"))
+    both = [Example(f"a{n}", (), None, '{"size": "small", "has": "none"}') for n in range(40)]
+    one = [Example(f"b{n}", (), None, '{"size": "large"}') for n in range(60)]
+    rows = HeldOutRows((*both, *one), ())
+    gate = parse(Gate, {"better_than": [{"metric": f"{name}_accuracy", "confidence": 0.95} for name in ("size", "has")]})
+    size, has = rows_needed(gate, rows, (), {}, "test", targets)
+    assert (size.num_held_out, has.num_held_out) == (100, 40)
+    assert size.num_rows == has.num_rows == needed(held(9)).num_rows  # as of any share
+    pairs = [Example(f"c{n}", (), None, "good", rejected={"role": "assistant", "content": "bad"}) for n in range(7)]
+    gate = parse(Gate, {"better_than": [{"metric": "pair_accuracy", "confidence": 0.95}]})
+    (of_pairs,) = rows_needed(gate, HeldOutRows((*one, *pairs), ()), (), {}, "test")
+    assert (of_pairs.num_rows, of_pairs.num_held_out) == (size.num_rows, 7)
+
+
 def test_what_is_not_known_is_said() -> None:
     assert needed(None).num_held_out is None
     assert line(needed(None), "test").endswith("if on all of them)")
@@ -119,5 +135,6 @@ def test_shares_are_those_that_newcombe_s_interval_is_used_for() -> None:
     text = {"record": "rec_1", "source": "s", "reference": "{}", "prediction": "{}", "likeliest": "", "logprob": -1.0}
     text |= {"num_tokens": 2, "called": [], "valid_schema": True}
     call = text | {"kind": "call", "calls": []}
-    names = statistics([text, call], ()) | statistics([text | {"reference": "a"}], ("a",))
+    pair = text | {"rejected_logprob": -2.0}
+    names = statistics([pair, call], ()) | statistics([text | {"reference": "a"}], ("a",))
     assert {name for name, statistic in names.items() if statistic.right is not None} == SHARES

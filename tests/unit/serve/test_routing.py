@@ -101,8 +101,8 @@ def test_the_first_rule_that_matches_wins() -> None:
     assert decide(ruled, inputs(headers=cards, num_prompt_tokens=60), 0.0) == (ONE.id, "stable")
     assert decide(ruled, inputs(user="guest"), 0.0) == ("base", "rule 2")
     assert decide(ruled, inputs(num_prompt_tokens=100), 0.0) == ("base", "rule 3")
-    assert decide(ruled, inputs(labels={ONE.id: "domain"}), 0.0) == (TWO.id, "rule 4")
-    assert decide(ruled, inputs(labels={ONE.id: "else"}), 0.0) == (ONE.id, "stable")
+    assert decide(ruled, inputs(labels={ONE.id: ("domain", "other")}), 0.0) == (TWO.id, "rule 4")
+    assert decide(ruled, inputs(labels={ONE.id: ("else",)}), 0.0) == (ONE.id, "stable")
 
 
 @given(draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=1), weight=st.integers(0, 100))

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from forge_ray.config.base import parse
+from forge_ray.config.classify import Target
 from forge_ray.config.optimizer import Offload
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
+from forge_ray.models.architecture import Head
 from forge_ray.train.optimizer import make_optimizer
 from forge_ray.train.plan import Model, _is_allowed, memory, nearest, plan
 
@@ -176,6 +178,21 @@ def test_frozen_weights_are_counted_out(model: Model) -> None:
     assert of(model, engine="torch", zero_stage=0, freeze=list(config.freeze)).optimizer == 12 * left
     with pytest.raises(ConfigError, match=r"'layers\.9' matches nothing"):
         model.num_trained(parse(TrainConfig, {"freeze": ["layers.9"]}))
+
+
+def test_weights_of_a_classifier_are_counted_with_its_head(tiny_model_dir: Path) -> None:
+    head = Head((Target(labels=("a", "b", "c")),))
+    classifier = Model.of(tiny_model_dir, head)
+    assert classifier.shapes["score.weight"] == (3, 64)
+    assert "lm_head.weight" not in classifier.shapes
+    frozen = parse(TrainConfig, {"freeze": ["score", "layers.0"]})
+    left = {name for name in classifier.shapes if "score" not in name and ".layers.0." not in name}
+    assert classifier.trained(frozen).keys() == left
+    with pytest.raises(ConfigError, match="'lm_head' matches nothing"):
+        classifier.num_trained(parse(TrainConfig, {"freeze": ["lm_head"]}))
+    adapter = parse(TrainConfig, {"adapter": {"r": 4, "modules_to_save": ["embed_tokens"]}}).adapter
+    assert adapter is not None
+    assert classifier.saved(adapter).keys() == {"model.embed_tokens.weight", "score.weight"}
 
 
 def test_frozen_router_and_vision_tower_are_not_trained(tmp_path: Path) -> None:
