@@ -91,13 +91,10 @@ def test_teacher_to_student(own: Store, tmp_path: Path) -> None:
     assert version.weights == "full"
     with Catalog.open(own) as catalog:
         base = catalog.model("tiny")
-        folder = own.list(paths.reference(outcome.dataset.id))
     kept = [path for path in own.list(paths.reference(outcome.dataset.id), recursive=True) if path.endswith("made_by.json")]
     assert own.read_json(kept[0])["versions"] == [teacher.version.id, base.id]
-    assert folder
-    assert (
-        sum(own.size(path) for path in own.list(folder[0]) if path.endswith(".parquet")) < estimate.plan.reference_bytes * 2
-    )
+    files = [path for path in own.list(kept[0].rpartition("/")[0]) if path.endswith(".parquet")]
+    assert 0 < sum(map(own.size, files)) < estimate.plan.reference_bytes * 1.5
 
     result, audit = forge(own, "audit", "data", run.id)
     assert result.exit_code == 0, result.output
