@@ -34,7 +34,7 @@ from forge_ray.train.preflight import Assumptions
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 RUN = Path(__file__).parents[1] / "e2e" / "run.yaml"
 TRAIN = (
-    "{epochs: 4, global_batch: 4, micro_batch_size: 4, optimizer: {lr: 5.0e-3}, engine: torch, zero_stage: 0,"
+    "{max_steps: 8, global_batch: 4, micro_batch_size: 4, optimizer: {lr: 5.0e-3}, engine: torch, zero_stage: 0,"
     " precision: fp32, scaling: {num_workers: 0}"
 )
 

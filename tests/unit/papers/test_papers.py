@@ -436,7 +436,7 @@ def test_teacher_is_named_in_every_document(facts: Facts) -> None:
     assert f"| teacher | large ({teacher.id}), llama3.3 |" in card
     assert "license_name: Apache-2.0 AND llama3.3" in card
     for name, document in documents.items():
-        if name in ("model_card.md", "bom.cdx.json", "provenance.json", "openlineage.jsonl", "evidence-annex-iv.md"):
+        if name in ("model_card.md", "bom.cdx.json", "provenance.json", "openlineage.jsonl", "training-content-summary.md"):
             assert teacher.id in document.decode(), name
     (component,) = [one for one in as_json(documents, "bom.cdx.json")["components"] if one["bom-ref"] == teacher.id]
     assert component["type"] == "machine-learning-model"
