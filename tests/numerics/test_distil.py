@@ -261,6 +261,34 @@ def test_folder_of_a_faster_run_stays(jobs: Jobs, teacher: FrozenModel, monkeypa
     assert not [name for name in listed if name.startswith(".")]
 
 
+def test_pass_is_watched_in_phases_of_its_own(jobs: Jobs, teacher: FrozenModel) -> None:
+    """A piece is not a step, and neither is putting the pieces together."""
+    phases: list[str] = []
+    reference = kept_by(job_of(jobs, teacher, "distil-phases", method={"k": 6}))
+    reference.prepare(join(False, 1, False, 1), lambda phase, step: phases.append(phase))
+    assert phases == [*["reference"] * len(reference_files.pieces(reference.job.dataset)), "publish", "start"]
+    phases.clear()
+    reference.prepare(join(False, 1, False, 1), lambda phase, step: phases.append(phase))
+    assert not phases  # it is there
+
+
+def test_rank_0_alone_looks_for_pieces(jobs: Jobs, teacher: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = kept_by(job_of(jobs, teacher, "distil-ranks", method={"k": 7}))
+    monkeypatch.setattr(reference_module, "agree", lambda value, context: value)
+    context, asked = join(False, 1, False, 1), []
+    for name in ("exists", "list", "is_published"):
+        look = getattr(Store, name)
+        monkeypatch.setattr(
+            Store, name, lambda *values, look=look, name=name, **more: asked.append(name) or look(*values, **more)
+        )
+    missing = reference._missing(context)
+    assert asked == ["is_published", "exists", "list"]  # one look, however many pieces there are
+    assert missing == reference_files.pieces(reference.job.dataset)
+    asked.clear()
+    reference._missing(replace(context, rank=1))
+    assert not asked
+
+
 def test_published_files_hold_many_pieces(jobs: Jobs, teacher: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_files, "FILE_ROWS", 6)
     monkeypatch.setattr(reference_module, "FILE_ROWS", 6)

@@ -34,7 +34,7 @@ from forge_ray.train.preflight import Assumptions
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 RUN = Path(__file__).parents[1] / "e2e" / "run.yaml"
 TRAIN = (
-    "{epochs: 4, global_batch: 4, micro_batch_size: 4, optimizer: {lr: 5.0e-3}, engine: torch, zero_stage: 0,"
+    "{max_steps: 8, global_batch: 4, micro_batch_size: 4, optimizer: {lr: 5.0e-3}, engine: torch, zero_stage: 0,"
     " precision: fp32, scaling: {num_workers: 0}"
 )
 
@@ -91,13 +91,10 @@ def test_teacher_to_student(own: Store, tmp_path: Path) -> None:
     assert version.weights == "full"
     with Catalog.open(own) as catalog:
         base = catalog.model("tiny")
-        folder = own.list(paths.reference(outcome.dataset.id))
     kept = [path for path in own.list(paths.reference(outcome.dataset.id), recursive=True) if path.endswith("made_by.json")]
     assert own.read_json(kept[0])["versions"] == [teacher.version.id, base.id]
-    assert folder
-    assert (
-        sum(own.size(path) for path in own.list(folder[0]) if path.endswith(".parquet")) < estimate.plan.reference_bytes * 2
-    )
+    files = [path for path in own.list(kept[0].rpartition("/")[0]) if path.endswith(".parquet")]
+    assert 0 < sum(map(own.size, files)) < estimate.plan.reference_bytes * 1.5
 
     result, audit = forge(own, "audit", "data", run.id)
     assert result.exit_code == 0, result.output

@@ -324,6 +324,54 @@ def test_run_without_checkpoint_is_matched_by_its_id(catalog: Catalog) -> None:
     assert (use.run, use.steps, use.exact) == (name, (1,), True)
 
 
+def test_rows_of_a_teacher_reach_its_students(catalog: Catalog) -> None:
+    """Also where only an adapter was the teacher, a reference took its place, or the student's run has not ended."""
+    first, second = train_ids(2)
+    theirs, ours = (dataset(catalog, [record_of(n)], [[record_of(n).id]]) for n in (first, second))
+    base = version(catalog, "base")
+    taught = run(catalog, "taught", theirs.id, base.id)
+    teacher = version(catalog, "teacher", taught.id, base.id, weights="adapter")
+    learned = run(catalog, "learned", ours.id, base.id, method="distil", frozen_model=teacher.id, frozen_digest="x")
+    student = version(catalog, "student", learned.id, base.id)
+    onwards = run(catalog, "onwards", ours.id, student.id)
+    grandchild = version(catalog, "grandchild", onwards.id, student.id)
+    apart = run(catalog, "apart", ours.id, base.id)
+    version(catalog, "apart", apart.id, base.id)
+    started = {"state": "running", "dataset": ours.id, "base_model": base.id, "frozen_model": teacher.id}
+    catalog.append(Event(kind="run", subject="run_going", data=started))
+    assert set(catalog.parents(learned.id)) == {ours.id, base.id, teacher.id}
+    reached = trace(catalog, [of_record(record_of(first).id)]).reached
+    assert {one.run: one.how for one in reached.runs} == {
+        taught.id: "trained",
+        learned.id: "frozen",
+        "run_going": "frozen",
+        onwards.id: "base",
+    }
+    assert {one.version: one.how for one in reached.versions} == {
+        teacher.id: "trained",
+        student.id: "frozen",
+        grandchild.id: "base",
+    }
+    result = CliRunner().invoke(cli, ["trace", record_of(first).id, "--store", catalog.store.root])
+    assert "learned from a teacher or reference trained on it" in result.output
+
+
+def test_unfinished_student_is_matched_by_its_id(catalog: Catalog) -> None:
+    from forge_ray.train.frozen import FrozenModel
+    from forge_ray.train.job import run_id
+
+    (number,) = train_ids(1)
+    data, base, teacher = dataset(catalog, [record_of(number)]), version(catalog, "base"), version(catalog, "teacher")
+    settings = train_config(global_batch=1, method={"kind": "distil", "teacher": "an-alias-that-moved"})
+    name = run_id(TrainConfig.model_validate(settings), "fp32", data, base, None, FrozenModel(teacher))
+    catalog.append(Event(kind="run", subject=name, data={"state": "running"}))
+    catalog.store.write(f"runs/{name}/config-1.json", canonical_json({"name": "x", "train": settings}))
+    catalog.store.write(f"runs/{name}/metrics.jsonl", b'{"step": 1, "loss": 1.0}\n')
+    from forge_ray.governance.impact import StoreUses
+
+    assert StoreUses.of(catalog).runs[name].starts_from == (base.id, teacher.id)
+
+
 # ---------------------------------------------------------------- what is asked
 
 

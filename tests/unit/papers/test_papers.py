@@ -412,3 +412,35 @@ def test_licences_are_spdx_or_nothing() -> None:
         "",
         "",
     ]
+
+
+def test_teacher_is_named_in_every_document(facts: Facts) -> None:
+    """With its licence, which the distillate carries."""
+    assert facts.training
+    teacher = facts.version.model_copy(
+        update={"id": "mv_0123456789abcdef", "name": "large", "licence": "llama3.3", "base_model": "", "run": ""}
+    )
+    digest = "sha256:" + "7" * 64
+    run = facts.training.run.model_copy(update={"method": "distil", "frozen_model": teacher.id, "frozen_digest": digest})
+    version = facts.version.model_copy(update={"licence": "Apache-2.0 AND llama3.3"})
+    distilled = replace(
+        facts,
+        version=version,
+        chain=(version, *facts.chain[1:]),
+        trainings=(replace(facts.training, run=run), *facts.trainings[1:]),
+        frozen=(teacher,),
+    )
+    documents = papers(distilled)
+    card = documents["model_card.md"].decode()
+    assert f"It is a distillate of large ({teacher.id}, licence llama3.3): a student that learned" in card
+    assert f"| teacher | large ({teacher.id}), llama3.3 |" in card
+    assert "license_name: Apache-2.0 AND llama3.3" in card
+    for name, document in documents.items():
+        if name in ("model_card.md", "bom.cdx.json", "provenance.json", "openlineage.jsonl", "training-content-summary.md"):
+            assert teacher.id in document.decode(), name
+    (component,) = [one for one in as_json(documents, "bom.cdx.json")["components"] if one["bom-ref"] == teacher.id]
+    assert component["type"] == "machine-learning-model"
+    (depends,) = [one for one in as_json(documents, "bom.cdx.json")["dependencies"] if one["ref"] == facts.version.id]
+    assert teacher.id in depends["dependsOn"]
+    compared = replace(distilled, trainings=(replace(facts.training, run=run.model_copy(update={"method": "dpo"})),))
+    assert f"Its answers were compared with those of large ({teacher.id}" in papers(compared)["model_card.md"].decode()

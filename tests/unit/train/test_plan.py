@@ -260,3 +260,44 @@ def test_adapter_coverage_is_reported_before_training(store: Any, capsys: pytest
     with pytest.raises(ConfigError, match="'qproj' matches nothing"):
         report_reach(store, "run_refused", base, Adapter(target_modules=("qproj",)))
     assert not store.exists("runs/run_refused/adapter.json")
+
+
+def test_reference_pass_is_stated(model: Model, tiny_model_dir: Path) -> None:
+    """Bytes of what is kept, and the memory of a frozen model, which is asked before the run's own is loaded."""
+    from forge_ray.train.plan import Stated
+
+    rows = Stated.of(100, 64)  # every token is trained
+    distil = parse(TrainConfig, {"method": {"kind": "distil", "teacher": "t", "k": 10}})
+    small, large = plan(model, distil, "bf16", rows, 1, model), plan(model, distil, "bf16", rows, 1, large_of(model))
+    assert small.reference_tokens == 6400
+    assert small.reference_bytes == 6400 * (10 * 8 + 4)
+    assert small.reference_memory > 2 * model.num_parameters + 2 * 64 * model.num_logits
+    assert small.worker_bytes == small.memory.total
+    assert large.worker_bytes == large.reference_memory > 20 * small.reference_memory
+    assert large.reference_active == large_of(model).num_parameters
+    pairs = plan(model, parse(TrainConfig, {"method": {"kind": "dpo"}}), "bf16", rows, 1)
+    assert (pairs.reference_tokens, pairs.reference_bytes, pairs.reference_memory) == (6400, 800, 0)
+    assert plan(model, parse(TrainConfig, {}), "bf16", rows, 1).reference_tokens == 0
+    assert plan(model, parse(TrainConfig, {"method": {"kind": "orpo"}}), "bf16", rows, 1).reference_bytes == 0
+
+
+def large_of(model: Model) -> Model:
+    return replace(model, shapes=model.shapes | {"more": (1000, 10_000)})
+
+
+def test_teacher_that_does_not_fit_is_refused_with_a_remedy(model: Model, tmp_path: Path) -> None:
+    from forge_ray.store.files import Store
+    from forge_ray.train.plan import Stated
+    from forge_ray.train.preflight import Planned, disk_bytes, judge, left_bytes
+
+    distil = parse(TrainConfig, {"method": {"kind": "distil", "teacher": "big", "k": 10}})
+    rows, store = Stated.of(100, 64), Store(str(tmp_path))
+    planned = Planned(model, rows, "base", "rows", large_of(model))
+    judgement = judge(distil, store, "bf16", planned, 1, 15_000_000)
+    assert "big needs" in judgement.problem
+    assert "in each worker while it is asked about the rows, there are 15.0 MB" in judgement.problem
+    assert "a smaller model in its place" in judgement.remedy
+    assert not judge(distil, store, "bf16", planned, 1, 100_000_000).problem
+    asked = judgement.plan
+    assert disk_bytes(distil, asked) == asked.disk_bytes + 2 * asked.reference_bytes  # as pieces, and put together
+    assert left_bytes(distil, asked) >= asked.reference_bytes

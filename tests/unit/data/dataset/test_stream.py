@@ -12,6 +12,7 @@ import pytest
 
 from forge_ray.data.build.pack import Document, PackedRow, PackedRows, pack
 from forge_ray.data.build.reduce import packed_table
+from forge_ray.data.dataset import stream
 from forge_ray.data.dataset.order import Order
 from forge_ray.data.dataset.stream import Arrays, Feed, Rows, local_batches
 from forge_ray.data.dataset.version import content_digest
@@ -73,6 +74,17 @@ def test_records_lists_the_record_ids_of_each_row(rows: Rows, packed: list[Packe
     numbers = [len(packed) - 1, 0, SHARD_ROWS[0]]
     assert rows.records(numbers) == [packed[number].records for number in numbers]
     assert all(len(record_ids) == 2 for record_ids in rows.records(numbers))
+
+
+def test_blocks_are_read_once_for_all_their_rows(
+    rows: Rows, packed: list[PackedRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers, read = [1, 0, 1, *range(2 * BLOCK_ROWS), len(packed) - 1], []
+    monkeypatch.setattr(
+        stream, "_read_block", lambda *values, plain=stream._read_block: read.append(values) or plain(*values)
+    )
+    assert rows.records(numbers) == [packed[number].records for number in numbers]
+    assert [number for _, number, _ in read] == [0, 1, (len(packed) - 1) // BLOCK_ROWS]
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
