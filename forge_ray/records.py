@@ -299,13 +299,14 @@ class ModelVersion(Record):
     checks: tuple[Check, ...] = Field((), description="what its gate looked at, in the order of the run file")
     licence: str
     source: str = Field("", description="of imported weights: a file name and its sha256; of `merged`: what was merged")
+    added_tokens: tuple[str, ...] = Field((), description="tokens of its own, which `base_model` does not have")
     log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
 
     def parents(self) -> tuple[str, ...]:
         return tuple(parent for parent in (self.run, self.dataset, self.base_model, *self.evals) if parent)
 
     def identity(self) -> dict[str, Any]:
-        value = _without_empty(super().identity(), "checks")
+        value = _without_empty(super().identity(), "checks", "added_tokens")
         for check in value.get("checks", []):
             if check["name"] in MEASURED_ANEW:
                 check["value"] = None
