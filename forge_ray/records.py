@@ -306,13 +306,14 @@ class ModelVersion(Record):
     licence: str
     flags: tuple[str, ...] = Field((), description="labels for which /v1/moderations flags a text (release.moderation)")
     source: str = Field("", description="of imported weights: a file name and its sha256; of `merged`: what was merged")
+    added_tokens: tuple[str, ...] = Field((), description="tokens of its own, which `base_model` does not have")
     log_head: str = Field("", description="where the audit log stood: `<n>:<hash of line n>`")
 
     def parents(self) -> tuple[str, ...]:
         return tuple(parent for parent in (self.run, self.dataset, self.base_model, *self.evals) if parent)
 
     def identity(self) -> dict[str, Any]:
-        value = _without_empty(super().identity(), "checks", "flags")
+        value = _without_empty(super().identity(), "checks", "flags", "added_tokens")
         for check in value.get("checks", []):
             if check["name"] in MEASURED_ANEW:
                 check["value"] = None

@@ -26,19 +26,26 @@ def models() -> None:
 @click.option("--name", help="Name of the version. Default: the name of the file or folder.")
 @click.option("--licence", default="", help="SPDX licence identifier, e.g. Apache-2.0.")
 @click.option("--alias", default="", help="Alias to point at the version.")
-def models_import(store: Store, as_json: bool, path: str, name: str | None, licence: str, alias: str) -> Any:
+@click.option("--add-tokens", default="", metavar="FILE", help="New tokens, one a line or a JSON list.")
+def models_import(
+    store: Store, as_json: bool, path: str, name: str | None, licence: str, alias: str, add_tokens: str
+) -> Any:
     """Import a Hugging Face folder or GGUF file as a version.
 
     Hugging Face weights must be safetensors; no code of the model is executed."""
+    from forge_ray.models import new_tokens
     from forge_ray.models.import_model import import_model
     from forge_ray.progress import stage
     from forge_ray.release import promotion
     from forge_ray.store.catalog import Catalog
 
+    tokens = new_tokens.read_tokens(Path(add_tokens)) if add_tokens else ()
     with Catalog.open(store) as index, stage("import") as it:
         if alias:
             promotion.refuse_name(index, alias)  # before the work
         version = import_model(index, path, name or Path(path).stem.lower(), licence)
+        if tokens:
+            version = new_tokens.add_tokens(index, version, tokens, name or version.name)
         if alias:
             promotion.promote(index, version.id, alias)
         it.done(f"{version.id}  {version.name}{f' ← {alias}' if alias else ''}")

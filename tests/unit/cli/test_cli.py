@@ -27,7 +27,7 @@ SURFACE = {
     "quickstart": {"--config", "--port", "--set"},
     "init": {"--task", "--data", "--base-model", "--name", "--force", "--from"},
     "feedback import": {"--out", "--form", "--good-from", "--contradictions", "--max-invalid", "--force"},
-    "models import": {"--name", "--licence", "--alias"},
+    "models import": {"--name", "--licence", "--alias", "--add-tokens"},
     "models check": set(),
     "models export": {"--out", "--form", "--precision"},
     "models shrink": {"--layers", "--out", "--alias"},
