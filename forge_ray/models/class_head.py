@@ -44,7 +44,7 @@ def targets_of(folder: Path | None) -> tuple[Target, ...]:
 
 
 def refuse_reward_model(store: Store, version: ModelVersion) -> None:
-    """`ConfigError` for a version that no endpoint serves: its answers are numbers, of whole conversations."""
+    """`ConfigError` for a version that no endpoint serves, nor looks at: its answers are numbers, of whole conversations."""
     if targets_in(store, version) == (REWARD,):
         raise ConfigError(
             f"{version.id} ({version.name}) is a reward model, which no endpoint serves",

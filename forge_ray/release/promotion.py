@@ -10,7 +10,7 @@ import re
 from forge_ray.config.classify import class_names
 from forge_ray.config.release import ALIAS, AliasRoute
 from forge_ray.errors import ConfigError, NotFound, PolicyError
-from forge_ray.models.class_head import is_classifier, targets_in
+from forge_ray.models.class_head import is_classifier, refuse_reward_model, targets_in
 from forge_ray.records import Event, ModelVersion
 from forge_ray.store import paths, signatures, signing
 from forge_ray.store.aliases import alias_event
@@ -126,10 +126,11 @@ def refuse_mixture(catalog: Catalog, alias: str, route: AliasRoute) -> None:
 
 
 def refuse_unknown_label(catalog: Catalog, route: AliasRoute) -> None:
-    """Raise `ConfigError` where a rule asks for a label that its classifier never gives."""
+    """Raise `ConfigError` where a rule asks for a label that its classifier never gives; a reward model gives none."""
     for rule in route.rules:
         if not rule.classifier or not is_classifier(catalog.model(rule.classifier)):
             continue
+        refuse_reward_model(catalog.store, catalog.model(rule.classifier))
         names = class_names(targets_in(catalog.store, catalog.model(rule.classifier)))
         if rule.label not in names:
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,15 @@ from classifiers import TOPIC, TOXIC, make_classifier
 from serving import make_adapter, register
 
 from forge_ray.config.base import parse
+from forge_ray.config.classify import REWARD
 from forge_ray.config.release import AliasRoute, DeployConfig
 from forge_ray.errors import ConfigError, StoreError
 from forge_ray.records import EvalReport, ModelVersion
 from forge_ray.release import promotion
-from forge_ray.serve.context import Caller
+from forge_ray.serve import replica as replica_module
+from forge_ray.serve.calibration import ClassHead
+from forge_ray.serve.canary import AnswerOutcome
+from forge_ray.serve.context import Caller, Chosen
 from forge_ray.serve.directory import ReplicaDirectory
 from forge_ray.serve.engines import EnginePool
 from forge_ray.serve.routing import RoutingFacts, RoutingInputs, table_of
@@ -209,3 +214,27 @@ def test_routes_of_classifiers_and_of_models_that_write_do_not_mix(store: Store,
             with pytest.raises(ConfigError, match=says):
                 promotion.set_route(catalog, "mixed", parse(AliasRoute, route))
         promotion.set_route(catalog, "plain", parse(AliasRoute, {"versions": {labels.id: 1}, "shadow": [labels.id]}))
+
+
+def test_reward_model_is_not_loaded_and_no_route_looks_at_it(store: Store, tiny_model_dir: Path, tmp_path: Path) -> None:
+    with Catalog.open(store) as catalog:
+        chat = register(catalog, tiny_model_dir, None, "tiny")
+        version = register(catalog, make_classifier(tiny_model_dir, tmp_path / "reward", REWARD), None, "rewards")
+        rules = [{"to": chat.id, "classifier": version.id, "label": "reward"}]
+        with pytest.raises(ConfigError, match="is a reward model"):
+            promotion.set_route(catalog, "mixed", parse(AliasRoute, {"versions": {chat.id: 1}, "rules": rules}))
+        config = parse(DeployConfig, {"name": "bot", "models": [version.id], "engine": ENGINE})
+        table = table_of(config, RoutingFacts({}, frozenset(), lambda one: catalog.get_as(ModelVersion, one)), {})
+    pool = EnginePool(config, store)
+    with pytest.raises(ConfigError, match=r"\(rewards\) is a reward model, which no endpoint serves") as caught:
+        pool.load_version(table.versions[version.id])
+    assert "forge eval" in caught.value.hint
+
+
+def test_canary_of_a_classifier_is_timed_by_the_tokens_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module.time, "monotonic", lambda: 12.0)
+    outcomes: list[AnswerOutcome] = []
+    for head, expected in ((ClassHead((TOPIC,)), 0.02), (None, 0.0)):
+        loaded: Any = SimpleNamespace(head=head, version="mv_1")
+        replica_module._OutcomeRecorder(Chosen("topics", loaded, "stable"), outcomes, 10.0).close(100, 0, 200)
+        assert outcomes[-1].token_s == pytest.approx(expected)
