@@ -23,6 +23,7 @@ from forge_ray.serve.directory import ReplicaDirectory, Snapshot
 from forge_ray.serve.http import replica_app
 from forge_ray.serve.keys import ApiKey, sha256_of
 from forge_ray.serve.limits import Counters
+from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.routing import RoutingInputs, ServedVersion, Table
@@ -81,14 +82,9 @@ class Engine:
 
 class Names:
     def __init__(self) -> None:
-        self.loaded: Any = SimpleNamespace(
-            version="mv_1",
-            digest="sha256:" + "0" * 64,
-            engine=Engine(),
-            adapter="",
-            tokenizer=Tokenizer(),
-            stop_token_ids=(2,),
-        )
+        engine: Any = Engine()
+        tokenizer: Any = Tokenizer()
+        self.loaded: Any = Loaded("mv_1", "sha256:" + "0" * 64, engine, "", tokenizer, (2,))
 
     def stable(self, name: str, caller: Caller) -> Any:
         return self.loaded
