@@ -87,10 +87,10 @@ def prepare(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
 
-    made = subprocess.run(
+    pairs = subprocess.run(
         [sys.executable, str(ROOT / "jobs/data/make_debian_pairs.py")], capture_output=True, text=True, check=True
     )
-    (Path(folder) / "pairs.jsonl").write_text("".join(made.stdout.splitlines(keepends=True)[: options.pairs]))
+    (Path(folder) / "pairs.jsonl").write_text("".join(pairs.stdout.splitlines(keepends=True)[: options.pairs]))
     store = Store(folder)
     with Catalog.open(store) as catalog:
         version = import_model(catalog, base_model_file(), "smollm2", "Apache-2.0")
