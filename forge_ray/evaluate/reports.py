@@ -45,8 +45,8 @@ def evaluate_both(
 def model_subject(catalog: Catalog, version: ModelVersion) -> EvaluatedModel:
     base = version.base_model if version.weights == "adapter" else ""
     subject = _subject(catalog, version.id, paths.model(version.id), version.files, base)
-    made_by = version.run and catalog.has(version.run)
-    return replace(subject, start=_start_of(catalog, catalog.get_as(RunRecord, version.run))) if made_by else subject
+    is_of_run = version.run and catalog.has(version.run)
+    return replace(subject, start=_start_of(catalog, catalog.get_as(RunRecord, version.run))) if is_of_run else subject
 
 
 def checkpoint_subject(catalog: Catalog, job: TrainJob, step: int, export: CheckpointExport) -> EvaluatedModel:
