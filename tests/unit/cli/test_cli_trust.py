@@ -58,8 +58,6 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     version = put_version(store)
     forge("policy", "set", "--signatures", "--protect", "*@prod", "--why", "a bank")
     assert forge("policy", "show")["protected"] == ["*@prod"]
-    assert forge("policy", "set", "--refuse-licence", "CC-BY-NC-4.0")["refused_licences"] == ["CC-BY-NC-4.0"]
-    assert forge("policy", "set", "--refuse-no-licence")["refused_licences"] == []
 
     refused = forge("models", "promote", version.id, "--alias", "a@prod", code=3)
     assert "two releasers together" in refused["error"]["message"]
@@ -98,6 +96,8 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     forge("signers", "retire", "rolf", "--why", "left", code=0)
     states = {signer["name"]: signer["state"] for signer in forge("signers", "list")}
     assert states == {"olga": "active", "rolf": "retired"}
+    assert forge("policy", "set", "--refuse-licence", "CC-BY-NC-4.0")["refused_licences"] == ["CC-BY-NC-4.0"]
+    assert forge("policy", "set", "--refuse-no-licence")["refused_licences"] == []
 
 
 @pytest.mark.parametrize(
