@@ -93,11 +93,11 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     store.write(audit_log.LOG, log)
     forge("audit", "verify", "--head", head)
     forge.become(keys / "olga.key")
+    assert forge("policy", "set", "--refuse-licence", "CC-BY-NC-4.0")["refused_licences"] == ["CC-BY-NC-4.0"]
+    assert forge("policy", "set", "--refuse-no-licence")["refused_licences"] == []
     forge("signers", "retire", "rolf", "--why", "left", code=0)
     states = {signer["name"]: signer["state"] for signer in forge("signers", "list")}
     assert states == {"olga": "active", "rolf": "retired"}
-    assert forge("policy", "set", "--refuse-licence", "CC-BY-NC-4.0")["refused_licences"] == ["CC-BY-NC-4.0"]
-    assert forge("policy", "set", "--refuse-no-licence")["refused_licences"] == []
 
 
 @pytest.mark.parametrize(
