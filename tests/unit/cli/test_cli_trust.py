@@ -93,6 +93,8 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     store.write(audit_log.LOG, log)
     forge("audit", "verify", "--head", head)
     forge.become(keys / "olga.key")
+    assert forge("policy", "set", "--refuse-licence", "CC-BY-NC-4.0")["refused_licences"] == ["CC-BY-NC-4.0"]
+    assert forge("policy", "set", "--refuse-no-licence")["refused_licences"] == []
     forge("signers", "retire", "rolf", "--why", "left", code=0)
     states = {signer["name"]: signer["state"] for signer in forge("signers", "list")}
     assert states == {"olga": "active", "rolf": "retired"}
@@ -103,6 +105,8 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (("policy", "set"), 2, "no policy setting to change"),
         (("policy", "set", "--protect", "a", "--protect-none"), 2, "contradict each other"),
+        (("policy", "set", "--refuse-licence", "a", "--refuse-no-licence"), 2, "contradict each other"),
+        (("models", "shrink", "base", "--layers", "0,x", "--out", "half"), 2, "'x' is not a number"),
         (("policy", "set", "--roles"), 3, "a policy needs an owner"),
         (("sign", "mv_x", "--openssf"), 2, "go together"),
         (("signers", "add", "bob", "--public", "none.pub", "--role", "trainer"), 2, "is not a file"),
