@@ -1,5 +1,5 @@
-"""Training methods beside SFT against their peers, side by side and in turn: DPO's step against TRL's DPOTrainer, and the
-pass that computes its reference against a bare forward pass of transformers, on the same tokens.
+"""Training methods beside SFT, side by side and in turn: DPO's step against TRL's DPOTrainer, the pass that computes its
+reference against a bare forward pass of transformers, and distillation's step against SFT's, on the same tokens.
 
     pip install -e '.[bench]'
     python benchmarks/methods.py                     SmolLM2-135M-Instruct, LoRA r=16, bf16 where the CPU has it, 2 cores
@@ -12,6 +12,8 @@ Every line is a process of its own; a round runs each once, in turn, and the tab
                     here (`padding_free` is switched off in TRL 1.16, with a warning)
     reference       the pass over the dataset that the recipe does once, its files written and published
     forward         the same documents through AutoModelForCausalLM without a gradient, 16 of like length at a time
+    distil          the recipe on conversations, four packed rows a step, 64 tokens of a teacher, whom the pass asked before
+    sft             the same rows without a teacher
 
 Tokens are those of documents, padding not counted: of a pair those of both answers, each with its prompt. The clock starts
 after the first steps, so that the reference is in neither rate of the training step; peak memory is the process's own, the
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ ROOT = Path(__file__).parents[1]
 LENGTH, ROWS, SKIPPED = 512, 4, 2  # of a packed row; rows a step; steps before the clock counts
 BATCH = 16  # documents of a bare forward pass
 LR, BETA = 2e-4, 0.1
-PEERS = {"dpo": "dpo trl", "reference": "forward"}
+PEERS = {"dpo": "dpo trl", "reference": "forward", "distil": "sft"}
+METHOD: dict[str, Any] = {"sft": "sft", "distil": {"kind": "distil", "teacher": "bench", "k": 64}}  # of others: DPO
 
 
 def arguments() -> argparse.Namespace:
@@ -52,13 +56,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def settings(folder: str, options: argparse.Namespace) -> Any:
-    """The run file of all."""
+def settings(folder: str, options: argparse.Namespace, method: str = "dpo") -> Any:
+    """The run file of a method: pairs, or for `sft` and `distil` as many conversations."""
     from forge_ray.config.base import parse
     from forge_ray.config.run import RunConfig
 
     train = {
-        "method": {"kind": "dpo", "beta": BETA},
+        "method": METHOD.get(method, {"kind": "dpo", "beta": BETA}),
         "epochs": 100,
         "max_steps": options.steps,
         "global_batch": ROWS,
@@ -72,14 +76,22 @@ def settings(folder: str, options: argparse.Namespace) -> Any:
         "scaling": {"num_workers": 0, "cpus_per_worker": options.threads},
     }
     splits = {"validation": 0.0, "test": 0.0}
-    data = {"sources": [{"path": str(Path(folder) / "pairs.jsonl")}], "sequence_length": LENGTH, "splits": splits}
+    rows = "chats.jsonl" if method in METHOD else "pairs.jsonl"
+    data = {"sources": [{"path": str(Path(folder) / rows)}], "sequence_length": LENGTH, "splits": splits}
     return parse(
-        RunConfig, {"name": "bench", "base_model": "bench", "data": data, "train": train, "release": {"alias": "bench"}}
+        RunConfig,
+        {
+            "name": rows.removesuffix(".jsonl"),
+            "base_model": "bench",
+            "data": data,
+            "train": train,
+            "release": {"alias": "bench"},
+        },
     )
 
 
 def prepare(folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The store: the model, the packed pairs."""
+    """The store: the model, the packed pairs and conversations."""
     from forge_ray import pipeline
     from forge_ray.models.import_model import import_model
     from forge_ray.models.quickstart_base import base_model_file
@@ -91,26 +103,32 @@ def prepare(folder: str, options: argparse.Namespace) -> dict[str, Any]:
         [sys.executable, str(ROOT / "jobs/data/make_debian_pairs.py")], capture_output=True, text=True, check=True
     )
     (Path(folder) / "pairs.jsonl").write_text("".join(pairs.stdout.splitlines(keepends=True)[: options.pairs]))
+    chats = (ROOT / "jobs/data/debian_sections.jsonl").read_text().splitlines(keepends=True)
+    (Path(folder) / "chats.jsonl").write_text("".join(chats[: 2 * options.pairs]))
     store = Store(folder)
     with Catalog.open(store) as catalog:
         version = import_model(catalog, base_model_file(), "smollm2", "Apache-2.0")
         promotion.promote(catalog, version.id, "bench")
+    pipeline.prepare(settings(folder, options, "sft"), store)
     manifest = pipeline.prepare(settings(folder, options), store)
     return {"rows": manifest.splits["train"].num_rows, "tokens": manifest.splits["train"].num_tokens}
 
 
-def job_of(folder: str, options: argparse.Namespace) -> Any:
+def job_of(folder: str, options: argparse.Namespace, method: str = "dpo") -> Any:
     from forge_ray.machine.hardware import resolve_precision
     from forge_ray.records import DatasetManifest
     from forge_ray.store.catalog import Catalog
     from forge_ray.store.files import Store
     from forge_ray.train.job import TrainJob
+    from forge_ray.train.start import start_of
 
+    config = settings(folder, options, method)
     store, run = Store(folder), f"run-{os.getpid()}"
     with Catalog.open(store) as catalog:
-        dataset, base = catalog.all(DatasetManifest)[0], catalog.model("bench")
+        dataset = next(one for one in catalog.all(DatasetManifest) if one.name == config.name)
+        begun = start_of(catalog, catalog.model("bench"), config.train)
     precision = resolve_precision("auto", False)
-    return TrainJob(run, run, settings(folder, options).train, store, dataset, base, precision, under_ray=False)
+    return TrainJob(run, run, config.train, store, dataset, begun.base, precision, under_ray=False, frozen=begun.frozen)
 
 
 def documents(job: Any) -> list[list[tuple[list[int], list[int]]]]:
@@ -129,10 +147,10 @@ def documents(job: Any) -> list[list[tuple[list[int], list[int]]]]:
     return split
 
 
-def dpo(folder: str, options: argparse.Namespace) -> dict[str, Any]:
+def recipe(method: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
     from forge_ray.train import loop, metrics
 
-    job = job_of(folder, options)
+    job = job_of(folder, options, method)
     loop.train_loop(job.to_json())
     lines = metrics.read(job.store.local(f"runs/{job.run}") / metrics.METRICS)
     counted = lines[SKIPPED:]
@@ -218,6 +236,7 @@ def dpo_trl(folder: str, options: argparse.Namespace) -> dict[str, Any]:
 def reference(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     from forge_ray.train.context import join
     from forge_ray.train.engine import TorchEngine
+    from forge_ray.train.measure import document_logps
     from forge_ray.train.model import load_for_training
     from forge_ray.train.reference import Reference
 
@@ -225,10 +244,10 @@ def reference(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     context = join(False, options.threads, under_ray=False)
     base = job.store.fetch_dir(f"models/{job.base.id}")
     engine = TorchEngine(load_for_training(base, job.config, job.precision, context.device, 1), job.config)
-    one = Reference(job)
+    one = Reference(job, document_logps())
     job.store.delete_dir(one.folder)
     began = time.perf_counter()
-    one.keep(engine, context, lambda *_: None)
+    one.begin(engine, context, lambda *_: None)
     return {"tokens_per_s": job.dataset.splits["train"].num_tokens / (time.perf_counter() - began)}
 
 
@@ -258,7 +277,9 @@ def forward(folder: str, options: argparse.Namespace) -> dict[str, Any]:
 
 METHODS: dict[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
     "prepare": prepare,
-    "dpo": dpo,
+    "dpo": partial(recipe, "dpo"),
+    "distil": partial(recipe, "distil"),
+    "sft": partial(recipe, "sft"),
     "dpo trl": dpo_trl,
     "reference": reference,
     "forward": forward,

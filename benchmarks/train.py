@@ -125,6 +125,7 @@ def forge(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
     import torch
 
     from forge_ray.train import loop, metrics
+    from forge_ray.train.methods import sft
 
     engine = {"engine": "deepspeed", "zero_stage": 2} if "zero" in method else {"engine": "torch", "zero_stage": 0}
     job = job_of(folder, steps, threads, f"run-{os.getpid()}", **engine)
@@ -144,7 +145,7 @@ def forge(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
         return call
 
     kind = loop.ZeroEngine if "zero" in method else loop.TorchEngine
-    loop._loss = timed("forward", loop._loss)
+    sft.loss = timed("forward", sft.loss)
     kind.backward, kind.step = timed("backward", kind.backward), timed("step", kind.step)  # type: ignore[method-assign]
     loop.train_loop(job.to_json())
     assert torch.get_num_threads() == threads
