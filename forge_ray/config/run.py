@@ -16,7 +16,6 @@ from forge_ray.config.classify import (
     Target,
     class_names,
     metrics_of,
-    normalise,
 )
 from forge_ray.config.data import DataConfig
 from forge_ray.config.gate import LeakBounds
@@ -113,7 +112,8 @@ class RunConfig(Config):
                 if targets
                 else "remove it, or train a head over labels with train.method={kind: classify, …}",
             )
-        if whole := sorted(slices & {*OF_ALL_CLASSES, *OF_WHOLE_SPLIT}):
+        of_targets = {f"{target.name}_temperature" for target in targets if len(targets) > 1}
+        if whole := sorted(slices & {*OF_ALL_CLASSES, *OF_WHOLE_SPLIT, *of_targets}):
             raise SettingError(
                 f"release.gate.no_worse_than compares {whole[0]} of slices, which do not have it",
                 "compare exact_match, or set slices: none",
@@ -162,11 +162,11 @@ class RunConfig(Config):
     @property
     def scoring(self) -> EvalConfig:
         """The settings of the run's evaluations: base and trained model are scored on the same labels, those of a
-        classifier's only target."""
+        classifier's only target as the rows write them."""
         targets = self.train.targets
         if len(targets) != 1 or targets[0].loss != "single" or self.eval.labels:
             return self.eval
-        return self.eval.model_copy(update={"labels": tuple(map(normalise, targets[0].labels))})
+        return self.eval.model_copy(update={"labels": targets[0].labels})
 
     @model_validator(mode="after")
     def _rows_can_be_shared(self) -> Self:

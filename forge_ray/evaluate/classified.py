@@ -77,7 +77,8 @@ def classify_rows(
 ) -> Generator[dict[str, Any], None, ScoredRows]:
     """Yields `{"done", "total"}` on the way; returns what was scored. Raises `ConfigError` for settings that ask for
     text."""
-    asked = {"safety": files.prompts, "metrics": files.functions, "json_schema": files.schema, "general": config.general}
+    asked: dict[str, Any] = {"safety": files.prompts, "metrics": files.functions, "json_schema": files.schema}
+    asked |= {"general": config.general, "kl": config.kl}
     if texts := [name for name, is_set in asked.items() if is_set]:
         raise ConfigError(f"eval.{texts[0]} asks for text, and a classifier writes none", hint=f"remove eval.{texts[0]}")
     only = classifier.targets[0] if len(classifier.targets) == 1 else None

@@ -8,6 +8,7 @@ change from day to day, so it is asked anew each time unless a caller wants the 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -29,7 +30,7 @@ from forge_ray.evaluate.publish import Scored, ScoredRows, publish, shared_rows
 from forge_ray.evaluate.reports import reports_of
 from forge_ray.evaluate.safety import SafetyPrompt
 from forge_ray.evaluate.scoring_files import files_of
-from forge_ray.progress import Stage, stage
+from forge_ray.progress import Stage, stage, visible
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import disclosures, paths
 from forge_ray.store.catalog import Catalog
@@ -115,6 +116,9 @@ def evaluate_endpoint(
             ) from error
         scores = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
         it.done(f"{report.id}  {endpoint.name}: {scores}")
+        if config.kl:
+            line = f"  kl is not measured of {visible(endpoint.name)}: an API has no weights to compare with those before"
+            print(line, file=sys.stderr, flush=True)
         return report
 
 

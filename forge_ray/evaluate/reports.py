@@ -191,6 +191,9 @@ def _report(
         for name, why in report.unreached.items():
             line = f"  threshold {visible(name)} has none, and holds from one half: {why}"
             print(line, file=sys.stderr, flush=True)
+        if config.kl and "kl" not in report.metrics:
+            why = "no held-out answer can be put to it" if model.start else "no run of this store made it"
+            print(f"  kl is not measured of {visible(what)}: {why}", file=sys.stderr, flush=True)
         return catalog.put(report)
 
 

@@ -29,7 +29,8 @@ def reward_rows(
 ) -> Generator[dict[str, Any], None, ScoredRows]:
     """Yields `{"done", "total"}` on the way; returns what was scored. Raises `ConfigError` for settings that ask for text or
     labels."""
-    text = {"safety": files.prompts, "metrics": files.functions, "json_schema": files.schema, "general": config.general}
+    text: dict[str, Any] = {"safety": files.prompts, "metrics": files.functions, "json_schema": files.schema}
+    text |= {"general": config.general, "kl": config.kl}
     labels = {"labels": config.labels, "thresholds": config.thresholds}
     if unread := [name for name, is_set in (text | labels).items() if is_set]:
         raise ConfigError(

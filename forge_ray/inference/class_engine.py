@@ -96,29 +96,39 @@ class ClassEngine:
     def _next(self) -> list[Group]:
         """The groups of the next pass, at least one; none once the engine is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
-            if self._is_closed:
-                for group in (group for own in self._waiting.values() for group in own):
-                    if group.logits.set_running_or_notify_cancel():
-                        group.logits.set_exception(EngineError("the engine was closed", hint="send the request again"))
-                self._waiting.clear()
-                return []
-            num_texts, longest = 0, 0
             groups: list[Group] = []
-            while self._waiting:
-                caller, own = next(iter(self._waiting.items()))
-                if own[0].logits.cancelled():
-                    self._take(caller)
-                    continue
-                num_texts += len(own[0].documents)
-                longest = max(longest, *map(len, own[0].documents))
-                if groups and num_texts * longest > self.max_batch_tokens:
-                    break
-                group = self._take(caller)
-                if group.logits.set_running_or_notify_cancel():
-                    groups.append(group)
+            while not groups:  # all that waited may have been cancelled
+                self._changed.wait_for(lambda: self._waiting or self._is_closed)
+                if self._is_closed:
+                    self._fail_waiting()
+                    return []
+                groups = self._pass_of_waiting()
             self._running = groups
-        return groups or self._next()
+            return groups
+
+    def _fail_waiting(self) -> None:
+        for group in (group for own in self._waiting.values() for group in own):
+            if group.logits.set_running_or_notify_cancel():
+                group.logits.set_exception(EngineError("the engine was closed", hint="send the request again"))
+        self._waiting.clear()
+
+    def _pass_of_waiting(self) -> list[Group]:
+        """As many of the groups that wait as one pass takes, callers in turn; those that were cancelled are dropped."""
+        num_texts, longest = 0, 0
+        groups: list[Group] = []
+        while self._waiting:
+            caller, own = next(iter(self._waiting.items()))
+            if own[0].logits.cancelled():
+                self._take(caller)
+                continue
+            num_texts += len(own[0].documents)
+            longest = max(longest, *map(len, own[0].documents))
+            if groups and num_texts * longest > self.max_batch_tokens:
+                break
+            group = self._take(caller)
+            if group.logits.set_running_or_notify_cancel():
+                groups.append(group)
+        return groups
 
     def _take(self, caller: str) -> Group:
         """The caller's first group; another caller is next."""

@@ -36,6 +36,7 @@ SHARES = frozenset(
         *CALL_RULES,
     }
 )
+OF_PAIRS = ("pair_accuracy", "pair_margin", "reward_margin")
 OF_TEXTS = ("text_loss", "text_perplexity", "bits_per_byte")
 NO_ROWS = ("contamination", "size_bytes", "latency_ms_per_token")
 OF_ANSWERS = ("exact_match", "label_likelihood", "macro_f1", "valid_schema", "json_", "field_")
@@ -156,7 +157,7 @@ def _available(
 ) -> int:
     """Rows that a rule's metric is scored on; with slices, those of the smallest one that it compares."""
     chats = [chat for chat in held.chats if of_target is None or _has_label(targets, of_target, chat.answer)]
-    chats = [chat for chat in chats if chat.rejected or not rule.metric.startswith("pair_")]
+    chats = [chat for chat in chats if chat.rejected or rule.metric not in OF_PAIRS]
     rows = [_row(chat.source, chat.answer, bool(chat.calls), bool(chat.tools)) for chat in chats]
     rows += [{"source": text.source, "reference": "", "kind": TEXT} for text in held.texts]
     counted = [row for row in rows if _is_scored(rule.metric, row)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
-from forge_ray.serve.fields import Message
+from forge_ray.serve.fields import Message, TextPart
 from forge_ray.serve.wire import Wire
 
 
@@ -23,7 +23,7 @@ class ForClassifier(Wire):
 
 
 class ClassificationRequest(ForClassifier):
-    """Of `/v1/classifications` and `/v1/moderations`."""
+    """Of `/v1/classifications`."""
 
     input: str | list[str]
 
@@ -37,6 +37,26 @@ class ClassificationRequest(ForClassifier):
     def conversations(self) -> Sequence[Sequence[Message]]:
         texts = [self.input] if isinstance(self.input, str) else self.input
         return [[Message(role="user", content=text)] for text in texts]
+
+
+class ModerationRequest(ForClassifier):
+    """Of `/v1/moderations`. Parts of text are one input together, as at OpenAI."""
+
+    input: str | list[str] | list[TextPart]
+
+    @model_validator(mode="after")
+    def _has_texts(self) -> ModerationRequest:
+        if not self.input or not all(one.text if isinstance(one, TextPart) else one for one in self.input):
+            raise ValueError("input: empty; send a text, a list of texts, or a list of parts of one text")
+        return self
+
+    @property
+    def conversations(self) -> Sequence[Sequence[Message]]:
+        if isinstance(self.input, str):
+            return [[Message(role="user", content=self.input)]]
+        if parts := [one for one in self.input if isinstance(one, TextPart)]:
+            return [[Message(role="user", content="".join(part.text for part in parts))]]
+        return [[Message(role="user", content=text)] for text in self.input if isinstance(text, str)]
 
 
 class ChatClassificationRequest(ForClassifier):
@@ -72,4 +92,4 @@ class ChatModerationRequest(ForClassifier):
         return [of_one] if of_one else [one for one in self.input if not isinstance(one, Message)]
 
 
-ClassifyingRequest = ClassificationRequest | ChatClassificationRequest | ChatModerationRequest
+ClassifyingRequest = ClassificationRequest | ModerationRequest | ChatClassificationRequest | ChatModerationRequest

@@ -11,6 +11,7 @@ import numpy as np
 
 from forge_ray.config.classify import columns_of
 from forge_ray.data.tokens.labels import PAD_AT_END
+from forge_ray.errors import EngineError
 from forge_ray.inference.classifier import Logits, probabilities
 from forge_ray.serve.calibration import HALF, ClassHead
 from forge_ray.serve.loaded import Loaded
@@ -20,9 +21,16 @@ Ids = tuple[int, ...]
 
 
 async def logits_of_group(loaded: Loaded, documents: Sequence[Ids], caller: str) -> Logits:
-    """[n, C] of texts that one forward pass can take, in float64. Cancelling it takes them out of the engine's queue."""
+    """[n, C] of texts that one forward pass can take, in float64. Cancelling it takes them out of the engine's queue. Raises
+    `EngineError` where one is not a number, which has no JSON and no place in an order."""
     engine, _ = loaded.classifier
-    return await asyncio.wrap_future(engine.submit(documents, caller))
+    logits = await asyncio.wrap_future(engine.submit(documents, caller))
+    if not np.isfinite(logits).all():
+        raise EngineError(
+            f"the classifier {loaded.version} gives logits that are not finite numbers",
+            hint="evaluate the version with `forge eval`; where it is right there, set engine.precision=fp32",
+        )
+    return logits
 
 
 def refuse_unreadable(loaded: Loaded, documents: Sequence[Ids], limit: int) -> None:

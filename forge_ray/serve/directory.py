@@ -123,7 +123,8 @@ class ReplicaDirectory:
                 prompt_ids = await inputs.prompt_by(loaded) if inputs.prompt_by else inputs.prompt_ids
             except ApiError:
                 continue
-            if 1 <= len(prompt_ids) <= loaded.engine.max_request_tokens:
+            num_new = 0 if loaded.head else MAX_LABEL_TOKENS
+            if 1 <= len(prompt_ids) <= loaded.engine.max_request_tokens - num_new:
                 labels[version] = await _labels_of(loaded, prompt_ids)
         return labels
 

@@ -20,7 +20,12 @@ from forge_ray.errors import EngineError
 from forge_ray.inference.engine import EngineHealth
 from forge_ray.serve.access import GrantedDirectory, Site
 from forge_ray.serve.bodies import BodyMiddleware
-from forge_ray.serve.class_fields import ChatClassificationRequest, ChatModerationRequest, ClassificationRequest
+from forge_ray.serve.class_fields import (
+    ChatClassificationRequest,
+    ChatModerationRequest,
+    ClassificationRequest,
+    ModerationRequest,
+)
 from forge_ray.serve.classifications import classify, moderate
 from forge_ray.serve.complete import complete
 from forge_ray.serve.context import ServingContext
@@ -125,7 +130,7 @@ def build_http(context: ServingContext) -> ASGIApp:
 
     @app.post("/v1/moderations")
     async def moderations(request: Request) -> Response:
-        return await moderate(context, shadows, request, await read(ClassificationRequest, request))
+        return await moderate(context, shadows, request, await read(ModerationRequest, request))
 
     @app.post("/v1/chat/moderations")
     async def chat_moderations(request: Request) -> Response:

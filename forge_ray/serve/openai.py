@@ -20,6 +20,7 @@ from forge_ray.serve.class_fields import (
     ChatModerationRequest,
     ClassificationRequest,
     ClassifyingRequest,
+    ModerationRequest,
 )
 from forge_ray.serve.fields import (
     ChatRequest,
@@ -215,6 +216,6 @@ def _fields_of(annotation: Any) -> set[str]:
 
 REQUESTS = (
     *(ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, ResponsesRequest),
-    *(ClassificationRequest, ChatClassificationRequest, ChatModerationRequest),
+    *(ClassificationRequest, ModerationRequest, ChatClassificationRequest, ChatModerationRequest),
 )
 KNOWN_FIELDS = set[str](REASONING_NAMES).union(*map(_fields_of, REQUESTS))

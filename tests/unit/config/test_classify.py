@@ -94,6 +94,12 @@ def gated(**rules: Any) -> dict[str, Any]:
             "compares macro_f1 of slices",
             "slices: none",
         ),
+        (
+            classify(targets=[{"name": "a", "labels": ["x", "y"]}, {"name": "b", "labels": ["x", "y"]}]),
+            gated(no_worse_than=[{"metric": "b_temperature", "slices": "source"}]) | {"eval": {"slices": ["source"]}},
+            "compares b_temperature of slices",
+            "slices: none",
+        ),
         ("sft", {"eval": {"thresholds": {"precision": 0.9}}}, "eval.thresholds is for classifiers", "remove"),
         (REWARD, {"eval": {"thresholds": {"precision": 0.9}}}, "eval.thresholds is for classifiers", "remove"),
         (REWARD, {"release": {"alias": "a", "moderation": {}}}, "release.moderation is for classifiers", "remove"),
@@ -148,6 +154,12 @@ def test_thresholds_and_moderation_change_no_ids() -> None:
     assert plain.train.identity() == more.train.identity()
     declared = run_of(classify(), release={"alias": "a", "moderation": {"safe": ["ham"]}})
     assert (plain.flags, declared.flags) == ((), ("spam",))
+
+
+def test_base_is_scored_on_the_labels_as_the_rows_write_them() -> None:
+    config = run_of(classify(targets=[{"labels": ["Spam", "Not spam."]}]))
+    assert config.scoring.labels == ("Spam", "Not spam.")
+    assert run_of(classify()).scoring.labels == ("spam", "ham")
 
 
 def test_goals_are_of_all_labels_or_of_one() -> None:

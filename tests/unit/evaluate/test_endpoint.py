@@ -502,6 +502,15 @@ def test_turns_are_sent_as_the_api_takes_them() -> None:
     assert "id" not in call
 
 
+def test_what_needs_weights_is_said_not_to_be_measured(catalog: Catalog, people: dict[str, Any], vendor: Vendor) -> None:
+    manifest = chats(catalog, 3)
+    named(catalog, people, vendor)
+    words = ("--data", manifest.id, "--endpoint", vendor.url, "--endpoint-model", "gpt-x", "--key-env", "VENDOR_KEY")
+    done = CliRunner().invoke(cli, ["eval", *words, "--set", "eval.kl={}", "--store", catalog.store.uri])
+    assert done.exit_code == 0, done.output
+    assert "kl is not measured of gpt-x" in done.stderr
+
+
 def test_labels_are_compared_with_the_generated_text(catalog: Catalog, people: dict[str, Any], vendor: Vendor) -> None:
     manifest = held(catalog, *(chat(f"question {n}", "red" if n % 2 else "blue") for n in range(10)))
     named(catalog, people, vendor)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from types import SimpleNamespace
@@ -73,6 +75,18 @@ def test_padding_counts_and_a_long_text_goes_alone(engine: ClassEngine, passes: 
     for future in futures:
         future.result(30)
     assert [len(one) for one in passes.sizes] == [1, 2, 1, 1]
+
+
+def test_requests_that_all_left_before_their_turn_end_no_engine(engine: ClassEngine, passes: Passes) -> None:
+    passes.go.set()
+    deadline = time.monotonic() + 60
+    for _ in range(sys.getrecursionlimit() + 50):  # more than nested calls could hold
+        with engine._changed:
+            assert engine.submit([(1,)]).cancel()
+        while engine.health().num_waiting or engine._waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0)
+    assert float(engine.submit([(5,)]).result(30)[0, 0]) == 5
 
 
 def test_what_is_cancelled_is_not_run(engine: ClassEngine, passes: Passes) -> None:

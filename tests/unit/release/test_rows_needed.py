@@ -115,9 +115,11 @@ def test_accuracy_of_a_target_and_of_pairs_are_shares_of_the_rows_that_have_them
     assert (size.num_held_out, has.num_held_out) == (100, 40)
     assert size.num_rows == has.num_rows == needed(held(9)).num_rows  # as of any share
     pairs = [Example(f"c{n}", (), None, "good", rejected={"role": "assistant", "content": "bad"}) for n in range(7)]
-    gate = parse(Gate, {"better_than": [{"metric": "pair_accuracy", "confidence": 0.95}]})
-    (of_pairs,) = rows_needed(gate, HeldOutRows((*one, *pairs), ()), (), {}, "test")
+    names = ("pair_accuracy", "reward_margin")
+    gate = parse(Gate, {"better_than": [{"metric": name, "confidence": 0.95} for name in names]})
+    of_pairs, margin = rows_needed(gate, HeldOutRows((*one, *pairs), ()), (), {}, "test")
     assert (of_pairs.num_rows, of_pairs.num_held_out) == (size.num_rows, 7)
+    assert margin.num_held_out == 7
 
 
 def test_what_is_not_known_is_said() -> None:

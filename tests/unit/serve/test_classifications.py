@@ -124,6 +124,9 @@ def test_moderations_flag_by_the_declared_labels_and_thresholds(url: str, folder
         assert result["categories"] == {"toxic/insult": scores[0] >= 0.5, "toxic/threat": True}  # from a threshold of 0
         assert result["flagged"] is True
         assert result["category_applied_input_types"] == {"toxic/insult": ["text"], "toxic/threat": ["text"]}
+    parts = [{"type": "text", "text": TEXTS[0][:5]}, {"type": "text", "text": TEXTS[0][5:]}]  # one input, as at OpenAI
+    joined = httpx.post(f"{url}/v1/moderations", json={"model": "toxic", "input": parts}).json()["results"]
+    assert [one["category_scores"] for one in joined] == [pytest.approx(body["results"][0]["category_scores"], abs=1e-6)]
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
     for sent in (chats, chats[0]):
         results = httpx.post(f"{url}/v1/chat/moderations", json={"model": "toxic", "input": sent}).json()["results"]
@@ -158,7 +161,14 @@ CHAT = [{"role": "user", "content": "hello"}]
             "input",
             "a classifier writes none",
         ),
-        ("moderations", {"model": "toxic", "input": [{"type": "text", "text": "x"}]}, "input", "string"),
+        ("moderations", {"model": "toxic", "input": [{"type": "text", "text": ""}]}, "input", "empty"),
+        (
+            "moderations",
+            {"model": "toxic", "input": [{"type": "image_url", "image_url": {"url": "data:"}}]},
+            "input",
+            "input.0.type: input should be 'text'",
+        ),
+        ("classifications", {"model": "topics", "input": [{"type": "text", "text": "x"}]}, "input", "string"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_by_name(url: str, path: str, sent: Any, param: str, says: str) -> None:
@@ -167,6 +177,21 @@ def test_what_cannot_be_answered_is_refused_by_name(url: str, path: str, sent: A
     error = response.json()["error"]
     assert error["param"].partition(".")[0] == param
     assert says in error["message"]
+
+
+def test_logits_that_are_no_numbers_are_an_error_by_name_and_no_answer(folder: Path) -> None:
+    one = loaded_classifier(folder, TOPIC, TOXIC)
+    with torch.no_grad():
+        one.classifier[0].classifier.model.score.weight[0, 0] = float("nan")
+    context = deployment(Fixed(topics=one))
+    try:
+        with running(build_http(replace(context, admit=TALLY.admit))) as url:
+            answer = httpx.post(f"{url}/v1/classifications", json={"model": "topics", "input": "x"})
+    finally:
+        one.classifier[0].close()
+    assert answer.status_code == 503
+    assert "mv_c gives logits that are not finite numbers" in answer.json()["error"]["message"]
+    assert TALLY.closed[-1][1:] == (0, 503)
 
 
 def test_tokens_of_a_classifier_can_be_counted(url: str) -> None:

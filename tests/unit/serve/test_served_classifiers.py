@@ -196,6 +196,23 @@ def test_classifier_decides_by_its_labels_where_a_route_sends_a_prompt(
             directory.engines.close()
 
 
+def test_a_prompt_that_leaves_a_labelling_model_no_tokens_is_answered_without_its_label(
+    store: Store, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    with Catalog.open(store) as catalog:
+        base = register(catalog, tiny_model_dir, None, "tiny", "imported")
+        one, two = (register(catalog, make_adapter(tiny_model_dir, tmp_path / str(n), n), base, f"v{n}") for n in (1, 2))
+        rules = [{"to": two.id, "classifier": two.id, "label": "x"}]
+        promotion.set_route(catalog, "bot", parse(AliasRoute, {"versions": {one.id: 1}, "rules": rules}))
+        directory = directory_of(catalog, "bot")
+    try:
+        longest = directory.stable("bot", Caller("r")).engine.max_request_tokens
+        chosen = asyncio.run(directory.choose("bot", Caller("r"), RoutingInputs({}, "", (1,) * (longest - 1))))
+        assert chosen.loaded.version == one.id
+    finally:
+        directory.engines.close()
+
+
 def test_routes_of_classifiers_and_of_models_that_write_do_not_mix(store: Store, tiny_model_dir: Path, folder: Path) -> None:
     with Catalog.open(store) as catalog:
         chat, labels = register(catalog, tiny_model_dir, None, "tiny"), register(catalog, folder, None, "topics")
