@@ -63,12 +63,19 @@ def shrink(catalog: Catalog, reference: str, layers: Sequence[int], name: str) -
         store.delete_dir(staging)
 
 
-def _refuse(catalog: Catalog, parent: ModelVersion) -> None:
+def refuse_out_of_use(catalog: Catalog, parent: ModelVersion) -> None:
+    """Raise `PolicyError` for a version that nothing may be made of: one that was withdrawn, or archived."""
     if erasure := catalog.withdrawn().get(parent.id):
         raise PolicyError(
             f"{parent.id} learned from rows that {erasure} erased",
             hint=f"`forge lineage {erasure}` and erasures/{erasure}/certificate.json name what replaces it",
         )
+    if parent.id in catalog.archived():
+        raise PolicyError(f"{parent.id} is archived", hint=f"`forge models restore {parent.id}` first")
+
+
+def _refuse(catalog: Catalog, parent: ModelVersion) -> None:
+    refuse_out_of_use(catalog, parent)
     if parent.weights != "full":
         raise ConfigError(
             f"{parent.id} is an adapter on {parent.base_model}: it has no layers of its own",

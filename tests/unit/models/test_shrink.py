@@ -167,6 +167,9 @@ def test_version_records_its_parent_and_layers(catalog: Catalog, tiny_model_dir:
     catalog.put(adapter)
     with pytest.raises(ConfigError, match=f"{adapter.id} is an adapter on {parent.id}"):
         shrink(catalog, adapter.id, [0], "x")
+    catalog.append(Event(kind="model", subject=parent.id, data={"state": "archived"}))
+    with pytest.raises(PolicyError, match=f"{parent.id} is archived"):
+        shrink(catalog, parent.id, [0], "x")
     catalog.append(Event(kind="model", subject=parent.id, data={"state": "withdrawn", "erasure": "er_1"}))
     with pytest.raises(PolicyError, match="learned from rows that er_1 erased"):
         shrink(catalog, parent.id, [0], "x")
