@@ -148,6 +148,6 @@ def joined_licence(licence: str, frozen: ModelVersion | None) -> str:
     """Of weights that depend on a start with `licence` and on a frozen model: both, as an SPDX expression."""
     if frozen is None or frozen.licence in (licence, ""):
         return licence
-    both = [f"({one})" if " OR " in one else one for one in (licence, frozen.licence)]
+    both = [f"({one})" if " OR " in one.upper() else one for one in (licence, frozen.licence)]
     parts = dict.fromkeys(part for one in both for part in one.split(" AND "))
     return " AND ".join(part for part in parts if part)

@@ -131,6 +131,8 @@ def test_licence_of_a_distillate_is_both() -> None:
     assert joined_licence("apache-2.0", of("llama3.3")) == "apache-2.0 AND llama3.3"
     assert joined_licence("MIT OR Apache-2.0", of("CC-BY-4.0")) == "(MIT OR Apache-2.0) AND CC-BY-4.0"
     assert joined_licence("apache-2.0 AND mit", of("mit")) == "apache-2.0 AND mit"
+    assert joined_licence("mit or gpl-2.0-or-later", of("cc0-1.0")) == "(mit or gpl-2.0-or-later) AND cc0-1.0"
+    assert joined_licence("gpl-2.0-or-later", of("cc0-1.0")) == "gpl-2.0-or-later AND cc0-1.0"
 
 
 def test_run_is_named_by_the_digests_of_its_teacher(catalog: Catalog) -> None:
