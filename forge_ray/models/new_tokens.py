@@ -87,7 +87,7 @@ def add_tokens(catalog: Catalog, parent: ModelVersion, tokens: Sequence[str], na
             return version
     catalog.check_may("imported models")
     source = store.fetch_dir(paths.model(parent.id), files=parent.files)
-    staging = paths.model(f".adding-{parent.id}-{owner_mark()}")
+    staging = paths.model(f".building-{parent.id}-{owner_mark()}")
     try:
         with store.staged_dir(staging) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)

@@ -39,7 +39,7 @@ def shrink(catalog: Catalog, reference: str, layers: Sequence[int], name: str) -
     catalog.check_may("imported models")
     store = catalog.store
     base = store.fetch_dir(paths.model(parent.id), files=parent.files)
-    staging = paths.model(f".importing-{parent.id}-{owner_mark()}")
+    staging = paths.model(f".building-{parent.id}-{owner_mark()}")
     try:
         with store.staged_dir(staging) as folder:
             write_layers(base, folder, layers)
