@@ -95,14 +95,26 @@ def _reference_difference(store: Store, run: str, method: Any) -> tuple[float, f
     parsed = parse(TrainConfig, {"method": method}).method
     if not isinstance(parsed, Distil) and not (isinstance(parsed, Preference) and parsed.has_reference):
         return None
+    from forge_ray.errors import ConfigError, NotFound
+    from forge_ray.store import paths
     from forge_ray.store.catalog import Catalog
     from forge_ray.train.job import job_of
     from forge_ray.train.methods import reference_of
 
-    with Catalog.read_only(store) as catalog:
-        reference = reference_of(job_of(catalog, run))
+    try:
+        with Catalog.read_only(store) as catalog:
+            reference = reference_of(job_of(catalog, run))
+    except (ConfigError, NotFound) as error:
+        return f"not computed again: {error.message}"
     if reference is None or reference.is_quantised:
         return "not computed again, for its base was kept in 4 bits (adapter.quantize=nf4), which needs the GPU"
+    if not store.is_published(reference.folder):
+        return (
+            f"not compared: {reference.folder} is not kept (an erasure removed it, or an earlier release named it otherwise)"
+        )
+    absent = [version.id for version in reference.versions if not store.is_published(paths.model(version.id))]
+    if absent:
+        return f"not computed again, for the files of {absent[0]} are not in this store"
     return reference.difference(SAMPLED_ROWS)
 
 

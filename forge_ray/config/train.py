@@ -321,6 +321,8 @@ class TrainConfig(Config):
         named by their digests (`job.identity`)."""
         around = {"validation", "checkpoint", "scaling", "guards", "sinks", "sequence_parallel", "init_from"}
         value = self.model_dump(mode="json", exclude=dict.fromkeys(around, True) | {"offload": {"parameters"}})
+        if self.method_name == "kto":  # runs before it was estimated had 0, which is apo_zero
+            value["method"]["reference_point"] = "answers put to other prompts"
         if self.frozen_model:
             value["method"] = {key: item for key, item in value["method"].items() if key not in ("teacher", "reference")}
         if self.validation.early_stopping or self.export_step == "best":

@@ -108,6 +108,13 @@ def set_policy(catalog: Catalog, changes: dict[str, Any], why: str) -> Policy:
     authority = catalog.authority()
     if not authority.signers:
         raise PolicyError("a policy needs an owner", hint="`forge signers create NAME --role owner` first")
+    if licences := changes.get("refused_licences"):
+        changes = changes | {"refused_licences": list(dict.fromkeys(map(str.strip, licences)))}
+        if "" in changes["refused_licences"]:
+            raise ConfigError(
+                "a refused licence is empty, which would refuse nothing",
+                hint="a model imported without one has the licence `unknown`: --refuse-licence unknown",
+            )
     policy = parse(Policy, authority.policy.model_dump(mode="json") | changes)
     if policy.protected and len(authority.active("releaser")) < 2:
         raise PolicyError(

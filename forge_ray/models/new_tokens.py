@@ -7,8 +7,8 @@ is filled first. The rows are where training begins: a LoRA trains them with `tr
 
 from __future__ import annotations
 
-import contextlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -19,10 +19,12 @@ from forge_ray.errors import ConfigError, PolicyError
 from forge_ray.models.dequantise import INDEX
 from forge_ray.models.model_files import mistral_file, refuse_unsafe
 from forge_ray.models.sandbox import refuse_bombs
+from forge_ray.models.shrink import refuse_out_of_use
 from forge_ray.models.vocabulary import refuse_rowless_tokens
 from forge_ray.records import ModelVersion, digest, files_digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.erased import refuse_erased
 from forge_ray.store.owner import owner_mark
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 10_000
 MAX_BYTES = 4 << 20  # of the file that lists them
+BEGINS_A_LIST = re.compile(r'\s*\[\s*(?:"|\n|$)')
 TOKENIZER, CONFIG = "tokenizer.json", "config.json"
 Pieces = dict[str, list[int]]  # token → ids of what it was written with
 
@@ -40,19 +43,26 @@ def read_tokens(path: Path) -> tuple[str, ...]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes", hint="give the new tokens alone, one a line")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as tokens: {error}", hint="give a UTF-8 file, one token a line") from error
     values: Any = text.removesuffix("\n").split("\n")
     if text.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):  # tokens such as [CITY], one a line
+        try:
             values = json.loads(text)
+        except ValueError as error:
+            if BEGINS_A_LIST.match(text):  # tokens such as [CITY] may stand one a line
+                raise ConfigError(f"{path} begins as a JSON list and is none: {error}", hint="correct the list") from error
     tokens = [value.removesuffix("\r") if isinstance(value, str) else value for value in values]
     for number, token in enumerate(tokens, start=1):
         if not isinstance(token, str) or not token.strip():
             raise ConfigError(
                 f"{path}: token {number} is {'empty' if isinstance(token, str) else 'not a string'}",
                 hint="give one token a line, or a JSON list of strings",
+            )
+        if any("\ud800" <= char <= "\udfff" for char in token):
+            raise ConfigError(
+                f"{path}: token {number} has half of a character, {token!r}", hint="write it as UTF-8, without \\u escapes"
             )
     if not tokens:
         raise ConfigError(f"{path} lists no token", hint="give one token a line, or a JSON list of strings")
@@ -66,16 +76,18 @@ def read_tokens(path: Path) -> tuple[str, ...]:
 
 def add_tokens(catalog: Catalog, parent: ModelVersion, tokens: Sequence[str], name: str) -> ModelVersion:
     """The version of `parent` with these tokens; the same call again returns the same version. Raises `ConfigError` where it
-    has one of them already, and `PolicyError` where its tokenizer or its weights have no place for them."""
+    has one of them already, `PolicyError` where the parent is out of use, or its files have no place for them."""
     if parent.weights != "full":
         raise ConfigError(f"{parent.id} is an adapter, which has no vocabulary", hint="add the tokens to its base model")
+    refuse_out_of_use(catalog, parent)
     store, added = catalog.store, tuple(tokens)
     for version in catalog.all(ModelVersion):
-        if version.base_model == parent.id and version.added_tokens == added and not version.run:
+        is_same = version.base_model == parent.id and version.added_tokens == added and not version.run
+        if is_same and store.is_published(paths.model(version.id)):
             return version
     catalog.check_may("imported models")
     source = store.fetch_dir(paths.model(parent.id), files=parent.files)
-    staging = paths.model(f".adding-{parent.id}-{owner_mark()}")
+    staging = paths.model(f".building-{parent.id}-{owner_mark()}")
     try:
         with store.staged_dir(staging) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -95,7 +107,9 @@ def add_tokens(catalog: Catalog, parent: ModelVersion, tokens: Sequence[str], na
             licence=parent.licence,
             source=f"{parent.id} with {len(added)} new tokens {digest(list(added))}",
         ).sealed()
+        is_known = catalog.has(version.id)
         store.move_dir(staging, paths.model(version.id))
+        refuse_erased(store, version.id, version=parent.id, folder="" if is_known else paths.model(version.id))
         return catalog.put(version)
     finally:
         store.delete_dir(staging)

@@ -39,7 +39,7 @@ def shrink(catalog: Catalog, reference: str, layers: Sequence[int], name: str) -
     catalog.check_may("imported models")
     store = catalog.store
     base = store.fetch_dir(paths.model(parent.id), files=parent.files)
-    staging = paths.model(f".importing-{parent.id}-{owner_mark()}")
+    staging = paths.model(f".building-{parent.id}-{owner_mark()}")
     try:
         with store.staged_dir(staging) as folder:
             write_layers(base, folder, layers)
@@ -63,12 +63,19 @@ def shrink(catalog: Catalog, reference: str, layers: Sequence[int], name: str) -
         store.delete_dir(staging)
 
 
-def _refuse(catalog: Catalog, parent: ModelVersion) -> None:
+def refuse_out_of_use(catalog: Catalog, parent: ModelVersion) -> None:
+    """Raise `PolicyError` for a version that nothing may be made of: one that was withdrawn, or archived."""
     if erasure := catalog.withdrawn().get(parent.id):
         raise PolicyError(
             f"{parent.id} learned from rows that {erasure} erased",
             hint=f"`forge lineage {erasure}` and erasures/{erasure}/certificate.json name what replaces it",
         )
+    if parent.id in catalog.archived():
+        raise PolicyError(f"{parent.id} is archived", hint=f"`forge models restore {parent.id}` first")
+
+
+def _refuse(catalog: Catalog, parent: ModelVersion) -> None:
+    refuse_out_of_use(catalog, parent)
     if parent.weights != "full":
         raise ConfigError(
             f"{parent.id} is an adapter on {parent.base_model}: it has no layers of its own",

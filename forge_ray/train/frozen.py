@@ -114,14 +114,19 @@ def _refuse_out_of_use(catalog: Catalog, version: ModelVersion, key: str, allow_
 
 
 def _refuse_licence(catalog: Catalog, frozen: FrozenModel, key: str) -> None:
-    refused = {licence.lower() for licence in catalog.authority().policy.refused_licences}
     for version in frozen.versions:
-        terms = version.licence.replace("(", " ").replace(")", " ").split()
-        if hit := next((term for term in (version.licence, *terms) if term.lower() in refused), ""):
+        if hit := refused_licence(catalog, version):
             raise PolicyError(
                 f"policy.refused_licences: {key} names {version.id} ({version.name}), whose licence is {hit}",
                 hint="take a teacher with another licence; `forge policy show` lists those that no run learns from",
             )
+
+
+def refused_licence(catalog: Catalog, version: ModelVersion) -> str:
+    """What of a version's licence the policy lets no run learn from; "" where it does."""
+    refused = {licence.lower() for licence in catalog.authority().policy.refused_licences}
+    terms = version.licence.replace("(", " ").replace(")", " ").split()
+    return next((term for term in (version.licence, *terms) if term.lower() in refused), "")
 
 
 def vocabulary(store: Store, frozen: FrozenModel, base: ModelVersion) -> int:
@@ -143,6 +148,6 @@ def joined_licence(licence: str, frozen: ModelVersion | None) -> str:
     """Of weights that depend on a start with `licence` and on a frozen model: both, as an SPDX expression."""
     if frozen is None or frozen.licence in (licence, ""):
         return licence
-    both = [f"({one})" if " OR " in one else one for one in (licence, frozen.licence)]
+    both = [f"({one})" if " OR " in one.upper() else one for one in (licence, frozen.licence)]
     parts = dict.fromkeys(part for one in both for part in one.split(" AND "))
     return " AND ".join(part for part in parts if part)

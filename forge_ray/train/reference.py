@@ -52,12 +52,13 @@ class Reference:
     @property
     def key(self) -> str:
         """What decides the numbers, besides the dataset."""
-        job, weights = self.job, [version.files_digest for version in self._versions]
+        job, weights = self.job, [version.files_digest for version in self.versions]
         how = ["nf4"] if self.is_quantised else []
         return digest([FORMAT, weights, job.precision, *how, *self.measure.settings]).removeprefix("sha256:")[:16]
 
     @property
-    def _versions(self) -> list[ModelVersion]:
+    def versions(self) -> list[ModelVersion]:
+        """Whose numbers they are."""
         job = self.job
         return list(job.frozen.versions) if job.frozen else [job.base, *([job.initial] if job.initial else [])]
 
@@ -182,7 +183,7 @@ class Reference:
                         for piece in parts:
                             table = pq.read_table(io.BytesIO(store.read(f"{self._work}/{piece.name}")))
                             writer.write_table(table, row_group_size=self.measure.group_rows)
-                ids = [version.id for version in self._versions]
+                ids = [version.id for version in self.versions]
                 (folder / MADE_BY).write_bytes(canonical_json({"versions": ids, "precision": self.job.precision}))
             store.move_dir(staging, self.folder)
         except NotFound:  # another run was faster, and has removed the pieces

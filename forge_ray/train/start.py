@@ -135,7 +135,7 @@ def _merge(catalog: Catalog, adapter: ModelVersion, base: ModelVersion) -> Model
 
     store = catalog.store
     catalog.check_may("models")
-    staging = paths.model(f".merging-{adapter.id}-{owner_mark()}")
+    staging = paths.model(f".building-{adapter.id}-{owner_mark()}")
     try:
         with stage("merge") as it:
             full = store.fetch_dir(paths.model(base.id), files=base.files)

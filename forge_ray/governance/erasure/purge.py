@@ -40,20 +40,21 @@ def targets(catalog: Catalog, plan: ErasurePlan, weights: Iterable[str], account
     """What will be deleted, as folders and files of the store, without the work area: what the plan names, what no record
     accounts for and no running process writes, and further names of these files."""
     chosen = [*folders(plan, weights), *(one.path for one in accounts.leftovers if not one.is_written)]
-    chosen += _numbers_of(catalog.store, {version.id for version in plan.versions}, accounts)
+    chosen += numbers_of(catalog.store, {version.id for version in plan.versions}, accounts)
     names = {file.path for file in _inside(accounts, chosen)}
     numbers = {file.number for file in _inside(accounts, chosen) if file.num_names > 1}
     others = [file.path for file in accounts.files if file.number in numbers and file.path in accounts.strangers]
     return sorted({*chosen, *(path for path in others if path not in names)})
 
 
-def _numbers_of(store: Store, versions: set[str], accounts: Accounts) -> list[str]:
+def numbers_of(store: Store, versions: set[str], accounts: Accounts) -> list[str]:
     """Folders of what these versions said of rows as a teacher or reference, also of rows that stay; and those that do not
     say whose numbers they hold. Runs compute again what they need."""
     made_by = {
         "/".join(parts[:3]): set[str]()
         for file in accounts.files
         if versions and (parts := file.path.split("/"))[0] == "references" and len(parts) == 4
+        if not parts[2].startswith(".")  # half-built: a leftover, unless a process writes it
     }
     for folder in made_by:
         if store.exists(f"{folder}/{MADE_BY}"):

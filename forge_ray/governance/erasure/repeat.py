@@ -10,6 +10,7 @@ from forge_ray.governance.erasure.options import Facts, Options
 from forge_ray.governance.erasure.plan import TRAINED_ON, AffectedRun, ErasurePlan
 from forge_ray.records import DatasetManifest, ModelVersion, RunRecord, files_digest
 from forge_ray.store.catalog import Catalog
+from forge_ray.train.frozen import of_version, refused_licence
 
 
 def rebuild(catalog: Catalog, plan: ErasurePlan, options: Options, before: dict[str, str]) -> Facts:
@@ -61,6 +62,8 @@ def retrain(
     in_use = _runs_in_use(plan, of_run)
     for run in plan.runs:
         fate = fate_of(run, datasets, options, withdrawn, versions, run.id in in_use)
+        if fate == "retrained" and (refused := refused_teacher(catalog, records[run.id])):
+            fate = refused
         if fate != "retrained":
             runs.append({"run": run.id, "fate": fate})
             continue
@@ -83,6 +86,17 @@ def retrain(
             versions |= {old.id: version.id for old in judged if version.status == "accepted"}
         runs.append(facts)
     return {"runs": runs, "versions": versions}
+
+
+def refused_teacher(catalog: Catalog, record: RunRecord) -> str:
+    """The fate of a distillate whose teacher the policy lets no run learn from since; "" of all others. The erasure of the
+    rows does not wait for a change of the policy."""
+    if record.method != "distil" or not record.frozen_model:
+        return ""
+    for version in of_version(catalog, catalog.get_as(ModelVersion, record.frozen_model)).versions:
+        if licence := refused_licence(catalog, version):
+            return f"removed: the policy lets no run learn from a teacher with the licence {licence}"
+    return ""
 
 
 def with_frozen(train: Facts, version: str) -> Facts:

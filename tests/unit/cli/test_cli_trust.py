@@ -94,6 +94,9 @@ def test_from_keys_to_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     forge("audit", "verify", "--head", head)
     forge.become(keys / "olga.key")
     assert forge("policy", "set", "--refuse-licence", "CC-BY-NC-4.0")["refused_licences"] == ["CC-BY-NC-4.0"]
+    assert forge("policy", "set", "--refuse-licence", " MIT ", "--refuse-licence", "MIT")["refused_licences"] == ["MIT"]
+    says = forge("policy", "set", "--refuse-licence", " ", code=2)["error"]["message"]
+    assert "a refused licence is empty" in says
     assert forge("policy", "set", "--refuse-no-licence")["refused_licences"] == []
     forge("signers", "retire", "rolf", "--why", "left", code=0)
     states = {signer["name"]: signer["state"] for signer in forge("signers", "list")}

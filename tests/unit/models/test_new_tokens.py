@@ -20,7 +20,7 @@ from forge_ray.inference.engine import GenerationRequest
 from forge_ray.inference.load import load_engine
 from forge_ray.models.import_model import import_model
 from forge_ray.models.new_tokens import add_tokens, extend, read_tokens, with_rows
-from forge_ray.records import ModelVersion
+from forge_ray.records import Event, ModelVersion
 from forge_ray.store.catalog import Catalog
 
 pytestmark = pytest.mark.unit
@@ -119,6 +119,8 @@ def test_version_is_served(tiny_model_dir: Path, catalog: Catalog) -> None:
         ("<city>\n[street]\n", ("<city>", "[street]")),
         ('["<city>", " x y"]', ("<city>", " x y")),
         ("[a]\r\n[b]\r\n", ("[a]", "[b]")),
+        ("\ufeff<city>\n<b>\n", ("<city>", "<b>")),  # a mark of UTF-8 is no part of the token
+        ('\ufeff["<city>"]', ("<city>",)),
     ],
 )
 def test_file_is_a_token_a_line_or_a_list(tmp_path: Path, text: str, tokens: tuple[str, ...]) -> None:
@@ -136,6 +138,9 @@ def test_file_is_a_token_a_line_or_a_list(tmp_path: Path, text: str, tokens: tup
         (b"<a>\n<b>\n<a>\n", "'<a>' is listed 2 times"),
         (b"\xff\xfe", "cannot be read as tokens"),
         (b"[]", "lists no token"),
+        (b'["<a>", "<b>",]', "begins as a JSON list and is none"),
+        (b'[\n  "<a>",\n  "<b>"\n', "begins as a JSON list and is none"),
+        (b'["<a>", "\\ud800"]', "token 2 has half of a character"),
         ("\n".join(f"<{n}>" for n in range(10_001)).encode(), "lists 10001 tokens, at most 10000"),
     ],
 )
@@ -154,6 +159,20 @@ def test_tokens_that_are_there_are_refused(tiny_model_dir: Path, catalog: Catalo
             add_tokens(catalog, parent, ("<new>", token), "more")
     assert [one.id for one in catalog.all(ModelVersion)] == [parent.id]
     assert [path.name for path in catalog.store.local("models").iterdir()] == [parent.id]
+
+
+def test_nothing_is_made_of_a_version_out_of_use(tiny_model_dir: Path, catalog: Catalog) -> None:
+    parent = import_model(catalog, tiny_model_dir, "tiny")
+    version = add_tokens(catalog, parent, TOKENS, "more")
+    catalog.store.delete_dir(f"models/{version.id}")
+    assert add_tokens(catalog, parent, TOKENS, "more").id == version.id  # made again where its files are gone
+    assert catalog.store.is_published(f"models/{version.id}")
+    catalog.append(Event(kind="model", subject=parent.id, data={"state": "archived"}))
+    with pytest.raises(PolicyError, match=f"{parent.id} is archived"):
+        add_tokens(catalog, parent, TOKENS, "more")
+    catalog.append(Event(kind="model", subject=parent.id, data={"state": "withdrawn", "erasure": "er_1"}))
+    with pytest.raises(PolicyError, match=f"{parent.id} learned from rows that er_1 erased"):
+        add_tokens(catalog, parent, TOKENS, "more")
 
 
 @pytest.mark.parametrize("is_mistral", [True, False])

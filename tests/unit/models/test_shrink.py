@@ -22,11 +22,15 @@ from transformers import (
 )
 
 from forge_ray.errors import ConfigError, PolicyError
+from forge_ray.governance.erasure.leftovers import IMPORTS
+from forge_ray.governance.space.survey import HALF
 from forge_ray.models.import_model import import_model
+from forge_ray.models.new_tokens import add_tokens
 from forge_ray.models.shrink import shrink, write_layers
 from forge_ray.records import Event, ModelVersion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.unit
 SMALL: dict[str, Any] = {
@@ -167,6 +171,25 @@ def test_version_records_its_parent_and_layers(catalog: Catalog, tiny_model_dir:
     catalog.put(adapter)
     with pytest.raises(ConfigError, match=f"{adapter.id} is an adapter on {parent.id}"):
         shrink(catalog, adapter.id, [0], "x")
+    catalog.append(Event(kind="model", subject=parent.id, data={"state": "archived"}))
+    with pytest.raises(PolicyError, match=f"{parent.id} is archived"):
+        shrink(catalog, parent.id, [0], "x")
     catalog.append(Event(kind="model", subject=parent.id, data={"state": "withdrawn", "erasure": "er_1"}))
     with pytest.raises(PolicyError, match="learned from rows that er_1 erased"):
         shrink(catalog, parent.id, [0], "x")
+
+
+def test_what_is_made_of_a_version_is_no_import_while_it_is_written(
+    catalog: Catalog, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An erasure waits for it, and a killed one is listed and removed as a half-built folder."""
+    parent, opened = import_model(catalog, tiny_model_dir, "tiny"), Store.staged_dir
+    names: list[str] = []
+    monkeypatch.setattr(Store, "staged_dir", lambda self, name: names.append(name) or opened(self, name))
+    shrink(catalog, parent.id, [1], "half")
+    add_tokens(catalog, parent, ("<city>",), "more")
+    assert len(names) == 2
+    for name in names:
+        folder = name.removeprefix("models/")
+        assert folder.startswith(HALF)
+        assert not folder.startswith(IMPORTS)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+from fabricated import dataset, record_of, run, train_config
 
+from forge_ray.cli.audit import _reference_difference
 from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, ForgeError, NotFound, PolicyError
@@ -16,7 +19,8 @@ from forge_ray.store import paths
 from forge_ray.store.authority import Policy
 from forge_ray.store.catalog import Catalog
 from forge_ray.train.frozen import FrozenModel, frozen_of, joined_licence
-from forge_ray.train.job import identity, origins
+from forge_ray.train.job import identity, job_of, origins, run_id
+from forge_ray.train.methods import reference_of
 
 pytestmark = pytest.mark.unit
 
@@ -127,6 +131,8 @@ def test_licence_of_a_distillate_is_both() -> None:
     assert joined_licence("apache-2.0", of("llama3.3")) == "apache-2.0 AND llama3.3"
     assert joined_licence("MIT OR Apache-2.0", of("CC-BY-4.0")) == "(MIT OR Apache-2.0) AND CC-BY-4.0"
     assert joined_licence("apache-2.0 AND mit", of("mit")) == "apache-2.0 AND mit"
+    assert joined_licence("mit or gpl-2.0-or-later", of("cc0-1.0")) == "(mit or gpl-2.0-or-later) AND cc0-1.0"
+    assert joined_licence("gpl-2.0-or-later", of("cc0-1.0")) == "gpl-2.0-or-later AND cc0-1.0"
 
 
 def test_run_is_named_by_the_digests_of_its_teacher(catalog: Catalog) -> None:
@@ -149,6 +155,16 @@ def test_run_is_named_by_the_digests_of_its_teacher(catalog: Catalog) -> None:
     assert origins(base, None, FrozenModel(base)) == (base.id,)
 
 
+def test_kto_with_an_estimated_reference_point_is_another_run() -> None:
+    """Runs of `kto` from before it was estimated had 0: what they trained is `apo_zero`, and is not taken for this."""
+    kto, apo_zero, dpo = (
+        parse(TrainConfig, {"method": {"kind": kind}}).identity()["method"] for kind in ("kto", "apo_zero", "dpo")
+    )
+    assert kto["reference_point"]
+    assert apo_zero == {"kind": "apo_zero", "beta": 0.1, "good_weight": 1.0, "bad_weight": 1.0}
+    assert dpo == {"kind": "dpo", "beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0}
+
+
 @pytest.mark.parametrize(
     ("method", "rule"),
     [
@@ -164,3 +180,42 @@ def test_run_is_named_by_the_digests_of_its_teacher(catalog: Catalog) -> None:
 def test_settings_that_cannot_be(method: dict[str, Any], rule: str) -> None:
     with pytest.raises(ConfigError, match=rule):
         parse(TrainConfig, {"method": method})
+
+
+def test_audit_says_why_numbers_of_a_reference_are_not_compared(catalog: Catalog) -> None:
+    """Of runs of earlier releases, and where an erasure or a removal took them: the audit of the rows goes through."""
+    base = version(catalog, "base")
+    data = dataset(catalog, [record_of(1)])
+    settings = train_config(method={"kind": "dpo"})
+    name = run_id(parse(TrainConfig, settings), "fp32", data, base)
+    run(catalog, name.removeprefix("run_"), data.id, base.id, method="dpo", train=settings, base_digest=base.files_digest)
+    why = _reference_difference(catalog.store, name, settings["method"])
+    assert re.match(rf"not compared: references/{data.id}/\w+ is not kept", str(why))
+    older = run(catalog, "older", data.id, base.id, method="kto", train=train_config(method={"kind": "kto"}))
+    why = _reference_difference(catalog.store, older.id, {"kind": "kto"})
+    assert "not computed again: run_older was trained with settings that mean something else" in str(why)
+    assert _reference_difference(catalog.store, name, "sft") is None
+    job = job_of(catalog, name)
+    reference = reference_of(job)
+    assert reference
+    with catalog.store.staged_dir(reference.folder) as folder:
+        (folder / "made_by.json").write_text("{}")
+    catalog.store.delete_dir(paths.model(base.id))
+    why = _reference_difference(catalog.store, name, settings["method"])
+    assert "its base model is gone" in str(why)
+
+
+@pytest.mark.parametrize("method", [{"kind": "distil", "teacher": "t", "k": 4}, {"kind": "dpo", "reference": "t"}])
+def test_audit_says_that_a_teacher_is_gone(catalog: Catalog, method: dict[str, Any]) -> None:
+    base, teacher, data = version(catalog, "base"), version(catalog, "teacher"), dataset(catalog, [record_of(1)])
+    settings, frozen = train_config(method=method), FrozenModel(teacher)
+    name = run_id(parse(TrainConfig, settings), "fp32", data, base, None, frozen)
+    named = {"method": method["kind"], "frozen_model": teacher.id, "frozen_digest": teacher.files_digest}
+    run(catalog, name[4:], data.id, base.id, train=settings, base_digest=base.files_digest, **named)
+    reference = reference_of(job_of(catalog, name))
+    assert reference
+    with catalog.store.staged_dir(reference.folder) as folder:
+        (folder / "made_by.json").write_text("{}")
+    catalog.store.delete_dir(paths.model(teacher.id))
+    why = _reference_difference(catalog.store, name, settings["method"])
+    assert re.match(rf"not computed again.*{teacher.id}", str(why)), why

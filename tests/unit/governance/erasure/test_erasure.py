@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from fabricated import dataset
+from fabricated import dataset, record_of, run, version
 
 from forge_ray.cli.main import cli
 from forge_ray.config.release import AliasRoute
@@ -20,13 +20,16 @@ from forge_ray.errors import ConfigError, PolicyError, StoreError
 from forge_ray.governance.erasure import closure
 from forge_ray.governance.erasure.apply import erase
 from forge_ray.governance.erasure.certificate import statement_of
+from forge_ray.governance.erasure.leftovers import accounts_of
 from forge_ray.governance.erasure.options import Options
 from forge_ray.governance.erasure.plan import AffectedDataset, AffectedRun
-from forge_ray.governance.erasure.repeat import fate_of, without_datasets
+from forge_ray.governance.erasure.purge import numbers_of
+from forge_ray.governance.erasure.repeat import fate_of, refused_teacher, without_datasets
 from forge_ray.governance.erasure.routes import replaced
 from forge_ray.governance.erasure.search import ErasureRequest
-from forge_ray.records import Event, ModelVersion
+from forge_ray.records import Event, ModelVersion, canonical_json
 from forge_ray.release import promotion
+from forge_ray.store.authority import Policy
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 
@@ -91,6 +94,33 @@ def test_fate_of_a_run(
     run: AffectedRun, options: Options, datasets: dict[str, str], versions: dict[str, str], in_use: bool, fate: str
 ) -> None:
     assert fate_of(run, datasets, options, {"mv_gone"}, versions, in_use).startswith(fate)
+
+
+def test_student_of_a_refused_licence_is_not_trained_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows go all the same: an erasure does not wait for the policy."""
+    with Catalog.open(store) as catalog:
+        data, base = dataset(catalog, [record_of(1)]), version(catalog, "base")
+        teacher = version(catalog, "teacher", licence="Apache-2.0 AND CC-BY-NC-4.0")
+        student = run(catalog, "student", data.id, base.id, method="distil", frozen_model=teacher.id, frozen_digest="x")
+        other = run(catalog, "other", data.id, base.id)
+        assert not refused_teacher(catalog, student)
+        refusing = catalog.authority().model_copy(update={"policy": Policy(refused_licences=("cc-by-nc-4.0",))})
+        monkeypatch.setattr(Catalog, "authority", lambda self: refusing)
+        assert refused_teacher(catalog, student) == (
+            "removed: the policy lets no run learn from a teacher with the licence CC-BY-NC-4.0"
+        )
+        assert not refused_teacher(catalog, other)
+
+
+def test_numbers_of_a_withdrawn_teacher_go_and_what_is_being_written_stays(store: Store) -> None:
+    for folder, versions in (("one", ["mv_t"]), ("two", ["mv_other"]), ("old", None), (".building-x", None)):
+        store.write(f"references/ds_1/{folder}/train-000000000.parquet", b"x")
+        if versions:
+            store.write(f"references/ds_1/{folder}/made_by.json", canonical_json({"versions": versions}))
+    with Catalog.open(store) as catalog:
+        accounts = accounts_of(catalog)
+        assert sorted(numbers_of(store, {"mv_t"}, accounts)) == ["references/ds_1/old", "references/ds_1/one"]
+        assert not numbers_of(store, set(), accounts)
 
 
 def test_route_replaces_withdrawn_versions() -> None:
