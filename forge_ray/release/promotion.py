@@ -36,24 +36,31 @@ def releasable(catalog: Catalog, reference: str) -> ModelVersion:
     version = catalog.model(reference)
     refuse_withdrawn(catalog, version.id)
     refuse_archived(catalog, version.id)
+    judged = version
+    while judged.status == "imported" and judged.base_model:  # some layers of another version, or with new tokens
+        judged = catalog.get_as(ModelVersion, judged.base_model)
+    _refuse_unjudged(judged, f"{version.id} was made of {judged.id}: " if judged is not version else "")
+    require_signed(catalog, version)
+    require(catalog, paths.model(version.id))
+    return version
+
+
+def _refuse_unjudged(version: ModelVersion, of: str) -> None:
     if version.status == "rejected":
         raise PolicyError(
-            f"{version.id} was rejected: {'; '.join(version.reasons)}",
+            f"{of}{version.id} was rejected: {'; '.join(version.reasons)}",
             hint="train a better one, or change the gate in the run file and release again",
         )
     if version.status == "candidate":
         raise PolicyError(
-            f"{version.id} is a candidate: step {version.step} of {version.run}, which no gate has judged",
+            f"{of}{version.id} is a candidate: step {version.step} of {version.run}, which no gate has judged",
             hint="deploy it by its id, or let the run end and `forge release` it",
         )
     if version.status == "merged":
         raise PolicyError(
-            f"{version.id} is {version.source}, which no gate has judged",
+            f"{of}{version.id} is {version.source}, which no gate has judged",
             hint=f"point the alias at {version.base_model}, or at a version that was trained on {version.id}",
         )
-    require_signed(catalog, version)
-    require(catalog, paths.model(version.id))
-    return version
 
 
 def refuse_archived(catalog: Catalog, version: str) -> None:

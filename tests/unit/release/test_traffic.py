@@ -15,7 +15,7 @@ from forge_ray.store.catalog import Catalog
 pytestmark = pytest.mark.unit
 
 
-def add(catalog: Catalog, name: str, status: str = "accepted") -> str:
+def add(catalog: Catalog, name: str, status: str = "accepted", base_model: str = "") -> str:
     files = (FileEntry(path="w.safetensors", size=1, sha256=name),)
     version = ModelVersion(
         name=name,
@@ -24,6 +24,7 @@ def add(catalog: Catalog, name: str, status: str = "accepted") -> str:
         files=files,
         files_digest=files_digest(files),
         licence="mit",  # type: ignore[arg-type]
+        base_model=base_model,
     )
     return catalog.put(version.sealed()).id
 
@@ -65,6 +66,19 @@ def test_rollback_restores_an_archived_alias(catalog: Catalog) -> None:
     with pytest.raises(NotFound, match="no alias"):
         promotion.set_route(catalog, "a", None)
     assert traffic.rollback(catalog, "a").stable == one
+
+
+@pytest.mark.parametrize("status", ["rejected", "candidate", "merged"])
+def test_layers_of_a_version_that_no_gate_accepted_pass_no_gate(catalog: Catalog, status: str) -> None:
+    judged = add(catalog, "judged", status)
+    half = add(catalog, "half", "imported", base_model=judged)
+    quarter = add(catalog, "quarter", "imported", base_model=half)
+    for version in (half, quarter):
+        with pytest.raises(PolicyError, match=f"{version} was made of {judged}: {judged} "):
+            promotion.promote(catalog, version, "a")
+    of_accepted = add(catalog, "small", "imported", base_model=add(catalog, "good"))
+    promotion.promote(catalog, of_accepted, "a")
+    assert catalog.aliases() == {"a": of_accepted}
 
 
 def test_versions_that_may_not_answer_are_refused(catalog: Catalog) -> None:
