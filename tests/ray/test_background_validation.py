@@ -18,6 +18,7 @@ from forge_ray.config.release import DeployConfig, EvalConfig
 from forge_ray.config.run import RunConfig
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.evaluate.items import items_of
+from forge_ray.evaluate.standalone import Compared
 from forge_ray.governance.impact import StoreUses
 from forge_ray.governance.lineage import described, tree
 from forge_ray.records import EvalReport, Event, RunRecord, canonical_json
@@ -159,13 +160,13 @@ def test_checkpoint_is_evaluated_while_its_run_has_no_record(store: Store, recor
     names = (f"{record.id}@2", f"{record.id}@best", f"{record.id}@last")
     before = earlier.list(f"runs/{record.id}", recursive=True)
     config = EvalConfig(max_examples=4, max_new_tokens=2)
-    first, best, last = pipeline.evaluate_models(names, record.dataset, config, earlier, {})
+    first, best, last = pipeline.evaluate_models(Compared(names), record.dataset, config, earlier, {})
     assert (first.subject, first.step, first.evaluated) == (record.id, 2, names[0])
     assert (best.id, best.step) == (last.id, 4)
     assert first.subject_digest == candidates.export_run(earlier, record.id, "2").files_digest != best.subject_digest
     assert earlier.list(f"runs/{record.id}", recursive=True) == before
     assert marked(earlier) == {}
-    assert pipeline.evaluate_models(names[:1], record.dataset, config, earlier, {}) == [first]
+    assert pipeline.evaluate_models(Compared(names[:1]), record.dataset, config, earlier, {}) == [first]
     with Catalog.open(earlier) as catalog:
         assert f"{record.id}@2" in {one.subject for one in StoreUses.of(catalog).reached([], held_out(first, catalog)).evals}
         origins = {node["id"]: node["label"] for node in tree(catalog, first.id)["origins"]}
@@ -179,7 +180,7 @@ def test_checkpoint_is_evaluated_while_its_run_has_no_record(store: Store, recor
         ("run_0@2", NotFound, "'run_0' has no checkpoint"),
     ):
         with pytest.raises(error, match=says) as caught:
-            pipeline.evaluate_models((name,), record.dataset, config, earlier, {})
+            pipeline.evaluate_models(Compared((name,)), record.dataset, config, earlier, {})
         assert caught.value.hint
         if name.endswith("@3"):
             assert "4, 2" in caught.value.hint
@@ -189,7 +190,7 @@ def held_out(report: EvalReport, catalog: Catalog) -> list[tuple[str, str, str]]
     return [(item["record"], report.dataset, report.split) for item in items_of(catalog.store, report)]
 
 
-def test_export_refusals_are_explained(store: Store, record: RunRecord) -> None:
+def test_export_refusals_are_explained(store: Store, record: RunRecord, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"'newest' is not a step of {record.id}"):
         candidates.export_run(store, record.id, "newest")
     with pytest.raises(NotFound, match="'run_0' has no checkpoint"):
@@ -201,12 +202,12 @@ def test_export_refusals_are_explained(store: Store, record: RunRecord) -> None:
     assert "keep_best" in caught.value.hint
     store.delete(f"runs/{record.id}/validations/00000003.json")
 
-    (written,) = [path for path in store.list(f"runs/{record.id}") if "config-" in path]
-    settings = store.read_json(written)
-    store.write(written, canonical_json(settings | {"train": settings["train"] | {"seed": 7}}))
+    earlier = before_its_record(store, record, tmp_path / "earlier")  # a record's own settings would count
+    (written,) = [path for path in earlier.list(f"runs/{record.id}") if "config-" in path]
+    settings = earlier.read_json(written)
+    earlier.write(written, canonical_json(settings | {"train": settings["train"] | {"seed": 7}}))
     with pytest.raises(ConfigError, match="was trained with settings that mean something else"):
-        candidates.export_run(store, record.id, "last")
-    store.write(written, canonical_json(settings))
+        candidates.export_run(earlier, record.id, "last")
 
 
 def test_keep_best_without_validation_rows_is_refused(config: RunConfig, store: Store) -> None:

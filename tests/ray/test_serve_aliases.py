@@ -322,7 +322,8 @@ def test_second_application_and_rejected_version_are_refused(endpoint: Endpoint,
 
     with pytest.raises(ConfigError, match="already serves bot"):
         deploy(config(free_port(), name="other"), catalog)
-    bad = endpoint.version.model_copy(update={"status": "rejected", "reasons": ("too weak",)}).sealed()
+    other = {"source": "", "files_digest": "sha256:" + "0" * 64}  # no import of these files finds it later
+    bad = endpoint.version.model_copy(update={"status": "rejected", "reasons": ("too weak",)} | other).sealed()
     catalog.put(bad)
     with pytest.raises(PolicyError, match="too weak"):
         deploy(config(free_port(), models=[bad.id]), catalog)
