@@ -4,7 +4,7 @@
     python benchmarks/classifier.py --head sections-head --chat debian-sections
 
 Both answer every row as `forge eval` has them answer: the head in one forward pass a text, texts of like length together;
-the chat model greedily, up to 8 tokens, 64 prompts in its engine at once; and by the likelihood of every label, as it takes to
+the chat model greedily, up to 8 tokens, 64 prompts in its engine at once; and by the likelihood of every label, so as to
 have a probability for each. Opening the models is not counted.
 """
 
