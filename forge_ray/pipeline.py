@@ -31,6 +31,7 @@ from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import refuse_erased
 from forge_ray.store.files import Store
 from forge_ray.store.home import expanded
+from forge_ray.store.out_of_use import refuse_archived, refuse_withdrawn
 from forge_ray.store.removed import require
 from forge_ray.train.labels import report_labels
 
@@ -152,9 +153,9 @@ def train(config: RunConfig, store: Store, allow_archived: bool = False) -> RunR
     with Catalog.open(store) as catalog:
         named = import_base(config, catalog)
         for version in (named, start.full_base(catalog, named, config.train)):
-            promotion.refuse_withdrawn(catalog, version.id)
+            refuse_withdrawn(catalog, version.id)
             if not allow_archived:
-                promotion.refuse_archived(catalog, version.id)
+                refuse_archived(catalog, version.id)
         manifest = _prepare(config, catalog, named, quiet=True)
         refuse_without_rows(config.train, store, manifest)
         report_labels(store, config.train, manifest)
@@ -278,7 +279,7 @@ def evaluate_file(config: RunConfig, store: Store) -> tuple[EvalReport, EvalRepo
         lookup = _lookup(config, catalog)
         if lookup.record:
             return _evaluate_run(config, catalog, lookup.record)
-        promotion.refuse_withdrawn(catalog, lookup.named.id)
+        refuse_withdrawn(catalog, lookup.named.id)
         subject = reports.model_subject(catalog, lookup.named)
         return reports.evaluate(catalog, subject, lookup.manifest, config.scoring, "base"), None
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forge_ray.config.release import EvalConfig
@@ -29,7 +29,7 @@ from forge_ray.evaluate.own import scored, try_functions
 from forge_ray.evaluate.publish import Scored, ScoredRows, publish, shared_rows
 from forge_ray.evaluate.reports import reports_of
 from forge_ray.evaluate.safety import SafetyPrompt
-from forge_ray.evaluate.scoring_files import files_of
+from forge_ray.evaluate.scoring_files import ScoringFiles, files_of
 from forge_ray.progress import Stage, stage, visible
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.store import disclosures, paths
@@ -72,9 +72,9 @@ def evaluate_endpoint(
     are kept in a report without it), and what `chat_api.answers` raises. With `reuse` the last report of the same rows and
     settings is enough, where there is one, and nothing is sent."""
     started = time.monotonic()
-    files, _ = files_of(config)
+    files, digests = files_of(config)
     general = general_rows(catalog, manifest, config)
-    settings = _settings(endpoint, config, general)
+    settings = _settings(endpoint, config, digests, general)
     with stage("evaluate") as it:
         existing = list(reports_of(catalog, (endpoint.name, manifest.id, settings))) if reuse else []
         if existing:
@@ -94,22 +94,23 @@ def evaluate_endpoint(
         valid = list(with_validity(iter(asked.items), files.schema))
         costs = {name: float(count) for name, count in asked.num_tokens.items() if count}
 
-        def published(config: EvalConfig) -> EvalReport:
-            files, _ = files_of(config)
+        def published(config: EvalConfig, files: ScoringFiles, settings: dict[str, Any]) -> EvalReport:
             items = list(scored(iter(valid), files.functions, held.chats, config.slices, labels))
             rows = ScoredRows(items, labels, asked.safety, shared, asked.left_out)
-            of_endpoint = _settings(endpoint, config, general)
-            of = Scored(endpoint.name, "", of_endpoint, costs, time.monotonic() - started, files, endpoint.url)
+            of = Scored(endpoint.name, "", settings, costs, time.monotonic() - started, files, endpoint.url)
             report = publish(catalog.store, manifest, config, rows, of)
             refuse_erased(catalog.store, report.id, manifest.id, folder=paths.report(report.id))
             return catalog.put(report)
 
         try:
-            report = published(config)
+            report = published(config, files, settings)
         except ConfigError as error:
             if not config.metrics:
                 raise
-            report = published(config.model_copy(update={"metrics": ()}))
+            bare = config.model_copy(update={"metrics": ()})
+            bare_digests = {name: value for name, value in digests.items() if name != "metrics"}
+            bare_settings = _settings(endpoint, bare, bare_digests, general)
+            report = published(bare, replace(files, functions=()), bare_settings)
             raise ConfigError(
                 f"{error.message}; the answers of {endpoint.name} are kept as {report.id}, without scores of eval.metrics",
                 hint=error.hint,
@@ -122,11 +123,13 @@ def evaluate_endpoint(
         return report
 
 
-def _settings(endpoint: Endpoint, config: EvalConfig, general: DatasetManifest | None) -> dict[str, Any]:
-    """What the report is known by: what decides the scores, the bytes of files and the general rows included."""
+def _settings(
+    endpoint: Endpoint, config: EvalConfig, digests: dict[str, Any], general: DatasetManifest | None
+) -> dict[str, Any]:
+    """What the report is known by: what decides the scores, the bytes of files (`digests`) and the general rows included."""
     scoring = {name: value for name, value in config.scoring().items() if name not in MACHINE}
     asked_with = {"model": endpoint.model, "url": endpoint.url, "options": dict(endpoint.options)}
-    settings = scoring | files_of(config)[1] | {"endpoint": asked_with}
+    settings = scoring | digests | {"endpoint": asked_with}
     if general and config.general:
         settings["general"] = {"dataset": general.id, "max_examples": config.general.max_examples}
     return settings

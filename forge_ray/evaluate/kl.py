@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,29 +21,12 @@ from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.evaluate.examples import Example, answer_ids
 from forge_ray.machine.hardware import resolve_precision
-from forge_ray.records import FileEntry
-from forge_ray.store.files import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 256  # tokens whose logits are widened to fp32 at a time
 Logits = Callable[[list[int], int], "Tensor"]  # (ids, n): logits [n, V] of the last n positions
-
-
-@dataclass(frozen=True)
-class StartWeights:
-    """The weights that a run started from: published directories of the store, an adapter on top of the first or none."""
-
-    folder: str
-    files: tuple[FileEntry, ...]
-    adapter: str = ""
-    adapter_files: tuple[FileEntry, ...] = ()
-
-    def fetch(self, store: Store) -> tuple[Path, Path | None]:
-        """Both folders on this machine, verified."""
-        adapter = store.fetch_dir(self.adapter, files=self.adapter_files) if self.adapter else None
-        return store.fetch_dir(self.folder, files=self.files), adapter
 
 
 def score_kl(
@@ -72,11 +54,13 @@ def score_kl(
 def kl_nats(trained_TV: Tensor, before_TV: Tensor) -> float:
     """Sum over positions of KL(trained || before), exact over the vocabulary; the last position, which predicts nothing that
     is there, is left out."""
+    import torch
+
     total = 0.0
     for begin in range(0, len(trained_TV) - 1, CHUNK):
         part = slice(begin, min(begin + CHUNK, len(trained_TV) - 1))
         ours, theirs = (logits[part].float().log_softmax(-1) for logits in (trained_TV, before_TV))
-        total += float((ours.exp() * (ours - theirs)).sum(dtype=ours.double().dtype))
+        total += float((ours.exp() * (ours - theirs)).sum(dtype=torch.float64))
     return total
 
 

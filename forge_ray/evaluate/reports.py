@@ -23,7 +23,6 @@ from forge_ray.store.resolve import resolve
 from forge_ray.store.uses import using
 
 if TYPE_CHECKING:
-    from forge_ray.evaluate.kl import StartWeights
     from forge_ray.evaluate.sample_size import Spread
     from forge_ray.evaluate.score import EvaluatedModel
     from forge_ray.train.checkpoint_export import CheckpointExport
@@ -62,16 +61,16 @@ def run_subject(catalog: Catalog, record: RunRecord) -> EvaluatedModel:
     return replace(subject, start=_start_of(catalog, record))
 
 
-def _start_of(catalog: Catalog, record: RunRecord) -> StartWeights:
+def _start_of(catalog: Catalog, record: RunRecord) -> EvaluatedModel:
     initial = catalog.get_as(ModelVersion, record.initial_adapter) if record.initial_adapter else None
     return _start_weights(catalog.get_as(ModelVersion, record.base_model), initial)
 
 
-def _start_weights(base: ModelVersion, initial: ModelVersion | None) -> StartWeights:
-    from forge_ray.evaluate.kl import StartWeights
+def _start_weights(base: ModelVersion, initial: ModelVersion | None) -> EvaluatedModel:
+    from forge_ray.evaluate.score import EvaluatedModel
 
     more = (paths.model(initial.id), initial.files) if initial else ()
-    return StartWeights(paths.model(base.id), base.files, *more)
+    return EvaluatedModel((initial or base).id, (initial or base).files_digest, paths.model(base.id), base.files, *more)
 
 
 def _subject(catalog: Catalog, identifier: str, folder: str, files: tuple[FileEntry, ...], base: str) -> EvaluatedModel:

@@ -49,7 +49,6 @@ def reward_rows(
 
 def score_rewarded(chats: Sequence[Example], model: Classifier) -> Iterator[dict[str, Any]]:
     """One item per example; one that is no pair, or cannot be read, is an item with `left_out`."""
-    longest = int(getattr(model.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
     posed: list[Example] = []
     documents = []
     for example in chats:
@@ -62,7 +61,7 @@ def score_rewarded(chats: Sequence[Example], model: Classifier) -> Iterator[dict
         except Reject as reason:
             yield {"record": example.record, "left_out": f"{UNPOSED}{reason}"}
             continue
-        if max(map(len, pair)) > longest:
+        if max(map(len, pair)) > model.max_text_tokens:
             yield {"record": example.record, "left_out": TOO_LONG}
             continue
         posed.append(example)

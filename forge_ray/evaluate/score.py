@@ -25,7 +25,7 @@ from forge_ray.evaluate.answer_schema import refuse_unfit, with_validity
 from forge_ray.evaluate.calls import call_fields, call_form, calls_in
 from forge_ray.evaluate.classified import classify_rows
 from forge_ray.evaluate.examples import UNPOSED, Example, HeldOutRows, answer_ids, held_out, label_forms
-from forge_ray.evaluate.kl import StartWeights, score_kl
+from forge_ray.evaluate.kl import score_kl
 from forge_ray.evaluate.losses import general_held_out, score_general
 from forge_ray.evaluate.measures import is_general
 from forge_ray.evaluate.own import scored, try_functions
@@ -58,7 +58,7 @@ class EvaluatedModel:
     adapter: str = ""
     adapter_files: tuple[FileEntry, ...] = ()
     step: int = 0
-    start: StartWeights | None = None
+    start: EvaluatedModel | None = None
 
     def fetch(self, store: Store) -> tuple[Path, Path | None]:
         """Both folders on this machine, verified."""

@@ -31,11 +31,12 @@ from forge_ray.models.class_head import is_classifier
 from forge_ray.papers.facts import gather, num_parameters
 from forge_ray.progress import Stage, stage
 from forge_ray.records import ModelVersion, files_digest
-from forge_ray.release.promotion import refuse_withdrawn, require_signed
+from forge_ray.release.promotion import require_signed
 from forge_ray.store import exports, modes, paths, signing
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import hash_dir, sync_tree
 from forge_ray.store.home import expanded
+from forge_ray.store.out_of_use import refuse_withdrawn
 from forge_ray.store.owner import is_alive, owner_mark
 from forge_ray.store.resolve import resolve
 

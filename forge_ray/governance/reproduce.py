@@ -23,11 +23,11 @@ from forge_ray.machine.cluster import connect
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.progress import Stage, stage, visible
 from forge_ray.records import DatasetManifest, Event, FileEntry, ModelVersion, Record, RunRecord, files_digest
-from forge_ray.release import promotion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.erased import withdrawn
 from forge_ray.store.files import MANIFEST, Store, verify_files
+from forge_ray.store.out_of_use import refuse_withdrawn
 from forge_ray.store.removed import why_absent
 from forge_ray.store.resolve import resolve
 from forge_ray.store.uses import using
@@ -51,7 +51,7 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
         initial = _sealed(catalog.get_as(ModelVersion, record.initial_adapter)) if record.initial_adapter else None
         frozen = _frozen(catalog, record)
         manifest = _sealed(catalog.get_as(DatasetManifest, record.dataset))
-        promotion.refuse_withdrawn(catalog, version.id if version else "")
+        refuse_withdrawn(catalog, version.id if version else "")
         others = {one.id: one for one in (initial, *(frozen.versions if frozen else ())) if one and one.id != base.id}
         models = tuple(map(paths.model, (base.id, *others)))
         _require_inputs(catalog, record, (*(() if rebuild_data else (paths.dataset(manifest.id),)), *models))

@@ -12,13 +12,13 @@ from typing import Any
 from forge_ray.config.base import parse
 from forge_ray.errors import ConfigError, NotFound, PolicyError
 from forge_ray.records import Event, FileEntry
-from forge_ray.release.promotion import refuse_withdrawn
 from forge_ray.store import exports, paths, signing
 from forge_ray.store.authority import ROLES, Policy, Signer
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.exact import copy_file
 from forge_ray.store.governing import limits_of, refolded
 from forge_ray.store.home import expanded
+from forge_ray.store.out_of_use import refuse_withdrawn
 from forge_ray.store.protection import DECIDERS, Action
 from forge_ray.store.signatures import add_signature, record_path, roles_for
 

@@ -35,8 +35,7 @@ class ClassEngine:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
-        text_config = classifier.model.config.get_text_config()
-        self.max_request_tokens = int(getattr(text_config, "max_position_embeddings", 0) or 1 << 20)
+        self.max_request_tokens = classifier.max_text_tokens
         self.max_batch_tokens = classifier.max_batch_tokens
         self._waiting: OrderedDict[str, deque[Group]] = OrderedDict()  # by caller, whose turn it is first
         self._running: list[Group] = []

@@ -28,6 +28,11 @@ class Classifier:
     targets: tuple[Target, ...]
     max_batch_tokens: int
 
+    @property
+    def max_text_tokens(self) -> int:
+        """Of one text, the template's included; where the configuration states none, more than any has."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+
 
 def open_classifier(
     folder: Path,

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from forge_ray.errors import ConfigError, PolicyError
 from forge_ray.models.dequantise import INDEX
+from forge_ray.models.derived import make_version
 from forge_ray.models.model_files import mistral_file, refuse_unsafe
 from forge_ray.models.sandbox import refuse_bombs
-from forge_ray.models.shrink import refuse_out_of_use
 from forge_ray.models.vocabulary import refuse_rowless_tokens
-from forge_ray.records import ModelVersion, digest, files_digest
+from forge_ray.records import ModelVersion, digest
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.erased import refuse_erased
-from forge_ray.store.owner import owner_mark
+from forge_ray.store.out_of_use import refuse_archived, refuse_withdrawn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,40 +78,25 @@ def add_tokens(catalog: Catalog, parent: ModelVersion, tokens: Sequence[str], na
     has one of them already, `PolicyError` where the parent is out of use, or its files have no place for them."""
     if parent.weights != "full":
         raise ConfigError(f"{parent.id} is an adapter, which has no vocabulary", hint="add the tokens to its base model")
-    refuse_out_of_use(catalog, parent)
+    refuse_withdrawn(catalog, parent.id)
+    refuse_archived(catalog, parent.id)
     store, added = catalog.store, tuple(tokens)
     for version in catalog.all(ModelVersion):
         is_same = version.base_model == parent.id and version.added_tokens == added and not version.run
         if is_same and store.is_published(paths.model(version.id)):
             return version
     catalog.check_may("imported models")
-    source = store.fetch_dir(paths.model(parent.id), files=parent.files)
-    staging = paths.model(f".building-{parent.id}-{owner_mark()}")
-    try:
-        with store.staged_dir(staging) as folder:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
-            extend(folder, added, parent.id)
-            refuse_unsafe(folder)
-            refuse_bombs(folder)
-            refuse_rowless_tokens(folder)
-        files = store.files(staging)
-        version = ModelVersion(
-            name=name,
-            status="imported",
-            weights="full",
-            files=files,
-            files_digest=files_digest(files),
-            base_model=parent.id,
-            added_tokens=added,
-            licence=parent.licence,
-            source=f"{parent.id} with {len(added)} new tokens {digest(list(added))}",
-        ).sealed()
-        is_known = catalog.has(version.id)
-        store.move_dir(staging, paths.model(version.id))
-        refuse_erased(store, version.id, version=parent.id, folder="" if is_known else paths.model(version.id))
-        return catalog.put(version)
-    finally:
-        store.delete_dir(staging)
+    base = store.fetch_dir(paths.model(parent.id), files=parent.files)
+
+    def write(folder: Path) -> None:
+        shutil.copytree(base, folder, dirs_exist_ok=True)
+        extend(folder, added, parent.id)
+        refuse_unsafe(folder)
+        refuse_bombs(folder)
+        refuse_rowless_tokens(folder)
+
+    source = f"{parent.id} with {len(added)} new tokens {digest(list(added))}"
+    return make_version(catalog, [parent], write, "imported", name, source, added)
 
 
 def extend(folder: Path, tokens: Sequence[str], model: str) -> None:

@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forge_ray.errors import ConfigError, PolicyError
+from forge_ray.errors import ConfigError
 from forge_ray.models.class_head import is_classifier
 from forge_ray.models.dequantise import INDEX
+from forge_ray.models.derived import make_version
 from forge_ray.models.model_files import refuse_unsafe
-from forge_ray.records import ModelVersion, files_digest
+from forge_ray.records import ModelVersion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.erased import refuse_erased
-from forge_ray.store.owner import owner_mark
+from forge_ray.store.out_of_use import refuse_archived, refuse_withdrawn
 
 LAYERS = "layers "  # begins the source of such a version
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
@@ -37,45 +37,19 @@ def shrink(catalog: Catalog, reference: str, layers: Sequence[int], name: str) -
     parent = catalog.model(reference)
     _refuse(catalog, parent)
     catalog.check_may("imported models")
-    store = catalog.store
-    base = store.fetch_dir(paths.model(parent.id), files=parent.files)
-    staging = paths.model(f".building-{parent.id}-{owner_mark()}")
-    try:
-        with store.staged_dir(staging) as folder:
-            write_layers(base, folder, layers)
-            refuse_unsafe(folder)
-        files = store.files(staging)
-        version = ModelVersion(
-            name=name,
-            status="imported",
-            weights="full",
-            files=files,
-            files_digest=files_digest(files),
-            base_model=parent.id,
-            licence=parent.licence,
-            source=f"{LAYERS}{','.join(map(str, layers))} of {parent.name} {parent.id}",
-        ).sealed()
-        is_known = catalog.has(version.id)
-        store.move_dir(staging, paths.model(version.id))
-        refuse_erased(store, version.id, version=parent.id, folder="" if is_known else paths.model(version.id))
-        return catalog.put(version)
-    finally:
-        store.delete_dir(staging)
+    base = catalog.store.fetch_dir(paths.model(parent.id), files=parent.files)
 
+    def write(folder: Path) -> None:
+        write_layers(base, folder, layers)
+        refuse_unsafe(folder)
 
-def refuse_out_of_use(catalog: Catalog, parent: ModelVersion) -> None:
-    """Raise `PolicyError` for a version that nothing may be made of: one that was withdrawn, or archived."""
-    if erasure := catalog.withdrawn().get(parent.id):
-        raise PolicyError(
-            f"{parent.id} learned from rows that {erasure} erased",
-            hint=f"`forge lineage {erasure}` and erasures/{erasure}/certificate.json name what replaces it",
-        )
-    if parent.id in catalog.archived():
-        raise PolicyError(f"{parent.id} is archived", hint=f"`forge models restore {parent.id}` first")
+    source = f"{LAYERS}{','.join(map(str, layers))} of {parent.name} {parent.id}"
+    return make_version(catalog, [parent], write, "imported", name, source)
 
 
 def _refuse(catalog: Catalog, parent: ModelVersion) -> None:
-    refuse_out_of_use(catalog, parent)
+    refuse_withdrawn(catalog, parent.id)
+    refuse_archived(catalog, parent.id)
     if parent.weights != "full":
         raise ConfigError(
             f"{parent.id} is an adapter on {parent.base_model}: it has no layers of its own",

@@ -15,10 +15,11 @@ from forge_ray.config.base import parse
 from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound, PolicyError, StoreError
 from forge_ray.records import EvalReport, ModelVersion, RunRecord
-from forge_ray.release.promotion import refuse_withdrawn, require_signed
+from forge_ray.release.promotion import require_signed
 from forge_ray.store import exports, paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.store.out_of_use import refuse_withdrawn
 from forge_ray.store.uris import shown
 from forge_ray.train import metrics
 from forge_ray.train.sinks import MlFlow, series

@@ -16,6 +16,7 @@ from forge_ray.store import paths, signatures, signing
 from forge_ray.store.aliases import alias_event
 from forge_ray.store.authority import Authority
 from forge_ray.store.catalog import Catalog
+from forge_ray.store.out_of_use import refuse_archived, refuse_withdrawn
 from forge_ray.store.protection import Action, Shortfall
 from forge_ray.store.removed import require
 from forge_ray.store.standing import BACK_IN, NEXT, TAKEN_OUT
@@ -60,21 +61,6 @@ def _refuse_unjudged(version: ModelVersion, of: str) -> None:
         raise PolicyError(
             f"{of}{version.id} is {version.source}, which no gate has judged",
             hint=f"point the alias at {version.base_model}, or at a version that was trained on {version.id}",
-        )
-
-
-def refuse_archived(catalog: Catalog, version: str) -> None:
-    """Raise `PolicyError` for a version that was taken out of use."""
-    if version in catalog.archived():
-        raise PolicyError(f"{version} is archived", hint=f"`forge models restore {version}` first")
-
-
-def refuse_withdrawn(catalog: Catalog, version: str) -> None:
-    """Raise `PolicyError` for a version that learned from erased rows."""
-    if erasure := catalog.withdrawn().get(version):
-        raise PolicyError(
-            f"{version} learned from rows that {erasure} erased",
-            hint=f"`forge lineage {erasure}` and erasures/{erasure}/certificate.json name what replaces it",
         )
 
 

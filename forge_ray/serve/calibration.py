@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pydantic import ValidationError
-
 from forge_ray.config.classify import Target, class_names
-from forge_ray.errors import StoreError
 from forge_ray.records import EvalReport, ModelVersion
-from forge_ray.store import paths
 from forge_ray.store.files import Store
+from forge_ray.store.verified import read_record
 
 HALF = 0.5  # from which a label of a `multi` target holds that has no threshold
 
@@ -43,21 +40,10 @@ class ClassHead:
 def head_of(store: Store, version: ModelVersion, targets: tuple[Target, ...]) -> ClassHead:
     """Raises `StoreError` where a report that the version names is not there, or was changed."""
     for identifier in version.evals:
-        report = _report(store, identifier)
+        report = read_record(store, EvalReport, identifier)
         if report.subject == version.run and report.subject_digest == version.files_digest and not report.step:
             prefixes = {target.name: f"{target.name}_" if len(targets) > 1 else "" for target in targets}
             measured = {name: report.metrics.get(f"{prefix}temperature") for name, prefix in prefixes.items()}
             temperatures = {name: value for name, value in measured.items() if value is not None}
             return ClassHead(targets, temperatures, report.thresholds, report.unreached, version.flags, report.id)
     return ClassHead(targets, flags=version.flags)
-
-
-def _report(store: Store, identifier: str) -> EvalReport:
-    path = paths.record("evals", identifier)
-    try:
-        report = EvalReport.model_validate(store.read_json(path))
-    except ValidationError:
-        raise StoreError(f"{path} holds no record", hint="restore the store from a backup") from None
-    if report.id != identifier or report.sealed().id != identifier:
-        raise StoreError(f"the record of {identifier} was changed", hint="restore the store from a backup")
-    return report

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from forge_ray.config.release import DeployConfig
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
@@ -32,6 +30,7 @@ from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.routing import ServedVersion
 from forge_ray.store import paths
 from forge_ray.store.files import Store
+from forge_ray.store.verified import read_record
 
 RECENT_USE_S = 0.5  # the request that chose an adapter so recently may not have reached the engine yet
 EVICT_WAIT_S = 30.0  # how long a request whose adapter must be loaded waits for another to become idle
@@ -39,13 +38,7 @@ EVICT_WAIT_S = 30.0  # how long a request whose adapter must be loaded waits for
 
 def fetch_version(store: Store, version_id: str) -> tuple[ModelVersion, Path]:
     """A model version's record, whose id follows from its content, and a local folder of exactly its files."""
-    path = paths.record("models", version_id)
-    try:
-        version = ModelVersion.model_validate(store.read_json(path))
-    except ValidationError:
-        raise StoreError(f"{path} holds no record", hint="restore the store from a backup") from None
-    if version.id != version_id or version.sealed().id != version_id:
-        raise StoreError(f"the record of {version_id} was changed", hint="restore the store from a backup")
+    version = read_record(store, ModelVersion, version_id)
     return version, store.fetch_dir(paths.model(version.id), files=version.files)
 
 

@@ -21,6 +21,7 @@ from forge_ray.records import ModelVersion
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.store.out_of_use import refuse_archived, refuse_withdrawn
 
 MADE_BY = "made_by.json"  # in a folder of what a frozen model says of a dataset's rows: its versions
 Asked = Literal["active", "archived", "any"]
@@ -99,13 +100,9 @@ def frozen_of(catalog: Catalog, train: TrainConfig, base: ModelVersion, asked: A
 
 
 def _refuse_out_of_use(catalog: Catalog, version: ModelVersion, key: str, allow_archived: bool) -> None:
-    if erasure := catalog.withdrawn().get(version.id):
-        raise PolicyError(
-            f"{key}: {version.id} learned from rows that {erasure} erased",
-            hint=f"`forge lineage {erasure}` and erasures/{erasure}/certificate.json name what replaces it",
-        )
-    if not allow_archived and version.id in catalog.archived():
-        raise PolicyError(f"{key}: {version.id} is archived", hint=f"`forge models restore {version.id}` first")
+    refuse_withdrawn(catalog, version.id, key)
+    if not allow_archived:
+        refuse_archived(catalog, version.id, key)
     if not catalog.store.is_published(paths.model(version.id)):
         raise NotFound(
             f"{key}: the files of {version.id} ({version.name}) are not in this store",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from forge_ray.config.adapter import Adapter
@@ -20,12 +21,11 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError, NotFound
 from forge_ray.models.architecture import Head
 from forge_ray.models.class_head import refuse_version, targets_of
+from forge_ray.models.derived import make_version
 from forge_ray.progress import stage
-from forge_ray.records import DatasetManifest, ModelVersion, RunRecord, files_digest
+from forge_ray.records import DatasetManifest, ModelVersion, RunRecord
 from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
-from forge_ray.store.erased import refuse_erased
-from forge_ray.store.owner import owner_mark
 from forge_ray.train.frozen import Asked, FrozenModel, frozen_of, joined_licence
 
 
@@ -135,33 +135,19 @@ def _merge(catalog: Catalog, adapter: ModelVersion, base: ModelVersion) -> Model
 
     store = catalog.store
     catalog.check_may("models")
-    staging = paths.model(f".building-{adapter.id}-{owner_mark()}")
-    try:
-        with stage("merge") as it:
-            full = store.fetch_dir(paths.model(base.id), files=base.files)
-            low_rank = store.fetch_dir(paths.model(adapter.id), files=adapter.files)
-            with store.staged_dir(staging) as folder:
-                merge_adapter(full, low_rank, folder)
-            files = store.files(staging)
-            version = ModelVersion(
-                name=adapter.name,
-                status="merged",
-                weights="full",
-                files=files,
-                files_digest=files_digest(files),
-                base_model=adapter.id,
-                licence=adapter.licence,
-                source=f"{adapter.id} merged into {base.id}",
-            ).sealed()
-            is_known = catalog.has(version.id)
-            store.move_dir(staging, paths.model(version.id))
-            for origin in (adapter.id, base.id):
-                refuse_erased(store, version.id, version=origin, folder="" if is_known else paths.model(version.id))
-            version = catalog.put(version)
-            it.done(f"{version.id}  {version.source}")
-            return version
-    finally:
-        store.delete_dir(staging)
+    with stage("merge") as it:
+        full = store.fetch_dir(paths.model(base.id), files=base.files)
+        low_rank = store.fetch_dir(paths.model(adapter.id), files=adapter.files)
+        version = make_version(
+            catalog,
+            [adapter, base],
+            partial(merge_adapter, full, low_rank),
+            "merged",
+            adapter.name,
+            f"{adapter.id} merged into {base.id}",
+        )
+        it.done(f"{version.id}  {version.source}")
+        return version
 
 
 def refuse_other_adapter(catalog: Catalog, start: Start, adapter: Adapter | None, targets: tuple[Target, ...] = ()) -> None:

@@ -47,8 +47,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 
 @pytest.fixture
 def engine(passes: Passes) -> Iterator[ClassEngine]:
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=64))
-    engine = ClassEngine(SimpleNamespace(model=SimpleNamespace(config=config), max_batch_tokens=8))  # type: ignore[arg-type]
+    engine = ClassEngine(SimpleNamespace(max_text_tokens=64, max_batch_tokens=8))  # type: ignore[arg-type]
     yield engine
     passes.go.set()
     engine.close()

@@ -32,6 +32,7 @@ from forge_ray.release import promotion
 from forge_ray.store.authority import Policy
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
+from forge_ray.store.out_of_use import refuse_withdrawn
 
 pytestmark = pytest.mark.unit
 
@@ -164,7 +165,7 @@ def test_withdrawn_version_stays_withdrawn(store: Store) -> None:
         for refused in (
             lambda: promotion.archive(catalog, version.id, restore=True),
             lambda: promotion.promote(catalog, version.id, "prod"),
-            lambda: promotion.refuse_withdrawn(catalog, version.id),
+            lambda: refuse_withdrawn(catalog, version.id),
         ):
             with pytest.raises(PolicyError, match="er_1 erased") as caught:
                 refused()
