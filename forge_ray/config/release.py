@@ -173,6 +173,15 @@ class Limits(Config):
     max_queued_requests: int = Field(
         64, ge=1, description="Maximum requests that wait in a replica; any more are answered 429 with Retry-After"
     )
+    max_wait_share: float = Field(
+        0.5,
+        gt=0,
+        description="How long a request that generates text may wait for the engine, as a share of the time that it takes"
+        " alone; one that would wait longer is answered 429 with the seconds after which it would not",
+    )
+    short_wait_s: float = Field(
+        0.5, ge=0, description="A wait of this many seconds is no reason to refuse, however short the request is"
+    )
 
 
 class Rule(Config):

@@ -16,6 +16,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from forge_ray.errors import EngineError
+from forge_ray.serve.admission import counted, sent_seats
 from forge_ray.serve.choice import answer_choice
 from forge_ray.serve.context import Admission, AnswerKeeper, Caller, Chosen, ServingContext
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
@@ -70,8 +71,9 @@ async def answering(
     num_prompt = sum(len(prompt.ids) for prompt in prompts)
     max_new_tokens = sum(choice.generation.max_new_tokens for choice in choices)
     admission = await admitted(context, caller, chosen, num_prompt, max_new_tokens, started)
+    caller.seats = seats = sent_seats(context, caller.holder, caller.seats, chosen.loaded, choices)
     shadows.start(body, chosen)
-    streams = [answer_choice(chosen.loaded, body, choice) for choice in choices]
+    streams = [counted(seats, k, answer_choice(chosen.loaded, body, choice)) for k, choice in enumerate(choices)]
     parts = _measured(context, chosen, merged(streams, KEEP_ALIVE_S), started, caller, admission, num_prompt)
     if context.keeper is not None and isinstance(body, ChatRequest):
         parts = _kept(context.keeper, parts, len(choices), answer_id, body, caller, chosen)

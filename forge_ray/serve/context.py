@@ -19,6 +19,7 @@ from forge_ray.serve.keys import ApiKey
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.metrics import Metrics
 from forge_ray.serve.routing import RoutingInputs
+from forge_ray.serve.seating import RequestSeats, Seating
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Caller:
     first_token_s: float | None = None
     admission: Admission | None = None  # until it is closed
     address: str = ""
+    seats: RequestSeats | None = None  # in the engine, or in front of it
     lease: str = ""  # names the request in the counters of its key's limits
     settle: Callable[[int], None] | None = None  # reports the tokens used to these counters; None once that is done
 
@@ -153,3 +155,4 @@ class ServingContext:
     long_texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "long-texts"))
     embedding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "embedding"))
     turns: Turns = field(default_factory=Turns)
+    seating: Seating = field(default_factory=Seating)

@@ -26,6 +26,7 @@ MAX_SERIES = 500  # (name, version) pairs; they accumulate while a replica lives
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN_TOKENS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
 ADMITTED_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+EXPECTED_WAIT_S = (0.01, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 WHOLE_REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -67,6 +68,11 @@ class Metrics:
         self._prompt = counter("prompt_tokens", "Prompt tokens admitted", *ANSWER)
         self._completion = counter("completion_tokens", "Tokens generated, also for clients that left", *ANSWER)
         self._admitted = histogram("admission", "Time from request to the engine: template, tokeniser, limits", ADMITTED_S)
+        what = "Wait for the engine that a request expects when it arrives, whether it is admitted or not"
+        buckets = EXPECTED_WAIT_S
+        self._expected = Histogram(
+            "forge_expected_wait_seconds", what, ("deployment",), buckets=buckets, registry=self._registry
+        )
         self._first = histogram("time_to_first_token", "Time from request to first token", FIRST_TOKEN_S)
         self._between = histogram("inter_token", "Time between two tokens of a request", BETWEEN_TOKENS_S)
         self._whole = histogram("request", "Time from request to last token", WHOLE_REQUEST_S)
@@ -83,8 +89,12 @@ class Metrics:
         self._requests.labels(self.deployment, route, str(status)).inc()
 
     def refused(self, reason: str) -> None:
-        """`reason`: key, scope; requests, tokens, size, concurrency; queue."""
+        """`reason`: key, scope; requests, tokens, size, concurrency; queue, wait."""
         self._refused.labels(self.deployment, reason).inc()
+
+    def expected_wait(self, seconds: float) -> None:
+        """Of a request that arrived."""
+        self._expected.labels(self.deployment).observe(seconds)
 
     def accepted(self, name: str, version: str, prompt_tokens: int, seconds: float) -> None:
         """A prompt goes to the engine, `seconds` after its request arrived."""

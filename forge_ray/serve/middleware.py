@@ -168,7 +168,8 @@ class AdmissionMiddleware:
 
 
 class RequestMetricsMiddleware:
-    """Names the request and the deployment on every response, and counts requests by route and status."""
+    """Names the request and the deployment on every response, and counts requests by route and status. One that has ended
+    has no seats."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, deployment: str) -> None:
         self.app = app
@@ -198,6 +199,8 @@ class RequestMetricsMiddleware:
         except Exception:  # it was answered inside; passed on, it would make the server close the connection
             log.exception("request %s failed", request_id)
         finally:
+            if (seats := state["caller"].seats) is not None:  # those of an answer that never began are still taken
+                seats.leave()
             route = getattr(scope.get("route"), "path", "unknown")  # never the path sent: labels must be few
             self.metrics.request(route, status)
 

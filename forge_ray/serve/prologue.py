@@ -11,10 +11,12 @@ from typing import TypeVar
 from fastapi import Request
 
 from forge_ray.data.tokens.chat import ChatTokenizer
+from forge_ray.serve.admission import take_seats
 from forge_ray.serve.class_fields import ClassifyingRequest
 from forge_ray.serve.context import Admission, Caller, Chosen, ServingContext
 from forge_ray.serve.fields import (
     ChatRequest,
+    CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     Message,
@@ -66,8 +68,8 @@ async def tokenised(
 
 
 async def begun(context: ServingContext, caller: Caller, loaded: Loaded, body: Texts) -> int:
-    """Characters of the request's texts. `ApiError` 400 for one that cannot fit, which no tokenizer sees, and 429 where the
-    limits of the caller's key have no room for another request."""
+    """Characters of the request's texts. `ApiError` 400 for one that cannot fit, which no tokenizer sees, and 429 where it
+    would wait too long for an engine, or the limits of the caller's key refuse another request."""
     sizes = sizes_of(body)
     most = loaded.engine.max_request_tokens
     for param, characters, tokens in sizes:
@@ -80,6 +82,8 @@ async def begun(context: ServingContext, caller: Caller, loaded: Loaded, body: T
                 param=param,
                 code="context_length_exceeded",
             )
+    if isinstance(body, ChatRequest | CompletionRequest):
+        take_seats(context, caller, loaded, body, sizes)
     await context.count(caller, 0)
     return sum(characters for _, characters, _ in sizes)
 
@@ -117,6 +121,7 @@ async def routed(context: ServingContext, request: Request, body: Asking) -> tup
     refuse_other_kind(stable, body)
     size = await begun(context, caller, stable, body)
     prompts = await tokenised(context, request, stable, prompts_of, body, size)
+    context.seating.tokenised(size, sum(len(prompt.ids) for prompt in prompts) if size else 0)
 
     async def prompt_by(loaded: Loaded) -> tuple[int, ...]:
         if loaded.tokenizer is stable.tokenizer:

@@ -236,5 +236,10 @@ def _max_new_tokens(limits: Limits, loaded: Loaded, body: ChatRequest | Completi
             param=param,
             code="context_length_exceeded",
         )
-    default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionRequest) else limit
-    return min(requested or default, limit, remaining)
+    return min(longest_answer(limits, body), remaining)
+
+
+def longest_answer(limits: Limits, body: ChatRequest | CompletionRequest) -> int:
+    """The tokens that each answer to the request may have where the context holds them."""
+    default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionRequest) else limits.max_new_tokens
+    return min(body.token_limit[1] or default, limits.max_new_tokens)

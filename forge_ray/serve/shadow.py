@@ -12,6 +12,7 @@ import time
 from contextlib import aclosing
 
 from forge_ray.errors import EngineError
+from forge_ray.serve.admission import counted, sent_seats
 from forge_ray.serve.choice import answer_choice
 from forge_ray.serve.class_fields import ClassifyingRequest
 from forge_ray.serve.class_results import logits_of_group, refuse_unreadable
@@ -60,7 +61,8 @@ class Shadows:
                 await logits_of_group(loaded, [document], SHADOWS)
             else:
                 choice = choices_of(self._context.config.limits, loaded, body, prompts)[0]
-                async with aclosing(answer_choice(loaded, body, choice)) as parts:
+                seats = sent_seats(self._context, SHADOWS, None, loaded, [choice])
+                async with aclosing(counted(seats, 0, answer_choice(loaded, body, choice))) as parts:
                     async for part in parts:
                         num_tokens = part.num_tokens
         except ApiError as error:

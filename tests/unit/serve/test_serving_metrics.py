@@ -28,6 +28,7 @@ def used(replica: str = "r0", name: str = "support@prod") -> Metrics:
     metrics = Metrics("bot", replica, lambda: loads, lambda: READY)
     metrics.request("/v1/models", 200)
     metrics.refused("tokens")
+    metrics.expected_wait(0.7)
     metrics.accepted(name, "mv_1", 12, 0.003)
     metrics.token(name, "mv_1", 0.2, first=True)
     metrics.token(name, "mv_1", 0.03, first=False, count=2)
