@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.serve import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
@@ -75,6 +75,7 @@ def options(config: DeployConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": drain_s(config),
         "health_check_period_s": 10,
         "health_check_timeout_s": 60,
+        "logging_config": LoggingConfig(enable_access_log=False),  # `access_log` has a line already; 0.4 ms a request
     }
 
 

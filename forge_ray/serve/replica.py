@@ -6,6 +6,7 @@ one follows the coordinator's tables, one sends the coordinator heartbeats.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
@@ -93,6 +94,9 @@ class Replica:
         self.ledger = Ledger(Store(store_uri), self.name)
         for loop in (self._follow, self._send_heartbeats):
             threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
+        # What loading made stays: a pass of the collector over all of it would stop every thread for 0.1 s and more
+        gc.collect()
+        gc.freeze()
 
     def _first_table(self, config: DeployConfig) -> Table:
         """From the coordinator, or from the store if it does not answer."""
