@@ -14,9 +14,12 @@
 | batching | tokens/s of all requests at once, in process | transformers' `generate`, one after the other |
 | adapters | tokens/s of requests on many adapters in one batch | an engine without adapters; one adapter after the other |
 | overload | p99 of what is accepted at four times the load | the same with the batch just full; the refusals' p99 |
+| prefix | time to the first token where a prefix of 2,000 tokens was read before | that of the first request with it |
+| mixed | p99 between tokens of running answers while prompts of 4,000 tokens arrive | the same while none does |
 | adapter | seconds from an alias's move to the first token of an adapter that the endpoint never saw | |
 | abuse | p99 of others' requests while one client attacks (abuse.py) | the same before |
 
+Each row also shows the processor seconds of its parts (processors.py), loading left out.
 This process is the client: it sends over HTTP and computes nothing. All others are those of serve_processes.py.
 """
 
@@ -32,17 +35,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import abuse
 import aiohttp
+from processors import added_to, in_words
 
 HERE = Path(__file__).parent
 ADAPTER_S = 60.0
+SHARED_TOKENS, SHARING = 2000, 4  # of a system prompt with tools; requests that follow the first one
+LONG_PROMPT, RUNNING = 4000, 4  # tokens; answers under way meanwhile
 MODEL = "measured"
 
 
@@ -68,6 +76,7 @@ class Answer:
     total_s: float
     tokens: int
     version: str
+    arrivals: tuple[float, ...] = ()  # of its events
 
 
 class Process:
@@ -121,7 +130,8 @@ def process(name: str, **arguments: Any) -> Iterator[Process]:
 
 async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Answer:
     """One streamed completion."""
-    begun, first, tokens = time.perf_counter(), 0.0, 0
+    begun, tokens = time.perf_counter(), 0
+    arrivals: list[float] = []
     payload = {"model": MODEL, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, **body}
     async with session.post(f"{url}/v1/completions", json=payload) as response:
         version = response.headers.get("x-forge-model-version", "")
@@ -130,10 +140,10 @@ async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) ->
             return Answer(response.status, 0.0, time.perf_counter() - begun, 0, version)
         async for line in response.content:
             if line.startswith(b"data: {"):
-                first = first or time.perf_counter() - begun
+                arrivals.append(time.perf_counter() - begun)
                 if b'"usage":{' in line or b'"usage": {' in line:
                     tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-    return Answer(response.status, first, time.perf_counter() - begun, tokens, version)
+    return Answer(response.status, arrivals[0], time.perf_counter() - begun, tokens, version, tuple(arrivals))
 
 
 def over_http(url: str, bodies: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -179,6 +189,7 @@ class Bench:
         self.length: int = options.prompt_tokens
         self.random = random.Random(0)
         self.ids = range(100, prepared["vocab"])  # the first ones are often special
+        self.spent: Counter[str] = Counter()  # processor seconds of the row that is measured
 
     def prompts(self) -> list[list[int]]:
         """New ones each time: a prefix that is in the cache already would make later turns faster."""
@@ -208,11 +219,13 @@ class Bench:
         return process("endpoint", store=self.options.store, deploy=deploy, keys=keys or {})
 
     def inside(self, engine: Process, do: str = "load", **more: Any) -> dict[str, float]:
-        return engine.ask(do, prompts=self.prompts(), max_tokens=self.options.new_tokens, **more)
+        with added_to(self.spent):
+            return engine.ask(do, prompts=self.prompts(), max_tokens=self.options.new_tokens, **more)
 
     def through(self, url: str, **more: Any) -> dict[str, float]:
         bodies = [{"prompt": prompt, "max_tokens": self.options.new_tokens, **more} for prompt in self.prompts()]
-        return over_http(url, bodies)
+        with added_to(self.spent):
+            return over_http(url, bodies)
 
 
 def ratio(row: str, kind: str, what: str, over: float, under: float, least: float) -> list[Row]:
@@ -276,7 +289,8 @@ def overhead_row(bench: Bench, kind: str) -> list[Row]:
             samples: dict[str, list[float]] = {name: [] for name in at}
             for turn in range(bench.options.rounds + 1):
                 for name, url in at.items():
-                    measured = asyncio.run(latencies(url, stream))
+                    with added_to(bench.spent):
+                        measured = asyncio.run(latencies(url, stream))
                     samples[name] += measured if turn else []
             kind = "stream of 32" if stream else "whole"
             for share in (0.5, 0.99):
@@ -296,7 +310,8 @@ def batching_row(bench: Bench, kind: str) -> list[Row]:
     with bench.engine(kind) as engine, process("sequential", **arguments) as other:
 
         def few() -> dict[str, float]:
-            return other.ask("load", prompts=bench.prompts()[:2], max_tokens=bench.options.new_tokens)
+            with added_to(bench.spent):
+                return other.ask("load", prompts=bench.prompts()[:2], max_tokens=bench.options.new_tokens)
 
         together, alone = rates(bench.options.rounds, lambda: bench.inside(engine), few)
     return ratio("batching", kind, f"{bench.options.clients} at once over `generate`", together, alone, 4.0)
@@ -312,9 +327,10 @@ def adapters_row(bench: Bench, kind: str) -> list[Row]:
             prompts, total = bench.prompts(), {"tokens": 0.0, "seconds": 0.0}
             for k in range(count):
                 batch = prompts[k::count]
-                done = engine.ask(
-                    "load", prompts=batch, max_tokens=bench.options.new_tokens, names=[f"sha256:{k}"] * len(batch)
-                )
+                with added_to(bench.spent):
+                    done = engine.ask(
+                        "load", prompts=batch, max_tokens=bench.options.new_tokens, names=[f"sha256:{k}"] * len(batch)
+                    )
                 total = {key: total[key] + done[key] for key in total}
             return total
 
@@ -349,16 +365,91 @@ def overload_row(bench: Bench, kind: str) -> list[Row]:
         url = endpoint.ready["url"]
         asyncio.run(press(url, most, 5))
         calm = [answer.total_s for answer in asyncio.run(press(url, most, bench.options.seconds))]
-        answers = asyncio.run(press(url, 4 * 2 * most, bench.options.seconds))
+        with added_to(bench.spent):
+            answers = asyncio.run(press(url, 4 * 2 * most, bench.options.seconds))
     accepted = [answer.total_s for answer in answers if answer.status == 200]
     refused = [1000 * answer.total_s for answer in answers if answer.status in (429, 503)]
     failed = len(answers) - len(accepted) - len(refused)
     times = percentile(accepted, 0.99) / percentile(calm, 0.99)
+    half = percentile(accepted, 0.5) / percentile(calm, 0.5)
     late = percentile(refused, 0.99) if refused else float("inf")
     return [
         Row("overload", kind, "p99 of the accepted over unloaded", round(times, 2), "×", "≤ 2", times <= 2),
-        Row("overload", kind, f"p99 of {len(refused)} refusals", round(late, 1), "ms", "≤ 50", late <= 50),
+        Row("overload", kind, f"  median, of {len(accepted)} (unloaded {len(calm)})", round(half, 2), "×", ""),
+        Row("overload", kind, f"p99 of {len(refused)} refusals", round(late, 1), "ms", "≤ 20", late <= 20),
         Row("overload", kind, f"failed of {len(answers)}", failed, "", "0", failed == 0),
+    ]
+
+
+def prefix_row(bench: Bench, kind: str) -> list[Row]:
+    """One request after the other: the batch is empty, so that nothing but the prompt is waited for."""
+
+    async def firsts(url: str) -> list[float]:
+        seconds = []
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
+            for _ in range(bench.options.rounds):
+                shared = bench.random.choices(bench.ids, k=SHARED_TOKENS)
+                for _ in range(1 + SHARING):
+                    own = bench.random.choices(bench.ids, k=bench.length)
+                    answer = await ask(session, url, {"prompt": shared + own, "max_tokens": 2})
+                    assert answer.status == 200, answer
+                    seconds.append(answer.first_s)
+        return seconds
+
+    with bench.endpoint(kind) as endpoint, added_to(bench.spent):
+        seconds = asyncio.run(firsts(endpoint.ready["url"]))
+    alone, later = seconds[:: 1 + SHARING], [first for k, first in enumerate(seconds) if k % (1 + SHARING)]
+    share = statistics.median(later) / statistics.median(alone)
+    what = f"first token after a shared prefix of {SHARED_TOKENS}, over the first request's"
+    span = f"→ {1000 * statistics.median(later):.0f} ms"
+    return [
+        Row("prefix", kind, what, round(share, 3), "×", ""),
+        Row("prefix", kind, "  from, to", round(1000 * statistics.median(alone)), span, ""),
+    ]
+
+
+def mixed_row(bench: Bench, kind: str) -> list[Row]:
+    """Four answers run; calm and with prompts that arrive one after the other, in turns."""
+
+    async def gaps(url: str, with_prompts: bool) -> tuple[list[float], list[float]]:
+        times: list[float] = []
+        firsts: list[float] = []
+        running = [{"prompt": prompt, "max_tokens": 4 * bench.options.new_tokens} for prompt in bench.prompts()[:RUNNING]]
+
+        async def one(session: aiohttp.ClientSession, body: dict[str, Any]) -> None:
+            arrivals = (await ask(session, url, body)).arrivals
+            times.extend(after - before for before, after in pairwise(arrivals))
+
+        async def prompts(session: aiohttp.ClientSession) -> None:
+            while True:
+                body = {"prompt": bench.random.choices(bench.ids, k=LONG_PROMPT), "max_tokens": 1}
+                firsts.append((await ask(session, url, body)).total_s)
+
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
+            arriving = asyncio.create_task(prompts(session)) if with_prompts else None
+            await asyncio.gather(*(one(session, body) for body in running))
+            if arriving is not None:
+                arriving.cancel()
+                await asyncio.gather(arriving, return_exceptions=True)
+        return times, firsts
+
+    calm: list[float] = []
+    mixed: list[float] = []
+    prompts: list[float] = []
+    # so long a wait that no prompt is refused
+    with bench.endpoint(kind, limits={"max_wait_share": 1000}) as endpoint, added_to(bench.spent):
+        for turn in range(bench.options.rounds + 1):
+            alone, _ = asyncio.run(gaps(endpoint.ready["url"], with_prompts=False))
+            among, firsts = asyncio.run(gaps(endpoint.ready["url"], with_prompts=True))
+            if turn:
+                calm, mixed, prompts = calm + alone, mixed + among, prompts + firsts
+    times = percentile(mixed, 0.99) / percentile(calm, 0.99)
+    span = f"→ {1000 * percentile(mixed, 0.99):.0f} ms; {len(prompts)} prompts"
+    span += f", {statistics.median(prompts):.1f} s each" if prompts else " were read"
+    what = f"p99 between tokens while prompts of {LONG_PROMPT} arrive, over none"
+    return [
+        Row("mixed", kind, what, round(times, 2), "×", "≤ 2", times <= 2),
+        Row("mixed", kind, "  from, to", round(1000 * percentile(calm, 0.99)), span, ""),
     ]
 
 
@@ -380,10 +471,11 @@ def adapter_row(bench: Bench, kind: str) -> list[Row]:
     with bench.endpoint(kind, engine, published=True, aliases=route) as endpoint:
         url = endpoint.ready["url"]
         asyncio.run(wait_for(url, first))
-        begun = time.perf_counter()
-        endpoint.ask("alias", name="bench@prod", version=new)
-        asyncio.run(wait_for(url, new))
-        seconds = time.perf_counter() - begun
+        with added_to(bench.spent):
+            begun = time.perf_counter()
+            endpoint.ask("alias", name="bench@prod", version=new)
+            asyncio.run(wait_for(url, new))
+            seconds = time.perf_counter() - begun
     return [
         Row("adapter", kind, "from the alias's move to the new adapter's token", round(seconds, 2), "s", "< 5", seconds < 5)
     ]
@@ -394,7 +486,9 @@ def abuse_row(bench: Bench, kind: str) -> list[Row]:
     keys = {"others": {}, "attacker": {"concurrency": 1}}
     with bench.endpoint(kind, keys=keys) as endpoint:
         url, texts, seconds = endpoint.ready["url"], endpoint.ready["keys"], bench.options.seconds
-        for name, before, during in abuse.measured(url, texts, seconds, bench.options.attacks.split(",")):
+        with added_to(bench.spent):  # without the gateways, which end meanwhile and have a figure of their own
+            attacks = list(abuse.measured(url, texts, seconds, bench.options.attacks.split(",")))
+        for name, before, during in attacks:
             times = during.p99 / before.p99
             met = times <= 2 and not during.failed
             rows.append(Row("abuse", kind, f"others' p99, {abuse.ATTACKS[name][1]}", round(times, 2), "×", "≤ 2", met))
@@ -412,6 +506,8 @@ ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
     "adapters": adapters_row,
     "overload": overload_row,
     "adapter": adapter_row,
+    "prefix": prefix_row,
+    "mixed": mixed_row,
     "abuse": abuse_row,
     "ray-llm": ray_llm_row,
 }
@@ -448,7 +544,10 @@ def main() -> None:
         for name in names:
             for kind in options.engines.split(",")[: 1 if name == "overhead" else None]:
                 print(f"{name} {kind}", file=sys.stderr)
-                rows += ROWS[name](bench, kind)
+                bench.spent.clear()
+                if measured := ROWS[name](bench, kind):
+                    seconds = round(sum(bench.spent.values()), 1)
+                    rows += [*measured, Row(name, kind, "  processor seconds", seconds, f"s: {in_words(bench.spent)}", "")]
     report(options, rows)
 
 

@@ -6,10 +6,13 @@ of each request is here: attention over pages, the adapters of each row, and eac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.adapters import Adapters
 from forge_ray.inference.attention import PAGED, can_page, step_of
+from forge_ray.inference.pacing import StepPace, paced
 from forge_ray.inference.sampling import Drawing, draw
 
 Deliver = Callable[[Sequence[GenerationOutput]], None]
@@ -46,6 +50,7 @@ class Batching(ContinuousBatchingManager):
         )
         super().__init__(model, GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0), batching)
         self.output_router = Router(deliver)
+        self.pace = StepPace()
         self.adapters = adapters
         self.logit_processor.supported_keys = {"drawing": Drawing}  # what comes with a request and stays with it
         self.pages = can_page(model)
@@ -53,10 +58,25 @@ class Batching(ContinuousBatchingManager):
             model.set_attn_implementation(PAGED)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        name_thread("forge-engine")  # this is the generation thread, and what torch starts for it inherits the name
         processor = super()._create_batch_processor()
         processor.model_runner = Runner(processor, self)
         salt_prefixes(processor.cache)
+        scheduler: Any = processor.scheduler
+        scheduler.schedule_batch = paced(scheduler, self.pace)
         return processor
+
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        self.pace.begin()
+        continues = super()._generation_loop_body(batch_processor, bootstrapping)
+        self.pace.end()
+        return continues
+
+
+def name_thread(name: str) -> None:
+    """The calling thread's name for `top -H` and `benchmarks/serve.py`, where the system has one: at most 15 characters."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
 
 
 def drawing_of(state: RequestState) -> Drawing:

@@ -1,0 +1,62 @@
+"""Processor seconds of the parts of an endpoint, so that a small machine's client is not taken for its server."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import psutil
+
+ENGINE_THREADS = "forge-engine"  # as inference/batching.py names them; vLLM's engine is a process of its own
+# The first whose mark is in a process's command line
+PARTS = (
+    ("engine", "VLLM::EngineCore"),
+    ("engine", "serve_processes.py engine"),
+    ("engine", "serve_processes.py sequential"),
+    ("replica", "serve_processes.py uvicorn"),
+    ("gateway", "forge_ray.cli gateway"),
+    ("replica", "ray::ServeReplica"),
+    ("proxy", "ray::ProxyActor"),
+    ("proxy", "ray::HAProxy"),
+    ("proxy", "haproxy"),
+)
+
+
+def seconds_by_part() -> Counter[str]:
+    """Processor seconds that this process and those that it has started have taken until now; `other`: Ray's own."""
+    seconds: Counter[str] = Counter(client=sum(os.times()[:2]))
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, OSError):
+            command = " ".join(process.cmdline())
+            part = next((part for part, mark in PARTS if mark in command), "other")
+            times = process.cpu_times()
+            in_engine = _of_threads(process.pid, ENGINE_THREADS) if part == "replica" else 0.0
+            seconds[part] += times.user + times.system - in_engine
+            seconds["engine"] += in_engine
+    return seconds
+
+
+def _of_threads(pid: int, name: str) -> float:
+    seconds = 0.0
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/stat") as stat:
+            head, _, fields = stat.read().rpartition(")")
+        if head.endswith(f"({name}"):
+            seconds += sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+@contextmanager
+def added_to(spent: Counter[str]) -> Iterator[None]:
+    """Adds what the parts take meanwhile."""
+    before = seconds_by_part()
+    yield
+    after = seconds_by_part()
+    spent.update({part: after[part] - before[part] for part in after if part in before or part == "gateway"})
+
+
+def in_words(spent: Counter[str]) -> str:
+    """`engine 20.1, replica 2.9, client 1.2`, the largest first."""
+    return ", ".join(f"{part} {seconds:.1f}" for part, seconds in spent.most_common() if seconds >= 0.05)
