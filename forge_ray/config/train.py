@@ -249,7 +249,18 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _factors_whole_weights(self) -> Self:
+    def _optimizer_suits_engine(self) -> Self:
+        if self.optimizer.name == "adamw_8bit" and self.engine != "torch":
+            raise SettingError(
+                f"optimizer.name=adamw_8bit keeps a scale for each block of a weight, and engine={self.engine} cuts weights"
+                " anew for each number of workers",
+                "set train.engine=torch and train.zero_stage=0, or train.optimizer.name=adamw",
+            )
+        if self.optimizer.name == "adamw_8bit" and not self.scaling.gpus_per_worker:
+            raise SettingError(
+                "optimizer.name=adamw_8bit runs on GPUs, and scaling.gpus_per_worker is 0",
+                "set train.scaling.gpus_per_worker=1, or train.optimizer.name=adamw",
+            )
         if self.optimizer.name == "adafactor" and self.engine != "torch":
             raise SettingError(
                 f"optimizer.name=adafactor needs the rows and columns of weights, and engine={self.engine} lays weights"

@@ -5,7 +5,7 @@ is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P al
 
     weights       w P, at ZeRO stage 3 w P / N
     gradients     engine torch: 4 T in which passes are summed; ZeRO: see `_states`
-    optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N; adafactor: see `_moments`
+    optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N; others: see `_moments`
     host          what is offloaded is in main memory instead: gradients, optimizer, its step and w T / N; w P / N
     gathered      at stage 3 w times what one pass takes together: 500 million weights, or the experts of a layer if more
     working       the larger of a pass (activations, logits, half of its own gradients: they grow while activations shrink)
@@ -43,6 +43,7 @@ from forge_ray.train.schedule import num_steps
 
 BYTES = {"bf16": 2, "fp32": 4}
 BUCKET = 500_000_000  # elements that DeepSpeed reduces or gathers at a time, its default
+BLOCK, UNBLOCKED = 256, 4096  # weights that share a scale in 8 bits; those of smaller tensors stay in fp32 (bitsandbytes)
 PERSISTENT = 100_000  # elements of a weight that ZeRO-3 leaves on the GPU, its default
 OUTSIDE = ("embed", "lm_head", "norm")  # weights of two dimensions that are no linear layer inside a block
 
@@ -182,7 +183,7 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
     largest = max((math.prod(shape) for shape in full.values()), default=0)  # of an adapter's own: next to nothing
     if config.engine == "torch":
         states = (4 * trained if w == 2 else 0) + _moments(model, config)
-        temporaries = (8 if config.optimizer.name == "adamw" else 12) * largest
+        temporaries = {"adamw": 8, "adamw_8bit": 0, "adafactor": 12}[config.optimizer.name] * largest
         return weights, 4 * trained, states, w * trained // 2, 4 * trained + temporaries
     if config.zero_stage == 0:
         return weights, w * trained, 8 * trained, 0, 8 * largest
@@ -196,9 +197,13 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
 
 def _moments(model: Model, config: TrainConfig) -> int:
     """Bytes of what the optimizer keeps of gradients, in fp32: two numbers a weight; adafactor a mean for each row and
-    column of a matrix, one number for each other weight."""
+    column of a matrix, one number for each other weight; adamw_8bit two bytes a weight and two scales a block."""
     if config.optimizer.name == "adamw":
         return 8 * model.num_trained(config)
+    if config.optimizer.name == "adamw_8bit":
+        trained, full = model.num_trained(config), model.saved(config.adapter) if config.adapter else model.trained(config)
+        in_fp32 = sum(size for size in map(math.prod, full.values()) if size < UNBLOCKED)
+        return 2 * (trained - in_fp32) + 2 * 4 * ((trained - in_fp32) // BLOCK) + 8 * in_fp32
     sizes = [(math.prod(shape), shape) for shape in model.trained(config).values()]
     return 4 * sum(size // shape[-1] + size // shape[-2] if len(shape) > 1 else size for size, shape in sizes)
 

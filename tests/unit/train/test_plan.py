@@ -17,7 +17,7 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.models.architecture import Head
 from forge_ray.train.optimizer import make_optimizer
-from forge_ray.train.plan import Model, _is_allowed, memory, nearest, plan
+from forge_ray.train.plan import BLOCK, UNBLOCKED, Model, _is_allowed, memory, nearest, plan
 
 pytestmark = pytest.mark.unit
 
@@ -167,6 +167,23 @@ def test_adafactor_state_is_that_of_torch(model: Model, tiny_model_dir: Path) ->
     kept = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     assert memory(model, config, "fp32", 128, 1).optimizer == sum(4 * value.numel() for value in kept)
     assert memory(model, config, "bf16", 128, 1).optimizer < 5 * model.num_parameters
+
+
+def test_moments_in_8_bits_have_two_scales_a_block_and_small_weights_stay_in_fp32(model: Model) -> None:
+    gpu = {"gpus_per_worker": 1}
+    config = parse(TrainConfig, {"optimizer": {"name": "adamw_8bit"}, "engine": "torch", "zero_stage": 0, "scaling": gpu})
+    sizes = list(map(math.prod, model.shapes.values()))
+    assert min(sizes) < UNBLOCKED <= max(sizes)
+    kept = sum(2 * size + 8 * (size // BLOCK) if size >= UNBLOCKED else 8 * size for size in sizes)
+    assert memory(model, config, "fp32", 128, 1).optimizer == pytest.approx(kept, abs=8 * len(sizes))
+
+
+def test_adamw_in_8_bits_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"gpus_per_worker": 1}
+    config = parse(TrainConfig, {"optimizer": {"name": "adamw_8bit"}, "engine": "torch", "zero_stage": 0, "scaling": gpu})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="adamw_8bit needs bitsandbytes"):
+        make_optimizer([], config)
 
 
 def test_frozen_weights_are_counted_out(model: Model) -> None:
