@@ -19,8 +19,8 @@ class Optimizer(Config):
     name: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
         "adamw",
         description="`adamw_8bit` keeps the two numbers a weight in 8 bits each, on GPUs with engine=torch; `adafactor`"
-        " keeps row and column means in place of them, and steps in proportion to the size of the weights; a full fine-tune with"
-        " engine=torch alone",
+        " keeps row and column means in place of them, and steps in proportion to the size of the weights; a full fine-tune"
+        " with engine=torch alone",
     )
     lr: float = Field(
         2e-4,
