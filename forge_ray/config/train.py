@@ -65,8 +65,10 @@ class TrainConfig(Config):
     )
     max_steps: int = Field(0, ge=0, description="Maximum optimizer steps, to end before `epochs` does; 0: no limit")
     global_batch: int = Field(8, ge=1, description="Packed rows per optimizer step, over all workers")
-    micro_batch_size: int = Field(
-        1, ge=1, description="Packed rows per forward pass of one worker; lower it when memory runs out"
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="Packed rows per forward pass of one worker; lower it when memory runs out. `auto`: as many as fit,"
+        " decided when the run first starts, and kept with it (`forge plan` names the number)",
     )
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

@@ -34,15 +34,19 @@ from forge_ray.config.method import Preference
 from forge_ray.config.optimizer import Offload
 from forge_ray.config.train import TrainConfig
 from forge_ray.models.architecture import LM, Head, empty_model, outside_text
-from forge_ray.records import DatasetManifest, SplitStats
+from forge_ray.records import DatasetManifest
 from forge_ray.train.activations import heads_of, saved_per_token
 from forge_ray.train.adapter import Coverage, active_share, coverage, is_expert, saved_modules, with_adapter
 from forge_ray.train.freezing import freeze_weights, frozen_names
 from forge_ray.train.moe import routers
 from forge_ray.train.schedule import num_steps
+from forge_ray.train.stated import Stated
 
 BYTES = {"bf16": 2, "fp32": 4}
 BUCKET = 500_000_000  # elements that DeepSpeed reduces or gathers at a time, its default
+# Tokens of a pass beyond which a larger one gains nothing: matrix products of a CPU's caches, and of a card's many units
+ENOUGH = {"cpu": 2048, "gpu": 16384}
+SAFE = 0.8  # of a worker's memory: libraries, and what the plan does not know, need some of it
 BLOCK, UNBLOCKED = 256, 4096  # weights that share a scale in 8 bits; those of smaller tensors stay in fp32 (bitsandbytes)
 PERSISTENT = 100_000  # elements of a weight that ZeRO-3 leaves on the GPU, its default
 OUTSIDE = ("embed", "lm_head", "norm")  # weights of two dimensions that are no linear layer inside a block
@@ -161,6 +165,7 @@ def memory(
 ) -> Memory:
     """`trained_share`: of a row's positions, those at which logits are computed."""
     w, trained = BYTES[precision], model.num_trained(config)
+    assert isinstance(config.micro_batch_size, int), "whoever plans has decided what auto means (`largest_pass`)"
     tokens = sequence_length * config.micro_batch_size // config.sequence_parallel
     activations = _activations(model, config, w, tokens)
     logits = int(tokens * trained_share) * model.num_logits * w
@@ -225,28 +230,6 @@ def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Stated:
-    """A dataset that is only said to be so large: `--rows`. Every token of it is trained."""
-
-    sequence_length: int
-    splits: dict[str, SplitStats]
-
-    @classmethod
-    def of(cls, rows: int, sequence_length: int) -> Stated:
-        tokens = rows * sequence_length
-        train = SplitStats(
-            num_records=rows,
-            num_rows=rows,
-            num_tokens=tokens,
-            num_trained_tokens=tokens,
-            rows_digest="",
-            block_rows=1,
-            shard_rows=(),
-        )
-        return cls(sequence_length, {"train": train})
-
-
-@dataclass(frozen=True)
 class Plan:
     """What `forge plan` says."""
 
@@ -273,6 +256,28 @@ class Plan:
     def worker_bytes(self) -> int:
         """What one worker holds when it holds most: the frozen model is released before the run's own is loaded."""
         return max(self.memory.total, self.reference_memory)
+
+
+def largest_pass(
+    model: Model,
+    config: TrainConfig,
+    precision: str,
+    dataset: DatasetManifest | Stated,
+    num_workers: int,
+    limit: int | None,
+    frozen: Model | None = None,
+) -> int:
+    """What `micro_batch_size=auto` stands for: packed rows per forward pass, a power of two. As many as a worker has of a
+    step, as `ENOUGH` tokens have, and as `SAFE` of `limit` bytes hold; 1 where the limit is not known."""
+    enough = ENOUGH["gpu" if config.scaling.gpus_per_worker else "cpu"]
+    most = min(config.global_batch * config.sequence_parallel // num_workers, enough // dataset.sequence_length)
+    size = 1
+    while limit and 2 * size <= most:
+        changed = config.model_copy(update={"micro_batch_size": 2 * size})
+        if plan(model, changed, precision, dataset, num_workers, frozen).worker_bytes > SAFE * limit:
+            break
+        size *= 2
+    return size
 
 
 def nearest(

@@ -281,7 +281,7 @@ def test_adapter_coverage_is_reported_before_training(store: Any, capsys: pytest
 
 def test_reference_pass_is_stated(model: Model, tiny_model_dir: Path) -> None:
     """Bytes of what is kept, and the memory of a frozen model, which is asked before the run's own is loaded."""
-    from forge_ray.train.plan import Stated
+    from forge_ray.train.stated import Stated
 
     rows = Stated.of(100, 64)  # every token is trained
     distil = parse(TrainConfig, {"method": {"kind": "distil", "teacher": "t", "k": 10}})
@@ -304,8 +304,8 @@ def large_of(model: Model) -> Model:
 
 def test_teacher_that_does_not_fit_is_refused_with_a_remedy(model: Model, tmp_path: Path) -> None:
     from forge_ray.store.files import Store
-    from forge_ray.train.plan import Stated
     from forge_ray.train.preflight import Planned, disk_bytes, judge, left_bytes
+    from forge_ray.train.stated import Stated
 
     distil = parse(TrainConfig, {"method": {"kind": "distil", "teacher": "big", "k": 10}})
     rows, store = Stated.of(100, 64), Store(str(tmp_path))
