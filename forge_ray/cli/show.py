@@ -182,6 +182,7 @@ def print_plan(estimate: Estimate) -> None:
         ("workers", f"{estimate.num_workers}, {estimate.precision}"),
         ("worker memory", f"{size(memory.total)} plus libraries{limit}"),
         *((f"  {part}", size(getattr(memory, part))) for part in ("weights", "gradients", "optimizer", "working")),
+        *(("  not counted", line) for line in estimate.not_counted),
         ("a checkpoint", size(plan.checkpoint_bytes)),
         ("disk", f"{size(estimate.disk_bytes)}, of which {size(estimate.left_bytes)} stay after the run"),
     ]

@@ -77,6 +77,7 @@ class Estimate:
     memory_limit: int | None
     base_model: str
     dataset: str
+    not_counted: list[str]  # of a worker's memory
     is_assumed: bool  # the dataset: its size is stated, or follows from the sizes of files
     coverage: Coverage | None
     precision: str
@@ -121,6 +122,7 @@ def estimate(train: TrainConfig, store: Store, precision: str, planned: Planned,
         memory_limit=limit,
         base_model=planned.base_name,
         dataset=planned.dataset_name,
+        not_counted=planning.not_counted(planned.model, train, precision),
         is_assumed=isinstance(planned.dataset, Stated),
         coverage=planned.model.coverage(train.adapter) if train.adapter else None,
         precision=precision,

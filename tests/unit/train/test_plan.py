@@ -17,7 +17,7 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.models.architecture import Head
 from forge_ray.train.optimizer import make_optimizer
-from forge_ray.train.plan import BLOCK, UNBLOCKED, Model, _is_allowed, memory, nearest, plan
+from forge_ray.train.plan import BLOCK, UNBLOCKED, Model, _is_allowed, memory, nearest, not_counted, plan
 
 pytestmark = pytest.mark.unit
 
@@ -257,6 +257,7 @@ def test_plan_needs_neither_data_nor_weights(
     printed = capsys.readouterr().out
     assert "6,632,588,288" in printed
     assert "mlp.experts.gate_up_proj: 36 weights" in printed
+    assert "adapted experts under ZeRO-3: 40 % of the sum was measured in addition" in printed
     assert not (tmp_path / "store").exists()
     wrong = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder, "train.adapter={target_modules: [q_proj, o_proj]}"))
     with pytest.raises(ConfigError, match="'q_proj' matches nothing"):
@@ -318,3 +319,11 @@ def test_teacher_that_does_not_fit_is_refused_with_a_remedy(model: Model, tmp_pa
     asked = judgement.plan
     assert disk_bytes(distil, asked) == asked.disk_bytes + 2 * asked.reference_bytes  # as pieces, and put together
     assert left_bytes(distil, asked) >= asked.reference_bytes
+
+
+def test_plan_names_what_it_does_not_count(model: Model) -> None:
+    on_cpu, on_gpu = (parse(TrainConfig, {"scaling": {"gpus_per_worker": gpus}}) for gpus in (0, 1))
+    (line,) = not_counted(model, on_cpu, "bf16")
+    assert "up to 40 % of the sum" in line
+    assert not not_counted(model, on_cpu, "fp32")
+    assert not not_counted(model, on_gpu, "bf16")
