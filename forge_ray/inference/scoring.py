@@ -6,6 +6,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from forge_ray.inference.engine import Question, Score
 
 MAX_ROWS = 64  # continuations of a group: bounds the copies of the prompts' caches
+LONG = 8  # tokens from which continuations of all sizes share a pass
 MAX_TOKENS = 2048  # of a group's prompts, and of its continuations: bounds its logits, and little is gained beyond
 
 
@@ -80,18 +82,22 @@ def _sums(model: PreTrainedModel, group: Sequence[_Asked]) -> list[list[float]]:
     )
     first_PV = torch.log_softmax(prefill.logits[:, -1].float(), dim=-1)
     sums = [[float(first_PV[number, ids[0]]) if ids else 0.0 for ids in a.rows] for number, a in enumerate(group)]
-    longer = [(n, row) for n, asked in enumerate(group) for row, ids in enumerate(asked.rows) if len(ids) > 1]
-    if longer:
-        rows, owner_R = [group[n].rows[row] for n, row in longer], torch.tensor([n for n, _ in longer], device=model.device)
-        rests = _rests(model, prefill.past_key_values, seen_PL[owner_R], lengths_P[owner_R], owner_R, rows)
-        for (n, row), rest in zip(longer, rests, strict=True):
-            sums[n][row] += rest
+    by_size: dict[int, list[tuple[int, int]]] = {}
+    for number, asked in enumerate(group):
+        for row, ids in enumerate(asked.rows):
+            by_size.setdefault(min(len(ids), LONG), []).append((number, row))
+    for size, places in by_size.items():  # few sizes where continuations are labels: nothing is padded
+        if size > 1:
+            owner_R = torch.tensor([number for number, _ in places], device=model.device)
+            cache, rows = copy.deepcopy(prefill.past_key_values), [group[n].rows[row] for n, row in places]
+            cache.batch_select_indices(owner_R)
+            rests = _rests(model, cache, seen_PL[owner_R], lengths_P[owner_R], rows)
+            for (number, row), rest in zip(places, rests, strict=True):
+                sums[number][row] += rest
     return sums
 
 
-def _rests(
-    model: PreTrainedModel, cache: object, seen_RL: Tensor, lengths_R: Tensor, owner_R: Tensor, rows: list[list[int]]
-) -> list[float]:
+def _rests(model: PreTrainedModel, cache: object, seen_RL: Tensor, lengths_R: Tensor, rows: list[list[int]]) -> list[float]:
     """Log probability of each row's tokens after its first; pads stand right of the tokens and are never seen by them."""
     width = max(len(ids) for ids in rows) - 1
     device = model.device
@@ -99,12 +105,12 @@ def _rests(
     targets = torch.tensor([(ids[1:] + [0] * width)[:width] for ids in rows], device=device)
     places_W = torch.arange(width, device=device)
     real_RW = places_W < torch.tensor([len(ids) - 1 for ids in rows], device=device)[:, None]
-    cache.batch_select_indices(owner_R)  # type: ignore[attr-defined]
     output = model(
         input_ids=inputs,
         past_key_values=cache,
         attention_mask=torch.cat([seen_RL, real_RW], dim=1).long(),
         position_ids=lengths_R[:, None] + places_W,
     )
-    logprobs = torch.log_softmax(output.logits.float(), dim=-1).gather(-1, targets[..., None])[..., 0]
+    logits = output.logits.float()
+    logprobs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(dim=-1)
     return [float(total) for total in (logprobs.double() * real_RW).sum(dim=1)]
