@@ -115,8 +115,6 @@ def test_a_fault_in_a_build_has_the_bytes_of_the_reference(
     assert reference.encoder["unused"] == "not asked"
 
     def faulty(row: dict[str, Any], **more: Any) -> dict[str, Any]:
-        import numpy as np
-
         from forge_ray.data.build import encoded
         from forge_ray.data.tokens.fast import FastEncoder
 
@@ -127,8 +125,9 @@ def test_a_fault_in_a_build_has_the_bytes_of_the_reference(
 
         def erring(self: FastEncoder, texts: list[str], add_special_tokens: bool) -> Any:
             results = list(encode(self, texts, add_special_tokens))
-            if len(texts) > 100:
-                results[77] = np.array([1, 2, 3], np.int32)
+            plain = [n for n, ids in enumerate(results) if n > encoded.FIRST and ids is not None and "<|" not in texts[n]]
+            for number in plain[:1]:
+                results[number] = results[number][:-1]
             return results
 
         def ending(texts: list[str], add_special_tokens: bool = False) -> Any:
