@@ -150,9 +150,7 @@ class DatasetManifest(Record):
     kinds: dict[str, int] = Field(default_factory=dict, description="records per kind: chat, text, preference, feedback")
     mixture: tuple[SourceStats, ...] = Field((), description="in the order of the run file, as packed rows name them")
     curation: tuple[CurationStep, ...] = ()
-    lengths: dict[str, int] = Field(
-        default_factory=dict, description="documents per length: tokens, each bucket up to its key"
-    )
+    lengths: dict[str, int] = Field({}, description="documents per length: tokens, each bucket up to its key")
     num_truncated: int = 0
     splits: dict[str, SplitStats]
     num_duplicates: int

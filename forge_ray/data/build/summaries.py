@@ -81,8 +81,7 @@ class Tally:
             "by_source": {str(source): asdict(counts) for source, counts in self.by_source.items()},
             "by_split": {str(split): asdict(counts) for split, counts in self.by_split.items()},
             "truncated": self.truncated,
-            "compared": self.compared,
-            "refused": self.refused,
+            **({"compared": self.compared, "refused": self.refused} if self.compared else {}),
         }
 
     @classmethod
