@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         manifest = catalog.get_as(DatasetManifest, catalog.get_as(RunRecord, chat.run).dataset)
         places = {version.id: model_subject(catalog, version).fetch(store) for version in (chat, head)}
     folder, adapter = places[chat.id]
-    tokenizer = tokenizer_for(manifest, folder, adapter)
+    tokenizer = tokenizer_for(store, manifest, folder, adapter)
     rows = held_out(store, manifest, config).chats
     prompts = [tuple(prompt_ids(tokenizer, list(row.messages))) for row in rows]
     engine = open_engine(folder, adapter, config.engine, use_gpu=False)

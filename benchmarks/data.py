@@ -8,12 +8,14 @@
 
 Every line is a process of its own that starts from the same JSONL files and ends with packed rows on disk:
 
-    tokenizer   the bare tokenizer on the rendered texts, all cores, ids thrown away: the floor of the work
+    tokenizer   the bare tokenizer on the rendered texts, all cores, ids thrown away
+    fastokens   the same by the encoder that makes the ids of a build where it is proven equal: the floor of the work
     trl         TRL's SFTTrainer path (`_prepare_dataset`, num_proc=2, packing bfd), messages: no loss mask
     trl masked  the same on prompt and completion, with the completion mask: what we do, too
     forge       index, validate, hash, template, mask, prove, pack and publish a dataset version
 
-Seconds do not hold imports nor the start of Ray, which is printed beside them. Memory is the peak of the process and all its
+Seconds do not hold imports, the start of Ray, and the proof of the encoder, which is made once for a tokenizer; they are
+printed beside them. Memory is the peak of the process and all its
 children (proportional share of common pages, without the page cache), of Ray's own daemons for us too.
 """
 
@@ -29,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=6e6, help="about so many tokens per shape")
     parser.add_argument("--shapes", default="short,long,text")
-    parser.add_argument("--methods", default="tokenizer,trl,trl masked,forge")
+    parser.add_argument("--methods", default="tokenizer,fastokens,trl,trl masked,forge")
     parser.add_argument("--scale", default="", help="sizes in tokens for the growth table, instead of --tokens")
     parser.add_argument("--workers", default="", help="numbers of CPUs given to Ray, for the scaling table")
     parser.add_argument("--stream", action="store_true", help="also the stream into training")
@@ -202,15 +204,31 @@ def tokenizer_only(folder: Path, cpus: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(), local_files_only=True)
-    rendered = []
-    for value in read(folder):
-        text = value.get("text") or tokenizer.apply_chat_template(value["messages"], tokenize=False)
-        rendered.append(text)
+
+    def count(texts: list[str]) -> int:
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return sum(len(encoding) for encoding in encodings)
+
+    return encoded_only(tokenizer, count, folder)
+
+
+def fast_only(folder: Path, cpus: int) -> dict[str, Any]:
+    os.environ["FASTOKENS_BPE_THREADS"] = str(cpus)
+    from fastokens import Tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(), local_files_only=True)
+    fast = Tokenizer.from_json_str(tokenizer.backend_tokenizer.to_str())
+    return encoded_only(tokenizer, lambda texts: len(fast.encode_batch_flat(texts)[0]) // 4, folder)
+
+
+def encoded_only(tokenizer: Any, count: Callable[[list[str]], int], folder: Path) -> dict[str, Any]:
+    """`count` tokens of the rendered texts, a thousand at a time."""
+    rendered = [
+        value.get("text") or tokenizer.apply_chat_template(value["messages"], tokenize=False) for value in read(folder)
+    ]
     started = time.perf_counter()
-    tokens = 0
-    for start in range(0, len(rendered), 1000):
-        batch = tokenizer.backend_tokenizer.encode_batch_fast(rendered[start : start + 1000], add_special_tokens=False)
-        tokens += sum(len(encoding) for encoding in batch)
+    tokens = sum(count(rendered[start : start + 1000]) for start in range(0, len(rendered), 1000))
     return {"tokens": tokens, "rows": len(rendered), "seconds": time.perf_counter() - started, "start_s": 0.0, "fill": 1.0}
 
 
@@ -287,6 +305,7 @@ def prepared(folder: Path, cpus: int) -> Any:
     import ray
 
     from forge_ray.config.data import DataConfig
+    from forge_ray.data.dataset.encoders import key_of, prove_tokenizer
     from forge_ray.machine.cluster import quiet_data
     from forge_ray.machine.offline import set_offline_switches
     from forge_ray.records import ModelVersion
@@ -310,7 +329,7 @@ def prepared(folder: Path, cpus: int) -> Any:
     begun = time.perf_counter()
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     quiet_data()
-    ray.get(ray.remote(lambda: None).remote())
+    ray.get(ray.remote(prove_tokenizer).remote(store, base.id, key_of(base)))
     return config, Catalog.open(store), base, time.perf_counter() - begun, store
 
 
@@ -365,6 +384,7 @@ def wait_share(batches: Iterator[dict[str, Any]], steps: int) -> float:
 
 METHODS = {
     "tokenizer": tokenizer_only,
+    "fastokens": fast_only,
     "trl": trl_messages,
     "trl masked": trl_masked,
     "forge": forge,
@@ -382,15 +402,15 @@ def machine() -> str:
 
 def print_table(batch: list[dict[str, Any]]) -> None:
     speed = {item["method"]: item["tokens"] / item["seconds"] for item in batch}
-    header = "shape   input MB  method      CPUs      rows      tokens  seconds  +start  tokens/s   ÷ trl  ÷ tokenizer"
-    print(f"\n{header}   fill  peak MB", file=sys.stderr)
+    header = "shape   input MB  method      CPUs      rows      tokens  seconds  +start  tokens/s"
+    print(f"\n{header}   ÷ trl  ÷ tokenizer  ÷ fastokens   fill  peak MB", file=sys.stderr)
     for item in batch:
         rate = item["tokens"] / item["seconds"]
-        ratios = [f"{rate / speed[name]:.2f}" if name in speed else "" for name in ("trl", "tokenizer")]
+        ratios = [f"{rate / speed[name]:.2f}" if name in speed else "" for name in ("trl", "tokenizer", "fastokens")]
         print(
             f"{item['shape']:<7} {item['input_mb']:>8.0f}  {item['method']:<10} {item['cpus']:>5} {item['rows']:>9,}"
             f" {item['tokens']:>11,} {item['seconds']:>8.1f} {item['start_s']:>7.1f} {rate:>9,.0f} {ratios[0]:>7}"
-            f" {ratios[1]:>12} {item['fill']:>6.1%} {item['peak_mb']:>8,.0f}",
+            f" {ratios[1]:>12} {ratios[2]:>12} {item['fill']:>6.1%} {item['peak_mb']:>8,.0f}",
             file=sys.stderr,
         )
 

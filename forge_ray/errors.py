@@ -51,6 +51,12 @@ class NothingLeft(DataError):
     code = "nothing_left"
 
 
+class EncodersDiffer(ForgeError, RuntimeError):
+    """A fast encoder that made other ids of a record than the reference did, or ended."""
+
+    code = "encoders"
+
+
 class NotFound(ForgeError, LookupError):
     """An id, alias or file that is not in the store."""
 

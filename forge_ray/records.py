@@ -138,7 +138,7 @@ class DatasetManifest(Record):
 
     kind: ClassVar[str] = "datasets"
     prefix: ClassVar[str] = "ds"
-    volatile: ClassVar[frozenset[str]] = frozenset({"files", "seconds", "input_digest", "erased"})
+    volatile: ClassVar[frozenset[str]] = frozenset({"files", "seconds", "input_digest", "erased", "encoder"})
 
     name: str
     format: int
@@ -148,19 +148,18 @@ class DatasetManifest(Record):
     base_model: str = Field(description="model version whose tokenizer and template were used")
     sources: tuple[SourceFile, ...]
     kinds: dict[str, int] = Field(default_factory=dict, description="records per kind: chat, text, preference, feedback")
-    mixture: tuple[SourceStats, ...] = Field(
-        (), description="in the order of the run file; packed rows name their sources by position"
-    )
+    mixture: tuple[SourceStats, ...] = Field((), description="in the order of the run file, as packed rows name them")
     curation: tuple[CurationStep, ...] = ()
-    lengths: dict[str, int] = Field(
-        default_factory=dict, description="documents per length: tokens, each bucket up to its key"
-    )
+    lengths: dict[str, int] = Field({}, description="documents per length: tokens, each bucket up to its key")
     num_truncated: int = 0
     splits: dict[str, SplitStats]
     num_duplicates: int
     rejects: dict[str, int] = Field(description="rejected rows per reason")
     erased: dict[str, tuple[int, ...]] = Field({}, description="lines of the rows that erasures leave out, per source file")
     sequence_length: int
+    encoder: dict[str, Any] = Field(
+        {}, description="the fast encoder: versions, texts it was proven on, or why it is unused"
+    )
     files: tuple[FileEntry, ...] = ()
     seconds: float = 0.0
 

@@ -326,7 +326,7 @@ def audit(
         engine = open_engine(folder, adapter, config.engine, use_gpu=config.gpus > 0)
         try:
             for step in findings(
-                engine, tokenizer_for(manifest, folder, adapter), groups, config.leak, extract=which is subject
+                engine, tokenizer_for(store, manifest, folder, adapter), groups, config.leak, extract=which is subject
             ):
                 if isinstance(step, Findings):
                     measured.append(step)

@@ -17,6 +17,7 @@ from typing import Any
 
 from forge_ray.config.classify import REWARD, normalise
 from forge_ray.config.release import EvalConfig
+from forge_ray.data.dataset.encoders import with_proven
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import answer_of, chat_tokenizer, load_tokenizer_dir, prompt_ids
 from forge_ray.data.tokens.template import ChatTokenizer
@@ -156,11 +157,11 @@ def size_bytes(store: Store, subject: EvaluatedModel) -> int:
     return sum(e.size for folder in folders for e in store.files(folder) if e.path.endswith(".safetensors"))
 
 
-def tokenizer_for(manifest: DatasetManifest, folder: Path, adapter: Path | None) -> ChatTokenizer:
+def tokenizer_for(store: Store, manifest: DatasetManifest, folder: Path, adapter: Path | None) -> ChatTokenizer:
     """The tokenizer of an evaluated model. It is given tools as the dataset's rows are, the base model too, or as the
     adapter was trained to be given them."""
     tools = manifest.config.get("tools") or (tools_of(adapter) if adapter else "template")
-    return load_tokenizer_dir(folder, tools=tools)
+    return with_proven(load_tokenizer_dir(folder, tools=tools), store, folder)
 
 
 def evaluate(
@@ -181,7 +182,7 @@ def evaluate(
     started = time.monotonic()
     torch.set_num_threads(max(1, int(config.cpus)))
     folder, adapter = subject.fetch(store)
-    tokenizer = tokenizer_for(manifest, folder, adapter)
+    tokenizer = tokenizer_for(store, manifest, folder, adapter)
     held, forms = held_out(store, manifest, config), label_forms(store, manifest, config)
     labels = tuple(forms)
     general_held = general_held_out(store, general, config)

@@ -22,6 +22,7 @@ SWITCHES = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "FASTOKENS_BPE_THREADS": "1",  # nor here: each worker of a build has a CPU of its own
 }
 
 

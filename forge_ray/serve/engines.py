@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.config.release import DeployConfig
+from forge_ray.data.dataset.encoders import with_proven
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.data.tokens.text_tools import tools_of, with_tools
@@ -167,7 +168,7 @@ class EnginePool:
 
     def _open(self, version: ServedVersion, folder: Path) -> LoadedEngine:
         model_dir = folder if version.weights == "full" else fetch_version(self.store, version.base)[1]
-        tokenizer = load_tokenizer_dir(model_dir)
+        tokenizer = with_proven(load_tokenizer_dir(model_dir), self.store, model_dir)
         merged = folder if version.weights == "merged" else None
         on_gpu = self.config.gpus_per_replica > 0
         if targets := targets_of(folder):

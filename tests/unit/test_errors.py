@@ -17,6 +17,7 @@ TREE: dict[str, tuple[str, int, type[Exception]]] = {
     "ConfigError": ("config", 2, ValueError),
     "DataError": ("data", 1, ValueError),
     "NothingLeft": ("nothing_left", 1, ValueError),
+    "EncodersDiffer": ("encoders", 1, RuntimeError),
     "NotFound": ("not_found", 2, LookupError),
     "StoreError": ("store", 1, OSError),
     "ClusterError": ("cluster", 1, RuntimeError),

@@ -22,6 +22,7 @@ from typing import Any
 from forge_ray.config.data import DataConfig, Splits
 from forge_ray.data.build import mixture
 from forge_ray.data.build.barrier import find_duplicates
+from forge_ray.data.build.encoded import proof_for
 from forge_ray.data.build.manifest import check_invalid, kinds_of, manifest_of, no_rows
 from forge_ray.data.build.map import Job, job_key, run_job
 from forge_ray.data.build.parts import INVALID
@@ -34,11 +35,14 @@ from forge_ray.data.build.work import read_batches, require, write_array, write_
 from forge_ray.data.curate.decontaminate import build_index, evaluation_texts
 from forge_ray.data.curate.heldout import index_of
 from forge_ray.data.curate.rules import require_packages
+from forge_ray.data.dataset.encoders import keep_proof, key_of
 from forge_ray.data.dataset.version import SPLITS, require_tokenizer
 from forge_ray.data.read.ingest import IndexedFile, index_listed
 from forge_ray.data.read.readers import Chunk
 from forge_ray.data.read.sources import ListedFile, expand
-from forge_ray.errors import DataError, NothingLeft
+from forge_ray.data.tokens.equality import Proof
+from forge_ray.data.tokens.fast import REFERENCE
+from forge_ray.errors import DataError, EncodersDiffer, NothingLeft
 from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest, hex_of
 from forge_ray.store import paths
@@ -97,11 +101,24 @@ def build(
     if not jobs:
         raise no_rows(len(sources))
     spec = BuildSpec(name, config, base, store, sources, tombstones(store), progress, mark)
-    history = []
+    spec = replace(spec, proof=proof_for(spec))
+    try:
+        return _build(spec, jobs, started)
+    except EncodersDiffer as error:
+        print(f"error: {error.message}; the whole build is encoded again, by {REFERENCE} alone", file=sys.stderr)
+        refused = keep_proof(store, key_of(base), replace(spec.proof or Proof(0), difference=error.message))
+    return _build(replace(spec, proof=refused), jobs, started)
+
+
+def _build(spec: BuildSpec, jobs: list[Job], started: float) -> DatasetManifest:
+    config, store, sources = spec.config, spec.store, spec.sources
+    history: History = []
     for segment in segments(config):
-        segment = replace(segment, indexes=_indexes(config, segment, store), tombstones=spec.tombstones, mark=mark)
-        inputs = segment.indexes.values()
-        jobs = [replace(job, key=job_key(segment, spec.row_settings, [job.key, job.dropped, *inputs])) for job in jobs]
+        is_last = segment.barrier is None
+        indexes, left = _indexes(config, segment, store), spec.left if is_last else None
+        segment = replace(segment, indexes=indexes, tombstones=spec.tombstones, mark=spec.mark, left=left)
+        settings, inputs = spec.token_settings if is_last else spec.row_settings, indexes.values()
+        jobs = [replace(job, key=job_key(segment, settings, [job.key, job.dropped, *inputs])) for job in jobs]
         summaries = _map(spec, jobs, segment)
         history.append(summaries)
         check_invalid(config, history, len(sources), partial(_first_invalid, store, jobs, summaries))
@@ -188,6 +205,8 @@ def _map(spec: BuildSpec, jobs: list[Job], segment: Segment) -> list[MapSummary]
     )
     summaries: dict[str, MapSummary] = {}
     for row in work.iter_rows():
+        if row["difference"]:
+            raise EncodersDiffer(row["difference"])
         summary = MapSummary.from_json(json.loads(row["summary"]))
         summaries[summary.key] = summary
         require(spec.store, spec.mark)
@@ -228,7 +247,7 @@ def _plan(spec: BuildSpec, jobs: list[Job], history: History) -> ReducePlan:
         chunks += [SourceChunk(chunk.name, chunk.source) for chunk in job.chunks]
         parts += [PlannedPart(part, ranks) for part in history[-1][number].parts]
         unused += [UnusedRows(summaries[number].unused, ranks) for summaries in history if summaries[number].unused]
-    settings = f"{spec.row_settings}/{spec.config.block_rows}"
+    settings = f"{spec.token_settings}/{spec.config.block_rows}"
     return ReducePlan(tuple(chunks), tuple(parts), tuple(unused), epochs, settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from forge_ray.config.base import resolved
 from forge_ray.config.data import DataConfig
@@ -11,6 +12,8 @@ from forge_ray.data.build.map import Job
 from forge_ray.data.build.settings import BuildSpec, segments
 from forge_ray.data.build.summaries import History, Partition, SourceCounts, source_counts, total
 from forge_ray.data.dataset.version import FORMAT, SPLITS, tokenizer_digest
+from forge_ray.data.tokens.equality import Proof
+from forge_ray.data.tokens.fast import versions
 from forge_ray.data.tokens.lost import remedy
 from forge_ray.errors import DataError, NothingLeft
 from forge_ray.records import CurationStep, DatasetManifest, SourceFile, SourceStats, SplitStats
@@ -131,8 +134,22 @@ def manifest_of(
         num_duplicates=sum(partition.num_duplicates for partition in partitions),
         rejects=dict(sorted(reject_reasons(history).items())),
         sequence_length=spec.config.sequence_length,
+        encoder=encoder_of(spec.proof, history),
         erased=_erased_lines(jobs, history),
     ).sealed()
+
+
+def encoder_of(proof: Proof | None, history: History) -> dict[str, Any]:
+    """The fast encoder that made the ids and on what it was proven, or why none did; {} for builds too small for one."""
+    if proof is None or proof.difference:
+        return {} if proof is None else {"unused": proof.difference, "num_proven": proof.num_texts}
+    return {
+        **versions(),
+        "num_proven": proof.num_texts,
+        "left": proof.left,
+        "num_compared": sum(summary.tally.compared for summary in history[-1]),
+        "num_refused": sum(summary.tally.refused for summary in history[-1]),
+    }
 
 
 def _file_counts(jobs: Sequence[Job], history: History) -> dict[tuple[int, str], Counter[str]]:

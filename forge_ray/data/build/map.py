@@ -16,18 +16,18 @@ from typing import Any, Self
 
 from forge_ray.config.curate import NearDuplicates
 from forge_ray.config.data import DataConfig
+from forge_ray.data.build.encoded import JobEncoder, job_encoder
 from forge_ray.data.build.parts import MappedRecord, Parts, is_multimodal
 from forge_ray.data.build.settings import Segment
 from forge_ray.data.build.summaries import MapSummary
 from forge_ray.data.build.tombstones import read as read_tombstones
 from forge_ray.data.build.work import once, read_array, read_batches
 from forge_ray.data.curate.rules import compile_rule, meta_fields
-from forge_ray.data.dataset.version import load_tokenizer
 from forge_ray.data.read.readers import Chunk, image_reader, read_raw
 from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record
 from forge_ray.data.record.subject import subject_of
-from forge_ray.data.tokens.chat import encode_batch
-from forge_ray.data.tokens.template import ChatTokenizer, Encoded
+from forge_ray.data.tokens.template import Encoded
+from forge_ray.errors import EncodersDiffer
 from forge_ray.store.files import Store
 
 BATCH = 512  # records that are tokenised in one call
@@ -52,10 +52,14 @@ class Job:
 
 
 def run_job(row: dict[str, Any], segment: Segment, config: DataConfig, base: str, store: Store) -> dict[str, Any]:
-    """A Ray Data map function over `{"job": JSON of a Job}`; returns the job's `MapSummary` as JSON."""
+    """A Ray Data map function over `{"job": JSON of a Job}`; returns the job's `MapSummary` as JSON, or what makes a fast
+    encoder unusable."""
     job = Job.from_json(json.loads(row["job"]))
-    summary = once(store, job.key, MapSummary, lambda: _process(job, segment, config, base, store), segment.mark)
-    return {"summary": json.dumps(summary.to_json())}
+    try:
+        summary = once(store, job.key, MapSummary, lambda: _process(job, segment, config, base, store), segment.mark)
+    except EncodersDiffer as difference:  # which ends this use of the encoder, not the build
+        return {"summary": "", "difference": difference.message}
+    return {"summary": json.dumps(summary.to_json()), "difference": ""}
 
 
 def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: Store) -> MapSummary:
@@ -87,14 +91,17 @@ def _finish(
 ) -> Callable[[list[MappedRecord]], None]:
     """What is done with the records that all rules of the segment keep."""
     barrier = None if segment.barrier is None else config.curate[segment.barrier]
-    tokenizer = load_tokenizer(store, base, config.date, config.tools) if barrier is None else None
+    encoder = job_encoder(store, base, config, segment.left) if barrier is None else None
+    num_refused = encoder.fast.num_refused if encoder and encoder.fast else 0
     gc.freeze()  # what was imported lives as long as the process: no collection need walk it
 
     def finish(batch: list[MappedRecord]) -> None:
         out.keep_images(batch)
         documents: list[list[Encoded]] = []
-        if tokenizer is not None:
-            batch, documents = _encoded(batch, tokenizer, config, out)
+        if encoder is not None:
+            batch, documents = _encoded(batch, encoder, config, out)
+            out.tally.compared = encoder.num_compared
+            out.tally.refused = encoder.fast.num_refused - num_refused if encoder.fast else 0
         if not batch:
             return
         if barrier is None:
@@ -106,18 +113,11 @@ def _finish(
 
 
 def _encoded(
-    batch: list[MappedRecord], tokenizer: ChatTokenizer, config: DataConfig, out: Parts
+    batch: list[MappedRecord], encoder: JobEncoder, config: DataConfig, out: Parts
 ) -> tuple[list[MappedRecord], list[list[Encoded]]]:
     """The records that have a place in a dataset, with their documents; the others go to `out`."""
     packable = [item for item in batch if not is_multimodal(item.record)]
-    results = encode_batch(
-        tokenizer,
-        [item.record for item in packable],
-        config.sequence_length,
-        config.overlong,
-        config.reasoning,
-        config.form,
-    )
+    results = encoder.documents(packable, config)
     by_item = {id(item): result for item, result in zip(packable, results, strict=True)}
     kept, documents = [], []
     for item in batch:

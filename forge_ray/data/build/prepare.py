@@ -43,6 +43,7 @@ class Prepared:
         counts += f" ({hint})" if (hint := remedy(self.manifest.rejects)) else ""
         num_dropped = sum(step.before - step.after for step in self.manifest.curation)
         counts += f", {num_dropped} dropped by rules" if num_dropped else ""
+        counts += f", encoded by the tokenizer's own library: {why}" if (why := self.manifest.encoder.get("unused")) else ""
         num_erased = sum(map(len, self.manifest.erased.values()))
         return counts + (f", {num_erased} erased" if num_erased else "")
 

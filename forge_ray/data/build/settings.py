@@ -11,6 +11,8 @@ from forge_ray.config.base import resolved
 from forge_ray.config.data import DataConfig
 from forge_ray.data.dataset.version import FORMAT, tokenizer_digest
 from forge_ray.data.read.ingest import IndexedFile
+from forge_ray.data.tokens.equality import Proof
+from forge_ray.data.tokens.fast import versions
 from forge_ray.records import ModelVersion, digest
 from forge_ray.store.files import Store
 
@@ -36,6 +38,7 @@ class BuildSpec:
     tombstones: str  # their name at the start of the build; "" where there are none
     progress: Progress = silent
     mark: str = ""  # gone from the work area where another command has emptied it: `work.mark`
+    proof: Proof | None = None  # of the fast encoder; None where nobody asks for one
 
     @property
     def input_digest(self) -> str:
@@ -49,6 +52,17 @@ class BuildSpec:
             value.pop(key)
         return digest([FORMAT, ENCODING, value, tokenizer_digest(self.base), *filter(None, [self.tombstones])])
 
+    @property
+    def left(self) -> str | None:
+        """Characters whose texts the fast encoder leaves to the reference; None where it is not used."""
+        return None if self.proof is None or self.proof.difference else self.proof.left
+
+    @property
+    def token_settings(self) -> str:
+        """What names pieces that hold tokens. Another encoder makes the same ones, unless it has an error; then none of its
+        pieces may be taken for one of the reference's."""
+        return self.row_settings if self.left is None else digest([self.row_settings, versions(), self.left])
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -60,6 +74,7 @@ class Segment:
     indexes: dict[int, str] = field(default_factory=dict)  # rule → work file that it needs
     tombstones: str = ""  # their name; "" where there are none
     mark: str = ""  # of the build
+    left: str | None = None  # as in `BuildSpec`
 
 
 def segments(config: DataConfig) -> Iterator[Segment]:

@@ -69,6 +69,8 @@ class Tally:
     by_source: dict[int, TrainTokens] = field(default_factory=dict)
     by_split: dict[int, SplitCounts] = field(default_factory=dict)
     truncated: int = 0
+    compared: int = 0  # records that two encoders encoded
+    refused: int = 0  # texts that the fast one of them left to the other
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -79,6 +81,7 @@ class Tally:
             "by_source": {str(source): asdict(counts) for source, counts in self.by_source.items()},
             "by_split": {str(split): asdict(counts) for split, counts in self.by_split.items()},
             "truncated": self.truncated,
+            **({"compared": self.compared, "refused": self.refused} if self.compared else {}),
         }
 
     @classmethod
@@ -95,6 +98,8 @@ class Tally:
             by_source={int(source): TrainTokens(**counts) for source, counts in value["by_source"].items()},
             by_split={int(split): SplitCounts(**counts) for split, counts in value["by_split"].items()},
             truncated=value["truncated"],
+            compared=value.get("compared", 0),
+            refused=value.get("refused", 0),
         )
 
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from forge_ray.data.record.schema import DataRecord, Reject
 from forge_ray.data.tokens.answers import split
+from forge_ray.data.tokens.fast import FastEncoder
 from forge_ray.data.tokens.hf import HfTokenizer
 from forge_ray.data.tokens.labels import label_document
 from forge_ray.data.tokens.proof import prove
 from forge_ray.data.tokens.template import Chat, ChatTokenizer, Encoded
-from forge_ray.data.tokens.text_tools import Tools, tools_of, with_tools
+from forge_ray.data.tokens.text_tools import TextTools, Tools, tools_of, with_tools
 from forge_ray.data.tokens.units import conversations_of, together
 
 __all__ = [
@@ -57,6 +59,18 @@ def load_tokenizer_dir(folder: Path, date: str = "", tools: Tools = "template") 
         loaded = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         own = HfTokenizer(loaded, date)
     return with_tools(with_tools(own, tools), tools_of(folder))
+
+
+def inner_tokenizer(tokenizer: ChatTokenizer) -> ChatTokenizer:
+    """What makes the ids where tools are written as text."""
+    return tokenizer.inner if isinstance(tokenizer, TextTools) else tokenizer
+
+
+def with_fast(tokenizer: ChatTokenizer, fast: FastEncoder) -> ChatTokenizer:
+    """The tokenizer with an encoder that is proven to make its ids; another library's tokenizer as it is."""
+    if isinstance(tokenizer, TextTools):
+        return cast(ChatTokenizer, replace(tokenizer, inner=with_fast(tokenizer.inner, fast)))
+    return replace(tokenizer, fast=fast) if isinstance(tokenizer, HfTokenizer) else tokenizer
 
 
 def _tokenizer_class(folder: Path) -> Any:

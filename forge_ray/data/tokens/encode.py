@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.documents import TurnSpan
+from forge_ray.data.tokens.fast import FastEncoder, Ids
 from forge_ray.data.tokens.forged import excess
 from forge_ray.data.tokens.special_tokens import SpecialTokens
 from forge_ray.data.tokens.spelled import FORGED, MAY_BE_RENAMED, SpellingGuard, guarded_text, other_names, renamed_backend
@@ -54,12 +55,14 @@ Others = dict[frozenset[str], _Renamed | None]  # by the tokens that have other 
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """A transformers tokenizer without its template; what it has tokenised often is kept."""
+    """A transformers tokenizer without its template; what it has tokenised often is kept. `fast` makes the ids of texts
+    whose offsets nobody needs."""
 
     tokenizer: Any
     _others: Others = field(default_factory=dict)
+    fast: FastEncoder | None = None
     _tails: dict[str, list[int]] = field(default_factory=dict)
-    _prefixes: dict[str, list[int]] = field(default_factory=dict)
+    _prefixes: dict[str, Ids] = field(default_factory=dict)
 
     @cached_property
     def special(self) -> SpecialTokens:
@@ -71,12 +74,17 @@ class TextEncoder:
 
     def written_ids(self, text: str) -> list[int]:
         """Ids of a text in which what names an added token is one, without begin and end tokens."""
-        return self._plain(text) if self.backend is None else list(self.encodings([text])[0].ids)
+        ids: list[int] = self._plain(text) if self.backend is None else self.ids_of([text])[0].tolist()
+        return ids
 
     def prompt_ids(self, text: str, spans: list[TurnSpan]) -> list[int]:
         """Ids of a prompt, cut where earlier answers begin as they were generated; `Reject` where they have special tokens
         that the text does not have."""
-        ids = self.written_ids(text) if self.backend is None else self._located(text, spans, self.encodings([text])[0])[0]
+        ids = self.written_ids(text)
+        if spans and self.backend is not None:
+            trained = [replace(span, trained=True) for span in spans]
+            if self._by_special_tokens(text, trained, np.array(ids, np.int32)) is None:
+                ids = self._located(text, spans, self.encodings([text])[0])[0]
         self._refuse_forged(text, ids)
         return ids
 
@@ -155,6 +163,15 @@ class TextEncoder:
         self.reset()
         return list(self.backend.encode_batch(texts, add_special_tokens=add_special_tokens))
 
+    def ids_of(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[Ids]:
+        """The ids of each text: those of `encodings`, without offsets."""
+        results = [None] * len(texts) if self.fast is None else self.fast.ids(texts, add_special_tokens)
+        left = [number for number, ids in enumerate(results) if ids is None]
+        self.reset()
+        encodings = self.backend.encode_batch_fast([texts[n] for n in left], add_special_tokens=add_special_tokens)
+        of_reference = iter(np.array(encoding.ids, np.int32) for encoding in encodings)
+        return [next(of_reference) if ids is None else ids for ids in results]
+
     def reset(self) -> None:
         """A call of transformers may have left these behind."""
         if self.backend.padding is not None:
@@ -167,16 +184,14 @@ class TextEncoder:
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: list[str]) -> list[Ids]:
         """The ids of each text; beginnings that texts share (a system prompt, a list of tools) are tokenised once.
 
         A text may be cut before a special token: what stands on either side of one is tokenised by itself.
         """
-        self.reset()
         starts = self._shared(texts)
-        rests = [text[len(start) :] for text, start in zip(texts, starts, strict=True)]
-        encodings = self.backend.encode_batch_fast(rests, add_special_tokens=False)
-        return [self._prefixes.get(start, []) + encoding.ids for start, encoding in zip(starts, encodings, strict=True)]
+        rests = self.ids_of([text[len(start) :] for text, start in zip(texts, starts, strict=True)])
+        return [np.concatenate([self._prefixes[a], b]) if a else b for a, b in zip(starts, rests, strict=True)]
 
     def _shared(self, texts: list[str]) -> list[str]:
         """The remembered beginning of each text, or "". One that two neighbours share is remembered."""
@@ -186,7 +201,7 @@ class TextEncoder:
             if not start and len(self._prefixes) < MAX_PREFIXES:
                 start = self._common_start(before, text)
                 if start:
-                    self._prefixes[start] = self.encodings([start])[0].ids
+                    (self._prefixes[start],) = self.ids_of([start])
             starts.append(start)
             before = text
         return starts
@@ -202,12 +217,11 @@ class TextEncoder:
         ]
         return common[: cuts[-1]] if cuts and cuts[-1] >= MIN_PREFIX else ""
 
-    def _by_special_tokens(self, text: str, spans: list[TurnSpan], token_ids: list[int]) -> Encoded | None:
+    def _by_special_tokens(self, text: str, spans: list[TurnSpan], ids: Ids) -> Encoded | None:
         """What `_marked` gives, from the places of special tokens in the text and in the ids; None where they do not tell.
 
         The n-th special token of the text is the n-th special id, since a content that spells one is guarded (`spelled`).
         """
-        ids = np.array(token_ids, np.int32)
         places = np.flatnonzero(self.special.is_special[ids])
         tokens = list(self.special.pattern.finditer(text))
         if len(tokens) != len(places):
@@ -223,7 +237,7 @@ class TextEncoder:
             expected = self._expected(text[tokens[after - 1].start() : span.start])
             begin = int(places[after - 1])
             first, last = begin + len(expected), 0
-            if token_ids[begin:first] != expected:
+            if ids[begin:first].tolist() != expected:
                 return None
             for number in range(after, len(tokens)):
                 if tokens[number].end() == span.end:
@@ -237,7 +251,7 @@ class TextEncoder:
         """The ids of a prompt's end, from its last special token."""
         expected = self._tails.get(tail)
         if expected is None:
-            expected = self.encodings([tail])[0].ids
+            expected = self.ids_of([tail])[0].tolist()
             if len(self._tails) < MAX_TAILS and len(tail) < MAX_TAILS:
                 self._tails[tail] = expected
         return expected

@@ -18,6 +18,7 @@ from forge_ray.data.tokens.call_forms import CallForm, style_of
 from forge_ray.data.tokens.decoding import writes_others
 from forge_ray.data.tokens.documents import ChatDocument, ChatFormat
 from forge_ray.data.tokens.encode import Others, TextEncoder
+from forge_ray.data.tokens.fast import FastEncoder
 from forge_ray.data.tokens.forged import excess, refuse_built, strings_of
 from forge_ray.data.tokens.render import Rendering
 from forge_ray.data.tokens.special_tokens import SpecialTokens
@@ -42,16 +43,17 @@ class _WrittenChat:
 
 @dataclass(frozen=True, eq=False)
 class HfTokenizer:
-    """A transformers tokenizer with its chat template."""
+    """A transformers tokenizer with its chat template; `fast` as `TextEncoder` has it."""
 
     tokenizer: Any
     date: str = ""
+    fast: FastEncoder | None = None
     _formats: dict[str, ChatFormat] = field(default_factory=dict)
     _renamed: Others = field(default_factory=dict)  # of the same tokenizer with other switches of its template too
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        return TextEncoder(self.tokenizer, self._renamed)
+        return TextEncoder(self.tokenizer, self._renamed, self.fast)
 
     @cached_property
     def special(self) -> SpecialTokens:
@@ -157,8 +159,7 @@ class HfTokenizer:
         if backend is None:
             all_ids = [list(self.tokenizer(text)["input_ids"]) for text in texts]
         else:
-            self.encoder.reset()
-            all_ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+            all_ids = [ids.tolist() for ids in self.encoder.ids_of(texts, add_special_tokens=True)]
         results: list[list[int] | Reject] = []
         for text, ids in zip(texts, all_ids, strict=True):
             # a letter that has no token would become the unknown one too, so that one is looked for in the text

@@ -203,7 +203,7 @@ def test_the_confusion_matrix_is_a_picture(tmp_path: Path) -> None:
 def test_models_are_given_tools_as_the_dataset_or_as_they_were_trained(tiny_model_dir: Path, tmp_path: Path) -> None:
     def style(tools: dict[str, str], adapter: Path | None) -> str:
         manifest = DatasetManifest.model_construct(config=tools)
-        return tokenizer_for(manifest, tiny_model_dir, adapter).call_style
+        return tokenizer_for(Store(str(tmp_path)), manifest, tiny_model_dir, adapter).call_style
 
     plain, text = tmp_path / "plain", tmp_path / "text"
     forms: list[tuple[Path, Tools]] = [(plain, "template"), (text, "text")]
