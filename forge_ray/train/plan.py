@@ -3,7 +3,7 @@
 Memory is counted tensor by tensor, by the formulas below; `benchmarks/plan.py` holds it against what runs measure. Bytes; w
 is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P all weights, T the trained ones.
 
-    weights       w P, at ZeRO stage 3 w P / N
+    weights       w P, at ZeRO stage 3 w P / N; linear layers in 4 bits: `NF4` of a byte for each of their weights
     gradients     engine torch: 4 T in which passes are summed; ZeRO: see `_states`
     optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N; adafactor: see `_moments`
     host          what is offloaded is in main memory instead: gradients, optimizer, its step and w T / N; w P / N
@@ -44,6 +44,7 @@ from forge_ray.train.schedule import num_steps
 BYTES = {"bf16": 2, "fp32": 4}
 BUCKET = 500_000_000  # elements that DeepSpeed reduces or gathers at a time, its default
 PERSISTENT = 100_000  # elements of a weight that ZeRO-3 leaves on the GPU, its default
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: itself, a byte for 64 of them, 4 bytes for 256 of those
 OUTSIDE = ("embed", "lm_head", "norm")  # weights of two dimensions that are no linear layer inside a block
 
 
@@ -177,7 +178,7 @@ def memory(
 
 def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: int) -> tuple[int, int, int, int, int]:
     """(weights, gradients, optimizer, what a pass adds, what the optimizer's step adds)."""
-    weights = w * (model.num_parameters + (trained if config.adapter else 0))
+    weights = _base(model, config, w) + (w * trained if config.adapter else 0)
     full = model.saved(config.adapter) if config.adapter else model.trained(config)
     largest = max((math.prod(shape) for shape in full.values()), default=0)  # of an adapter's own: next to nothing
     if config.engine == "torch":
@@ -192,6 +193,19 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
         return weights, 4 * share, 12 * share, w * bucket + cast, 4 * share
     gathered = w * max(min(model.num_parameters, BUCKET), model.block)
     return -(-weights // workers), 4 * share, 12 * share, gathered + 2 * w * bucket + 4 * bucket, 4 * share
+
+
+def _base(model: Model, config: TrainConfig, w: int) -> int:
+    """Bytes of the base model's weights: with `quantize: nf4` bitsandbytes keeps its linear layers, but not the output, in 4
+    bits (QLoRA, arXiv:2305.14314)."""
+    if config.adapter is None or config.adapter.quantize == "none":
+        return w * model.num_parameters
+    narrow = sum(
+        math.prod(shape)
+        for name, shape in model.shapes.items()
+        if len(shape) == 2 and name not in model.routers and not any(part in name for part in OUTSIDE)
+    )
+    return int(w * (model.num_parameters - narrow) + NF4 * narrow)
 
 
 def _moments(model: Model, config: TrainConfig) -> int:
