@@ -82,12 +82,12 @@ def test_part_that_fails_or_is_late_is_recorded(tmp_path: Path, source: str, rea
 
 def test_outcomes_of_pytest_are_read() -> None:
     printed = (
-        "tests/gpu/a.py::test_x[1] PASSED [ 50%]\ntests/gpu/a.py::test_y FAILED [100%]\n"
-        "FAILED tests/gpu/a.py::test_y - assert 1 == 2\nERROR tests/gpu/b.py - No module named 'ray'\n"
+        "gpu/a.py::test_x[1] PASSED [ 50%]\ngpu/a.py::test_y FAILED [100%]\n"
+        "FAILED gpu/a.py::test_y - assert 1 == 2\nERROR gpu/b.py - No module named 'ray'\n"
     )
     assert gpu.tests_of(printed) == {
         "counts": {"passed": 1, "failed": 1, "error": 1},
-        "not_passed": {"tests/gpu/a.py::test_y": "assert 1 == 2", "tests/gpu/b.py": "No module named 'ray'"},
+        "not_passed": {"gpu/a.py::test_y": "assert 1 == 2", "gpu/b.py": "No module named 'ray'"},
     }
     with pytest.raises(ValueError, match="no test"):
         gpu.tests_of("no tests ran in 0.01s")
