@@ -365,7 +365,7 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
         panel.set_xlabel(axis)
         panel.set_ylabel("GB, seconds" if axis == "length" else "seconds")
         panel.grid(True, which="major", alpha=0.3)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.savefig(path, dpi=110)
 
 
