@@ -173,15 +173,16 @@ def train_on(
     precision: Literal["bf16", "fp32"],
     initial: ModelVersion | None = None,
     frozen: FrozenModel | None = None,
+    micro_batch: int = 0,
 ) -> RunRecord:
     """Train on what the store holds; the sources of the rows are not looked at. `initial`: the version whose adapter is
-    trained on, where it is not a new one; `frozen`: a teacher, or another reference."""
+    trained on, where it is not a new one; `frozen`: a teacher, or another reference; `micro_batch`: of a repeated run."""
     from forge_ray.models.architecture import Head
     from forge_ray.release.candidates import export_best
     from forge_ray.train import attempts, checkpoint, follow, launch, run_folder
     from forge_ray.train.job import TrainJob, run_id
     from forge_ray.train.loop import train_loop
-    from forge_ray.train.preflight import refuse_impossible, report_reach
+    from forge_ray.train.preflight import micro_batch_of, refuse_impossible, report_reach
     from forge_ray.train.record import run_record
     from forge_ray.train.sinks import open_sinks
     from forge_ray.train.start import Start, refuse_other_adapter
@@ -201,7 +202,8 @@ def train_on(
             sessions.note(store)
         if not store.exists(paths.result(identifier)):
             refuse_impossible(config, store, precision, base, manifest, identifier, frozen)
-        job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, False, initial, frozen)
+        size = micro_batch or micro_batch_of(config.train, store, precision, base, manifest, identifier, frozen)
+        job = TrainJob(identifier, config.name, config.train, store, manifest, base, precision, False, initial, frozen, size)
         job.check_may_publish()
         refuse_other_adapter(catalog, Start(base, initial), config.train.adapter, config.train.targets)
         # every byte is checked before a GPU hour is spent on it
@@ -232,29 +234,29 @@ def train_on(
 
 
 def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
-    """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. Where a number of
-    rows is assumed instead, `base_model` may be a folder that holds `config.json` alone."""
+    """What a run will take. The dataset is prepared first if it is not: all else follows from its numbers. Of a `base_model`
+    that is a folder with `config.json` alone, and where a number of rows is stated, no row is read."""
     from forge_ray.models.architecture import Head
     from forge_ray.train import preflight, start
     from forge_ray.train.frozen import frozen_of
-    from forge_ray.train.plan import Model, Stated
+    from forge_ray.train.plan import Model
+    from forge_ray.train.stated import stated
 
-    stated = Stated.of(assumptions.num_rows, config.data.sequence_length) if assumptions.num_rows else None
-    rows, folder = f"{assumptions.num_rows} rows, as stated", Path(config.base_model)
-    if stated and (folder / "config.json").is_file():
-        asked = preflight.stated_frozen(config.train, store)
-        planned = preflight.Planned(Model.of(folder, Head(config.train.targets)), stated, config.base_model, rows, asked)
+    rows, folder = stated(config, assumptions.num_rows), Path(config.base_model)
+    if rows and (folder / "config.json").is_file():
+        asked, model = preflight.stated_frozen(config.train, store), Model.of(folder, Head(config.train.targets))
+        planned = preflight.Planned(model, rows, config.base_model, rows.assumption, asked)
     else:
         with Catalog.open(store) as catalog:
             named = import_base(config, catalog)
             base = start.full_base(catalog, named, config.train)
             asked = preflight.shapes_of_frozen(store, frozen_of(catalog, config.train, base))
-            dataset = stated or _prepare(config, catalog, named, quiet=True)
+            dataset = rows or _prepare(config, catalog, named, quiet=True)
             if isinstance(dataset, DatasetManifest):
                 preflight.refuse_without_rows(config.train, store, dataset)
                 report_labels(store, config.train, dataset)
         model = Model.of(preflight.configuration(store, base), Head(config.train.targets))
-        planned = preflight.Planned(model, dataset, base.id, rows if isinstance(dataset, Stated) else dataset.id, asked)
+        planned = preflight.Planned(model, dataset, base.id, rows.assumption if rows else dataset.id, asked)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     return preflight.estimate(config.train, store, precision, planned, assumptions)
 

@@ -196,6 +196,7 @@ class RunRecord(Record):
     initial_digest: str = Field("", description="digest of that adapter's files")
     frozen_model: str = Field("", description="the version that the loss reads numbers of: a teacher, or another reference")
     frozen_digest: str = Field("", description="digest of that version's files")
+    micro_batch_size: int = Field(0, description="packed rows per forward pass where the run file says auto; else 0")
     seed: int
     num_steps: int
     samples_seen: int
@@ -219,9 +220,8 @@ class RunRecord(Record):
         raise TypeError("a run's id is fixed at its start; build the record with id=run_id(...)")
 
     def identity(self) -> dict[str, Any]:
-        return _without_empty(
-            super().identity(), "order_key", "initial_adapter", "initial_digest", "frozen_model", "frozen_digest"
-        )
+        since = ("order_key", "initial_adapter", "initial_digest", "frozen_model", "frozen_digest", "micro_batch_size")
+        return _without_empty(super().identity(), *since)
 
     def parents(self) -> tuple[str, ...]:
         return tuple(filter(None, (self.dataset, self.base_model, self.initial_adapter, self.frozen_model)))

@@ -108,6 +108,7 @@ def run_file_text(task: str, data: str, base_model: str, name: str) -> str:
         f"  sequence_length: {chosen.sequence_length}  # tokens",
         "train:",
         *(f"  {line}" for line in chosen.train),
+        "  micro_batch_size: auto  # packed rows per forward pass: as many as fit",
         "eval:",
         *(f"  {line}" for line in chosen.evaluation),
         "release:",

@@ -140,7 +140,7 @@ def quickstart(store: Store, as_json: bool, file: str, port: int, overrides: tup
     "--rows",
     default=0,
     metavar="N",
-    help="Plan for N packed rows without reading data; base_model may be a folder holding only config.json.",
+    help="Plan for N packed rows without reading data.",
 )
 def plan(
     store: Store,
@@ -154,7 +154,8 @@ def plan(
 ) -> Any:
     """Estimate steps, memory, disk and time of a run.
 
-    Also the held-out rows that a gate with a confidence needs.
+    Also the held-out rows that a gate with a confidence needs. Where base_model
+    is a folder with config.json alone, the rows follow from the sizes of files.
     Exit code 2 if the run cannot fit, as `forge train` would end, or could not be evaluated, as `forge run` would."""
     from forge_ray import pipeline
     from forge_ray.cli.show import print_plan
@@ -169,10 +170,10 @@ def plan(
         print_plan(estimate)
     if estimate.problem:
         raise ConfigError(estimate.problem, hint=estimate.remedy)
-    if not rows:
+    if not estimate.is_assumed:
         with Catalog.read_only(store) as catalog:
             refuse_empty_split(catalog.get_as(DatasetManifest, estimate.dataset), config.eval)
-    needed = rows_needed_of(config, store, "" if rows else estimate.dataset)
+    needed = rows_needed_of(config, store, "" if estimate.is_assumed else estimate.dataset)
     for one in needed if not as_json else ():
         echo(line(one, config.eval.split))
     return estimate.to_json() | {"gate": [asdict(one) for one in needed]}

@@ -178,9 +178,11 @@ def print_plan(estimate: Estimate) -> None:
         ("tokens", f"{plan.num_tokens:,}, of which {plan.num_trained_tokens:,} are trained"),
         *([("reference pass", _reference_pass(estimate))] if plan.reference_tokens else []),
         ("steps", f"{plan.steps:,}"),
+        ("rows a pass", f"{estimate.micro_batch_size}"),
         ("workers", f"{estimate.num_workers}, {estimate.precision}"),
         ("worker memory", f"{size(memory.total)} plus libraries{limit}"),
         *((f"  {part}", size(getattr(memory, part))) for part in ("weights", "gradients", "optimizer", "working")),
+        *(("  not counted", line) for line in estimate.not_counted),
         ("a checkpoint", size(plan.checkpoint_bytes)),
         ("disk", f"{size(estimate.disk_bytes)}, of which {size(estimate.left_bytes)} stay after the run"),
     ]

@@ -13,12 +13,14 @@ DECAY_RATIO = 0.1
 
 
 class Optimizer(Config):
-    """AdamW (arXiv:1711.05101), or Adafactor (arXiv:1804.04235) where its state does not fit."""
+    """AdamW (arXiv:1711.05101), or where its state does not fit, the same in 8 bits (arXiv:2110.02861) or Adafactor
+    (arXiv:1804.04235)."""
 
-    name: Literal["adamw", "adafactor"] = Field(
+    name: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
         "adamw",
-        description="`adafactor` keeps row and column means in place of two numbers a weight, and steps in proportion to the"
-        " size of the weights; a full fine-tune with engine=torch alone",
+        description="`adamw_8bit` keeps the two numbers a weight in 8 bits each, on GPUs with engine=torch; `adafactor`"
+        " keeps row and column means in place of them, and steps in proportion to the size of the weights; a full fine-tune"
+        " with engine=torch alone",
     )
     lr: float = Field(
         2e-4,

@@ -65,8 +65,10 @@ class TrainConfig(Config):
     )
     max_steps: int = Field(0, ge=0, description="Maximum optimizer steps, to end before `epochs` does; 0: no limit")
     global_batch: int = Field(8, ge=1, description="Packed rows per optimizer step, over all workers")
-    micro_batch_size: int = Field(
-        1, ge=1, description="Packed rows per forward pass of one worker; lower it when memory runs out"
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="Packed rows per forward pass of one worker; lower it when memory runs out. `auto`: as many as fit,"
+        " decided when the run first starts, and kept with it (`forge plan` names the number)",
     )
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -249,7 +251,18 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _factors_whole_weights(self) -> Self:
+    def _optimizer_suits_engine(self) -> Self:
+        if self.optimizer.name == "adamw_8bit" and self.engine != "torch":
+            raise SettingError(
+                f"optimizer.name=adamw_8bit keeps a scale for each block of a weight, and engine={self.engine} cuts weights"
+                " anew for each number of workers",
+                "set train.engine=torch and train.zero_stage=0, or train.optimizer.name=adamw",
+            )
+        if self.optimizer.name == "adamw_8bit" and not self.scaling.gpus_per_worker:
+            raise SettingError(
+                "optimizer.name=adamw_8bit runs on GPUs, and scaling.gpus_per_worker is 0",
+                "set train.scaling.gpus_per_worker=1, or train.optimizer.name=adamw",
+            )
         if self.optimizer.name == "adafactor" and self.engine != "torch":
             raise SettingError(
                 f"optimizer.name=adafactor needs the rows and columns of weights, and engine={self.engine} lays weights"

@@ -11,30 +11,34 @@ from forge_ray.data.tokens.template import ChatTokenizer
 from forge_ray.evaluate.examples import GENERAL_SPLIT, UNPOSED, Example, HeldOutRows, answer_ids, held_out
 from forge_ray.evaluate.measures import GENERAL_ANSWER, GENERAL_TEXT
 from forge_ray.evaluate.texts import score_texts
-from forge_ray.inference.engine import Engine
+from forge_ray.inference.engine import Engine, Question
 from forge_ray.records import DatasetManifest
 from forge_ray.store.files import Store
 
+BATCH = 64  # chats that are scored together
 OF_GENERAL = "general row, "  # begins the reasons why general rows were left out
 
 
 def score_answers(engine: Engine, tokenizer: ChatTokenizer, chats: Sequence[Example]) -> Iterator[dict[str, Any]]:
     """One item per chat, in order, of the loss of its answer. One that the model's template has no place for is an item with
     `left_out`, the reason."""
-    for example in chats:
-        try:
-            prompt = tokenizer.prompt_ids(list(example.messages), example.tools)
-            answer = answer_ids(tokenizer, example, example.turn)
-        except Reject as reason:
-            yield {"record": example.record, "left_out": f"{UNPOSED}{reason}"}
-            continue
-        (score,) = engine.score(prompt, [answer])
-        yield {
-            "record": example.record,
-            "source": example.source,
-            "logprob": score.logprob,
-            "num_tokens": score.num_tokens,
-        }
+    for start in range(0, len(chats), BATCH):
+        items: list[dict[str, Any]] = []
+        questions: list[Question] = []
+        for example in chats[start : start + BATCH]:
+            try:
+                prompt = tokenizer.prompt_ids(list(example.messages), example.tools)
+                questions.append((prompt, [answer_ids(tokenizer, example, example.turn)]))
+            except Reject as reason:
+                items.append({"record": example.record, "left_out": f"{UNPOSED}{reason}"})
+            else:
+                items.append({"record": example.record, "source": example.source})
+        scores = iter(engine.score_all(questions))
+        for item in items:
+            if "left_out" not in item:
+                (score,) = next(scores)
+                item |= {"logprob": score.logprob, "num_tokens": score.num_tokens}
+            yield item
 
 
 def score_general(engine: Engine, tokenizer: ChatTokenizer, rows: HeldOutRows, window: int) -> Iterator[dict[str, Any]]:

@@ -87,18 +87,24 @@ def score_examples(
         requests = [
             GenerationRequest(prompt, config.max_new_tokens, stop_token_ids=tokenizer.end_ids) for _, prompt, _ in posed
         ]
-        for (example, prompt, (answer, *rejected)), generation in zip(posed, engine.generate(requests), strict=True):
+        candidates: list[dict[str, list[int]]] = []
+        for example, _, (answer, *_) in posed:
             is_labelled = bool(labels) and not example.calls
             if is_labelled and not label_ids:
                 label_ids = {
                     label: answer_ids(tokenizer, example, {"role": "assistant", "content": text})
                     for label, text in labels.items()
                 }
-            candidates = dict(label_ids) if is_labelled else {}
-            reference = normalise(example.answer) if is_labelled else example.answer
-            candidates.setdefault(reference, answer)
-            scored = engine.score(prompt, [*candidates.values(), *rejected])
-            scores = dict(zip(candidates, scored, strict=False))
+            own = dict(label_ids) if is_labelled else {}
+            own.setdefault(_reference(example, is_labelled), answer)
+            candidates.append(own)
+        generated = engine.generate(requests)
+        scored = engine.score_all(
+            [(prompt, [*own.values(), *answers[1:]]) for (_, prompt, answers), own in zip(posed, candidates, strict=True)]
+        )
+        for (example, _, answers), own, generation, of_own in zip(posed, candidates, generated, scored, strict=True):
+            is_labelled, scores = bool(labels) and not example.calls, dict(zip(own, of_own, strict=False))
+            reference, rejected = _reference(example, is_labelled), answers[1:]
             yield {
                 "record": example.record,
                 "source": example.source,
@@ -108,9 +114,13 @@ def score_examples(
                 "likeliest": _likeliest(scores, tuple(labels)) if is_labelled else "",
                 "logprob": scores[reference].logprob,
                 "num_tokens": scores[reference].num_tokens,
-                **({"rejected_logprob": scored[-1].logprob} if rejected else {}),
+                **({"rejected_logprob": of_own[-1].logprob} if rejected else {}),
                 **call_fields(example, calls_in(tokenizer, form, generation.token_ids)),
             }
+
+
+def _reference(example: Example, is_labelled: bool) -> str:
+    return normalise(example.answer) if is_labelled else example.answer
 
 
 def _likeliest(scores: dict[str, Score], labels: Sequence[str]) -> str:

@@ -80,8 +80,8 @@ def reproduce(store: Store, reference: str, rebuild_data: bool = False, keep: bo
                 taken = ", ".join([base.id, *others, manifest.id])
                 it.done(f"{record.id}  {taken}: {size / 1e6:.1f} MB as recorded")
             with Catalog.open(scratch) as there:
-                precision = _precision(config, record, manifest, base, initial, frozen)
-                again = pipeline.train_on(config, there, base, manifest, precision, initial, frozen)
+                precision, micro = _precision(config, record, manifest, base, initial, frozen), record.micro_batch_size
+                again = pipeline.train_on(config, there, base, manifest, precision, initial, frozen, micro)
             differences |= _after(store, record, scratch, again)
             weights = _weights(store, record, version, scratch, again)
             verdict = "equal" if weights["is_equal"] and "data" not in differences else "differs"

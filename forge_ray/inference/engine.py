@@ -69,6 +69,9 @@ class Score:
     num_tokens: int
 
 
+Question = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, and continuations of it
+
+
 @dataclass(frozen=True)
 class EngineHealth:
     """`num_tokens`: of the requests that run or wait, prompts and what may still be generated."""
@@ -100,6 +103,10 @@ class Engine(Protocol):
 
     def score(self, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of each continuation after the same prompt."""
+        ...
+
+    def score_all(self, questions: Sequence[Question]) -> list[list[Score]]:
+        """As `score`, of many prompts together; results in the same order."""
         ...
 
     def embed(self, inputs: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:

@@ -12,6 +12,7 @@ from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
 from forge_ray.inference.adapters import WEIGHTS, read_adapter
 from forge_ray.inference.grammar import load_grammars
+from forge_ray.inference.merge import summed_model
 from forge_ray.inference.projection import linear_layers
 from forge_ray.inference.transformers_engine import TransformersEngine
 from forge_ray.machine.hardware import resolve_precision
@@ -55,13 +56,12 @@ def load_model(
     if not list(model_dir.glob("*.safetensors")):
         raise PolicyError(f"{model_dir} has no .safetensors weights", hint="convert the weights to safetensors first")
     refuse_classifier(adapter_dir)
-    model: Any = open_model(model_dir, torch.float32 if merge else dtype)
-    if adapter_dir is not None:
-        if not (adapter_dir / WEIGHTS).is_file():
-            raise PolicyError(f"{adapter_dir} has no {WEIGHTS}", hint="export the adapter as safetensors")
+    if adapter_dir is not None and not (adapter_dir / WEIGHTS).is_file():
+        raise PolicyError(f"{adapter_dir} has no {WEIGHTS}", hint="export the adapter as safetensors")
+    model: Any = summed_model(model_dir, adapter_dir, dtype) if merge else open_model(model_dir, dtype)
+    if adapter_dir is not None and not merge:
         from peft import PeftModel
 
-        adapted: Any = PeftModel.from_pretrained(model, adapter_dir, is_trainable=False)
-        model = adapted.merge_and_unload().to(dtype) if merge else adapted.get_base_model()
+        model = PeftModel.from_pretrained(model, adapter_dir, is_trainable=False).get_base_model()
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded

@@ -189,8 +189,13 @@ def _zeros(shape: torch.Size) -> nn.Parameter:
     return nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
 
 
-@torch.no_grad()
 def _write_whole(base: Path, adapter: Path | None, folder: Path, dtype: torch.dtype | None, head: Head) -> None:
+    summed_model(base, adapter, dtype, head).save_pretrained(folder)
+
+
+@torch.no_grad()
+def summed_model(base: Path, adapter: Path | None, dtype: torch.dtype | None, head: Head = LM) -> Any:
+    """The whole model in memory, in `dtype` (None: that of the base), one layer at a time in fp32. Raises as `write_sum`."""
     model = open_model(base, "auto", head=head)
     target = dtype or model.dtype
     if adapter is not None:
@@ -202,4 +207,4 @@ def _write_whole(base: Path, adapter: Path | None, folder: Path, dtype: torch.dt
             layer.merge()
             _parameter(layer).data = _rounded(name, _parameter(layer).data, target)
         model = adapted.merge_and_unload()  # layers are summed already: modules that were trained in full are put in place
-    model.to(target).save_pretrained(folder)
+    return model.to(target)

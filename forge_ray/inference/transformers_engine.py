@@ -29,11 +29,11 @@ from forge_ray.errors import EngineError, RequestError
 from forge_ray.inference.adapters import Adapters, Lora, read_adapter
 from forge_ray.inference.batching import Batching, request_name
 from forge_ray.inference.embedding import MAX_INPUTS, mean_states
-from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
+from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Question, Score, Token
 from forge_ray.inference.grammar import Grammars
 from forge_ray.inference.projection import AdapterRows, project
 from forge_ray.inference.sampling import Drawing, check_drawing
-from forge_ray.inference.scoring import score_continuations
+from forge_ray.inference.scoring import score_questions
 
 POLL_S = 0.1  # how soon the watching thread sees a dead generation thread
 STALLED_AFTER_S = 300.0  # one forward pass of a full batch on a slow CPU takes well under a minute
@@ -136,17 +136,22 @@ class TransformersEngine:
 
     def score(self, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of each continuation after the same prompt: one prefill, then one padded batch."""
-        longest = len(prompt_ids) + max((len(ids) for ids in continuations), default=0)
-        if not prompt_ids:
-            raise EngineError("the prompt has 0 tokens; there is nothing to continue", hint="give at least one token")
-        if longest > self.max_positions:
-            raise EngineError(
-                f"prompt and longest continuation have {longest} tokens; the model has {self.max_positions} positions",
-                hint="shorten the prompt",
-            )
-        self._check_ids(itertools.chain(prompt_ids, *continuations))
+        return self.score_all([(prompt_ids, continuations)])[0]
+
+    def score_all(self, questions: Sequence[Question]) -> list[list[Score]]:
+        """As `score`, prompts of like length together; generation waits meanwhile."""
+        for prompt_ids, continuations in questions:
+            longest = len(prompt_ids) + max((len(ids) for ids in continuations), default=0)
+            if not prompt_ids:
+                raise EngineError("the prompt has 0 tokens; there is nothing to continue", hint="give at least one token")
+            if longest > self.max_positions:
+                raise EngineError(
+                    f"prompt and longest continuation have {longest} tokens; the model has {self.max_positions} positions",
+                    hint="shorten the prompt",
+                )
+            self._check_ids(itertools.chain(prompt_ids, *continuations))
         with self._model_alone(self._own):
-            return score_continuations(self._model, prompt_ids, continuations)
+            return score_questions(self._model, questions)
 
     def embed(self, inputs: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:
         """One vector of unit length per input: the mean of the last hidden states of its tokens."""

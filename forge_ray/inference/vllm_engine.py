@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
-from forge_ray.inference.engine import EngineHealth, FinishReason, Generation, GenerationRequest, Score, Token
+from forge_ray.inference.engine import EngineHealth, FinishReason, Generation, GenerationRequest, Question, Score, Token
 from forge_ray.inference.vllm_adapters import ELSEWHERE, servable_adapter
 from forge_ray.inference.vllm_settings import engine_arguments, linear_layers, prepare, refused, sampling_params
 from forge_ray.store.owner import owner_mark
@@ -149,6 +149,10 @@ class VllmEngine:
             )
         self._raise_if_failed()
         return self._call(_all([self._score(list(prompt_ids), list(ids)) for ids in continuations]))
+
+    def score_all(self, questions: Sequence[Question]) -> list[list[Score]]:
+        """As `score`, one prompt after another: vLLM fills its batch with a prompt's continuations."""
+        return [self.score(prompt_ids, continuations) for prompt_ids, continuations in questions]
 
     def embed(self, inputs: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:
         """Always `EngineError`: vLLM gives a model that generates no access to its hidden states."""

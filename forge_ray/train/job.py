@@ -34,6 +34,13 @@ class TrainJob:
     under_ray: bool
     initial: ModelVersion | None = None  # the adapter that is trained on; None: a new one, or every weight
     frozen: FrozenModel | None = None  # whose numbers the loss reads; None: nobody's, or those of the start
+    chosen_micro_batch: int = 0  # where train.micro_batch_size=auto; else 0
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Packed rows per forward pass."""
+        size = self.config.micro_batch_size
+        return max(self.chosen_micro_batch, 1) if size == "auto" else size
 
     @property
     def origins(self) -> tuple[str, ...]:
@@ -57,6 +64,7 @@ class TrainJob:
             "under_ray": self.under_ray,
             "initial": self.initial.model_dump(mode="json") if self.initial else None,
             "frozen": self.frozen.to_json() if self.frozen else None,
+            "chosen_micro_batch": self.chosen_micro_batch,
         }
 
     @classmethod
@@ -72,6 +80,7 @@ class TrainJob:
             under_ray=value["under_ray"],
             initial=ModelVersion.model_validate(value["initial"]) if value["initial"] else None,
             frozen=FrozenModel.from_json(value["frozen"]) if value["frozen"] else None,
+            chosen_micro_batch=value["chosen_micro_batch"],
         )
 
 
@@ -134,8 +143,8 @@ def job_of(catalog: Catalog, run: str) -> TrainJob:
     for base, initial, frozen in product(_published(catalog, position["base_digest"]), initials, asked):
         for precision in ("bf16", "fp32"):  # `auto` was resolved on the machine that trained
             if run_id(config, precision, dataset, base, initial, frozen) == run:
-                name = settings["name"]
-                return TrainJob(run, name, config, store, dataset, base, precision, False, initial, frozen)
+                name, size = settings["name"], run_folder.micro_batch_of(store, run)
+                return TrainJob(run, name, config, store, dataset, base, precision, False, initial, frozen, size)
     raise ConfigError(
         f"{run} was trained with settings that mean something else in this version, or its base model is gone",
         hint="take the version that trained it (its record's code_digest), or train again",

@@ -107,7 +107,7 @@ def _open(job: TrainJob, context: Context, expect: Expect) -> TrainingAttempt:
     watched = method.watched
     guards.remember([line[watched] for line in before if watched in line and line["step"] <= first_step])
 
-    steps = Steps(method, engine, rows, slices, balance, guards, context, config.micro_batch_size)
+    steps = Steps(method, engine, rows, slices, balance, guards, context, job.micro_batch_size)
     meter = speed.Meter(flops, peak, context.world_size, first_step)
     return TrainingAttempt(
         number, job, context, folder, base, order, steps, saver, validations, meter, first_step, chain, planned_steps, expect

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from forge_ray.config.train import TrainConfig
+from forge_ray.errors import ConfigError
 
 UP = (".lora_B.", ".lora_embedding_B.")  # PEFT's names of the matrices that start at zero
 
@@ -29,13 +32,27 @@ def make_optimizer(weights: Sequence[tuple[str, Tensor]], config: TrainConfig) -
     options = config.optimizer
     if options.name == "adafactor":
         return torch.optim.Adafactor(groups[0], lr=options.lr, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(
+    adamw = _adamw_8bit() if options.name == "adamw_8bit" else torch.optim.AdamW
+    optimizer: torch.optim.Optimizer = adamw(
         [{"params": group} for group in groups],
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
         weight_decay=options.weight_decay,
     )
+    return optimizer
+
+
+def _adamw_8bit() -> Any:
+    """bitsandbytes' class: moments in 8 bits by blocks of 256 weights (arXiv:2110.02861), of smaller weights in fp32."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "train.optimizer.name=adamw_8bit needs bitsandbytes",
+            hint="pip install 'forge-ray[qlora]' on every worker, or set train.optimizer.name=adamw",
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, factors: tuple[float, ...]) -> None:

@@ -5,7 +5,7 @@ is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P al
 
     weights       w P, at ZeRO stage 3 w P / N; linear layers in 4 bits: `NF4` of a byte for each of their weights
     gradients     engine torch: 4 T in which passes are summed; ZeRO: see `_states`
-    optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N; adafactor: see `_moments`
+    optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N; others: see `_moments`
     host          what is offloaded is in main memory instead: gradients, optimizer, its step and w T / N; w P / N
     gathered      at stage 3 w times what one pass takes together: 500 million weights, or the experts of a layer if more
     working       the larger of a pass (activations, logits, half of its own gradients: they grow while activations shrink)
@@ -34,15 +34,20 @@ from forge_ray.config.method import Preference
 from forge_ray.config.optimizer import Offload
 from forge_ray.config.train import TrainConfig
 from forge_ray.models.architecture import LM, Head, empty_model, outside_text
-from forge_ray.records import DatasetManifest, SplitStats
+from forge_ray.records import DatasetManifest
 from forge_ray.train.activations import heads_of, saved_per_token
 from forge_ray.train.adapter import Coverage, active_share, coverage, is_expert, saved_modules, with_adapter
 from forge_ray.train.freezing import freeze_weights, frozen_names
 from forge_ray.train.moe import routers
 from forge_ray.train.schedule import num_steps
+from forge_ray.train.stated import Stated
 
 BYTES = {"bf16": 2, "fp32": 4}
 BUCKET = 500_000_000  # elements that DeepSpeed reduces or gathers at a time, its default
+# Tokens of a pass beyond which a larger one gains nothing: matrix products of a CPU's caches, and of a card's many units
+ENOUGH = {"cpu": 2048, "gpu": 16384}
+SAFE = 0.8  # of a worker's memory: libraries, and what the plan does not know, need some of it
+BLOCK, UNBLOCKED = 256, 4096  # weights that share a scale in 8 bits; those of smaller tensors stay in fp32 (bitsandbytes)
 PERSISTENT = 100_000  # elements of a weight that ZeRO-3 leaves on the GPU, its default
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: itself, a byte for 64 of them, 4 bytes for 256 of those
 OUTSIDE = ("embed", "lm_head", "norm")  # weights of two dimensions that are no linear layer inside a block
@@ -161,6 +166,7 @@ def memory(
 ) -> Memory:
     """`trained_share`: of a row's positions, those at which logits are computed."""
     w, trained = BYTES[precision], model.num_trained(config)
+    assert isinstance(config.micro_batch_size, int), "whoever plans has decided what auto means (`largest_pass`)"
     tokens = sequence_length * config.micro_batch_size // config.sequence_parallel
     activations = _activations(model, config, w, tokens)
     logits = int(tokens * trained_share) * model.num_logits * w
@@ -183,7 +189,7 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
     largest = max((math.prod(shape) for shape in full.values()), default=0)  # of an adapter's own: next to nothing
     if config.engine == "torch":
         states = (4 * trained if w == 2 else 0) + _moments(model, config)
-        temporaries = (8 if config.optimizer.name == "adamw" else 12) * largest
+        temporaries = {"adamw": 8, "adamw_8bit": 0, "adafactor": 12}[config.optimizer.name] * largest
         return weights, 4 * trained, states, w * trained // 2, 4 * trained + temporaries
     if config.zero_stage == 0:
         return weights, w * trained, 8 * trained, 0, 8 * largest
@@ -210,9 +216,13 @@ def _base(model: Model, config: TrainConfig, w: int) -> int:
 
 def _moments(model: Model, config: TrainConfig) -> int:
     """Bytes of what the optimizer keeps of gradients, in fp32: two numbers a weight; adafactor a mean for each row and
-    column of a matrix, one number for each other weight."""
+    column of a matrix, one number for each other weight; adamw_8bit two bytes a weight and two scales a block."""
     if config.optimizer.name == "adamw":
         return 8 * model.num_trained(config)
+    if config.optimizer.name == "adamw_8bit":
+        trained, full = model.num_trained(config), model.saved(config.adapter) if config.adapter else model.trained(config)
+        in_fp32 = sum(size for size in map(math.prod, full.values()) if size < UNBLOCKED)
+        return 2 * (trained - in_fp32) + 2 * 4 * ((trained - in_fp32) // BLOCK) + 8 * in_fp32
     sizes = [(math.prod(shape), shape) for shape in model.trained(config).values()]
     return 4 * sum(size // shape[-1] + size // shape[-2] if len(shape) > 1 else size for size, shape in sizes)
 
@@ -231,28 +241,6 @@ def _activations(model: Model, config: TrainConfig, w: int, tokens: int) -> int:
     if config.activation_checkpointing:
         return int(tokens * (layers * w * hidden + per_token)) + 2 * adapted
     return int(tokens * layers * per_token) + (layers + 1) * adapted
-
-
-@dataclass(frozen=True)
-class Stated:
-    """A dataset that is only said to be so large: `--rows`. Every token of it is trained."""
-
-    sequence_length: int
-    splits: dict[str, SplitStats]
-
-    @classmethod
-    def of(cls, rows: int, sequence_length: int) -> Stated:
-        tokens = rows * sequence_length
-        train = SplitStats(
-            num_records=rows,
-            num_rows=rows,
-            num_tokens=tokens,
-            num_trained_tokens=tokens,
-            rows_digest="",
-            block_rows=1,
-            shard_rows=(),
-        )
-        return cls(sequence_length, {"train": train})
 
 
 @dataclass(frozen=True)
@@ -282,6 +270,39 @@ class Plan:
     def worker_bytes(self) -> int:
         """What one worker holds when it holds most: the frozen model is released before the run's own is loaded."""
         return max(self.memory.total, self.reference_memory)
+
+
+def not_counted(model: Model, config: TrainConfig, precision: str) -> list[str]:
+    """Memory that a plan has no formula for, in words; of each, what was measured where (`docs/benchmarks.md`)."""
+    lines = []
+    if precision == "bf16" and not config.scaling.gpus_per_worker:
+        more = "up to three times the sum" if model.num_active < model.num_parameters else "up to 40 % of the sum"
+        lines.append(f"kernels that the CPU's library keeps in bf16: {more} was measured in addition")
+    if config.zero_stage == 3 and config.adapter and config.adapter.target_parameters:
+        lines.append("adapted experts under ZeRO-3: 40 % of the sum was measured in addition")
+    return lines
+
+
+def largest_pass(
+    model: Model,
+    config: TrainConfig,
+    precision: str,
+    dataset: DatasetManifest | Stated,
+    num_workers: int,
+    limit: int | None,
+    frozen: Model | None = None,
+) -> int:
+    """What `micro_batch_size=auto` stands for: packed rows per forward pass, a power of two. As many as a worker has of a
+    step, as `ENOUGH` tokens have, and as `SAFE` of `limit` bytes hold; 1 where the limit is not known."""
+    enough = ENOUGH["gpu" if config.scaling.gpus_per_worker else "cpu"]
+    most = min(config.global_batch * config.sequence_parallel // num_workers, enough // dataset.sequence_length)
+    size = 1
+    while limit and 2 * size <= most:
+        changed = config.model_copy(update={"micro_batch_size": 2 * size})
+        if plan(model, changed, precision, dataset, num_workers, frozen).worker_bytes > SAFE * limit:
+            break
+        size *= 2
+    return size
 
 
 def nearest(

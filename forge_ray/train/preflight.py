@@ -24,11 +24,15 @@ from forge_ray.store import paths
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train import plan as planning
+from forge_ray.train import run_folder
 from forge_ray.train.adapter import Coverage
 from forge_ray.train.frozen import FrozenModel, of_version
 from forge_ray.train.methods.preference import refuse_ungraded
 from forge_ray.train.model import refuse_without_compiler
 from forge_ray.train.plan import Plan
+from forge_ray.train.stated import Stated
+
+UNKNOWN = (KeyError, TypeError, ZeroDivisionError)  # raised by a plan for an architecture that it has no numbers of
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Planned:
     """What is planned for: a model's shapes, a dataset's numbers, and what the two are called."""
 
     model: planning.Model
-    dataset: DatasetManifest | planning.Stated
+    dataset: DatasetManifest | Stated
     base_name: str
     dataset_name: str
     frozen: planning.Model | None = None  # whose numbers the loss reads, where that is not the model of the start
@@ -73,8 +77,11 @@ class Estimate:
     memory_limit: int | None
     base_model: str
     dataset: str
+    not_counted: list[str]  # of a worker's memory
+    is_assumed: bool  # the dataset: its size is stated, or follows from the sizes of files
     coverage: Coverage | None
     precision: str
+    micro_batch_size: int
     num_workers: int
     seconds: float | None
     cost: float | None
@@ -97,6 +104,7 @@ def estimate(train: TrainConfig, store: Store, precision: str, planned: Planned,
     """What a run of these settings takes, and whether it fits."""
     num_workers = assumptions.num_workers or max(train.scaling.max_workers, 1)
     limit = memory_limit(train.scaling, assumptions)
+    train = with_micro_batch(train, precision, planned, num_workers, limit)
     judgement = judge(train, store, precision, planned, num_workers, limit)
     rate = assumptions.tokens_per_s * num_workers
     # a forward pass is half of a step where the base is frozen, else a third (`benchmarks/train_step.py` has the formula)
@@ -114,8 +122,11 @@ def estimate(train: TrainConfig, store: Store, precision: str, planned: Planned,
         memory_limit=limit,
         base_model=planned.base_name,
         dataset=planned.dataset_name,
+        not_counted=planning.not_counted(planned.model, train, precision),
+        is_assumed=isinstance(planned.dataset, Stated),
         coverage=planned.model.coverage(train.adapter) if train.adapter else None,
         precision=precision,
+        micro_batch_size=int(train.micro_batch_size),
         num_workers=num_workers,
         seconds=seconds,
         cost=seconds / 3600 * num_workers * assumptions.cost_per_hour if seconds and paid else None,
@@ -133,6 +144,48 @@ def memory_limit(scaling: Scaling, assumptions: Assumptions) -> int | None:
     if scaling.max_workers:
         connect()
     return memory_per_worker(scaling)
+
+
+def with_micro_batch(
+    train: TrainConfig, precision: str, planned: Planned, num_workers: int, limit: int | None
+) -> TrainConfig:
+    """The settings with a number in place of `micro_batch_size=auto`."""
+    if train.micro_batch_size != "auto":
+        return train
+    size = planning.largest_pass(planned.model, train, precision, planned.dataset, num_workers, limit, planned.frozen)
+    return train.model_copy(update={"micro_batch_size": size})
+
+
+def micro_batch_of(
+    train: TrainConfig,
+    store: Store,
+    precision: str,
+    base: ModelVersion,
+    manifest: DatasetManifest,
+    run: str,
+    frozen: FrozenModel | None,
+) -> int:
+    """What `micro_batch_size=auto` means to a run: the number that it began with, or one that is decided now and kept, so
+    that a run that goes on elsewhere adds in the same order. 0 where the run file states the number. Ray must be connected
+    unless the run does without."""
+    if train.micro_batch_size != "auto":
+        return 0
+    if kept := run_folder.micro_batch_of(store, run):
+        return kept
+    try:
+        planned = _planned(train, store, base, manifest, frozen)
+        workers, limit = max(train.scaling.max_workers, 1), memory_per_worker(train.scaling)
+        size = int(with_micro_batch(train, precision, planned, workers, limit).micro_batch_size)
+    except UNKNOWN:
+        size = 1
+    return run_folder.keep_micro_batch(store, run, size)
+
+
+def _planned(
+    train: TrainConfig, store: Store, base: ModelVersion, manifest: DatasetManifest, frozen: FrozenModel | None
+) -> Planned:
+    model = planning.Model.of(configuration(store, base), Head(train.targets))
+    return Planned(model, manifest, base.id, manifest.id, shapes_of_frozen(store, frozen))
 
 
 def judge(
@@ -233,11 +286,14 @@ def refuse_impossible(
     if not config.train.guards.refuse_impossible or store.list(paths.checkpoints(run), recursive=True):
         return  # one that has got as far as a checkpoint fits
     try:
-        model = planning.Model.of(configuration(store, base), Head(config.train.targets))
-        planned = Planned(model, manifest, base.id, manifest.id, shapes_of_frozen(store, frozen))
-        limit = memory_per_worker(scaling)
-        judgement = judge(config.train, store, precision, planned, max(scaling.max_workers, 1), limit)
-    except (KeyError, TypeError, ZeroDivisionError) as error:  # an architecture that the plan has no numbers of
+        planned, limit, workers = (
+            _planned(config.train, store, base, manifest, frozen),
+            memory_per_worker(scaling),
+            max(scaling.max_workers, 1),
+        )
+        train = with_micro_batch(config.train, precision, planned, workers, limit)
+        judgement = judge(train, store, precision, planned, workers, limit)
+    except UNKNOWN as error:
         why = f"{type(error).__name__}: {visible(str(error))}"
         print(f"  the plan does not know this model ({why}); not judged", file=sys.stderr)
         return

@@ -42,6 +42,7 @@ def run_record(job: TrainJob, config: RunConfig) -> RunRecord:
         initial_digest=job.initial.files_digest if job.initial else "",
         frozen_model=job.frozen.version.id if job.frozen else "",
         frozen_digest=job.frozen.version.files_digest if job.frozen else "",
+        micro_batch_size=job.chosen_micro_batch,
         seed=job.config.seed,
         num_steps=result["num_steps"],
         samples_seen=result["samples_seen"],

@@ -4,7 +4,7 @@
     references/<dataset>/<key>/made_by.json                     the versions whose numbers they are
 
 The frozen model is the one that a run starts from, and the run's own engine is asked before its first step (the weights are
-then those of the base, for a new adapter adds nothing). Or it is another version: each worker loads it before the run's own
+then those of the base: a new adapter is switched off). Or it is another version: each worker loads it before the run's own
 model, and releases it. Each row is a pass of its own, so that the numbers depend neither on the run's micro-batch nor on the
 number of workers. A pass that was killed continues with the pieces that are there (`work/references/…`).
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import io
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -99,9 +100,15 @@ class Reference:
         missing = self._missing(context)
         if missing:
             engine.model.eval()
-            self._compute(engine.forward, missing, context, expect, together=True)
+            with self._at_start(engine.model):
+                self._compute(engine.forward, missing, context, expect, together=True)
             engine.model.train()
         self._publish(missing, context, expect)
+
+    def _at_start(self, model: Any) -> AbstractContextManager[Any]:
+        """A new adapter is switched off: it adds an exact zero, and takes its time."""
+        is_new = self.job.config.adapter is not None and self.job.initial is None
+        return model.disable_adapter() if is_new else nullcontext()
 
     def _opened(self, device: torch.device) -> Any:
         """The frozen model, its weights verified."""

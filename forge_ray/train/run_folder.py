@@ -13,6 +13,7 @@ from forge_ray.records import hex_of
 from forge_ray.store import paths
 from forge_ray.store.files import MANIFEST, Store
 
+MICRO_BATCH = "micro-batch.json"
 CONFIG = "config-"  # begins the name of the run file as resolved; one file for each that led to this run
 
 
@@ -33,6 +34,18 @@ def config_of(store: Store, run: str) -> dict[str, Any]:
     path = config_path(store, run)
     config: dict[str, Any] = store.read_json(path) if path else {}
     return config
+
+
+def keep_micro_batch(store: Store, run: str, size: int) -> int:
+    """Packed rows per forward pass that the run begins with (`train.micro_batch_size=auto`), or those that it began with."""
+    store.create(paths.run(run, MICRO_BATCH), json.dumps({"micro_batch_size": size}).encode())
+    return micro_batch_of(store, run)
+
+
+def micro_batch_of(store: Store, run: str) -> int:
+    """What `keep_micro_batch` wrote; 0 where the run file states the number, or the run has not started."""
+    path = paths.run(run, MICRO_BATCH)
+    return int(store.read_json(path)["micro_batch_size"]) if store.exists(path) else 0
 
 
 def positions(store: Store, run: str) -> Iterator[dict[str, Any]]:

@@ -53,7 +53,7 @@ def validate(
         )
     order = order_of(job.dataset, "validation", 0, global_batch=1)
     sample = [order.row(index) for index in range(num_rows)]
-    size = job.config.micro_batch_size
+    size = job.micro_batch_size
 
     def parts() -> Iterator[tuple[bool, Batch, Batch]]:
         """(does it count, its rows, this rank's slice of them); a rank whose rows have run out takes part, and counts

@@ -30,9 +30,9 @@ FORCE_DATA, FORBID_DATA = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGH
 def zero_config(config: TrainConfig, precision: str, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON from our fields. Whatever has a default that moves between releases is set."""
     return {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1,  # only logged by DeepSpeed: the loop says which pass ends a step
         "gradient_accumulation_steps": 1,  # the recipe owns the boundary and the scale
-        "train_batch_size": config.micro_batch_size * world_size,
+        "train_batch_size": world_size,
         "gradient_clipping": config.max_grad_norm,  # DeepSpeed's own default became 1.0 in 0.19
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -53,8 +53,9 @@ def train(engine: TorchEngine, steps: int) -> list[float]:
     return losses
 
 
-def config() -> TrainConfig:
-    return parse(TrainConfig, {"engine": "torch", "zero_stage": 0, "optimizer": {"lr": 1e-3}})
+def config(name: str = "adamw") -> TrainConfig:
+    settings = {"engine": "torch", "zero_stage": 0, "scaling": {"gpus_per_worker": 1}}
+    return parse(TrainConfig, {**settings, "optimizer": {"lr": 1e-3, "name": name}})
 
 
 def test_bf16_trains_on_fp32_masters() -> None:
@@ -65,13 +66,29 @@ def test_bf16_trains_on_fp32_masters() -> None:
     assert {value.dtype for value in engine.weights(trained_only=True).values()} == {torch.bfloat16}
 
 
-def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole = TorchEngine(tiny(), config())
+def test_moments_in_8_bits_train_as_far_as_those_in_32() -> None:
+    pytest.importorskip("bitsandbytes")
+    engine = TorchEngine(tiny(), config("adamw_8bit"))
+    losses = train(engine, 30)
+    assert losses[-1] < 0.7 * losses[0]
+    assert any(
+        value.dtype == torch.uint8
+        for state in engine.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    whole = TorchEngine(tiny(), config(optimizer))
     train(whole, 6)
-    first = TorchEngine(tiny(), config())
+    first = TorchEngine(tiny(), config(optimizer))
     train(first, 3)
     first.save(tmp_path, torch.save)
-    second = TorchEngine(tiny(), config())
+    second = TorchEngine(tiny(), config(optimizer))
     second.load(tmp_path)
     train(second, 3)
     expected = whole.weights(trained_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -17,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
-from forge_ray.inference.engine import Generation, GenerationRequest
+from forge_ray.inference.engine import Generation, GenerationRequest, Question
 from forge_ray.inference.grammar import Grammars, Matcher, load_grammars
 from forge_ray.inference.load import load_engine
 from forge_ray.inference.sampling import gumbel_noise, nucleus, sample
@@ -146,6 +147,23 @@ def test_many_continuations_are_scored_in_several_batches(engine: TransformersEn
     continuations = [(10 + k % 90, 20 + k // 2) for k in range(130)]
     scores = engine.score(PROMPTS[1], continuations)
     assert scores[129].logprob == pytest.approx(engine.score(PROMPTS[1], continuations[129:])[0].logprob, abs=1e-4)
+
+
+def test_questions_scored_together_equal_each_alone(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of several lengths share passes, padded on the left, some with continuations of one token alone."""
+    monkeypatch.setattr("forge_ray.inference.scoring.MAX_ROWS", 7)
+    questions: list[Question] = [
+        (prompt[:length], [(5,), (17, 60, 200), (9,), (33, 34)][: 1 + number % 4])
+        for number, (prompt, length) in enumerate(itertools.product(PROMPTS, (1, 2, 3, 40)))
+    ]
+    questions += [(PROMPTS[0], [(k, k + 1) for k in range(20)]), (PROMPTS[1], [()]), (PROMPTS[2], [])]
+    together = engine.score_all(questions)
+    for question, scores in zip(questions, together, strict=True):
+        alone = engine.score(*question)
+        assert [score.num_tokens for score in scores] == [score.num_tokens for score in alone]
+        assert [score.logprob for score in scores] == pytest.approx([score.logprob for score in alone], abs=1e-4)
+    with pytest.raises(EngineError, match="0 tokens"):
+        engine.score_all([questions[0], ((), [(1,)])])
 
 
 def test_scoring_and_generating_do_not_interfere(engine: TransformersEngine) -> None:

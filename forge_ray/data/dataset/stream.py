@@ -1,9 +1,10 @@
 """From a dataset version to one rank's batches, in the order that `order.py` says.
 
 The order names the rows; this module only brings them near. The unit of reading is a *window*: `block_rows` steps of one
-lane, which lie in one or two blocks. Under Ray, each worker runs a small Ray Data pipeline over the windows it will need, so
-reading and decoding happen on idle CPUs, ahead of the step, bounded by Ray Data's back-pressure. Without Ray a thread does
-the same with the same function. The whole state is the step: there is nothing to save and nothing to skip.
+lane, which lie in one or two blocks. Under Ray, each worker reads its first window and runs a small Ray Data pipeline over
+those that follow, so reading and decoding happen on idle CPUs, ahead of the step, bounded by Ray Data's back-pressure.
+Without Ray a thread does the same with the same function. The whole state is the step: there is nothing to save and nothing
+to skip.
 """
 
 from __future__ import annotations
@@ -175,26 +176,35 @@ def local_batches(feed: Feed) -> Iterator[Arrays]:
 
 
 def ray_batches(feed: Feed) -> Iterator[Arrays]:
-    """On Ray: the windows stream through Ray Data tasks, in order."""
+    """On Ray: the windows stream through Ray Data tasks, in order. The first is read here: it takes milliseconds, and the
+    tasks seconds until they run, which the first steps take meanwhile."""
     import ray.data
 
-    total = len(feed.windows) * len(feed.lanes)
+    own, total = len(feed.lanes), len(feed.windows) * len(feed.lanes)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    windows = ray.data.range(total, override_num_blocks=total).map_batches(partial(_read_items, feed=feed), batch_size=1)
+    left = max(total - own, 1)
+    windows = ray.data.range(left, override_num_blocks=left).map_batches(partial(_read_items, feed=feed), batch_size=1)
     shape = (-1, feed.rows.sequence_length)
 
     def items() -> Iterator[Arrays]:
-        for row in windows.iter_rows():
+        rows: Iterator[dict[str, Any]] = iter(windows.iter_rows() if total > own else ())
+        with ThreadPoolExecutor(1, thread_name_prefix="forge-read") as pool:
+            starting = pool.submit(next, rows, None)
+            yield from map(feed.read, range(own))
+            row = starting.result()
+        while row is not None:
             yield {name: np.frombuffer(row[name], np.int32).reshape(shape) for name in COLUMNS}
+            row = next(rows, None)
 
     return feed.batches(items())
 
 
 def _read_items(batch: dict[str, Any], feed: Feed) -> dict[str, Any]:
-    """Windows differ in length, so they travel as bytes: no ragged tensors, no copies in Arrow."""
-    arrays = [feed.read(int(item)) for item in batch["id"]]
+    """Windows differ in length, so they travel as bytes: no ragged tensors, no copies in Arrow. Ids count from the second
+    window."""
+    arrays = [feed.read(int(item) + len(feed.lanes)) for item in batch["id"]]
     return {name: [array[name].tobytes() for array in arrays] for name in COLUMNS}
 
 

@@ -18,7 +18,7 @@ from forge_ray.evaluate.examples import Example, label_forms
 from forge_ray.evaluate.publish import plot_confusion
 from forge_ray.evaluate.score import score_examples, tokenizer_for
 from forge_ray.evaluate.summary import summarise
-from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Score, Token
+from forge_ray.inference.engine import EngineHealth, Generation, GenerationRequest, Question, Score, Token
 from forge_ray.records import DatasetManifest, EvalReport
 from forge_ray.release.gate import judge
 from forge_ray.store.files import Store
@@ -127,6 +127,9 @@ class Echo:
 
     def score(self, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
         return [Score(-float(number), len(ids)) for number, ids in enumerate(continuations)]
+
+    def score_all(self, questions: Sequence[Question]) -> list[list[Score]]:
+        return [self.score(*question) for question in questions]
 
     def health(self) -> EngineHealth:
         return EngineHealth(True, "", 0, 0)

@@ -221,6 +221,8 @@ def test_pattern_matches_only_layers_with_that_module(models: dict[str, Any]) ->
         ),
         ({"optimizer": {"name": "adafactor", "eps": 1e-6}}, "eps=1e-06 has no effect with name=adafactor"),
         ({"optimizer": {"name": "adamw8bit"}}, "optimizer.name='adamw8bit'"),
+        ({"optimizer": {"name": "adamw_8bit"}, "scaling": {"gpus_per_worker": 1}}, "engine=deepspeed cuts weights anew"),
+        ({"optimizer": {"name": "adamw_8bit"}, "engine": "torch", "zero_stage": 0}, "adamw_8bit runs on GPUs"),
         ({"adapter": {}, "router": "trained"}, "cannot be combined with an adapter"),
         ({"adapter": {}, "router_aux_loss": 0.1}, "the router is frozen"),
         ({"router": "frozen", "router_aux_loss": 0.1}, "the router is frozen"),

@@ -15,8 +15,9 @@ from forge_ray.store import paths
 from forge_ray.store.files import Store
 from forge_ray.store.uses import using
 from forge_ray.train import checkpoint, validation
-from forge_ray.train.plan import Model, Stated, plan
+from forge_ray.train.plan import Model, plan
 from forge_ray.train.preflight import left_bytes, num_kept
+from forge_ray.train.stated import Stated
 
 pytestmark = pytest.mark.unit
 RUN = "run_1"

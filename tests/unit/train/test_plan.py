@@ -17,7 +17,7 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.errors import ConfigError
 from forge_ray.models.architecture import Head
 from forge_ray.train.optimizer import make_optimizer
-from forge_ray.train.plan import Model, _is_allowed, memory, nearest, plan
+from forge_ray.train.plan import BLOCK, UNBLOCKED, Model, _is_allowed, memory, nearest, not_counted, plan
 
 pytestmark = pytest.mark.unit
 
@@ -179,6 +179,23 @@ def test_adafactor_state_is_that_of_torch(model: Model, tiny_model_dir: Path) ->
     assert memory(model, config, "bf16", 128, 1).optimizer < 5 * model.num_parameters
 
 
+def test_moments_in_8_bits_have_two_scales_a_block_and_small_weights_stay_in_fp32(model: Model) -> None:
+    gpu = {"gpus_per_worker": 1}
+    config = parse(TrainConfig, {"optimizer": {"name": "adamw_8bit"}, "engine": "torch", "zero_stage": 0, "scaling": gpu})
+    sizes = list(map(math.prod, model.shapes.values()))
+    assert min(sizes) < UNBLOCKED <= max(sizes)
+    kept = sum(2 * size + 8 * (size // BLOCK) if size >= UNBLOCKED else 8 * size for size in sizes)
+    assert memory(model, config, "fp32", 128, 1).optimizer == pytest.approx(kept, abs=8 * len(sizes))
+
+
+def test_adamw_in_8_bits_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"gpus_per_worker": 1}
+    config = parse(TrainConfig, {"optimizer": {"name": "adamw_8bit"}, "engine": "torch", "zero_stage": 0, "scaling": gpu})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="adamw_8bit needs bitsandbytes"):
+        make_optimizer([], config)
+
+
 def test_frozen_weights_are_counted_out(model: Model) -> None:
     config = parse(TrainConfig, {"freeze": ["embed_tokens", "layers.0"]})
     frozen = [name for name in model.shapes if "embed_tokens" in name or ".layers.0." in name]
@@ -250,6 +267,7 @@ def test_plan_needs_neither_data_nor_weights(
     printed = capsys.readouterr().out
     assert "6,632,588,288" in printed
     assert "mlp.experts.gate_up_proj: 36 weights" in printed
+    assert "adapted experts under ZeRO-3: 40 % of the sum was measured in addition" in printed
     assert not (tmp_path / "store").exists()
     wrong = load(RunConfig, root / "jobs/mistral-small-4.yaml", (folder, "train.adapter={target_modules: [q_proj, o_proj]}"))
     with pytest.raises(ConfigError, match="'q_proj' matches nothing"):
@@ -274,7 +292,7 @@ def test_adapter_coverage_is_reported_before_training(store: Any, capsys: pytest
 
 def test_reference_pass_is_stated(model: Model, tiny_model_dir: Path) -> None:
     """Bytes of what is kept, and the memory of a frozen model, which is asked before the run's own is loaded."""
-    from forge_ray.train.plan import Stated
+    from forge_ray.train.stated import Stated
 
     rows = Stated.of(100, 64)  # every token is trained
     distil = parse(TrainConfig, {"method": {"kind": "distil", "teacher": "t", "k": 10}})
@@ -297,8 +315,8 @@ def large_of(model: Model) -> Model:
 
 def test_teacher_that_does_not_fit_is_refused_with_a_remedy(model: Model, tmp_path: Path) -> None:
     from forge_ray.store.files import Store
-    from forge_ray.train.plan import Stated
     from forge_ray.train.preflight import Planned, disk_bytes, judge, left_bytes
+    from forge_ray.train.stated import Stated
 
     distil = parse(TrainConfig, {"method": {"kind": "distil", "teacher": "big", "k": 10}})
     rows, store = Stated.of(100, 64), Store(str(tmp_path))
@@ -311,3 +329,11 @@ def test_teacher_that_does_not_fit_is_refused_with_a_remedy(model: Model, tmp_pa
     asked = judgement.plan
     assert disk_bytes(distil, asked) == asked.disk_bytes + 2 * asked.reference_bytes  # as pieces, and put together
     assert left_bytes(distil, asked) >= asked.reference_bytes
+
+
+def test_plan_names_what_it_does_not_count(model: Model) -> None:
+    on_cpu, on_gpu = (parse(TrainConfig, {"scaling": {"gpus_per_worker": gpus}}) for gpus in (0, 1))
+    (line,) = not_counted(model, on_cpu, "bf16")
+    assert "up to 40 % of the sum" in line
+    assert not not_counted(model, on_cpu, "fp32")
+    assert not not_counted(model, on_gpu, "bf16")

@@ -89,11 +89,19 @@ def test_settings_that_are_not_used_keep_the_identity_of_earlier_runs(settings: 
     assert digest(parse(TrainConfig, settings).identity()) == f"sha256:{expected}"
 
 
-def test_quick_start_keeps_its_run_ids() -> None:
-    config = load(RunConfig, Path(__file__).parents[3] / "jobs" / "quickstart.yaml").train
+@pytest.mark.parametrize(
+    ("size", "run_ids"),
+    [
+        (2, ["run_d468bdbf2fe20f06", "run_a1ea28bbea7f4613"]),  # as its file said before
+        ("auto", ["run_dd353c0252b0e3bf", "run_3c80fe188cb8223a"]),
+    ],
+)
+def test_quick_start_keeps_its_run_ids(size: int | str, run_ids: list[str]) -> None:
+    config = load(
+        RunConfig, Path(__file__).parents[3] / "jobs" / "quickstart.yaml", (f"train.micro_batch_size={size}",)
+    ).train
     rows, weights = "ds_1fefad2e07351f35", "sha256:502110d5a8e245a17a1daa0f6dd19d90b1fa9a6fb503d1bec80b0b82f42e18bf"
-    run_ids = [short_id("run", identity(config, precision, rows, base(weights))) for precision in ("fp32", "bf16")]
-    assert run_ids == ["run_d468bdbf2fe20f06", "run_a1ea28bbea7f4613"]
+    assert [short_id("run", identity(config, precision, rows, base(weights))) for precision in ("fp32", "bf16")] == run_ids
 
 
 def test_dataset_base_model_and_precision_change_run_id() -> None:
@@ -127,7 +135,9 @@ def test_adapter_export_format_changes_run_id() -> None:
 
 def test_train_job_json_round_trip(tmp_path: Path) -> None:
     config = parse(TrainConfig, {"adapter": {"r": 4}, "optimizer": {"lr": 1e-5}})
-    job = TrainJob("run_x", "a name", config, Store(str(tmp_path)), dataset(), base(), "fp32", under_ray=True)
+    job = TrainJob(
+        "run_x", "a name", config, Store(str(tmp_path)), dataset(), base(), "fp32", under_ray=True, chosen_micro_batch=4
+    )
     again = TrainJob.from_json(json.loads(json.dumps(job.to_json())))
     assert again == job
     assert identity_digest(again) == identity_digest(job)
