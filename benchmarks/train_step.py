@@ -5,13 +5,16 @@
         --document-length 1024 --micro-batch-size 2 --compile --method forge,trl
     the same with --shape qwen2.5-7b; with --shape llama-3.2-1b and no --lora for a full fine-tune on one GPU
     (a full fine-tune of 8 B weights keeps 12 bytes of each beside the weights: more than one GPU has)
+    --shape mistral-small-4 --layers fit --experts --activation-checkpointing     as many layers as fit, LoRA on the experts
 
 The step is the recipe's: packed rows laid end to end, attention inside documents, logits at trained positions only, the same
 engine. `trl` is TRL's SFTTrainer on the same rows and the same kind of weights (`padding_free`; `--peer-attention` names its
-attention). Each method is a process of its own; the last line is the ratio.
+attention). Each method is a process of its own; the last line is the ratio. `memory` sets the peak against the estimate of
+`forge plan`; on the CPU the peak of the process counts, less what it held before the model.
 
 Model FLOPs per token, for P weights in matrix products (embedding look-up not counted, output projection counted on the
-trained share s of the positions), L layers, H heads of size D and documents of d tokens:
+trained share s of the positions, of routed experts those that a token is sent to), L layers, H heads of size D and documents
+of d tokens:
 
     forward  = 2 P_layers + 2 s P_output + 4 L H D (d / 2)       causal attention sees half of its document on average
     step     = 3 × forward for a full fine-tune; 2 × forward for LoRA, whose frozen weights need no gradient
@@ -21,42 +24,44 @@ trained share s of the positions), L layers, H heads of size D and documents of 
 from __future__ import annotations
 
 import argparse
-import itertools
+import gc
+import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+import warnings
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from plan import resident
+from random_models import (
+    DTYPES,
+    SHAPES,
+    configuration,
+    fitting_layers,
+    flops,
+    plan_model,
+    predicted,
+    quantise,
+    random_batch,
+    random_model,
+    train_config,
+)
+from reports import last_object
 
-from forge_ray.config.base import parse
-from forge_ray.config.train import TrainConfig
-from forge_ray.data.build.pack import Document, pack
-from forge_ray.data.dataset.stream import COLUMNS, model_inputs
-from forge_ray.train import attention
-from forge_ray.train.context import join
-from forge_ray.train.engine import TorchEngine
-from forge_ray.train.methods import sft
-from forge_ray.train.model import DTYPES, compile_blocks, with_adapter
+from forge_ray.machine.hardware import gpu_named
 
-# hidden, intermediate, layers, heads, key/value heads, vocabulary, embeddings tied to the output
-SHAPES = {
-    "tiny": (64, 128, 2, 4, 2, 512, False),
-    "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
-    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, True),
-    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, False),
-    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),  # with biases on queries, keys and values
-}
-PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}  # dense bf16, SXM data sheets
+FIT_SHARE = 0.85  # of a GPU's memory, for `--layers fit`
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--layers", default="all", help="all, a number, or fit: as many as `forge plan` says fit (on a GPU)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--sequence-length", type=int, default=256)
@@ -65,94 +70,72 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--num-micro-batches", type=int, default=4, help="per step: gradient accumulation")
     parser.add_argument("--lora", type=int, default=0, metavar="R", help="0: full fine-tune")
+    parser.add_argument("--experts", action="store_true", help="LoRA on the routed experts too")
+    parser.add_argument("--quantize", choices=("none", "nf4"), default="none", help="the base in 4 bits; needs bitsandbytes")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="blocks through torch.compile, as train.compile does")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="torch's deterministic kernels; a run does not set them"
+    )
+    parser.add_argument("--repeat", type=int, default=0, help="train so often from the start, with digests of the weights")
     parser.add_argument("--method", default="forge", help="forge, trl, or both: forge,trl")
     parser.add_argument("--peer-attention", default="sdpa", help="TRL's attn_implementation, e.g. flash_attention_2")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock counts")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peak-tflops", type=float, default=0, help="of the device, for MFU; known for H100, H200 and A100")
+    parser.add_argument("--peak-tflops", type=float, default=0, help="of the device, for MFU; known for data centre GPUs")
     return parser.parse_args()
 
 
-def random_model(options: argparse.Namespace, device: torch.device, attn_implementation: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[options.shape]
-    kinds: tuple[Any, Any] = (LlamaConfig, LlamaForCausalLM)
-    if options.shape.startswith("qwen"):
-        kinds = (Qwen2Config, Qwen2ForCausalLM)
-    config = kinds[0](
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=options.sequence_length,
-        use_cache=False,
-        attn_implementation=attn_implementation,
-        dtype=DTYPES[options.precision],
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: Any = kinds[1]._from_config(config)
-    return model.train()
-
-
-def random_batch(options: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
-    """One step's rows, filled with documents of one length."""
-    length, vocabulary = min(options.document_length, options.sequence_length), SHAPES[options.shape][5]
-    rows = options.micro_batch_size * options.num_micro_batches
-    count = rows * (options.sequence_length // length)
-    random = np.random.default_rng(0)
-    trained = max(1, round(length * options.trained_share))
-    mask = [0] * (length - trained) + [1] * trained
-    packed_rows = pack(
-        [Document("", random.integers(0, vocabulary, length), mask) for _ in range(count)], options.sequence_length, 0
-    )
-    arrays = {name: np.stack([getattr(row, name) for row in packed_rows]) for name in COLUMNS}
-    return {name: torch.from_numpy(value).to(device) for name, value in model_inputs(arrays).items()}
-
-
-def flops_per_token(model: Any, options: argparse.Namespace, trained_share: float) -> float:
-    """By the formula above."""
-    config = model.config
-    head = config.hidden_size // config.num_attention_heads
-    kv_width, width = head * config.num_key_value_heads, head * config.num_attention_heads
-    layer = config.hidden_size * (2 * width + 2 * kv_width) + 3 * config.hidden_size * config.intermediate_size
-    output = trained_share * config.hidden_size * config.vocab_size
-    attention = 4 * config.num_hidden_layers * width * min(options.document_length, options.sequence_length) / 2
-    forward = 2 * (config.num_hidden_layers * layer + output) + attention
-    return forward * (2 if options.lora else 3)
-
-
 def forge(options: argparse.Namespace) -> dict[str, Any]:
+    """The report of one training; with `--repeat` of the last one, and the digests of all."""
+    notes, digests = prepare(options), []
+    for _ in range(max(1, options.repeat)):
+        gc.collect()
+        report, engine = training(options)
+        if options.repeat:
+            digests.append(digest_of(engine.weights(trained_only=True)))
+        del engine
+    report["notes"] = notes + report["notes"]
+    return report | ({"weights_sha256": digests} if digests else {})
+
+
+def training(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """From new weights; (its report, the engine with the trained ones)."""
+    from older_torch import bridge
+
+    from forge_ray.train import attention, lora
+    from forge_ray.train.adapter import with_adapter
+    from forge_ray.train.context import join
+    from forge_ray.train.engine import TorchEngine
+    from forge_ray.train.methods import sft
+    from forge_ray.train.model import compile_blocks
+
     context = join(options.device == "cuda", options.threads, under_ray=False)
-    model = random_model(options, context.device, attention.register())
-    settings: dict[str, Any] = {"engine": "torch", "zero_stage": 0, "precision": options.precision}
-    if options.lora:
-        settings["adapter"] = {"r": options.lora}
-    config = parse(TrainConfig, settings)
+    notes = bridge()
+    shape = configuration(options.shape, num_layers(options), options.sequence_length)
+    batch = random_batch(options, shape.vocab_size, context.device)
+    before = start_of_peak(options)
+    # as `load_for_training`, whose weights come out of a folder
+    model = random_model(shape, options.precision, context.device, attention.register())
+    config = train_config(options)
+    if options.quantize != "none":
+        quantise(model)
     if options.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base = model
     if config.adapter:
         model = with_adapter(model, config.adapter)
+        lora.fuse(model, config)
         if options.activation_checkpointing:
             model.enable_input_require_grads()
     if options.compile:
         compile_blocks(model)
-    engine = TorchEngine(model.to(context.device), config)
+    engine = TorchEngine(model.train(), config)
 
-    batch = random_batch(options, context.device)
     parts = [
         {name: value[start : start + options.micro_batch_size] for name, value in batch.items()}
         for start in range(0, len(batch["input_ids"]), options.micro_batch_size)
     ]
-    num_tokens = int((batch["segment_ids"] > 0).sum())
     num_trained = int(batch["loss_mask"].sum())
 
     def now() -> float:
@@ -161,113 +144,89 @@ def forge(options: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter()
 
     spent: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for step in range(options.warmup + options.steps):
-        seconds = dict.fromkeys(spent, 0.0)
-        for number, part in enumerate(parts):
+    losses = []
+    with warnings.catch_warnings(record=True) as caught:
+        for step in range(options.warmup + options.steps):
+            seconds, total = dict.fromkeys(spent, 0.0), 0.0
+            for number, part in enumerate(parts):
+                started = now()
+                loss = sft.loss(engine.forward, part).loss
+                middle = now()
+                engine.backward(loss / num_trained, is_last=number == len(parts) - 1)
+                seconds["forward"] += middle - started
+                seconds["backward"] += now() - middle
+                total += float(loss.detach())
             started = now()
-            loss = sft.loss(engine.forward, part).loss
-            middle = now()
-            engine.backward(loss / num_trained, is_last=number == len(parts) - 1)
-            seconds["forward"] += middle - started
-            seconds["backward"] += now() - middle
-        started = now()
-        engine.step(1e-5)
-        seconds["optimizer"] = now() - started
-        if step >= options.warmup:
-            for name, value in seconds.items():
-                spent[name].append(value)
+            engine.step(1e-5)
+            seconds["optimizer"] = now() - started
+            losses.append(total / num_trained)
+            if step >= options.warmup:
+                for name, value in seconds.items():
+                    spent[name].append(value)
+    notes += sorted({str(one.message).split(". ")[0] for one in caught if "deterministic" in str(one.message)})
 
     totals = [sum(values) for values in zip(*spent.values(), strict=True)]
-    split = {name: statistics.median(values) for name, values in spent.items()}
-    return result(options, base, totals, num_tokens, num_trained) | {"split_s": split}
+    report = result(options, shape, totals, batch, before) | {"losses": [losses[0], losses[-1]], "notes": notes}
+    report["split_s"] = {name: statistics.median(values) for name, values in spent.items()}
+    return report, engine
 
 
-def trl(options: argparse.Namespace) -> dict[str, Any]:
-    """TRL's trainer on the same rows: its own loss, accumulation and optimizer."""
-    import tempfile
-
-    import transformers
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
-
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    model = random_model(options, device, options.peer_attention)
-    batch = random_batch(options, torch.device("cpu"))
-    examples = []
-    for ids, mask, segments in zip(*(batch[name].tolist() for name in COLUMNS), strict=True):
-        used = sum(segment > 0 for segment in segments)
-        labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
-        sizes = [segments.count(number) for number in range(1, max(segments) + 1)]
-        examples.append({"input_ids": ids[:used], "labels": labels[:used], "seq_lengths": sizes})
-    moments: list[float] = []
-
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-            moments.append(time.perf_counter())
-
-    steps = options.warmup + options.steps
-    with tempfile.TemporaryDirectory(prefix="bench-trl-") as folder:
-        args = SFTConfig(
-            output_dir=folder,
-            per_device_train_batch_size=options.micro_batch_size,
-            gradient_accumulation_steps=options.num_micro_batches,
-            max_steps=steps,
-            learning_rate=1e-5,
-            lr_scheduler_type="constant",
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=options.activation_checkpointing,
-            padding_free=True,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            logging_steps=steps,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=options.device == "cpu",
-            bf16=options.precision == "bf16",
-            torch_compile=options.compile,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        )
-        lora = LoraConfig(r=options.lora, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        trainer = SFTTrainer(
-            model,
-            args=args,
-            train_dataset=Dataset.from_list(examples * steps),
-            processing_class=tokenizer(),
-            peft_config=lora if options.lora else None,
-            callbacks=[Clock()],
-        )
-        trainer.train()
-    totals = [after - before for before, after in itertools.pairwise(moments)][-options.steps :]
-    num_tokens, num_trained = int((batch["segment_ids"] > 0).sum()), int(batch["loss_mask"].sum())
-    return result(options, model, totals, num_tokens, num_trained)
+def prepare(options: argparse.Namespace) -> list[str]:
+    """Before CUDA starts; returns what is worth saying."""
+    if options.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return ["torch's deterministic kernels"]
+    return []
 
 
-def tokenizer() -> Any:
-    """TRL wants one; nothing is tokenised."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+def num_layers(options: argparse.Namespace) -> int:
+    """0: all of the shape."""
+    if options.layers == "all":
+        return 0
+    if options.layers != "fit":
+        return int(options.layers)
+    if options.device != "cuda":
+        raise SystemExit("--layers fit asks a GPU for its memory; give a number on the CPU")
+    return fitting_layers(options, FIT_SHARE * torch.cuda.mem_get_info()[1])
 
-    inner = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<pad>")
+
+def start_of_peak(options: argparse.Namespace) -> int:
+    """The peak counts from here, less these bytes."""
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return 0
+    import peft  # noqa: F401  (so that it is in what the libraries take)
+
+    held = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    return held
+
+
+def digest_of(weights: dict[str, torch.Tensor]) -> str:
+    sum_of = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        sum_of.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return sum_of.hexdigest()
 
 
 def result(
-    options: argparse.Namespace, model: Any, totals: list[float], num_tokens: int, num_trained: int
+    options: argparse.Namespace, shape: Any, totals: list[float], batch: dict[str, torch.Tensor], before: int
 ) -> dict[str, Any]:
-    median = statistics.median(totals)
-    rate, per_token = num_tokens / median, flops_per_token(model, options, num_trained / num_tokens)
+    num_tokens, num_trained = int((batch["segment_ids"] > 0).sum()), int(batch["loss_mask"].sum())
+    share, model = num_trained / num_tokens, plan_model(shape)
+    counted = flops(model, min(options.document_length, options.sequence_length))
+    median, per_token = statistics.median(totals), counted.step(bool(options.lora), share)
+    rate = num_tokens / median
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    peak = options.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in device), 0.0)
+    gpu = gpu_named(device)
+    peak = options.peak_tflops or (gpu.flops / 1e12 if gpu else 0.0)
+    measured = torch.cuda.max_memory_allocated() if options.device == "cuda" else resident("VmHWM") - before
+    estimate = predicted(model, options, share).total
     return {
         "shape": options.shape,
-        "parameters": sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name),
+        "layers": shape.num_hidden_layers,
+        "parameters": model.num_parameters,
         "method": f"lora r={options.lora}" if options.lora else "full",
         "precision": options.precision,
         "compiled": options.compile,
@@ -281,23 +240,33 @@ def result(
         "model_tflops_per_s": per_token * rate / 1e12,
         "mfu": per_token * rate / (peak * 1e12) if peak else None,
         "mfu_formula": f"{per_token:.4g} FLOPs/token × tokens/s ÷ {peak:g} TFLOPS" if peak else "give --peak-tflops",
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else None,
+        "peak_memory_gib": measured / 2**30,
+        "memory": {
+            "predicted_gib": estimate / 2**30,
+            "measured_gib": measured / 2**30,
+            "ratio": estimate / max(measured, 1),
+        },
     }
 
 
 def main() -> None:
     options = arguments()
     methods = options.method.split(",")
-    if len(methods) == 1:
-        print(json.dumps({"forge": forge, "trl": trl}[methods[0]](options), indent=2, ensure_ascii=False))
+    if methods == ["trl"]:
+        from trl_step import trl
+
+        print(json.dumps(trl(options), indent=2, ensure_ascii=False))
+        return
+    if methods == ["forge"]:
+        print(json.dumps(forge(options), indent=2, ensure_ascii=False))
         return
     rates = {}
     for method in methods:
         command = [sys.executable, *sys.argv, "--method", method]  # the later option counts
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        report = done.stdout[done.stdout.rindex("\n{\n") if "\n{\n" in done.stdout else 0 :]
-        print(f"{method}: {report.strip()}")
-        rates[method] = json.loads(report)["tokens_per_s"]
+        report = last_object(done.stdout)
+        print(f"{method}: {json.dumps(report, indent=2, ensure_ascii=False)}")
+        rates[method] = report["tokens_per_s"]
     print(f"forge / trl: {rates['forge'] / rates['trl']:.2f}")
 
 

@@ -61,6 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+@pytest.hookimpl(optionalhook=True)  # without xdist too: a machine with a GPU may lack it
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """For `--dist loadfile`: the files of the endpoints are as one, for they share a cluster and take it in turns."""
     if config.getoption("dist") != "loadfile":

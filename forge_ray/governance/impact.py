@@ -151,7 +151,11 @@ class StoreUses:
         """Version → how it was reached, for versions whose weights depend on the uses; adds the runs that start from one
         to `runs`."""
         reached: dict[str, str] = {}
-        direct = {use.run: "trained" for use in uses if use.how == "trained"} | runs
+        trainings: dict[str, list[Use]] = {}
+        for use in uses:
+            if use.how == "trained":
+                trainings.setdefault(use.run, []).append(use)
+        direct = dict.fromkeys(trainings, "trained") | runs
         grown = True
         while grown:
             grown = False
@@ -161,16 +165,16 @@ class StoreUses:
             for version in self.versions:
                 how = runs.get(version.run, "") if runs.get(version.run) in ("base", "frozen") else ""
                 how = how or ("base" if version.base_model in reached else "")
-                if version.run in direct and self._took_part(version, direct[version.run], uses):
+                if version.run in direct and self._took_part(version, direct[version.run], trainings.get(version.run, ())):
                     how = direct[version.run]
                 if how and version.id not in reached:
                     reached[version.id], grown = how, True
         return reached
 
-    def _took_part(self, version: ModelVersion, how: str, uses: Sequence[Use]) -> bool:
+    def _took_part(self, version: ModelVersion, how: str, trainings: Sequence[Use]) -> bool:
         """Whether the records were used by the step whose weights the version has. A candidate's checkpoint may include
         steps that an incident later removed from the run."""
-        run, trainings = self.runs[version.run], [use for use in uses if use.run == version.run and use.how == "trained"]
+        run = self.runs[version.run]
         last = version.step or run.export_step
         if how == "chosen" or not last or any(not use.exact for use in trainings):
             return True

@@ -15,22 +15,24 @@ CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU: `memory` in bytes, `flops` per second in bf16 on dense matrices, from the data sheet."""
+    """A kind of GPU, from its data sheet: `memory` in bytes, `flops` per second in bf16 on dense matrices, `bandwidth`
+    of the memory in bytes per second."""
 
     memory: int
     flops: float
+    bandwidth: float
 
 
 # Part of the name that torch or Ray report → the largest GPU of that name; the first match counts. From data sheets.
 GPUS = {
-    "B200": Gpu(192 * 10**9, 2250e12),
-    "H200": Gpu(141 * 10**9, 989e12),
-    "H100": Gpu(94 * 10**9, 989e12),
-    "A100": Gpu(80 * 10**9, 312e12),
-    "L40S": Gpu(48 * 10**9, 362e12),
-    "L40": Gpu(48 * 10**9, 181e12),
-    "A10G": Gpu(24 * 10**9, 70e12),
-    "L4": Gpu(24 * 10**9, 121e12),
+    "B200": Gpu(192 * 10**9, 2250e12, 8e12),
+    "H200": Gpu(141 * 10**9, 989e12, 4.8e12),
+    "H100": Gpu(94 * 10**9, 989e12, 3.35e12),
+    "A100": Gpu(80 * 10**9, 312e12, 2.039e12),
+    "L40S": Gpu(48 * 10**9, 362e12, 864e9),
+    "L40": Gpu(48 * 10**9, 181e12, 864e9),
+    "A10G": Gpu(24 * 10**9, 70e12, 600e9),
+    "L4": Gpu(24 * 10**9, 121e12, 300e9),
 }
 # x86 instruction sets with bf16 arithmetic, and their name on Arm: without one, bf16 on a CPU is slower than fp32
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})

@@ -3,7 +3,7 @@
 Memory is counted tensor by tensor, by the formulas below; `benchmarks/plan.py` holds it against what runs measure. Bytes; w
 is the bytes of a weight (2 for bf16, 4 for fp32), N the number of workers, P all weights, T the trained ones.
 
-    weights       w P, at ZeRO stage 3 w P / N
+    weights       w P, at ZeRO stage 3 w P / N; linear layers in 4 bits: `NF4` of a byte for each of their weights
     gradients     engine torch: 4 T in which passes are summed; ZeRO: see `_states`
     optimizer     fp32 copy 4 T (under bf16) and AdamW's moments 8 T; ZeRO 1 to 3: 12 T / N; others: see `_moments`
     host          what is offloaded is in main memory instead: gradients, optimizer, its step and w T / N; w P / N
@@ -44,11 +44,9 @@ from forge_ray.train.stated import Stated
 
 BYTES = {"bf16": 2, "fp32": 4}
 BUCKET = 500_000_000  # elements that DeepSpeed reduces or gathers at a time, its default
-# Tokens of a pass beyond which a larger one gains nothing: matrix products of a CPU's caches, and of a card's many units
-ENOUGH = {"cpu": 2048, "gpu": 16384}
-SAFE = 0.8  # of a worker's memory: libraries, and what the plan does not know, need some of it
 BLOCK, UNBLOCKED = 256, 4096  # weights that share a scale in 8 bits; those of smaller tensors stay in fp32 (bitsandbytes)
 PERSISTENT = 100_000  # elements of a weight that ZeRO-3 leaves on the GPU, its default
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: itself, a byte for 64 of them, 4 bytes for 256 of those
 OUTSIDE = ("embed", "lm_head", "norm")  # weights of two dimensions that are no linear layer inside a block
 
 
@@ -165,7 +163,7 @@ def memory(
 ) -> Memory:
     """`trained_share`: of a row's positions, those at which logits are computed."""
     w, trained = BYTES[precision], model.num_trained(config)
-    assert isinstance(config.micro_batch_size, int), "whoever plans has decided what auto means (`largest_pass`)"
+    assert isinstance(config.micro_batch_size, int), "whoever plans has decided what auto means (`micro_batch.largest_pass`)"
     tokens = sequence_length * config.micro_batch_size // config.sequence_parallel
     activations = _activations(model, config, w, tokens)
     logits = int(tokens * trained_share) * model.num_logits * w
@@ -183,7 +181,7 @@ def memory(
 
 def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: int) -> tuple[int, int, int, int, int]:
     """(weights, gradients, optimizer, what a pass adds, what the optimizer's step adds)."""
-    weights = w * (model.num_parameters + (trained if config.adapter else 0))
+    weights = _base(model, config, w) + (w * trained if config.adapter else 0)
     full = model.saved(config.adapter) if config.adapter else model.trained(config)
     largest = max((math.prod(shape) for shape in full.values()), default=0)  # of an adapter's own: next to nothing
     if config.engine == "torch":
@@ -198,6 +196,19 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
         return weights, 4 * share, 12 * share, w * bucket + cast, 4 * share
     gathered = w * max(min(model.num_parameters, BUCKET), model.block)
     return -(-weights // workers), 4 * share, 12 * share, gathered + 2 * w * bucket + 4 * bucket, 4 * share
+
+
+def _base(model: Model, config: TrainConfig, w: int) -> int:
+    """Bytes of the base model's weights: with `quantize: nf4` bitsandbytes keeps its linear layers, but not the output, in 4
+    bits (QLoRA, arXiv:2305.14314)."""
+    if config.adapter is None or config.adapter.quantize == "none":
+        return w * model.num_parameters
+    narrow = sum(
+        math.prod(shape)
+        for name, shape in model.shapes.items()
+        if len(shape) == 2 and name not in model.routers and not any(part in name for part in OUTSIDE)
+    )
+    return int(w * (model.num_parameters - narrow) + NF4 * narrow)
 
 
 def _moments(model: Model, config: TrainConfig) -> int:
@@ -267,28 +278,6 @@ def not_counted(model: Model, config: TrainConfig, precision: str) -> list[str]:
     if config.zero_stage == 3 and config.adapter and config.adapter.target_parameters:
         lines.append("adapted experts under ZeRO-3: 40 % of the sum was measured in addition")
     return lines
-
-
-def largest_pass(
-    model: Model,
-    config: TrainConfig,
-    precision: str,
-    dataset: DatasetManifest | Stated,
-    num_workers: int,
-    limit: int | None,
-    frozen: Model | None = None,
-) -> int:
-    """What `micro_batch_size=auto` stands for: packed rows per forward pass, a power of two. As many as a worker has of a
-    step, as `ENOUGH` tokens have, and as `SAFE` of `limit` bytes hold; 1 where the limit is not known."""
-    enough = ENOUGH["gpu" if config.scaling.gpus_per_worker else "cpu"]
-    most = min(config.global_batch * config.sequence_parallel // num_workers, enough // dataset.sequence_length)
-    size = 1
-    while limit and 2 * size <= most:
-        changed = config.model_copy(update={"micro_batch_size": 2 * size})
-        if plan(model, changed, precision, dataset, num_workers, frozen).worker_bytes > SAFE * limit:
-            break
-        size *= 2
-    return size
 
 
 def nearest(

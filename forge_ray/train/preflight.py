@@ -28,6 +28,7 @@ from forge_ray.train import run_folder
 from forge_ray.train.adapter import Coverage
 from forge_ray.train.frozen import FrozenModel, of_version
 from forge_ray.train.methods.preference import refuse_ungraded
+from forge_ray.train.micro_batch import largest_pass
 from forge_ray.train.model import refuse_without_compiler
 from forge_ray.train.plan import Plan
 from forge_ray.train.stated import Stated
@@ -152,7 +153,7 @@ def with_micro_batch(
     """The settings with a number in place of `micro_batch_size=auto`."""
     if train.micro_batch_size != "auto":
         return train
-    size = planning.largest_pass(planned.model, train, precision, planned.dataset, num_workers, limit, planned.frozen)
+    size = largest_pass(planned.model, train, precision, planned.dataset, num_workers, limit, planned.frozen)
     return train.model_copy(update={"micro_batch_size": size})
 
 

@@ -43,6 +43,7 @@ FORMAT = 2
 BLOCK_BITS = 20
 BLOCK_MASK = (1 << BLOCK_BITS) - 1
 RECORD_DIGITS, SUBJECT_DIGITS = 9, 8  # hex digits that an entry keeps
+MOST_ROWS = 1 << 32  # of records/ that an entry of subjects can number
 WIDTHS = {"records": 7, "subjects": 8}  # bytes of an entry
 # Reserved values in the place of a block: the record is held out, is in no packed row, was dropped, or is the one that stays
 # of some that were dropped as its duplicates.
@@ -277,6 +278,11 @@ def _read(store: Store, manifest: DatasetManifest) -> tuple[Uint64s, Uint64s, li
             parts.append([path.removeprefix(paths.dataset(manifest.id, "")), table.num_rows])
             number += table.num_rows
     entries += _of_dropped(store, manifest)
+    if number > MOST_ROWS and any(map(len, subjects)):
+        raise DataError(
+            f"{manifest.id} has {number:,} records with subjects; the index of people numbers {MOST_ROWS:,}",
+            hint="build several datasets, each of a part of the sources; each is traced and erased from alike",
+        )
     return np.unique(np.concatenate(entries)), np.unique(np.concatenate(subjects)), parts
 
 

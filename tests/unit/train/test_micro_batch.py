@@ -16,7 +16,8 @@ from forge_ray.config.train import TrainConfig
 from forge_ray.store.catalog import Catalog
 from forge_ray.store.files import Store
 from forge_ray.train import run_folder
-from forge_ray.train.plan import SAFE, Model, largest_pass, plan
+from forge_ray.train.micro_batch import SAFE, largest_pass
+from forge_ray.train.plan import Model, plan
 from forge_ray.train.preflight import Assumptions, micro_batch_of
 from forge_ray.train.stated import Stated, has_shapes_alone
 

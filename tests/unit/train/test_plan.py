@@ -76,6 +76,16 @@ def test_activations_scale_with_micro_batch_and_checkpointing(model: Model) -> N
     assert of(model, adapter={"r": 4}).optimizer < small.optimizer / 2
 
 
+def test_linear_layers_in_4_bits_take_half_a_byte_a_weight(model: Model) -> None:
+    settings: dict[str, Any] = {"scaling": {"gpus_per_worker": 1}}
+    whole = of(model, adapter={"r": 4}, **settings)
+    narrow = of(model, adapter={"r": 4, "quantize": "nf4"}, **settings)
+    layers = sum(math.prod(shape) for name, shape in model.shapes.items() if "_proj" in name)
+    assert 0 < layers < model.num_parameters
+    assert whole.weights - narrow.weights == pytest.approx(layers * (2 - 0.516), rel=1e-3)
+    assert narrow.total < whole.total
+
+
 def test_nearest_fitting_settings_change_least(model: Model) -> None:
     stats = SimpleNamespace(num_rows=100, num_tokens=12_000, num_trained_tokens=6_000)
     dataset: Any = SimpleNamespace(splits={"train": stats}, sequence_length=128)

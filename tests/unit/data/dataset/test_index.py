@@ -209,6 +209,17 @@ def test_invalid_record_ids_are_rejected(tmp_path: Path) -> None:
             index.build(catalog.store, broken)
 
 
+def test_more_rows_than_an_entry_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "MOST_ROWS", 8)
+    with Catalog.open(store_at(tmp_path)) as catalog:
+        records = [record_of(number) for number in range(9)]
+        person = {records[3].id: "ab" * 32}
+        with pytest.raises(DataError, match="has 9 records with subjects; the index of people numbers 8"):
+            index.build(catalog.store, dataset(catalog, records, subjects=person))
+        index.build(catalog.store, dataset(catalog, records[:8], subjects=person, name="fits"))
+        index.build(catalog.store, dataset(catalog, records, name="nobody's"))
+
+
 def test_versions_that_do_not_hold_the_person_are_searched_too(tmp_path: Path) -> None:
     with Catalog.open(Store(str(tmp_path))) as catalog:
         with_subject = dataset(catalog, [record_of(number) for number in range(8)], subjects={record_of(3).id: "ab" * 32})
