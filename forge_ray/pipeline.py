@@ -240,7 +240,7 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
     from forge_ray.train import preflight, start
     from forge_ray.train.frozen import frozen_of
     from forge_ray.train.plan import Model
-    from forge_ray.train.stated import stated
+    from forge_ray.train.stated import Stated, stated
 
     rows, folder = stated(config, assumptions.num_rows), Path(config.base_model)
     if rows and (folder / "config.json").is_file():
@@ -256,7 +256,9 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
                 preflight.refuse_without_rows(config.train, store, dataset)
                 report_labels(store, config.train, dataset)
         model = Model.of(preflight.configuration(store, base), Head(config.train.targets))
-        planned = preflight.Planned(model, dataset, base.id, rows.assumption if rows else dataset.id, asked)
+        planned = preflight.Planned(
+            model, dataset, base.id, dataset.assumption if isinstance(dataset, Stated) else dataset.id, asked
+        )
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     return preflight.estimate(config.train, store, precision, planned, assumptions)
 

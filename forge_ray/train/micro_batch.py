@@ -21,8 +21,8 @@ def largest_pass(
     limit: int | None,
     frozen: Model | None = None,
 ) -> int:
-    """Packed rows per forward pass, a power of two: as many as a worker has of a step, as `ENOUGH` tokens have, and as `SAFE`
-    of `limit` bytes hold; 1 where the limit is not known."""
+    """Packed rows per forward pass, a power of two: as many as a worker has of a step, `ENOUGH` tokens have, and `SAFE` of
+    `limit` bytes hold; 1 where the limit is not known."""
     enough = ENOUGH["gpu" if config.scaling.gpus_per_worker else "cpu"]
     most = min(config.global_batch * config.sequence_parallel // num_workers, enough // dataset.sequence_length)
     size = 1
