@@ -199,15 +199,11 @@ def _states(model: Model, config: TrainConfig, w: int, trained: int, workers: in
 
 
 def _base(model: Model, config: TrainConfig, w: int) -> int:
-    """Bytes of the base model's weights: with `quantize: nf4` bitsandbytes keeps its linear layers, but not the output, in 4
-    bits (QLoRA, arXiv:2305.14314)."""
+    """Bytes of the base model's weights; bitsandbytes does not quantise the output."""
     if config.adapter is None or config.adapter.quantize == "none":
         return w * model.num_parameters
-    narrow = sum(
-        math.prod(shape)
-        for name, shape in model.shapes.items()
-        if len(shape) == 2 and name not in model.routers and not any(part in name for part in OUTSIDE)
-    )
+    layers = ((name, s) for name, s in model.shapes.items() if len(s) == 2 and name not in model.routers)
+    narrow = sum(math.prod(s) for name, s in layers if not any(part in name for part in OUTSIDE))
     return int(w * (model.num_parameters - narrow) + NF4 * narrow)
 
 
