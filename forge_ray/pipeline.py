@@ -240,12 +240,12 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
     from forge_ray.train import preflight, start
     from forge_ray.train.frozen import frozen_of
     from forge_ray.train.plan import Model
-    from forge_ray.train.stated import Stated, stated
+    from forge_ray.train.stated import stated
 
     rows, folder = stated(config, assumptions.num_rows), Path(config.base_model)
     if rows and (folder / "config.json").is_file():
         asked, model = preflight.stated_frozen(config.train, store), Model.of(folder, Head(config.train.targets))
-        planned = preflight.Planned(model, rows, config.base_model, rows.assumption, asked)
+        planned = preflight.Planned(model, rows, config.base_model, rows.id, asked)
     else:
         with Catalog.open(store) as catalog:
             named = import_base(config, catalog)
@@ -256,9 +256,7 @@ def plan(config: RunConfig, store: Store, assumptions: Assumptions) -> Estimate:
                 preflight.refuse_without_rows(config.train, store, dataset)
                 report_labels(store, config.train, dataset)
         model = Model.of(preflight.configuration(store, base), Head(config.train.targets))
-        planned = preflight.Planned(
-            model, dataset, base.id, dataset.assumption if isinstance(dataset, Stated) else dataset.id, asked
-        )
+        planned = preflight.Planned(model, dataset, base.id, dataset.id, asked)
     precision = resolve_precision(config.train.precision, config.train.scaling.gpus_per_worker > 0)
     return preflight.estimate(config.train, store, precision, planned, assumptions)
 

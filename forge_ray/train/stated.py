@@ -16,11 +16,11 @@ BYTES_PER_TOKEN = 4  # of rows as they lie in their files, names of columns incl
 
 @dataclass(frozen=True)
 class Stated:
-    """`assumption`: what the numbers follow from. Every row is full, and every token of it is trained."""
+    """Every row is full, and every token of it is trained. `id`: what the numbers follow from, in place of a dataset's."""
 
     sequence_length: int
     splits: dict[str, SplitStats]
-    assumption: str = ""
+    id: str = ""
 
     @classmethod
     def of(cls, rows: int, sequence_length: int, assumption: str = "") -> Stated:
