@@ -302,7 +302,7 @@ def test_the_command_that_an_export_prints_is_a_deployment(monkeypatch: pytest.M
 
 
 def test_plan_says_which_rows_the_gate_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    estimate = SimpleNamespace(problem="", dataset="8 rows, as stated", to_json=lambda: {"steps": 3})
+    estimate = SimpleNamespace(problem="", dataset="8 rows, as stated", is_assumed=True, to_json=lambda: {"steps": 3})
     monkeypatch.setattr("forge_ray.pipeline.plan", lambda *arguments: estimate)
     monkeypatch.setattr("forge_ray.cli.show.print_plan", lambda value: None)
     run_file = tmp_path / "run.yaml"
