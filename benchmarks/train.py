@@ -1,9 +1,10 @@
 """A training step: us and TRL's SFTTrainer, side by side and in turn, on the same rows, model, dtype, optimizer and threads.
 
     pip install -e '.[bench]'
-    python benchmarks/train.py                       SmolLM2-135M-Instruct and a 10 M model, LoRA r=16, bf16, CPU
+    python benchmarks/train.py                       SmolLM2-135M-Instruct and a 10 M model, LoRA r=16, CPU
     python benchmarks/train.py --models 10m --rounds 1 --steps 4
     python benchmarks/train.py --first-step          what passes between `forge train` and its first step
+    python benchmarks/train.py --two                 two runs at once on this machine, against one alone
     python benchmarks/train.py --checkpoints         what checkpoints cost: all weights of SmolLM2, one every 4 steps
 
 Every line is a process of its own; a round runs each once, in turn, and the table shows medians over the rounds.
@@ -14,9 +15,9 @@ Every line is a process of its own; a round runs each once, in turn, and the tab
     forge zero 2    the recipe on DeepSpeed
 
 Tokens are those of documents, padding not counted. The floor is the large products alone: FLOPs of a LoRA step (4 per weight
-that multiplies every token, 4 per weight of the output projection and trained token) at the rate of this machine's bf16
+that multiplies every token, 4 per weight of the output projection and trained token) at the rate of this machine's
 matrix product, measured in the same run. Losses are compared between `forge` and `trl packed`, step by step, from the same
-adapter weights; TRL keeps the adapter in fp32 and multiplies in bf16 (autocast), we keep an fp32 master copy.
+adapter weights; in bf16, TRL keeps the adapter in fp32 and multiplies in bf16 (autocast), we keep an fp32 master copy.
 Overhead is the share of a step that is neither forward nor backward nor the optimizer.
 """
 
@@ -31,13 +32,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from forge_ray.machine.hardware import resolve_precision
+from forge_ray.machine.offline import THREADS
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("trl", "trl packed", "forge", "forge zero 2")
 LENGTH, ROWS, SKIPPED = 512, 4, 2  # of a packed row; rows a step; steps before the clock counts
 LR = 2e-4
+PRECISION = resolve_precision("auto", False)  # of all lines: bf16 where this CPU has its arithmetic, else fp32
+DTYPE = {"bf16": "bfloat16", "fp32": "float32"}[PRECISION]
 
 
 def arguments() -> argparse.Namespace:
@@ -48,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help=f"per process, the first {SKIPPED} not counted")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--first-step", action="store_true")
+    parser.add_argument("--two", action="store_true")
     parser.add_argument("--checkpoints", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--run", nargs=2, metavar=("METHOD", "FOLDER"), help=argparse.SUPPRESS)
@@ -67,7 +75,7 @@ def settings(folder: str, steps: int, threads: int, **train: Any) -> Any:
         "optimizer": {"lr": LR, "betas": [0.9, 0.999]},
         "schedule": {"name": "constant", "warmup_ratio": 0},
         "adapter": {"r": 16, "alpha": 32},
-        "precision": "bf16",
+        "precision": PRECISION,
         "validation": {"max_rows": 0},
         "scaling": {"num_workers": 0, "cpus_per_worker": threads},
     }
@@ -118,7 +126,7 @@ def job_of(folder: str, steps: int, threads: int, run: str, **train: Any) -> Any
     with Catalog.open(store) as catalog:
         dataset, base = catalog.all(DatasetManifest)[0], catalog.model("bench")
     config = settings(folder, steps, threads, **train).train
-    return TrainJob(run, run, config, store, dataset, base, "bf16", under_ray=False)
+    return TrainJob(run, run, config, store, dataset, base, PRECISION, under_ray=False)
 
 
 def forge(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
@@ -191,7 +199,10 @@ def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
     per_step = ROWS if packed else max(1, len(examples) // steps)
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        job.store.fetch_dir(f"models/{job.base.id}"), dtype=torch.bfloat16, attn_implementation="sdpa", local_files_only=True
+        job.store.fetch_dir(f"models/{job.base.id}"),
+        dtype=getattr(torch, DTYPE),
+        attn_implementation="sdpa",
+        local_files_only=True,
     )
     torch.manual_seed(job.config.seed)
     model = with_adapter(model, job.config.adapter)
@@ -224,7 +235,7 @@ def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
         report_to=[],
         save_strategy="no",
         use_cpu=True,
-        bf16=True,
+        bf16=PRECISION == "bf16",
         disable_tqdm=True,
         dataloader_num_workers=0,
         remove_unused_columns=False,
@@ -250,11 +261,11 @@ def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
 
 
 def matrix_rate(threads: int) -> float:
-    """FLOP/s of bf16 products of the model's own sizes."""
+    """FLOP/s of products of the model's own sizes."""
     import torch
 
     torch.set_num_threads(threads)
-    left, right = torch.randn(ROWS * LENGTH, 576).bfloat16(), torch.randn(576, 1536).bfloat16()
+    left, right = (torch.randn(*shape).to(getattr(torch, DTYPE)) for shape in ((ROWS * LENGTH, 576), (576, 1536)))
     best = float("inf")
     for _ in range(30):
         began = time.perf_counter()
@@ -280,6 +291,8 @@ def run(method: str, folder: str, options: argparse.Namespace) -> dict[str, Any]
     command = [sys.executable, __file__, "--run", method, folder]
     command += ["--steps", str(options.steps), "--threads", str(options.threads)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
+    if "forge" in method:  # as its command line sets them
+        environment = THREADS | environment
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{method} ended with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -376,6 +389,20 @@ def first_step(options: argparse.Namespace) -> dict[str, float]:
         }
 
 
+def two(options: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second of one run, and of two at once, together: each with as many threads as the machine has."""
+    with tempfile.TemporaryDirectory(prefix="bench-two-", ignore_cleanup_errors=True) as folder:
+        prepared("smollm2", folder)
+        alone, together = [], []
+        for _ in range(options.rounds):
+            alone.append(run("forge", folder, options)["tokens_per_s"])
+            with ThreadPoolExecutor(2) as pool:
+                both = pool.map(lambda _: run("forge", folder, options)["tokens_per_s"], range(2))
+                together.append(sum(both))
+    one, pair = statistics.median(alone), statistics.median(together)
+    return {"one alone, tokens/s": one, "two at once, tokens/s": pair, "two at once / one alone": pair / one}
+
+
 def saving(method: str, folder: str, threads: int) -> dict[str, float]:
     """A full fine-tune that saves every 4 steps; the last save, which nothing hides, is left out."""
     from forge_ray.train import loop, metrics
@@ -417,6 +444,10 @@ def main() -> None:
         marks = first_step(options)
         print(json.dumps(marks) if options.json else "\n".join(f"{at:7.1f} s  {what}" for what, at in marks.items()))
         return
+    if options.two:
+        rates = two(options)
+        print(json.dumps(rates) if options.json else "\n".join(f"{rate:7.2f}  {what}" for what, rate in rates.items()))
+        return
     if options.checkpoints:
         with tempfile.TemporaryDirectory(prefix="bench-saves-", ignore_cleanup_errors=True) as folder:
             prepared("smollm2", folder)
@@ -429,7 +460,7 @@ def main() -> None:
         return
     rate = matrix_rate(options.threads)
     if not options.json:
-        print(f"bf16 matrix product: {rate / 1e9:.0f} GFLOP/s on {options.threads} threads")
+        print(f"{PRECISION} matrix product: {rate / 1e9:.0f} GFLOP/s on {options.threads} threads")
     tables = [measure(model, options, rate) for model in options.models.split(",")]
     if options.json:
         print(json.dumps({"matrix_flop_per_s": rate, "models": tables}))

@@ -11,7 +11,7 @@ from typing import Any
 from forge_ray.config.scaling import Scaling
 from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.machine.hardware import available_memory, cpus, gpu_named, main_memory
-from forge_ray.machine.offline import SWITCHES, set_offline_switches
+from forge_ray.machine.offline import SWITCHES, THREADS, set_offline_switches
 from forge_ray.machine.proxies import bypass
 from forge_ray.machine.quiet import quiet_libraries
 from forge_ray.machine.ray_internals import IN_JOB, on_loopback, without_usage_reports
@@ -52,7 +52,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             with handlers_kept():
                 ray.init(
                     address=address,
-                    runtime_env={"env_vars": dict(SWITCHES)},
+                    runtime_env={"env_vars": SWITCHES | THREADS},
                     log_to_driver=show_logs,
                     logging_level=logging.WARNING,
                 )
