@@ -28,7 +28,6 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.adapters import Adapters
 from forge_ray.inference.attention import PAGED, can_page, step_of
-from forge_ray.inference.pacing import StepPace, paced
 from forge_ray.inference.sampling import Drawing, draw
 
 Deliver = Callable[[Sequence[GenerationOutput]], None]
@@ -50,7 +49,6 @@ class Batching(ContinuousBatchingManager):
         )
         super().__init__(model, GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0), batching)
         self.output_router = Router(deliver)
-        self.pace = StepPace()
         self.adapters = adapters
         self.logit_processor.supported_keys = {"drawing": Drawing}  # what comes with a request and stays with it
         self.pages = can_page(model)
@@ -62,15 +60,7 @@ class Batching(ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         processor.model_runner = Runner(processor, self)
         salt_prefixes(processor.cache)
-        scheduler: Any = processor.scheduler
-        scheduler.schedule_batch = paced(scheduler, self.pace)
         return processor
-
-    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
-        self.pace.begin()
-        continues = super()._generation_loop_body(batch_processor, bootstrapping)
-        self.pace.end()
-        return continues
 
 
 def name_thread(name: str) -> None:
