@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     labels = [answer_ids(tokenizer, rows[0], {"role": "assistant", "content": label}) for label in targets[0].labels]
 
     def weigh() -> int:
-        return sum(len(engine.score(prompt, labels)) for prompt in prompts)
+        return sum(map(len, engine.score_all([(prompt, labels) for prompt in prompts])))
 
     seconds: dict[str, list[float]] = {"head": [], "chat": [], "likelihood": []}
     num_tokens = 0

@@ -26,7 +26,7 @@ SWITCHES = {
 THREADS = {
     "TOKENIZERS_PARALLELISM": "false",  # each worker of a build has a CPU of its own
     "FASTOKENS_BPE_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait spin otherwise: two runs on one machine made 0.3 of one alone
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait spin otherwise: two runs at once made 0.3 of one alone
 }
 
 
