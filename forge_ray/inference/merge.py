@@ -196,7 +196,8 @@ def _write_whole(base: Path, adapter: Path | None, folder: Path, dtype: torch.dt
 @torch.no_grad()
 def summed_model(base: Path, adapter: Path | None, dtype: torch.dtype | None, head: Head = LM) -> Any:
     """The whole model in memory, in `dtype` (None: that of the base), one layer at a time in fp32. Raises as `write_sum`."""
-    model = open_model(base, "auto", head=head)
+    # what was trained in full has the dtype that the model is opened in: not below that of the result
+    model = open_model(base, torch.float32 if dtype == torch.float32 else "auto", head=head)
     target = dtype or model.dtype
     if adapter is not None:
         from peft import PeftModel

@@ -86,14 +86,15 @@ def _sums(model: PreTrainedModel, group: Sequence[_Asked]) -> list[list[float]]:
     for number, asked in enumerate(group):
         for row, ids in enumerate(asked.rows):
             by_size.setdefault(min(len(ids), LONG), []).append((number, row))
-    for size, places in by_size.items():  # few sizes where continuations are labels: nothing is padded
-        if size > 1:
-            owner_R = torch.tensor([number for number, _ in places], device=model.device)
-            cache, rows = copy.deepcopy(prefill.past_key_values), [group[n].rows[row] for n, row in places]
-            cache.batch_select_indices(owner_R)
-            rests = _rests(model, cache, seen_PL[owner_R], lengths_P[owner_R], rows)
-            for (number, row), rest in zip(places, rests, strict=True):
-                sums[number][row] += rest
+    longer = [places for size, places in by_size.items() if size > 1]
+    for turn, places in enumerate(longer, start=1):  # few sizes where continuations are labels: nothing is padded
+        owner_R = torch.tensor([number for number, _ in places], device=model.device)
+        cache = prefill.past_key_values if turn == len(longer) else copy.deepcopy(prefill.past_key_values)
+        cache.batch_select_indices(owner_R)
+        rows = [group[number].rows[row] for number, row in places]
+        rests = _rests(model, cache, seen_PL[owner_R], lengths_P[owner_R], rows)
+        for (number, row), rest in zip(places, rests, strict=True):
+            sums[number][row] += rest
     return sums
 
 

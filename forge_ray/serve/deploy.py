@@ -75,7 +75,7 @@ def options(config: DeployConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": drain_s(config),
         "health_check_period_s": 10,
         "health_check_timeout_s": 60,
-        "logging_config": LoggingConfig(enable_access_log=False),  # `access_log` has a line already; 0.4 ms a request
+        "logging_config": LoggingConfig(enable_access_log=False),  # `access_log` has a line already
     }
 
 

@@ -129,11 +129,12 @@ def job_of(catalog: Catalog, run: str) -> TrainJob:
         record = catalog.get_as(RunRecord, run)
         names = ("dataset", "base_digest", "initial_digest", "frozen_digest")
         position = {name: getattr(record, name) for name in names}
+        size = record.micro_batch_size
         settings: dict[str, Any] = {"name": record.name, **record.config}
     elif path is None or position is None:
         raise NotFound(f"{run!r} has no checkpoint", hint="`forge runs list` shows the runs of this store")
     else:
-        settings = store.read_json(path)
+        settings, size = store.read_json(path), run_folder.micro_batch_of(store, run)
     config = parse(TrainConfig, settings["train"], where=run)
     dataset = catalog.get_as(DatasetManifest, position["dataset"])
     initial_digest = position.get("initial_digest", "")
@@ -143,7 +144,7 @@ def job_of(catalog: Catalog, run: str) -> TrainJob:
     for base, initial, frozen in product(_published(catalog, position["base_digest"]), initials, asked):
         for precision in ("bf16", "fp32"):  # `auto` was resolved on the machine that trained
             if run_id(config, precision, dataset, base, initial, frozen) == run:
-                name, size = settings["name"], run_folder.micro_batch_of(store, run)
+                name = settings["name"]
                 return TrainJob(run, name, config, store, dataset, base, precision, False, initial, frozen, size)
     raise ConfigError(
         f"{run} was trained with settings that mean something else in this version, or its base model is gone",

@@ -269,7 +269,7 @@ def not_counted(model: Model, config: TrainConfig, precision: str) -> list[str]:
     """Memory that a plan has no formula for, in words; of each, what was measured where (`docs/benchmarks.md`)."""
     lines = []
     if precision == "bf16" and not config.scaling.gpus_per_worker:
-        more = "up to three times the sum" if model.num_active < model.num_parameters else "up to 40 % of the sum"
+        more = "up to twice the sum" if model.num_active < model.num_parameters else "up to 40 % of the sum"
         lines.append(f"kernels that the CPU's library keeps in bf16: {more} was measured in addition")
     if config.zero_stage == 3 and config.adapter and config.adapter.target_parameters:
         lines.append("adapted experts under ZeRO-3: 40 % of the sum was measured in addition")

@@ -287,11 +287,8 @@ def refuse_impossible(
     if not config.train.guards.refuse_impossible or store.list(paths.checkpoints(run), recursive=True):
         return  # one that has got as far as a checkpoint fits
     try:
-        planned, limit, workers = (
-            _planned(config.train, store, base, manifest, frozen),
-            memory_per_worker(scaling),
-            max(scaling.max_workers, 1),
-        )
+        planned = _planned(config.train, store, base, manifest, frozen)
+        limit, workers = memory_per_worker(scaling), max(scaling.max_workers, 1)
         train = with_micro_batch(config.train, precision, planned, workers, limit)
         judgement = judge(train, store, precision, planned, workers, limit)
     except UNKNOWN as error:

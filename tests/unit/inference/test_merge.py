@@ -95,6 +95,20 @@ def test_sum_file_by_file_is_that_of_the_whole_model(name: str, tmp_path: Path, 
     assert changed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_modules_trained_in_full_are_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    """They are in fp32 in the adapter, and the base is narrower."""
+    make(tmp_path, "Llama", {}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, torch.bfloat16)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    (name,) = [key for key in load_file(file) if "lm_head" in key]
+    head = torch.randn(64, 32)
+    save_file(load_file(file) | {name: head}, file, metadata={"format": "pt"})
+    summed = merge.summed_model(tmp_path / "base", tmp_path / "adapter", dtype).state_dict()
+    assert torch.equal(summed["lm_head.weight"], head.to(dtype))
+    for key, weight in whole(tmp_path, dtype).items():
+        assert torch.equal(summed[key], weight), key
+
+
 def test_memory_is_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are read from one file at a time, and its tensors are written before the next one is opened."""
     make(tmp_path, "Llama", {}, LINEAR, torch.float32)

@@ -141,3 +141,12 @@ def test_train_job_json_round_trip(tmp_path: Path) -> None:
     again = TrainJob.from_json(json.loads(json.dumps(job.to_json())))
     assert again == job
     assert identity_digest(again) == identity_digest(job)
+
+
+def test_a_pass_has_the_rows_of_the_run_file_or_those_that_were_chosen(tmp_path: Path) -> None:
+    def job(size: int | str) -> TrainJob:
+        config = parse(TrainConfig, {"micro_batch_size": size})
+        return TrainJob("run_x", "name", config, Store(str(tmp_path)), dataset(), base(), "fp32", True, chosen_micro_batch=4)
+
+    assert (job("auto").micro_batch_size, job(3).micro_batch_size) == (4, 3)
+    assert TrainJob.from_json(job("auto").to_json()).micro_batch_size == 4
