@@ -10,6 +10,8 @@ Shapes: H heads, G key/value heads, N tokens of a pass, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,18 @@ from forge_ray.errors import ConfigError
 
 NAME = "documents"
 KNOWN = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Of a pass without the second copies of prompts (`shared_prompt.py`). `tokens_M`: which of its
+    tokens are computed, in their order. `places_N`: for each token of the pass, where among them its state is. `sizes`: of
+    each pair in turn, the tokens of both together, of the first one alone, of the second one alone; of any other document
+    (0, all, 0)."""
+
+    tokens_M: Tensor
+    places_N: Tensor
+    sizes: tuple[tuple[int, int, int], ...]
 
 
 def register() -> str:
@@ -48,10 +62,12 @@ def edges(position_ids_N: Tensor) -> Tensor:
     return torch.cat([starts, starts.new_full((1,), len(position_ids_N))]).to(torch.int32)
 
 
-def bounds(edges: Tensor) -> dict[str, Any]:
-    """`edges` by the names that flash attention has for them; the model hands them through to its attention."""
+def bounds(edges: Tensor, shared: SharedPrompts | None = None) -> dict[str, Any]:
+    """`edges` by the names that flash attention has for them; the model hands them through to its attention. `shared`: what
+    is left out of the pass, whose documents still have these edges."""
     longest = int(edges.diff().max())
-    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+    options: dict[str, Any] = {"shared_prompts": shared} if shared else {}
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest} | options
 
 
 def document_attention(
@@ -72,22 +88,53 @@ def document_attention(
             f"{type(module).__name__} attends to sinks, which are not trained here", hint="take another base model"
         )
     edges: Tensor = options["cu_seq_lens_q"]
+    shared: SharedPrompts | None = options.get("shared_prompts")
     if query_1HND.is_cuda and query_1HND.dtype != torch.float32 and not dropout and not softcap:
-        return _varlen(query_1HND, key_1GND, value_1GND, edges, options["max_length_q"], scaling, sliding_window), None
+        longest = options["max_length_q"]
+        return whole_documents(query_1HND, key_1GND, value_1GND, edges, longest, scaling, sliding_window, shared), None
+    sizes = shared.sizes if shared else [(0, size, 0) for size in edges.diff().tolist()]
     options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "softcap": softcap}
-    return _one_by_one(query_1HND, key_1GND, value_1GND, edges, options), None
+    return _one_by_one(query_1HND, key_1GND, value_1GND, sizes, options), None
+
+
+def whole_documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    edges: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+    shared: SharedPrompts | None,
+) -> Tensor:
+    """By a kernel that takes documents as they are: what they share is put into each of them, and left out again."""
+    if shared is None:
+        return _varlen(query, key, value, edges, longest, scaling, window)
+    query, key, value = (part.index_select(2, shared.places_N) for part in (query, key, value))
+    return _varlen(query, key, value, edges, longest, scaling, window).index_select(1, shared.tokens_M)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of documents differs from pass to pass
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, options: dict[str, Any]) -> Tensor:
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, sizes: Sequence[tuple[int, int, int]], options: dict[str, Any]
+) -> Tensor:
+    """`sizes`: as in `SharedPrompts`."""
     dtype, groups = query.dtype, query.shape[1] // key.shape[1]
     if not query.is_cuda:  # its kernel takes half the time in fp32 that it takes in bf16
         query, key, value = query.float(), key.float(), value.float()
     if groups > 1:  # the fast kernels want as many heads on both sides
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    sizes = edges.diff().tolist()
-    parts = (part.split(sizes, dim=2) for part in (query, key, value))
-    return torch.cat([_attend(*part, **options) for part in zip(*parts, strict=True)], dim=2).transpose(1, 2).to(dtype)
+    lengths = [length for prompt, first, second in sizes for length in (prompt + first, second)]
+    queries, keys, values = (part.split(lengths, dim=2) for part in (query, key, value))
+    attended = []
+    for place, (prompt, _, second) in enumerate(sizes):
+        first_key, first_value = keys[2 * place], values[2 * place]
+        attended.append(_attend(queries[2 * place], first_key, first_value, **options))
+        if second:
+            its_keys = torch.cat([first_key[:, :, :prompt], keys[2 * place + 1]], dim=2)
+            its_values = torch.cat([first_value[:, :, :prompt], values[2 * place + 1]], dim=2)
+            attended.append(_attend(queries[2 * place + 1], its_keys, its_values, **options))
+    return torch.cat(attended, dim=2).transpose(1, 2).to(dtype)
 
 
 def _attend(
@@ -99,11 +146,12 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    length = query.shape[2]
-    if not softcap and (window is None or length <= window):
+    """Of a document, or of its last tokens alone: fewer queries than keys."""
+    length = key.shape[2]
+    if not softcap and (window is None or length <= window) and query.shape[2] == length:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
     place = torch.arange(length, device=query.device)
-    distance = place[:, None] - place[None, :]
+    distance = place[length - query.shape[2] :, None] - place[None, :]
     seen = (distance >= 0) & (distance < (window or length))
     if not softcap:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling)

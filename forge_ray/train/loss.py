@@ -12,36 +12,43 @@ import torch
 from torch import Tensor
 
 from forge_ray.train import attention
+from forge_ray.train.attention import SharedPrompts
 
 IGNORED = -1  # a target that adds nothing
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits at a time: what a cache holds; what launches are worth
 
 
-def token_logps(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def token_logps(
+    forward: Callable[..., Any], batch: dict[str, Tensor], shared: SharedPrompts | None = None
+) -> tuple[Tensor, Tensor]:
     """(log p of every trained token, fp32 [K]; the flat position row * T + t of each of them, int64 [K]).
 
     The rows of a pass go through the model laid end to end. `batch`: `input_ids`, `position_ids` (0 where a document begins)
     and `loss_mask`, [B, T] each. Nothing of a document reaches another one: that is up to the attention, which
     `model.load_for_training` sets (`attention.py`). Logits are computed where the next token is trained and nowhere else. A
     pass without a trained token gives one log p of 0, at position 0. A slice of a pass (`sequence_parallel.py`) brings
-    `edges`, and one token more than it has positions; positions then count within the slice.
+    `edges`, and one token more than it has positions; positions then count within the slice. `shared`: tokens that are not
+    computed again.
     """
-    logits, targets, kept = trained_logits(forward, batch)
+    logits, targets, kept = trained_logits(forward, batch, shared)
     return target_logps(logits, targets), (kept + 1).where(targets != IGNORED, 0)
 
 
-def trained_logits(forward: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def trained_logits(
+    forward: Callable[..., Any], batch: dict[str, Tensor], shared: SharedPrompts | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logits [K, V] where the next token is trained, that token [K], the flat position of the logits [K]). Of a pass
     without a trained token, one position whose token is `IGNORED`."""
     kept, targets = trained_targets(batch["input_ids"], batch["loss_mask"])
     positions = batch["position_ids"].reshape(1, -1)
     edges = batch["edges"] if "edges" in batch else attention.edges(positions[0])
+    ids = batch["input_ids"].reshape(1, -1)[:, : positions.shape[1]]
     output = forward(
-        input_ids=batch["input_ids"].reshape(1, -1)[:, : positions.shape[1]],
-        position_ids=positions,
-        logits_to_keep=kept,
+        input_ids=ids[:, shared.tokens_M] if shared else ids,
+        position_ids=positions[:, shared.tokens_M] if shared else positions,
+        logits_to_keep=shared.places_N[kept] if shared else kept,
         use_cache=False,
-        **attention.bounds(edges),
+        **attention.bounds(edges, shared),
     )
     return output.logits[0], targets, kept
 

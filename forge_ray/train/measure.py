@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from forge_ray.train.loss import segment_sums, token_logps
 from forge_ray.train.method import Batch, Forward
+from forge_ray.train.shared_prompt import shared_prompts
 
 PIECE_ROWS = 16  # packed rows that one worker computes between two writes
 RowValues = dict[str, npt.NDArray[Any]]  # of one packed row: by column, one dimension
@@ -33,13 +35,13 @@ class Measure:
     difference: Callable[[RowValues, RowValues], tuple[float, float]]
 
 
-def document_logps() -> Measure:
-    """Of each document of a row, the log p of its trained tokens."""
-    return Measure((), {"logps": pa.float32()}, PIECE_ROWS, _document_logps, largest_difference)
+def document_logps(in_pairs: bool) -> Measure:
+    """Of each document of a row, the log p of its trained tokens. `in_pairs`: what two begin with alike is computed once."""
+    return Measure((), {"logps": pa.float32()}, PIECE_ROWS, partial(_document_logps, in_pairs), largest_difference)
 
 
-def _document_logps(forward: Forward, batch: Batch) -> RowValues:
-    logps_K, positions_K = token_logps(forward, batch)
+def _document_logps(in_pairs: bool, forward: Forward, batch: Batch) -> RowValues:
+    logps_K, positions_K = token_logps(forward, batch, shared_prompts(batch) if in_pairs else None)
     sums_BS, _ = segment_sums(logps_K, positions_K, batch)
     return {"logps": sums_BS[0, : int(batch["segment_ids"].max())].float().cpu().numpy()}
 

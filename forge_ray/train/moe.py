@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from forge_ray.errors import ConfigError
+from forge_ray.train.attention import SharedPrompts
 from forge_ray.train.loss import load_balance
 
 
@@ -44,18 +45,19 @@ class Balance:
         self.sum = 0.0
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._is_open = False
+        self._shared: SharedPrompts | None = None
         modules = routers(model)
         if not modules:
             raise ConfigError(
                 f"train.router_aux_loss={coefficient}: {type(model).__name__} is no mixture of experts",
                 hint="set train.router_aux_loss=0",
             )
-        model.get_decoder().register_forward_pre_hook(self._open)
+        model.get_decoder().register_forward_pre_hook(self._open, with_kwargs=True)
         for router in modules:
             router.register_forward_hook(self._look)
 
-    def _open(self, *_: Any) -> None:
-        self._seen, self._is_open = [], torch.is_grad_enabled()
+    def _open(self, _module: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
+        self._seen, self._is_open, self._shared = [], torch.is_grad_enabled(), options.get("shared_prompts")
 
     def _look(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if self._is_open:
@@ -65,7 +67,10 @@ class Balance:
         """The mean over the layers, times the coefficient, times the trained tokens of the pass, by whose number over all
         passes a step divides; `used`: tokens that are no padding."""
         self._is_open = False
-        layers = [load_balance(logits, chosen, used_BT.flatten()) for logits, chosen in self._seen]
+        used = used_BT.flatten().float()
+        if shared := self._shared:  # a token that stands for two counts twice
+            used = used.new_zeros(len(shared.tokens_M)).index_add(0, shared.places_N, used)
+        layers = [load_balance(logits, chosen, used) for logits, chosen in self._seen]
         self._seen = []
         mean = torch.stack(layers).mean() * num_trained
         self.sum += float(mean.detach())

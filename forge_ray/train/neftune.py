@@ -18,8 +18,9 @@ def add_noise(model: Any, alpha: float) -> None:
     lengths_N: list[Tensor] = []  # of the pass that is running
 
     def keep_lengths(_: Any, args: Any, inputs: dict[str, Any]) -> None:
-        lengths = inputs["cu_seq_lens_q"].diff().long()
-        lengths_N[:] = [lengths.repeat_interleave(lengths)]
+        lengths, shared = inputs["cu_seq_lens_q"].diff().long(), inputs.get("shared_prompts")
+        of_tokens = lengths.repeat_interleave(lengths)
+        lengths_N[:] = [of_tokens[shared.tokens_M] if shared else of_tokens]
 
     def noisy(embedding: Any, _: Any, embeddings_1Nd: Tensor) -> Tensor:
         if not embedding.training:

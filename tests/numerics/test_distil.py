@@ -346,7 +346,7 @@ def test_key_follows_what_decides_the_numbers(jobs: Jobs, teacher: FrozenModel, 
     pairs = jobs("key-pairs", **TORCH, method={"kind": "dpo"}, adapter={"r": 4})
     adapter = {"r": 4, "quantize": "nf4"}
     four_bits = replace(pairs, config=parse(TrainConfig, {"adapter": adapter, "scaling": {"gpus_per_worker": 1}}))
-    measure = document_logps()
+    measure = document_logps(in_pairs=True)
     assert Reference(pairs, measure).key != Reference(four_bits, measure).key
     assert Reference(four_bits, measure).is_quantised
     other = [Reference(replace(job, frozen=teacher), measure) for job in (pairs, four_bits)]

@@ -33,6 +33,7 @@ from forge_ray.train.model import load_for_training
 from forge_ray.train.preflight import refuse_without_rows
 from forge_ray.train.reference import Reference, read_document_logps
 from forge_ray.train.reference_files import parquet, pieces
+from forge_ray.train.shared_prompt import shared_prompts
 from forge_ray.train.step import averages
 
 pytestmark = pytest.mark.numerics
@@ -195,7 +196,7 @@ def test_reference_is_the_model_without_its_adapter(jobs: Jobs, judged: dict[str
     job = job_of(jobs, judged, "dpo-reference", "dpo", **LORA, max_steps=3)
     run(job, ranks=2)
     rows = Rows.of(job.store, job.dataset, "train")
-    kept = read_document_logps(Reference(job, document_logps()), rows, list(range(rows.num_rows)))
+    kept = read_document_logps(Reference(job, document_logps(in_pairs=True)), rows, list(range(rows.num_rows)))
     config = job.config.model_copy(update={"adapter": None})
     model: Any = load_for_training(job.store.local(f"models/{job.base.id}"), config, "fp32", torch.device("cpu"), 1).eval()
     for number in range(rows.num_rows):
@@ -227,7 +228,7 @@ def test_dpo_of_an_adapter_is_dpo_with_the_adapter_switched_off_as_reference(
     with torch.no_grad(), model.disable_adapter():
         switched_off, _ = segment_sums(*token_logps(model, batch), batch)
     results = []
-    kept = read_document_logps(Reference(job, document_logps()), rows, numbers)
+    kept = read_document_logps(Reference(job, document_logps(in_pairs=True)), rows, numbers)
     for logps in (torch.from_numpy(kept), switched_off):
         model.zero_grad()
         sums = pair_loss(of_kind("dpo"), model, {**batch, "reference_logps": logps})
@@ -244,7 +245,7 @@ def test_reference_is_computed_once_and_a_killed_pass_continues(
 ) -> None:
     """The next attempt takes a piece as it was left: what a run then reads of it is not what it would have computed."""
     first = job_of(jobs, judged, "apo_zero-first", "apo_zero", **LORA, max_steps=1)
-    reference = Reference(first, document_logps())
+    reference = Reference(first, document_logps(in_pairs=True))
     store, rows = first.store, Rows.of(first.store, first.dataset, "train")
     store.delete_dir(reference.folder)
     run(first)
@@ -271,7 +272,7 @@ def test_reference_is_computed_once_and_a_killed_pass_continues(
 
 
 def test_numbers_of_a_pass_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each fetch waits for the device: the loss and every metric come in one."""
+    """Each fetch waits for the device: the loss and every metric come in one. What pairs share is found before a pass."""
     batch, logits = two_pairs()
     batch["grades"] = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
 
@@ -279,6 +280,8 @@ def test_numbers_of_a_pass_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> 
         return SimpleNamespace(logits=logits[None, inputs["logits_to_keep"]].clone())
 
     fetched: list[str] = []
+    shared = shared_prompts(batch)
+    monkeypatch.setattr("forge_ray.train.methods.preference.shared_prompts", lambda _: shared)
     for name in ("__float__", "tolist"):
         fetch = getattr(Tensor, name)
         monkeypatch.setattr(Tensor, name, lambda self, fetch=fetch, name=name: fetched.append(name) or fetch(self))

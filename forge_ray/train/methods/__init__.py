@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from forge_ray.config.classify import Classify, Reward
 from forge_ray.config.distil import Distil
-from forge_ray.config.method import Preference
+from forge_ray.config.method import OF_ANSWERS, Preference
 from forge_ray.train.job import TrainJob
 from forge_ray.train.method import Method
 
@@ -59,4 +59,4 @@ def reference_of(job: TrainJob) -> Reference | None:
         from forge_ray.train.mismatched import logps_with_moved
 
         return Reference(job, logps_with_moved())
-    return Reference(job, document_logps())
+    return Reference(job, document_logps(in_pairs=config.kind not in OF_ANSWERS))

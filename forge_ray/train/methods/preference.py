@@ -42,6 +42,7 @@ from forge_ray.train.measure import by_segment
 from forge_ray.train.method import STEP_MEAN, Batch, Column, Forward, Method, Sums
 from forge_ray.train.mismatched import change_of_moved, moved_logps
 from forge_ray.train.reference import Reference, read_document_logps
+from forge_ray.train.shared_prompt import shared_prompts
 
 DIVISORS = {"good_reward": "good_share", "bad_reward": "bad_share"}
 
@@ -70,7 +71,7 @@ def num_pairs(batch: Batch) -> Tensor:
 
 
 def pair_loss(config: Preference, forward: Forward, batch: Batch) -> Sums:
-    logps_K, positions_K = token_logps(forward, batch)
+    logps_K, positions_K = token_logps(forward, batch, shared_prompts(batch))
     logps_BS, lengths_BS = segment_sums(logps_K, positions_K, batch)
     is_pair_BP = lengths_BS[:, 1::2] > 0
     chosen, rejected = (logps_BS[:, half::2][is_pair_BP] for half in (0, 1))  # [P] from here on

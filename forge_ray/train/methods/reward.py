@@ -23,6 +23,7 @@ from forge_ray.train import attention
 from forge_ray.train.job import TrainJob
 from forge_ray.train.method import Batch, Forward, Method, Sums
 from forge_ray.train.methods.preference import num_pairs
+from forge_ray.train.shared_prompt import shared_prompts
 
 
 def reward(job: TrainJob) -> Method:
@@ -34,13 +35,14 @@ def loss(pad_id: int, forward: Forward, batch: Batch) -> Sums:
     """A pass without a pair reads the first token, whose reward is not used."""
     last_K = last_tokens(pad_id, batch)
     is_blank = not len(last_K)
-    positions = batch["position_ids"].reshape(1, -1)
+    read_K, shared = last_K.new_zeros(2) if is_blank else last_K, shared_prompts(batch)
+    ids, positions = (batch[name].reshape(1, -1) for name in ("input_ids", "position_ids"))
     output = forward(
-        input_ids=batch["input_ids"].reshape(1, -1),
-        position_ids=positions,
-        logits_to_keep=last_K.new_zeros(2) if is_blank else last_K,
+        input_ids=ids[:, shared.tokens_M] if shared else ids,
+        position_ids=positions[:, shared.tokens_M] if shared else positions,
+        logits_to_keep=shared.places_N[read_K] if shared else read_K,
         use_cache=False,
-        **attention.bounds(attention.edges(positions[0])),
+        **attention.bounds(attention.edges(positions[0]), shared),
     )
     rewards_K = output.logits[0, :, 0].float()
     margins_P = (rewards_K[0::2] - rewards_K[1::2])[: 0 if is_blank else None]
