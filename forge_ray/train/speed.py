@@ -6,7 +6,8 @@ N: weights of the linear layers in the blocks that a token passes (of a mixture:
 trained ones among them. Forward takes 2 N, gradients of inputs 2 N, of weights 2 T: 6 N where all are trained. L layers of
 D = heads x head size attend to d / 2 positions on average, d being the mean length of a document. V H: the head, computed
 at trained positions only. Gradients of inputs count in frozen layers below the first trained one too, where none is
-computed. What activation checkpointing computes twice does not count (model FLOPs, arXiv:2204.02311).
+computed. What activation checkpointing computes twice does not count (model FLOPs, arXiv:2204.02311). A prompt that both
+answers of a pair have counts in each of them, though it is computed once (`shared_prompt.py`).
 """
 
 from __future__ import annotations
