@@ -13,6 +13,7 @@ ENGINE_THREADS = "forge-engine"  # as inference/batching.py names them; vLLM's e
 # The first whose mark is in a process's command line
 PARTS = (
     ("engine", "VLLM::EngineCore"),
+    ("engine", "forge_ray.inference.engine_process"),
     ("engine", "serve_processes.py engine"),
     ("engine", "serve_processes.py sequential"),
     ("replica", "serve_processes.py uvicorn"),

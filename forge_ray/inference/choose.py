@@ -7,6 +7,7 @@ from pathlib import Path
 
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.engine import Engine
+from forge_ray.inference.own_process import ProcessEngine
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.store.files import MANIFEST
 from forge_ray.store.scratch import scratch
@@ -33,6 +34,15 @@ def open_engine(
             with scratch("merged") as folder:  # read once, when the engine starts
                 write_merged(model_dir, adapter_dir, resolve_precision(config.precision, bool(use_gpu)), folder)
                 return load_vllm_engine(folder, None, config, use_gpu)
+
+
+def open_beside(
+    model_dir: Path, adapter_dir: Path | None, config: EngineConfig, use_gpu: bool | None, merge: bool
+) -> Engine:
+    """As `open_engine`, for a process that has other things to do: the model runs in a process of its own."""
+    if config.kind == "vllm":  # does so already
+        return open_engine(model_dir, adapter_dir, config, use_gpu, merge)
+    return ProcessEngine(model_dir, adapter_dir, config, use_gpu, merge)
 
 
 def write_merged(model_dir: Path, adapter_dir: Path | None, precision: str, folder: Path) -> None:

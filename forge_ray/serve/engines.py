@@ -20,7 +20,7 @@ from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.data.tokens.text_tools import tools_of, with_tools
 from forge_ray.errors import EngineError, ForgeError, StoreError
-from forge_ray.inference.choose import open_engine
+from forge_ray.inference.choose import open_beside
 from forge_ray.inference.class_engine import ClassEngine
 from forge_ray.inference.classifier import open_classifier
 from forge_ray.inference.engine import Engine, EngineHealth, GenerationRequest
@@ -176,7 +176,7 @@ class EnginePool:
             loaded_engine = LoadedEngine(ClassEngine(classifier), tokenizer, (), 0)
             loaded_engine.warm_up("")
             return loaded_engine
-        engine = open_engine(model_dir, merged, self.config.engine, on_gpu, merge=merged is not None)
+        engine = open_beside(model_dir, merged, self.config.engine, on_gpu, merge=merged is not None)
         end_tokens = end_token_ids(tokenizer, model_dir)
         loaded_engine = LoadedEngine(engine, tokenizer, end_tokens, self.config.engine.max_adapters)
         loaded_engine.warm_up("")
