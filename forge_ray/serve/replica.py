@@ -1,4 +1,4 @@
-"""One replica of a deployment: HTTP, directory and engines in one process.
+"""One replica of a deployment: HTTP and directory in one process, its engines in one each.
 
 It reads records and files from the store and never opens the catalogue. Two threads keep it in step with the other replicas:
 one follows the coordinator's tables, one sends the coordinator heartbeats.

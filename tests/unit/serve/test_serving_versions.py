@@ -87,7 +87,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EnginePool:
     """Engines that only note what happens to them; room for two adapters; nothing counts as just used."""
     tokenizer = SimpleNamespace(eos_token_id=2, end_ids=(2,), text_ids=lambda texts: [[1]])
     monkeypatch.setattr(engines_module, "load_tokenizer_dir", lambda folder: tokenizer)
-    monkeypatch.setattr(engines_module, "open_engine", lambda *arguments, **more: FakeEngine())
+    monkeypatch.setattr(engines_module, "open_beside", lambda *arguments, **more: FakeEngine())
     monkeypatch.setattr(engines_module, "RECENT_USE_S", 0.0)
     monkeypatch.setattr(engines_module, "EVICT_WAIT_S", 0.1)
     config = parse(DeployConfig, {"name": "bot", "models": ["x"], "engine": {"max_adapters": 2}})
