@@ -1,6 +1,6 @@
 """A replica's HTTP application: OpenAI's endpoints, /health and /metrics, as one ASGI app (no ray).
 
-The engine runs in the same process, so a token crosses no network before it is sent. Nothing of a prompt or an answer is
+The engine is a child of this process, so a token crosses no network before it is sent. Nothing of a prompt or an answer is
 logged.
 """
 
