@@ -244,7 +244,7 @@ def reference(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     context = join(False, options.threads, under_ray=False)
     base = job.store.fetch_dir(f"models/{job.base.id}")
     engine = TorchEngine(load_for_training(base, job.config, job.precision, context.device, 1), job.config)
-    one = Reference(job, document_logps())
+    one = Reference(job, document_logps(in_pairs=True))
     job.store.delete_dir(one.folder)
     began = time.perf_counter()
     one.begin(engine, context, lambda *_: None)
