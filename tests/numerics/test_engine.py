@@ -8,17 +8,20 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mistral_common
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.generation.continuous_batching.requests import RequestStatus
 
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
-from forge_ray.inference.engine import Generation, GenerationRequest, Question
+from forge_ray.inference.batching import PIECE
+from forge_ray.inference.engine import Generation, GenerationRequest, Question, Token
 from forge_ray.inference.grammar import Grammars, Matcher, load_grammars
 from forge_ray.inference.load import load_engine
 from forge_ray.inference.sampling import gumbel_noise, nucleus, sample
@@ -188,14 +191,70 @@ def test_closed_stream_frees_its_cache_blocks(engine: TransformersEngine) -> Non
         await stream.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(take_two())
+    assert_all_blocks_are_free(engine)
+
+
+def assert_all_blocks_are_free(engine: TransformersEngine) -> None:
+    """No request holds one. Those that are kept for prompts that begin alike are given up when they are needed."""
     processor = engine._batching.batch_processor
     assert processor is not None
+    (allocator,) = processor.cache.cache_allocators.values()
     # the generation thread frees the blocks a step after the request is forgotten
     deadline = time.monotonic() + WAIT_S
-    while (engine.health().num_running or processor.cache.compute_free_capacity() <= 0.5) and time.monotonic() < deadline:
+    while (engine.health().num_running or allocator.block_table) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert engine.health().num_running == engine.health().num_waiting == 0
-    assert processor.cache.compute_free_capacity() > 0.5
+    assert not allocator.block_table
+    with engine._model_alone(""):
+        processor.cache.evict_cached_blocks()
+        assert processor.cache.compute_free_capacity() > 0.8  # the rest is what transformers keeps for itself
+
+
+def test_prompts_are_read_in_pieces_while_answers_are_under_way(
+    engine: TransformersEngine, reference: LlamaForCausalLM
+) -> None:
+    """Then a step has a token of each answer and at most a piece of the prompts; answers stay what they are."""
+    processor = engine._batching.batch_processor
+    assert processor is not None
+    sizes: list[tuple[int, int]] = []  # (requests that continue their answers, tokens of prompts) of each step
+    schedule = processor.scheduler.schedule_batch
+
+    def watched(token_budget: int, cache_budget: int) -> Any:
+        active = processor.scheduler.active_requests.values()
+        answering = {id(state) for state in active if state.status == RequestStatus.DECODING}
+        scheduled = schedule(token_budget, cache_budget)
+        of_prompts = sum(one.query_length for one in scheduled[0] or () if id(one.state) not in answering)
+        sizes.append((len(answering), of_prompts))
+        return scheduled
+
+    short, long = GenerationRequest(PROMPTS[0], 60), GenerationRequest(tuple(range(10, 250)), 4)
+
+    async def both() -> list[list[int]]:
+        first = engine.stream(short)
+        tokens = [(await anext(first)).token_id]
+        second = asyncio.create_task(collected(engine.stream(long)))
+        tokens += [token.token_id async for token in first]
+        return [[token for token in tokens if token is not None], await second]
+
+    processor.scheduler.schedule_batch = watched  # type: ignore[method-assign]
+    try:
+        answers = asyncio.run(both())
+        alone = asyncio.run(collected(engine.stream(GenerationRequest(tuple(range(9, 249)), 4))))
+    finally:
+        processor.scheduler.schedule_batch = schedule  # type: ignore[method-assign]
+    among = [of_prompts for answering, of_prompts in sizes if answering]
+    assert max(among) == PIECE < CONFIG.max_batch_tokens
+    assert max(of_prompts for answering, of_prompts in sizes if not answering) == CONFIG.max_batch_tokens
+    assert len(alone) == 4
+    for request, answer in zip((short, long), answers, strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        out = reference.generate(ids, do_sample=False, max_new_tokens=request.max_new_tokens, eos_token_id=None)
+        assert answer == out[0, ids.shape[1] :].tolist()
+    assert_all_blocks_are_free(engine)
+
+
+async def collected(stream: AsyncIterator[Token]) -> list[int]:
+    return [token.token_id async for token in stream if token.token_id is not None]
 
 
 @pytest.mark.parametrize(
