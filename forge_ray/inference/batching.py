@@ -33,11 +33,10 @@ from transformers.generation.continuous_batching.requests import (
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.adapters import Adapters
 from forge_ray.inference.attention import PAGED, can_page, step_of
+from forge_ray.inference.pace import Pace
 from forge_ray.inference.sampling import Drawing, draw
 
 Deliver = Callable[[Sequence[GenerationOutput]], None]
-# Tokens of prompts in a step of a CPU that also continues answers: it takes about twice the time of one that does only that
-PIECE = 32
 
 
 class Batching(ContinuousBatchingManager):
@@ -68,7 +67,7 @@ class Batching(ContinuousBatchingManager):
         processor.model_runner = Runner(processor, self)
         salt_prefixes(processor.cache)
         if processor.model_device.type == "cpu":
-            read_in_pieces(processor.scheduler, PIECE)
+            read_in_pieces(processor.scheduler, Pace())
         return processor
 
 
@@ -78,14 +77,18 @@ def name_thread(name: str) -> None:
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
 
 
-def read_in_pieces(scheduler: Any, piece: int) -> None:
-    """From now on a step reads at most `piece` tokens of prompts where an answer is streamed, whose reader waits for it."""
+def read_in_pieces(scheduler: Any, pace: Pace) -> None:
+    """From now on prompts are read at this pace where an answer is streamed, whose reader waits for it."""
     schedule = scheduler.schedule_batch
 
     def schedule_batch(token_budget: int, cache_budget: int) -> Any:
-        answering = [state for state in scheduler.active_requests.values() if state.status == RequestStatus.DECODING]
-        is_waited_for = any(state.streaming for state in answering)
-        return schedule(min(token_budget, len(answering) + piece) if is_waited_for else token_budget, cache_budget)
+        states = [state for state in scheduler.active_requests.values() if state.status == RequestStatus.DECODING]
+        answering, is_waited_for = {state.request_id for state in states}, any(state.streaming for state in states)
+        pace.end(answering)
+        scheduled = schedule(min(token_budget, len(states) + pace.piece) if is_waited_for else token_budget, cache_budget)
+        requests: list[FutureRequestState] = scheduled[0] or []
+        pace.begin(answering, sum(one.query_length for one in requests if one.state.request_id not in answering))
+        return scheduled
 
     scheduler.schedule_batch = schedule_batch
 

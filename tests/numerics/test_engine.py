@@ -20,10 +20,10 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError
-from forge_ray.inference.batching import PIECE
 from forge_ray.inference.engine import Generation, GenerationRequest, Question, Token
 from forge_ray.inference.grammar import Grammars, Matcher, load_grammars
 from forge_ray.inference.load import load_engine
+from forge_ray.inference.pace import Pace
 from forge_ray.inference.sampling import gumbel_noise, nucleus, sample
 from forge_ray.inference.transformers_engine import TransformersEngine
 from tests import engine_contract
@@ -211,7 +211,7 @@ def assert_all_blocks_are_free(engine: TransformersEngine) -> None:
 
 
 def test_prompts_are_read_in_pieces_while_answers_are_under_way(
-    engine: TransformersEngine, reference: LlamaForCausalLM
+    engine: TransformersEngine, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then a step has a token of each answer and at most a piece of the prompts; answers stay what they are."""
     processor = engine._batching.batch_processor
@@ -236,6 +236,8 @@ def test_prompts_are_read_in_pieces_while_answers_are_under_way(
         tokens += [token.token_id async for token in first]
         return [[token for token in tokens if token is not None], await second]
 
+    piece = 24
+    monkeypatch.setattr(Pace, "piece", piece)
     processor.scheduler.schedule_batch = watched  # type: ignore[method-assign]
     try:
         answers = asyncio.run(both())
@@ -243,7 +245,7 @@ def test_prompts_are_read_in_pieces_while_answers_are_under_way(
     finally:
         processor.scheduler.schedule_batch = schedule  # type: ignore[method-assign]
     among = [of_prompts for answering, of_prompts in sizes if answering]
-    assert max(among) == PIECE < CONFIG.max_batch_tokens
+    assert 0 < max(among) == piece < CONFIG.max_batch_tokens
     assert max(of_prompts for answering, of_prompts in sizes if not answering) == CONFIG.max_batch_tokens
     assert len(alone) == 4
     for request, answer in zip((short, long), answers, strict=True):
