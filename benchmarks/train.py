@@ -282,7 +282,7 @@ def floor(folder: str, trained_share: float, rate: float) -> float:
 
     job = job_of(folder, 1, 1, "unused", engine="torch", zero_stage=0)
     model = Model.of(job.store.fetch_dir(f"models/{job.base.id}"))
-    blocks = active_weights(model)
+    blocks = active_weights(model, model.shapes)
     output = model.config["vocab_size"] * model.config["hidden_size"]
     return rate / (4 * blocks + 4 * output * trained_share)
 
