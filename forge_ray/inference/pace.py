@@ -16,7 +16,7 @@ STEPS_KEPT, PIECES_KEPT = 15, 3
 
 
 class Pace:
-    """Steps are told by `begin`, each of which ends the one before."""
+    """Of one engine. `end` and `begin` are called between two steps, with the requests that are `answering` by then."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
