@@ -18,7 +18,9 @@ from weakref import WeakKeyDictionary
 FIRST_STEP_S, FIRST_PROMPT_TOKEN_S, FIRST_TOKENS_PER_CHARACTER = 0.05, 0.001, 0.25  # until the first answer is measured
 STEPS_KEPT, PROMPT_TOKENS_KEPT, ANSWER_TOKENS_KEPT = 512, 4096, 8192  # how far back the means go
 CHARACTERS_KEPT = 1 << 16
-OVERDUE_STEPS = 10  # a sequence that has not begun so many steps after it should have: the engine's cache is full
+# A sequence that has not begun so many steps, and seconds, after it should have: the engine's cache is full. Steps of a small
+# model are short, and a busy machine holds up some of them
+OVERDUE_STEPS, OVERDUE_S = 10, 2.0
 
 
 @dataclass
@@ -136,7 +138,7 @@ class EngineSeats:
         first that waits has not begun when it should have; that is remembered until more run at once, or none."""
         if running and waiting:
             late_s = self._open_for(waiting[0]) - 2 * self._prompt_s.per_unit * waiting[0].num_prompt
-            if late_s > OVERDUE_STEPS * self._step_s.per_unit:
+            if late_s > max(OVERDUE_STEPS * self._step_s.per_unit, OVERDUE_S):
                 self._num_in_use = len(running)
         self._num_in_use = max(self._num_in_use, len(running))
         return self._num_in_use

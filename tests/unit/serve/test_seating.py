@@ -183,6 +183,22 @@ def test_cache_that_holds_fewer_than_the_slots_is_noticed() -> None:
     assert loaded.num_refused > 500
 
 
+def test_machine_that_is_held_up_for_a_moment_is_not_taken_for_a_full_cache() -> None:
+    """A small model makes a token in some milliseconds; ten steps are no sign there."""
+    now = 0.0
+    seats = EngineSeats(64, lambda: now)
+    first, second = seat_of(num_prompt=10), seat_of(num_prompt=10)
+    seats.send(first)
+    for _ in range(200):
+        now += 0.005
+        seats.made(first, 1)
+    seats.send(second)
+    now += 1.6  # another process takes the cores; 320 steps
+    assert seats.expected([seat_of()]).wait_s == 0.0
+    now += 0.8
+    assert seats.expected([seat_of()]).wait_s > 0.0
+
+
 def test_retry_after_is_when_the_same_request_is_admitted() -> None:
     engine = warmed(2)
     for _ in range(3):
