@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 FIRST_STEP_S, FIRST_PROMPT_TOKEN_S, FIRST_TOKENS_PER_CHARACTER = 0.05, 0.001, 0.25  # until the first answer is measured
 STEPS_KEPT, PROMPT_TOKENS_KEPT, ANSWER_TOKENS_KEPT = 512, 4096, 8192  # how far back the means go
 CHARACTERS_KEPT = 1 << 16
-# A sequence that has not begun so many steps, and seconds, after it should have: the engine's cache is full. Steps of a small
-# model are short, and a busy machine holds up some of them
-OVERDUE_STEPS, OVERDUE_S = 10, 2.0
+# A sequence that has not begun so many steps, and seconds, after it should have: the engine's cache is full. Steps of small
+# models are short, and a busy machine holds up some of them
+OVERDUE_STEPS, OVERDUE_S = 10, 1.0
 
 
 @dataclass

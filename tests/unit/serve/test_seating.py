@@ -193,7 +193,7 @@ def test_machine_that_is_held_up_for_a_moment_is_not_taken_for_a_full_cache() ->
         now += 0.005
         seats.made(first, 1)
     seats.send(second)
-    now += 1.6  # another process takes the cores; 320 steps
+    now += 0.8  # another process takes the cores; 160 steps
     assert seats.expected([seat_of()]).wait_s == 0.0
     now += 0.8
     assert seats.expected([seat_of()]).wait_s > 0.0
