@@ -68,7 +68,7 @@ def streams(url: str, clients: int, pause_s: float = 0) -> Iterator[Counter[str]
 
 
 def test_scaling_and_rollout_break_no_stream(ray_cluster: None, store: Store) -> None:
-    deploy_config = config(free_port(), replicas=SCALING, limits={"max_new_tokens": 100})
+    deploy_config = config(free_port(), replicas=SCALING, limits={"max_new_tokens": 100, "max_wait_share": 1000})
     url = base_url(deploy_config)
     with Catalog.open(store) as catalog:
         first_deployment = deploy(deploy_config, catalog, wait_s=WAIT_S)
@@ -88,7 +88,9 @@ def test_scaling_and_rollout_break_no_stream(ray_cluster: None, store: Store) ->
 
         with streams(url, 2, 0.2) as ends:  # too little for two: one leaves while it answers
             wait_for(lambda: replica_states()["RUNNING"] == 1, "down")
-            changed = config(deploy_config.port, replicas=SCALING | {"min": 1}, limits={"max_new_tokens": 101})
+            changed = config(
+                deploy_config.port, replicas=SCALING | {"min": 1}, limits={"max_new_tokens": 101, "max_wait_share": 1000}
+            )
             second = deploy(changed, catalog, wait_s=WAIT_S)  # a rollout: new replicas first
             served_by: set[str] = set()
             wait_for(
