@@ -37,6 +37,7 @@ from forge_ray.inference.pace import Pace
 from forge_ray.inference.sampling import Drawing, draw
 
 Deliver = Callable[[Sequence[GenerationOutput]], None]
+LONG_PROMPT = 256  # tokens; shorter ones are read at once, several in a step: that holds up answers once, for a moment
 
 
 class Batching(ContinuousBatchingManager):
@@ -78,14 +79,18 @@ def name_thread(name: str) -> None:
 
 
 def read_in_pieces(scheduler: Any, pace: Pace) -> None:
-    """From now on prompts are read at this pace where an answer is streamed, whose reader waits for it."""
+    """From now on a long prompt is read at this pace where an answer is streamed, whose reader waits for it."""
     schedule = scheduler.schedule_batch
 
     def schedule_batch(token_budget: int, cache_budget: int) -> Any:
-        states = [state for state in scheduler.active_requests.values() if state.status == RequestStatus.DECODING]
+        active = list(scheduler.active_requests.values())
+        states = [state for state in active if state.status == RequestStatus.DECODING]
         answering, is_waited_for = {state.request_id for state in states}, any(state.streaming for state in states)
+        unread = [state for state in (*active, *scheduler.waiting_requests.values()) if state.request_id not in answering]
+        is_long = any(len(state.remaining_prefill_tokens) > LONG_PROMPT for state in unread)
         pace.end(answering)
-        scheduled = schedule(min(token_budget, len(states) + pace.piece) if is_waited_for else token_budget, cache_budget)
+        is_paced = is_waited_for and is_long
+        scheduled = schedule(min(token_budget, len(states) + pace.piece) if is_paced else token_budget, cache_budget)
         requests: list[FutureRequestState] = scheduled[0] or []
         pace.begin(answering, sum(one.query_length for one in requests if one.state.request_id not in answering))
         return scheduled
