@@ -3,7 +3,8 @@
 A *seat* is one sequence in an engine or on its way there. An engine begins its sequences in the order in which they come, so
 that the work ahead of a new one over the rates just measured is its wait. All of it is counted here, as answers pass: no
 engine is asked, so that a refusal waits for none. Two rates hold for every engine: seconds per token of a prompt, which it
-reads one after the other, and seconds per token of an answer, of which it makes `num_slots` at once.
+reads one after the other (of short and of long ones), and seconds per token of an answer, of which it makes `num_slots` at
+once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from weakref import WeakKeyDictionary
 FIRST_STEP_S, FIRST_PROMPT_TOKEN_S, FIRST_TOKENS_PER_CHARACTER = 0.05, 0.001, 0.25  # until the first answer is measured
 STEPS_KEPT, PROMPT_TOKENS_KEPT, ANSWER_TOKENS_KEPT = 512, 4096, 8192  # how far back the means go
 CHARACTERS_KEPT = 1 << 16
+LONG_PROMPT = 256  # tokens; a token of a longer one takes more time: it attends to more, and engines read it in pieces
 # A sequence that has not begun so many steps, and seconds, after it should have: the engine's cache is full. Steps of small
 # models are short, and a busy machine holds up some of them
 OVERDUE_STEPS, OVERDUE_S = 10, 1.0
@@ -71,7 +73,7 @@ class EngineSeats:
         self._num_slots, self._clock = num_slots, clock
         self._seats: dict[Seat, None] = {}
         self._step_s = MovingMean(STEPS_KEPT, FIRST_STEP_S)
-        self._prompt_s = MovingMean(PROMPT_TOKENS_KEPT, FIRST_PROMPT_TOKEN_S)
+        self._prompt_s = {is_long: MovingMean(PROMPT_TOKENS_KEPT, FIRST_PROMPT_TOKEN_S) for is_long in (False, True)}
         self._share_used = MovingMean(ANSWER_TOKENS_KEPT, 1.0)  # of the longest answer that a request allows
         self._num_in_use = num_slots
         self._open_since = 0.0  # when the engine could begin the first seat that waits
@@ -83,7 +85,7 @@ class EngineSeats:
         num_slots = self._slots_in_use(running, waiting)
         if not waiting and len(running) + len(asked) <= num_slots:
             return ExpectedWait(0.0, alone_end_s)
-        reading_s = min(self._open_for(waiting[0]), self._prompt_s.per_unit * waiting[0].num_prompt) if waiting else 0.0
+        reading_s = min(self._open_for(waiting[0]), self._reading_s(waiting[0])) if waiting else 0.0
         free_s = [self._rest_s(seat) for seat in running]
         free_s += [-reading_s] * (num_slots - len(running))
         heapq.heapify(free_s)
@@ -104,7 +106,7 @@ class EngineSeats:
         """So many more tokens of the sequence arrived."""
         now = self._clock()
         if seat.last_at is None:
-            self._prompt_s.add(self._open_for(seat), seat.num_prompt)
+            self._prompt_s[seat.num_prompt > LONG_PROMPT].add(self._open_for(seat), seat.num_prompt)
             self._open_since = now
         else:
             self._step_s.add(now - seat.last_at, num_tokens)
@@ -137,7 +139,7 @@ class EngineSeats:
         """How many sequences the engine runs at once: fewer than its slots where its cache is full of long ones. Then the
         first that waits has not begun when it should have; that is remembered until more run at once, or none."""
         if running and waiting:
-            late_s = self._open_for(waiting[0]) - 2 * self._prompt_s.per_unit * waiting[0].num_prompt
+            late_s = self._open_for(waiting[0]) - 2 * self._reading_s(waiting[0])
             if late_s > max(OVERDUE_STEPS * self._step_s.per_unit, OVERDUE_S):
                 self._num_in_use = len(running)
         self._num_in_use = max(self._num_in_use, len(running))
@@ -147,6 +149,9 @@ class EngineSeats:
         """For how long the engine could have read the prompt of this seat, the first that waits."""
         return 0.0 if seat.sent_at is None else self._clock() - max(seat.sent_at, self._open_since)
 
+    def _reading_s(self, seat: Seat) -> float:
+        return self._prompt_s[seat.num_prompt > LONG_PROMPT].per_unit * seat.num_prompt
+
     def _rest_s(self, seat: Seat) -> float:
         return self._share_used.per_unit * max(0, seat.max_new - seat.num_new) * self._step_s.per_unit
 
@@ -155,7 +160,7 @@ class EngineSeats:
         begin_s = end_s = 0.0
         for seat in seats:
             begin_s = max(free_s[0], prompts_read_s)
-            prompts_read_s = begin_s + self._prompt_s.per_unit * seat.num_prompt
+            prompts_read_s = begin_s + self._reading_s(seat)
             end_s = max(prompts_read_s, 0.0) + self._rest_s(seat)
             heapq.heapreplace(free_s, end_s)
         return begin_s, end_s

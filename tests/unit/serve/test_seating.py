@@ -199,6 +199,26 @@ def test_machine_that_is_held_up_for_a_moment_is_not_taken_for_a_full_cache() ->
     assert seats.expected([seat_of()]).wait_s > 0.0
 
 
+def test_long_prompt_makes_no_short_one_expected_to_be_slow() -> None:
+    now = 0.0
+    seats = EngineSeats(8, lambda: now)
+
+    def read(num_prompt: int, seconds: float) -> None:
+        nonlocal now
+        seat = seat_of(num_prompt=num_prompt)
+        seats.send(seat)
+        now += seconds
+        seats.made(seat, 1)
+        seats.leave(seat)
+
+    for _ in range(50):
+        read(32, 0.032)
+    expected_s = seats.expected([seat_of(num_prompt=32)]).own_s
+    read(4000, 16.0)
+    assert seats.expected([seat_of(num_prompt=32)]).own_s == pytest.approx(expected_s, rel=0.01)
+    assert seats.expected([seat_of(num_prompt=4000)]).own_s > 15.0
+
+
 def test_retry_after_is_when_the_same_request_is_admitted() -> None:
     engine = warmed(2)
     for _ in range(3):
