@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-ENGINE_THREADS = "forge-engine"  # as inference/batching.py names them; vLLM's engine is a process of its own
 # The first whose mark is in a process's command line
 PARTS = (
     ("engine", "VLLM::EngineCore"),
@@ -33,19 +32,7 @@ def seconds_by_part() -> Counter[str]:
             command = " ".join(process.cmdline())
             part = next((part for part, mark in PARTS if mark in command), "other")
             times = process.cpu_times()
-            in_engine = _of_threads(process.pid, ENGINE_THREADS) if part == "replica" else 0.0
-            seconds[part] += times.user + times.system - in_engine
-            seconds["engine"] += in_engine
-    return seconds
-
-
-def _of_threads(pid: int, name: str) -> float:
-    seconds = 0.0
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{thread}/stat") as stat:
-            head, _, fields = stat.read().rpartition(")")
-        if head.endswith(f"({name}"):
-            seconds += sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+            seconds[part] += times.user + times.system
     return seconds
 
 

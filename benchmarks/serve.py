@@ -197,8 +197,7 @@ class Bench:
 
     def settings(self, kind: str, **more: Any) -> dict[str, Any]:
         running = max(self.options.clients, 8)
-        tokens = {"max_batch_tokens": self.options.batch_tokens} if self.options.batch_tokens else {}
-        return {"kind": kind, "max_running": running, "max_adapters": 0, "memory_share": 0.4, **tokens, **more}
+        return {"kind": kind, "max_running": running, "max_adapters": 0, "memory_share": 0.4, **more}
 
     def engine(self, kind: str, adapters: int = 0) -> Any:
         names = {f"sha256:{k}": folder for k, folder in enumerate(self.folders[:adapters])}
@@ -524,7 +523,6 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--batch-tokens", type=int, default=0, help="engine.max_batch_tokens; 0: its default")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8, choices=(8, 16, 32, 64, 128, 256))
     parser.add_argument("--rounds", type=int, default=3)

@@ -33,11 +33,10 @@ from transformers.generation.continuous_batching.requests import (
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.adapters import Adapters
 from forge_ray.inference.attention import PAGED, can_page, step_of
-from forge_ray.inference.pace import Pace
+from forge_ray.inference.pace import LONG_PROMPT, Pace
 from forge_ray.inference.sampling import Drawing, draw
 
 Deliver = Callable[[Sequence[GenerationOutput]], None]
-LONG_PROMPT = 256  # tokens; shorter ones are read at once, several in a step: that holds up answers once, for a moment
 
 
 class Batching(ContinuousBatchingManager):
@@ -73,7 +72,7 @@ class Batching(ContinuousBatchingManager):
 
 
 def name_thread(name: str) -> None:
-    """The calling thread's name for `top -H` and `benchmarks/serve.py`, where the system has one: at most 15 characters."""
+    """The calling thread's name for `top -H`, where the system has one: at most 15 characters."""
     with contextlib.suppress(OSError):
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
 

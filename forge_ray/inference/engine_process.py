@@ -12,6 +12,7 @@ import gc
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import astuple
@@ -21,6 +22,7 @@ from typing import Any
 
 from forge_ray.config.base import parse
 from forge_ray.config.release import EngineConfig
+from forge_ray.errors import ForgeError
 from forge_ray.inference.choose import open_engine
 from forge_ray.inference.engine import Engine
 from forge_ray.inference.engine_wire import from_error, from_token, receive, send, to_requests
@@ -72,7 +74,7 @@ class Answers:
                 async for token in tokens:
                     self._put("token", number, from_token(token))
         except Exception as error:
-            self._put("error", number, from_error(error))
+            self._put("error", number, _reported(error))
         finally:
             self._streams.pop(number, None)
 
@@ -80,7 +82,7 @@ class Answers:
         try:
             self._put("result", number, await asyncio.to_thread(CALLS[what], self._engine, *arguments))
         except Exception as error:
-            self._put("error", number, from_error(error))
+            self._put("error", number, _reported(error))
 
     def _put(self, what: str, number: int, value: Any) -> None:
         """What is put while the loop goes round once is one message: all tokens of a step."""
@@ -94,6 +96,13 @@ class Answers:
             send(self._connection, message)
         except OSError:
             os._exit(0)
+
+
+def _reported(error: Exception) -> list[str]:
+    """As `from_error`; what nobody foresaw is written to this process's log, which its message names."""
+    if not isinstance(error, ForgeError):
+        traceback.print_exception(error)
+    return from_error(error)
 
 
 def _generate(engine: Engine, requests: Any) -> Any:
@@ -132,7 +141,7 @@ def main(descriptor: int) -> None:
         settings = parse(EngineConfig, config)
         engine = open_engine(Path(model_dir), Path(adapter_dir) if adapter_dir else None, settings, use_gpu, merge)
     except Exception as error:
-        send(connection, [["error", 0, from_error(error)]])
+        send(connection, [["error", 0, _reported(error)]])
         raise SystemExit(1) from error
     gc.collect()
     gc.freeze()  # what loading made stays

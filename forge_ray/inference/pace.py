@@ -12,6 +12,7 @@ from collections.abc import Callable
 from statistics import median
 
 FIRST_PIECE, LEAST_PIECE = 32, 8
+LONG_PROMPT = 256  # tokens; shorter ones are read at once, several in a step: that holds up answers once, for a moment
 STEPS_KEPT, PIECES_KEPT = 15, 3
 
 

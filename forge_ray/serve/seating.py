@@ -3,8 +3,8 @@
 A *seat* is one sequence in an engine or on its way there. An engine begins its sequences in the order in which they come, so
 that the work ahead of a new one over the rates just measured is its wait. All of it is counted here, as answers pass: no
 engine is asked, so that a refusal waits for none. Two rates hold for every engine: seconds per token of a prompt, which it
-reads one after the other (of short and of long ones), and seconds per token of an answer, of which it makes `num_slots` at
-once.
+reads one after the other (a token of a long one takes longer: it attends to more, and is read in pieces), and seconds per
+token of an answer, of which it makes `num_slots` at once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from forge_ray.inference.pace import LONG_PROMPT
+
 FIRST_STEP_S, FIRST_PROMPT_TOKEN_S, FIRST_TOKENS_PER_CHARACTER = 0.05, 0.001, 0.25  # until the first answer is measured
 STEPS_KEPT, PROMPT_TOKENS_KEPT, ANSWER_TOKENS_KEPT = 512, 4096, 8192  # how far back the means go
 CHARACTERS_KEPT = 1 << 16
-LONG_PROMPT = 256  # tokens; a token of a longer one takes more time: it attends to more, and engines read it in pieces
 # A sequence that has not begun so many steps, and seconds, after it should have: the engine's cache is full. Steps of small
 # models are short, and a busy machine holds up some of them
 OVERDUE_STEPS, OVERDUE_S = 10, 1.0

@@ -26,10 +26,9 @@ KNOWN = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Of a pass without the second copies of prompts (`shared_prompt.py`). `tokens_M`: which of its
-    tokens are computed, in their order. `places_N`: for each token of the pass, where among them its state is. `sizes`: of
-    each pair in turn, the tokens of both together, of the first one alone, of the second one alone; of any other document
-    (0, all, 0)."""
+    """Of a pass without the second copies of prompts (`shared_prompt.py`), M of its N tokens. `tokens_M`: which ones are
+    computed, in their order. `places_N`: for each token of the pass, where among them its state is. `sizes`: of each pair in
+    turn, the tokens of both together, of the first one alone, of the second one alone; of any other document (0, all, 0)."""
 
     tokens_M: Tensor
     places_N: Tensor

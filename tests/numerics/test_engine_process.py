@@ -19,6 +19,7 @@ from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, PolicyError, RequestError, StoreError
 from forge_ray.inference.choose import open_beside
 from forge_ray.inference.engine import GenerationRequest, Token
+from forge_ray.inference.engine_process import _reported
 from forge_ray.inference.engine_wire import from_error, from_token, to_error, to_token
 from forge_ray.inference.load import load_engine
 from forge_ray.inference.own_process import ProcessEngine
@@ -73,11 +74,14 @@ def test_tokens_scores_and_vectors_are_those_of_the_engine_in_this_process(
         here.close()
 
 
-def test_an_error_arrives_as_what_it_was() -> None:
+def test_an_error_arrives_as_what_it_was(capfd: pytest.CaptureFixture[str]) -> None:
     for error in (StoreError("a", "b"), RequestError("c", "d"), PolicyError("e", "f")):
         again = to_error(from_error(error))
         assert (type(again), again.message, again.hint) == (type(error), error.message, error.hint)
-    other = to_error(from_error(KeyError("x")))
+    assert to_error(_reported(RequestError("c", "d"))).message == "c"
+    assert not capfd.readouterr().err
+    other = to_error(_reported(KeyError("x")))
+    assert "KeyError: 'x'" in capfd.readouterr().err  # where its message says that the cause is
     assert (type(other), other.message) == (EngineError, "the engine failed: KeyError: 'x'")
     assert type(to_error(["Path", "no error of ours", ""])) is EngineError
     for token in (Token(5), Token(None, "stop"), Token(5, None, -float("inf"), ((5, -0.1), (6, -2.5)))):

@@ -24,7 +24,6 @@ from transformers import (
 from forge_ray.config.base import parse
 from forge_ray.config.method import Preference
 from forge_ray.train import attention
-from forge_ray.train.attention import SharedPrompts
 from forge_ray.train.loss import segment_sums, token_logps
 from forge_ray.train.measure import document_logps
 from forge_ray.train.methods.preference import pair_loss
@@ -120,8 +119,8 @@ def test_what_is_left_out_is_the_second_copy_of_each_prompt() -> None:
     assert shared is not None
     ids, segments = batch["input_ids"].flatten(), batch["segment_ids"].flatten()
     positions = batch["position_ids"].flatten()
-    # the fifth pair's second copy of six, the others' of 6, 3 and 9; the pair without a prompt is computed whole
-    assert len(ids) - len(shared.tokens_M) == 6 + 3 + 9 + 6
+    # of each pair in turn; the third one has no prompt
+    assert len(ids) - len(shared.tokens_M) == 6 + 3 + 0 + 9 + 6
     for name in (ids, positions):
         assert torch.equal(name[shared.tokens_M][shared.places_N], name)
     left_out = sorted({*range(len(ids))} - set(shared.tokens_M.tolist()))
@@ -253,7 +252,8 @@ def test_a_kernel_that_takes_whole_documents_gets_them(monkeypatch: pytest.Monke
     query, key, value = (torch.randn(1, 2, len(shared.tokens_M), 8, requires_grad=True) for _ in range(3))
     options = attention.bounds(edges, shared)
     here, _ = attention.document_attention(torch.nn.Identity(), query, key, value, None, **options)
-    there = kernel_path(monkeypatch, kernel, (query, key, value), options, shared)
+    monkeypatch.setattr(attention, "_varlen", kernel)
+    there = attention.whole_documents(query, key, value, edges, options["max_length_q"], None, None, shared)
     torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
     for one, other in zip(
         torch.autograd.grad(there.square().sum(), (query, key, value), retain_graph=True),
@@ -261,10 +261,3 @@ def test_a_kernel_that_takes_whole_documents_gets_them(monkeypatch: pytest.Monke
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def kernel_path(
-    monkeypatch: pytest.MonkeyPatch, kernel: Any, parts: tuple[Tensor, ...], options: dict[str, Any], shared: SharedPrompts
-) -> Tensor:
-    monkeypatch.setattr(attention, "_varlen", kernel)
-    return attention.whole_documents(*parts, options["cu_seq_lens_q"], options["max_length_q"], None, None, shared)
