@@ -6,6 +6,7 @@ The application belongs to Serve's detached controller: it keeps running when th
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import httpx2
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import ApplicationStatus, LoggingConfig
@@ -142,6 +144,17 @@ def deployment_of(config: DeployConfig, catalog: Catalog) -> Deployment:
     ).sealed()
 
 
+def _start_proxy(host: str, port: int) -> None:
+    try:
+        serve.start(http_options={"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S})
+    except (RayError, TimeoutError) as error:
+        raise EngineError(
+            f"Ray Serve's HTTP proxy did not start on {host}:{port}: {str(error).strip().splitlines()[-1]}",
+            hint=f"the machine is at load {os.getloadavg()[0]:.0f}; if that is why, try again when it is quieter; the cause"
+            " is in Ray's logs, session_latest/logs/serve/proxy_*.log",
+        ) from error
+
+
 def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900, gateway: GatewayConfig | None = None) -> Deployment:
     """Serve the models of `config` and wait until they answer; writes the record, and its state as an event. `gateway`: what
     the caller starts in front, on the deployment's own host and port; without it those must be on loopback."""
@@ -151,7 +164,7 @@ def deploy(config: DeployConfig, catalog: Catalog, wait_s: float = 900, gateway:
         if catalog.routes().get(alias) != (resolved_route := promotion.resolved_route(catalog, alias, route)):
             promotion.set_route(catalog, alias, resolved_route, why=f"deployment file of {config.name}")
     deployment = deployment_of(config, catalog)
-    serve.start(http_options={"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S})
+    _start_proxy(host, port)
     running = set(serve.status().applications)
     if others := sorted(running - {config.name}):
         raise ConfigError(

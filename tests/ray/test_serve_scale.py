@@ -20,8 +20,9 @@ from forge_ray.store.files import Store
 
 pytestmark = pytest.mark.ray
 
-WAIT_S = 120
-SCALING = {"min": 0, "max": 2, "target_tokens": 400, "upscale_delay_s": 0, "downscale_delay_s": 1}
+WAIT_S = 240
+# Ten clients are 1,150 tokens while the engine has them, which on a busy machine is a part of the time; one is 115.
+SCALING = {"min": 0, "max": 2, "target_tokens": 200, "upscale_delay_s": 0, "downscale_delay_s": 10}
 
 
 def replica_states() -> Counter[str]:
@@ -86,7 +87,7 @@ def test_scaling_and_rollout_break_no_stream(ray_cluster: None, store: Store) ->
             time.sleep(2)
         assert set(ends) == {"whole"}
 
-        with streams(url, 2, 0.2) as ends:  # too little for two: one leaves while it answers
+        with streams(url, 1, 0.2) as ends:  # too little for two: one leaves while it answers
             wait_for(lambda: replica_states()["RUNNING"] == 1, "down")
             changed = config(
                 deploy_config.port, replicas=SCALING | {"min": 1}, limits={"max_new_tokens": 101, "max_wait_share": 1000}

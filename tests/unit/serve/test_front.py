@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from ray.exceptions import GetTimeoutError
 
 from forge_ray import pipeline
 from forge_ray.cli import gateway as cli_gateway
@@ -15,7 +16,8 @@ from forge_ray.cli.main import cli
 from forge_ray.config.base import parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, EngineError
+from forge_ray.serve.deploy import _start_proxy
 from forge_ray.serve.front import gateway_of, proxy_address, refuse_public
 from forge_ray.serve.gateway_config import GatewayConfig
 from forge_ray.store.files import Store
@@ -108,3 +110,13 @@ def test_serve_starts_the_gateway_on_the_public_host(tmp_path: Path, monkeypatch
     assert done.exit_code == 0, done.output
     assert started[0] is started[1]
     assert (started[0].host, started[0].port) == ("127.0.0.2", 8123)
+
+
+def test_a_proxy_that_does_not_start_is_an_error_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: object) -> None:
+        raise GetTimeoutError("it was killed")
+
+    monkeypatch.setattr("forge_ray.serve.deploy.serve.start", start)
+    with pytest.raises(EngineError, match=r"proxy did not start on 127\.0\.0\.1:8000: .*killed") as raised:
+        _start_proxy("127.0.0.1", 8000)
+    assert "load" in (raised.value.hint or "")
