@@ -38,6 +38,7 @@ lint: $(DEV) $(CHECKED)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy benchmarks
 
 check: lint
 	@$(BIN)/python -m pytest -q tests/unit tests/adversary -m "not slow and not large" -n 2

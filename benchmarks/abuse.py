@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +163,7 @@ async def handshakes(target: Target) -> None:
     await _many(1500, target, act, REFUSED_S)
 
 
-ATTACKS: dict[str, tuple[Callable[[Target], Awaitable[None]], str]] = {
+ATTACKS: dict[str, tuple[Callable[[Target], Coroutine[Any, Any, None]], str]] = {
     "endless_head": (endless_head, "a header without end"),
     "many_headers": (many_headers, "1,000 headers of 1 KiB"),
     "slow_bodies": (slow_bodies, "70 bodies of one byte"),

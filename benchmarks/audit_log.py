@@ -18,7 +18,7 @@ from pathlib import Path
 
 from forge_ray.governance import signers
 from forge_ray.records import Event
-from forge_ray.store import audit_log, log_check, signing
+from forge_ray.store import audit_log, log_check, log_reader, signing
 from forge_ray.store.catalog import Catalog, event_path
 from forge_ray.store.files import Store
 from forge_ray.store.signatures import signed_event
@@ -52,14 +52,14 @@ def opened(folder: Path, count: int) -> None:
         with signing.acting(key):
             signers.set_policy(catalog, {"signatures": True}, "")
     lines = chain(count, key, audit_log.lines(store)[-1])
-    with open(store.path(audit_log.LOG), "ab") as stream:
+    with open(store.path(log_reader.LOG), "ab") as stream:
         stream.write(b"".join(line + b"\n" for line in lines))
-    store.write(audit_log.HEAD, lines[-1])
+    store.write(log_reader.HEAD, lines[-1])
     catalog = Catalog(store, is_writable=False)
     folded = timed(catalog.sync)
     judged = timed(catalog.routes)
     (line,) = chain(1, key, lines[-1])
-    with open(store.path(audit_log.LOG), "ab") as stream:
+    with open(store.path(log_reader.LOG), "ab") as stream:
         stream.write(line + b"\n")
     one = timed(catalog.sync)
     print(f"a catalogue: folded {folded:.2f} s, every move judged {judged:.2f} s; one line more {one * 1e3:.1f} ms")
@@ -84,9 +84,12 @@ def main() -> None:
         opened(Path(folder), options.lines)
     with tempfile.TemporaryDirectory() as folder, signing.acting(key):
         store = Store(str(Path(folder) / "store"))
-        seconds = timed(
-            lambda: [audit_log.publish(store, f"events/{n}.json", b"{}", "a", "s") for n in range(options.appends)]
-        )
+
+        def append() -> None:
+            for number in range(options.appends):
+                audit_log.publish(store, f"events/{number}.json", b"{}", "a", "s")
+
+        seconds = timed(append)
     print(f"append: {seconds / options.appends * 1e3:.1f} ms a line, with its file, three times synced")
 
 

@@ -67,7 +67,8 @@ def rows(shape: str, tokens: float) -> Iterator[dict[str, Any]]:
     number = 0
 
     def passage() -> str:
-        num_words, words = max(3, int(chosen.lognormvariate(0, 0.6) * size[0])), []
+        num_words = max(3, int(chosen.lognormvariate(0, 0.6) * size[0]))
+        words: list[str] = []
         while len(words) < num_words:
             words += chosen.choice(source)
         return " ".join(words[:num_words])
@@ -364,8 +365,15 @@ def wait_share(batches: Iterator[dict[str, Any]], steps: int) -> float:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=1536, tie_word_embeddings=True, **sizes)).bfloat16()
+    config = LlamaConfig(
+        vocab_size=1536,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).bfloat16()
     assert sum(parameter.numel() for parameter in model.parameters()) > 1e6
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     next(batches)
@@ -395,9 +403,11 @@ METHODS = {
 def machine() -> str:
     from forge_ray.machine.environment import versions
 
-    versions = versions()
+    installed = versions()
     names = ("ray", "transformers", "pyarrow")
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, " + ", ".join(f"{n} {versions.get(n, '?')}" for n in names)
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, " + ", ".join(
+        f"{n} {installed.get(n, '?')}" for n in names
+    )
 
 
 def print_table(batch: list[dict[str, Any]]) -> None:

@@ -78,11 +78,11 @@ def vllm_engine(options: argparse.Namespace, shape: Any, most: int) -> tuple[Gen
     folder = tempfile.mkdtemp(prefix="bench-vllm-")
     shape.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[shape.model_type]]
     shape.save_pretrained(folder)
-    llm = LLM(
+    llm: Any = LLM(
         model=folder,
         load_format="dummy",
         skip_tokenizer_init=True,
-        dtype={"bf16": "bfloat16", "fp32": "float32"}[options.precision],
+        dtype="bfloat16" if options.precision == "bf16" else "float32",
         max_model_len=options.prompt + options.new_tokens,
         max_num_seqs=most,
         enable_prefix_caching=False,

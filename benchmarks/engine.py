@@ -80,7 +80,7 @@ def make_adapter(model_dir: Path, folder: Path, rank: int, seed: int) -> Path:
     torch.manual_seed(seed)
     model = load_model(model_dir, None, torch.bfloat16, torch.device("cpu"))
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(model, lora).save_pretrained(folder)
+    get_peft_model(model, lora).save_pretrained(str(folder))
     return folder
 
 
@@ -146,7 +146,8 @@ def static(model: Any, prompts: list[tuple[int, ...]], new_tokens: int) -> int:
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     how: dict[str, Any] = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
-    return (model.generate(input_ids=ids, attention_mask=mask, **how).shape[1] - width) * len(prompts)
+    answers: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, **how)
+    return (answers.shape[1] - width) * len(prompts)
 
 
 def report(args: argparse.Namespace, wall: dict[str, float], busy: dict[str, list[float]]) -> None:

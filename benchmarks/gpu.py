@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def all_parts() -> Iterator[Part]:
     yield Part("tests of the GPU", "pytest", ("tests/gpu",), ("pytest", "torch", "transformers"))
 
 
-TINY = {
+TINY: dict[str, Callable[[str], str]] = {
     "--shape": lambda shape: "tiny-mixture" if shape == "mistral-small-4" else "tiny",
     "--sequence-length": lambda _: "64",
     "--document-length": lambda length: str(int(length) // 64),

@@ -55,10 +55,10 @@ def timed(call: Callable[[], object]) -> float:
 
 def fill(store: Any, contents: list[tuple[str, bytes, str, str]]) -> None:
     """(path, content, action, subject) of each file, with its line behind the last one, as `audit_log.publish` has it."""
-    from forge_ray.store import audit_log
+    from forge_ray.store import audit_log, log_reader
 
     before = (audit_log.lines(store) or [b""])[-1]
-    path = Path(store.path(audit_log.LOG))
+    path = Path(store.path(log_reader.LOG))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
         for name, content, action, subject in contents:
@@ -67,7 +67,7 @@ def fill(store: Any, contents: list[tuple[str, bytes, str, str]]) -> None:
             file = Path(store.path(name))
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-    store.write(audit_log.HEAD, before)
+    store.write(log_reader.HEAD, before)
 
 
 def of_record(record: Any) -> tuple[str, bytes, str, str]:
@@ -208,7 +208,7 @@ def adapters(count: int, folder: Path) -> dict[str, float]:
     with Catalog.open(store) as catalog:
         base = import_model(catalog, make_tiny_model(folder / "tiny"), "tiny", "Apache-2.0")
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "tiny")
-    get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(folder / "adapter")
+    get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(str(folder / "adapter"))
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     settings = (folder / "adapter/adapter_config.json").read_bytes()
     contents, names = [], []
@@ -230,7 +230,12 @@ def adapters(count: int, folder: Path) -> dict[str, float]:
     watcher = StoreWatcher(store)
     watcher.refresh()
     tables: list[Any] = []
-    seconds = {"table": timed(lambda: tables.append(read_table(config, watcher, {})) or tables[0].id)}
+
+    def read() -> None:
+        tables.append(read_table(config, watcher, {}))
+        assert tables[0].id
+
+    seconds = {"table": timed(read)}
     pool = EnginePool(config, store)
     directory = ReplicaDirectory(pool)
     try:
@@ -259,7 +264,8 @@ def length(count: int, folder: Path) -> dict[str, float]:
 
     from forge_ray.config.base import parse
     from forge_ray.config.train import TrainConfig
-    from forge_ray.train.plan import Stated, plan
+    from forge_ray.train.plan import plan
+    from forge_ray.train.stated import Stated
 
     model = plan_model(configuration("llama-3.1-8b"))
     config = parse(TrainConfig, {"adapter": {"r": 16}, "scaling": {"gpus_per_worker": 1}, "activation_checkpointing": True})

@@ -188,7 +188,7 @@ def dpo_trl(folder: str, options: argparse.Namespace) -> dict[str, Any]:
 
     moments: list[float] = []
 
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+    class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             moments.append(time.perf_counter())
 

@@ -115,6 +115,7 @@ def worker(name: str, folder: str, device: str) -> None:
     model = load_for_training(Path(folder), config, precision, context.device, context.world_size)
     zero = config.engine == "deepspeed"
     engine: TrainEngine = ZeroEngine(model, config, precision) if zero else TorchEngine(model, config)
+    assert config.micro_batch_size != "auto"
     ids = torch.randint(0, 1000, (config.micro_batch_size, length), device=context.device)
     positions = torch.arange(length, device=context.device).expand_as(ids)
     batch = {"input_ids": ids, "position_ids": positions, "loss_mask": torch.ones_like(ids)}
@@ -157,7 +158,7 @@ def make_model(shape: str, folder: Path) -> Path:
         max_position_embeddings=4096,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / shape)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder / shape)
     return folder / shape
 
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import psutil
 
@@ -26,7 +27,8 @@ PARTS = (
 
 def seconds_by_part() -> Counter[str]:
     """Processor seconds that this process and those that it has started have taken until now; `other`: Ray's own."""
-    seconds: Counter[str] = Counter(client=sum(os.times()[:2]))
+    own: Any = os.times()  # seconds are no whole numbers, which is what a counter is said to hold
+    seconds: Counter[str] = Counter(client=own.user + own.system)
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error, OSError):
             command = " ".join(process.cmdline())

@@ -19,7 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from random import Random
-from typing import get_args
+from typing import Any, get_args
 
 from forge_ray.config.curate import PersonalData, Secret
 from forge_ray.data.curate.sensitive import personal_data, secrets
@@ -251,7 +251,7 @@ def evaluate(
     count: int,
     makers: Makers,
     negative: Callable[[Random], Sample],
-    find: Callable[..., list],
+    find: Callable[..., list[Any]],
     kinds: frozenset[str],
 ) -> tuple[dict[str, dict[str, float]], float]:
     """Scores by kind, and records per second."""
@@ -264,7 +264,9 @@ def evaluate(
     started = time.perf_counter()
     detections = [find(text, kinds) for text in texts]
     rate = count / (time.perf_counter() - started)
-    hits, missed, wrong = Counter(), Counter(), Counter()
+    hits: Counter[str] = Counter()
+    missed: Counter[str] = Counter()
+    wrong: Counter[str] = Counter()
     for text, (kind, start, end), spans in zip(texts, expected, detections, strict=True):
         right = [s for s in spans if s.kind == kind and start <= s.start and s.end <= end]
         # a number may stand behind its word, a password inside its URL
@@ -291,10 +293,12 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    random, report = Random(options.seed), {}
+    random = Random(options.seed)
+    report: dict[str, Any] = {}
+    no_secrets: Makers = [secret]
     for rule, makers, negative, find, kinds in (
         ("personal_data", POSITIVES, lookalike, personal_data, frozenset(get_args(PersonalData))),
-        ("secrets", [secret], no_secret, secrets, frozenset(get_args(Secret))),
+        ("secrets", no_secrets, no_secret, secrets, frozenset(get_args(Secret))),
     ):
         scores, rate = evaluate(random, options.records, makers, negative, find, kinds)
         clean = [

@@ -54,7 +54,7 @@ def prepare(store: str, model: str, num_adapters: int, rank: int) -> tuple[dict[
             torch.manual_seed(seed)
             settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
             with at.staged_dir("models/.new") as staged:
-                get_peft_model(open_model(model_dir, torch.bfloat16), settings).save_pretrained(staged)
+                get_peft_model(open_model(model_dir, torch.bfloat16), settings).save_pretrained(str(staged))
                 (staged / "README.md").unlink(missing_ok=True)
             files = at.files("models/.new")
             version = ModelVersion(
@@ -74,7 +74,9 @@ def prepare(store: str, model: str, num_adapters: int, rank: int) -> tuple[dict[
     return {"model_dir": str(model_dir), "versions": versions, "folders": folders, "vocab": vocab}, {}
 
 
-def engine(model_dir: str, settings: dict[str, Any], use_gpu: bool, adapters: dict[str, str]) -> tuple[dict, Commands]:
+def engine(
+    model_dir: str, settings: dict[str, Any], use_gpu: bool, adapters: dict[str, str]
+) -> tuple[dict[str, Any], Commands]:
     """An engine, called in its own process."""
     from forge_ray.config.base import parse
     from forge_ray.config.release import EngineConfig
@@ -124,7 +126,7 @@ def timed(work: Callable[[], int]) -> dict[str, float]:
     return {"tokens": tokens, "seconds": time.perf_counter() - begun}
 
 
-def sequential(model_dir: str, use_gpu: bool) -> tuple[dict, Commands]:
+def sequential(model_dir: str, use_gpu: bool) -> tuple[dict[str, Any], Commands]:
     """transformers' `generate`, one prompt after the other."""
     import torch
 
@@ -149,7 +151,7 @@ def sequential(model_dir: str, use_gpu: bool) -> tuple[dict, Commands]:
     return {}, {"load": load}
 
 
-def endpoint(store: str, deploy: dict[str, Any], keys: dict[str, dict[str, Any]]) -> tuple[dict, Commands]:
+def endpoint(store: str, deploy: dict[str, Any], keys: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], Commands]:
     """A deployment behind HAProxy; `alias` moves one while it runs. With `keys` (name → limits) it asks for one of them, and
     is behind Serve's own proxy."""
     from forge_ray.serve.haproxy import set_haproxy
@@ -266,7 +268,7 @@ def bare_app() -> Any:
     return Starlette(routes=[Route("/v1/completions", completions, methods=["POST"])])
 
 
-def uvicorn(app: str, model_dir: str) -> tuple[dict, Commands]:
+def uvicorn(app: str, model_dir: str) -> tuple[dict[str, Any], Commands]:
     """`bare` or `null` on uvicorn, in a thread."""
     import threading
 
@@ -281,7 +283,7 @@ def uvicorn(app: str, model_dir: str) -> tuple[dict, Commands]:
     return {"url": f"http://127.0.0.1:{port}"}, {}
 
 
-def null_endpoint(model_dir: str) -> tuple[dict, Commands]:
+def null_endpoint(model_dir: str) -> tuple[dict[str, Any], Commands]:
     """The null engine in a replica of Ray Serve behind HAProxy."""
     from forge_ray.serve.haproxy import set_haproxy
 
@@ -305,12 +307,13 @@ def null_endpoint(model_dir: str) -> tuple[dict, Commands]:
 
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(Replica.bind(), name="null", route_prefix="/")
+    deployment: Any = Replica
+    serve.run(deployment.bind(), name="null", route_prefix="/")
     assert ray.is_initialized()
     return {"url": f"http://127.0.0.1:{port}"}, {}
 
 
-def ray_llm(model_dir: str, use_gpu: bool, max_running: int) -> tuple[dict, Commands]:
+def ray_llm(model_dir: str, use_gpu: bool, max_running: int) -> tuple[dict[str, Any], Commands]:
     """ray.serve.llm on the same vLLM."""
     from forge_ray.inference.vllm_settings import prepare as set_environment
 
@@ -350,7 +353,7 @@ def ray_llm(model_dir: str, use_gpu: bool, max_running: int) -> tuple[dict, Comm
     return {"url": f"http://127.0.0.1:{port}"}, {}
 
 
-PROCESSES: dict[str, Callable[..., tuple[dict, Commands]]] = {
+PROCESSES: dict[str, Callable[..., tuple[dict[str, Any], Commands]]] = {
     function.__name__: function for function in (prepare, engine, sequential, endpoint, uvicorn, null_endpoint, ray_llm)
 }
 

@@ -109,9 +109,16 @@ def small(smollm2: Path, folder: Path) -> Path:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 18, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=49152, num_key_value_heads=2, tie_word_embeddings=True, **shape)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm2, local_files_only=True).save_pretrained(folder)
     return folder
 
@@ -133,7 +140,9 @@ def forge(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
     import torch
 
     from forge_ray.train import loop, metrics
+    from forge_ray.train.engine import TorchEngine
     from forge_ray.train.methods import sft
+    from forge_ray.train.zero import ZeroEngine
 
     engine = {"engine": "deepspeed", "zero_stage": 2} if "zero" in method else {"engine": "torch", "zero_stage": 0}
     job = job_of(folder, steps, threads, f"run-{os.getpid()}", **engine)
@@ -152,7 +161,7 @@ def forge(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
 
         return call
 
-    kind = loop.ZeroEngine if "zero" in method else loop.TorchEngine
+    kind = ZeroEngine if "zero" in method else TorchEngine
     sft.loss = timed("forward", sft.loss)
     kind.backward, kind.step = timed("backward", kind.backward), timed("step", kind.step)  # type: ignore[method-assign]
     loop.train_loop(job.to_json())
@@ -178,7 +187,7 @@ def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
 
     from forge_ray.data.dataset.order import order_of
     from forge_ray.data.dataset.stream import Rows
-    from forge_ray.train.model import with_adapter
+    from forge_ray.train.adapter import with_adapter
 
     torch.set_num_threads(threads)
     packed = "packed" in method
@@ -214,7 +223,7 @@ def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
 
     moments: list[float] = []
 
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+    class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             moments.append(time.perf_counter())
 
@@ -246,18 +255,18 @@ def trl(method: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
     trainer = SFTTrainer(
         model, args=args, train_dataset=Dataset.from_list(examples), processing_class=tokenizer, callbacks=[Clock()]
     )
-    sizes: list[int] = []
+    num_tokens: list[int] = []
     collate = trainer.data_collator
 
     def collated(batch: list[dict[str, Any]]) -> Any:
-        sizes.append(sum(len(example["input_ids"]) for example in batch))
+        num_tokens.append(sum(len(example["input_ids"]) for example in batch))
         return collate(batch)
 
     trainer.data_collator = collated
     trainer.train()
     seconds = moments[-1] - moments[SKIPPED - 1]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"tokens_per_s": sum(sizes[SKIPPED:steps]) / seconds, "losses": losses}
+    return {"tokens_per_s": sum(num_tokens[SKIPPED:steps]) / seconds, "losses": losses}
 
 
 def matrix_rate(threads: int) -> float:
@@ -283,7 +292,7 @@ def floor(folder: str, trained_share: float, rate: float) -> float:
     job = job_of(folder, 1, 1, "unused", engine="torch", zero_stage=0)
     model = Model.of(job.store.fetch_dir(f"models/{job.base.id}"))
     blocks = active_weights(model, model.shapes)
-    output = model.config["vocab_size"] * model.config["hidden_size"]
+    output = int(model.config["vocab_size"]) * int(model.config["hidden_size"])
     return rate / (4 * blocks + 4 * output * trained_share)
 
 

@@ -36,7 +36,7 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
         examples.append({"input_ids": ids[:used], "labels": labels[:used], "seq_lengths": sizes})
     moments: list[float] = []
 
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+    class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if options.device == "cuda":
                 torch.cuda.synchronize()
