@@ -21,16 +21,17 @@ from transformers.masking_utils import sdpa_mask
 
 PAGED = "forge_paged"
 FULL = "full_attention"
+FEW_TOKENS = 64  # of a prompt, for which the mask is repeated instead of the keys
 
 
 @dataclass(frozen=True)
 class PromptSpan:
-    """Tokens `start`..`stop` of the step belong to one request that has `past` tokens in the cache's `pages`."""
+    """Tokens `start`..`stop` of the step belong to one request; `pages` of the cache hold what it read before, and these."""
 
     start: int
     stop: int
-    past: int
     pages: torch.Tensor  # [pages]
+    mask: torch.Tensor | None  # [tokens, all tokens so far] in the model's dtype; None: nothing was read before
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def step_of(requests: Sequence[FutureRequestState], cache: PagedAttentionCache, 
             tables.append(pages)
             lengths.append(length)
         else:
-            prompts.append(PromptSpan(at, at + num, length - num, torch.tensor(pages, device=device)))
+            mask = None
+            if length > num:
+                mask = torch.full((num, length), float("-inf"), dtype=dtype, device=device).triu_(length - num + 1)
+            prompts.append(PromptSpan(at, at + num, torch.tensor(pages, device=device), mask))
         at += num
     width = max(map(len, tables), default=0)
     places = torch.arange(width * page_size, device=device)
@@ -110,13 +114,11 @@ def paged_attention(
         out[step.decoding] = _decode(query[step.decoding], keys, values, step, scaling)
     for prompt in step.prompts:
         part = slice(prompt.start, prompt.stop)
-        if prompt.past:
-            seen, kept = _gather(keys, prompt.pages)[:, : prompt.past + prompt.stop - prompt.start], None
-            kept = _gather(values, prompt.pages)[:, : seen.shape[1]]
-            ones = torch.ones(prompt.stop - prompt.start, seen.shape[1], dtype=torch.bool, device=query.device)
-            out[part] = _attend(query[part], seen, kept, scaling, mask=ones.tril(prompt.past))
+        if prompt.mask is None:
+            seen, kept = key[None, part], value[None, part]
         else:
-            out[part] = _attend(query[part], key[None, part], value[None, part], scaling)
+            seen, kept = (_gather(kind, prompt.pages)[:, : prompt.mask.shape[1]] for kind in (keys, values))
+        out[part] = _read(query[part], seen, kept, scaling, prompt.mask)
     return out[None], None
 
 
@@ -137,12 +139,21 @@ def _gather(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return pages.index_select(0, table.flatten()).view(rows, -1, *pages.shape[2:])
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, mask: torch.Tensor | None = None
+def _read(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """One request's tokens: query [tokens, heads, head_dim], keys [1, seen, kv_heads, head_dim]; causal without a mask."""
-    num_shared = query.shape[1] // key.shape[2]
-    key, value = (part.transpose(1, 2).repeat_interleave(num_shared, dim=1) for part in (key, value))
+    """Tokens of one prompt: query [tokens, heads, head_dim], keys [1, seen, kv_heads, head_dim]; causal without a mask.
+
+    However few the tokens are, all keys are read: then heads that share a key stand as so many queries, as in `_decode`.
+    """
+    tokens, heads, width = query.shape
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    num_shared = heads // key.shape[1]
+    if mask is not None and tokens <= FEW_TOKENS:
+        grouped = query.view(tokens, -1, num_shared, width).permute(1, 2, 0, 3).reshape(1, -1, num_shared * tokens, width)
+        out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask.repeat(num_shared, 1), scale=scaling)
+        return out.view(heads, tokens, -1).transpose(0, 1)
+    key, value = (part.repeat_interleave(num_shared, dim=1) for part in (key, value))
     out = scaled_dot_product_attention(
         query.transpose(0, 1)[None], key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
     )

@@ -86,7 +86,7 @@ def read_in_pieces(scheduler: Any, pace: Pace) -> None:
         states = [state for state in active if state.status == RequestStatus.DECODING]
         answering, is_waited_for = {state.request_id for state in states}, any(state.streaming for state in states)
         unread = [state for state in (*active, *scheduler.waiting_requests.values()) if state.request_id not in answering]
-        is_long = any(len(state.remaining_prefill_tokens) > LONG_PROMPT for state in unread)
+        is_long = any(len(state.initial_tokens) > LONG_PROMPT for state in unread)  # its last tokens cost most
         pace.end(answering)
         is_paced = is_waited_for and is_long
         scheduled = schedule(min(token_budget, len(states) + pace.piece) if is_paced else token_budget, cache_budget)

@@ -1,4 +1,4 @@
-"""How many tokens of prompts a step reads while answers are streamed: as many as double the time of the step (no torch).
+"""How many tokens of prompts a step reads while answers are streamed: so many that it hardly takes twice as long (no torch).
 
 A step that reads a long prompt holds up every answer. What a step takes that only continues answers, and what a token of a
 prompt adds to it, is measured as steps pass: the latter grows with the tokens that were read before.
@@ -14,6 +14,7 @@ from statistics import median
 FIRST_PIECE, LEAST_PIECE = 32, 8
 LONG_PROMPT = 256  # tokens; shorter ones are read at once, several in a step: that holds up answers once, for a moment
 STEPS_KEPT, PIECES_KEPT = 15, 3
+MOST_ADDED = 0.8  # of a step's time, so that with what a machine does besides hardly any step takes twice its time
 
 
 class Pace:
@@ -31,7 +32,7 @@ class Pace:
     def piece(self) -> int:
         if not self._step_s or not self._token_s:
             return FIRST_PIECE
-        return max(LEAST_PIECE, int(median(self._step_s) / max(median(self._token_s), 1e-6)))
+        return max(LEAST_PIECE, int(MOST_ADDED * median(self._step_s) / max(median(self._token_s), 1e-6)))
 
     def end(self, answering: set[str]) -> None:
         """A step ended, if one of its answers is `answering` still: else the engine may have been idle since."""

@@ -11,7 +11,7 @@ from typing import Any
 from forge_ray.config.scaling import Scaling
 from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.machine.hardware import available_memory, cpus, gpu_named, main_memory
-from forge_ray.machine.offline import SWITCHES, THREADS, set_offline_switches
+from forge_ray.machine.offline import SERVE, SWITCHES, THREADS, set_offline_switches
 from forge_ray.machine.proxies import bypass
 from forge_ray.machine.quiet import quiet_libraries
 from forge_ray.machine.ray_internals import IN_JOB, on_loopback, without_usage_reports
@@ -52,7 +52,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             with handlers_kept():
                 ray.init(
                     address=address,
-                    runtime_env={"env_vars": SWITCHES | THREADS},
+                    runtime_env={"env_vars": SWITCHES | THREADS | SERVE},
                     log_to_driver=show_logs,
                     logging_level=logging.WARNING,
                 )
@@ -64,7 +64,6 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             ) from None
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
-        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # Ray's 5 kill it on a busy machine
         temp_dir = session_folder()
         without_usage_reports()
         make_token_private()

@@ -28,9 +28,15 @@ THREADS = {
     "FASTOKENS_BPE_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait spin otherwise: two runs at once made 0.3 of one alone
 }
+# Read by the controller and the replicas of Ray Serve when they start
+SERVE = {
+    # Requests in the replica's one event loop: nothing of ours blocks it, and a second thread is a hand-over per message
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # after Ray's own 5 s the proxy of a busy machine is killed
+}
 
 
 def set_offline_switches() -> None:
-    """Set every switch that the operator has not set; those of threads too."""
-    for name, value in (SWITCHES | THREADS).items():
+    """Set every switch that the operator has not set; those of threads and of Ray Serve too."""
+    for name, value in (SWITCHES | THREADS | SERVE).items():
         os.environ.setdefault(name, value)

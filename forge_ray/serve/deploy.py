@@ -23,6 +23,7 @@ from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
 from forge_ray.machine.capacity import SAY_EVERY_S, Demand, is_short, missing, refuse_oversized
+from forge_ray.machine.offline import SERVE
 from forge_ray.machine.ray_internals import started_here
 from forge_ray.models.class_head import refuse_reward_model
 from forge_ray.records import Deployment
@@ -109,6 +110,7 @@ def serve_file(config: DeployConfig, store_uri: str) -> dict[str, Any]:
                 "name": config.name,
                 "route_prefix": "/",
                 "import_path": "forge_ray.serve.deploy:app_from_args",
+                "runtime_env": {"env_vars": SERVE},
                 "args": {"store": store_uri, "deploy": config.model_dump(mode="json", exclude_defaults=True)},
             }
         ],

@@ -29,12 +29,12 @@ class Machine:
         return seconds
 
 
-def test_a_step_that_reads_takes_twice_the_time_of_one_that_does_not() -> None:
+def test_a_step_that_reads_takes_hardly_twice_the_time_of_one_that_does_not() -> None:
     machine = Machine(0.05, 0.001)
     assert machine.pace.piece == FIRST_PIECE
     machine.steps(5, reads=False)
     assert machine.pace.piece == FIRST_PIECE  # what a token of a prompt takes is not known yet
-    assert machine.steps(4, reads=True) == pytest.approx(0.1, rel=0.03)
+    assert machine.steps(4, reads=True) == pytest.approx(0.09, rel=0.03)
 
 
 def test_pieces_become_smaller_as_tokens_become_dearer_and_larger_again() -> None:
@@ -42,13 +42,13 @@ def test_pieces_become_smaller_as_tokens_become_dearer_and_larger_again() -> Non
     machine.steps(3, reads=False)
     machine.steps(3, reads=True)
     machine.token_s = 0.004
-    assert machine.steps(4, reads=True) == pytest.approx(0.1, rel=0.1)
+    assert machine.steps(4, reads=True) == pytest.approx(0.09, rel=0.1)
     machine.token_s = 0.05
     machine.steps(4, reads=True)
     assert machine.pace.piece == LEAST_PIECE  # a prompt is read to its end all the same
     machine.token_s = 0.0005
     machine.steps(4, reads=True)
-    assert machine.pace.piece == pytest.approx(100, abs=2)
+    assert machine.pace.piece == pytest.approx(80, abs=2)
 
 
 def test_time_in_which_nothing_was_answered_is_no_step() -> None:
@@ -62,7 +62,7 @@ def test_time_in_which_nothing_was_answered_is_no_step() -> None:
     machine.pace.end(set())
     assert machine.pace.piece == FIRST_PIECE
     machine.steps(3, reads=True)
-    assert machine.pace.piece == pytest.approx(50, abs=1)
+    assert machine.pace.piece == pytest.approx(40, abs=1)
 
 
 def test_one_step_that_was_held_up_changes_little() -> None:
@@ -73,4 +73,4 @@ def test_one_step_that_was_held_up_changes_little() -> None:
     machine.steps(1, reads=False)
     machine.steps(1, reads=True)
     machine.step_s = 0.05
-    assert machine.pace.piece == pytest.approx(50, abs=1)
+    assert machine.pace.piece == pytest.approx(40, abs=1)
