@@ -22,6 +22,7 @@ from forge_ray.cli.main import cli
 from forge_ray.config.base import load, parse
 from forge_ray.config.release import DeployConfig
 from forge_ray.config.run import RunConfig
+from forge_ray.machine.offline import SERVE
 
 pytestmark = pytest.mark.unit
 
@@ -171,6 +172,7 @@ def test_rayservice_import_path_exists() -> None:
     module, function = app["import_path"].split(":")
     source = ROOT / f"{module.replace('.', '/')}.py"
     assert re.search(rf"^def {function}\(", source.read_text(), re.MULTILINE)
+    assert app["runtime_env"]["env_vars"].items() <= SERVE.items()
     assert set(app["args"]) == {"store", "deploy"}
     deploy = parse(DeployConfig, app["args"]["deploy"])
     assert deploy.models == (load(RunConfig, ROOT / "jobs" / "sft.yaml").release.alias,)
