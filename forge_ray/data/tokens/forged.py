@@ -8,8 +8,8 @@ token of the parts of one.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,12 @@ def refuse_built(
     rendering is needed only where the conversation has such a character at all. `writes_others`: whether the template may
     write characters that no message has (`decoding`); then every character of the messages is another one.
     """
-    counts = Counter(match[0] for match in special.finditer(text))
-    if not counts:
+    written = [match[0] for match in special.finditer(text)]
+    if not written:
         return
-    content = set("".join(strings_of([*messages, *(tools or ())])))
-    for token, count in counts.items():
-        if not (replaced := content if writes_others else _telling(token, content)):
+    content = "".join(strings_of([*messages, *(tools or ())]))
+    for token in dict.fromkeys(written):
+        if not (replaced := set(content) if writes_others else _telling(token, content)):
             continue
         try:
             table = {ord(character): PLACEHOLDER for character in replaced if not character.isspace()}
@@ -51,26 +51,40 @@ def refuse_built(
             if writes_others:
                 raise Reject(f"what the chat template makes of a message cannot be checked: {error}") from None
             continue
-        if count > sum(match[0] == token for match in special.finditer(neutral)):
+        if written.count(token) > sum(match[0] == token for match in special.finditer(neutral)):
             raise Reject(f"the chat template builds the special token {token!r} from a message")
 
 
-def _telling(token: str, content: set[str]) -> set[str]:
+def _telling(token: str, content: str) -> set[str]:
     """The characters of a token without which no message makes it up; empty where the messages lack them. The template may
     have the others: `<` from its own text, and `|im_start|` from a message."""
-    marks = {character for character in token if not character.isalnum()} or set(token)
-    if own := marks - set(IN_CONSTANTS):
-        return own & content
-    return marks if marks <= content else set()
+    marks, own = _marks(token)
+    if own:
+        return {character for character in own if character in content}
+    return set(marks) if all(character in content for character in marks) else set()
+
+
+@cache
+def _marks(token: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The characters of a token that are no letters or digits, where it has some, and those of them that no tag has."""
+    marks = frozenset(character for character in token if not character.isalnum()) or frozenset(token)
+    return marks, marks - set(IN_CONSTANTS)
 
 
 def strings_of(value: Any) -> list[str]:
     """Every text in a value, keys of objects too."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    return [text for item in value for text in strings_of(item)] if isinstance(value, list | tuple) else []
+    texts: list[str] = []
+    open_values = [value]
+    while open_values:
+        item = open_values.pop()
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, dict):
+            texts += [key for key in item if isinstance(key, str)]
+            open_values += item.values()
+        elif isinstance(item, list | tuple):
+            open_values += item
+    return texts
 
 
 def _replaced(value: Any, table: dict[int, str], is_key: bool = False) -> Any:
