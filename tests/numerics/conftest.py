@@ -38,6 +38,16 @@ from forge_ray.train.job import TrainJob
 SEQUENCE_LENGTH = 48
 BLOCK_ROWS = 4
 OfRecords = tuple[pa.Field, dict[str, Any]]  # a further column of packed rows, and its value of each record
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def no_rank_of_an_earlier_test() -> None:
+    """DeepSpeed, and accelerate where it finds a rank of DeepSpeed's, leave them in the environment of this process."""
+    for name in RANKS:
+        os.environ.pop(name, None)
+
+
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
