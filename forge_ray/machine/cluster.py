@@ -84,6 +84,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
                 hint=f"`forge doctor` looks at the home folder, disk and shared memory; Ray's logs are in {temp_dir}"
                 f"/session_latest/logs; {load}: if that is why, try again when it is quieter",
             ) from error
+        one_task_per_core(cpus())
     quiet_data()
 
 
@@ -105,6 +106,15 @@ def free_shared_memory(folder: Path = SHARED_MEMORY) -> int:
         return shutil.disk_usage(folder).free
     except OSError:
         return 0
+
+
+def one_task_per_core(usable_cpus: int) -> None:
+    """Keep Ray Data to as many tasks at once as there are cores, where a local Ray has more slots: each is a process that
+    imports everything once more, and two of them on a core take twice as long to begin."""
+    from ray.data import DataContext, ExecutionResources
+
+    options = DataContext.get_current().execution_options
+    options.resource_limits = ExecutionResources.for_limits(cpu=usable_cpus)
 
 
 def quiet_data() -> None:
