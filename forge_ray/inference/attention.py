@@ -152,7 +152,7 @@ def _read(
     if mask is not None and tokens <= FEW_TOKENS:
         grouped = query.view(tokens, -1, num_shared, width).permute(1, 2, 0, 3).reshape(1, -1, num_shared * tokens, width)
         out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask.repeat(num_shared, 1), scale=scaling)
-        return out.view(heads, tokens, -1).transpose(0, 1)
+        return out.reshape(heads, tokens, -1).transpose(0, 1)  # on a GPU its layout is another one
     key, value = (part.repeat_interleave(num_shared, dim=1) for part in (key, value))
     out = scaled_dot_product_attention(
         query.transpose(0, 1)[None], key, value, attn_mask=mask, is_causal=mask is None, scale=scaling

@@ -52,7 +52,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             with handlers_kept():
                 ray.init(
                     address=address,
-                    runtime_env={"env_vars": SWITCHES | THREADS | SERVE},
+                    runtime_env={"env_vars": SWITCHES | THREADS | {name: os.environ[name] for name in SERVE}},
                     log_to_driver=show_logs,
                     logging_level=logging.WARNING,
                 )
@@ -62,6 +62,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
                 hint="`auto` on one of its nodes, HOST:6379 from elsewhere; `ray status` says whether it runs; a cluster"
                 " with a token (Ray's default) also wants RAY_AUTH_MODE=token here",
             ) from None
+        one_task_per_core(None)
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
         temp_dir = session_folder()
@@ -108,9 +109,9 @@ def free_shared_memory(folder: Path = SHARED_MEMORY) -> int:
         return 0
 
 
-def one_task_per_core(usable_cpus: int) -> None:
+def one_task_per_core(usable_cpus: int | None) -> None:
     """Keep Ray Data to as many tasks at once as there are cores, where a local Ray has more slots: each is a process that
-    imports everything once more, and two of them on a core take twice as long to begin."""
+    imports everything once more, and two of them on a core take twice as long to begin. None: as many as there are slots."""
     from ray.data import DataContext, ExecutionResources
 
     options = DataContext.get_current().execution_options

@@ -21,7 +21,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from forge_ray.config.base import config_digest, parse, resolved
 from forge_ray.config.release import DeployConfig
-from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError
+from forge_ray.errors import ConfigError, EngineError, NotFound, PolicyError, last_line
 from forge_ray.machine.capacity import SAY_EVERY_S, Demand, is_short, missing, refuse_oversized
 from forge_ray.machine.offline import SERVE
 from forge_ray.machine.ray_internals import started_here
@@ -151,7 +151,7 @@ def _start_proxy(host: str, port: int) -> None:
         serve.start(http_options={"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S})
     except (RayError, TimeoutError) as error:
         raise EngineError(
-            f"Ray Serve's HTTP proxy did not start on {host}:{port}: {str(error).strip().splitlines()[-1]}",
+            f"Ray Serve's HTTP proxy did not start on {host}:{port}: {last_line(error) or type(error).__name__}",
             hint=f"the machine is at load {os.getloadavg()[0]:.0f}; if that is why, try again when it is quieter; the cause"
             " is in Ray's logs, session_latest/logs/serve/proxy_*.log",
         ) from error

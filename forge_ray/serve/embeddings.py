@@ -114,8 +114,8 @@ async def tokenize(context: ServingContext, request: Request, body: TokenizeRequ
     """vLLM's /tokenize, with the stable version's tokenizer and template. It counts as its tokens do in a prompt."""
     caller = caller_of(request)
     loaded = context.directory.stable(body.model, caller)
-    sizes = await begun(context, caller, loaded, body)
-    ids = await tokenised(context, request, loaded, _ids, body, sizes.work)
+    size = await begun(context, caller, loaded, body)
+    ids = await tokenised(context, request, loaded, _ids, body, size)
     await context.count(caller, len(ids))
     end_counting(caller, len(ids))
     names = [loaded.tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in ids]

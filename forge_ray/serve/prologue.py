@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from fastapi import Request
@@ -27,15 +26,14 @@ from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prompt import Asking, Prompt, prompts_of
 from forge_ray.serve.routing import RoutingInputs
+from forge_ray.serve.short import is_short
 from forge_ray.serve.streams import unless_gone
 from forge_ray.serve.tool_fields import Tool
 
 A = TypeVar("A")
 T = TypeVar("T")
 TOKEN_CHARACTERS = 128  # the longest token of the vocabularies in use, a run of blanks; no prompt that fits has more of each
-SHORT = 2048  # work that is done at once, in a fraction of a millisecond: a thread takes as long to begin it
-LONG = 1 << 15  # done in the other thread; some 30 ms
-TEXT = 32  # what each text is besides its characters
+LONG_CHARACTERS = 1 << 15  # tokenised in the other thread; some 30 ms
 
 Texts = Asking | TokenizeRequest | DetokenizeRequest
 USE_CLASSIFICATIONS = "send texts to /v1/classifications, or conversations to /v1/chat/classifications"
@@ -47,28 +45,13 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-@dataclass(frozen=True)
-class TextSizes:
-    """Of all texts of a request. `work`: in units of a character that is tokenised."""
-
-    characters: int
-    num_ids: int
-    num_texts: int
-
-    @property
-    def work(self) -> int:
-        return self.characters + self.num_ids + TEXT * self.num_texts
-
-
 async def tokenise(
-    context: ServingContext, loaded: Loaded, function: Callable[[ChatTokenizer, A], T], argument: A, holder: str, work: int
+    context: ServingContext, loaded: Loaded, function: Callable[[ChatTokenizer, A], T], argument: A, holder: str, size: int
 ) -> T:
-    """`function(tokenizer, argument)` with the version's tokenizer, in the thread for so much work (`TextSizes`); one at a
+    """`function(tokenizer, argument)` with the version's tokenizer, in the thread for texts of `size` characters; one at a
     time for each `holder`."""
-    if work <= SHORT:
-        return function(loaded.tokenizer, argument)
     loop = asyncio.get_running_loop()
-    executor = context.long_texts if work > LONG else context.tokenising
+    executor = context.long_texts if size > LONG_CHARACTERS else context.tokenising
     async with context.turns.of(holder):
         return await loop.run_in_executor(executor, function, loaded.tokenizer, argument)
 
@@ -79,15 +62,14 @@ async def tokenised(
     loaded: Loaded,
     function: Callable[[ChatTokenizer, A], T],
     argument: A,
-    work: int,
+    size: int,
 ) -> T:
     """As `tokenise`, for a client who may leave before it is done."""
-    done = tokenise(context, loaded, function, argument, caller_of(request).holder, work)
-    return await (done if work <= SHORT else unless_gone(request, done))
+    return await unless_gone(request, tokenise(context, loaded, function, argument, caller_of(request).holder, size))
 
 
-async def begun(context: ServingContext, caller: Caller, loaded: Loaded, body: Texts) -> TextSizes:
-    """The sizes of the request's texts. `ApiError` 400 for one that cannot fit, which no tokenizer sees, and 429 where it
+async def begun(context: ServingContext, caller: Caller, loaded: Loaded, body: Texts) -> int:
+    """Characters of the request's texts. `ApiError` 400 for one that cannot fit, which no tokenizer sees, and 429 where it
     would wait too long for an engine, or the limits of the caller's key refuse another request."""
     sizes = sizes_of(body)
     most = loaded.engine.max_request_tokens
@@ -104,12 +86,7 @@ async def begun(context: ServingContext, caller: Caller, loaded: Loaded, body: T
     if isinstance(body, ChatRequest | CompletionRequest):
         take_seats(context, caller, loaded, body, sizes)
     await context.count(caller, 0)
-    return total(sizes)
-
-
-def total(sizes: Sequence[tuple[str, int, int]]) -> TextSizes:
-    """Of what `sizes_of` gives."""
-    return TextSizes(sum(size[1] for size in sizes), sum(size[2] for size in sizes), len(sizes))
+    return sum(characters for _, characters, _ in sizes)
 
 
 def sizes_of(body: Texts) -> list[tuple[str, int, int]]:
@@ -129,9 +106,11 @@ def sizes_of(body: Texts) -> list[tuple[str, int, int]]:
 
 
 def _characters(messages: Iterable[Message], tools: Iterable[Tool]) -> int:
-    called = sum(len(str(call.function.arguments)) for message in messages for call in message.tool_calls or [])
+    calls = [call.function for message in messages for call in message.tool_calls or []]
+    called = sum(len(call.name) + len(str(call.arguments)) for call in calls)
     described = sum(len(json.dumps(tool.for_template())) for tool in tools)
-    return sum(len(message.text) for message in messages) + called + described
+    written = sum(len(message.text) + len(message.reasoning_content or "") for message in messages)
+    return written + called + described
 
 
 async def routed(context: ServingContext, request: Request, body: Asking) -> tuple[Chosen, list[Prompt]]:
@@ -143,22 +122,27 @@ async def routed(context: ServingContext, request: Request, body: Asking) -> tup
     caller = caller_of(request)
     stable = context.directory.stable(body.model, caller)
     refuse_other_kind(stable, body)
-    sizes = await begun(context, caller, stable, body)
-    prompts = await tokenised(context, request, stable, prompts_of, body, sizes.work)
-    if sizes.characters and not sizes.num_ids:
-        context.seating.tokenised(sizes.characters, sum(len(prompt.ids) for prompt in prompts))
+    size = await begun(context, caller, stable, body)
+    prompts = await _prompts(context, request, stable, body, size)
+    context.seating.tokenised(size, sum(len(prompt.ids) for prompt in prompts) if size else 0)
 
     async def prompt_by(loaded: Loaded) -> tuple[int, ...]:
         if loaded.tokenizer is stable.tokenizer:
             return prompts[0].ids
-        return (await tokenised(context, request, loaded, prompts_of, body, sizes.work))[0].ids
+        return (await _prompts(context, request, loaded, body, size))[0].ids
 
     inputs = RoutingInputs(request.headers, getattr(body, "user", "") or "", prompts[0].ids, prompt_by=prompt_by)
     chosen = await context.directory.choose(body.model, caller, inputs)
     refuse_other_kind(chosen.loaded, body)
     if chosen.loaded.tokenizer is not stable.tokenizer:
-        prompts = await tokenised(context, request, chosen.loaded, prompts_of, body, sizes.work)
+        prompts = await _prompts(context, request, chosen.loaded, body, size)
     return chosen, prompts
+
+
+async def _prompts(context: ServingContext, request: Request, loaded: Loaded, body: Asking, size: int) -> list[Prompt]:
+    if is_short(body):
+        return prompts_of(loaded.tokenizer, body)
+    return await tokenised(context, request, loaded, prompts_of, body, size)
 
 
 def refuse_other_kind(loaded: Loaded, body: Asking) -> None:

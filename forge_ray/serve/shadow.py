@@ -20,7 +20,7 @@ from forge_ray.serve.context import Chosen, ServingContext
 from forge_ray.serve.fields import ChatRequest, CompletionRequest
 from forge_ray.serve.loaded import Loaded
 from forge_ray.serve.openai import ApiError
-from forge_ray.serve.prologue import refuse_other_kind, sizes_of, tokenise, total
+from forge_ray.serve.prologue import refuse_other_kind, sizes_of, tokenise
 from forge_ray.serve.prompt import choices_of, prompts_of
 
 SHADOWS = "(shadows)"  # whose turn it is when they are tokenised
@@ -50,10 +50,10 @@ class Shadows:
 
     async def _answer(self, body: Shadowed, name: str, loaded: Loaded) -> None:
         started, status, num_tokens = time.monotonic(), 200, 0
-        sizes = total(sizes_of(body))
+        size = sum(characters for _, characters, _ in sizes_of(body))
         try:
             refuse_other_kind(loaded, body)
-            prompts = await tokenise(self._context, loaded, prompts_of, body, SHADOWS, sizes.work)
+            prompts = await tokenise(self._context, loaded, prompts_of, body, SHADOWS, size)
             # The first choice, or text, represents all: a shadow is there to be measured, not to double the load
             if isinstance(body, ClassifyingRequest):
                 document = prompts[0].ids

@@ -148,14 +148,15 @@ def _set(tokenizer: HfTokenizer, values: Mapping[str, Value]) -> HfTokenizer:
     # Each line ends with its tag, and jinja trims the line's end
     head = "".join(f"{{% set {name} = {_literal(value)} %}}\n" for name, value in sorted(values.items()))
     kept = _KEPT.setdefault(tokenizer, {})
-    if head not in kept:
+    one = kept.get(head)
+    if one is None:
         own = copy.copy(tokenizer.tokenizer)
         sources = {name: head + source for name, source in _sources(tokenizer).items()}
         own.chat_template = sources[""] if sources.keys() == {""} else sources
         if len(kept) >= MAX_SETTINGS:
             kept.clear()
-        kept[head] = replace(tokenizer, tokenizer=own, _formats={})
-    return kept[head]
+        one = kept[head] = replace(tokenizer, tokenizer=own, _formats={})
+    return one  # another thread may have cleared the others meanwhile
 
 
 def _literal(value: Value) -> str:

@@ -72,8 +72,8 @@ def index_sources(config: DataConfig, progress: Progress = silent) -> list[Index
 
 
 def _indexed(files: list[ListedFile], max_line_bytes: int) -> Iterator[IndexedFile]:
-    """As they are done. One alone is read here: another process would take two seconds to begin."""
-    if len(files) == 1:
+    """As they are done. One alone of this machine is read here: another process would take two seconds to begin."""
+    if len(files) == 1 and "://" not in files[0].path:
         yield index_listed(files[0], max_line_bytes)
         return
     import ray.data
