@@ -136,26 +136,27 @@ def convert_gguf(source: Path, folder: Path, dtype: Any = None) -> None:
     """Dequantise a GGUF file to safetensors, with its tokenizer and chat template. `dtype`: of torch; None: fp32 where
     every tensor of the file has it, else bf16."""
     import torch
-    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf import GGMLQuantizationType
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from forge_ray.models.gguf_once import read_once
     from forge_ray.models.gguf_settings import apply_settings
 
-    file = GGUFReader(source)
-    if dtype is None:
-        is_fp32 = all(tensor.tensor_type == GGMLQuantizationType.F32 for tensor in file.tensors)
-        dtype = torch.float32 if is_fp32 else torch.bfloat16
     where = {"gguf_file": source.name, "local_files_only": True, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(source.parent, **where)
-    apply_settings(config, file)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent, config=config, quantization_config=GgufConfig(dequantize=True), dtype=dtype, **where
-    )
-    setattr(model, "_weight_conversions", None)  # noqa: B010  (those of the file; the folder gets its publisher's names)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(folder)
-    tokens = file.fields.get("tokenizer.ggml.tokens")
-    _drop_invented(folder / "tokenizer.json", len(tokens.data) if tokens else 0)
+    with read_once(source) as file:
+        if dtype is None:
+            is_fp32 = all(tensor.tensor_type == GGMLQuantizationType.F32 for tensor in file.tensors)
+            dtype = torch.float32 if is_fp32 else torch.bfloat16
+        config = AutoConfig.from_pretrained(source.parent, **where)
+        apply_settings(config, file)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, config=config, quantization_config=GgufConfig(dequantize=True), dtype=dtype, **where
+        )
+        setattr(model, "_weight_conversions", None)  # noqa: B010  (those of the file; the folder gets its publisher's names)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(folder)
+        tokens = file.fields.get("tokenizer.ggml.tokens")
+        _drop_invented(folder / "tokenizer.json", len(tokens.data) if tokens else 0)
 
 
 def _drop_invented(path: Path, num_tokens: int) -> None:
