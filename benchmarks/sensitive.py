@@ -295,10 +295,10 @@ def main() -> None:
     options = parser.parse_args()
     random = Random(options.seed)
     report: dict[str, Any] = {}
-    no_secrets: Makers = [secret]
+    secret_makers: Makers = [secret]
     for rule, makers, negative, find, kinds in (
         ("personal_data", POSITIVES, lookalike, personal_data, frozenset(get_args(PersonalData))),
-        ("secrets", no_secrets, no_secret, secrets, frozenset(get_args(Secret))),
+        ("secrets", secret_makers, no_secret, secrets, frozenset(get_args(Secret))),
     ):
         scores, rate = evaluate(random, options.records, makers, negative, find, kinds)
         clean = [

@@ -30,7 +30,7 @@ THREADS = {
 }
 # Read by the controller and the replicas of Ray Serve when they start
 SERVE = {
-    # Requests in the replica's one event loop: nothing of ours blocks it, and a second thread is a hand-over per message
+    # Requests in the replica's one event loop: what may block is in threads of ours, and another is a hand-over per message
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # after Ray's own 5 s the proxy of a busy machine is killed
 }
