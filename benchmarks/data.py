@@ -307,7 +307,6 @@ def prepared(folder: Path, cpus: int) -> Any:
 
     from forge_ray.config.data import DataConfig
     from forge_ray.data.dataset.encoders import key_of, prove_tokenizer
-    from forge_ray.machine.cluster import quiet_data
     from forge_ray.machine.offline import set_offline_switches
     from forge_ray.records import ModelVersion
     from forge_ray.store.catalog import Catalog
@@ -329,7 +328,6 @@ def prepared(folder: Path, cpus: int) -> Any:
     )
     begun = time.perf_counter()
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
-    quiet_data()
     ray.get(ray.remote(prove_tokenizer).remote(store, base.id, key_of(base)))
     return config, Catalog.open(store), base, time.perf_counter() - begun, store
 

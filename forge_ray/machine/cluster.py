@@ -62,7 +62,6 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
                 hint="`auto` on one of its nodes, HOST:6379 from elsewhere; `ray status` says whether it runs; a cluster"
                 " with a token (Ray's default) also wants RAY_AUTH_MODE=token here",
             ) from None
-        one_task_per_core(None)
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
         temp_dir = session_folder()
@@ -85,8 +84,6 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
                 hint=f"`forge doctor` looks at the home folder, disk and shared memory; Ray's logs are in {temp_dir}"
                 f"/session_latest/logs; {load}: if that is why, try again when it is quieter",
             ) from error
-        one_task_per_core(cpus())
-    quiet_data()
 
 
 def local_resources(usable_cpus: int, memory: int, shared_memory: int) -> dict[str, Any]:
@@ -107,25 +104,6 @@ def free_shared_memory(folder: Path = SHARED_MEMORY) -> int:
         return shutil.disk_usage(folder).free
     except OSError:
         return 0
-
-
-def one_task_per_core(usable_cpus: int | None) -> None:
-    """Keep Ray Data to as many tasks at once as there are cores, where a local Ray has more slots: each is a process that
-    imports everything once more, and two of them on a core take twice as long to begin. None: as many as there are slots."""
-    from ray.data import DataContext, ExecutionResources
-
-    options = DataContext.get_current().execution_options
-    options.resource_limits = ExecutionResources.for_limits(cpu=usable_cpus)
-
-
-def quiet_data() -> None:
-    """Send Ray Data's progress bars and plans to its log files: on the terminal each stage has one line of ours."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.enable_operator_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which sets it
 
 
 def open_store(uri: str | None) -> Store:

@@ -25,7 +25,6 @@ from forge_ray.data.build.build import _jobs
 from forge_ray.data.build.map import run_job
 from forge_ray.data.build.prepare import restore_tombstones
 from forge_ray.data.build.settings import Segment
-from forge_ray.data.build.summaries import MapSummary
 from forge_ray.data.read.ingest import index_file
 from forge_ray.data.read.sources import expand
 from forge_ray.data.record.normal import row_digest
@@ -331,10 +330,7 @@ def erased_lines(store: Store, path: Path) -> list[int]:
     (file,) = expand(config)
     (job,) = _jobs(config, [index_file(file.path, file.name, file.format)])
     segment = Segment(0, 0, 0, tombstones=erased.tombstones(store))
-    summary = MapSummary.from_json(
-        json.loads(run_job({"job": json.dumps(job.to_json())}, segment, config, "", store)["summary"])
-    )
-    return sorted(line for _, line in summary.erased)
+    return sorted(line for _, line in run_job(job, segment, config, "", store).erased)
 
 
 def test_reader_leaves_out_variants_of_rows_and_of_a_person(store: Store, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from forge_ray.config.data import DataConfig
 from forge_ray.data.build import build as building
 from forge_ray.data.build import encoded
 from forge_ray.data.build.build import build, index_sources
-from forge_ray.data.build.map import run_job
+from forge_ray.data.build.map import Job, run_job
 from forge_ray.data.build.prepare import Prepared
+from forge_ray.data.build.summaries import MapSummary
 from forge_ray.data.dataset.encoders import keep_proof, kept_proof, key_of
 from forge_ray.data.tokens.equality import Proof
 from forge_ray.records import DatasetManifest, ModelVersion
@@ -114,7 +115,7 @@ def test_a_fault_in_a_build_has_the_bytes_of_the_reference(
     reference = made(config, base, other)
     assert reference.encoder["unused"] == "not asked"
 
-    def faulty(row: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def faulty(job: Job, **more: Any) -> MapSummary:
         from forge_ray.data.build import encoded
         from forge_ray.data.tokens.fast import FastEncoder
 
@@ -140,7 +141,7 @@ def test_a_fault_in_a_build_has_the_bytes_of_the_reference(
         FastEncoder._encoded = erring if fault == "differs" else failing  # type: ignore[method-assign]
         encoded.ONE_IN = 1
         try:
-            return run_job(row, **more)
+            return run_job(job, **more)
         finally:
             FastEncoder._encoded, encoded.ONE_IN = encode, one_in  # type: ignore[method-assign]
 

@@ -21,6 +21,7 @@ from forge_ray.config.curate import ExactDuplicates, NearDuplicates
 from forge_ray.data.build.summaries import MapSummary
 from forge_ray.data.build.work import read_array, read_batches, read_plan, write_array, write_batches, write_plan
 from forge_ray.data.curate.neardup import band_keys, cluster, edges_of_band
+from forge_ray.machine.tasks import in_tasks
 from forge_ray.store.files import Store
 
 DROPPED = pa.schema([("row", pa.int64()), ("reason", pa.string())])
@@ -31,8 +32,6 @@ def find_duplicates(
     store: Store, rule: ExactDuplicates | NearDuplicates, key: str, summaries: list[MapSummary]
 ) -> list[str]:
     """Per job, in their order: the work file that lists its dropped rows ('' where there is none)."""
-    import ray.data
-
     parts = [[part.path for part in summary.parts] for summary in summaries]
     counts = [summary.num_records for summary in summaries]
     total = sum(counts)
@@ -44,31 +43,39 @@ def find_duplicates(
     else:
         num_bands = band_keys(np.zeros((1, rule.num_hashes), np.uint32), rule).shape[1]
         passes = list(range(0, num_bands, BANDS_PER_PASS))
-    tasks = [{"key": key, "first": first, "last": first == passes[-1]} for first in passes]
-    # one task at a time: each holds the signatures of all records
-    passed = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(partial(_pairs, store=store), concurrency=1)
-    names = sorted(row["edges"] for row in passed.take_all())
-    edges = np.concatenate([read_array(store, name).reshape(-1, 2) for name in names])
+    tasks = [_Pass(key, first, is_last=first == passes[-1]) for first in passes]
+    names: list[str] = []
+    in_tasks(partial(_pairs, store=store), tasks, names.append, at_once=1)  # each holds the signatures of all records
+    edges = np.concatenate([read_array(store, name).reshape(-1, 2) for name in sorted(names)])
     labels = cluster(total, edges)
     return _write_dropped(store, key, labels, parts, counts, "near duplicate" if len(passes) > 1 else "duplicate")
 
 
-def _pairs(row: dict[str, Any], store: Store) -> dict[str, Any]:
-    """A Ray Data map function over passes; returns the work file with the pairs of duplicates."""
-    name = f"{row['key']}-edges-{row['first']:04d}.npy"
-    plan = _plan(store, row["key"])
+@dataclass(frozen=True)
+class _Pass:
+    """Some bands, from `first` on, over all records."""
+
+    key: str
+    first: int
+    is_last: bool
+
+
+def _pairs(bands: _Pass, store: Store) -> str:
+    """A task; returns the work file with the pairs of duplicates."""
+    name = f"{bands.key}-edges-{bands.first:04d}.npy"
+    plan = _plan(store, bands.key)
     if isinstance(plan.rule, ExactDuplicates):
         records = np.concatenate([_records(store, path) for path in plan.parts])
         write_array(store, name, _equal(records))
-        return {"edges": name}
+        return name
     rule = plan.rule
-    signatures = _all_signatures(store, row["key"], rule.num_hashes)
-    if row["last"]:
+    signatures = _all_signatures(store, bands.key, rule.num_hashes)
+    if bands.is_last:
         _all_signatures.cache_clear()  # the process lives on
-    keys = band_keys(signatures, rule)[:, row["first"] : row["first"] + BANDS_PER_PASS]
+    keys = band_keys(signatures, rule)[:, bands.first : bands.first + BANDS_PER_PASS]
     edges = [edges_of_band(keys[:, band], signatures, rule.threshold) for band in range(keys.shape[1])]
     write_array(store, name, np.concatenate(edges))
-    return {"edges": name}
+    return name
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Build a dataset version on Ray Data: index → read, curate and tokenise → (duplicates) → pack → publish.
+"""Build a dataset version in tasks of Ray: index → read, curate and tokenise → (duplicates) → pack → publish.
 
     files ─index→ chunks ─jobs→ parts ─[a rule over all records → jobs]…→ partitions → shards, records → DatasetManifest
 
@@ -8,16 +8,14 @@ build that was killed goes on where it stopped, and one with more files does onl
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from forge_ray.config.data import DataConfig, Splits
 from forge_ray.data.build import mixture
@@ -26,8 +24,8 @@ from forge_ray.data.build.encoded import proof_for
 from forge_ray.data.build.manifest import check_invalid, kinds_of, manifest_of, no_rows
 from forge_ray.data.build.map import Job, job_key, run_job
 from forge_ray.data.build.parts import INVALID
-from forge_ray.data.build.plan import PartitionTask, PlannedPart, ReducePlan, SourceChunk, UnusedRows
-from forge_ray.data.build.reduce import run_partition, run_tail, run_unused
+from forge_ray.data.build.plan import PartitionTask, PlannedPart, ReducePlan, SourceChunk, TailTask, UnusedRows, UnusedTask
+from forge_ray.data.build.reduce import Shard, run_partition, run_tail, run_unused
 from forge_ray.data.build.settings import BuildSpec, Progress, Segment, segments, silent, source_settings
 from forge_ray.data.build.summaries import History, MapSummary, Partition, SplitCounts, WorkFile
 from forge_ray.data.build.tombstones import tombstones
@@ -43,6 +41,7 @@ from forge_ray.data.read.sources import ListedFile, expand
 from forge_ray.data.tokens.equality import Proof
 from forge_ray.data.tokens.fast import REFERENCE
 from forge_ray.errors import DataError, EncodersDiffer, NothingLeft
+from forge_ray.machine.tasks import in_tasks
 from forge_ray.progress import visible
 from forge_ray.records import DatasetManifest, FileEntry, ModelVersion, SplitStats, canonical_json, digest, hex_of
 from forge_ray.store import paths
@@ -54,43 +53,39 @@ PARTITION_RECORDS = 1 << 15  # records packed together; fixed, for it decides th
 PARTITION_TOKENS = 4 << 20
 PLACES_SHOWN = 3
 UNUSED_JOBS = 64  # map jobs whose unused rows share one file
+INDEX_TASKS = 1024  # at most, so that a hundred thousand small files are not as many tasks
 STALE_S = 24 * 3600
 
 
 def index_sources(config: DataConfig, progress: Progress = silent) -> list[IndexedFile]:
-    """Digest and chunk every source file, one task a file; in the order of reading: by source, then by name."""
+    """Digest and chunk every source file, in tasks; in the order of reading: by source, then by name."""
     require_packages(config.curate)
     files = expand(config)
     indexed: list[IndexedFile] = []
-    for file in _indexed(files, config.max_line_bytes):
-        indexed.append(file)
+
+    def keep(some: list[IndexedFile]) -> None:
+        indexed.extend(some)
         progress(len(indexed), len(files), "files read")
+
+    if len(files) == 1 and "://" not in files[0].path:  # another process would take two seconds to begin
+        keep(_indexed(files, config.max_line_bytes))
+    else:
+        size = -(-len(files) // INDEX_TASKS) or 1
+        groups = [files[low : low + size] for low in range(0, len(files), size)]
+        in_tasks(partial(_indexed, max_line_bytes=config.max_line_bytes), groups, keep)
     indexed.sort(key=lambda file: (file.source, file.name))
     for line in noted(indexed):
         print(f"  {line}", file=sys.stderr)
     return indexed
 
 
-def _indexed(files: list[ListedFile], max_line_bytes: int) -> Iterator[IndexedFile]:
-    """As they are done. One alone of this machine is read here: another process would take two seconds to begin."""
-    if len(files) == 1 and "://" not in files[0].path:
-        yield index_listed(files[0], max_line_bytes)
-        return
-    import ray.data
-
-    rows = [{"file": json.dumps(asdict(file)), "limit": max_line_bytes} for file in files]
-    work = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1024)).map(_index_row)
-    yield from (IndexedFile.from_json(json.loads(row["indexed"])) for row in work.iter_rows())
+def _indexed(files: list[ListedFile], max_line_bytes: int) -> list[IndexedFile]:
+    return [index_listed(file, max_line_bytes) for file in files]
 
 
 def noted(files: Iterable[IndexedFile]) -> Iterator[str]:
     """What is to be said about source files, a line each: those without rows, and columns that lose nulls."""
     return (f"{visible(file.name)}: {visible(note)}" for file in files for note in file.notes)
-
-
-def _index_row(row: dict[str, Any]) -> dict[str, Any]:
-    indexed = index_listed(ListedFile(**json.loads(row["file"])), row["limit"])
-    return {"indexed": json.dumps(indexed.to_json())}
 
 
 def build(
@@ -205,21 +200,15 @@ def _indexes(config: DataConfig, segment: Segment, store: Store) -> dict[int, st
 
 
 def _map(spec: BuildSpec, jobs: list[Job], segment: Segment) -> list[MapSummary]:
-    import ray.data
-
-    rows = [{"job": json.dumps(job.to_json())} for job in jobs]
-    # tasks are cheap, objects in Ray's store are not: a row is a job, and what it makes goes to the work area
-    work = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        partial(run_job, segment=segment, config=spec.config, base=spec.base.id, store=spec.store)
-    )
     summaries: dict[str, MapSummary] = {}
-    for row in work.iter_rows():
-        if row["difference"]:
-            raise EncodersDiffer(row["difference"])
-        summary = MapSummary.from_json(json.loads(row["summary"]))
+
+    def keep(summary: MapSummary) -> None:
         summaries[summary.key] = summary
         require(spec.store, spec.mark)
         spec.progress(len(summaries), len(jobs), "pieces read" if segment.barrier is not None else "pieces tokenised")
+
+    work = partial(run_job, segment=segment, config=spec.config, base=spec.base.id, store=spec.store)
+    in_tasks(work, jobs, keep)
     return [summaries[job.key] for job in jobs]
 
 
@@ -272,16 +261,14 @@ def _epochs(config: DataConfig, history: History) -> tuple[float, ...]:
 
 
 def _reduce(spec: BuildSpec, plan: str, history: History) -> list[Partition]:
-    import ray.data
-
     tasks = _partition_tasks(plan, history, is_only_evaluated(spec.config.splits))
-    work = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=len(tasks)).map(
-        partial(run_partition, config=spec.config, base=spec.base.id, store=spec.store, mark=spec.mark)
-    )
-    partitions = []
-    for row in work.iter_rows():
-        partitions.append(Partition.from_json(json.loads(row["partition"])))
+    partitions: list[Partition] = []
+
+    def keep(partition: Partition) -> None:
+        partitions.append(partition)
         spec.progress(len(partitions), len(tasks), "partitions packed")
+
+    in_tasks(partial(run_partition, config=spec.config, base=spec.base.id, store=spec.store, mark=spec.mark), tasks, keep)
     return sorted(partitions, key=lambda partition: (partition.split, partition.number))
 
 
@@ -312,14 +299,12 @@ def _partition_tasks(plan: str, history: History, may_lack_train: bool) -> list[
 
 def _collect(spec: BuildSpec, staging: str, partitions: list[Partition]) -> tuple[dict[str, SplitStats], list[FileEntry]]:
     """Give the pieces their names in the dataset; returns the stats per split and the files."""
-    import ray.data
-
     store, config = spec.store, spec.config
     by_split = {
         split: [partition for partition in partitions if partition.split == number] for number, split in enumerate(SPLITS)
     }
     files: list[FileEntry] = []
-    tails: list[dict[str, str]] = []
+    tails: list[TailTask] = []
     shards: dict[str, list[tuple[int, str]]] = {}
     for split, in_split in by_split.items():
         for partition in in_split:
@@ -330,16 +315,14 @@ def _collect(spec: BuildSpec, staging: str, partitions: list[Partition]) -> tupl
             if partition.summary.packed:
                 files.append(_link(store, staging, partition.summary.packed, _shard_name(split, len(shards[split]))))
                 shards[split].append((partition.summary.num_rows, partition.summary.digest))
-        if left := [partition.summary.tail for partition in in_split if partition.summary.tail]:
-            name = _shard_name(split, len(shards[split]))
-            tails.append({"split": split, "tails": json.dumps(left), "to": staging, "name": name})
-    if tails:
-        written = ray.data.from_items(tails, override_num_blocks=len(tails)).map(
-            partial(run_tail, config=config, store=store)
-        )
-        for row in written.take_all():
-            shards[row["split"]].append((row["rows"], row["digest"]))
-            files.append(FileEntry.model_validate_json(row["entry"]))
+        if left := tuple(partition.summary.tail for partition in in_split if partition.summary.tail):
+            tails.append(TailTask(split, left, staging, _shard_name(split, len(shards[split]))))
+
+    def keep(shard: Shard) -> None:
+        shards[shard.split].append((shard.num_rows, shard.digest))
+        files.append(shard.file)
+
+    in_tasks(partial(run_tail, config=config, store=store), tails, keep)
     stats = {split: _split_stats(in_split, shards[split], config.block_rows) for split, in_split in by_split.items()}
     return stats, files
 
@@ -371,16 +354,11 @@ def _link(store: Store, staging: str, file: WorkFile, name: str) -> FileEntry:
 
 
 def _write_unused(store: Store, staging: str, plan: str, count: int) -> list[FileEntry]:
-    import ray.data
-
-    if not count:
-        return []
-    tasks = [
-        {"plan": plan, "jobs": json.dumps(list(range(low, min(low + UNUSED_JOBS, count)))), "part": part, "to": staging}
-        for part, low in enumerate(range(0, count, UNUSED_JOBS))
-    ]
-    written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(partial(run_unused, store=store))
-    return [FileEntry.model_validate(entry) for row in written.take_all() for entry in json.loads(row["entries"])]
+    starts = range(0, count, UNUSED_JOBS)
+    tasks = [UnusedTask(plan, range(low, min(low + UNUSED_JOBS, count)), part, staging) for part, low in enumerate(starts)]
+    files: list[FileEntry] = []
+    in_tasks(partial(run_unused, store=store), tasks, files.extend)
+    return files
 
 
 def remove_stale(store: Store) -> None:

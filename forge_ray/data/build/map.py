@@ -11,8 +11,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
 
 from forge_ray.config.curate import NearDuplicates
 from forge_ray.config.data import DataConfig
@@ -27,7 +26,6 @@ from forge_ray.data.read.readers import Chunk, image_reader, read_raw
 from forge_ray.data.record.schema import DataRecord, Reject, parse_line, parse_record
 from forge_ray.data.record.subject import subject_of
 from forge_ray.data.tokens.template import Encoded
-from forge_ray.errors import EncodersDiffer
 from forge_ray.store.files import Store
 
 BATCH = 512  # records that are tokenised in one call
@@ -42,24 +40,10 @@ class Job:
     parts: tuple[str, ...] = ()
     dropped: str = ""  # a work file of this job's dropped row numbers and reasons
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        chunks = tuple(Chunk(**chunk) for chunk in value["chunks"])
-        return cls(value["key"], chunks, tuple(value["parts"]), value["dropped"])
-
-
-def run_job(row: dict[str, Any], segment: Segment, config: DataConfig, base: str, store: Store) -> dict[str, Any]:
-    """A Ray Data map function over `{"job": JSON of a Job}`; returns the job's `MapSummary` as JSON, or what makes a fast
-    encoder unusable."""
-    job = Job.from_json(json.loads(row["job"]))
-    try:
-        summary = once(store, job.key, MapSummary, lambda: _process(job, segment, config, base, store), segment.mark)
-    except EncodersDiffer as difference:  # which ends this use of the encoder, not the build
-        return {"summary": "", "difference": difference.message}
-    return {"summary": json.dumps(summary.to_json()), "difference": ""}
+def run_job(job: Job, segment: Segment, config: DataConfig, base: str, store: Store) -> MapSummary:
+    """A task of the map stage. Raises `EncodersDiffer` where a fast encoder cannot be used."""
+    return once(store, job.key, MapSummary, lambda: _process(job, segment, config, base, store), segment.mark)
 
 
 def _process(job: Job, segment: Segment, config: DataConfig, base: str, store: Store) -> MapSummary:

@@ -86,3 +86,23 @@ class PartitionTask:
     split: int
     partition: int
     num_partitions: int
+
+
+@dataclass(frozen=True)
+class TailTask:
+    """The last shard of a split, of the rows that its partitions left over; `folder` and `name` say where it goes."""
+
+    split: str
+    parts: tuple[str, ...]  # files of the work area, in the order of the partitions
+    folder: str
+    name: str
+
+
+@dataclass(frozen=True)
+class UnusedTask:
+    """Rows that some jobs did not use, which share files; `part` numbers them in the dataset's `folder`."""
+
+    plan: str
+    jobs: range
+    part: int
+    folder: str

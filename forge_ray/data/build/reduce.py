@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from forge_ray.config.data import DataConfig
 from forge_ray.data.build import mixture
 from forge_ray.data.build.pack import Documents, PackedRows, pack_flat
-from forge_ray.data.build.plan import PartitionTask, ReducePlan, reduce_plan
+from forge_ray.data.build.plan import PartitionTask, ReducePlan, TailTask, UnusedTask, reduce_plan
 from forge_ray.data.build.summaries import Partition, PartitionSummary, SourceCounts, WorkFile
 from forge_ray.data.build.work import WORK, once, read_batches
 from forge_ray.data.dataset.version import GRADED, LABELLED, PACKED, RECORDS, SPLITS, UNUSED, content_digest, load_tokenizer
@@ -35,16 +36,24 @@ from forge_ray.store.files import Store
 RECORD_GROUP = 1024
 
 
-def run_partition(row: dict[str, Any], config: DataConfig, base: str, store: Store, mark: str = "") -> dict[str, Any]:
-    """A Ray Data map function over the fields of a `PartitionTask`; returns the `Partition` as JSON."""
-    task = PartitionTask(**row)
+@dataclass(frozen=True)
+class Shard:
+    """A shard that is in its place."""
+
+    split: str
+    num_rows: int
+    digest: str  # of the rows
+    file: FileEntry
+
+
+def run_partition(task: PartitionTask, config: DataConfig, base: str, store: Store, mark: str = "") -> Partition:
+    """A task of the reduce stage."""
     plan = reduce_plan(store, task.plan)
     table, copies = _load(store, plan, task)
     table, copies, num_duplicates = _once_each(table, copies)
     key = _key(table, copies, plan.settings)
     summary = once(store, key, PartitionSummary, lambda: _write(store, key, table, copies, plan, config, base), mark)
-    partition = Partition(task.split, task.partition, num_duplicates, summary)
-    return {"partition": json.dumps(partition.to_json())}
+    return Partition(task.split, task.partition, num_duplicates, summary)
 
 
 def _load(store: Store, plan: ReducePlan, task: PartitionTask) -> tuple[pa.Table, npt.NDArray[Any]]:
@@ -267,20 +276,20 @@ def write_parquet(store: Store, path: str, table: pa.Table, group_rows: int) -> 
     return WorkFile(path, data.size, hashlib.sha256(data).hexdigest())
 
 
-def run_tail(row: dict[str, Any], config: DataConfig, store: Store) -> dict[str, Any]:
+def run_tail(tail: TailTask, config: DataConfig, store: Store) -> Shard:
     """The last shard of a split: what the partitions left beyond their whole blocks, in their order."""
-    tables = [pq.read_table(store.path(path), filesystem=store.filesystem) for path in json.loads(row["tails"])]
+    tables = [pq.read_table(store.path(path), filesystem=store.filesystem) for path in tail.parts]
     table = pa.concat_tables(tables)
-    file = write_parquet(store, f"{row['to']}/{row['name']}", table, config.block_rows)
-    entry = FileEntry(path=row["name"], size=file.size, sha256=file.sha256).model_dump()
-    return {"split": row["split"], "rows": table.num_rows, "digest": content_digest(table), "entry": json.dumps(entry)}
+    file = write_parquet(store, f"{tail.folder}/{tail.name}", table, config.block_rows)
+    entry = FileEntry(path=tail.name, size=file.size, sha256=file.sha256)
+    return Shard(tail.split, table.num_rows, content_digest(table), entry)
 
 
-def run_unused(row: dict[str, Any], store: Store) -> dict[str, Any]:
+def run_unused(task: UnusedTask, store: Store) -> list[FileEntry]:
     """Rows that some jobs did not use → one file of the quarantine and one of the dropped records."""
-    plan = reduce_plan(store, row["plan"])
+    plan = reduce_plan(store, task.plan)
     tables: dict[str, list[pa.Table]] = {"quarantine": [], "dropped": []}
-    for number in json.loads(row["jobs"]):
+    for number in task.jobs:
         unused = plan.unused[number]
         for batch in read_batches(store, unused.path):
             names = np.array([plan.chunks[rank].name for rank in unused.chunks], object)
@@ -297,9 +306,9 @@ def run_unused(row: dict[str, Any], store: Store) -> dict[str, Any]:
     for folder, pieces in tables.items():
         table = pa.concat_tables(pieces)
         if table.num_rows:
-            name = f"{folder}/part-{row['part']:05d}.parquet"
+            name = f"{folder}/part-{task.part:05d}.parquet"
             if folder == "quarantine":
                 table = table.drop_columns(["rule", "record", "subject", "content"])
-            file = write_parquet(store, f"{row['to']}/{name}", table, 16 * RECORD_GROUP)
-            entries.append(FileEntry(path=name, size=file.size, sha256=file.sha256).model_dump())
-    return {"entries": json.dumps(entries)}
+            file = write_parquet(store, f"{task.folder}/{name}", table, 16 * RECORD_GROUP)
+            entries.append(FileEntry(path=name, size=file.size, sha256=file.sha256))
+    return entries

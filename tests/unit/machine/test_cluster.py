@@ -84,12 +84,9 @@ def test_ray_accepts_the_store_of_objects(shared: int, tmp_path: Path, monkeypat
 
 def test_a_local_ray_is_started_with_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import ray
-    from ray.data import DataContext, ExecutionOptions
 
     from forge_ray.machine import cluster
 
-    options = ExecutionOptions()
-    monkeypatch.setattr(DataContext.get_current(), "execution_options", options)
     arguments: dict[str, Any] = {}
     monkeypatch.setattr(ray, "init", lambda **settings: arguments.update(settings))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -100,5 +97,4 @@ def test_a_local_ray_is_started_with_them(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     connect()
     assert local_resources(7, 10 * GIB, 64 * MIB).items() <= arguments.items()
-    assert options.resource_limits.cpu == 7  # tasks of Ray Data at once, also where a local Ray has more slots
     assert free_shared_memory(tmp_path / "absent") == 0

@@ -59,14 +59,15 @@ def test_the_folders_of_spilled_objects() -> None:
     assert ray_constants.DEFAULT_OBJECT_PREFIX == ray_internals.SPILLED
 
 
-def test_the_folder_of_a_session() -> None:
+def test_the_folder_of_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private import worker
     from ray._private.node import Node
 
     assert hasattr(worker, "_global_node")
     assert list(inspect.signature(Node.get_session_dir_path).parameters) == ["self"]
     assert list(inspect.signature(Node.is_head).parameters) == ["self"]
-    assert ray_internals.session_folder() is None  # this process belongs to no cluster
+    monkeypatch.setattr(worker, "_global_node", None)  # as in a process that belongs to no cluster
+    assert ray_internals.session_folder() is None
 
 
 def test_the_process_for_usage_reports(monkeypatch: pytest.MonkeyPatch) -> None:
