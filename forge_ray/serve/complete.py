@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from forge_ray.errors import EngineError
 from forge_ray.serve.admission import counted, sent_seats
@@ -23,14 +23,14 @@ from forge_ray.serve.fields import ChatRequest, CompletionRequest
 from forge_ray.serve.openai import ApiError
 from forge_ray.serve.prologue import admitted, caller_of, routed
 from forge_ray.serve.prompt import choices_of, clamped
-from forge_ray.serve.reply import KEEP_ALIVE, Part, Reply, answered_by, joined, new_id, sse, usage
+from forge_ray.serve.reply import Part, Reply, answered_by, joined, new_id, sse, usage
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.statuses import CLIENT_CLOSED
-from forge_ray.serve.streams import merged, unless_gone
+from forge_ray.serve.streams import Arrived, EventResponse, merged, unless_gone, writes
 
 KEEP_ALIVE_S = 10.0  # proxies close idle connections, often after 30 s or 60 s
 
-Parts = AsyncGenerator[tuple[int, Part] | None, None]
+Parts = AsyncGenerator[Arrived[Part] | None, None]
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class Answering:
     num_prompt: int
     headers: dict[str, str]
 
-    async def first(self, request: Request) -> tuple[int, Part] | None:
-        """The first part of a stream. Headers are sent with it or with the first keep-alive: a failure before that has its
+    async def first(self, request: Request) -> Arrived[Part] | None:
+        """The first parts of a stream. Headers are sent with it or with the first keep-alive: a failure before that has its
         own status."""
         return await unless_gone(request, anext(self.parts))
 
@@ -56,7 +56,7 @@ class Answering:
 
     def stream(self, events: AsyncGenerator[bytes, None]) -> Response:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **self.headers}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return EventResponse(events, media_type="text/event-stream", headers=headers)
 
 
 async def answering(
@@ -101,15 +101,15 @@ async def complete(
 async def _collected(parts: Parts, num_choices: int) -> list[list[Part]]:
     by_choice: list[list[Part]] = [[] for _ in range(num_choices)]
     async with aclosing(parts):
-        async for item in parts:
-            if item is not None:
-                by_choice[item[0]].append(item[1])
+        async for arrived in parts:
+            for index, part in arrived.items if arrived else ():
+                by_choice[index].append(part)
     return by_choice
 
 
-async def _events(
+def _events(
     reply: Reply,
-    first: tuple[int, Part] | None,
+    first: Arrived[Part] | None,
     parts: Parts,
     num_choices: int,
     num_prompt: int,
@@ -118,31 +118,22 @@ async def _events(
     """Server-sent events; if the engine fails half-way, the stream ends with an error event and without `[DONE]`."""
     begun: set[int] = set()
     num_calls, num_tokens, num_reasoning = [0] * num_choices, [0] * num_choices, [0] * num_choices
-    try:
-        async with aclosing(parts):
-            item: tuple[int, Part] | None = first
-            while True:
-                if item is None:
-                    yield KEEP_ALIVE
-                else:
-                    index, part = item
-                    if reply.chat and index not in begun:
-                        begun.add(index)
-                        yield sse(reply.first_chunk(index))
-                    if part.has_content:
-                        yield sse(reply.chunk(index, part, num_calls[index]))
-                    num_calls[index] += len(part.calls)
-                    num_tokens[index], num_reasoning[index] = part.num_tokens, part.num_reasoning
-                try:
-                    item = await anext(parts)
-                except StopAsyncIteration:
-                    break
-    except Exception as error:
-        yield sse(failure(error).body())
-        return
-    if include_usage:
-        yield sse(reply.usage_chunk(usage(num_prompt, sum(num_tokens), sum(num_reasoning))))
-    yield sse("[DONE]")
+
+    def events(index: int, part: Part) -> Iterator[bytes]:
+        if reply.chat and index not in begun:
+            begun.add(index)
+            yield sse(reply.first_chunk(index))
+        if part.has_content:
+            yield sse(reply.chunk(index, part, num_calls[index]))
+        num_calls[index] += len(part.calls)
+        num_tokens[index], num_reasoning[index] = part.num_tokens, part.num_reasoning
+
+    def ending() -> Iterator[bytes]:
+        if include_usage:
+            yield sse(reply.usage_chunk(usage(num_prompt, sum(num_tokens), sum(num_reasoning))))
+        yield sse("[DONE]")
+
+    return writes(first, parts, events, ending, lambda error: sse(failure(error).body()))
 
 
 def failure(error: Exception) -> ApiError:
@@ -169,10 +160,10 @@ async def _kept(
     has_ended = False
     try:
         async with aclosing(parts):
-            async for item in parts:
-                if item is not None:
-                    by_choice[item[0]].append(item[1])
-                yield item
+            async for arrived in parts:
+                for index, part in arrived.items if arrived else ():
+                    by_choice[index].append(part)
+                yield arrived
         has_ended = True
     finally:
         if has_ended:
@@ -190,23 +181,29 @@ async def _measured(
     admission: Admission,
     num_prompt: int,
 ) -> Parts:
-    """The same parts, with times and token counts recorded; a cancelled request is charged for what was generated."""
+    """The same parts, with times and token counts recorded once they were sent; a cancelled request is charged for what was
+    generated."""
     metrics, labels = context.metrics, (chosen.name, chosen.loaded.version)
     last: dict[int, float] = {}
     num_tokens: dict[int, int] = {}
     status = CLIENT_CLOSED
     try:
         async with aclosing(parts):
-            async for item in parts:
-                if item is not None and (new := item[1].num_tokens - num_tokens.get(item[0], 0)) > 0:
-                    index, now = item[0], time.monotonic()
-                    first = not last
-                    since = started if first else last.get(index)
-                    metrics.token(*labels, None if since is None else now - since, first=first, count=new)
-                    if first:
-                        caller.first_token_s = now - started
-                    last[index], num_tokens[index] = now, item[1].num_tokens
-                yield item
+            async for arrived in parts:
+                now, recorded = time.monotonic(), list[tuple[float | None, bool, int]]()
+                for index, part in arrived.items if arrived else ():
+                    if (new := part.num_tokens - num_tokens.get(index, 0)) > 0:
+                        first = not last
+                        since = started if first else last.get(index)
+                        recorded.append((None if since is None else now - since, first, new))
+                        if first:
+                            caller.first_token_s = now - started
+                        last[index], num_tokens[index] = now, part.num_tokens
+                try:
+                    yield arrived
+                finally:  # behind the write, and for a client that left too
+                    for seconds, first, new in recorded:
+                        metrics.token(*labels, seconds, first=first, count=new)
         status = 200
     except ApiError as error:
         status = error.status

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
@@ -16,6 +16,8 @@ from forge_ray.inference.engine import EngineHealth
 
 if TYPE_CHECKING:
     from forge_ray.serve.loaded import Loaded
+
+M = TypeVar("M", Counter, Histogram)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ANSWER = ("deployment", "model", "model_version")
@@ -47,6 +49,7 @@ class Metrics:
         self.deployment, self.replica = deployment, replica
         self._health, self._ready = health, ready
         self._pairs: set[tuple[str, str]] = set()
+        self._series: dict[tuple[Counter | Histogram, str, str], Any] = {}
         self._registry = CollectorRegistry()
 
         def counter(name: str, what: str, *labels: str) -> Counter:
@@ -105,10 +108,9 @@ class Metrics:
     def token(self, name: str, version: str, seconds: float | None, first: bool, count: int = 1) -> None:
         """`count` tokens arrived, `seconds` after the request (the first) or after the previous ones; None where neither
         applies, as with the first token of a second choice."""
-        labels = self._labels(name, version)
-        self._completion.labels(*labels).inc(count)
+        self._of(self._completion, name, version).inc(count)
         if seconds is not None:
-            (self._first if first else self._between).labels(*labels).observe(seconds)
+            self._of(self._first if first else self._between, name, version).observe(seconds)
 
     def finished(self, name: str, version: str, seconds: float, status: int) -> None:
         """An answer ended after `seconds`: 200, 499 where the client left, 503 where the engine failed."""
@@ -143,6 +145,15 @@ class Metrics:
         for family in self._registry.collect():
             family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
             yield family
+
+    def _of(self, metric: M, name: str, version: str) -> M:
+        """The series of an answer, kept: for each token, looking it up by its labels would take longer than counting."""
+        deployment, name, version = self._labels(name, version)
+        key = metric, name, version
+        if key not in self._series:
+            self._series[key] = metric.labels(deployment, name, version)
+        series: M = self._series[key]
+        return series
 
     def _labels(self, name: str, version: str) -> tuple[str, str, str]:
         if (name, version) not in self._pairs:

@@ -222,8 +222,7 @@ async def send_error(error: ApiError, send: Send, headers: Mapping[str, str]) ->
 async def _close_admission(caller: Caller) -> None:
     """Wait until the admission is closed, or close it.
 
-    A stream that is cut while a piece of it is being sent is closed by the event loop, some moments after its response has
-    ended. One that never began is closed by nobody.
+    A stream that never began is closed by nobody, or by the event loop, some moments after its response has ended.
     """
     deadline = time.monotonic() + CLOSED_S
     while caller.admission is not None and time.monotonic() < deadline:

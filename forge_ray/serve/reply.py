@@ -17,7 +17,6 @@ from forge_ray.serve.tools import Call
 FinishReason = Literal["stop", "length", "tool_calls"]
 IMPOSSIBLE = -9999.0
 LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}
-KEEP_ALIVE = b": keep-alive\n\n"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
 from typing import Any, Literal
 
 from fastapi import Request, Response
@@ -21,9 +20,10 @@ from forge_ray.serve.complete import Answering, answering, failure
 from forge_ray.serve.context import ServingContext
 from forge_ray.serve.fields import ChatRequest
 from forge_ray.serve.openai import ApiError, parse_request
-from forge_ray.serve.reply import KEEP_ALIVE, Part, sse
+from forge_ray.serve.reply import Part, sse
 from forge_ray.serve.response_fields import ResponsesRequest
 from forge_ray.serve.shadow import Shadows
+from forge_ray.serve.streams import Arrived, writes
 from forge_ray.serve.tools import Call
 
 Event = dict[str, Any]
@@ -74,29 +74,20 @@ def renamed(error: ApiError) -> ApiError:
     return ApiError(error.status, message, param, error.code, error.headers)
 
 
-async def _events(output: Output, first: tuple[int, Part] | None, begun: Answering) -> AsyncGenerator[bytes, None]:
+def _events(output: Output, first: Arrived[Part] | None, begun: Answering) -> AsyncGenerator[bytes, None]:
     """Server-sent events, each with its name; the last is `response.completed`, `.incomplete` or `.failed`."""
-    for event in output.begin():
-        yield sse(event, event["type"])
-    try:
-        async with aclosing(begun.parts):
-            item: tuple[int, Part] | None = first
-            while True:
-                if item is None:
-                    yield KEEP_ALIVE
-                else:
-                    for event in output.push(item[1]):
-                        yield sse(event, event["type"])
-                try:
-                    item = await anext(begun.parts)
-                except StopAsyncIteration:
-                    break
-    except Exception as error:
-        event = output.failed(renamed(failure(error)))
-        yield sse(event, event["type"])
-        return
-    for event in output.end():
-        yield sse(event, event["type"])
+
+    def named(event: Event) -> bytes:
+        return sse(event, event["type"])
+
+    return writes(
+        first,
+        begun.parts,
+        lambda _, part: map(named, output.push(part)),
+        lambda: map(named, output.end()),
+        lambda error: named(output.failed(renamed(failure(error)))),
+        map(named, output.begin()),
+    )
 
 
 class Output:

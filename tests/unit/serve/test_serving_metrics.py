@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import Counter, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from forge_ray.inference.engine import EngineHealth
@@ -93,6 +94,27 @@ def test_a_sample_without_labels_or_with_odd_ones_gets_its_replica() -> None:
         r'a{replica="r\"0",b="x,replica=\"y}"} 3',
         'a{replica="own",b="z"} 4',
     ]
+
+
+def test_series_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, looked_up = Metrics("bot", "r0"), list[tuple[str, ...]]()
+    for metric in (Counter, Histogram):
+
+        def labels(self: Any, *names: str, own: Any = metric.labels) -> Any:
+            looked_up.append(names)
+            return own(self, *names)
+
+        monkeypatch.setattr(metric, "labels", labels)
+    for _ in range(3):
+        for name in ("first", "second"):
+            metrics.token(name, "mv_1", 0.2, first=True)
+            metrics.token(name, "mv_1", 0.03, first=False)
+    assert sorted(looked_up) == [("bot", "first", "mv_1")] * 3 + [("bot", "second", "mv_1")] * 3
+    samples = values(metrics.text())
+    for name in ("first", "second"):
+        assert samples["forge_completion_tokens_total", "bot", name, "mv_1", "r0"] == 6
+        assert samples["forge_time_to_first_token_seconds_count", "bot", name, "mv_1", "r0"] == 3
+        assert samples["forge_inter_token_seconds_count", "bot", name, "mv_1", "r0"] == 3
 
 
 def test_names_beyond_the_bound_share_one_series(monkeypatch: pytest.MonkeyPatch) -> None:
