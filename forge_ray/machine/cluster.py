@@ -64,6 +64,7 @@ def connect(address: str | None = None, show_logs: bool = True) -> None:
             ) from None
     else:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to their files
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away; it is a process
         temp_dir = session_folder()
         without_usage_reports()
         make_token_private()

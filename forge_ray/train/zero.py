@@ -60,12 +60,20 @@ def _offload(offload: Offload) -> dict[str, Any]:
 
 
 def prepare_environment() -> None:
-    """Before deepspeed is imported: no accelerator guessing, no progress chatter, the rank that it asks for."""
+    """Before deepspeed is used: no accelerator guessing, no progress chatter, the rank that it asks for; and it is imported."""
     os.environ.setdefault("LOCAL_RANK", "0")  # Ray Train and torchrun set it; a single process has none
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if (
+        "mlflow" not in sys.modules
+    ):  # where it is installed, the autotuner, which nobody uses here, takes a second to import it
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # "cannot be imported"
+        try:
+            import deepspeed.autotuning  # noqa: F401
+        finally:
+            del sys.modules["mlflow"]
 
 
 def open_deepspeed() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -66,7 +67,7 @@ def test_no_more_at_once_than_asked() -> None:
     spans: list[tuple[float, float]] = []
     in_tasks(timed, range(4), spans.append, at_once=1)
     spans.sort()
-    assert all(ended <= began for (_, ended), (began, _) in zip(spans, spans[1:], strict=False))
+    assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(spans))
 
 
 def test_local_ray_with_more_slots_than_cores_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,5 +104,6 @@ def test_piece_that_ends_every_process_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tasks, "RETRIES", 1)
     with pytest.raises(ClusterError, match=r"a piece of work \(lost\) was lost 2 times") as caught:
         in_tasks(partial(lost, folder=tmp_path, times=99), range(3), lambda _: None)
-    assert caught.value.hint and "the kernel's log" in caught.value.hint
+    assert caught.value.hint
+    assert "the kernel's log" in caught.value.hint
     assert len(list(tmp_path.iterdir())) == 2
