@@ -60,7 +60,7 @@ def _offload(offload: Offload) -> dict[str, Any]:
 
 
 def prepare_environment() -> None:
-    """Before deepspeed is used: no accelerator guessing, no progress chatter, the rank that it asks for; and it is imported."""
+    """Before deepspeed is used: no accelerator guessing, no progress chatter, the rank that it asks for. Imports it."""
     os.environ.setdefault("LOCAL_RANK", "0")  # Ray Train and torchrun set it; a single process has none
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
