@@ -7,7 +7,7 @@ from pathlib import Path
 
 from forge_ray.config.release import EngineConfig
 from forge_ray.inference.engine import Engine
-from forge_ray.inference.own_process import ProcessEngine
+from forge_ray.inference.own_process import EngineProcess, ProcessEngine
 from forge_ray.machine.hardware import resolve_precision
 from forge_ray.store.files import MANIFEST
 from forge_ray.store.scratch import scratch
@@ -36,13 +36,25 @@ def open_engine(
                 return load_vllm_engine(folder, None, config, use_gpu)
 
 
+def begin_beside(config: EngineConfig) -> EngineProcess | None:
+    """A process for `open_beside`, begun before it is known which model it will have: its imports take seconds. None for an
+    engine that starts its own."""
+    return EngineProcess.start() if config.kind == "transformers" else None
+
+
 def open_beside(
-    model_dir: Path, adapter_dir: Path | None, config: EngineConfig, use_gpu: bool | None, merge: bool
+    begun: EngineProcess | None,
+    model_dir: Path,
+    adapter_dir: Path | None,
+    config: EngineConfig,
+    use_gpu: bool | None,
+    merge: bool,
 ) -> Engine:
-    """As `open_engine`, for a process that has other things to do: the model runs in a process of its own."""
+    """As `open_engine`, for a process that has other things to do: the model runs in a process of its own, in `begun` where
+    there is one."""
     if config.kind == "vllm":  # does so already
         return open_engine(model_dir, adapter_dir, config, use_gpu, merge)
-    return ProcessEngine(model_dir, adapter_dir, config, use_gpu, merge)
+    return ProcessEngine(begun or EngineProcess.start(), model_dir, adapter_dir, config, use_gpu, merge)
 
 
 def write_merged(model_dir: Path, adapter_dir: Path | None, precision: str, folder: Path) -> None:

@@ -135,8 +135,13 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 def main(descriptor: int) -> None:
+    import forge_ray.inference.load  # noqa: F401  # seconds, in which the process that started this one has its own to do
+
     connection = Connection(descriptor)
-    model_dir, adapter_dir, config, use_gpu, merge = receive(connection)
+    try:
+        model_dir, adapter_dir, config, use_gpu, merge = receive(connection)
+    except (EOFError, OSError):  # no model was wanted
+        return
     try:
         settings = parse(EngineConfig, config)
         engine = open_engine(Path(model_dir), Path(adapter_dir) if adapter_dir else None, settings, use_gpu, merge)

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from forge_ray.config.release import EngineConfig
 from forge_ray.errors import EngineError, ForgeError
@@ -48,22 +48,50 @@ class _Stream:
         return len(self.request.prompt_ids) + self.request.max_new_tokens
 
 
-class ProcessEngine:
-    """`Engine` over one that `open_engine` makes, with these arguments, in another process."""
+@dataclass(frozen=True)
+class EngineProcess:
+    """A process that imports what an engine needs, and waits to be told which model."""
 
-    def __init__(
-        self, model_dir: Path, adapter_dir: Path | None, config: EngineConfig, use_gpu: bool | None, merge: bool
-    ) -> None:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+
+    @classmethod
+    def start(cls) -> Self:
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "forge_ray.inference.engine_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a key pressed in a terminal is for the process that answers requests
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        self._connection = Connection(ours.detach())
+        return cls(process, Connection(ours.detach()))
+
+    def end(self) -> None:
+        """Have it end, and wait for that."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)  # it ends when nothing more can come
+        try:
+            self.process.wait(CLOSE_AFTER_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class ProcessEngine:
+    """`Engine` over one that `open_engine` makes, with these arguments, in another process."""
+
+    def __init__(
+        self,
+        begun: EngineProcess,
+        model_dir: Path,
+        adapter_dir: Path | None,
+        config: EngineConfig,
+        use_gpu: bool | None,
+        merge: bool,
+    ) -> None:
+        self._begun, self._process, self._connection = begun, begun.process, begun.connection
         self._numbers = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
         self._calls: dict[int, Future[Any]] = {0: Future()}
@@ -141,13 +169,7 @@ class ProcessEngine:
     def close(self) -> None:
         """End the process; requests that are still pending fail with `EngineError`."""
         self._fail("the engine was closed")
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as end:
-            end.shutdown(socket.SHUT_RDWR)  # it ends when nothing more can come
-        try:
-            self._process.wait(CLOSE_AFTER_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._begun.end()
 
     def _call(self, what: str, *arguments: Any) -> Any:
         result: Future[Any] = Future()

@@ -20,10 +20,11 @@ from forge_ray.data.record.schema import Reject
 from forge_ray.data.tokens.chat import ChatTokenizer, load_tokenizer_dir
 from forge_ray.data.tokens.text_tools import tools_of, with_tools
 from forge_ray.errors import EngineError, ForgeError, StoreError
-from forge_ray.inference.choose import open_beside
+from forge_ray.inference.choose import begin_beside, open_beside
 from forge_ray.inference.class_engine import ClassEngine
 from forge_ray.inference.classifier import open_classifier
 from forge_ray.inference.engine import Engine, EngineHealth, GenerationRequest
+from forge_ray.inference.own_process import EngineProcess
 from forge_ray.models.class_head import refuse_reward_model, targets_of
 from forge_ray.records import ModelVersion
 from forge_ray.serve.calibration import head_of
@@ -131,8 +132,13 @@ class EnginePool:
         self.config = config
         self.store = store
         self.engines: dict[str, LoadedEngine] = {}
+        self._begun: EngineProcess | None = None
         self._folders: dict[str, Path] = {}
         self._versions: dict[str, tuple[ServedVersion, Loaded]] = {}
+
+    def begin(self) -> None:
+        """Start the process of the first engine now, while nobody knows yet which versions are served."""
+        self._begun = begin_beside(self.config.engine)
 
     def load_version(self, version: ServedVersion) -> Loaded:
         """Fetch, verify and load what a version needs, once; `ForgeError` with the reason where it cannot be served."""
@@ -176,7 +182,8 @@ class EnginePool:
             loaded_engine = LoadedEngine(ClassEngine(classifier), tokenizer, (), 0)
             loaded_engine.warm_up("")
             return loaded_engine
-        engine = open_beside(model_dir, merged, self.config.engine, on_gpu, merge=merged is not None)
+        begun, self._begun = self._begun, None
+        engine = open_beside(begun, model_dir, merged, self.config.engine, on_gpu, merge=merged is not None)
         end_tokens = end_token_ids(tokenizer, model_dir)
         loaded_engine = LoadedEngine(engine, tokenizer, end_tokens, self.config.engine.max_adapters)
         loaded_engine.warm_up("")
@@ -192,6 +199,7 @@ class EnginePool:
 
     def unload_unused(self, versions: dict[str, ServedVersion]) -> None:
         """Unload adapters and close engines that none of `versions` needs and no request uses."""
+        self._end_begun()
         engine_ids = {version.engine for version in versions.values()}
         adapters = {version.digest for version in versions.values()}
         for engine_id in list(self.engines):
@@ -230,7 +238,14 @@ class EnginePool:
             "tokens": sum(state.num_tokens for state in states),
         }
 
+    def _end_begun(self) -> None:
+        """End the process that was begun for an engine, where classifiers alone are served."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.end()
+
     def close(self) -> None:
+        self._end_begun()
         for engine in self.engines.values():
             with contextlib.suppress(ForgeError):
                 engine.engine.close()

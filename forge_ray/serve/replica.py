@@ -60,6 +60,7 @@ class Replica:
         self.store_uri = store_uri
         config = parse(DeployConfig, self.deployment.config)
         self.engines = EnginePool(config, Store(store_uri))
+        self.engines.begin()
         self.directory = ReplicaDirectory(self.engines)
         self.outcomes: list[AnswerOutcome] = []
         self.closing = threading.Event()

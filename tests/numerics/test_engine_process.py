@@ -15,14 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forge_ray.config.release import EngineConfig
+from forge_ray.config.release import DeployConfig, EngineConfig
 from forge_ray.errors import EngineError, PolicyError, RequestError, StoreError
-from forge_ray.inference.choose import open_beside
+from forge_ray.inference.choose import begin_beside, open_beside
 from forge_ray.inference.engine import GenerationRequest, Token
 from forge_ray.inference.engine_process import _reported
 from forge_ray.inference.engine_wire import from_error, from_token, to_error, to_token
 from forge_ray.inference.load import load_engine
 from forge_ray.inference.own_process import ProcessEngine
+from forge_ray.serve.engines import EnginePool
+from forge_ray.store.files import Store
 from tests import engine_contract
 from tests.engine_contract import PROMPTS, WAIT_S, Reference
 
@@ -33,7 +35,7 @@ LONG = GenerationRequest((5, 6, 7), 400, temperature=1.0, seed=1)
 
 
 def beside(folder: Path, config: EngineConfig = CONFIG) -> ProcessEngine:
-    engine = open_beside(folder, None, config, use_gpu=False, merge=False)
+    engine = open_beside(None, folder, None, config, use_gpu=False, merge=False)
     assert isinstance(engine, ProcessEngine)
     return engine
 
@@ -168,6 +170,34 @@ def test_a_process_that_says_nothing_is_not_healthy(engine: ProcessEngine, monke
     assert engine.health().ok
 
 
+def test_one_that_was_begun_before_takes_the_model(tiny_model_dir: Path) -> None:
+    begun = begin_beside(CONFIG)
+    assert begun is not None
+    engine = open_beside(begun, tiny_model_dir, None, CONFIG, use_gpu=False, merge=False)
+    assert isinstance(engine, ProcessEngine)
+    assert engine._process is begun.process
+    assert len(engine.generate([GenerationRequest((5, 6, 7), 3)])[0].token_ids) == 3
+    engine.close()
+    assert begun.process.returncode == 0
+    assert begin_beside(EngineConfig(kind="vllm")) is None
+
+
+def test_one_that_no_version_took_ends_without_a_word(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pool = EnginePool(DeployConfig(name="classes", models=("mv_0",)), Store(str(tmp_path)))
+    pool.begin()
+    begun = pool._begun
+    assert begun is not None
+    pool.unload_unused({})
+    assert begun.process.returncode == 0
+    assert pool._begun is None
+    assert "Traceback" not in capfd.readouterr().err
+    pool.begin()
+    begun = pool._begun
+    pool.close()
+    assert begun is not None
+    assert begun.process.returncode == 0
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -175,7 +205,7 @@ from forge_ray.config.release import EngineConfig
 from forge_ray.inference.choose import open_beside
 
 config = EngineConfig(precision="fp32", num_blocks=32)
-engine = open_beside(Path(sys.argv[1]), None, config, use_gpu=False, merge=False)
+engine = open_beside(None, Path(sys.argv[1]), None, config, use_gpu=False, merge=False)
 print(engine._process.pid, flush=True)
 time.sleep(600)
 """
