@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -12,14 +13,24 @@ from typing import Any, TextIO
 from forge_ray.serve.context import Caller
 
 LOG = logging.getLogger("forge_ray.access")
+SERVE_LOG = logging.getLogger("ray.serve")
 
 
 def write_access_log(stream: TextIO | None = None) -> None:
-    """Write the log's lines, and only them, to `stream` (stderr); without this they go where `logging` sends them."""
+    """Write the log's lines, and only them, to `stream` (stderr); without this they go where `logging` sends them.
+
+    Where Ray Serve has put its own log in the place of stderr (RAY_SERVE_LOG_TO_STDERR=0), they go to that log directly.
+    They end in the same file either way, but for each line of stderr Serve searches the whole stack for who wrote it, which
+    costs four times the rest of the line.
+    """
+    LOG.setLevel(logging.INFO)
+    if stream is None and not isinstance(sys.stderr, io.TextIOBase):
+        LOG.handlers.clear()
+        LOG.parent, LOG.propagate = SERVE_LOG, True  # whatever handlers it has by then: Serve replaces them
+        return
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOG.handlers[:] = [handler]
-    LOG.setLevel(logging.INFO)
     LOG.propagate = False
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from forge_ray.errors import EngineError
@@ -43,6 +46,8 @@ from forge_ray.serve.responses import respond
 from forge_ray.serve.shadow import Shadows
 from forge_ray.serve.statuses import CLIENT_CLOSED
 from forge_ray.serve.streams import ClientGone
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 # What a page may read of an answer besides its body
 PAGE_HEADERS = (
@@ -97,105 +102,119 @@ def for_pages(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
 
 def build_http(context: ServingContext) -> ASGIApp:
     """The endpoints, with request metrics and without access control."""
-    app = FastAPI(title="forge_ray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = Starlette()  # `parse_request` checks the bodies, so that FastAPI would add nothing but a fifth of a refusal's cost
+    app.router.redirect_slashes = False
     shadows = Shadows(context)
     _add_error_answers(app)
+    get, post = (partial(_add_route, app, method) for method in ("GET", "POST"))
 
     async def read(model: type[R], request: Request) -> R:
         return parse_request(model, await _body(context, request), context.config.limits)
 
-    @app.post("/v1/chat/completions")
+    @post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await complete(context, shadows, request, await read(ChatRequest, request))
 
-    @app.post("/v1/completions")
+    @post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await complete(context, shadows, request, await read(CompletionRequest, request))
 
-    @app.post("/v1/responses")
+    @post("/v1/responses")
     async def responses(request: Request) -> Response:
         return await respond(context, shadows, request, await read(ResponsesRequest, request))
 
-    @app.post("/v1/embeddings")
+    @post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         return await embed(context, request, await read(EmbeddingRequest, request))
 
-    @app.post("/v1/classifications")
+    @post("/v1/classifications")
     async def classifications(request: Request) -> Response:
         return await classify(context, shadows, request, await read(ClassificationRequest, request))
 
-    @app.post("/v1/chat/classifications")
+    @post("/v1/chat/classifications")
     async def chat_classifications(request: Request) -> Response:
         return await classify(context, shadows, request, await read(ChatClassificationRequest, request))
 
-    @app.post("/v1/moderations")
+    @post("/v1/moderations")
     async def moderations(request: Request) -> Response:
         return await moderate(context, shadows, request, await read(ModerationRequest, request))
 
-    @app.post("/v1/chat/moderations")
+    @post("/v1/chat/moderations")
     async def chat_moderations(request: Request) -> Response:
         return await moderate(context, shadows, request, await read(ChatModerationRequest, request))
 
-    @app.post("/tokenize")
-    @app.post("/v1/tokenize")
+    @post("/tokenize", "/v1/tokenize")
     async def tokens_of(request: Request) -> Response:
         return await tokenize(context, request, await read(TokenizeRequest, request))
 
-    @app.post("/detokenize")
-    @app.post("/v1/detokenize")
+    @post("/detokenize", "/v1/detokenize")
     async def text_of(request: Request) -> Response:
         return await detokenize(context, request, await read(DetokenizeRequest, request))
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": context.directory.cards(caller_of(request))})
 
-    @app.get("/v1/models/{model:path}")
-    async def model_card(request: Request, model: str) -> Response:
-        caller = caller_of(request)
+    @get("/v1/models/{model:path}")
+    async def model_card(request: Request) -> Response:
+        caller, model = caller_of(request), request.path_params["model"]
         loaded = context.directory.stable(model, caller)
         unlisted = {"id": model, "object": "model", "created": 0, "owned_by": "forge_ray", "model_version": loaded.version}
         return JSONResponse(next((card for card in context.directory.cards(caller) if card["id"] == model), unlisted))
 
-    @app.get("/health")
-    async def health() -> Response:
+    @get("/health")
+    async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", "deployment": context.deployment})
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    @get("/metrics")
+    async def metrics(_: Request) -> Response:
         text = await context.exposition() if context.exposition else context.metrics.text()
         return Response(text, media_type=CONTENT_TYPE)
 
     return RequestMetricsMiddleware(app, context.metrics, context.deployment)
 
 
-def _add_error_answers(app: FastAPI) -> None:
+def _add_route(app: Starlette, method: str, *paths: str) -> Callable[[Endpoint], Endpoint]:
+    """Answers `method` at these paths with what is decorated, and HEAD at none of them."""
+
+    def add(endpoint: Endpoint) -> Endpoint:
+        for path in paths:
+            route = Route(path, endpoint, methods=[method])
+            route.methods = {method}  # a GET has HEAD too otherwise
+            app.router.routes.append(route)
+        return endpoint
+
+    return add
+
+
+def _add_error_answers(app: Starlette) -> None:
     """Answer every error in OpenAI's format, none with a traceback."""
 
     def reply(error: ApiError) -> Response:
         return JSONResponse(error.body(), error.status, headers=error.headers)
 
-    @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> Response:
+    async def refused(_: Request, error: Any) -> Response:
         return reply(error)
 
-    @app.exception_handler(EngineError)
-    async def engine_failed(_: Request, error: EngineError) -> Response:
+    async def engine_failed(_: Request, error: Any) -> Response:
         return reply(ApiError(503, error.message, code=error.code))
 
-    @app.exception_handler(HTTPException)
-    async def no_such_route(request: Request, error: HTTPException) -> Response:
+    async def no_such_route(request: Request, error: Any) -> Response:
         problem = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return reply(ApiError(error.status_code, problem, headers=error.headers))
 
-    @app.exception_handler(ClientDisconnect)
-    @app.exception_handler(ClientGone)
     async def client_gone(_: Request, __: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED)
 
-    @app.exception_handler(Exception)
     async def failed(_: Request, __: Exception) -> Response:
         return reply(ApiError(500, "internal error", code="internal_error"))
+
+    app.add_exception_handler(ApiError, refused)
+    app.add_exception_handler(EngineError, engine_failed)
+    app.add_exception_handler(HTTPException, no_such_route)
+    app.add_exception_handler(ClientDisconnect, client_gone)
+    app.add_exception_handler(ClientGone, client_gone)
+    app.add_exception_handler(Exception, failed)
 
 
 async def _body(context: ServingContext, request: Request) -> bytes:

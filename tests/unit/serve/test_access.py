@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.serve._private.logging_utils import StreamToLogger
 from starlette.types import ASGIApp
 
 from forge_ray.config.base import parse
@@ -21,7 +23,7 @@ from forge_ray.config.release import DeployConfig
 from forge_ray.errors import ConfigError
 from forge_ray.serve import middleware
 from forge_ray.serve.access import GrantedDirectory, authenticated, scope_of
-from forge_ray.serve.access_log import LOG, write_access_log
+from forge_ray.serve.access_log import LOG, SERVE_LOG, write_access_log
 from forge_ray.serve.context import Caller, Chosen, ServingContext
 from forge_ray.serve.http import build_http, replica_app
 from forge_ray.serve.keys import ApiKey, sha256_of
@@ -218,12 +220,18 @@ def test_a_caller_without_a_key_is_granted_nothing() -> None:
 
 
 @pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    before, stream = (LOG.handlers[:], LOG.level, LOG.propagate), io.StringIO()
+def logger() -> Iterator[None]:
+    before = LOG.handlers[:], LOG.level, LOG.propagate, LOG.parent
+    yield
+    LOG.handlers[:], level, LOG.propagate, LOG.parent = before
+    LOG.setLevel(level)
+
+
+@pytest.fixture
+def log(logger: None) -> io.StringIO:
+    stream = io.StringIO()
     write_access_log(stream)
-    yield stream
-    LOG.handlers[:], LOG.propagate = before[0], before[2]
-    LOG.setLevel(before[1])
+    return stream
 
 
 def test_one_line_per_request_without_keys_prompts_or_paths(served: ServingContext, log: io.StringIO) -> None:
@@ -251,6 +259,32 @@ def test_one_line_per_request_without_keys_prompts_or_paths(served: ServingConte
     assert lines[3]["address"] == "127.0.0.1"
     for never in ("x" * 43, "wrong-key", "the prompt", "secret", "what"):
         assert never not in written
+
+
+def test_the_lines_are_on_stderr(logger: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_access_log()
+    LOG.info('{"status": 200}')
+    assert capsys.readouterr().err == '{"status": 200}\n'
+
+
+def test_where_serve_logs_stderr_the_lines_go_to_its_log_without_the_detour(
+    logger: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detour = StreamToLogger(logging.getLogger("ray.serve"), logging.INFO, sys.stderr)
+    monkeypatch.setattr(sys, "stderr", detour)
+    monkeypatch.setattr(detour, "write", lambda text: pytest.fail(f"written to stderr: {text}"))
+    write_access_log()
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()  # set afterwards, as Serve does when it is configured again
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(SERVE_LOG, "handlers", [handler])
+    monkeypatch.setattr(SERVE_LOG, "propagate", False)
+    monkeypatch.setattr(SERVE_LOG, "level", logging.WARNING)
+    LOG.info('{"status": 200}')
+    assert [(record.levelname, record.getMessage()) for record in records] == [("INFO", '{"status": 200}')]
+    write_access_log(io.StringIO())
+    LOG.info('{"status": 201}')
+    assert len(records) == 1
 
 
 def test_usage_of_a_broken_stream_is_recorded_before_its_log_line(

@@ -573,6 +573,7 @@ def test_request_ids(api: Api) -> None:
         ("DELETE", "/v1/models/tiny", 405),
         ("POST", "/v1/chat/completions", 400),
         ("GET", "/v1/models/", 404),
+        ("POST", "/v1/completions/", 404),  # no redirect to the path without the slash
     ],
 )
 def test_errors_have_one_shape(api: Api, method: str, path: str, status: int) -> None:
@@ -583,6 +584,13 @@ def test_errors_have_one_shape(api: Api, method: str, path: str, status: int) ->
     assert error["type"] == "invalid_request_error"
     if status == 405:
         assert response.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/v1/models/tiny"])
+def test_what_is_read_with_get_is_not_there_for_head(api: Api, path: str) -> None:
+    assert api.client.get(path).status_code == 200
+    refused = api.client.head(path)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET")
 
 
 def test_a_body_that_is_too_large(api: Api) -> None:
