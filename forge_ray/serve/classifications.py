@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from forge_ray.inference.classifier import Logits
 from forge_ray.serve.calibration import ClassHead

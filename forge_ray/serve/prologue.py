@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from fastapi import Request
+from starlette.requests import Request
 
 from forge_ray.data.tokens.chat import ChatTokenizer
 from forge_ray.serve.admission import take_seats

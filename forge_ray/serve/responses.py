@@ -12,8 +12,8 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Literal
 
-from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from forge_ray.config.release import Limits
 from forge_ray.serve.complete import Answering, answering, failure
