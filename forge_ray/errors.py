@@ -74,7 +74,7 @@ class StoreError(ForgeError, OSError):
 
 
 class ClusterError(ForgeError, RuntimeError):
-    """A local Ray that does not start."""
+    """A local Ray that does not start, or a piece of work whose processes are lost."""
 
     code = "cluster"
 

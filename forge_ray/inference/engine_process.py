@@ -8,13 +8,13 @@ the refusals of a full endpoint are in the process that started this one (`own_p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import aclosing
 from dataclasses import astuple
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,7 +70,7 @@ class Answers:
     async def _stream(self, number: int, requests: list[Any]) -> None:
         try:
             (request,) = to_requests(requests)
-            async with aclosing(self._engine.stream(request)) as tokens:  # type: ignore[type-var]
+            async with contextlib.aclosing(self._engine.stream(request)) as tokens:  # type: ignore[type-var]
                 async for token in tokens:
                     self._put("token", number, from_token(token))
         except Exception as error:
@@ -135,8 +135,8 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 def main(descriptor: int) -> None:
-    import forge_ray.inference.load  # noqa: F401  # seconds, in which the process that started this one has its own to do
-
+    with contextlib.suppress(Exception):  # `open_engine` raises it again, where it is reported
+        import forge_ray.inference.load  # noqa: F401  # seconds, in which the process that started this one has its own to do
     connection = Connection(descriptor)
     try:
         model_dir, adapter_dir, config, use_gpu, merge = receive(connection)

@@ -20,8 +20,8 @@ def write_access_log(stream: TextIO | None = None) -> None:
     """Write the log's lines, and only them, to `stream` (stderr); without this they go where `logging` sends them.
 
     Where Ray Serve has put its own log in the place of stderr (RAY_SERVE_LOG_TO_STDERR=0), they go to that log directly.
-    They end in the same file either way, but for each line of stderr Serve searches the whole stack for who wrote it, which
-    costs four times the rest of the line.
+    They end in the same file either way, now whatever that log's level is; but for each line of stderr Serve searches the
+    whole stack for who wrote it, which costs four times the rest of the line.
     """
     LOG.setLevel(logging.INFO)
     if stream is None and not isinstance(sys.stderr, io.TextIOBase):

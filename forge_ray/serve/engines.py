@@ -199,7 +199,6 @@ class EnginePool:
 
     def unload_unused(self, versions: dict[str, ServedVersion]) -> None:
         """Unload adapters and close engines that none of `versions` needs and no request uses."""
-        self._end_begun()
         engine_ids = {version.engine for version in versions.values()}
         adapters = {version.digest for version in versions.values()}
         for engine_id in list(self.engines):
@@ -238,14 +237,14 @@ class EnginePool:
             "tokens": sum(state.num_tokens for state in states),
         }
 
-    def _end_begun(self) -> None:
-        """End the process that was begun for an engine, where classifiers alone are served."""
+    def end_begun(self) -> None:
+        """End the process of `begin` where no engine took it, as with classifiers alone."""
         begun, self._begun = self._begun, None
         if begun is not None:
             begun.end()
 
     def close(self) -> None:
-        self._end_begun()
+        self.end_begun()
         for engine in self.engines.values():
             with contextlib.suppress(ForgeError):
                 engine.engine.close()

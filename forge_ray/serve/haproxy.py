@@ -19,8 +19,8 @@ SWITCHES = {
     "RAY_SERVE_HAPROXY_RETRIES": "5",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 << 10),
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
-    # A Python process would read a line of HAProxy for each request, which costs about as much as HAProxy does; without it
-    # the replicas count the same requests
+    # a Python process would read HAProxy's line for each request, at twice the cost of HAProxy itself; the replicas count
+    # the requests that reach them, and have metrics of their own
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
 }
 

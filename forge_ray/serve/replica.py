@@ -67,6 +67,7 @@ class Replica:
         self.coordinator: Any = None
         table = self._first_table(config)
         self.broken = self.directory.prepare(table)
+        self.engines.end_begun()
         if self.directory.prepared is None or not self.directory.prepared.loaded:
             raise EngineError(f"no version can be served: {self.broken}", hint="fix or re-import the versions listed above")
         self.directory.go_live(table.id)

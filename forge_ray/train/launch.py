@@ -11,7 +11,8 @@ from typing import Any
 from forge_ray.config.scaling import Workers
 from forge_ray.errors import ForgeError, TrainingError, first_cause, last_line
 from forge_ray.machine.capacity import wait_for
-from forge_ray.machine.ray_internals import RAY_SNAPSHOT, leave_sigint, remove_orphaned_groups
+from forge_ray.machine.hardware import cpus
+from forge_ray.machine.ray_internals import RAY_SNAPSHOT, leave_sigint, remove_orphaned_groups, started_here
 from forge_ray.store import paths
 from forge_ray.train import checkpoint, diagnosis, incidents, validation
 from forge_ray.train.job import TrainJob
@@ -68,12 +69,15 @@ def _fit_once(loop: Loop, job: TrainJob, validate: Validate | None) -> None:
         return
 
     import ray.train
+    from ray.data import DataContext, ExecutionResources
     from ray.train.torch import TorchTrainer
 
     from forge_ray.train.preflight import workers_demand
     from forge_ray.train.process_group import ProcessGroup
 
     wait_for(workers_demand(job.config))
+    if started_here():  # workers have the same context: no more tasks that read rows than cores, though Ray has more slots
+        DataContext.get_current().execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus())
     # our verified checkpoints are the state; Ray's snapshot is rewritten in place, and a torn one refuses every start
     job.store.delete(paths.run(job.run, RAY_SNAPSHOT))
     resources = {"CPU": scaling.cpus_per_worker}

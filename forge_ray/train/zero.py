@@ -59,29 +59,29 @@ def _offload(offload: Offload) -> dict[str, Any]:
     return {name: {"device": device, "pin_memory": pinned} for name, device in places.items() if device != "none"}
 
 
-def prepare_environment() -> None:
-    """Before deepspeed is used: no accelerator guessing, no progress chatter, the rank that it asks for. Imports it."""
+def import_deepspeed() -> Any:
+    """The library, with no accelerator guessing, no progress chatter, and the rank that it asks for."""
     os.environ.setdefault("LOCAL_RANK", "0")  # Ray Train and torchrun set it; a single process has none
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if (
-        "mlflow" not in sys.modules
-    ):  # where it is installed, the autotuner, which nobody uses here, takes a second to import it
+    if "deepspeed" not in sys.modules and "mlflow" not in sys.modules:
+        # its autotuner, which nobody uses here, imports mlflow where that is installed: a second
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # "cannot be imported"
         try:
-            import deepspeed.autotuning  # noqa: F401
+            import deepspeed
         finally:
-            del sys.modules["mlflow"]
+            sys.modules.pop("mlflow", None)
+    import deepspeed
+
+    return deepspeed
 
 
 def open_deepspeed() -> Any:
     """The library, on the process group that is already there; before anything else of it runs, partitioned loading too:
     without its own view of the group it takes itself for the only rank."""
-    prepare_environment()
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     # an inference-only C++ extension that the CPU backend would compile at start, on every worker
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
@@ -104,7 +104,7 @@ def _writer(write: Write) -> Any:
 
 def plain_classes() -> list[Any]:
     """The classes of DeepSpeed's whose instances its checkpoints hold; making one does nothing but set its fields."""
-    prepare_environment()
+    import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -218,11 +218,11 @@ class ZeroEngine:
 def consolidated(folder: Path) -> dict[str, Tensor]:
     """The trained weights in fp32 out of what `ZeroEngine.save` wrote, at any stage and by any number of ranks; no process
     group is needed. The files are read as data alone."""
-    prepare_environment()
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
+        import_deepspeed()
         stack.enter_context(data_only())
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -7,10 +7,10 @@ import os
 
 from forge_ray.machine.environment import code_commit, code_digest, installed
 from forge_ray.train import loop  # noqa: F401
-from forge_ray.train.zero import prepare_environment
+from forge_ray.train.zero import import_deepspeed
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-prepare_environment()
+import_deepspeed()
 for find in (installed, code_digest, code_commit):  # what a process finds once; a fork has it
     find()
 

@@ -187,7 +187,7 @@ def test_one_that_no_version_took_ends_without_a_word(capfd: pytest.CaptureFixtu
     pool.begin()
     begun = pool._begun
     assert begun is not None
-    pool.unload_unused({})
+    pool.end_begun()
     assert begun.process.returncode == 0
     assert pool._begun is None
     assert "Traceback" not in capfd.readouterr().err

@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 from ray import cloudpickle
 
 from forge_ray.errors import ClusterError, DataError
@@ -72,7 +74,35 @@ def test_no_more_at_once_than_asked() -> None:
 
 def test_local_ray_with_more_slots_than_cores_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "cpus", lambda: 1)
-    assert tasks._num_at_once() == 1
+    assert tasks._slots(None)() == 1
+
+
+def test_cluster_has_tasks_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "started_here", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 6.0})
+    monkeypatch.setattr(tasks, "COUNTED_FOR_S", 0.0)
+    slots = tasks._slots(None)
+    assert slots() == 12
+    monkeypatch.setattr(ray, "cluster_resources", dict)  # its machines were taken away: what waits brings others
+    assert slots() == 2
+    assert tasks._slots(3)() == 3
+
+
+OTHER_ENDS = (
+    ray.exceptions.OutOfMemoryError("memory ran out\nby 3 GB"),
+    ray.exceptions.ObjectLostError("00" * 28, None, ""),
+)
+
+
+@pytest.mark.parametrize("error", OTHER_ENDS, ids=lambda error: type(error).__name__)
+def test_other_ends_of_a_piece_are_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(ClusterError, match=r"a piece of work \(square\) did not end: ") as caught:
+        in_tasks(square, [1], lambda _: None)
+    assert "finished pieces are kept" in str(caught.value.hint)
 
 
 def test_errors_of_a_piece_are_its_own_and_nothing_runs_after_them(tmp_path: Path) -> None:

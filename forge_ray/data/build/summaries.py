@@ -248,15 +248,6 @@ class Partition:
     num_duplicates: int
     summary: PartitionSummary
 
-    def to_json(self) -> dict[str, Any]:
-        place = {"split": self.split, "number": self.number, "num_duplicates": self.num_duplicates}
-        return place | {"summary": self.summary.to_json()}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        summary = PartitionSummary.from_json(value["summary"])
-        return cls(value["split"], value["number"], value["num_duplicates"], summary)
-
 
 def total(counters: Iterable[Counter[K]]) -> Counter[K]:
     counts: Counter[K] = Counter()

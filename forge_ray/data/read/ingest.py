@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,14 +49,6 @@ class IndexedFile:
     notes: tuple[str, ...] = ()  # what whoever builds from it should know; whole sentences without the file's name
     columns: str = ""  # JSON of what is known of its columns from elsewhere, and decides its rows too
     version: str = ""  # of the table that it is of
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        chunks = tuple(Chunk(**chunk) for chunk in value["chunks"])
-        return cls(**value | {"chunks": chunks, "notes": tuple(value["notes"])})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ CSV = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" f
 
 def read(path: Path, format: str) -> tuple[IndexedFile, list[Any]]:
     """The index of a file, and each of its rows, or the reason why it is none."""
-    indexed = IndexedFile.from_json(json.loads(json.dumps(index_file(str(path), path.name, format).to_json())))
+    indexed = index_file(str(path), path.name, format)
     rows = []
     for raw in (raw for chunk in indexed.chunks for raw in read_raw(chunk, 1 << 20)):
         try:
