@@ -123,7 +123,7 @@ def _one_by_one(
         query, key, value = query.float(), key.float(), value.float()
     if groups > 1:  # the fast kernels want as many heads on both sides
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    # no part is empty: each costs the backward pass a tensor, which was a tenth of a step
+    # no part is empty: each costs the backward pass a tensor
     lengths = [length for prompt, first, second in sizes for length in (prompt + first, second) if length]
     parts = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
     attended = []
